@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lint types imports docs clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## make .venv with all that can be used without a GPU
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[cpu,openvino]" --group dev
+	touch $@
+
+demo: install    ## train on real digits, export, lower, verify, print the table
+	$(BIN)/python -m benchmarks.demo
+
+test: install    ## the whole suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: format lint types imports test ## format, lint, types, import rules, tests
+
+format: install
+	$(BIN)/ruff format --check .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+docs: install    ## write the generated parts of the docs
+	$(BIN)/python -m benchmarks.docs
+
+clean:           ## remove what was built (not .venv)
+	rm -rf build dist

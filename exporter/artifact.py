@@ -1,0 +1,321 @@
+"""An artifact: one file that a stock runtime loads, and a sidecar that says what it is.
+
+The sidecar `FILE.json` is checked before anything is loaded: it carries the digest of every file, and a
+seal over itself. Files are written to a staging folder, flushed, and moved into place by one rename that
+decides (the folder becomes `.NAME.commit`); whoever comes next finishes a move that was cut short. So at any
+moment there is the old artifact or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
+
+SCHEMA = 1
+MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen fact that is written as JSON; an unknown key in a file is an error."""
+
+
+class Preprocessing(Record):
+    """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
+
+    `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
+    `size` and cuts nothing, as published for inputs of 384 pixels and more.
+    """
+
+    size: int = 224
+    resize: int = 256
+    crop: Literal["center", "squash"] = "center"
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    layout: Literal["NCHW"] = "NCHW"
+    color: Literal["RGB"] = "RGB"
+
+    def at(self, size: int) -> Preprocessing:
+        """The same recipe for another input size in pixels, keeping the share that the crop leaves."""
+        return msgspec.structs.replace(self, size=size, resize=round(size * self.resize / self.size))
+
+
+class Tensor(Record):
+    """An input or output: name, shape (a word stands for a dynamic axis) and element type."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+class Weights(Record):
+    """Where the weights came from and what they are.
+
+    `digest` is the sha256 of the tensors in our own layout, so the same weights have one digest in every
+    file format; `file_sha256` is that of the file they were read from.
+    """
+
+    source: str
+    digest: str
+    layout: str
+    num_classes: int
+    file_sha256: str | None = None
+
+
+class File(Record):
+    """One file of an artifact, beside the others."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Sidecar(Record):
+    """All that is known of an artifact. The first of `files` is the one a runtime opens."""
+
+    backend: str
+    precision: str
+    variant: str
+    task: str
+    weights: Weights
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] = ()
+    parents: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    target: dict[str, str] = {}
+    recipe: dict[str, Any] = {}
+    calibration: dict[str, str] | None = None
+    quality: dict[str, float | str] = {}
+    files: tuple[File, ...] = ()
+    sha256: str = ""
+    bytes: int = 0
+    schema: int = SCHEMA
+    seal: str = ""
+
+    def facts(self) -> dict[str, str]:
+        """What the model file carries in its own metadata: every fact that is known before it is written."""
+        late = {"files", "sha256", "bytes", "quality", "seal", "schema"}
+        fields = msgspec.to_builtins(self)
+        return {key: msgspec.json.encode(fields[key]).decode() for key in sorted(fields) if key not in late}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a stock runtime loads, with its sidecar."""
+
+    path: Path
+    sidecar: Sidecar
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the artifact but the sidecar."""
+        return [self.path.parent / file.name for file in self.sidecar.files]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The path and the sidecar, as `--json` prints it."""
+        fields: dict[str, Any] = msgspec.to_builtins(self.sidecar)
+        return {"path": str(self.path), **fields}
+
+
+def sidecar_path(path: Path) -> Path:
+    """Where the sidecar of a file lies."""
+    return path.with_name(path.name + ".json")
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _seal(sidecar: Sidecar) -> str:
+    # `quality` is written again by every verify, so it is outside the seal.
+    fields = msgspec.to_builtins(msgspec.structs.replace(sidecar, seal="", quality={}))
+    return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
+
+
+def _encode(sidecar: Sidecar) -> bytes:
+    sealed = msgspec.structs.replace(sidecar, seal=_seal(sidecar))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
+
+
+def _decode(path: Path) -> Sidecar:
+    mend = "build the artifact again"
+    if path.stat().st_size > MAX_SIDECAR_BYTES:
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no sidecar of ours; {mend}")
+    try:
+        sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {mend}") from None
+    if sidecar.schema != SCHEMA:
+        raise BadRequest(f"{path}: sidecar of schema {sidecar.schema}, this version reads {SCHEMA}; {mend}")
+    if sidecar.seal != _seal(sidecar):
+        raise BadRequest(f"{path}: the sidecar was changed after it was written; {mend}")
+    return sidecar
+
+
+def load(path: Path) -> Artifact:
+    """Open an artifact after checking its sidecar and the digest of every file; nothing of it is run.
+
+    Raises: BadRequest for a missing, changed or damaged file or sidecar.
+    """
+    _recover(path)
+    if not path.is_file():
+        beside = [file.name for file in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        known = [name.removesuffix(".json") for name in beside]
+        hint = f"; {nearest(path.name, known)}" if known else ""
+        raise BadRequest(f"{path}: no such file{hint}")
+    if not sidecar_path(path).is_file():
+        raise BadRequest(f"{path}: no sidecar {sidecar_path(path).name} beside it; build it with this tool")
+    sidecar = _decode(sidecar_path(path))
+    if not sidecar.files or sidecar.files[0].name != path.name:
+        raise BadRequest(f"{path}: its sidecar speaks of another file; build the artifact again")
+    for file in sidecar.files:
+        _check(path.parent / file.name, file)
+    return Artifact(path, sidecar)
+
+
+def _check(path: Path, file: File) -> None:
+    if Path(file.name).name != file.name:
+        raise BadRequest(f"{path}: a sidecar may only name files beside it")
+    if not path.is_file():
+        raise BadRequest(f"{path}: missing; the artifact needs it, so build it again")
+    if path.stat().st_size != file.bytes:
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, expected {file.bytes}; build the artifact again")
+    found = sha256_file(path)
+    if found != file.sha256:
+        raise BadRequest(
+            f"{path}: changed since it was built (sha256 {found[:12]}…, expected {file.sha256[:12]}…); "
+            "build the artifact again"
+        )
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A folder to write the files of `target` into; they move into place when the block ends well.
+
+    If it does not, by an error or Ctrl-C, the folder is removed and what stood there before still stands.
+
+    Raises: Unavailable when the disk is full.
+    """
+    out = target.parent
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _recover(target)
+        folder = out / f".{target.name}.{os.getpid()}.new"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        raise _write_error(error, out) from None
+    try:
+        yield folder
+        for path in folder.iterdir():
+            _flush(path)
+        os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
+        _recover(target)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) or _is_full(error, out):
+            raise _write_error(error, out) from None
+        raise
+
+
+def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
+    """Write the sidecar of the staged file `name`, with the digests of all that was staged."""
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name != name, path.name))
+    files = tuple(File(name=p.name, bytes=p.stat().st_size, sha256=sha256_file(p)) for p in paths)
+    total = sum(file.bytes for file in files)
+    whole = msgspec.structs.replace(sidecar, files=files, sha256=files[0].sha256, bytes=total)
+    sidecar_path(folder / name).write_bytes(_encode(whole))
+
+
+def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> Artifact:
+    """The artifact with its quality as just verified, on disk too."""
+    sidecar = msgspec.structs.replace(artifact.sidecar, quality=dict(quality))
+    write_file(sidecar_path(artifact.path), _encode(sidecar))
+    return Artifact(artifact.path, sidecar)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file so that it is either the old or the new, whatever happens."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        _flush(partial)
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _write_error(error, path.parent) from None
+        raise
+
+
+def _commit_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.commit")
+
+
+def _recover(target: Path) -> None:
+    """Finish the move of a staged artifact that was cut short after it was decided."""
+    commit = _commit_folder(target)
+    if not commit.is_dir():
+        return
+    last = sidecar_path(target).name
+    _drop_old_files(target)
+    for path in sorted(commit.iterdir(), key=lambda path: (path.name == last, path.name)):
+        with suppress(FileNotFoundError):  # another process is finishing it too
+            path.replace(target.parent / path.name)
+    _flush(target.parent)
+    with suppress(FileNotFoundError):
+        commit.rmdir()
+
+
+def _drop_old_files(target: Path) -> None:
+    """Remove the files of the artifact that stood here before which the new one does not replace."""
+    commit, old = _commit_folder(target), sidecar_path(target)
+    new = sidecar_path(commit / target.name)
+    if not (old.is_file() and new.is_file()):
+        return
+    try:
+        old_names = {file.name for file in _decode(old).files}
+    except BadRequest:
+        return  # what cannot be read names nothing to remove
+    for name in old_names - {file.name for file in _decode(new).files}:
+        if Path(name).name == name:
+            (target.parent / name).unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: BaseException, out: Path) -> bool:
+    """Whether a writer in another language failed because the disk is full (it raises no OSError)."""
+    return isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20
+
+
+def _write_error(error: BaseException, out: Path) -> ExporterError:
+    if not isinstance(error, OSError) or error.errno in NO_SPACE:
+        return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
+    return BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o")

@@ -1,0 +1,30 @@
+"""A folder is a registry: its modules are the names, and each holds one object.
+
+A new backend, check or report format is one new file; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from exporter.errors import BadRequest, nearest
+
+
+def names(package: str) -> list[str]:
+    """The public modules of a package, in order."""
+    path = importlib.import_module(package).__path__
+    return [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
+
+
+def load(package: str, name: str, attribute: str) -> Any:
+    """The object called `attribute` in the module `name` of a package.
+
+    Raises: BadRequest when the package has no such module, with the nearest that it has.
+    """
+    known = names(package)
+    if name not in known:
+        kind = package.rpartition(".")[2].rstrip("s")
+        raise BadRequest(f"unknown {kind} {name!r}; {nearest(name, known)}")
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute)

@@ -1,0 +1,33 @@
+"""Weights from the Hugging Face Hub, through its own client, cache and progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporter.errors import BadRequest, Unavailable
+from exporter.progress import step
+
+_FILES = ["model.safetensors", "pytorch_model.bin", "config.json", "preprocessor_config.json"]
+
+
+def download(repository: str) -> Path:
+    """The folder in the Hub's cache that holds a repository's weights and configuration.
+
+    Raises: BadRequest for a repository that does not exist or is no model; Unavailable with no network and
+        nothing in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    step(f"weights {repository} from the Hugging Face Hub")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES, etag_timeout=10))
+    except HFValidationError as error:
+        raise BadRequest(f"hf-hub:{repository}: expected hf-hub:owner/name ({error})") from None
+    except RepositoryNotFoundError:
+        raise BadRequest(f"hf-hub:{repository}: no such repository on the Hub, or it needs `hf auth login`") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        raise Unavailable(
+            f"{repository}: the Hub cannot be reached and its weights are not in the cache; connect once, or give "
+            "--weights FILE, --weights hf-hub:owner/name of a cached repository, or --weights random:0"
+        ) from None

@@ -1,0 +1,253 @@
+"""Weights: from what a user types to a checkpoint in our layout, with its labels and preprocessing.
+
+SRC is `hub`, `hf-hub:owner/name`, a file, a folder in Hugging Face's form, or `random[:SEED]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.artifact import Preprocessing, Weights, sha256_file
+from exporter.errors import BadRequest, Unavailable, some
+from exporter.model import checkpoint, hub
+from exporter.model.config import Config, read_config
+from exporter.model.layouts import architecture, to_ours
+from exporter.model.variants import Architecture, Variant, named, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exporter.model.convnext import ConvNeXt
+
+# torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
+_TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
+LARGEST_FILES_FIRST = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that fit a variant: tensors in our layout, fp32, and what was found beside them."""
+
+    state: dict[str, Tensor]
+    variant: Variant
+    weights: Weights
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+
+    def model(self) -> ConvNeXt:
+        """The network in eval mode. It shares memory with `state`."""
+        model = _empty(self.variant.architecture, self.weights.num_classes)
+        model.load_state_dict(self.state, assign=True)
+        return model.eval().requires_grad_(False)
+
+
+def load(source: str, variant: str | None = None, labels: Path | None = None) -> Checkpoint:
+    """Weights from anywhere, checked against the variant that was asked for.
+
+    Args:
+        source: `hub`, `hf-hub:owner/name`, a file (`FILE#model_ema` takes one part of it), a folder with
+            `config.json`, or `random[:SEED]`.
+        variant: a name from the table; None takes what the weights are, or `tiny` where they do not say.
+        labels: a text file with one label a line, in place of those in `config.json`.
+
+    Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
+    """
+    wanted, repository = resolve(variant) if variant else (None, None)
+    if source == "random" or source.startswith("random:"):
+        return _random(source, wanted or resolve("tiny")[0], labels)
+    if source == "hub":
+        found = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
+    elif source.startswith("hf-hub:"):
+        found = _from_hub(source.removeprefix("hf-hub:"))
+    else:
+        found = _from_disk(source)
+    return _fit(found, wanted, labels)
+
+
+@dataclass(frozen=True)
+class _Found:
+    source: str
+    path: Path
+    part: str
+    config: Config
+
+
+def _default_repository(variant: Variant) -> str:
+    if variant.hub is None:
+        raise BadRequest(
+            f"{variant.name} has no published weights on the Hub; give --weights FILE, hf-hub:owner/name or random:0"
+        )
+    return variant.hub
+
+
+def _from_hub(repository: str) -> _Found:
+    folder = hub.download(repository)
+    return _Found(f"hf-hub:{repository}", _weights_in(folder), "", read_config(folder))
+
+
+def _from_disk(source: str) -> _Found:
+    file, _, part = source.rpartition("#") if "#" in source and not Path(source).exists() else (source, "", "")
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise BadRequest(f"{path}: no such file or folder; weights are hub, hf-hub:owner/name, a file or random:SEED")
+    path = path.resolve()
+    if path.is_dir():
+        return _Found(str(path), _weights_in(path), part, read_config(path))
+    return _Found(str(path) + (f"#{part}" if part else ""), path, part, read_config(path.parent))
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in LARGEST_FILES_FIRST:
+        if (folder / name).is_file():
+            return folder / name
+    if list(folder.glob("*.index.json")):
+        raise BadRequest(f"{folder}: weights in several files; merge them into one model.safetensors")
+    raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(LARGEST_FILES_FIRST)}")
+
+
+def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoint:
+    import torch
+
+    raw = checkpoint.read(found.path, found.part)
+    try:
+        state, layout = to_ours(raw)
+        arch = architecture(state)
+    except BadRequest as error:
+        raise BadRequest(f"{found.path}: {error}") from None
+    variant = named(arch)
+    if wanted and wanted.name != variant.name:
+        raise BadRequest(f"{found.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}")
+    state = {key: tensor.to(torch.float32) for key, tensor in state.items()}
+    classes = _check_keys(found.path, state, arch)
+    names = _labels(found.config.labels, labels, classes)
+    record = Weights(
+        source=found.source,
+        digest=_digest(state),
+        layout=layout,
+        num_classes=classes,
+        file_sha256=sha256_file(found.path),
+    )
+    return Checkpoint(state, variant, record, _preprocessing(found.config, layout, variant), names)
+
+
+def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
+    """The number of classes, once every key and shape is as the network has it."""
+    if "head.weight" not in state:
+        raise BadRequest(f"{path}: missing keys: no classifier head (head.weight); give the fine-tuned checkpoint")
+    classes = int(state["head.weight"].shape[0])
+    expected = {key: tensor.shape for key, tensor in _empty(arch, classes).state_dict().items()}
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"{len(missing)} missing keys ({some(missing)})")
+    if unexpected := sorted(state.keys() - expected.keys()):
+        problems.append(f"{len(unexpected)} unexpected keys ({some(unexpected)})")
+    wrong = [key for key in sorted(expected.keys() & state.keys()) if state[key].shape != expected[key]]
+    if wrong:
+        shapes = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, expected {tuple(expected[wrong[0]])}"
+        problems.append(f"{len(wrong)} wrong shapes ({shapes})")
+    if problems:
+        raise BadRequest(f"{path}: not the weights of {named(arch).name}: {'; '.join(problems)}")
+    return classes
+
+
+def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessing:
+    if config.preprocessing is not None:
+        return config.preprocessing
+    if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
+        return Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
+    return variant.preprocessing
+
+
+def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[str, ...]:
+    origin = "config.json"
+    if file is not None:
+        origin = str(file)
+        try:
+            found = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
+    if found and len(found) != classes:
+        raise BadRequest(f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits")
+    return found
+
+
+def _random(source: str, variant: Variant, labels: Path | None) -> Checkpoint:
+    seed = source.removeprefix("random").removeprefix(":") or "0"
+    if not seed.isdecimal():
+        raise BadRequest(f"--weights {source}: the seed must be a whole number, as in random:0")
+    state = _random_state(variant.architecture, int(seed))
+    record = Weights(source=f"random:{int(seed)}", digest=_digest(state), layout="random", num_classes=1000)
+    return Checkpoint(state, variant, record, variant.preprocessing, _labels((), labels, 1000))
+
+
+def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
+    """Weights in which every layer matters: unit gain, layer scale near ½ (at its published start of 1e-6 no
+    block would reach the output, and no error in one would be seen)."""
+    import torch
+
+    state = {}
+    for key, empty in _empty(arch, 1000).state_dict().items():
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
+        tensor = torch.empty(empty.shape).normal_(generator=generator)
+        last = key.rpartition(".")[2]
+        if ".grn." in key:
+            tensor.mul_(0.3)
+        elif last == "gamma":
+            tensor.mul_(0.1).add_(0.5)
+        elif tensor.ndim > 1:
+            tensor.div_(math.sqrt(tensor[0].numel()))
+        elif last == "bias":
+            tensor.mul_(0.05)
+        else:
+            tensor.mul_(0.1).add_(1)
+        state[key] = tensor
+    return state
+
+
+def _empty(arch: Architecture, classes: int) -> ConvNeXt:
+    """The network with no memory behind its parameters."""
+    import torch
+
+    from exporter.model.convnext import ConvNeXt
+
+    with torch.device("meta"):
+        return ConvNeXt(arch, classes)
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].contiguous()
+        digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def reload(weights: Weights, variant: str, source: str | None = None) -> Checkpoint:
+    """The checkpoint that an artifact was made from, wherever it lies now.
+
+    Raises: BadRequest when these are other weights; Unavailable when they are gone.
+    """
+    if not source and not source_exists(weights.source):
+        raise Unavailable(f"{weights.source}: the weights are no longer there; say where with --weights")
+    known = None if variant.endswith("custom") else variant
+    found = load(source or weights.source, known)
+    if found.weights.digest != weights.digest:
+        raise BadRequest(
+            f"{source or weights.source}: other weights than the artifact was made from (digest "
+            f"{found.weights.digest[:12]}…, expected {weights.digest[:12]}…); give those with --weights"
+        )
+    return found
+
+
+def source_exists(source: str) -> bool:
+    """Whether a source can still be read, as far as that can be told without the network."""
+    if source.startswith(("random:", "hf-hub:")):
+        return True
+    return Path(source).exists() or Path(source.rpartition("#")[0]).is_file()

@@ -1,0 +1,58 @@
+"""One small reporter: code below `cli` says what it is doing here, and `cli` draws it.
+
+With no reporter set nothing is drawn, so the library is silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """Draws progress for a person."""
+
+    def step(self, text: str) -> None:
+        """A new step of the work begins."""
+
+    def note(self, text: str) -> None:
+        """Something worth reading that is not an error."""
+
+    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
+        """Yield the items, drawing a bar of `total` of them."""
+
+
+class Silent:
+    """Draws nothing."""
+
+    def step(self, text: str) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
+        """Yield the items."""
+        del total, text
+        yield from items
+
+
+REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (it has no state)
+
+
+def step(text: str) -> None:
+    """Say that a step begins."""
+    REPORTER.get().step(text)
+
+
+def note(text: str) -> None:
+    """Say something worth reading."""
+    REPORTER.get().note(text)
+
+
+def track(items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
+    """Yield the items under a progress bar of `total` of them."""
+    return REPORTER.get().track(items, total, text)

@@ -1,0 +1,95 @@
+"""What was measured: findings, and the report that keeps them with the machine they came from.
+
+A check measures and makes findings; `Finding.judged` holds the only comparison with a limit; words and tables
+are made elsewhere. The modules of this folder are the formats of `convnext-export report`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from exporter.artifact import Record, write_file
+from exporter.errors import BadRequest
+
+SCHEMA = 1
+MAX_REPORT_BYTES = 512 * 2**20
+
+
+class Finding(Record):
+    """One number: which check measured what, the limit it was judged by, and the raw samples behind it.
+
+    `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of a 95 %
+    interval. A finding without a limit informs and always passes; a value that is no number (NaN, Inf) is None
+    and passes no limit.
+    """
+
+    check: str
+    metric: str
+    value: float | None
+    unit: str = ""
+    limit: float | None = None
+    passed: bool = True
+    detail: str = ""
+    low: float | None = None
+    high: float | None = None
+    samples: tuple[float, ...] = ()
+
+
+class Report(Record):
+    """All findings about one artifact, with what it was built from and where it was measured."""
+
+    passed: bool
+    recipe: dict[str, Any]
+    artifact: dict[str, Any]
+    environment: dict[str, Any]
+    findings: tuple[Finding, ...]
+    schema: int = SCHEMA
+
+    def value(self, metric: str) -> float | None:
+        """The value of a metric, or None when it was not measured."""
+        return next((finding.value for finding in self.findings if finding.metric == metric), None)
+
+
+def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:
+    """The finding with a limit: its value must not be above it (`low` is better) or below it (`high`)."""
+    value = finding.value
+    passed = value is not None and (value <= limit if better == "low" else value >= limit)
+    return msgspec.structs.replace(finding, limit=limit, passed=passed)
+
+
+def number(value: float) -> float | None:
+    """The value if it is finite, else None."""
+    return float(value) if math.isfinite(value) else None
+
+
+def encode(report: Report) -> bytes:
+    """The report as JSON."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+
+
+def save(report: Report, path: Path) -> None:
+    """Write `report.json` in one step."""
+    write_file(path, encode(report))
+
+
+def load(path: Path) -> Report:
+    """Read a report.
+
+    Raises: BadRequest for a file that is missing, no report, truncated or of another schema.
+    """
+    if not path.is_file():
+        raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
+    if path.stat().st_size > MAX_REPORT_BYTES:
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no report of ours")
+    content = path.read_bytes()
+    try:
+        schema = msgspec.json.decode(content, type=dict[str, Any]).get("schema")
+        if schema != SCHEMA:
+            raise BadRequest(f"{path}: report of schema {schema}, this version reads {SCHEMA}; measure again")
+        return msgspec.json.decode(content, type=Report)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None
