@@ -33,7 +33,9 @@ class Norm(nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         if self.kind == "rms":
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-        return x * torch.rsqrt(x.var(-1, keepdim=True) + self.eps) * self.weight
+        # x.var() would trace to a dozen shape operators.
+        spread = (x - x.mean(-1, keepdim=True)).pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)
+        return x * torch.rsqrt(spread + self.eps) * self.weight
 
 
 class Norm2d(Norm):

@@ -1,0 +1,1 @@
+"""ConvNeXt in ONNX: traced, simplified, lowered to a precision. Knows no runtime."""

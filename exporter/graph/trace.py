@@ -1,0 +1,172 @@
+"""PyTorch to ONNX, in the model's own names."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from exporter.artifact import Record
+from exporter.errors import BadRequest
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from exporter.model.convnext import ConvNeXt
+
+MIN_OPSET = 18  # the dynamo exporter's own; LayerNormalization needs 17
+MAX_OPSET = 23
+INPUT = "images"
+
+
+class TraceOptions(Record):
+    """How the graph is cut: what it gives out, for which sizes, in which opset. None is a dynamic axis."""
+
+    task: Literal["classify", "features"] = "classify"
+    imgsz: int | None = 224
+    batch: int | None = None
+    opset: int = 20
+
+
+def check_options(options: TraceOptions, stages: int) -> None:
+    """Refuse what cannot be traced, before any work starts.
+
+    Raises: BadRequest.
+    """
+    if not MIN_OPSET <= options.opset <= MAX_OPSET:
+        raise BadRequest(f"--opset {options.opset}: expected {MIN_OPSET} to {MAX_OPSET}")
+    if options.imgsz is not None and options.imgsz < 32:
+        raise BadRequest(f"--imgsz {options.imgsz}: the network needs at least 32 pixels, or 'dynamic'")
+    if options.batch is not None and options.batch < 1:
+        raise BadRequest(f"--batch {options.batch}: expected 1 or more, or 'dynamic'")
+    if options.task == "features" and stages == 1:
+        raise BadRequest("--task features: an isotropic ConvNeXt has one stage, not four; use --task classify")
+
+
+def output_names(options: TraceOptions, stages: int) -> list[str]:
+    """`logits`, or `stage1` … `stage4` of strides 4, 8, 16, 32."""
+    return ["logits"] if options.task == "classify" else [f"stage{i + 1}" for i in range(stages)]
+
+
+def trace(model: ConvNeXt, options: TraceOptions) -> ir.Model:
+    """The network as an ONNX graph; its tensors are those of the model, not copies.
+
+    Args:
+        model: in eval mode.
+        options: checked by `check_options`.
+
+    Returns: a graph from `images` (N, 3, H, W) float32 to `logits` (N, classes), or to the stages' outputs.
+    """
+    import torch
+
+    from exporter.model.convnext import Features
+
+    stages = len(model.stages)
+    module = model if options.task == "classify" else Features(model)
+    names = output_names(options, stages)
+    size = options.imgsz or 64
+    # A batch of one would be taken for a constant.
+    example = torch.zeros(options.batch or 2, 3, size, size)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=options.opset,
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_shapes=(_dynamic_axes(options, 16 if stages == 1 else 32),),
+            verbose=False,
+        )
+    assert program is not None
+    graph_model = program.model
+    _name_axes(graph_model, options)
+    _name_after_modules(graph_model)
+    return graph_model
+
+
+def _dynamic_axes(options: TraceOptions, stride: int) -> dict[int, Any]:
+    import torch
+
+    axes: dict[int, Any] = {}
+    if options.batch is None:
+        axes[0] = torch.export.Dim("batch")
+    if options.imgsz is None:
+        axes[2] = stride * torch.export.Dim("rows")
+        axes[3] = stride * torch.export.Dim("columns")
+    return axes
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of torchvision operators and its own internals; none of it is for our user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _name_axes(model: ir.Model, options: TraceOptions) -> None:
+    """Axes in words: batch, height, width, and height/4 … of a feature map."""
+    import onnx_ir as ir
+
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        assert value.shape is not None
+        stride = 4 * 2 ** (int(value.name[5:]) - 1) if value.name and value.name.startswith("stage") else 1
+        over = f"/{stride}" if stride > 1 else ""
+        words = {0: "batch", 2: f"height{over}", 3: f"width{over}"}
+        dims = [
+            words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)
+        ]
+        value.shape = ir.Shape(dims)
+
+
+def _name_after_modules(model: ir.Model) -> None:
+    """Name every node and weight as the PyTorch model does, and keep of the exporter's notes only that."""
+    used: Counter[str] = Counter()
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        node.metadata_props.clear()
+        node.metadata_props["module"] = module
+        node.doc_string = None
+        stem = f"{module}/{node.op_type}" if module else node.op_type
+        used[stem] += 1
+        node.name = stem if used[stem] == 1 else f"{stem}_{used[stem]}"
+        _name_weight(model, node, module)
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "convnext-export", None
+
+
+def _name_weight(model: ir.Model, node: ir.Node, module: str) -> None:
+    """The exporter transposes the weights of a Linear and calls them val_7."""
+    if node.op_type != "MatMul" or node.inputs[1] is None or not node.inputs[1].is_initializer():
+        return
+    weight, name = node.inputs[1], f"{module}.weight"
+    if name not in model.graph.initializers:
+        weight.name = name
+
+
+def reference_outputs(model: ConvNeXt, options: TraceOptions, images: torch.Tensor) -> list[Any]:
+    """What eager PyTorch answers, as float32 arrays in the order of `output_names`."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = (model(images),) if options.task == "classify" else model.forward_features(images)
+    return [output.numpy() for output in outputs]
