@@ -1,0 +1,104 @@
+"""What runs a model. Each module of this folder is one runtime, and ends in `BACKEND = Backend(...)`.
+
+A check sees only `Session`; backends never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter import discover
+from exporter.artifact import Artifact, Record
+from exporter.errors import Unavailable
+
+Array = NDArray[np.float32]
+Outputs = tuple[Array, ...]
+
+
+class Session(Protocol):
+    """A loaded model."""
+
+    facts: dict[str, str]
+    """What is really in use: device or provider, and the precision of its arithmetic."""
+
+    def __call__(self, images: Array) -> Outputs:
+        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
+
+    def bind(self, images: Array) -> Callable[[], None]:
+        """Put the inputs in place on the device; what is returned runs once and waits. It is what is timed."""
+
+
+class Layer(Record):
+    """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision."""
+
+    name: str
+    module: str
+    operator: str
+    precision: str
+
+
+class Options(Record):
+    """What every backend can be told: the device, and how many threads (None is the runtime's own choice)."""
+
+    device: str = "cpu"
+    threads: int | None = None
+
+
+Opt = TypeVar("Opt", bound=Options)
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Opt]):
+    """A runtime as a record of functions.
+
+    probe: the installed version, or raises Unavailable with the line that installs it.
+    lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision.
+    build: (that graph, precision, folder) to what the runtime loads.
+    session: opens an artifact.
+    layers: what an artifact is made of, layer by layer.
+    """
+
+    name: str
+    precisions: frozenset[str]
+    options: type[Opt]
+    probe: Callable[[], str]
+    lower: Callable[[Artifact, str, Path], Artifact]
+    build: Callable[[Artifact, str, Path], Artifact]
+    session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
+    layers: Callable[[Artifact], list[Layer]]
+
+
+def get(name: str) -> Backend[Options]:
+    """The backend of that name.
+
+    Raises: BadRequest for an unknown one.
+    """
+    backend: Backend[Options] = discover.load(__name__, name, "BACKEND")
+    return backend
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require(distribution: str, extra: str) -> str:
+    """The version of a distribution.
+
+    Raises: Unavailable with the line that installs it.
+    """
+    version = installed(distribution)
+    if version is None:
+        raise Unavailable(f"{distribution} is not installed; pip install 'convnext-export[{extra}]'")
+    return version

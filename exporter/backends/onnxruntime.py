@@ -1,0 +1,161 @@
+"""ONNX Runtime: runs the ONNX graph as it is, on the CPU or through a provider that has to prove it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from exporter.artifact import Artifact, load, seal, staging
+from exporter.backends import Array, Backend, Layer, Options, Outputs, installed, require
+from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
+from exporter.graph import files, precision
+from exporter.graph.trace import INPUT
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8"}
+
+
+def probe() -> str:
+    """The version of ONNX Runtime.
+
+    Raises: Unavailable when it is missing, or when its CPU and GPU builds overwrote each other.
+    """
+    if installed("onnxruntime") and installed("onnxruntime-gpu"):
+        raise Unavailable(
+            "onnxruntime and onnxruntime-gpu are both installed, and they fill the same folder; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
+        )
+    return installed("onnxruntime-gpu") or require("onnxruntime", "cpu")
+
+
+class OrtSession:
+    """A loaded ONNX graph."""
+
+    def __init__(self, session: Any, device: str) -> None:
+        self.session, self.device = session, device
+        self.facts = {"provider": session.get_providers()[0], "device": device}
+
+    def __call__(self, images: Array) -> Outputs:
+        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        return tuple(self.session.run(None, {INPUT: np.ascontiguousarray(images)}))
+
+    def bind(self, images: Array) -> Callable[[], None]:
+        """Input and outputs on the device, and one run over them."""
+        import onnxruntime as ort
+
+        device = "cpu" if self.device == "cpu" else "cuda"
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images), device, 0))
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name, device)
+
+        def run() -> None:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
+
+
+@contextmanager
+def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
+    """Load an ONNX artifact on the device that was asked for, and on no other.
+
+    Raises: Unavailable when the provider is not really in use; BadRequest for an unknown device.
+    """
+    probe()
+    import onnxruntime as ort
+
+    if options.device not in PROVIDERS:
+        raise BadRequest(f"--device {options.device}: {nearest(options.device, PROVIDERS)}")
+    provider = PROVIDERS[options.device]
+    if provider not in ort.get_available_providers():
+        raise Unavailable(f"this ONNX Runtime has no {provider}; pip install 'convnext-export[gpu]'")
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised, and said once
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    try:
+        opened = ort.InferenceSession(artifact.path, settings, providers=[provider])
+    except Exception as error:  # noqa: BLE001  (ONNX Runtime's own exceptions share no base class)
+        raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {_short(error)}") from error
+    opened.disable_fallback()
+    in_use = opened.get_providers()[0]
+    if in_use != provider:
+        raise Unavailable(
+            f"{provider} was asked for and {in_use} is in use: its CUDA, cuDNN or driver does not load here; "
+            "see `convnext-export doctor`, or use --device cpu"
+        )
+    yield OrtSession(opened, options.device)
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
+    """The graph at another precision, as an artifact of its own.
+
+    Args:
+        artifact: fp32 ONNX.
+        wanted: `fp32` gives back the artifact as it is, `fp16` converts it.
+        out: the folder to write to.
+    """
+    if wanted == "fp32":
+        return artifact
+    import onnx_ir as ir
+
+    model = ir.load(artifact.path)
+    precision.to_fp16(model)
+    target = out / artifact.path.name.replace("_fp32", f"_{wanted}")
+    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), quality={})
+    with staging(target) as folder:
+        files.save(model, folder / target.name, sidecar.facts())
+        seal(folder, target.name, sidecar)
+    return load(target)
+
+
+def build(artifact: Artifact, wanted: str, out: Path) -> Artifact:
+    """ONNX Runtime loads the graph itself: nothing is left to build."""
+    del wanted, out
+    return artifact
+
+
+def layers(artifact: Artifact) -> list[Layer]:
+    """The nodes of the graph; a node's precision is that of what it gives out."""
+    import onnx
+    import onnx_ir as ir
+
+    graph = onnx.load(artifact.path, load_external_data=False)
+    del graph.graph.initializer[:]  # only the types are asked for
+    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(graph))
+    return [
+        Layer(
+            name=node.name or "",
+            module=node.metadata_props.get("module", ""),
+            operator=node.op_type,
+            precision=_precision(node),
+        )
+        for node in model.graph
+    ]
+
+
+def _precision(node: Any) -> str:
+    dtype = node.outputs[0].dtype
+    return _PRECISIONS.get(dtype.name, dtype.name.lower()) if dtype is not None else "?"
+
+
+BACKEND = Backend(
+    name="onnxruntime",
+    precisions=frozenset({"fp32", "fp16"}),
+    options=Options,
+    probe=probe,
+    lower=lower,
+    build=build,
+    session=session,
+    layers=layers,
+)

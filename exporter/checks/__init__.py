@@ -1,0 +1,71 @@
+"""What is asked of an artifact. Each module of this folder is one check, and ends in `CHECK = Check(...)`.
+
+A check measures: it watches batches go by, keeps what it needs in constant memory, and makes findings. It sees
+outputs, never a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter import discover
+from exporter.artifact import Artifact, Record
+from exporter.backends import Layer, Outputs
+from exporter.report import Finding
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: the artifact and the layers it is made of."""
+
+    artifact: Artifact
+    layers: Sequence[Layer]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch: the classes (N,), −1 where unknown, and what eager and the artifact gave for it."""
+
+    labels: NDArray[np.int64]
+    eager: Outputs
+    outputs: Outputs
+
+
+class Meter(Protocol):
+    """A check at work."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in one batch."""
+
+    def findings(self) -> list[Finding]:
+        """What was measured, judged."""
+
+
+class Options(Record):
+    """The limits a user may set; None is the check's own for the artifact's precision."""
+
+    min_cosine: float | None = None
+    atol: float | None = None
+    max_drop: float | None = None
+
+
+Opt = TypeVar("Opt")
+
+
+@dataclass(frozen=True)
+class Check(Generic[Opt]):
+    """A check: what it can be told, and how it starts."""
+
+    options: type[Opt]
+    start: Callable[[Opt, Subject], Meter]
+
+
+def start_all(options: Options, subject: Subject) -> list[Meter]:
+    """Every check of this folder, started."""
+    checks = [discover.load(__name__, name, "CHECK") for name in discover.names(__name__)]
+    return [check.start(options, subject) for check in checks]

@@ -1,0 +1,124 @@
+"""Drawing for a person: progress on stderr, tables on stdout, JSON alone on stdout when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from exporter.progress import REPORTER
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from exporter.report import Finding
+
+T = TypeVar("T")
+UNITS = ("B", "kB", "MB", "GB")
+
+
+def console(stderr: bool = False) -> Console:
+    """A console; where nobody is looking (a pipe, CI) lines are wide enough for any table."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+class Drawn:
+    """Steps as lines and loops as bars, on stderr."""
+
+    def __init__(self) -> None:
+        self.console = console(stderr=True)
+
+    def step(self, text: str) -> None:
+        """A new step of the work begins."""
+        self.console.print(f"[dim]·[/] {_plain(text)}")
+
+    def note(self, text: str) -> None:
+        """Something worth reading that is not an error."""
+        self.console.print(f"[yellow]note:[/] {_plain(text)}")
+
+    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
+        """Yield the items, drawing a bar of `total` of them."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=text)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within, progress is drawn."""
+    token = REPORTER.set(Drawn())
+    try:
+        yield
+    finally:
+        REPORTER.reset(token)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; the columns named in `right` are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column != columns[-1])
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    console().print(table)
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """What was measured, with its limits and verdicts."""
+    rows = [
+        (f.check, f.metric, value(f), limit(f), ("pass" if f.passed else "FAIL") if f.limit is not None else "", f.detail)
+        for f in findings
+    ]
+    print_table(("check", "metric", "value", "limit", "", "detail"), rows, right=("value", "limit"))
+
+
+def value(finding: Finding) -> str:
+    """A finding's value in its unit."""
+    if finding.value is None:
+        return "not a number"
+    if finding.metric == "bytes":
+        return size(int(finding.value))
+    text = f"{finding.value:.6g}" if finding.metric != "cosine" else f"{finding.value:.7f}"
+    return f"{text} {finding.unit}".strip()
+
+
+def limit(finding: Finding) -> str:
+    """A finding's limit, or nothing."""
+    return "" if finding.limit is None else f"{finding.limit:.6g}"
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    number, unit = float(count), 0
+    while number >= 1000 and unit < len(UNITS) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.3g} {UNITS[unit]}"
+
+
+def is_terminal() -> bool:
+    """Whether a person is looking at stdout."""
+    return sys.stdout.isatty()

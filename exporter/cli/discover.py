@@ -1,0 +1,158 @@
+"""What there is: `variants`, `doctor`, `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from exporter.artifact import Artifact
+    from exporter.backends import Layer
+    from exporter.model.variants import Variant
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
+
+
+@click.command("variants", short_help="Every ConvNeXt known: size, cost, published accuracy, weights.")
+@JSON
+def variants_command(as_json: bool) -> None:
+    """Print every ConvNeXt known, with parameters, GMACs, published top-1 and default weights.
+
+    \b
+    Example:
+      convnext-export variants
+    """
+    from exporter.cli.console import print_json, print_table
+    from exporter.model.variants import VARIANTS
+
+    rows = [_variant_row(variant) for variant in VARIANTS.values()]
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        (
+            str(row["name"]),
+            f"{row['params_m']:.1f}",
+            f"{row['gmacs']:.2f}",
+            str(row["size"]),
+            "–" if row["top1"] is None else f"{row['top1']:.1f}",
+            str(row["weights"] or "none published on the Hub"),
+        )
+        for row in rows
+    ]
+    columns = ("variant", "params (M)", "GMACs", "size", "top-1 (%)", "default weights")
+    print_table(columns, cells, right=columns[1:5])
+
+
+def _variant_row(variant: Variant) -> dict[str, object]:
+    return {
+        "name": variant.name,
+        "params": variant.params,
+        "params_m": variant.params / 1e6,
+        "gmacs": variant.gmacs,
+        "size": variant.preprocessing.size,
+        "top1": variant.top1,
+        "weights": variant.hub and f"hf-hub:{variant.hub}",
+        "depths": variant.architecture.depths,
+        "dims": variant.architecture.dims,
+    }
+
+
+@click.command("doctor", short_help="What this machine can build, run and measure.")
+@JSON
+def doctor_command(as_json: bool) -> None:
+    """Print what this machine can build, run and measure, and the line that changes what it cannot.
+
+    \b
+    Example:
+      convnext-export doctor
+    """
+    from exporter.cli.console import print_json, print_table
+    from exporter.doctor import examine
+
+    facts = examine()
+    if as_json:
+        print_json(facts)
+    else:
+        print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.mend) for f in facts])
+
+
+@click.command("inspect", short_help="What an artifact is: inputs, outputs, precision layer by layer, origin.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only a line per stage.")
+@JSON
+def inspect_command(artifact: Path, all_layers: bool, as_json: bool) -> None:
+    """Print what an artifact is: inputs, outputs, precision layer by layer, preprocessing, labels, parents.
+
+    \b
+    Example:
+      convnext-export inspect build/tiny_fp16.xml
+    """
+    from exporter import artifact as artifacts
+    from exporter import backends
+    from exporter.cli.console import print_json
+
+    opened = artifacts.load(artifact)
+    layers = backends.get(opened.sidecar.backend).layers(opened)
+    if as_json:
+        print_json({"artifact": opened.to_dict(), "layers": layers})
+        return
+    _print_facts(opened)
+    _print_layers(layers, all_layers)
+
+
+def _print_facts(artifact: Artifact) -> None:
+    from exporter.cli.console import print_table, size
+
+    sidecar, recipe = artifact.sidecar, artifact.sidecar.preprocessing
+    labels = ", ".join(sidecar.labels[:4]) + (" …" if len(sidecar.labels) > 4 else "")
+    rows = [
+        ("file", f"{artifact.path} ({size(sidecar.bytes)} in {', '.join(f.name for f in sidecar.files)})"),
+        ("sha256", sidecar.sha256),
+        ("made from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
+        ("model", f"{sidecar.variant}, {sidecar.task}, {sidecar.precision}, for {sidecar.backend}"),
+        ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
+        *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
+        *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
+        ("preprocessing", f"{recipe.interpolation} to {recipe.resize}, {recipe.crop} {recipe.size}, {recipe.color}"),
+        ("", f"mean {recipe.mean}, std {recipe.std}"),
+        ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
+        ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
+        ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
+    ]
+    print_table(("fact", "value"), rows)
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _print_layers(layers: list[Layer], every: bool) -> None:
+    from collections import Counter
+
+    from exporter.cli.console import print_table
+
+    if every:
+        rows = [(layer.name, layer.module, layer.operator, layer.precision) for layer in layers]
+        print_table(("layer", "module", "operator", "precision"), rows)
+        return
+    blocks: dict[str, list[Layer]] = {}
+    for layer in layers:
+        blocks.setdefault(_block(layer.module), []).append(layer)
+    rows2 = [
+        (block, str(len(group)), _count(Counter(x.precision for x in group)), _count(Counter(x.operator for x in group)))
+        for block, group in blocks.items()
+    ]
+    print_table(("block", "layers", "precision", "operators"), rows2, right=("layers",))
+
+
+def _block(module: str) -> str:
+    parts = module.split(".")
+    depth = {"stages": 3, "downsample_layers": 2}.get(parts[0], 1)
+    return ".".join(parts[:depth]) or "inputs and outputs"
+
+
+def _count(counter: object) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())  # type: ignore[attr-defined]

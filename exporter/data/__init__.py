@@ -1,0 +1,17 @@
+"""Images: folders, manifests, arrays or synthetic ones, as preprocessed batches in constant memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Preprocessed images (N, 3, H, W) float32, their names, and their classes (N,), −1 where unknown."""
+
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    names: tuple[str, ...]

@@ -1,0 +1,88 @@
+"""`.npz` files, read row by row: `images` and, if known, `labels`."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact import Preprocessing
+from exporter.data import images
+from exporter.errors import BadRequest
+
+_EXPECTED = "expected 'images' as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """An open `.npz`; its images are never in memory at once."""
+
+    path: Path
+    recipe: Preprocessing
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    labels: NDArray[np.int64] | None
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return self.shape[0]
+
+    def rows(self) -> Iterator[NDArray[np.float32]]:
+        """Each image as an input (3, size, size) float32."""
+        from PIL import Image
+
+        bytes_each = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
+            _header(file)
+            for _ in range(self.count):
+                row = np.frombuffer(file.read(bytes_each), self.dtype).reshape(self.shape[1:])
+                if self.dtype == np.uint8:
+                    yield images.preprocess(Image.fromarray(row), self.recipe)
+                else:
+                    yield row.astype(np.float32)
+
+
+def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
+    """Look into an `.npz` without reading its images.
+
+    Raises: BadRequest when it is damaged, or its arrays are not of the shapes named in the message.
+    """
+    expected = _EXPECTED.format(recipe.size)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "images.npy" not in names:
+                raise BadRequest(f"{path}: holds {', '.join(names) or 'nothing'}; {expected}")
+            with archive.open("images.npy") as file:
+                shape, fortran, dtype = _header(file)
+            labels = _labels(archive) if "labels.npy" in names else None
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
+    pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3
+    inputs = dtype == np.float32 and shape[1:] == (3, recipe.size, recipe.size)
+    if fortran or not shape or not shape[0] or not (pixels or inputs):
+        raise BadRequest(f"{path}: images are {dtype} {shape}; {expected}")
+    if labels is not None and labels.shape != shape[:1]:
+        raise BadRequest(f"{path}: {shape[0]} images but labels of shape {labels.shape}")
+    return Arrays(path, recipe, shape, dtype, labels)
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, fortran, dtype
+
+
+def _labels(archive: zipfile.ZipFile) -> NDArray[np.int64]:
+    with archive.open("labels.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"labels are {array.dtype}, expected whole numbers")
+    return array.astype(np.int64)

@@ -1,0 +1,197 @@
+"""From what a user calls data to batches: a folder, a manifest, an `.npz` file, or `synthetic`.
+
+Images are read as they are asked for, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact import Preprocessing
+from exporter.data import Batch, images, synthetic
+from exporter.data.arrays import open_npz
+from exporter.errors import BadRequest, nearest, some
+
+SYNTHETIC = 16  # images, when no number is given
+
+Item = tuple[str, int, Callable[[], NDArray[np.float32]]]
+
+
+@dataclass
+class Samples:
+    """Images to measure with.
+
+    `items` yields (name, class or −1, a function that makes the array) for each; `skipped` fills up with what
+    could not be read, and why, as the batches go by.
+    """
+
+    source: str
+    total: int
+    items: Callable[[], Iterator[Item]]
+    labelled: bool
+    skipped: list[str] = field(default_factory=list)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All images in batches of `size`; the last one may be smaller."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            waiting: list[Item] = []
+            for item in self.items():
+                waiting.append(item)
+                if len(waiting) == size:
+                    yield from self._read(waiting, pool)
+                    waiting = []
+            yield from self._read(waiting, pool)
+
+    def _read(self, items: list[Item], pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        good = [found for found in pool.map(self._one, items) if found is not None]
+        if good:
+            names, labels, arrays = zip(*good, strict=True)
+            yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
+
+    def _one(self, item: Item) -> tuple[str, int, NDArray[np.float32]] | None:
+        name, label, make = item
+        try:
+            return name, label, make()
+        except images.Unreadable as error:
+            self.skipped.append(f"{name}: {error}")
+            return None
+
+
+def open_samples(
+    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int, most: int | None = None
+) -> Samples:
+    """The images a user means.
+
+    Args:
+        source: a folder with a sub-folder per class (or none: images without labels), a `.tsv`/`.csv` manifest,
+            an `.npz` file, or `synthetic`.
+        recipe: how each becomes an input.
+        labels: the model's; sub-folders are matched to them.
+        classes: how many the model has.
+        most: at most so many images, evenly spread; None is all (of synthetic ones, 16).
+
+    Raises: BadRequest when there is nothing there, or a class the model does not have.
+    """
+    if source == "synthetic":
+        return _synthetic(recipe, most or SYNTHETIC)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+    if path.suffix == ".npz":
+        return _npz(path, recipe, classes, most)
+    if path.is_dir():
+        found = _folder(path, labels, classes)
+    elif path.suffix in (".tsv", ".csv"):
+        found = _manifest(path, labels, classes)
+    else:
+        raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+    if most and most < len(found):
+        found = [found[round(index)] for index in np.linspace(0, len(found) - 1, most)]
+    return _files(source, path if path.is_dir() else path.parent, found, recipe)
+
+
+def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
+    def items() -> Iterator[Item]:
+        for name, label in found:
+            yield name, label, lambda name=name: images.read(root / name, recipe)
+
+    return Samples(source, len(found), items, all(label >= 0 for _, label in found))
+
+
+def _synthetic(recipe: Preprocessing, count: int) -> Samples:
+    def items() -> Iterator[Item]:
+        for seed in range(count):
+            make = lambda seed=seed: images.normalise(synthetic.dead_leaves(recipe.size, seed), recipe)  # noqa: E731
+            yield f"dead leaves {seed}", -1, make
+
+    return Samples("synthetic", count, items, labelled=False)
+
+
+def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> Samples:
+    arrays = open_npz(path, recipe)
+    labels = arrays.labels
+    if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
+    total = min(arrays.count, most or arrays.count)
+
+    def items() -> Iterator[Item]:
+        for index, array in zip(range(total), arrays.rows(), strict=False):
+            label = -1 if labels is None else int(labels[index])
+            yield f"{path.name}[{index}]", label, lambda array=array: array
+
+    return Samples(str(path), total, items, labels is not None)
+
+
+def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    numbers = match_classes(folders, labels, classes, str(path)) if folders else {}
+    found = [(f"{name}/{file}", numbers[name]) for name in folders for file in _images_in(path / name)]
+    if not folders:
+        found = [(file, -1) for file in _images_in(path)]
+    if not found:
+        raise BadRequest(f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files")
+    return found
+
+
+def _images_in(folder: Path) -> list[str]:
+    files = folder.rglob("*")
+    names = (file.relative_to(folder).as_posix() for file in files if file.suffix.lower() in images.SUFFIXES)
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
+    """The class number of each name: by the model's labels, else as numbers, else in sorted order.
+
+    Raises: BadRequest for a class the model does not have, or when names cannot be told apart.
+    """
+    known = {label: index for index, label in enumerate(labels)}
+    if any(name in known for name in names):
+        for name in names:
+            if name not in known:
+                raise BadRequest(f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}")
+        return {name: known[name] for name in names}
+    if all(name.isdecimal() for name in names):
+        too_high = [name for name in names if int(name) >= classes]
+        if too_high:
+            raise BadRequest(f"{where}: class {too_high[0]}, but the model's {classes} classes end at {classes - 1}")
+        return {name: int(name) for name in names}
+    if len(names) == classes:
+        return {name: index for index, name in enumerate(sorted(names))}
+    has = f"{len(labels)} labels, none of them among these" if labels else "no labels"
+    raise BadRequest(
+        f"{where}: {len(names)} classes ({some(names)}), but the model has {classes} classes and {has}; "
+        "build it with --labels FILE, one folder name a line in the order of the classes"
+    )
+
+
+def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+    """Columns `path` and, if known, `label`; lines that begin with # are a header for people."""
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
+    if not rows or "path" not in rows[0]:
+        raise BadRequest(f"{path}: expected a line of column names with 'path' (and 'label'), then one image a line")
+    outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
+    if outside:
+        raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
+    words = [row.get("label") or "" for row in rows]
+    if not any(words):
+        return [(row["path"], -1) for row in rows]
+    numbers = match_classes(sorted(set(words)), labels, classes, str(path))
+    return [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
+
+
+def _leaves(name: str) -> bool:
+    path = Path(name)
+    return path.is_absolute() or ".." in path.parts

@@ -1,0 +1,1 @@
+"""Measuring: statistics and the machine they were taken on. Knows no model."""

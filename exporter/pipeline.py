@@ -1,0 +1,251 @@
+"""The order of the steps: checkpoint → graph → backend → checks → report."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from exporter import artifact as artifacts
+from exporter import backends, checks
+from exporter.artifact import Artifact, Preprocessing, Sidecar
+from exporter.backends import Array, Outputs, Session
+from exporter.data import Batch, images, synthetic
+from exporter.data.samples import open_samples
+from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
+from exporter.graph import files, simplify, trace
+from exporter.graph.trace import TraceOptions
+from exporter.measure import machine
+from exporter.model import weights
+from exporter.model.weights import Checkpoint
+from exporter.progress import note, step, track
+from exporter.recipe import Recipe, labels_path
+from exporter.report import Finding, Report
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TRACE_SHARE = 1e-3  # of the spread: far above fp32 rounding (2e-6), far below any real mistake
+BATCH = 16
+
+
+def build(recipe: Recipe, out: Path) -> Artifact:
+    """Everything from the weights to what the backend loads.
+
+    Raises: ExporterError, with nothing changed on disk.
+    """
+    backend = backends.get(recipe.backend)
+    if recipe.precision not in backend.precisions:
+        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {nearest(recipe.precision, backend.precisions)}")
+    backend.probe()
+    graph = export(recipe, out)
+    if recipe.precision != "fp32":
+        step(f"{recipe.precision} for {recipe.backend}")
+    lowered = backend.lower(graph, recipe.precision, out)
+    return backend.build(lowered, recipe.precision, out)
+
+
+def export(recipe: Recipe, out: Path) -> Artifact:
+    """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one."""
+    step(f"weights {recipe.weights}")
+    checkpoint = weights.load(recipe.weights, recipe.variant, labels_path(recipe))
+    options = recipe.trace_options(checkpoint.preprocessing.size)
+    trace.check_options(options, len(checkpoint.variant.architecture.depths))
+    task = "" if options.task == "classify" else f"_{options.task}"
+    target = out / f"{checkpoint.variant.name}{task}_fp32.onnx"
+    sidecar = _sidecar(recipe, checkpoint, options)
+    if (found := _still_there(target, sidecar)) is not None:
+        note(f"{target.name} is already there, from the same weights and options")
+        return found
+    return _trace(checkpoint, options, sidecar, recipe.simplify, target)
+
+
+def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions) -> Sidecar:
+    recipe = msgspec.structs.replace(recipe, backend="onnxruntime", precision="fp32")
+    preprocessing = checkpoint.preprocessing
+    return Sidecar(
+        backend="onnxruntime",
+        precision="fp32",
+        variant=checkpoint.variant.name,
+        task=options.task,
+        weights=checkpoint.weights,
+        inputs=(),
+        outputs=(),
+        preprocessing=preprocessing.at(options.imgsz) if options.imgsz else preprocessing,
+        labels=checkpoint.labels,
+        versions=machine.versions(),
+        recipe=msgspec.to_builtins(recipe),
+    )
+
+
+def _still_there(target: Path, sidecar: Sidecar) -> Artifact | None:
+    """The artifact at `target`, if it is whole and was made from the same facts."""
+    if not target.exists():
+        return None
+    try:
+        found = artifacts.load(target)
+    except BadRequest as error:
+        note(f"{error} – doing so")
+        return None
+    same = msgspec.structs.replace(found.sidecar, inputs=(), outputs=()).facts() == sidecar.facts()
+    return found if same else None
+
+
+def _trace(
+    checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simplified: bool, target: Path
+) -> Artifact:
+    step("tracing to ONNX")
+    model = checkpoint.model()
+    probe = _probe_images(options, sidecar.preprocessing)
+    expected = _expected(model, options, probe)
+    graph = trace.trace(model, options)
+    inputs, outputs = files.signature(graph)
+    sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
+    candidate, reason = (graph, "") if not simplified else _simplify(graph)
+    # Weights above 2 GB: nothing may hold them any longer than it must.
+    del model, checkpoint
+    with artifacts.staging(target) as folder:
+        file = folder / target.name
+        files.save(candidate, file, sidecar.facts())
+        difference = _difference(file, sidecar, probe, expected)
+        if difference and candidate is not graph:
+            reason = difference
+            files.save(graph, file, sidecar.facts())
+            difference = _difference(file, sidecar, probe, expected)
+        del candidate, graph
+        gc.collect()
+        if difference:
+            raise CheckFailed(f"{target.name}: the traced graph is not the model: {difference}; nothing was written")
+        artifacts.seal(folder, target.name, sidecar)
+    if reason:
+        note(f"onnxsim: the plain graph is kept: {reason}")
+    return artifacts.load(target)
+
+
+def _simplify(graph: ir.Model) -> tuple[ir.Model, str]:
+    """The simplified graph if there is a runtime here to check it with."""
+    step("simplifying with onnxsim")
+    try:
+        backends.get("onnxruntime").probe()
+    except Unavailable as error:
+        return graph, f"it cannot be checked here ({error})"
+    return simplify.simplify(graph)
+
+
+def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
+    """A few images for comparing, of other numbers than were traced with where axes are dynamic."""
+    recipe = preprocessing if options.imgsz else preprocessing.at(96)
+    count = options.batch or 3
+    return np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(count)])
+
+
+def _expected(model: Any, options: TraceOptions, probe: Array) -> Outputs:
+    import torch
+
+    return tuple(trace.reference_outputs(model, options, torch.from_numpy(probe)))
+
+
+def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -> str:
+    """Why the graph in this file is not the model, or "" when it is, or no runtime here can tell."""
+    backend = backends.get("onnxruntime")
+    try:
+        backend.probe()
+    except Unavailable:
+        note("the graph is not compared with the model: no ONNX Runtime here; run verify where there is one")
+        return ""
+    with backend.session(Artifact(file, sidecar), backend.options()) as session:
+        got = session(probe)
+    for tensor, a, b in zip(sidecar.outputs, expected, got, strict=True):
+        if a.shape != b.shape:
+            return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
+        share = float(np.abs(a - b).max() / a.std())
+        if not share <= TRACE_SHARE:
+            return f"{tensor.name} differs by {share:.2g} of its spread"
+    return ""
+
+
+class VerifyOptions(checks.Options):
+    """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now."""
+
+    data: str = "synthetic"
+    most: int | None = None
+    weights: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+
+
+def verify(artifact: Artifact, options: VerifyOptions) -> Report:
+    """Hold an artifact against eager PyTorch on the same images; writes its quality into the sidecar."""
+    sidecar = artifact.sidecar
+    backend, eager = backends.get(sidecar.backend), backends.get("eager")
+    samples = open_samples(
+        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
+    )
+    subject = checks.Subject(artifact, backend.layers(artifact))
+    meters = checks.start_all(options, subject)
+    told = {"device": options.device, "threads": options.threads}
+    step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
+    eager_told = eager.options(**{**told, "device": "cpu", "weights": options.weights})  # type: ignore[arg-type]
+    with eager.session(artifact, eager_told) as reference, backend.session(
+        artifact, backend.options(**told)  # type: ignore[arg-type]
+    ) as candidate:
+        fixed = sidecar.inputs[0].shape[0]
+        size = fixed if isinstance(fixed, int) else BATCH
+        seen = 0
+        for batch in _with_progress(samples.batches(size), samples.total):
+            seen += len(batch.names)
+            both = [_run(session, batch.images, fixed) for session in (reference, candidate)]
+            for meter in meters:
+                meter.see(checks.Seen(batch.labels, *both))
+        facts = candidate.facts
+    if not seen:
+        raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
+    findings = [finding for meter in meters for finding in meter.findings()]
+    findings.append(_images_finding(samples.skipped, seen, options.data))
+    report = Report(
+        passed=all(finding.passed for finding in findings),
+        recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
+        artifact=artifact.to_dict(),
+        environment={**machine.environment(), "session": facts},
+        findings=tuple(findings),
+    )
+    artifacts.update_quality(artifact, _quality(report, options.data, seen))
+    return report
+
+
+def _with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+    """The batches, with a bar that counts images."""
+
+    def one_by_one() -> Iterator[Batch | None]:
+        for batch in batches:
+            yield batch
+            yield from [None] * (len(batch.names) - 1)
+
+    return (batch for batch in track(one_by_one(), total, "images") if batch is not None)
+
+
+def _run(session: Session, pixels: Array, fixed: int | str) -> Outputs:
+    """One batch; for an artifact of a fixed batch the last one is filled up and cut again."""
+    count = len(pixels)
+    if isinstance(fixed, int) and count < fixed:
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], fixed - count, axis=0)])
+    return tuple(output[:count] for output in session(pixels))
+
+
+def _images_finding(skipped: list[str], seen: int, source: str) -> Finding:
+    shown = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+    detail = f"{seen} of {source}" + (f", {len(skipped)} unreadable: {shown}" if skipped else "")
+    if source == "synthetic":
+        detail += " images (dead leaves): parity is measured, accuracy needs --data"
+    return Finding(check="data", metric="images", value=seen, unit="images", detail=detail)
+
+
+def _quality(report: Report, source: str, seen: int) -> dict[str, float | str]:
+    metrics = ("cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
+    values = {metric: report.value(metric) for metric in metrics}
+    known: dict[str, float | str] = {metric: value for metric, value in values.items() if value is not None}
+    return {"data": source, "images": float(seen), "passed": "yes" if report.passed else "no", **known}

@@ -1,0 +1,54 @@
+"""A recipe: everything that one build was asked for, as a frozen record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from exporter.artifact import Record
+from exporter.errors import BadRequest
+from exporter.graph.trace import TraceOptions
+
+
+class Recipe(Record):
+    """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them."""
+
+    variant: str | None = None
+    weights: str = "hub"
+    labels: str | None = None
+    task: Literal["classify", "features"] = "classify"
+    imgsz: int | Literal["dynamic"] | None = None
+    batch: int | Literal["dynamic"] = "dynamic"
+    opset: int = 20
+    simplify: bool = True
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+
+    def trace_options(self, published_size: int) -> TraceOptions:
+        """How the graph is cut, once the weights have told their size."""
+        size = self.imgsz if self.imgsz is not None else published_size
+        return TraceOptions(
+            task=self.task,
+            imgsz=None if size == "dynamic" else size,
+            batch=None if self.batch == "dynamic" else self.batch,
+            opset=self.opset,
+        )
+
+
+def size_or_dynamic(option: str, word: str | None) -> int | Literal["dynamic"] | None:
+    """What `--imgsz` and `--batch` take.
+
+    Raises: BadRequest for anything but a whole number or `dynamic`.
+    """
+    if word is None:
+        return None
+    if word == "dynamic":
+        return "dynamic"
+    if not word.isdecimal():
+        raise BadRequest(f"{option} {word}: expected a whole number or 'dynamic'")
+    return int(word)
+
+
+def labels_path(recipe: Recipe) -> Path | None:
+    """The file of labels, if one was given."""
+    return Path(recipe.labels) if recipe.labels else None

@@ -1,0 +1,64 @@
+"""Reports as a Markdown table, one row per artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.report import Report
+
+COLUMNS = ("artifact", "runs on", "size", "top-1", "eager", "agreement", "cosine", "max error", "")
+
+
+def render(reports: Sequence[Report]) -> str:
+    """A table of what `verify` found, and where."""
+    rows = [_row(report) for report in reports]
+    lines = [_line(COLUMNS), "|---|---|" + "--:|" * 6 + "---|", *map(_line, rows)]
+    return "\n".join([*lines, "", _footer(reports)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    name = Path(str(report.artifact.get("path", "?"))).name
+    precision = report.environment.get("session", {})
+    where = f"{report.artifact.get('backend', '?')} {report.artifact.get('precision', '?')}"
+    arithmetic = precision.get("arithmetic") if isinstance(precision, dict) else None
+    if arithmetic and arithmetic != report.artifact.get("precision"):
+        where += f", computed in {arithmetic}"
+    bad = [finding.metric for finding in report.findings if not finding.passed]
+    return (
+        f"`{_escape(name)}`",
+        _escape(where),
+        f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
+        _number(report.value("top1"), "{:.2f} %"),
+        _number(report.value("top1_eager"), "{:.2f} %"),
+        _number(report.value("top1_agreement"), "{:.2f} %"),
+        _number(report.value("cosine"), "{:.7f}"),
+        _number(report.value("max_abs"), "{:.2g}"),
+        f"**fails** {', '.join(bad)}" if bad else "passes",
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _escape(text: str) -> str:
+    """Names come from files and labels: no table, link or tag may come out of them."""
+    for sign in "\\`|<>[]&\n":
+        text = text.replace(sign, " " if sign == "\n" else f"&#{ord(sign)};")
+    return text
+
+
+def _footer(reports: Sequence[Report]) -> str:
+    first = reports[0]
+    data = next((finding.detail for finding in first.findings if finding.metric == "images"), "")
+    versions = first.environment.get("versions", {})
+    tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
+    return f"Images: {_escape(data)}. Machine: {_escape(str(first.environment.get('cpu', '?')))}; {', '.join(tools)}."
+
+
+RENDER = render
