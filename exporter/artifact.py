@@ -31,7 +31,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A frozen fact that is written as JSON; an unknown key in a file is an error."""
 
 
-class Preprocessing(Record):
+class Preprocessing(Record, frozen=True):
     """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
 
     `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
@@ -52,7 +52,7 @@ class Preprocessing(Record):
         return msgspec.structs.replace(self, size=size, resize=round(size * self.resize / self.size))
 
 
-class Tensor(Record):
+class Tensor(Record, frozen=True):
     """An input or output: name, shape (a word stands for a dynamic axis) and element type."""
 
     name: str
@@ -60,7 +60,7 @@ class Tensor(Record):
     dtype: str = "float32"
 
 
-class Weights(Record):
+class Weights(Record, frozen=True):
     """Where the weights came from and what they are.
 
     `digest` is the sha256 of the tensors in our own layout, so the same weights have one digest in every
@@ -74,7 +74,7 @@ class Weights(Record):
     file_sha256: str | None = None
 
 
-class File(Record):
+class File(Record, frozen=True):
     """One file of an artifact, beside the others."""
 
     name: str
@@ -82,7 +82,7 @@ class File(Record):
     sha256: str
 
 
-class Sidecar(Record):
+class Sidecar(Record, frozen=True):
     """All that is known of an artifact. The first of `files` is the one a runtime opens."""
 
     backend: str

@@ -12,7 +12,7 @@ from exporter.errors import ExporterError, Unavailable
 from exporter.measure import machine
 
 
-class Fact(Record):
+class Fact(Record, frozen=True):
     """One line: ✓ it can, ✗ it cannot, · for your information."""
 
     mark: str
@@ -83,7 +83,9 @@ def _ort_cuda() -> str:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise Unavailable("this build has none; on a GPU machine: pip uninstall -y onnxruntime, pip install onnxruntime-gpu")
+        raise Unavailable(
+            "this build has none; on a GPU machine: pip uninstall -y onnxruntime, pip install onnxruntime-gpu"
+        )
     _torch_cuda()
     return "listed; `verify --device cuda` proves it"
 

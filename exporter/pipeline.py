@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from exporter.report import Finding, Report
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch.nn import Module
 
 TRACE_SHARE = 1e-3  # of the spread: far above fp32 rounding (2e-6), far below any real mistake
 BATCH = 16
@@ -40,7 +41,9 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     """
     backend = backends.get(recipe.backend)
     if recipe.precision not in backend.precisions:
-        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {nearest(recipe.precision, backend.precisions)}")
+        raise BadRequest(
+            f"{recipe.backend} cannot run {recipe.precision}; {nearest(recipe.precision, backend.precisions)}"
+        )
     backend.probe()
     graph = export(recipe, out)
     if recipe.precision != "fp32":
@@ -51,10 +54,12 @@ def build(recipe: Recipe, out: Path) -> Artifact:
 
 def export(recipe: Recipe, out: Path) -> Artifact:
     """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one."""
-    step(f"weights {recipe.weights}")
+    trace.check_options(recipe.trace_options(224))
+    step(f"reading weights {recipe.weights}")
     checkpoint = weights.load(recipe.weights, recipe.variant, labels_path(recipe))
     options = recipe.trace_options(checkpoint.preprocessing.size)
-    trace.check_options(options, len(checkpoint.variant.architecture.depths))
+    if options.task == "features" and checkpoint.variant.architecture.isotropic:
+        raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
     task = "" if options.task == "classify" else f"_{options.task}"
     target = out / f"{checkpoint.variant.name}{task}_fp32.onnx"
     sidecar = _sidecar(recipe, checkpoint, options)
@@ -95,14 +100,12 @@ def _still_there(target: Path, sidecar: Sidecar) -> Artifact | None:
     return found if same else None
 
 
-def _trace(
-    checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simplified: bool, target: Path
-) -> Artifact:
+def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simplified: bool, target: Path) -> Artifact:
     step("tracing to ONNX")
-    model = checkpoint.model()
+    model = checkpoint.model(options.task)
     probe = _probe_images(options, sidecar.preprocessing)
-    expected = _expected(model, options, probe)
-    graph = trace.trace(model, options)
+    expected = _expected(model, probe)
+    graph = trace.trace(model, options, checkpoint.variant.architecture.stride)
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
     candidate, reason = (graph, "") if not simplified else _simplify(graph)
@@ -143,10 +146,13 @@ def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     return np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(count)])
 
 
-def _expected(model: Any, options: TraceOptions, probe: Array) -> Outputs:
+def _expected(model: Module, probe: Array) -> Outputs:
+    """What eager PyTorch gives for these images."""
     import torch
 
-    return tuple(trace.reference_outputs(model, options, torch.from_numpy(probe)))
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(probe))
+    return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -> str:
@@ -168,7 +174,7 @@ def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -
     return ""
 
 
-class VerifyOptions(checks.Options):
+class VerifyOptions(checks.Options, frozen=True):
     """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now."""
 
     data: str = "synthetic"
@@ -190,9 +196,13 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
     told = {"device": options.device, "threads": options.threads}
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     eager_told = eager.options(**{**told, "device": "cpu", "weights": options.weights})  # type: ignore[arg-type]
-    with eager.session(artifact, eager_told) as reference, backend.session(
-        artifact, backend.options(**told)  # type: ignore[arg-type]
-    ) as candidate:
+    with (
+        eager.session(artifact, eager_told) as reference,
+        backend.session(
+            artifact,
+            backend.options(**told),  # type: ignore[arg-type]
+        ) as candidate,
+    ):
         fixed = sidecar.inputs[0].shape[0]
         size = fixed if isinstance(fixed, int) else BATCH
         seen = 0

@@ -10,7 +10,7 @@ from exporter.errors import BadRequest
 from exporter.graph.trace import TraceOptions
 
 
-class Recipe(Record):
+class Recipe(Record, frozen=True):
     """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them."""
 
     variant: str | None = None

@@ -36,7 +36,7 @@ class Session(Protocol):
         """Put the inputs in place on the device; what is returned runs once and waits. It is what is timed."""
 
 
-class Layer(Record):
+class Layer(Record, frozen=True):
     """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision."""
 
     name: str
@@ -45,7 +45,7 @@ class Layer(Record):
     precision: str
 
 
-class Options(Record):
+class Options(Record, frozen=True):
     """What every backend can be told: the device, and how many threads (None is the runtime's own choice)."""
 
     device: str = "cpu"

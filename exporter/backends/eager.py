@@ -16,10 +16,8 @@ from exporter.errors import BadRequest, Unavailable
 if TYPE_CHECKING:
     import torch
 
-    from exporter.model.convnext import ConvNeXt
 
-
-class EagerOptions(Options):
+class EagerOptions(Options, frozen=True):
     """`weights` says where the checkpoint lies now; None is where the artifact was made from."""
 
     weights: str | None = None
@@ -28,8 +26,8 @@ class EagerOptions(Options):
 class EagerSession:
     """The PyTorch network an artifact was made from, in fp32."""
 
-    def __init__(self, model: ConvNeXt, features: bool, device: str) -> None:
-        self.model, self.features, self.device = model, features, device
+    def __init__(self, model: torch.nn.Module, device: str) -> None:
+        self.model, self.device = model, device
         self.facts = {"device": device, "arithmetic": "fp32"}
 
     def __call__(self, images: Array) -> Outputs:
@@ -56,7 +54,8 @@ class EagerSession:
         import torch
 
         with torch.inference_mode():
-            return self.model.forward_features(images) if self.features else (self.model(images),)
+            outputs = self.model(images)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def probe() -> str:
@@ -79,8 +78,8 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     if options.threads:
         torch.set_num_threads(options.threads)
     sidecar = artifact.sidecar
-    model = weights.reload(sidecar.weights, sidecar.variant, options.weights).model()
-    yield EagerSession(model.to(options.device), sidecar.task == "features", options.device)
+    model = weights.reload(sidecar.weights, sidecar.variant, options.weights).model(sidecar.task)
+    yield EagerSession(model.to(options.device), options.device)
 
 
 def _nothing_to_build(artifact: Artifact, precision: str, out: Path) -> Artifact:

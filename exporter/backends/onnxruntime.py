@@ -16,7 +16,11 @@ from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
 from exporter.graph import files, precision
 from exporter.graph.trace import INPUT
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8"}
 
 
@@ -81,7 +85,7 @@ def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
         settings.intra_op_num_threads = options.threads
     try:
         opened = ort.InferenceSession(artifact.path, settings, providers=[provider])
-    except Exception as error:  # noqa: BLE001  (ONNX Runtime's own exceptions share no base class)
+    except Exception as error:
         raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {_short(error)}") from error
     opened.disable_fallback()
     in_use = opened.get_providers()[0]
@@ -127,12 +131,8 @@ def build(artifact: Artifact, wanted: str, out: Path) -> Artifact:
 
 def layers(artifact: Artifact) -> list[Layer]:
     """The nodes of the graph; a node's precision is that of what it gives out."""
-    import onnx
     import onnx_ir as ir
 
-    graph = onnx.load(artifact.path, load_external_data=False)
-    del graph.graph.initializer[:]  # only the types are asked for
-    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(graph))
     return [
         Layer(
             name=node.name or "",
@@ -140,7 +140,7 @@ def layers(artifact: Artifact) -> list[Layer]:
             operator=node.op_type,
             precision=_precision(node),
         )
-        for node in model.graph
+        for node in ir.load(artifact.path).graph
     ]
 
 

@@ -144,24 +144,28 @@ def _read_again(path: Path) -> None:
 
 
 def layers(artifact: Artifact) -> list[Layer]:
-    """The layers of the compiled model, with the precision each really runs in on this CPU."""
+    """The layers of the compiled model in the order they run, with the precision each really runs in here.
+
+    What OpenVINO puts in front of a layer (a reorder, the parts of a norm) counts to that layer's module.
+    """
     compiled, _, _ = _compile(artifact, Options())
-    found = []
-    for op in compiled.get_runtime_model().get_ordered_ops():
-        info = op.get_rt_info()
-        kind = _text(info["layerType"])
-        if kind not in ("Const", "Input", "Output"):
-            names = _text(info["originalLayersNames"]) if "originalLayersNames" in info else ""
-            precision = _text(info["runtimePrecision"])
-            found.append(
-                Layer(
-                    name=op.get_friendly_name(),
-                    module=_module(names or op.get_friendly_name()),
-                    operator=kind,
-                    precision=_NAMES.get(precision, precision),
-                )
+    found: list[Layer] = []
+    module = ""
+    for op in reversed(compiled.get_runtime_model().get_ordered_ops()):
+        info = {key: _text(value) for key, value in op.get_rt_info().items()}
+        if info["layerType"] in ("Const", "Input", "Output"):
+            continue
+        name, precision = op.get_friendly_name(), info["runtimePrecision"]
+        module = _module(info.get("originalLayersNames") or name) or module
+        found.append(
+            Layer(
+                name=name,
+                module=module,
+                operator=info["layerType"],
+                precision=_NAMES.get(precision, precision),
             )
-    return found
+        )
+    return found[::-1]
 
 
 def _text(value: Any) -> str:

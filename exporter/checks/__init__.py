@@ -46,7 +46,7 @@ class Meter(Protocol):
         """What was measured, judged."""
 
 
-class Options(Record):
+class Options(Record, frozen=True):
     """The limits a user may set; None is the check's own for the artifact's precision."""
 
     min_cosine: float | None = None

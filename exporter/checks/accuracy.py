@@ -69,9 +69,16 @@ class Accuracy:
 
 
 def _within(logits: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
-    """Whether the label is among the k highest logits. A row of NaN is never right."""
+    """Whether the label is among the k highest logits.
+
+    Of equal logits the first counts as the higher, as argmax has it: a bf16 model gives many. A row with NaN or
+    infinity is never right.
+    """
     own = np.take_along_axis(logits, labels[:, None], axis=1)
-    return ((logits > own).sum(1) < k) & np.isfinite(logits).all(1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & before)).sum(1)
+    right: NDArray[np.bool_] = (rank < k) & np.isfinite(logits).all(1)
+    return right
 
 
 CHECK = Check(Options, Accuracy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from exporter.backends import Array
 from exporter.checks import Check, Options, Seen, Subject
 from exporter.report import Finding, judged
 
@@ -17,7 +18,7 @@ class Sanity:
     def __init__(self, options: Options, subject: Subject) -> None:
         del options, subject
         self.images = self.nan = self.infinite = self.constant = 0
-        self.first: tuple[np.ndarray, np.ndarray] | None = None  # type: ignore[type-arg]
+        self.first: tuple[Array, Array] | None = None
 
     def see(self, seen: Seen) -> None:
         """Take in one batch."""
@@ -42,7 +43,9 @@ class Sanity:
         counts = {"nan_outputs": self.nan, "inf_outputs": self.infinite, "constant_outputs": self.constant}
         return [
             judged(
-                Finding(check="sanity", metric=metric, value=count, unit="images", detail=f"of {self.images}"), 0, "low"
+                Finding(check="sanity", metric=metric, value=count, unit="images", detail=f"of {self.images}"),
+                0,
+                "low",
             )
             for metric, count in counts.items()
         ]

@@ -17,7 +17,7 @@ class Structure:
         """Take no notice of images."""
 
     def findings(self) -> list[Finding]:
-        """nodes and bytes."""
+        """Nodes and bytes."""
         sidecar = self.subject.artifact.sidecar
         files = ", ".join(file.name for file in sidecar.files)
         return [

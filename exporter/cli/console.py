@@ -46,7 +46,12 @@ class Drawn:
         """Yield the items, drawing a bar of `total` of them."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield from progress.track(items, total=total, description=text)
 
@@ -90,7 +95,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 def print_findings(findings: Iterable[Finding]) -> None:
     """What was measured, with its limits and verdicts."""
     rows = [
-        (f.check, f.metric, value(f), limit(f), ("pass" if f.passed else "FAIL") if f.limit is not None else "", f.detail)
+        (
+            f.check,
+            f.metric,
+            value(f),
+            limit(f),
+            ("pass" if f.passed else "FAIL") if f.limit is not None else "",
+            f.detail,
+        )
         for f in findings
     ]
     print_table(("check", "metric", "value", "limit", "", "detail"), rows, right=("value", "limit"))

@@ -116,7 +116,10 @@ def _print_facts(artifact: Artifact) -> None:
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
         *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
-        ("preprocessing", f"{recipe.interpolation} to {recipe.resize}, {recipe.crop} {recipe.size}, {recipe.color}"),
+        (
+            "preprocessing",
+            f"{recipe.interpolation} to {recipe.resize}, {recipe.crop} {recipe.size}, {recipe.color}",
+        ),
         ("", f"mean {recipe.mean}, std {recipe.std}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
@@ -142,7 +145,12 @@ def _print_layers(layers: list[Layer], every: bool) -> None:
     for layer in layers:
         blocks.setdefault(_block(layer.module), []).append(layer)
     rows2 = [
-        (block, str(len(group)), _count(Counter(x.precision for x in group)), _count(Counter(x.operator for x in group)))
+        (
+            block,
+            str(len(group)),
+            _count(Counter(x.precision for x in group)),
+            _count(Counter(x.operator for x in group)),
+        )
         for block, group in blocks.items()
     ]
     print_table(("block", "layers", "precision", "operators"), rows2, right=("layers",))

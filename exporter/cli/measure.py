@@ -21,8 +21,13 @@ import click
 @click.option("--max-drop", metavar="POINTS", type=float, help="Largest loss of top-1, in percentage points.")
 @click.option("--min-cosine", type=float, help="Smallest mean cosine to eager's outputs.")
 @click.option("--atol", type=float, help="Largest absolute error of an output.")
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="The report; by default "
-              "ARTIFACT.report.json.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The report; by default ARTIFACT.report.json.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: Any) -> None:
     """Hold an artifact against the eager PyTorch model it was made from, on the same images.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def open_samples(
 def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
     def items() -> Iterator[Item]:
         for name, label in found:
-            yield name, label, lambda name=name: images.read(root / name, recipe)
+            yield name, label, partial(images.read, root / name, recipe)
 
     return Samples(source, len(found), items, all(label >= 0 for _, label in found))
 
@@ -109,10 +110,13 @@ def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Prepro
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
     def items() -> Iterator[Item]:
         for seed in range(count):
-            make = lambda seed=seed: images.normalise(synthetic.dead_leaves(recipe.size, seed), recipe)  # noqa: E731
-            yield f"dead leaves {seed}", -1, make
+            yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
 
     return Samples("synthetic", count, items, labelled=False)
+
+
+def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
+    return images.normalise(synthetic.dead_leaves(recipe.size, seed), recipe)
 
 
 def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> Samples:
@@ -125,7 +129,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
     def items() -> Iterator[Item]:
         for index, array in zip(range(total), arrays.rows(), strict=False):
             label = -1 if labels is None else int(labels[index])
-            yield f"{path.name}[{index}]", label, lambda array=array: array
+            yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
     return Samples(str(path), total, items, labels is not None)
 
@@ -137,7 +141,9 @@ def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str
     if not folders:
         found = [(file, -1) for file in _images_in(path)]
     if not found:
-        raise BadRequest(f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files")
+        raise BadRequest(
+            f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files"
+        )
     return found
 
 
@@ -156,7 +162,9 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     if any(name in known for name in names):
         for name in names:
             if name not in known:
-                raise BadRequest(f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}")
+                raise BadRequest(
+                    f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
+                )
         return {name: known[name] for name in names}
     if all(name.isdecimal() for name in names):
         too_high = [name for name in names if int(name) >= classes]

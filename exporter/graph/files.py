@@ -51,6 +51,8 @@ def signature(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 def _tensor(value: ir.Value) -> Tensor:
-    assert value.name and value.shape is not None and value.dtype is not None
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
     return Tensor(name=value.name, shape=shape, dtype=value.dtype.numpy().name)

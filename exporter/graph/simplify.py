@@ -43,8 +43,8 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
 
     large = {name: value for name, value in model.graph.initializers.items() if _is_large(value)}
     tensors = {name: value.const_value for name, value in large.items()}
-    for value in large.values():
-        model.graph.initializers.pop(value.name)
+    for name, value in large.items():
+        model.graph.initializers.pop(name)
         model.graph.inputs.append(value)
     try:
         return ir.serde.serialize_model(model)
@@ -79,7 +79,9 @@ def _worse(candidate: ir.Model, model: ir.Model) -> str:
     if after > before:
         return f"{after} nodes instead of {before}"
     for old, new in zip(
-        [*model.graph.inputs, *model.graph.outputs], [*candidate.graph.inputs, *candidate.graph.outputs], strict=True
+        [*model.graph.inputs, *model.graph.outputs],
+        [*candidate.graph.inputs, *candidate.graph.outputs],
+        strict=True,
     ):
         if old.name != new.name or str(old.shape) != str(new.shape):
             return f"{old.name} was {old.shape} and became {new.name} {new.shape}"

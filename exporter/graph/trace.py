@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from exporter.model.convnext import ConvNeXt
-
 MIN_OPSET = 18  # the dynamo exporter's own; LayerNormalization needs 17
 MAX_OPSET = 23
 INPUT = "images"
 
 
-class TraceOptions(Record):
+class TraceOptions(Record, frozen=True):
     """How the graph is cut: what it gives out, for which sizes, in which opset. None is a dynamic axis."""
 
     task: Literal["classify", "features"] = "classify"
@@ -34,7 +32,7 @@ class TraceOptions(Record):
     opset: int = 20
 
 
-def check_options(options: TraceOptions, stages: int) -> None:
+def check_options(options: TraceOptions) -> None:
     """Refuse what cannot be traced, before any work starts.
 
     Raises: BadRequest.
@@ -45,43 +43,37 @@ def check_options(options: TraceOptions, stages: int) -> None:
         raise BadRequest(f"--imgsz {options.imgsz}: the network needs at least 32 pixels, or 'dynamic'")
     if options.batch is not None and options.batch < 1:
         raise BadRequest(f"--batch {options.batch}: expected 1 or more, or 'dynamic'")
-    if options.task == "features" and stages == 1:
-        raise BadRequest("--task features: an isotropic ConvNeXt has one stage, not four; use --task classify")
 
 
-def output_names(options: TraceOptions, stages: int) -> list[str]:
+def output_names(options: TraceOptions) -> list[str]:
     """`logits`, or `stage1` … `stage4` of strides 4, 8, 16, 32."""
-    return ["logits"] if options.task == "classify" else [f"stage{i + 1}" for i in range(stages)]
+    return ["logits"] if options.task == "classify" else [f"stage{i}" for i in (1, 2, 3, 4)]
 
 
-def trace(model: ConvNeXt, options: TraceOptions) -> ir.Model:
+def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Model:
     """The network as an ONNX graph; its tensors are those of the model, not copies.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; its outputs are those of the task.
         options: checked by `check_options`.
+        stride: of the last feature map; a dynamic height and width are multiples of it.
 
     Returns: a graph from `images` (N, 3, H, W) float32 to `logits` (N, classes), or to the stages' outputs.
     """
     import torch
 
-    from exporter.model.convnext import Features
-
-    stages = len(model.stages)
-    module = model if options.task == "classify" else Features(model)
-    names = output_names(options, stages)
     size = options.imgsz or 64
     # A batch of one would be taken for a constant.
     example = torch.zeros(options.batch or 2, 3, size, size)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            module,
+            model,
             (example,),
             dynamo=True,
             opset_version=options.opset,
             input_names=[INPUT],
-            output_names=names,
-            dynamic_shapes=(_dynamic_axes(options, 16 if stages == 1 else 32),),
+            output_names=output_names(options),
+            dynamic_shapes=(_dynamic_axes(options, stride),),
             verbose=False,
         )
     assert program is not None
@@ -128,9 +120,7 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         stride = 4 * 2 ** (int(value.name[5:]) - 1) if value.name and value.name.startswith("stage") else 1
         over = f"/{stride}" if stride > 1 else ""
         words = {0: "batch", 2: f"height{over}", 3: f"width{over}"}
-        dims = [
-            words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)
-        ]
+        dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]
         value.shape = ir.Shape(dims)
 
 
@@ -161,12 +151,3 @@ def _name_weight(model: ir.Model, node: ir.Node, module: str) -> None:
     weight, name = node.inputs[1], f"{module}.weight"
     if name not in model.graph.initializers:
         weight.name = name
-
-
-def reference_outputs(model: ConvNeXt, options: TraceOptions, images: torch.Tensor) -> list[Any]:
-    """What eager PyTorch answers, as float32 arrays in the order of `output_names`."""
-    import torch
-
-    with torch.inference_mode():
-        outputs = (model(images),) if options.task == "classify" else model.forward_features(images)
-    return [output.numpy() for output in outputs]

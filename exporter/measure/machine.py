@@ -9,7 +9,17 @@ from importlib import metadata
 from pathlib import Path
 
 # In the order in which they matter to a ConvNeXt.
-_ISA = ("amx_int8", "amx_bf16", "avx512_fp16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2", "asimd")
+_ISA = (
+    "amx_int8",
+    "amx_bf16",
+    "avx512_fp16",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512f",
+    "avx_vnni",
+    "avx2",
+    "asimd",
+)
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
 
 

@@ -63,7 +63,16 @@ def _torch(path: Path) -> Any:
                 "convert it to .safetensors where it is trusted"
             ) from None
         raise BadRequest(f"{path}: truncated or no PyTorch file ({_first_line(error)}); {mend}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
         raise BadRequest(f"{path}: truncated or no PyTorch file ({_first_line(error)}); {mend}") from None
 
 

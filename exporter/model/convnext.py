@@ -57,7 +57,8 @@ class GRN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) to (N, H, W, C)."""
         norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        return self.gamma * (x * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+        share = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * share) + self.beta + x
 
 
 class Block(nn.Module):

@@ -17,9 +17,14 @@ def download(repository: str) -> Path:
         nothing in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    step(f"weights {repository} from the Hugging Face Hub")
+    step(f"{repository} from the Hugging Face Hub")
     try:
         return Path(snapshot_download(repository, allow_patterns=_FILES, etag_timeout=10))
     except HFValidationError as error:

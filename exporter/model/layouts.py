@@ -112,7 +112,7 @@ def _rename(key: str, rules: Rules, layout: str) -> str | None:
 
 
 def _halve(key: str) -> str:
-    """torchvision counts stages and downsampling in one row: stage s is features[2s+1], downsampling s [2s]."""
+    """Torchvision counts stages and downsampling in one row: stage s is features[2s+1], downsampling s [2s]."""
     if not key.startswith("@"):
         return key
     kind, index, rest = key[1:].split(".", 2)

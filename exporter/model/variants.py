@@ -12,7 +12,7 @@ from exporter.artifact import Preprocessing, Record
 from exporter.errors import BadRequest, nearest
 
 
-class Architecture(Record):
+class Architecture(Record, frozen=True):
     """What distinguishes one ConvNeXt from another.
 
     `stem`: `patch` is 4×4 of stride 4 (16×16 for isotropic); the three overlaps are two 3×3 of stride 2, the
@@ -45,7 +45,7 @@ class Architecture(Record):
         return (self.dims[0] // 2 + 4) // 8 * 8 if self.stem == "overlap_tiered" else self.dims[0]
 
 
-class Variant(Record):
+class Variant(Record, frozen=True):
     """One row of the table.
 
     `hub` is the repository of the default weights on the Hugging Face Hub; `top1` the published ImageNet-1k
@@ -112,9 +112,9 @@ def count_macs(arch: Architecture, size: int, classes: int) -> int:
     return total
 
 
-def _crop(share: float, size: int = 224, **changes: object) -> Preprocessing:
+def _crop(share: float, size: int = 224, colors: dict[str, tuple[float, float, float]] | None = None) -> Preprocessing:
     recipe = Preprocessing(size=size, resize=int(size / share))
-    return msgspec.structs.replace(recipe, **changes)
+    return msgspec.structs.replace(recipe, **(colors or {}))
 
 
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -174,9 +174,14 @@ VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         _variant("zepto", None, None),
-        _variant("zepto_rms", "ra4_e3600_r224_in1k", None, _crop(0.875, **_HALF), norm="simple"),
+        _variant("zepto_rms", "ra4_e3600_r224_in1k", None, _crop(0.875, 224, _HALF), norm="simple"),
         _variant(
-            "zepto_rms_ols", "ra4_e3600_r224_in1k", None, _crop(0.9, **_HALF), norm="simple", stem="overlap_act"
+            "zepto_rms_ols",
+            "ra4_e3600_r224_in1k",
+            None,
+            _crop(0.9, 224, _HALF),
+            norm="simple",
+            stem="overlap_act",
         ),
         _variant("atto", "d2_in1k", 75.664),
         _variant("atto_ols", "a2_in1k", 75.88, stem="overlap_tiered"),
@@ -192,11 +197,9 @@ VARIANTS: dict[str, Variant] = {
         _variant("small", "fb_in1k", 83.142),
         _variant("base", "fb_in1k", 83.82),
         _variant("large", "fb_in1k", 84.282),
-        _variant(
-            "large_mlp", "clip_laion2b_augreg_ft_in1k", 87.344, _crop(1.0, 256, **_CLIP), head_hidden=1536
-        ),
+        _variant("large_mlp", "clip_laion2b_augreg_ft_in1k", 87.344, _crop(1.0, 256, _CLIP), head_hidden=1536),
         _variant("xlarge", "fb_in22k_ft_in1k", 87.002),
-        _variant("xxlarge", "clip_laion2b_soup_ft_in1k", 88.612, _crop(1.0, 256, **_CLIP), norm_eps=1e-5),
+        _variant("xxlarge", "clip_laion2b_soup_ft_in1k", 88.612, _crop(1.0, 256, _CLIP), norm_eps=1e-5),
         _variant("v2_atto", "fcmae_ft_in1k", 76.664),
         _variant("v2_femto", "fcmae_ft_in1k", 78.488),
         _variant("v2_pico", "fcmae_ft_in1k", 80.304),

@@ -22,6 +22,7 @@ from exporter.model.variants import Architecture, Variant, named, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from exporter.model.convnext import ConvNeXt
 
@@ -40,11 +41,14 @@ class Checkpoint:
     preprocessing: Preprocessing
     labels: tuple[str, ...]
 
-    def model(self) -> ConvNeXt:
-        """The network in eval mode. It shares memory with `state`."""
+    def model(self, task: str = "classify") -> Module:
+        """The network in eval mode, or for `features` its backbone. It shares memory with `state`."""
+        from exporter.model.convnext import Features
+
         model = _empty(self.variant.architecture, self.weights.num_classes)
         model.load_state_dict(self.state, assign=True)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        return Features(model) if task == "features" else model
 
 
 def load(source: str, variant: str | None = None, labels: Path | None = None) -> Checkpoint:
@@ -122,7 +126,9 @@ def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoi
         raise BadRequest(f"{found.path}: {error}") from None
     variant = named(arch)
     if wanted and wanted.name != variant.name:
-        raise BadRequest(f"{found.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}")
+        raise BadRequest(
+            f"{found.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}"
+        )
     state = {key: tensor.to(torch.float32) for key, tensor in state.items()}
     classes = _check_keys(found.path, state, arch)
     names = _labels(found.config.labels, labels, classes)
@@ -173,7 +179,9 @@ def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[st
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
     if found and len(found) != classes:
-        raise BadRequest(f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits")
+        raise BadRequest(
+            f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits"
+        )
     return found
 
 
@@ -225,7 +233,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         tensor = state[key].contiguous()
         digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.numpy()).cast("B"))
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ SCHEMA = 1
 MAX_REPORT_BYTES = 512 * 2**20
 
 
-class Finding(Record):
+class Finding(Record, frozen=True):
     """One number: which check measured what, the limit it was judged by, and the raw samples behind it.
 
     `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of a 95 %
@@ -39,7 +39,7 @@ class Finding(Record):
     samples: tuple[float, ...] = ()
 
 
-class Report(Record):
+class Report(Record, frozen=True):
     """All findings about one artifact, with what it was built from and where it was measured."""
 
     passed: bool

@@ -1,0 +1,1 @@
+"""Measurements that back the claims, and the scenarios they run on."""
