@@ -1,0 +1,180 @@
+"""A tiny seeded ConvNeXt, exported once, and a way to type commands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+PX = 64
+
+
+@dataclass
+class Result:
+    """What a command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def type_command(*words: object) -> Result:
+    """Run `convnext-export WORDS…` in this process."""
+    from exporter.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["convnext-export", *map(str, words)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = before
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def run():
+    return type_command
+
+
+@pytest.fixture
+def refused():
+    """Type a command that must fail with one clear line and leave the folder as it was."""
+
+    def check(code: int, *words: object, folder: Path | None = None) -> str:
+        before = snapshot(folder) if folder else None
+        result = type_command(*words)
+        assert result.code == code, result.err
+        errors = [line for line in result.err.splitlines() if line.lower().startswith("error")]
+        assert len(errors) == 1, result.err
+        assert "Traceback" not in result.err
+        assert result.out == ""
+        if folder:
+            assert snapshot(folder) == before
+        return errors[0]
+
+    return check
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def shared(*parts: str) -> Path:
+    """A path in the shared folder that development and CI have; elsewhere the test is skipped."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {path.relative_to(SHARED.parent)}, which only development and CI have")
+    return path
+
+
+def tiny_architecture(**differences: object):
+    from exporter.model.variants import Architecture
+
+    fields = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), **differences}
+    return Architecture(**fields)
+
+
+def tiny_state(seed: int = 0, classes: int = 10, **differences: object):
+    """Weights of a tiny ConvNeXt in our layout: every tensor matters to the output."""
+    from exporter.model import weights
+
+    state = weights._random_state(tiny_architecture(**differences), seed)
+    state["head.weight"] = state["head.weight"][:classes].clone()
+    state["head.bias"] = state["head.bias"][:classes].clone()
+    return state
+
+
+def tiny_config(classes: int = 10) -> dict[str, Any]:
+    """A `config.json` with labels and preprocessing of our own."""
+    return {
+        "id2label": {str(i): f"class {i}" for i in range(classes)},
+        "pretrained_cfg": {
+            "input_size": [3, PX, PX],
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.3, 0.4],
+            "label_names": [f"class {i}" for i in range(classes)],
+        },
+    }
+
+
+def write_tiny(folder: Path, **differences: object) -> Path:
+    """A folder with a tiny ConvNeXt as `model.safetensors` and `config.json`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tiny_state(**differences), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny_config()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny_v2"), grn=True, layer_scale=False)
+
+
+def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **told: Any):
+    from exporter import pipeline
+    from exporter.recipe import Recipe
+
+    return pipeline.build(Recipe(weights=str(source), backend=backend, precision=precision, **told), out)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The tiny model at every precision of every backend that builds: {(backend, precision): artifact}."""
+    from exporter import backends, discover
+
+    out = tmp_path_factory.mktemp("artifacts")
+    found = {}
+    for name in discover.names("exporter.backends"):
+        for precision in sorted(backends.get(name).precisions):
+            if name != "eager" and not (precision == "bf16" and not has_bf16()):
+                found[name, precision] = build(tiny, out, name, precision)
+    return found
+
+
+def has_bf16() -> bool:
+    from exporter.measure.machine import cpu
+
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu()[1]))
+
+
+@pytest.fixture
+def onnx_copy(artifacts, tmp_path: Path):
+    """A copy of the fp32 ONNX artifact that a test may spoil."""
+    return copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+
+
+def copy_artifact(artifact, folder: Path):
+    import shutil
+
+    from exporter.artifact import load, sidecar_path
+
+    for path in [*artifact.files, sidecar_path(artifact.path)]:
+        shutil.copy(path, folder / path.name)
+    return load(folder / artifact.path.name)
