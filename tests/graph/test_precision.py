@@ -1,0 +1,100 @@
+"""fp16 where it holds, fp32 where it does not."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from exporter.graph import precision
+from tests.conftest import build
+
+
+def run_graph(model, images, tmp_path):
+    ir.save(model, tmp_path / "graph.onnx")
+    onnx.checker.check_model(str(tmp_path / "graph.onnx"), full_check=True)
+    return onnxruntime.InferenceSession(tmp_path / "graph.onnx").run(None, {"images": images})[0]
+
+
+@pytest.fixture(params=["tiny", "tiny_v2"])
+def graph(request, tmp_path_factory):
+    source = request.getfixturevalue(request.param)
+    return ir.load(build(source, tmp_path_factory.mktemp("fp32")).path)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+
+
+def test_the_graph_is_valid_half_as_large_and_close(graph, images, tmp_path):
+    before = run_graph(graph, images, tmp_path)
+    size = (tmp_path / "graph.onnx").stat().st_size
+    assert precision.to_fp16(graph) == []
+    after = run_graph(graph, images, tmp_path)
+    assert after.dtype == np.float32
+    assert 0 < np.abs(after - before).max() < 0.01 * before.std()
+    assert (tmp_path / "graph.onnx").stat().st_size < 0.65 * size
+
+
+def test_statistics_stay_in_fp32(graph):
+    precision.to_fp16(graph)
+    for node in graph.graph:
+        module = node.metadata_props.get("module", "").rpartition(".")[2]
+        if node.op_type.startswith("Reduce") or (module == "grn" and node.op_type != "Cast"):
+            assert node.outputs[0].dtype == ir.DataType.FLOAT, node.name
+        if node.op_type in ("MatMul", "Conv", "Gelu", "Gemm", "LayerNormalization"):
+            assert node.outputs[0].dtype == ir.DataType.FLOAT16, node.name
+
+
+def test_activations_beyond_fp16_in_grn_do_not_overflow(tmp_path):
+    """Scaled up 3,000 times, the squares of what GRN sums are beyond 65,504; GRN itself is blind to scale."""
+    from tests.conftest import tiny_state
+    from exporter.graph import trace
+    from exporter.model.convnext import ConvNeXt
+    from tests.conftest import tiny_architecture
+
+    differences = {"grn": True, "layer_scale": False}
+    state = tiny_state(**differences)
+    state["stages.0.0.pwconv1.weight"] *= 3000
+    model = ConvNeXt(tiny_architecture(**differences), 10)
+    model.load_state_dict(state)
+    model.eval().requires_grad_(False)
+    graph = trace.trace(model, trace.TraceOptions(imgsz=64), 32)
+    images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
+    before = run_graph(graph, images, tmp_path)
+    precision.to_fp16(graph)
+    after = run_graph(graph, images, tmp_path)
+    assert np.isfinite(after).all()
+    assert np.abs(after - before).max() < 0.05 * before.std()
+
+
+def test_a_weight_beyond_fp16_stays_in_fp32_and_is_named(graph, images, tmp_path):
+    value = graph.graph.initializers["stages.1.0.pwconv1.weight"]
+    large = value.const_value.numpy().copy()
+    large[0, 0] = 1e5
+    value.const_value = ir.tensor(large, name=value.name)
+    norm = graph.graph.initializers["stages.1.0.norm.weight"]  # so that activations stay within fp16
+    norm.const_value = ir.tensor(norm.const_value.numpy() * np.where(np.arange(24) == 0, 1e-3, 1).astype("f4"), name=norm.name)
+    before = run_graph(graph, images, tmp_path)
+    assert precision.to_fp16(graph) == ["stages.1.0.pwconv1.weight"]
+    after = run_graph(graph, images, tmp_path)
+    assert np.isfinite(after).all()
+    assert np.abs(after - before).max() < 0.02 * before.std()
+
+
+def test_a_weight_shared_by_fp16_and_fp32_nodes_is_valid_in_both(graph, images, tmp_path):
+    """Equal tensors are one initializer after export; half of the users may need it in fp32."""
+    nodes = [node for node in graph.graph if node.op_type == "LayerNormalization"]
+    shared = nodes[0].inputs[1]
+    first, image = graph.graph[0], graph.graph.inputs[0]
+    keeper = ir.node("ReduceMax", [shared], attributes={"keepdims": 0}, name="keeper/ReduceMax")
+    scaled = ir.node("Mul", [image, keeper.outputs[0]], name="keeper/Mul")
+    keeper.outputs[0].dtype, keeper.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    scaled.outputs[0].dtype, scaled.outputs[0].shape = ir.DataType.FLOAT, image.shape
+    graph.graph.insert_before(first, [keeper, scaled])
+    first.replace_input_with(0, scaled.outputs[0])
+    before = run_graph(graph, images, tmp_path)
+    precision.to_fp16(graph)
+    assert np.abs(run_graph(graph, images, tmp_path) - before).max() < 0.02 * before.std()

@@ -1,0 +1,187 @@
+"""The traced graph is the model, for every task, size, batch and opset on offer."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporter import artifact, backends
+from exporter.model import weights
+from tests.conftest import build, write_tiny
+
+SPREAD = 1e-4
+
+
+def outputs(made, images):
+    backend = backends.get("onnxruntime")
+    with backend.session(made, backend.options()) as session:
+        return session(images.numpy())
+
+
+def eager(source, task, images):
+    with torch.inference_mode():
+        found = weights.load(str(source)).model(task)(images)
+    return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
+
+
+def agree(made, source, task, *shape):
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(eager(source, task, images), outputs(made, images), strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= SPREAD * a.std()
+
+
+VARIETIES = {
+    "v1": {},
+    "v2": {"grn": True, "layer_scale": False},
+    "rms": {"norm": "rms"},
+    "simple_overlap_act": {"norm": "simple", "stem": "overlap_act"},
+    "overlap": {"stem": "overlap"},
+    "overlap_tiered": {"stem": "overlap_tiered"},
+    "head_norm_first": {"head_norm_first": True},
+    "head_hidden": {"head_hidden": 40},
+}
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_every_published_difference_survives_tracing(variety, tmp_path):
+    from exporter.graph import trace
+    from exporter.graph.trace import TraceOptions
+    from exporter.model.convnext import ConvNeXt
+    from tests.conftest import tiny_architecture, tiny_state
+
+    arch = tiny_architecture(**VARIETIES[variety])
+    model = ConvNeXt(arch, 10)
+    model.load_state_dict(tiny_state(**VARIETIES[variety]))
+    model.eval().requires_grad_(False)
+    graph = trace.trace(model, TraceOptions(imgsz=None), arch.stride)
+    ir.save(graph, tmp_path / "graph.onnx")
+    import onnxruntime
+
+    images = torch.randn(3, 3, 64, 96)
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    (got,) = session.run(None, {"images": images.numpy()})
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    assert np.abs(got - expected).max() <= SPREAD * expected.std()
+
+
+def test_one_dynamic_graph_serves_any_multiple_of_32_and_any_batch(tiny, tmp_path):
+    made = build(tiny, tmp_path, imgsz="dynamic")
+    assert made.sidecar.inputs[0].shape == ("batch", 3, "height", "width")
+    for shape in [(1, 3, 32, 32), (2, 3, 64, 64), (5, 3, 96, 160), (1, 3, 224, 32)]:
+        agree(made, tiny, "classify", *shape)
+
+
+def test_features_are_the_four_stages(tiny_v2, tmp_path):
+    made = build(tiny_v2, tmp_path, task="features", imgsz="dynamic")
+    assert made.path.name == "v2_custom_features_fp32.onnx"
+    assert [(t.name, t.shape[1:]) for t in made.sidecar.outputs] == [
+        ("stage1", (16, "height/4", "width/4")),
+        ("stage2", (24, "height/8", "width/8")),
+        ("stage3", (32, "height/16", "width/16")),
+        ("stage4", (48, "height/32", "width/32")),
+    ]
+    agree(made, tiny_v2, "features", 2, 3, 64, 128)
+
+
+@pytest.mark.parametrize("opset", [18, 20, 22])
+def test_opsets_from_18_up(opset, tiny, tmp_path):
+    made = build(tiny, tmp_path, opset=opset, imgsz=64)
+    model = onnx.load(made.path)
+    assert model.opset_import[0].version == opset
+    agree(made, tiny, "classify", 2, 3, 64, 64)
+
+
+def test_a_fixed_batch_is_fixed(tiny, tmp_path):
+    made = build(tiny, tmp_path, batch=1)
+    assert made.sidecar.inputs[0].shape == (1, 3, 64, 64)
+    agree(made, tiny, "classify", 1, 3, 64, 64)
+
+
+def test_a_size_that_is_no_multiple_of_32_can_be_fixed(tiny, tmp_path):
+    made = build(tiny, tmp_path, imgsz=112)
+    assert made.sidecar.preprocessing.size == 112
+    agree(made, tiny, "classify", 2, 3, 112, 112)
+
+
+def test_nodes_and_weights_have_the_models_own_names(artifacts):
+    graph = ir.load(artifacts["onnxruntime", "fp32"].path).graph
+    names = [node.name for node in graph]
+    assert len(set(names)) == len(names)
+    assert {"stages.2.1.pwconv1/MatMul", "stages.0.0.dwconv/Conv", "norm/LayerNormalization"} <= set(names)
+    assert {"stages.2.1.pwconv1.weight", "downsample_layers.0.0.weight", "head.bias"} <= set(graph.initializers)
+    assert not [name for name in graph.initializers if name.startswith("val_") and graph.initializers[name].shape.rank() > 1]
+    block = [node for node in graph if node.name == "stages.2.1.pwconv1/MatMul"]
+    assert block[0].metadata_props["module"] == "stages.2.1.pwconv1"
+
+
+def test_operators_that_matter_stay_whole(artifacts):
+    operators = [node.op_type for node in ir.load(artifacts["onnxruntime", "fp32"].path).graph]
+    assert operators.count("Gelu") == 5
+    assert operators.count("LayerNormalization") == 10  # 5 blocks, stem, 3 downsamplings, head
+
+
+def test_the_model_carries_its_facts(artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    from exporter.graph import files
+
+    assert files.facts_in(ir.load(made.path)) == made.sidecar.facts()
+    assert '"resize":64' in made.sidecar.facts()["preprocessing"]
+
+
+def test_above_the_limit_of_protobuf_weights_go_beside_the_graph(tiny, tmp_path, monkeypatch):
+    from exporter.graph import files
+
+    monkeypatch.setattr(files, "MAX_PROTO_BYTES", 1000)
+    made = build(tiny, tmp_path)
+    assert [path.name for path in made.files] == ["custom_fp32.onnx", "custom_fp32.onnx.data"]
+    assert made.files[0].stat().st_size < made.files[1].stat().st_size
+    agree(artifact.load(made.path), tiny, "classify", 2, 3, 64, 64)
+    lowered = build(tiny, tmp_path, "onnxruntime", "fp16")
+    assert lowered.sidecar.bytes < made.sidecar.bytes * 0.7
+
+
+def test_a_graph_that_is_not_the_model_is_refused(tiny, tmp_path, monkeypatch):
+    """The exporter has been silently wrong before (pytorch#169178)."""
+    from exporter.errors import CheckFailed
+    from exporter.graph import trace
+
+    honest = trace.trace
+
+    def wrong(*args):
+        graph = honest(*args)
+        gelu = next(node for node in graph.graph if node.op_type == "Gelu")
+        gelu.attributes["approximate"] = ir.AttrString("approximate", "tanh")
+        return graph
+
+    monkeypatch.setattr(trace, "trace", wrong)
+    with pytest.raises(CheckFailed, match="the traced graph is not the model: logits differs"):
+        build(tiny, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"opset": 17}, "--opset 17: expected 18 to"),
+        ({"imgsz": 31}, "--imgsz 31: the network needs at least 32"),
+        ({"batch": 0}, "--batch 0: expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_before_weights_are_read(told, message, tmp_path):
+    from exporter.errors import BadRequest
+
+    with pytest.raises(BadRequest, match=message):
+        build("never-read.pth", tmp_path / "out", **told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_isotropic_has_no_features(tmp_path):
+    from exporter.errors import BadRequest
+
+    folder = write_tiny(tmp_path / "w", depths=(2,), dims=(32,), layer_scale=False)
+    with pytest.raises(BadRequest, match="has one stage, not four"):
+        build(folder, tmp_path / "out", task="features")
+    assert build(folder, tmp_path / "out").sidecar.task == "classify"
