@@ -112,7 +112,8 @@ class Parity:
     def _sqnr(self) -> Finding:
         """Signal to quantisation noise, 10·log10(Σ eager² / Σ error²); 200 dB stands for no error at all."""
         noise = max(sum(output.error_squares for output in self.outputs), 1e-300)
-        value = 10 * np.log10(sum(output.squares for output in self.outputs) / noise)
+        with np.errstate(divide="ignore"):
+            value = 10 * np.log10(sum(output.squares for output in self.outputs) / noise)
         return Finding(check="parity", metric="sqnr_db", value=number(min(float(value), 200.0)), unit="dB")
 
     def _agreement(self) -> Finding:

@@ -32,10 +32,10 @@ class Drop:
 
 
 def proportion(hits: int, count: int) -> Share:
-    """`hits` of `count`, with Wilson's score interval (JASA 1927)."""
+    """`hits` of `count`, with Clopper and Pearson's exact interval (Biometrika 1934), never too narrow for few."""
     from scipy.stats import binomtest
 
-    interval = binomtest(hits, count).proportion_ci(method="wilson")
+    interval = binomtest(hits, count).proportion_ci(method="exact")
     return Share(100 * hits / count, 100 * float(interval.low), 100 * float(interval.high))
 
 

@@ -1,0 +1,189 @@
+"""What every backend must hold, whichever there are."""
+
+from importlib import metadata
+
+import numpy as np
+import pytest
+
+from exporter import backends, discover
+from exporter.backends import Options
+from exporter.checks.parity import LIMITS
+from exporter.errors import BadRequest, Unavailable
+from tests.conftest import PX, build, has_bf16
+
+NAMES = discover.names("exporter.backends")
+BUILT = [(n, p) for n in NAMES for p in sorted(backends.get(n).precisions) if n != "eager"]
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).normal(size=(3, 3, PX, PX)).astype(np.float32)
+
+
+def opened(artifacts, name, precision, options=None):
+    if precision == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
+    made = artifacts[name, precision]
+    backend = backends.get(name)
+    return backend.session(made, options or backend.options())
+
+
+def eager(artifacts, images):
+    made = artifacts["onnxruntime", "fp32"]
+    with backends.get("eager").session(made, backends.get("eager").options()) as session:
+        return session(images)
+
+
+def test_the_three_of_this_release_are_found():
+    assert {"eager", "onnxruntime", "openvino"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backend_is_a_record_named_like_its_file(name):
+    backend = backends.get(name)
+    assert backend.name == name
+    assert backend.precisions <= set(LIMITS)
+    assert isinstance(backend.options(), Options)
+    assert backend.probe().split(".")[0].isdecimal()
+
+
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_it_gives_what_eager_gives(name, precision, artifacts, images):
+    with opened(artifacts, name, precision) as session:
+        (got,) = session(images)
+    (expected,) = eager(artifacts, images)
+    assert got.dtype == np.float32
+    assert got.shape == (3, 10)
+    assert np.abs(got - expected).max() <= LIMITS[precision].share * expected.std()
+    if precision != "fp32":
+        assert np.abs(got - expected).max() > 1e-6 * expected.std(), "nothing was lowered"
+
+
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_the_order_of_images_and_their_batch_do_not_matter(name, precision, artifacts, images):
+    with opened(artifacts, name, precision) as session:
+        (together,) = session(images)
+        together = together.copy()
+        alone = [session(images[i : i + 1])[0].copy() for i in (2, 0, 1)]
+    spread = together.std() * (1e-5 if precision == "fp32" else LIMITS[precision].share)
+    assert np.abs(np.concatenate([alone[1], alone[2], alone[0]]) - together).max() <= spread
+
+
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_outputs_are_the_callers_own(name, precision, artifacts, images):
+    """A second run must not write into what the first one gave."""
+    with opened(artifacts, name, precision) as session:
+        (first,) = session(images)
+        kept = first.copy()
+        session(images * 2)
+        assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bound_inputs_run(name, artifacts, images):
+    made = artifacts["onnxruntime" if name == "eager" else name, "fp32"]
+    backend = backends.get(name)
+    with backend.session(made, backend.options(threads=1)) as session:
+        once = session.bind(images)
+        assert once() is None
+        assert once() is None
+
+
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_layers_have_modules_and_precisions(name, precision, artifacts):
+    if precision == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
+    layers = backends.get(name).layers(artifacts[name, precision])
+    blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
+    assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
+    found = {layer.precision for layer in layers if layer.operator in ("MatMul", "FullyConnected", "Conv", "Convolution")}
+    computed = {"fp32", "fp16"} if (name, precision) == ("openvino", "fp16") else {precision}
+    assert found <= computed
+
+
+@pytest.mark.parametrize(("name", "precision"), BUILT)
+def test_the_sidecar_tells_what_was_built(name, precision, artifacts):
+    if precision == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
+    made = artifacts[name, precision]
+    sidecar = made.sidecar
+    assert (sidecar.backend, sidecar.precision, sidecar.variant) == (name, precision, "custom")
+    assert made.path.stem == f"custom_{precision}"
+    assert sidecar.labels[0] == "class 0"
+    if (name, precision) != ("onnxruntime", "fp32"):
+        assert sidecar.parents == (artifacts["onnxruntime", "fp32"].sidecar.sha256,)
+
+
+def test_an_unknown_precision_is_refused_with_the_nearest(tiny, tmp_path):
+    with pytest.raises(BadRequest, match="onnxruntime cannot run fp61; did you mean 'fp16'"):
+        build(tiny, tmp_path, "onnxruntime", "fp61")
+    with pytest.raises(BadRequest, match="unknown backend 'openvini'; did you mean 'openvino'"):
+        build(tiny, tmp_path, "openvini")
+
+
+def test_a_provider_that_is_not_there_is_an_error_not_a_fallback(artifacts):
+    with pytest.raises(Unavailable, match="CUDA"), opened(artifacts, "onnxruntime", "fp32", Options(device="cuda")):
+        pass
+
+
+def test_a_provider_that_falls_back_silently_is_found_out(artifacts, monkeypatch):
+    """onnxruntime-gpu lists CUDA where there is no GPU, and then runs on the CPU (onnxruntime#23372)."""
+    import onnxruntime
+
+    honest = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, settings, providers: honest(path, settings, ["CPUExecutionProvider"])
+    )
+    with (
+        pytest.raises(Unavailable, match="CUDAExecutionProvider was asked for and CPUExecutionProvider is in use"),
+        opened(artifacts, "onnxruntime", "fp32", Options(device="cuda")),
+    ):
+        pass
+
+
+def test_a_device_that_is_not_there_is_an_error(artifacts):
+    with pytest.raises(Unavailable, match="and no NPU"), opened(artifacts, "openvino", "fp32", Options(device="npu")):
+        pass
+
+
+def test_arithmetic_other_than_asked_for_is_found_out(artifacts):
+    """Left alone the CPU plugin computes an fp32 IR in bf16 where it can; ours must not."""
+    with opened(artifacts, "openvino", "fp32") as session:
+        assert session.facts["arithmetic"] == "fp32"
+    layers = backends.get("openvino").layers(artifacts["openvino", "fp32"])
+    assert {layer.precision for layer in layers} == {"fp32"}
+
+
+def test_bf16_is_computed_in_bf16(artifacts):
+    with opened(artifacts, "openvino", "bf16") as session:
+        assert session.facts["arithmetic"] == "bf16"
+    layers = backends.get("openvino").layers(artifacts["openvino", "bf16"])
+    assert sum(layer.precision == "bf16" for layer in layers) > len(layers) / 2
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    def nothing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", nothing)
+    for name, extra in (("onnxruntime", "cpu"), ("openvino", "openvino")):
+        with pytest.raises(Unavailable, match=rf"pip install 'convnext-export\[{extra}\]'"):
+            backends.get(name).probe()
+
+
+def test_both_builds_of_onnxruntime_at_once_are_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "1.31")
+    with pytest.raises(Unavailable, match="both installed"):
+        backends.get("onnxruntime").probe()
+
+
+@pytest.mark.gpu
+def test_cuda_is_really_in_use(artifacts, images):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
+    with opened(artifacts, "onnxruntime", "fp32", Options(device="cuda")) as session:
+        (got,) = session(images)
+    assert np.abs(got - eager(artifacts, images)[0]).max() <= 1e-2

@@ -1,0 +1,124 @@
+"""Every kind of image file becomes the input that a careful person would make of it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exporter.artifact import Preprocessing
+from exporter.data import images, synthetic
+
+RECIPE = Preprocessing(size=32, resize=32, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+ROOM = 0.02
+
+
+@pytest.fixture
+def picture():
+    """A photograph-like image, 48 × 32."""
+    return Image.fromarray(synthetic.dead_leaves(48, 0)).crop((0, 0, 48, 32))
+
+
+def expected(picture):
+    return images.preprocess(picture.convert("RGB"), RECIPE)
+
+
+def read(path):
+    array = images.read(path, RECIPE)
+    assert array.shape == (3, 32, 32)
+    assert array.dtype == np.float32
+    return array
+
+
+def test_a_plain_file(picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png"), expected(picture))
+
+
+def test_the_recipe_is_followed_pixel_by_pixel():
+    """Worked out by hand: 4 × 2 pixels, the centre 2 × 2 cut out, (x / 255 − mean) / std."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
+    recipe = Preprocessing(size=2, resize=2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+    array = images.preprocess(Image.fromarray(pixels), recipe)
+    assert array[:, 0, 0] == pytest.approx([(30 / 255 - 0.5) / 0.2, (40 / 255 - 0.4) / 0.25, (50 / 255 - 0.3) / 0.5])
+    assert array[:, 1, 1] == pytest.approx([(180 / 255 - 0.5) / 0.2, (190 / 255 - 0.4) / 0.25, (200 / 255 - 0.3) / 0.5])
+
+
+def test_squash_cuts_nothing(picture):
+    recipe = Preprocessing(size=32, resize=32, crop="squash", mean=(0, 0, 0), std=(1, 1, 1))
+    whole = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1) / 255
+    assert images.preprocess(picture, recipe) == pytest.approx(whole, abs=1e-6)
+
+
+def test_grey_is_repeated(picture, tmp_path):
+    grey = picture.convert("L")
+    grey.save(tmp_path / "a.png")
+    array = read(tmp_path / "a.png")
+    assert np.array_equal(array[0], array[1])
+    assert np.array_equal(array, expected(grey))
+
+
+def test_16_bit_grey_is_scaled_not_clipped(picture, tmp_path):
+    grey = picture.convert("L")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png") == pytest.approx(expected(grey), abs=1e-6)
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "a.tif")
+    assert read(tmp_path / "a.tif") == pytest.approx(expected(grey), abs=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("P", ".png"), ("P", ".gif"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png")])
+def test_other_modes_look_as_they_do_in_a_viewer(mode, suffix, picture, tmp_path):
+    converted = picture.convert(mode)
+    converted.save(tmp_path / f"a{suffix}")
+    assert read(tmp_path / f"a{suffix}") == pytest.approx(expected(converted), abs=ROOM)
+
+
+def test_cmyk_is_not_inverted(picture, tmp_path):
+    picture.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    assert np.abs(read(tmp_path / "a.jpg") - expected(picture)).mean() < ROOM
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(3, 180), (6, 270), (8, 90)])
+def test_an_exif_rotation_is_undone(orientation, turn, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(tmp_path / "a.png"), expected(picture.rotate(turn, expand=True)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_unreadable(share, picture, tmp_path):
+    path = tmp_path / "a.jpg"
+    picture.save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(images.Unreadable):
+        images.read(path, RECIPE)
+
+
+def test_noise_is_unreadable(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(bytes(range(256)) * 10)
+    with pytest.raises(images.Unreadable, match=r"cannot identify image file .*a\.jpg"):
+        images.read(tmp_path / "a.jpg", RECIPE)
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(images.Unreadable, match="pixels"):
+        images.read(tmp_path / "bomb.png", RECIPE)
+
+
+def test_dead_leaves_have_the_spectrum_of_photographs():
+    """Power falls with the square of frequency (Field 1987); white noise would give 0."""
+    power = np.zeros(64)
+    rows, columns = np.mgrid[:128, :128] - 64
+    radius = np.hypot(rows, columns).astype(int)
+    for seed in range(8):
+        grey = synthetic.dead_leaves(128, seed).mean(-1)
+        spectrum = np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean()))) ** 2
+        power += np.array([spectrum[radius == r].mean() for r in range(64)])
+    slope = np.polyfit(np.log(np.arange(3, 40)), np.log(power[3:40]), 1)[0]
+    assert -2.8 < slope < -1.6
+
+
+def test_dead_leaves_are_those_of_their_seed():
+    assert np.array_equal(synthetic.dead_leaves(64, 3), synthetic.dead_leaves(64, 3))
+    assert not np.array_equal(synthetic.dead_leaves(64, 3), synthetic.dead_leaves(64, 4))

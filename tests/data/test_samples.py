@@ -1,0 +1,179 @@
+"""What users call data: folders, manifests, arrays; and what they get wrong."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exporter.artifact import Preprocessing
+from exporter.data import synthetic
+from exporter.data.samples import match_classes, open_samples
+from exporter.errors import BadRequest
+
+RECIPE = Preprocessing(size=32, resize=32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of two images."""
+    for index, name in enumerate(["cat", "dog", "owl"]):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.fromarray(synthetic.dead_leaves(40, 10 * index + number)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def gather(source, labels=(), classes=3, size=4, most=None):
+    samples = open_samples(str(source), RECIPE, labels, classes, most)
+    batches = list(samples.batches(size))
+    return samples, [int(label) for batch in batches for label in batch.labels], batches
+
+
+def test_a_folder_per_class_in_sorted_order(folder):
+    samples, labels, batches = gather(folder)
+    assert (samples.total, samples.labelled) == (6, True)
+    assert labels == [0, 0, 1, 1, 2, 2]
+    assert [len(batch.names) for batch in batches] == [4, 2]
+    assert batches[0].images.shape == (4, 3, 32, 32)
+
+
+def test_folders_are_matched_to_the_models_labels(folder):
+    _, labels, _ = gather(folder, labels=("owl", "cow", "cat", "dog"), classes=4)
+    assert labels == [2, 2, 3, 3, 0, 0]
+
+
+def test_folders_that_are_numbers_are_class_numbers():
+    assert match_classes(["0", "1", "10", "2"], (), 11, "x") == {"0": 0, "1": 1, "10": 10, "2": 2}
+
+
+def test_a_class_the_model_does_not_have_is_refused(folder):
+    with pytest.raises(BadRequest, match="class 'owl' is none of the model's 3 labels"):
+        gather(folder, labels=("cat", "dog", "cow"))
+    with pytest.raises(BadRequest, match="class 7, but the model's 3 classes end at 2"):
+        match_classes(["0", "7"], (), 3, "x")
+
+
+def test_folders_that_cannot_be_told_apart_are_refused(folder):
+    with pytest.raises(BadRequest, match=r"3 classes \(cat, dog, owl\), but the model has 1000 classes and no labels"):
+        gather(folder, classes=1000)
+
+
+def test_images_without_classes_are_unlabelled(folder):
+    samples, labels, _ = gather(folder / "cat")
+    assert (samples.labelled, labels) == (False, [-1, -1])
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match="no images in it"):
+        gather(tmp_path)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(BadRequest, match="no images in it"):
+        gather(tmp_path, classes=1)
+
+
+def test_unreadable_images_are_counted_and_named(folder):
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    samples, labels, _ = gather(folder)
+    assert labels == [0, 1, 1, 2, 2]
+    assert len(samples.skipped) == 1
+    assert samples.skipped[0].startswith("cat/0.png: cannot identify")
+
+
+def test_at_most_so_many_are_spread_over_the_classes(folder):
+    samples, labels, _ = gather(folder, most=3)
+    assert (samples.total, labels) == (3, [0, 1, 2])
+
+
+@pytest.mark.parametrize(("name", "sign"), [("m.tsv", "\t"), ("m.csv", ",")])
+def test_a_manifest(name, sign, folder):
+    lines = ["# source: test", sign.join(["sha256", "path", "label"])]
+    lines += [sign.join(["abc", f"{kind}/1.png", kind]) for kind in ("owl", "cat", "dog")]
+    (folder / name).write_text("\n".join(lines))
+    _, labels, batches = gather(folder / name)
+    assert labels == [2, 0, 1]
+    assert batches[0].names == ("owl/1.png", "cat/1.png", "dog/1.png")
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "cat/../../x.png", ""])
+def test_a_manifest_does_not_leave_its_folder(path, folder):
+    (folder / "m.tsv").write_text(f"path\tlabel\n{path}\tcat\n")
+    with pytest.raises(BadRequest, match="lies outside the manifest's folder"):
+        gather(folder / "m.tsv")
+
+
+def test_a_manifest_without_columns_is_refused(folder):
+    (folder / "m.csv").write_text("cat/0.png,cat\n")
+    with pytest.raises(BadRequest, match="expected a line of column names with 'path'"):
+        gather(folder / "m.csv")
+
+
+def test_arrays_of_pixels_and_of_inputs(tmp_path):
+    pixels = np.stack([synthetic.dead_leaves(32, i) for i in range(5)])
+    np.savez(tmp_path / "pixels.npz", images=pixels, labels=np.arange(5) % 3)
+    _, labels, batches = gather(tmp_path / "pixels.npz")
+    assert labels == [0, 1, 2, 0, 1]
+    inputs = np.concatenate([batch.images for batch in batches])
+    np.savez_compressed(tmp_path / "inputs.npz", images=inputs)
+    samples, labels, batches = gather(tmp_path / "inputs.npz")
+    assert (samples.labelled, labels) == (False, [-1] * 5)
+    assert np.array_equal(np.concatenate([batch.images for batch in batches]), inputs)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": np.zeros(3)}, "holds pictures.npy; expected 'images'"),
+        ({"images": np.zeros((2, 3, 64, 64), np.float32)}, r"images are float32 \(2, 3, 64, 64\); expected"),
+        ({"images": np.zeros((0, 3, 32, 32), np.float32)}, "expected 'images'"),
+        ({"images": np.zeros((2, 3, 32, 32))}, "images are float64"),
+        ({"images": np.zeros((2, 3, 32, 32), "f4"), "labels": np.zeros(3, int)}, "2 images but labels of shape"),
+        ({"images": np.zeros((2, 3, 32, 32), "f4"), "labels": np.array([0, 9])}, "labels from 0 to 9, the model has 3"),
+        ({"images": np.zeros((2, 3, 32, 32), "f4"), "labels": np.array([0.5, 1])}, "labels are float64"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(BadRequest, match=message):
+        gather(tmp_path / "a.npz")
+
+
+def test_a_truncated_npz_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32))
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2000])
+    with pytest.raises(BadRequest, match="truncated or no .npz file"):
+        gather(tmp_path / "a.npz")
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 3, 32, 32), "f4"), labels=np.array([{}], dtype=object))
+    with pytest.raises(BadRequest, match="Object arrays cannot be loaded"):
+        gather(tmp_path / "a.npz")
+
+
+def test_synthetic_needs_no_data():
+    samples, labels, batches = gather("synthetic")
+    assert (samples.total, samples.labelled, set(labels)) == (16, False, {-1})
+    assert batches[0].images.std() > 0.5
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    def peak(count):
+        np.savez(tmp_path / "a.npz", images=np.zeros((count, 3, 32, 32), np.float32))
+        tracemalloc.start()
+        samples = open_samples(str(tmp_path / "a.npz"), RECIPE, (), 3)
+        seen = sum(len(batch.names) for batch in samples.batches(8))
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert seen == count
+        return held
+
+    assert peak(2000) < 1.2 * peak(200) + 2e5
+
+
+def test_no_such_data_says_what_there_could_be(tmp_path):
+    with pytest.raises(BadRequest, match="no such data; give a folder"):
+        gather(tmp_path / "nothing")
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(BadRequest, match="expected a folder, a .tsv"):
+        gather(tmp_path / "x.txt")
