@@ -1,0 +1,49 @@
+"""`make demo`: the product's own commands on a model trained on real images, and the table they come to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import digits
+from exporter.measure.machine import cpu
+
+ROOT = Path("build/demo")
+COMMAND = Path(sys.executable).with_name("convnext-export")
+WEIGHTS, DATA = ROOT / "model", ROOT / "val"
+
+
+def builds() -> list[list[str]]:
+    """The verbs that build, with their precisions: bf16 where this CPU can compute it."""
+    rows = [["onnx"], ["onnx", "--fp16"], ["openvino"], ["openvino", "--fp16"]]
+    return [*rows, ["openvino", "--bf16"]] if {"avx512_bf16", "amx_bf16"} & set(cpu()[1]) else rows
+
+
+def artifact(words: list[str]) -> Path:
+    """What a build verb writes."""
+    precision = words[1].removeprefix("--") if len(words) > 1 else "fp32"
+    return ROOT / f"custom_{precision}.{'onnx' if words[0] == 'onnx' else 'xml'}"
+
+
+def run(*words: str) -> None:
+    """Type a command, and stop the demo if it fails."""
+    print(f"\n$ convnext-export {' '.join(words)}", file=sys.stderr, flush=True)
+    done = subprocess.run([COMMAND, *words], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main() -> None:
+    """Train once, build, verify on 500 held-out digits, print the table."""
+    digits.prepare(ROOT)
+    for words in builds():
+        run(*words, "--weights", str(WEIGHTS), "-o", str(ROOT))
+    made = [artifact(words) for words in builds()]
+    for path in made:
+        run("verify", str(path), "--data", str(DATA))
+    run("report", *(f"{path}.report.json" for path in made), "-o", str(ROOT / "table.md"))
+
+
+if __name__ == "__main__":
+    main()
