@@ -25,6 +25,7 @@ def load(package: str, name: str, attribute: str) -> Any:
     """
     known = names(package)
     if name not in known:
-        kind = package.rpartition(".")[2].rstrip("s")
+        folder = package.rpartition(".")[2]
+        kind = "report format" if folder == "report" else folder.removesuffix("s")
         raise BadRequest(f"unknown {kind} {name!r}; {nearest(name, known)}")
     return getattr(importlib.import_module(f"{package}.{name}"), attribute)

@@ -1,0 +1,91 @@
+"""Reports are kept whole, read strictly, and shown safely."""
+
+import json
+
+import pytest
+from msgspec.structs import replace
+
+from exporter import report
+from exporter.errors import BadRequest
+from exporter.report import Finding, Report, judged, markdown
+
+
+@pytest.fixture
+def example():
+    finding = Finding(check="parity", metric="cosine", value=0.999, samples=(0.998, 1.0))
+    artifact = {"path": "build/tiny_fp16.xml", "backend": "openvino", "precision": "fp16"}
+    return Report(passed=True, recipe={}, artifact=artifact, environment={"cpu": "A"}, findings=(finding,))
+
+
+def test_a_report_is_read_as_it_was_written(example, tmp_path):
+    report.save(example, tmp_path / "report.json")
+    assert report.load(tmp_path / "report.json") == example
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "passed"),
+    [(1.0, "low", True), (1.1, "low", False), (1.0, "high", True), (0.9, "high", False), (None, "low", False), (None, "high", False)],
+)
+def test_a_limit_is_held_or_not(value, better, passed):
+    assert judged(Finding(check="c", metric="m", value=value), 1.0, better).passed is passed
+
+
+def test_a_truncated_report_is_refused(example, tmp_path):
+    path = tmp_path / "report.json"
+    report.save(example, path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadRequest, match="no report of ours, or truncated"):
+        report.load(path)
+
+
+def test_a_report_of_another_schema_is_refused(example, tmp_path):
+    report.save(replace(example, schema=2), tmp_path / "report.json")
+    with pytest.raises(BadRequest, match="report of schema 2, this version reads 1"):
+        report.load(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"schema": 1}', b'{"schema": 1, "passed": "yes"}'])
+def test_what_is_no_report_is_refused(content, tmp_path):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(BadRequest, match="report"):
+        report.load(tmp_path / "report.json")
+
+
+def test_markdown_has_a_row_per_artifact(example):
+    table = markdown.render([example, replace(example, artifact={**example.artifact, "path": "b/tiny_fp32.onnx"})])
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert "tiny_fp16.xml" in rows[2]
+    assert "0.9990000" in rows[2]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_markdown_names_what_failed(example):
+    failed = judged(example.findings[0], 0.9999, "high")
+    assert "**fails** cosine" in markdown.render([replace(example, findings=(failed,))])
+
+
+def test_names_cannot_break_out_of_a_table(example):
+    nasty = {**example.artifact, "path": "x/a|b`<script>alert(1)</script>[l](u)\n# h.onnx"}
+    table = markdown.render([replace(example, artifact=nasty)])
+    assert "<script>" not in table
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 3
+    assert "\n# h" not in table
+
+
+def test_the_report_verb_writes_what_it_prints(run, example, tmp_path):
+    report.save(example, tmp_path / "a.json")
+    result = run("report", tmp_path / "a.json", "-o", tmp_path / "table.md")
+    assert result.code == 0
+    assert result.out == (tmp_path / "table.md").read_text()
+
+
+def test_an_unknown_format_is_refused(refused, example, tmp_path):
+    report.save(example, tmp_path / "a.json")
+    assert "unknown report format 'pdf'; known: markdown" in refused(2, "report", tmp_path / "a.json", "--format", "pdf")
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(example, tmp_path):
+    nothing = Finding(check="parity", metric="max_abs", value=report.number(float("nan")))
+    report.save(replace(example, findings=(nothing,)), tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["findings"][0]["value"] is None
