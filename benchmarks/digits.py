@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from exporter.artifact import Preprocessing
 from exporter.data.images import preprocess
-from exporter.model.convnext import ConvNeXt
+from exporter.model.convnext import ConvNeXt, Norm
 from exporter.model.variants import Architecture
 
 HELD_OUT = 500
 PIXELS = 64
 ARCHITECTURE = Architecture(depths=(1, 1, 2, 1), dims=(24, 48, 96, 192))
-RECIPE = Preprocessing(size=PIXELS, resize=PIXELS, interpolation="bilinear", mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
+RECIPE = Preprocessing(
+    size=PIXELS, resize=PIXELS, interpolation="bilinear", mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35)
+)
 
 
 def load() -> tuple[list[Image.Image], NDArray[np.int64]]:
@@ -50,17 +52,17 @@ def write_held_out(folder: Path) -> None:
 
 
 def _initialise(model: ConvNeXt) -> None:
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.constant_(parameter, 0.1)
-        elif parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=0.02)
-        else:
-            nn.init.constant_(parameter, float("norm" in name or name.endswith("0.1.weight")) * (name[-4:] != "bias"))
-    for stage in model.downsample_layers:
-        for layer in stage:
-            if layer.__class__.__name__ == "Norm2d":
-                nn.init.ones_(layer.weight)
+    """As the paper does (appendix A.1), but for a layer scale that a net this shallow can start from."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "gamma":
+                nn.init.constant_(parameter, 0.1)
+            elif name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(module, Norm):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,7 +84,7 @@ def train(epochs: int = 15, seed: int = 0) -> ConvNeXt:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         total = 0.0
-        for part in torch.randperm(len(inputs), generator=generator).split(64):
+        for part in torch.split(torch.randperm(len(inputs), generator=generator), 64):
             loss = F.cross_entropy(model(_shifted(inputs[part], generator)), targets[part], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

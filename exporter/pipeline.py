@@ -62,22 +62,23 @@ def export(recipe: Recipe, out: Path) -> Artifact:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
     task = "" if options.task == "classify" else f"_{options.task}"
     target = out / f"{checkpoint.variant.name}{task}_fp32.onnx"
-    sidecar = _sidecar(recipe, checkpoint, options)
+    sidecar = _sidecar(recipe, checkpoint, options, out)
     if (found := _still_there(target, sidecar)) is not None:
         note(f"{target.name} is already there, from the same weights and options")
         return found
     return _trace(checkpoint, options, sidecar, recipe.simplify, target)
 
 
-def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions) -> Sidecar:
+def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out: Path) -> Sidecar:
     recipe = msgspec.structs.replace(recipe, backend="onnxruntime", precision="fp32")
     preprocessing = checkpoint.preprocessing
+    source = weights.relative(checkpoint.weights.source, out)
     return Sidecar(
         backend="onnxruntime",
         precision="fp32",
         variant=checkpoint.variant.name,
         task=options.task,
-        weights=checkpoint.weights,
+        weights=msgspec.structs.replace(checkpoint.weights, source=source),
         inputs=(),
         outputs=(),
         preprocessing=preprocessing.at(options.imgsz) if options.imgsz else preprocessing,

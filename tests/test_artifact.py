@@ -94,9 +94,14 @@ def test_quality_is_kept_and_leaves_the_seal_whole(onnx_copy):
 
 def test_an_error_while_writing_leaves_what_was_there(onnx_copy):
     before = snapshot(onnx_copy.path.parent)
-    with pytest.raises(ZeroDivisionError), artifact.staging(onnx_copy.path) as folder:
-        (folder / onnx_copy.path.name).write_bytes(b"half")
-        raise ZeroDivisionError
+
+    def write():
+        with artifact.staging(onnx_copy.path) as folder:
+            (folder / onnx_copy.path.name).write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
     assert snapshot(onnx_copy.path.parent) == before
 
 

@@ -74,7 +74,9 @@ def test_every_verb_has_help_with_an_example(run):
 
 
 def test_no_path_of_this_machine_is_in_the_product():
-    tracked = [path for folder in ("exporter", "benchmarks", "docs") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    tracked = [
+        path for folder in ("exporter", "benchmarks", "docs") for path in (ROOT / folder).rglob("*") if path.is_file()
+    ]
     for path in [*tracked, ROOT / "README.md", ROOT / "Makefile"]:
         if "__pycache__" not in path.parts:
             text = path.read_text(errors="ignore")

@@ -77,8 +77,7 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    sidecar = artifact.sidecar
-    model = weights.reload(sidecar.weights, sidecar.variant, options.weights).model(sidecar.task)
+    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task)
     yield EagerSession(model.to(options.device), options.device)
 
 
@@ -90,7 +89,7 @@ def layers(artifact: Artifact) -> list[Layer]:
     """The modules of the network."""
     from exporter.model import weights
 
-    model = weights.reload(artifact.sidecar.weights, artifact.sidecar.variant).model()
+    model = weights.reload(artifact).model(artifact.sidecar.task)
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     return [Layer(name=n, module=n, operator=type(m).__name__, precision="fp32") for n, m in leaves]
 

@@ -56,10 +56,10 @@ def _torch(path: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[^\w]*([\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if found:
             raise BadRequest(
-                f"{path}: refused, it carries code ({found[1] or found[2]}) and nothing of it was run; "
+                f"{path}: refused, it carries code ({found[1]}) and nothing of it was run; "
                 "convert it to .safetensors where it is trusted"
             ) from None
         raise BadRequest(f"{path}: truncated or no PyTorch file ({_first_line(error)}); {mend}") from None

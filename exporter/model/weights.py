@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.artifact import Preprocessing, Weights, sha256_file
+from exporter.artifact import Artifact, Preprocessing, Weights, sha256_file
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
@@ -237,25 +238,41 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def reload(weights: Weights, variant: str, source: str | None = None) -> Checkpoint:
+def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
     """The checkpoint that an artifact was made from, wherever it lies now.
 
     Raises: BadRequest when these are other weights; Unavailable when they are gone.
     """
-    if not source and not source_exists(weights.source):
-        raise Unavailable(f"{weights.source}: the weights are no longer there; say where with --weights")
-    known = None if variant.endswith("custom") else variant
-    found = load(source or weights.source, known)
-    if found.weights.digest != weights.digest:
+    expected, variant = artifact.sidecar.weights, artifact.sidecar.variant
+    where = source or absolute(expected.source, artifact.path.parent)
+    if not source and not _exists(where):
+        raise Unavailable(f"{where}: the weights are no longer there; say where with --weights")
+    found = load(where, None if variant.endswith("custom") else variant)
+    if found.weights.digest != expected.digest:
         raise BadRequest(
-            f"{source or weights.source}: other weights than the artifact was made from (digest "
-            f"{found.weights.digest[:12]}…, expected {weights.digest[:12]}…); give those with --weights"
+            f"{where}: other weights than the artifact was made from (digest "
+            f"{found.weights.digest[:12]}…, expected {expected.digest[:12]}…); give those with --weights"
         )
     return found
 
 
-def source_exists(source: str) -> bool:
+def _is_path(source: str) -> bool:
+    return not source.startswith(("random:", "hf-hub:"))
+
+
+def _exists(source: str) -> bool:
     """Whether a source can still be read, as far as that can be told without the network."""
-    if source.startswith(("random:", "hf-hub:")):
-        return True
-    return Path(source).exists() or Path(source.rpartition("#")[0]).is_file()
+    return not _is_path(source) or Path(source).exists() or Path(source.rpartition("#")[0]).is_file()
+
+
+def relative(source: str, folder: Path) -> str:
+    """How an artifact in `folder` remembers a source: relative to itself where both lie below the working folder,
+    so that a project can be moved whole; else as it is."""
+    here = Path.cwd()
+    inside = _is_path(source) and Path(source).is_relative_to(here) and folder.resolve().is_relative_to(here)
+    return os.path.relpath(source, folder.resolve()) if inside else source
+
+
+def absolute(source: str, folder: Path) -> str:
+    """The source that an artifact in `folder` remembers."""
+    return os.path.normpath(folder / source) if _is_path(source) else source

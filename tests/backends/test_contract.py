@@ -96,7 +96,9 @@ def test_layers_have_modules_and_precisions(name, precision, artifacts):
     layers = backends.get(name).layers(artifacts[name, precision])
     blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
     assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
-    found = {layer.precision for layer in layers if layer.operator in ("MatMul", "FullyConnected", "Conv", "Convolution")}
+    found = {
+        layer.precision for layer in layers if layer.operator in ("MatMul", "FullyConnected", "Conv", "Convolution")
+    }
     computed = {"fp32", "fp16"} if (name, precision) == ("openvino", "fp16") else {precision}
     assert found <= computed
 
@@ -133,7 +135,9 @@ def test_a_provider_that_falls_back_silently_is_found_out(artifacts, monkeypatch
     honest = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, settings, providers: honest(path, settings, ["CPUExecutionProvider"])
+        onnxruntime,
+        "InferenceSession",
+        lambda path, settings, providers: honest(path, settings, ["CPUExecutionProvider"]),
     )
     with (
         pytest.raises(Unavailable, match="CUDAExecutionProvider was asked for and CPUExecutionProvider is in use"),

@@ -69,7 +69,9 @@ def test_limits_of_ones_own_are_used(subject, logits):
     assert not measure(subject, logits, got, options=Options(min_cosine=0.9999999))["cosine"].passed
 
 
-@pytest.mark.parametrize(("bad", "metric"), [(np.nan, "nan_outputs"), (np.inf, "inf_outputs"), (-np.inf, "inf_outputs")])
+@pytest.mark.parametrize(
+    ("bad", "metric"), [(np.nan, "nan_outputs"), (np.inf, "inf_outputs"), (-np.inf, "inf_outputs")]
+)
 def test_nan_and_infinity_are_findings_of_their_own(bad, metric, subject, logits):
     got = logits.copy()
     got[6, 2] = bad
@@ -145,7 +147,9 @@ def test_few_images_do_not_fail_on_one_disagreement_but_many_do(artifacts, logit
 
 def test_limits_fit_the_precision(artifacts, logits):
     got = logits + np.random.default_rng(1).normal(size=logits.shape).astype(np.float32) * 3e-3
-    verdicts = {p: measure(Subject(artifacts["onnxruntime", p], []), logits, got)["max_abs"].passed for p in ("fp32", "fp16")}
+    verdicts = {
+        p: measure(Subject(artifacts["onnxruntime", p], []), logits, got)["max_abs"].passed for p in ("fp32", "fp16")
+    }
     assert verdicts == {"fp32": False, "fp16": True}
 
 

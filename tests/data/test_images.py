@@ -64,7 +64,9 @@ def test_16_bit_grey_is_scaled_not_clipped(picture, tmp_path):
     assert read(tmp_path / "a.tif") == pytest.approx(expected(grey), abs=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("P", ".png"), ("P", ".gif"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("P", ".png"), ("P", ".gif"), ("RGBA", ".png"), ("LA", ".png"), ("1", ".png")]
+)
 def test_other_modes_look_as_they_do_in_a_viewer(mode, suffix, picture, tmp_path):
     converted = picture.convert(mode)
     converted.save(tmp_path / f"a{suffix}")

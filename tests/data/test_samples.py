@@ -141,7 +141,7 @@ def test_arrays_that_do_not_fit_are_refused(arrays, message, tmp_path):
 def test_a_truncated_npz_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32))
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:2000])
-    with pytest.raises(BadRequest, match="truncated or no .npz file"):
+    with pytest.raises(BadRequest, match="truncated or no"):
         gather(tmp_path / "a.npz")
 
 
@@ -175,5 +175,5 @@ def test_no_such_data_says_what_there_could_be(tmp_path):
     with pytest.raises(BadRequest, match="no such data; give a folder"):
         gather(tmp_path / "nothing")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(BadRequest, match="expected a folder, a .tsv"):
+    with pytest.raises(BadRequest, match="expected a folder"):
         gather(tmp_path / "x.txt")

@@ -50,10 +50,9 @@ def test_statistics_stay_in_fp32(graph):
 
 def test_activations_beyond_fp16_in_grn_do_not_overflow(tmp_path):
     """Scaled up 3,000 times, the squares of what GRN sums are beyond 65,504; GRN itself is blind to scale."""
-    from tests.conftest import tiny_state
     from exporter.graph import trace
     from exporter.model.convnext import ConvNeXt
-    from tests.conftest import tiny_architecture
+    from tests.conftest import tiny_architecture, tiny_state
 
     differences = {"grn": True, "layer_scale": False}
     state = tiny_state(**differences)
@@ -76,7 +75,9 @@ def test_a_weight_beyond_fp16_stays_in_fp32_and_is_named(graph, images, tmp_path
     large[0, 0] = 1e5
     value.const_value = ir.tensor(large, name=value.name)
     norm = graph.graph.initializers["stages.1.0.norm.weight"]  # so that activations stay within fp16
-    norm.const_value = ir.tensor(norm.const_value.numpy() * np.where(np.arange(24) == 0, 1e-3, 1).astype("f4"), name=norm.name)
+    norm.const_value = ir.tensor(
+        norm.const_value.numpy() * np.where(np.arange(24) == 0, 1e-3, 1).astype("f4"), name=norm.name
+    )
     before = run_graph(graph, images, tmp_path)
     assert precision.to_fp16(graph) == ["stages.1.0.pwconv1.weight"]
     after = run_graph(graph, images, tmp_path)

@@ -112,7 +112,9 @@ def test_nodes_and_weights_have_the_models_own_names(artifacts):
     assert len(set(names)) == len(names)
     assert {"stages.2.1.pwconv1/MatMul", "stages.0.0.dwconv/Conv", "norm/LayerNormalization"} <= set(names)
     assert {"stages.2.1.pwconv1.weight", "downsample_layers.0.0.weight", "head.bias"} <= set(graph.initializers)
-    assert not [name for name in graph.initializers if name.startswith("val_") and graph.initializers[name].shape.rank() > 1]
+    assert not [
+        name for name in graph.initializers if name.startswith("val_") and graph.initializers[name].shape.rank() > 1
+    ]
     block = [node for node in graph if node.name == "stages.2.1.pwconv1/MatMul"]
     assert block[0].metadata_props["module"] == "stages.2.1.pwconv1"
 

@@ -212,13 +212,19 @@ def test_a_hub_repository_is_read_like_a_folder(monkeypatch, tiny):
     assert (found.weights.source, found.labels[0]) == ("hf-hub:someone/convnext", "class 0")
 
 
-def test_other_weights_than_an_artifact_was_made_from_are_refused(state, tmp_path):
-    save_file(state, tmp_path / "a.safetensors")
-    made_from = weights.load(str(tmp_path / "a.safetensors"))
-    save_file(tiny_state(seed=1), tmp_path / "b.safetensors")
-    with pytest.raises(BadRequest, match="other weights than the artifact was made from"):
-        weights.reload(made_from.weights, "custom", str(tmp_path / "b.safetensors"))
-    os.rename(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
-    with pytest.raises(Unavailable, match="say where with --weights"):
-        weights.reload(made_from.weights, "custom")
-    assert weights.reload(made_from.weights, "custom", str(tmp_path / "moved.safetensors")).weights.num_classes == 10
+def test_a_project_can_be_moved_whole(state, tmp_path, monkeypatch):
+    from exporter.backends import eager
+    from tests.conftest import build
+
+    project = tmp_path / "project"
+    (project / "weights").mkdir(parents=True)
+    save_file(state, project / "weights" / "w.safetensors")
+    monkeypatch.chdir(project)
+    made = build("weights/w.safetensors", project / "build")
+    assert made.sidecar.weights.source == "../weights/w.safetensors"
+    monkeypatch.chdir(tmp_path)
+    project.rename(tmp_path / "moved")
+    from exporter import artifact
+
+    assert same(weights.reload(artifact.load(tmp_path / "moved" / "build" / made.path.name)), state)
+    assert len(eager.BACKEND.layers(artifact.load(tmp_path / "moved" / "build" / made.path.name))) > 20

@@ -24,7 +24,14 @@ def test_a_report_is_read_as_it_was_written(example, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "better", "passed"),
-    [(1.0, "low", True), (1.1, "low", False), (1.0, "high", True), (0.9, "high", False), (None, "low", False), (None, "high", False)],
+    [
+        (1.0, "low", True),
+        (1.1, "low", False),
+        (1.0, "high", True),
+        (0.9, "high", False),
+        (None, "low", False),
+        (None, "high", False),
+    ],
 )
 def test_a_limit_is_held_or_not(value, better, passed):
     assert judged(Finding(check="c", metric="m", value=value), 1.0, better).passed is passed
@@ -44,7 +51,9 @@ def test_a_report_of_another_schema_is_refused(example, tmp_path):
         report.load(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"schema": 1}', b'{"schema": 1, "passed": "yes"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"schema": 1}', b'{"schema": 1, "passed": "yes"}']
+)
 def test_what_is_no_report_is_refused(content, tmp_path):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(BadRequest, match="report"):
@@ -82,7 +91,9 @@ def test_the_report_verb_writes_what_it_prints(run, example, tmp_path):
 
 def test_an_unknown_format_is_refused(refused, example, tmp_path):
     report.save(example, tmp_path / "a.json")
-    assert "unknown report format 'pdf'; known: markdown" in refused(2, "report", tmp_path / "a.json", "--format", "pdf")
+    assert "unknown report format 'pdf'; known: markdown" in refused(
+        2, "report", tmp_path / "a.json", "--format", "pdf"
+    )
 
 
 def test_a_number_that_is_not_finite_is_null_in_json(example, tmp_path):
