@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,23 @@ class Arrays:
         bytes_each = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
             _header(file)
-            for _ in range(self.count):
-                row = np.frombuffer(file.read(bytes_each), self.dtype).reshape(self.shape[1:])
+            for index in range(self.count):
+                content = _read(file, bytes_each)
+                if len(content) < bytes_each:
+                    raise BadRequest(f"{self.path}: damaged: it ends after {index} of {self.count} images")
+                row = np.frombuffer(content, self.dtype).reshape(self.shape[1:])
                 if self.dtype == np.uint8:
                     yield images.preprocess(Image.fromarray(row), self.recipe)
                 else:
                     yield row.astype(np.float32)
+
+
+def _read(file: IO[bytes], count: int) -> bytes:
+    """So many bytes, or fewer where the file is damaged."""
+    try:
+        return file.read(count)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+        return b""
 
 
 def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
@@ -62,7 +74,7 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
             with archive.open("images.npy") as file:
                 shape, fortran, dtype = _header(file)
             labels = _labels(archive) if "labels.npy" in names else None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
     pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3
     inputs = dtype == np.float32 and shape[1:] == (3, recipe.size, recipe.size)

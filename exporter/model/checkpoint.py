@@ -100,7 +100,7 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     wrong = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise BadRequest(f"{path}: not a state dict: {len(wrong)} entries are no tensors ({some(wrong)})")
-    odd = [key for key, value in content.items() if not value.is_floating_point()]
+    odd = [str(key) for key, value in content.items() if not value.is_floating_point() or not value.numel()]
     if odd:
-        raise BadRequest(f"{path}: {len(odd)} tensors are not floating point ({some(odd)})")
+        raise BadRequest(f"{path}: {len(odd)} tensors are empty or not floating point ({some(odd)})")
     return {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in content.items()}

@@ -37,7 +37,7 @@ def read_config(folder: Path) -> Config:
         beside = folder / "preprocessor_config.json"
         recipe = _hf_preprocessing(_read(beside)) if beside.is_file() else None
         return Config(_hf_labels(config), recipe)
-    except (KeyError, TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise BadRequest(f"{path}: cannot be understood ({type(error).__name__}: {error}); mend or remove it") from None
 
 

@@ -7,6 +7,7 @@ Our own layout is facebookresearch's, with GRN's vectors flat, `norm_pre` for a 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -122,8 +123,8 @@ def _halve(key: str) -> str:
 def _reshape(name: str, tensor: Tensor) -> Tensor:
     if name.endswith((".gamma", ".beta")):  # (1, 1, 1, C) and (C, 1, 1) in some layouts
         return tensor.reshape(-1)
-    if re.search(r"(pwconv[12]|head|head_hidden)\.weight$", name):  # a 1×1 convolution in some
-        return tensor.reshape(tensor.shape[:2])
+    if re.search(r"(pwconv[12]|head|head_hidden)\.weight$", name) and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]  # a 1×1 convolution in some
     return tensor
 
 
@@ -152,9 +153,17 @@ def architecture(state: Mapping[str, Tensor]) -> Architecture:
 
 
 def _depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    blocks = {(int(m[1]), int(m[2])) for key in state if (m := re.match(r"stages\.(\d+)\.(\d+)\.", key))}
-    stages = max(stage for stage, _ in blocks) + 1
-    return tuple(1 + max((b for s, b in blocks if s == stage), default=0) for stage in range(stages))
+    """Blocks of each stage.
+
+    Raises: BadRequest when stages or blocks are missing, or there are not four stages (or one, isotropic).
+    """
+    blocks = {(int(m[1]), int(m[2])) for key in state if (m := re.match(r"stages\.(\d{1,4})\.(\d{1,4})\.", key))}
+    counts = Counter(stage for stage, _ in blocks)
+    depths = tuple(counts[stage] for stage in range(len(counts)))
+    whole = {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}
+    if blocks != whole or len(depths) not in (1, 4):
+        raise BadRequest(f"a ConvNeXt has four whole stages, or one if isotropic; found blocks {depths}, some missing")
+    return depths
 
 
 def _stem(state: Mapping[str, Tensor]) -> str:

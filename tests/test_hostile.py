@@ -1,0 +1,180 @@
+"""Files from anywhere: whatever is in them, the answer is one clear error of ours, never a traceback."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from exporter import artifact, report
+from exporter.artifact import Preprocessing, sidecar_path
+from exporter.data import images
+from exporter.data.samples import open_samples
+from exporter.errors import ExporterError
+from exporter.model import weights
+from exporter.model.config import read_config
+from tests.conftest import tiny_state
+
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+SPOTS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
+
+
+def spoil(content, spots, cut):
+    """The bytes with some replaced and the end cut off."""
+    spoilt = bytearray(content)
+    for where, value in spots:
+        spoilt[int(where * len(spoilt))] = value
+    return bytes(spoilt[: max(1, int(len(spoilt) * cut))])
+
+
+def ours(action, *arguments):
+    """Run something that may fail only in our own words."""
+    try:
+        return action(*arguments)
+    except ExporterError as error:
+        assert str(error)
+        return None
+
+
+def pickled(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+SMALL = {"stages.0.0.dwconv.weight": torch.ones(4, 1, 7, 7), "head.weight": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".pth", ".bin"])
+@MANY
+@given(spots=SPOTS, cut=st.floats(0.2, 1))
+def test_spoilt_checkpoints(kind, spots, cut, tmp_path):
+    path = tmp_path / f"weights{kind}"
+    path.write_bytes(spoil(save(SMALL) if kind == ".safetensors" else pickled(SMALL), spots, cut))
+    ours(weights.load, str(path))
+
+
+@MANY
+@given(content=st.dictionaries(st.text(max_size=20), st.integers() | st.text() | st.lists(st.integers())))
+def test_checkpoints_of_anything_but_tensors(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickled(content))
+    assert ours(weights.load, str(path)) is None
+
+
+@MANY
+@given(data=st.data())
+def test_checkpoints_with_keys_and_shapes_of_their_own(data, tmp_path):
+    state = tiny_state()
+    for key in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=4, unique=True)):
+        shape = data.draw(st.lists(st.integers(0, 5), max_size=5))
+        change = data.draw(st.sampled_from(["drop", "reshape", "rename"]))
+        old = state.pop(key)
+        if change == "reshape":
+            state[key] = torch.zeros(shape)
+        elif change == "rename":
+            state[key + data.draw(st.text("abc.0123", max_size=6))] = old
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(save({key: value.contiguous() for key, value in state.items()}))
+    ours(weights.load, str(path))
+
+
+@MANY
+@given(config=JSON, recipe=JSON)
+def test_configurations_of_any_content(config, recipe, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(recipe))
+    ours(read_config, tmp_path)
+
+
+@MANY
+@given(labels=JSON, cfg=st.dictionaries(st.sampled_from(["input_size", "crop_pct", "interpolation", "mean", "std"]), JSON))
+def test_configurations_with_the_right_keys(labels, cfg, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels, "pretrained_cfg": cfg}))
+    ours(read_config, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 224, "image_mean": labels, "image_std": 1}))
+    ours(read_config, tmp_path)
+
+
+@MANY
+@given(spots=SPOTS, cut=st.floats(0.2, 1))
+def test_spoilt_sidecars(spots, cut, onnx_copy):
+    path = sidecar_path(onnx_copy.path)
+    whole = path.read_bytes()
+    spoilt = spoil(whole, spots, cut)
+    path.write_bytes(spoilt)
+    try:
+        assert spoilt == whole or ours(artifact.load, onnx_copy.path) in (None, onnx_copy)
+    finally:
+        path.write_bytes(whole)
+
+
+@MANY
+@given(content=JSON)
+def test_sidecars_and_reports_of_any_content(content, onnx_copy):
+    path = sidecar_path(onnx_copy.path)
+    whole = path.read_bytes()
+    path.write_text(json.dumps(content))
+    try:
+        assert ours(artifact.load, onnx_copy.path) is None
+        assert ours(report.load, path) is None
+    finally:
+        path.write_bytes(whole)
+
+
+@MANY
+@given(text=st.text(max_size=200))
+def test_manifests_of_any_content(text, tmp_path):
+    (tmp_path / "m.csv").write_text(text, "utf-8", errors="surrogatepass")
+    ours(open_samples, str(tmp_path / "m.csv"), Preprocessing(), (), 10)
+
+
+@MANY
+@given(spots=SPOTS, cut=st.floats(0.2, 1))
+def test_spoilt_arrays(spots, cut, tmp_path):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=np.zeros((2, 3, 8, 8), np.float32), labels=np.arange(2))
+    (tmp_path / "a.npz").write_bytes(spoil(buffer.getvalue(), spots, cut))
+    samples = ours(open_samples, str(tmp_path / "a.npz"), Preprocessing(size=8, resize=8), (), 10)
+    if samples:
+        ours(list, samples.batches(2))
+
+
+def test_an_npz_that_claims_more_than_it_holds_is_refused(tmp_path):
+    """A header of 2⁴⁰ images in front of nothing."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**40, 3, 8, 8)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue())
+    samples = open_samples(str(tmp_path / "a.npz"), Preprocessing(size=8, resize=8), (), 10)
+    with pytest.raises(ExporterError, match="ends after 0 of"):
+        list(samples.batches(4))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
+@MANY
+@given(spots=SPOTS, cut=st.floats(0.2, 1))
+def test_spoilt_images(kind, spots, cut, tmp_path):
+    from PIL import Image
+
+    from exporter.data.synthetic import dead_leaves
+
+    buffer = io.BytesIO()
+    Image.fromarray(dead_leaves(24, 0)).save(buffer, kind)
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(spoil(buffer.getvalue(), spots, cut))
+    try:
+        images.read(path, Preprocessing(size=8, resize=8))
+    except images.Unreadable as error:
+        assert str(error)
