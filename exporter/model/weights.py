@@ -145,7 +145,7 @@ def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoi
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
     """The number of classes, once every key and shape is as the network has it."""
-    if "head.weight" not in state:
+    if "head.weight" not in state or state["head.weight"].ndim != 2:
         raise BadRequest(f"{path}: missing keys: no classifier head (head.weight); give the fine-tuned checkpoint")
     classes = int(state["head.weight"].shape[0])
     expected = {key: tensor.shape for key, tensor in _empty(arch, classes).state_dict().items()}
