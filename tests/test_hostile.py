@@ -98,7 +98,9 @@ def test_configurations_of_any_content(config, recipe, tmp_path):
 
 
 @MANY
-@given(labels=JSON, cfg=st.dictionaries(st.sampled_from(["input_size", "crop_pct", "interpolation", "mean", "std"]), JSON))
+@given(
+    labels=JSON, cfg=st.dictionaries(st.sampled_from(["input_size", "crop_pct", "interpolation", "mean", "std"]), JSON)
+)
 def test_configurations_with_the_right_keys(labels, cfg, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"id2label": labels, "pretrained_cfg": cfg}))
     ours(read_config, tmp_path)

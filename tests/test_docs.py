@@ -1,0 +1,97 @@
+"""The documents tell the truth: commands run, and generated parts are what would be generated now."""
+
+import re
+import shlex
+
+import msgspec
+import pytest
+from PIL import Image
+
+from benchmarks import docs
+from exporter.data.synthetic import dead_leaves
+from exporter.model import hub, variants
+from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```console\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+]
+
+
+def test_there_are_commands_to_run():
+    assert sum(line.startswith("convnext-export") for line in COMMANDS) >= 9
+    assert {"make demo", "make test", "make install"} <= set(COMMANDS)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder as the README's reader has it: a checkpoint, photographs, and the Hub within reach."""
+    write_tiny(tmp_path / "hub")
+    write_tiny(tmp_path / "own")
+    (tmp_path / "desk" / "photos" / "val").mkdir(parents=True)
+    (tmp_path / "own" / "model.safetensors").rename(tmp_path / "desk" / "my_convnext.safetensors")
+    for index in range(10):
+        folder = tmp_path / "desk" / "photos" / "val" / str(index)
+        folder.mkdir()
+        Image.fromarray(dead_leaves(80, index)).save(folder / "photo.jpg")
+    base = msgspec.structs.replace(variants.VARIANTS["base"], architecture=tiny_architecture())
+    monkeypatch.setitem(variants.VARIANTS, "base", base)
+    monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
+    monkeypatch.chdir(tmp_path / "desk")
+    return tmp_path / "desk"
+
+
+def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
+    """In order, as a reader types them. The stand-in for base has base's name, so the own checkpoint is taken for it."""
+    for line in [command for command in COMMANDS if command.startswith("convnext-export")]:
+        words = shlex.split(line)[1:]
+        if "my_convnext.safetensors" in words:
+            monkeypatch.delitem(variants.VARIANTS, "base", raising=False)
+        result = run(*words)
+        assert result.code == 0, f"{line}\n{result.err}"
+        assert result.out
+    written = {path.relative_to(desk).as_posix() for path in desk.rglob("*") if path.is_file()}
+    unexpected = {
+        name for name in written if not name.startswith(("build/", "photos/")) and name != "my_convnext.safetensors"
+    }
+    assert not unexpected, "a command wrote outside its output folder"
+    assert not [name for name in written if "/." in name], "a temporary file was left"
+
+
+def test_make_has_every_target_the_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_help_in_the_docs_is_the_programs():
+    assert (ROOT / "docs" / "cli.md").read_text() == docs.cli_help(), "run `make docs`"
+
+
+def test_the_tables_in_the_readme_are_those_of_the_reports():
+    assert docs.readme(README) == README, "run `make docs`"
+    assert README.count("custom_fp16.xml") > 2
+
+
+def test_the_map_names_every_folder():
+    for folder in (path for path in (ROOT / "exporter").iterdir() if path.is_dir() and path.name != "__pycache__"):
+        if folder.name != "measure":
+            assert f"`exporter/{folder.name}/`" in README
+
+
+def test_the_demo_makes_what_the_readme_shows(tmp_path, monkeypatch):
+    """The same functions on two epochs: that the pieces fit, not how well it learns."""
+    pytest.importorskip("sklearn")
+    from benchmarks import demo, digits
+
+    monkeypatch.chdir(tmp_path)
+    digits.prepare(tmp_path, epochs=2)
+    assert len(list((tmp_path / "val").glob("*/*.png"))) == digits.HELD_OUT
+    assert type_command("onnx", "--weights", tmp_path / "model", "-o", tmp_path / "out").code == 0
+    result = type_command("verify", tmp_path / "out" / "custom_fp32.onnx", "--data", tmp_path / "val", "--json")
+    assert result.code == 0
+    top1 = next(f["value"] for f in result.json["findings"] if f["metric"] == "top1")
+    assert top1 > 50, "two epochs are enough for half of them"
+    assert [demo.artifact(words).name for words in demo.builds()][:2] == ["custom_fp32.onnx", "custom_fp16.onnx"]
