@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import click
@@ -46,9 +45,9 @@ def tables() -> dict[str, str]:
 def readme(text: str) -> str:
     """The README with its tables as they are now."""
     for mark, content in tables().items():
-        text = re.sub(
-            rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, c=content: m[1] + c + m[2], text, flags=re.S
-        )
+        before, _, rest = text.partition(f"<!-- {mark} -->\n")
+        _, _, after = rest.partition(f"<!-- /{mark} -->")
+        text = f"{before}<!-- {mark} -->\n{content}<!-- /{mark} -->{after}"
     return text
 
 

@@ -44,10 +44,10 @@ def desk(tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
-    """In order, as a reader types them. The stand-in for base has base's name, so the own checkpoint is taken for it."""
+    """In order, as a reader types them."""
     for line in [command for command in COMMANDS if command.startswith("convnext-export")]:
         words = shlex.split(line)[1:]
-        if "my_convnext.safetensors" in words:
+        if "my_convnext.safetensors" in words:  # the stand-in for base would be taken for base
             monkeypatch.delitem(variants.VARIANTS, "base", raising=False)
         result = run(*words)
         assert result.code == 0, f"{line}\n{result.err}"
