@@ -143,8 +143,8 @@ def _simplify(graph: ir.Model) -> tuple[ir.Model, str]:
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images for comparing, of other numbers than were traced with where axes are dynamic."""
     recipe = preprocessing if options.imgsz else preprocessing.at(96)
-    count = options.batch or 3
-    return np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(count)])
+    three = np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(3)])
+    return np.resize(three, (options.batch or 3, *three.shape[1:]))
 
 
 def _expected(model: Module, probe: Array) -> Outputs:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from exporter import discover
 from exporter.artifact import Artifact, Record
 from exporter.backends import Layer, Outputs
+from exporter.measure.stats import proportion
 from exporter.report import Finding
 
 
@@ -63,6 +64,21 @@ class Check(Generic[Opt]):
 
     options: type[Opt]
     start: Callable[[Opt, Subject], Meter]
+
+
+def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
+    """How many of the images, in percent with its interval; one sample per image."""
+    counted = proportion(sum(hits), len(hits))
+    return Finding(
+        check=check,
+        metric=metric,
+        value=counted.value,
+        unit="%",
+        low=counted.low,
+        high=counted.high,
+        detail=f"{sum(hits)} of {len(hits)} images",
+        samples=tuple(float(hit) for hit in hits),
+    )
 
 
 def start_all(options: Options, subject: Subject) -> list[Meter]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.checks import Check, Options, Seen, Subject
-from exporter.measure.stats import paired_drop, proportion
+from exporter.checks import Check, Options, Seen, Subject, share
+from exporter.measure.stats import paired_drop
 from exporter.report import Finding, judged
 
 MAX_DROP_POINTS = {"fp32": 0.1, "fp16": 0.2, "bf16": 0.5}
@@ -37,21 +37,7 @@ class Accuracy:
         if not self.right["top1"]:
             return []
         metrics = ["top1_eager", "top1", *(["top5_eager", "top5"] if self.classes > 5 else [])]
-        return [*(self._share(metric) for metric in metrics), self._drop()]
-
-    def _share(self, metric: str) -> Finding:
-        right = self.right[metric]
-        share = proportion(sum(right), len(right))
-        return Finding(
-            check="accuracy",
-            metric=metric,
-            value=share.value,
-            unit="%",
-            low=share.low,
-            high=share.high,
-            detail=f"{sum(right)} of {len(right)} images",
-            samples=tuple(float(hit) for hit in right),
-        )
+        return [*(share("accuracy", metric, self.right[metric]) for metric in metrics), self._drop()]
 
     def _drop(self) -> Finding:
         drop = paired_drop(self.right["top1_eager"], self.right["top1"])

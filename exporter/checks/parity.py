@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
-from exporter.checks import Check, Options, Seen, Subject
-from exporter.measure.stats import proportion
+from exporter.checks import Check, Options, Seen, Subject, share
 from exporter.report import Finding, judged, number
 
 
@@ -117,27 +117,11 @@ class Parity:
         return Finding(check="parity", metric="sqnr_db", value=number(min(float(value), 200.0)), unit="dB")
 
     def _agreement(self) -> Finding:
-        share = proportion(sum(self.agree), len(self.agree))
-        finding = Finding(
-            check="parity",
-            metric="top1_agreement",
-            value=share.value,
-            unit="%",
-            low=share.low,
-            high=share.high,
-            detail=f"{sum(self.agree)} of {len(self.agree)} images; fails when its whole interval is below",
-            samples=tuple(float(same) for same in self.agree),
-        )
-        limit = self.limits.agreement_pct
-        # Few images say little: one of 16 is already 6 points.
-        passed = judged(Finding(check="", metric="", value=share.high), limit, "high").passed
-        return _with(finding, limit, passed)
-
-
-def _with(finding: Finding, limit: float, passed: bool) -> Finding:
-    from msgspec.structs import replace
-
-    return replace(finding, limit=limit, passed=passed)
+        # Few images say little (one of 16 is already 6 points), so the end of the interval is judged.
+        found, limit = share("parity", "top1_agreement", self.agree), self.limits.agreement_pct
+        passed = judged(replace(found, value=found.high), limit, "high").passed
+        detail = f"{found.detail}; fails when its whole interval is below"
+        return replace(found, limit=limit, passed=passed, detail=detail)
 
 
 CHECK = Check(Options, Parity)

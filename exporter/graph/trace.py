@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MIN_OPSET = 18  # the dynamo exporter's own; LayerNormalization needs 17
 MAX_OPSET = 23
+MAX_SIZE, MAX_BATCH = 4096, 1024  # a fixed shape is run once while it is checked
 INPUT = "images"
 
 
@@ -39,10 +40,10 @@ def check_options(options: TraceOptions) -> None:
     """
     if not MIN_OPSET <= options.opset <= MAX_OPSET:
         raise BadRequest(f"--opset {options.opset}: expected {MIN_OPSET} to {MAX_OPSET}")
-    if options.imgsz is not None and options.imgsz < 32:
-        raise BadRequest(f"--imgsz {options.imgsz}: the network needs at least 32 pixels, or 'dynamic'")
-    if options.batch is not None and options.batch < 1:
-        raise BadRequest(f"--batch {options.batch}: expected 1 or more, or 'dynamic'")
+    if options.imgsz is not None and not 32 <= options.imgsz <= MAX_SIZE:
+        raise BadRequest(f"--imgsz {options.imgsz}: expected 32 to {MAX_SIZE} pixels, or 'dynamic'")
+    if options.batch is not None and not 1 <= options.batch <= MAX_BATCH:
+        raise BadRequest(f"--batch {options.batch}: expected 1 to {MAX_BATCH}, or 'dynamic'")
 
 
 def output_names(options: TraceOptions) -> list[str]:

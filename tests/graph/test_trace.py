@@ -168,8 +168,10 @@ def test_a_graph_that_is_not_the_model_is_refused(tiny, tmp_path, monkeypatch):
     ("told", "message"),
     [
         ({"opset": 17}, "--opset 17: expected 18 to"),
-        ({"imgsz": 31}, "--imgsz 31: the network needs at least 32"),
-        ({"batch": 0}, "--batch 0: expected 1 or more"),
+        ({"imgsz": 31}, "--imgsz 31: expected 32 to 4096"),
+        ({"imgsz": 99999}, "--imgsz 99999: expected 32 to 4096"),
+        ({"batch": 0}, "--batch 0: expected 1 to 1024"),
+        ({"batch": 1_000_000}, "--batch 1000000: expected 1 to 1024"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_weights_are_read(told, message, tmp_path):

@@ -1,0 +1,24 @@
+"""The Python API does what the words do."""
+
+import pytest
+
+import exporter
+
+
+def test_build_and_verify_from_python(tiny, tmp_path):
+    recipe = exporter.Recipe(weights=str(tiny), backend="openvino", precision="fp16")
+    artifact = exporter.build(recipe, tmp_path)
+    report = exporter.verify(exporter.load(artifact.path), exporter.VerifyOptions(most=4))
+    assert isinstance(report, exporter.Report)
+    assert report.passed
+    assert exporter.load(artifact.path).sidecar.quality["images"] == 4
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = exporter.nothing
+
+
+def test_a_recipe_with_an_unknown_key_is_an_error():
+    with pytest.raises(TypeError, match="colour"):
+        exporter.Recipe(colour="red")
