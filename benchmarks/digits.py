@@ -8,6 +8,7 @@ checkpoint would be, `model.safetensors` with `config.json`.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,8 +119,10 @@ def write_model(model: ConvNeXt, folder: Path) -> None:
 
 def prepare(folder: Path, epochs: int = 15) -> None:
     """The model in `folder/model` and the held-out digits in `folder/val`, made once."""
-    if not (folder / "val" / "9").is_dir():
-        write_held_out(folder / "val")
+    if not (folder / "val").is_dir():
+        shutil.rmtree(folder / "val.partial", ignore_errors=True)
+        write_held_out(folder / "val.partial")
+        (folder / "val.partial").rename(folder / "val")
     if not (folder / "model" / "model.safetensors").is_file():
         print("· training a small ConvNeXt on handwritten digits", file=sys.stderr)
         write_model(train(epochs), folder / "model")

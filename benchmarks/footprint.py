@@ -28,11 +28,10 @@ FEW, MANY = 400, 4000
 
 
 class Run(Record, frozen=True):
-    """One run of a command: wall clock in seconds, peak resident memory in bytes, exit code."""
+    """One run of a command: wall clock in seconds, peak resident memory in bytes."""
 
     seconds: float
     peak_bytes: int
-    code: int
 
 
 class Case(Record, frozen=True):
@@ -69,7 +68,9 @@ def run(words: tuple[str, ...], folder: Path) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Run(seconds=seconds, peak_bytes=usage.ru_maxrss * 1024, code=process.returncode)
+    if process.returncode:
+        sys.exit(f"convnext-export {' '.join(words)}: exit code {process.returncode}")
+    return Run(seconds=seconds, peak_bytes=usage.ru_maxrss * 1024)
 
 
 def repeat(words: str, folder: Path, times: int, fresh: str = "", weights: int | None = None) -> Case:

@@ -9,9 +9,12 @@ moment there is the old artifact or the new one, never a mixture.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from typing import Any, Literal
 import msgspec
 
 from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
+from exporter.progress import note
 
 SCHEMA = 1
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
@@ -96,9 +100,7 @@ class Sidecar(Record, frozen=True):
     labels: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
     versions: dict[str, str] = {}
-    target: dict[str, str] = {}
     recipe: dict[str, Any] = {}
-    calibration: dict[str, str] | None = None
     quality: dict[str, float | str] = {}
     files: tuple[File, ...] = ()
     sha256: str = ""
@@ -146,8 +148,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _seal(sidecar: Sidecar) -> str:
-    # `quality` is written again by every verify, so it is outside the seal.
-    fields = msgspec.to_builtins(msgspec.structs.replace(sidecar, seal="", quality={}))
+    fields = msgspec.to_builtins(msgspec.structs.replace(sidecar, seal=""))
     return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
 
 
@@ -162,7 +163,7 @@ def _decode(path: Path) -> Sidecar:
         raise BadRequest(f"{path}: {path.stat().st_size} bytes is no sidecar of ours; {mend}")
     try:
         sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {mend}") from None
     if sidecar.schema != SCHEMA:
         raise BadRequest(f"{path}: sidecar of schema {sidecar.schema}, this version reads {SCHEMA}; {mend}")
@@ -176,6 +177,11 @@ def load(path: Path) -> Artifact:
 
     Raises: BadRequest for a missing, changed or damaged file or sidecar.
     """
+    with _locked(path.parent):
+        return _load(path)
+
+
+def _load(path: Path) -> Artifact:
     _recover(path)
     if not path.is_file():
         beside = [file.name for file in path.parent.glob("*.json")] if path.parent.is_dir() else []
@@ -211,30 +217,77 @@ def _check(path: Path, file: File) -> None:
 def staging(target: Path) -> Iterator[Path]:
     """A folder to write the files of `target` into; they move into place when the block ends well.
 
-    If it does not, by an error or Ctrl-C, the folder is removed and what stood there before still stands.
+    If it does not, by an error or Ctrl-C, the folder is removed and what stood there before still stands. What a
+    killed process left is removed by the next one.
 
-    Raises: Unavailable when the disk is full.
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is
+        not ours stands at `target`.
     """
     out = target.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _recover(target)
-        folder = out / f".{target.name}.{os.getpid()}.new"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with _locked(out):
+            _recover(target)
+            _sweep(target)
+            _refuse_foreign(target)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=out))
+            alive = _lock(folder)
     except OSError as error:
         raise _write_error(error, out) from None
     try:
         yield folder
         for path in folder.iterdir():
             _flush(path)
-        os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
-        _recover(target)
-    except BaseException as error:
+        with _locked(out):
+            _recover(target)
+            os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
+            _recover(target)
+    except OSError as error:
+        raise _write_error(error, out) from None
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) or _is_full(error, out):
-            raise _write_error(error, out) from None
+        os.close(alive)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not sidecar_path(target).exists():
+        raise BadRequest(f"{target}: a file that this tool did not write stands there; choose another folder with -o")
+
+
+def _lock(folder: Path, wait: bool = True) -> int:
+    """A lock on a folder, held until the handle is closed or the process ends.
+
+    Raises: BlockingIOError when another holds it and `wait` is false.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
         raise
+    except OSError:  # a file system without locks: one writer at a time is then up to the user
+        pass
+    return handle
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One at a time: readers and writers of the artifacts of a folder."""
+    handle = _lock(folder) if folder.is_dir() else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the staging folders of processes that are no more: nobody holds their locks."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        with suppress(OSError):
+            handle = _lock(folder, wait=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
 
 
 def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
@@ -246,26 +299,39 @@ def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
     sidecar_path(folder / name).write_bytes(_encode(whole))
 
 
-def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> Artifact:
-    """The artifact with its quality as just verified, on disk too."""
-    sidecar = msgspec.structs.replace(artifact.sidecar, quality=dict(quality))
-    write_file(sidecar_path(artifact.path), _encode(sidecar))
-    return Artifact(artifact.path, sidecar)
+def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> None:
+    """Write the quality of an artifact, as just verified, into its sidecar.
+
+    When it was built again meanwhile, or cannot be written to, a note says so.
+    """
+    try:
+        with _locked(artifact.path.parent):
+            now = _load(artifact.path).sidecar
+            if now.sha256 != artifact.sidecar.sha256:
+                note(f"{artifact.path.name} was built again meanwhile; its sidecar is left as it is")
+                return
+            fresh = msgspec.structs.replace(now, quality=dict(quality))
+            write_file(sidecar_path(artifact.path), _encode(fresh))
+    except ExporterError as error:
+        note(f"the sidecar keeps its old quality: {error}")
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file so that it is either the old or the new, whatever happens."""
+    """Write one file so that it is either the old or the new, whatever happens.
+
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         _flush(partial)
         partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _write_error(error, path.parent) from None
-        raise
+    except OSError as error:
+        raise _write_error(error, path.parent) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _commit_folder(target: Path) -> Path:
@@ -310,12 +376,20 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _is_full(error: BaseException, out: Path) -> bool:
-    """Whether a writer in another language failed because the disk is full (it raises no OSError)."""
-    return isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20
-
-
-def _write_error(error: BaseException, out: Path) -> ExporterError:
-    if not isinstance(error, OSError) or error.errno in NO_SPACE:
+def _write_error(error: OSError, out: Path) -> ExporterError:
+    if error.errno in NO_SPACE:
         return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
     return BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o")
+
+
+def user_path(word: str) -> Path:
+    """A path as a user typed it, with ~ for home.
+
+    Raises: BadRequest for one that no file can have.
+    """
+    try:
+        path = Path(word).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BadRequest(f"{word[:80]}: no path that a file can have ({error})"[:240]) from None
+    return path

@@ -84,7 +84,7 @@ def _ort_cuda() -> str:
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise Unavailable(
-            "this build has none; on a GPU machine: pip uninstall -y onnxruntime, pip install onnxruntime-gpu"
+            "this build has none; on a GPU machine: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         )
     _torch_cuda()
     return "listed; `verify --device cuda` proves it"

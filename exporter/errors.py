@@ -3,11 +3,9 @@
 ExporterError            one line, an exit code, and what to do
 ├── BadRequest           2  a word, recipe or file that cannot be used
 ├── Unavailable          3  something is missing on this machine
-├── Interrupted          4  stopped by the user; nothing is torn
-├── CheckFailed          5  built, but a check did not pass
-└── Regression           6  latency or accuracy got worse
+└── CheckFailed          5  built, but a check did not pass
 
-Anything else that escapes is a bug of ours (exit code 1, with its traceback).
+Ctrl-C is exit code 4. Anything else that escapes is a bug of ours (exit code 1, with its traceback).
 """
 
 from __future__ import annotations
@@ -34,22 +32,10 @@ class Unavailable(ExporterError):
     exit_code = 3
 
 
-class Interrupted(ExporterError):
-    """Stopped by the user; the next run continues."""
-
-    exit_code = 4
-
-
 class CheckFailed(ExporterError):
     """What was built does not hold what it must."""
 
     exit_code = 5
-
-
-class Regression(ExporterError):
-    """Latency or accuracy got worse."""
-
-    exit_code = 6
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -66,3 +52,13 @@ def some(names: Iterable[str], most: int = 3) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library said, or the kind of its error if it said nothing."""
+    return ([*str(error).strip().splitlines(), type(error).__name__][0] or type(error).__name__)[:200]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what a library said: C++ puts the reason at the end."""
+    return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]

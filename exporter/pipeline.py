@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ from exporter import artifact as artifacts
 from exporter import backends, checks
 from exporter.artifact import Artifact, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs, Session
-from exporter.data import Batch, images, synthetic
+from exporter.data import images, synthetic
 from exporter.data.samples import open_samples
 from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
 from exporter.graph import files, simplify, trace
@@ -90,15 +88,20 @@ def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out:
 
 def _still_there(target: Path, sidecar: Sidecar) -> Artifact | None:
     """The artifact at `target`, if it is whole and was made from the same facts."""
-    if not target.exists():
+    if not artifacts.sidecar_path(target).exists():
         return None
     try:
         found = artifacts.load(target)
     except BadRequest as error:
         note(f"{error} – doing so")
         return None
-    same = msgspec.structs.replace(found.sidecar, inputs=(), outputs=()).facts() == sidecar.facts()
-    return found if same else None
+    return found if _made_from(found.sidecar) == _made_from(sidecar) else None
+
+
+def _made_from(sidecar: Sidecar) -> dict[str, str]:
+    """What decides what a graph is: every fact but its own shapes and the words that named its weights."""
+    words = {key: word for key, word in sidecar.recipe.items() if key not in ("variant", "weights", "labels")}
+    return msgspec.structs.replace(sidecar, inputs=(), outputs=(), recipe=words).facts()
 
 
 def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simplified: bool, target: Path) -> Artifact:
@@ -110,8 +113,6 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
     candidate, reason = (graph, "") if not simplified else _simplify(graph)
-    # Weights above 2 GB: nothing may hold them any longer than it must.
-    del model, checkpoint
     with artifacts.staging(target) as folder:
         file = folder / target.name
         files.save(candidate, file, sidecar.facts())
@@ -120,8 +121,6 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
             reason = difference
             files.save(graph, file, sidecar.facts())
             difference = _difference(file, sidecar, probe, expected)
-        del candidate, graph
-        gc.collect()
         if difference:
             raise CheckFailed(f"{target.name}: the traced graph is not the model: {difference}; nothing was written")
         artifacts.seal(folder, target.name, sidecar)
@@ -143,8 +142,8 @@ def _simplify(graph: ir.Model) -> tuple[ir.Model, str]:
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images for comparing, of other numbers than were traced with where axes are dynamic."""
     recipe = preprocessing if options.imgsz else preprocessing.at(96)
-    three = np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(3)])
-    return np.resize(three, (options.batch or 3, *three.shape[1:]))
+    count = min(3, options.batch or 3)
+    return np.stack([images.normalise(synthetic.dead_leaves(recipe.size, 1000 + i), recipe) for i in range(count)])
 
 
 def _expected(model: Module, probe: Array) -> Outputs:
@@ -165,11 +164,11 @@ def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -
         note("the graph is not compared with the model: no ONNX Runtime here; run verify where there is one")
         return ""
     with backend.session(Artifact(file, sidecar), backend.options()) as session:
-        got = session(probe)
+        got = _run(session, probe, sidecar.inputs[0].shape[0])
     for tensor, a, b in zip(sidecar.outputs, expected, got, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
-        share = float(np.abs(a - b).max() / a.std())
+        share = float(np.abs(a - b).max() / (a.std() or np.abs(a).max() or 1))
         if not share <= TRACE_SHARE:
             return f"{tensor.name} differs by {share:.2g} of its spread"
     return ""
@@ -186,28 +185,24 @@ class VerifyOptions(checks.Options, frozen=True):
 
 
 def verify(artifact: Artifact, options: VerifyOptions) -> Report:
-    """Hold an artifact against eager PyTorch on the same images; writes its quality into the sidecar."""
+    """Hold an artifact against eager PyTorch on the same images.
+
+    Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
+    """
     sidecar = artifact.sidecar
     backend, eager = backends.get(sidecar.backend), backends.get("eager")
     samples = open_samples(
         options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
     )
-    subject = checks.Subject(artifact, backend.layers(artifact))
-    meters = checks.start_all(options, subject)
-    told = {"device": options.device, "threads": options.threads}
+    told = backend.options(device=options.device, threads=options.threads)
+    meters = checks.start_all(options, checks.Subject(artifact, backend.layers(artifact, told)))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
-    eager_told = eager.options(**{**told, "device": "cpu", "weights": options.weights})  # type: ignore[arg-type]
-    with (
-        eager.session(artifact, eager_told) as reference,
-        backend.session(
-            artifact,
-            backend.options(**told),  # type: ignore[arg-type]
-        ) as candidate,
-    ):
+    eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
+    with eager.session(artifact, eager_told) as reference, backend.session(artifact, told) as candidate:
         fixed = sidecar.inputs[0].shape[0]
         size = fixed if isinstance(fixed, int) else BATCH
         seen = 0
-        for batch in _with_progress(samples.batches(size), samples.total):
+        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             seen += len(batch.names)
             both = [_run(session, batch.images, fixed) for session in (reference, candidate)]
             for meter in meters:
@@ -217,26 +212,13 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
     findings.append(_images_finding(samples.skipped, seen, options.data))
-    report = Report(
+    return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
         artifact=artifact.to_dict(),
         environment={**machine.environment(), "session": facts},
         findings=tuple(findings),
     )
-    artifacts.update_quality(artifact, _quality(report, options.data, seen))
-    return report
-
-
-def _with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
-    """The batches, with a bar that counts images."""
-
-    def one_by_one() -> Iterator[Batch | None]:
-        for batch in batches:
-            yield batch
-            yield from [None] * (len(batch.names) - 1)
-
-    return (batch for batch in track(one_by_one(), total, "images") if batch is not None)
 
 
 def _run(session: Session, pixels: Array, fixed: int | str) -> Outputs:
@@ -248,15 +230,17 @@ def _run(session: Session, pixels: Array, fixed: int | str) -> Outputs:
 
 
 def _images_finding(skipped: list[str], seen: int, source: str) -> Finding:
-    shown = "; ".join(skipped[:5]) + (f"; and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+    shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
     detail = f"{seen} of {source}" + (f", {len(skipped)} unreadable: {shown}" if skipped else "")
     if source == "synthetic":
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
     return Finding(check="data", metric="images", value=seen, unit="images", detail=detail)
 
 
-def _quality(report: Report, source: str, seen: int) -> dict[str, float | str]:
-    metrics = ("cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
+def record_quality(artifact: Artifact, report: Report) -> None:
+    """Write what a report found into the artifact's sidecar."""
+    metrics = ("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
     values = {metric: report.value(metric) for metric in metrics}
-    known: dict[str, float | str] = {metric: value for metric, value in values.items() if value is not None}
-    return {"data": source, "images": float(seen), "passed": "yes" if report.passed else "no", **known}
+    known = {metric: float(value) for metric, value in values.items() if value is not None}
+    data = str(report.recipe["verify"]["data"])
+    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **known})

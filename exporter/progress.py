@@ -5,7 +5,7 @@ With no reporter set nothing is drawn, so the library is silent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
@@ -21,8 +21,8 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something worth reading that is not an error."""
 
-    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
-        """Yield the items, drawing a bar of `total` of them."""
+    def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
+        """Yield the items, drawing a bar; each moves it by its count."""
 
 
 class Silent:
@@ -34,9 +34,9 @@ class Silent:
     def note(self, text: str) -> None:
         """Say nothing."""
 
-    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
+    def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
         """Yield the items."""
-        del total, text
+        del total, text, count
         yield from items
 
 
@@ -53,6 +53,6 @@ def note(text: str) -> None:
     REPORTER.get().note(text)
 
 
-def track(items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
-    """Yield the items under a progress bar of `total` of them."""
-    return REPORTER.get().track(items, total, text)
+def track(items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
+    """Yield the items under a progress bar that ends at `total`; each moves it by its count."""
+    return REPORTER.get().track(items, total, text, count)

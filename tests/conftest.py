@@ -159,9 +159,9 @@ def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def has_bf16() -> bool:
-    from exporter.measure.machine import cpu
+    from exporter.measure import machine
 
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu()[1]))
+    return machine.has_bf16()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from exporter import artifact
 from exporter.artifact import sidecar_path
 from exporter.errors import BadRequest, Unavailable
-from tests.conftest import ROOT, snapshot
+from tests.conftest import ROOT, build, snapshot
 
 
 def test_an_artifact_opens_as_it_was_sealed(onnx_copy):
@@ -87,9 +87,65 @@ def test_a_missing_companion_is_named(artifacts, tmp_path):
         artifact.load(copied.path)
 
 
-def test_quality_is_kept_and_leaves_the_seal_whole(onnx_copy):
+def test_quality_is_kept_and_sealed(onnx_copy):
     artifact.update_quality(onnx_copy, {"cosine": 0.5})
     assert artifact.load(onnx_copy.path).sidecar.quality == {"cosine": 0.5}
+    path = sidecar_path(onnx_copy.path)
+    path.write_text(path.read_text().replace('"cosine": 0.5', '"cosine": 1.0'))
+    with pytest.raises(BadRequest, match="changed after it was written"):
+        artifact.load(onnx_copy.path)
+
+
+def test_the_quality_of_an_artifact_that_was_built_again_meanwhile_is_not_written(onnx_copy):
+    rewrite(onnx_copy, b"new content")
+    artifact.update_quality(onnx_copy, {"cosine": 0.5})
+    again = artifact.load(onnx_copy.path)
+    assert (again.path.read_bytes(), again.sidecar.quality) == (b"new content", {})
+
+
+def test_a_file_that_is_not_ours_is_not_overwritten(tiny, tmp_path):
+    (tmp_path / "custom_fp32.onnx").write_bytes(b"precious")
+    with pytest.raises(BadRequest, match="a file that this tool did not write stands there"):
+        build(tiny, tmp_path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("custom_fp32.onnx", b"precious")]
+
+
+def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_holds_is_not(onnx_copy):
+    folder, name = onnx_copy.path.parent, onnx_copy.path.name
+    (folder / f".{name}.dead.new").mkdir()
+    (folder / f".{name}.dead.new" / "half").write_bytes(b"x")
+    (folder / f".{name}.alive.new").mkdir()
+    handle = artifact._lock(folder / f".{name}.alive.new")
+    rewrite(onnx_copy, b"new")
+    os.close(handle)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".new") == [f".{name}.alive.new"]
+
+
+@pytest.mark.slow
+def test_two_writers_and_a_reader_at_once(onnx_copy):
+    """Each writes its own letter; a reader must always find one of them whole."""
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from exporter import artifact
+        path = Path({str(onnx_copy.path)!r})
+        old = artifact.load(path)
+        for _ in range(40):
+            with artifact.staging(path) as folder:
+                (folder / path.name).write_bytes(sys.argv[1].encode() * 100_000)
+                artifact.seal(folder, path.name, old.sidecar)
+    """)
+    rewrite(onnx_copy, b"a" * 100_000)
+    writers = [subprocess.Popen([sys.executable, "-c", script, letter], cwd=ROOT) for letter in "ab"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        seen.add(artifact.load(onnx_copy.path).path.read_bytes()[:1])  # load raises if it is torn
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen <= {b"a", b"b"}
+    assert sorted(p.name for p in onnx_copy.path.parent.iterdir()) == [
+        onnx_copy.path.name,
+        f"{onnx_copy.path.name}.json",
+    ]
 
 
 def test_an_error_while_writing_leaves_what_was_there(onnx_copy):
@@ -159,6 +215,8 @@ def test_killed_at_any_moment_there_is_the_old_artifact_or_the_new(onnx_copy, tm
         process.wait()
         process.stdout.close()
         artifact.load(onnx_copy.path)  # raises if it is torn
+    rewrite(onnx_copy, b"the last")
+    assert len(list(onnx_copy.path.parent.iterdir())) == 2, "something was left behind"
 
 
 def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(onnx_copy, monkeypatch):
@@ -175,23 +233,40 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(onnx_copy, monkeypatc
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+@pytest.mark.parametrize("room_kb", [30, 150, 280])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_disk_that_fills_up_while_a_runtime_writes(backend, tiny, tmp_path):
-    from tests.conftest import build
-
+def test_a_disk_that_fills_up_while_a_runtime_writes(backend, room_kb, tiny, tmp_path):
+    """Whether it has room for nothing, for half of the file, or for nearly all of it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("no mount in this sandbox")
     try:
         if backend == "openvino":  # the graph fits, the IR does not
             build(tiny, disk)
-        before = snapshot(disk)
-        (disk / "ballast").write_bytes(b"0" * (0 if backend == "openvino" else 600_000))
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(b"0" * (free - room_kb * 1024))
         before = snapshot(disk)
         with pytest.raises(Unavailable, match="no space left"):
             build(tiny, disk, backend)
         assert snapshot(disk) == before
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a disk needs root")
+def test_an_artifact_on_a_read_only_disk_is_verified_and_its_report_kept(run, onnx_copy, tmp_path):
+    place = tmp_path / "readonly"
+    place.mkdir()
+    words = ["mount", "--bind", onnx_copy.path.parent, place]
+    if subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("no mount in this sandbox")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        result = run("verify", place / onnx_copy.path.name, "--samples", 2, "-o", tmp_path / "report.json")
+        assert result.code == 0, result.err
+        assert "the sidecar keeps its old quality" in result.err
+        assert json.loads((tmp_path / "report.json").read_text())["passed"]
+    finally:
+        subprocess.run(["umount", place], check=True)

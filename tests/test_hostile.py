@@ -46,22 +46,46 @@ def ours(action, *arguments):
         return None
 
 
-def pickled(content):
+def pickled(content, zipped=True):
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
 SMALL = {"stages.0.0.dwconv.weight": torch.ones(4, 1, 7, 7), "head.weight": torch.ones(2, 4)}
 
 
-@pytest.mark.parametrize("kind", [".safetensors", ".pth", ".bin"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @MANY
 @given(spots=SPOTS, cut=st.floats(0.2, 1))
 def test_spoilt_checkpoints(kind, spots, cut, tmp_path):
-    path = tmp_path / f"weights{kind}"
-    path.write_bytes(spoil(save(SMALL) if kind == ".safetensors" else pickled(SMALL), spots, cut))
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    path.write_bytes(spoil(save(SMALL) if kind == "safetensors" else pickled(SMALL, kind == "zip"), spots, cut))
     ours(weights.load, str(path))
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path):
+    snake = {}
+    snake["model"] = snake
+    (tmp_path / "w.pth").write_bytes(pickled(snake))
+    assert ours(weights.load, str(tmp_path / "w.pth")) is None
+
+
+def test_json_nested_deeper_than_the_stack(onnx_copy, tmp_path):
+    deep = "[" * 50_000 + "]" * 50_000
+    for path, read in [
+        (tmp_path / "config.json", lambda: read_config(tmp_path)),
+        (tmp_path / "report.json", lambda: report.load(tmp_path / "report.json")),
+        (sidecar_path(onnx_copy.path), lambda: artifact.load(onnx_copy.path)),
+    ]:
+        path.write_text('{"schema": 1, "recipe": ' + deep + "}")
+        assert ours(read) is None
+
+
+@pytest.mark.parametrize("word", ["~nobody_of_this_name/x", "x" * 5000, "a\0b"])
+def test_paths_that_no_file_can_have(word):
+    assert ours(weights.load, word) is None
+    assert ours(open_samples, word, Preprocessing(), (), 10) is None
 
 
 @MANY

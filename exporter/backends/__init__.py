@@ -73,7 +73,7 @@ class Backend(Generic[Opt]):
     lower: Callable[[Artifact, str, Path], Artifact]
     build: Callable[[Artifact, str, Path], Artifact]
     session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
-    layers: Callable[[Artifact], list[Layer]]
+    layers: Callable[[Artifact, Opt], list[Layer]]
 
 
 def get(name: str) -> Backend[Options]:

@@ -85,11 +85,11 @@ def _nothing_to_build(artifact: Artifact, precision: str, out: Path) -> Artifact
     raise BadRequest("eager PyTorch is what artifacts are held against; it builds none")
 
 
-def layers(artifact: Artifact) -> list[Layer]:
+def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:
     """The modules of the network."""
     from exporter.model import weights
 
-    model = weights.reload(artifact).model(artifact.sidecar.task)
+    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task)
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     return [Layer(name=n, module=n, operator=type(m).__name__, precision="fp32") for n, m in leaves]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from msgspec.structs import replace
 
 from exporter.artifact import Artifact, load, seal, staging
 from exporter.backends import Array, Backend, Layer, Options, Outputs, installed, require
-from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
+from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
 from exporter.graph import files, precision
 from exporter.graph.trace import INPUT
+from exporter.progress import note
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -32,7 +34,7 @@ def probe() -> str:
     if installed("onnxruntime") and installed("onnxruntime-gpu"):
         raise Unavailable(
             "onnxruntime and onnxruntime-gpu are both installed, and they fill the same folder; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install one of them"
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime (or onnxruntime-gpu)"
         )
     return installed("onnxruntime-gpu") or require("onnxruntime", "cpu")
 
@@ -40,9 +42,12 @@ def probe() -> str:
 class OrtSession:
     """A loaded ONNX graph."""
 
-    def __init__(self, session: Any, device: str) -> None:
+    def __init__(self, session: Any, device: str, precision: str) -> None:
         self.session, self.device = session, device
         self.facts = {"provider": session.get_providers()[0], "device": device}
+        if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+            # It has no fp16 arithmetic there: it casts to fp32 around every operator.
+            self.facts["arithmetic"] = "fp32" if precision == "fp16" else precision
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
@@ -78,15 +83,20 @@ def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
         raise BadRequest(f"--device {options.device}: {nearest(options.device, PROVIDERS)}")
     provider = PROVIDERS[options.device]
     if provider not in ort.get_available_providers():
-        raise Unavailable(f"this ONNX Runtime has no {provider}; pip install 'convnext-export[gpu]'")
+        raise Unavailable(
+            f"this ONNX Runtime has no {provider}; "
+            "on a GPU machine: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        )
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised, and said once
+    if options.device != "cpu":  # else nodes the provider does not take would run on the CPU unseen
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if options.threads:
         settings.intra_op_num_threads = options.threads
     try:
         opened = ort.InferenceSession(artifact.path, settings, providers=[provider])
     except Exception as error:
-        raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {_short(error)}") from error
+        raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     opened.disable_fallback()
     in_use = opened.get_providers()[0]
     if in_use != provider:
@@ -94,11 +104,7 @@ def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
             f"{provider} was asked for and {in_use} is in use: its CUDA, cuDNN or driver does not load here; "
             "see `convnext-export doctor`, or use --device cpu"
         )
-    yield OrtSession(opened, options.device)
-
-
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    yield OrtSession(opened, options.device, artifact.sidecar.precision)
 
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
@@ -114,7 +120,8 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     import onnx_ir as ir
 
     model = ir.load(artifact.path)
-    precision.to_fp16(model)
+    if kept := precision.to_fp16(model):
+        note(f"{len(kept)} weights exceed fp16 and stay in fp32: {some(kept)}")
     target = out / artifact.path.name.replace("_fp32", f"_{wanted}")
     sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), quality={})
     with staging(target) as folder:
@@ -129,10 +136,11 @@ def build(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return artifact
 
 
-def layers(artifact: Artifact) -> list[Layer]:
+def layers(artifact: Artifact, options: Options) -> list[Layer]:
     """The nodes of the graph; a node's precision is that of what it gives out."""
     import onnx_ir as ir
 
+    del options
     return [
         Layer(
             name=node.name or "",

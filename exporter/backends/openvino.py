@@ -8,6 +8,7 @@ and the same on every machine. On other devices it is computed in fp16.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from msgspec.structs import replace
 
 from exporter.artifact import Artifact, load, seal, staging
 from exporter.backends import Array, Backend, Layer, Options, Outputs, require
-from exporter.errors import ExporterError, Unavailable
+from exporter.errors import ExporterError, Unavailable, last_line
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 
@@ -89,15 +90,11 @@ def _compile(artifact: Artifact, options: Options) -> tuple[Any, str, str]:
     try:
         compiled = core.compile_model(core.read_model(artifact.path), device, settings)
     except RuntimeError as error:
-        raise ExporterError(f"{artifact.path}: OpenVINO cannot load it: {_short(error)}") from error
+        raise ExporterError(f"{artifact.path}: OpenVINO cannot load it: {last_line(error)}") from error
     in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if in_use != arithmetic:
         raise Unavailable(f"{arithmetic} was asked of {device} and {in_use} is in use; build another precision for it")
     return compiled, device, arithmetic
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:200]
 
 
 def lower(artifact: Artifact, precision: str, out: Path) -> Artifact:
@@ -126,29 +123,35 @@ def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
     try:
         model = ov.Core().read_model(artifact.path)
     except RuntimeError as error:
-        raise ExporterError(f"{artifact.path}: OpenVINO cannot convert it: {_short(error)}") from error
+        raise ExporterError(f"{artifact.path}: OpenVINO cannot convert it: {last_line(error)}") from error
     for key, value in sidecar.facts().items():
         model.set_rt_info(value, ["convnext_export", key])
     with staging(target) as folder:
-        ov.save_model(model, folder / target.name, compress_to_fp16=precision != "fp32")
-        _read_again(folder / target.name)
+        _write(model, folder / target.name, compress=precision != "fp32")
         seal(folder, target.name, sidecar)
     return load(target)
 
 
-def _read_again(path: Path) -> None:
-    """A writer that ran out of disk says nothing; a reader of its file does."""
+def _write(model: Any, path: Path, compress: bool) -> None:
+    """Write an IR and read it again.
+
+    Raises: OSError (no space) when either fails: the writer names no reason, or ends short without a word.
+    """
     import openvino as ov
 
-    ov.Core().read_model(path)
+    try:
+        ov.save_model(model, path, compress_to_fp16=compress)
+        ov.Core().read_model(path)
+    except RuntimeError:
+        raise OSError(errno.ENOSPC, "the IR could not be written whole") from None
 
 
-def layers(artifact: Artifact) -> list[Layer]:
-    """The layers of the compiled model in the order they run, with the precision each really runs in here.
+def layers(artifact: Artifact, options: Options) -> list[Layer]:
+    """The layers of the compiled model in the order they run, with the precision each really runs in on this device.
 
     What OpenVINO puts in front of a layer (a reorder, the parts of a norm) counts to that layer's module.
     """
-    compiled, _, _ = _compile(artifact, Options())
+    compiled, _, _ = _compile(artifact, options)
     found: list[Layer] = []
     module = ""
     for op in reversed(compiled.get_runtime_model().get_ordered_ops()):

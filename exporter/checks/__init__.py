@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,15 +55,11 @@ class Options(Record, frozen=True):
     max_drop: float | None = None
 
 
-Opt = TypeVar("Opt")
-
-
 @dataclass(frozen=True)
-class Check(Generic[Opt]):
-    """A check: what it can be told, and how it starts."""
+class Check:
+    """A check: how it starts, given the limits and what is checked."""
 
-    options: type[Opt]
-    start: Callable[[Opt, Subject], Meter]
+    start: Callable[[Options, Subject], Meter]
 
 
 def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:

@@ -67,4 +67,4 @@ def _within(logits: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> N
     return right
 
 
-CHECK = Check(Options, Accuracy)
+CHECK = Check(Accuracy)

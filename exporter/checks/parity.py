@@ -90,7 +90,8 @@ class Parity:
             detail=f"mean over {len(samples)} images, worst {min(samples):.6f}",
             samples=samples,
         )
-        return judged(finding, self.options.min_cosine or self.limits.cosine, "high")
+        limit = self.options.min_cosine
+        return judged(finding, self.limits.cosine if limit is None else limit, "high")
 
     def _max_abs(self) -> Finding:
         shares = [output.max_abs / output.spread for output in self.outputs]
@@ -124,4 +125,4 @@ class Parity:
         return replace(found, limit=limit, passed=passed, detail=detail)
 
 
-CHECK = Check(Options, Parity)
+CHECK = Check(Parity)

@@ -6,6 +6,7 @@ An fp16 ConvNeXt whose LayerNorm overflows gives one constant for every image, a
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.backends import Array
 from exporter.checks import Check, Options, Seen, Subject
@@ -18,21 +19,21 @@ class Sanity:
     def __init__(self, options: Options, subject: Subject) -> None:
         del options, subject
         self.images = self.nan = self.infinite = self.constant = 0
-        self.first: tuple[Array, Array] | None = None
+        self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager
 
     def see(self, seen: Seen) -> None:
         """Take in one batch."""
         self.images += len(seen.labels)
         self.nan += self._count(seen, np.isnan)
         self.infinite += self._count(seen, np.isinf)
-        got, eager = (outputs[-1].reshape(len(seen.labels), -1) for outputs in (seen.outputs, seen.eager))
-        self.constant += int((np.ptp(got, axis=1) == 0).sum())
-        if self.first is None:
-            self.first = got[0], eager[0]
-            got, eager = got[1:], eager[1:]
-        # The same answer to another image, which eager tells apart.
-        same = (got == self.first[0]).all(1) & ~(eager == self.first[1]).all(1) & (np.ptp(got, axis=1) > 0)
-        self.constant += int(same.sum())
+        pairs = [(flat(got), flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
+        last = self.last or [(got[:0], eager[:0]) for got, eager in pairs]
+        constant = [
+            _constant(np.vstack([a, got]), np.vstack([b, eager]))
+            for (a, b), (got, eager) in zip(last, pairs, strict=True)
+        ]
+        self.constant += int(np.any([bad[-len(seen.labels) :] for bad in constant], axis=0).sum())
+        self.last = [(got[-1:], eager[-1:]) for got, eager in pairs]
 
     def _count(self, seen: Seen, is_bad: np.ufunc) -> int:
         bad = [is_bad(output).reshape(len(output), -1).any(1) for output in seen.outputs]
@@ -51,4 +52,18 @@ class Sanity:
         ]
 
 
-CHECK = Check(Options, Sanity)
+def flat(output: Array) -> Array:
+    """(N, …) to (N, values)."""
+    return output.reshape(len(output), -1)
+
+
+def _constant(got: Array, eager: Array) -> NDArray[np.bool_]:
+    """Which images got one value throughout, or the answer of the image before, where eager gave another."""
+    throughout = (np.ptp(got, axis=1) == 0) & (np.ptp(eager, axis=1) > 0)
+    again = np.zeros(len(got), bool)
+    again[1:] = (got[1:] == got[:-1]).all(1) & (eager[1:] != eager[:-1]).any(1)
+    constant: NDArray[np.bool_] = throughout | again
+    return constant
+
+
+CHECK = Check(Sanity)

@@ -26,4 +26,4 @@ class Structure:
         ]
 
 
-CHECK = Check(Options, Structure)
+CHECK = Check(Structure)

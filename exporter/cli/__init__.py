@@ -79,4 +79,9 @@ def main() -> NoReturn:
         sys.exit(4)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        click.echo(f"error: {str(error.filename)[:200]}: {error.strerror}", err=True)
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

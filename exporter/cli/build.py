@@ -18,7 +18,7 @@ SHARED = (
     click.option("--task", type=click.Choice(["classify", "features"]), default="classify", show_default=True),
     click.option("--imgsz", metavar="N", help="Input size in pixels, or 'dynamic'; by default the published one."),
     click.option("--batch", metavar="N", default="dynamic", show_default=True, help="Batch size, or 'dynamic'."),
-    click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 or later."),
+    click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23."),
     click.option("--simplify/--no-simplify", default=True, show_default=True, help="Run onnxsim, guarded."),
     click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Where the artifact goes."),

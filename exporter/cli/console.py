@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,18 +41,16 @@ class Drawn:
         """Something worth reading that is not an error."""
         self.console.print(f"[yellow]note:[/] {_plain(text)}")
 
-    def track(self, items: Iterable[T], total: int | None, text: str) -> Iterator[T]:
-        """Yield the items, drawing a bar of `total` of them."""
+    def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
+        """Yield the items, drawing a bar; each moves it by its count."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield from progress.track(items, total=total, description=text)
+            task = progress.add_task(text, total=total)
+            for item in items:
+                yield item
+                progress.advance(task, count(item))
 
 
 def _plain(text: str) -> str:
@@ -129,8 +126,3 @@ def size(count: int) -> str:
     while number >= 1000 and unit < len(UNITS) - 1:
         number, unit = number / 1000, unit + 1
     return f"{number:.3g} {UNITS[unit]}"
-
-
-def is_terminal() -> bool:
-    """Whether a person is looking at stdout."""
-    return sys.stdout.isatty()

@@ -93,14 +93,23 @@ def inspect_command(artifact: Path, all_layers: bool, as_json: bool) -> None:
     from exporter import artifact as artifacts
     from exporter import backends
     from exporter.cli.console import print_json
+    from exporter.errors import Unavailable
 
     opened = artifacts.load(artifact)
-    layers = backends.get(opened.sidecar.backend).layers(opened)
+    backend = backends.get(opened.sidecar.backend)
+    layers: list[Layer] = []
+    reason = ""
+    try:
+        layers = backend.layers(opened, backend.options())
+    except Unavailable as error:
+        reason = str(error)
     if as_json:
         print_json({"artifact": opened.to_dict(), "layers": layers})
-        return
-    _print_facts(opened)
-    _print_layers(layers, all_layers)
+    else:
+        _print_facts(opened)
+        _print_layers(layers, all_layers)
+    if reason:
+        click.echo(f"note: its layers cannot be told here: {reason}", err=True)
 
 
 def _print_facts(artifact: Artifact) -> None:

@@ -47,6 +47,8 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
         made = pipeline.verify(opened, pipeline.VerifyOptions(**told))
     path = output or artifact.with_name(f"{artifact.name}.report.json")
     report.save(made, path)
+    with drawing():
+        pipeline.record_quality(opened, made)
     if as_json:
         print_json(made)
     else:

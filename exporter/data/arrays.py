@@ -16,6 +16,7 @@ from exporter.artifact import Preprocessing
 from exporter.data import images
 from exporter.errors import BadRequest
 
+MAX_LABEL_BYTES = 1 << 27
 _EXPECTED = "expected 'images' as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"
 
 
@@ -93,6 +94,12 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic
 
 
 def _labels(archive: zipfile.ZipFile) -> NDArray[np.int64]:
+    if archive.getinfo("labels.npy").file_size > MAX_LABEL_BYTES:
+        raise ValueError("labels.npy is too large for labels")
+    with archive.open("labels.npy") as file:
+        shape, _, dtype = _header(file)
+    if int(np.prod(shape)) * max(dtype.itemsize, 1) > MAX_LABEL_BYTES:
+        raise ValueError(f"labels of shape {shape}")
     with archive.open("labels.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if not np.issubdtype(array.dtype, np.integer):

@@ -18,6 +18,20 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 
 
+# What Pillow raises over damaged files, by format.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    MemoryError,
+    ArithmeticError,
+    struct.error,
+)
+
+
 class Unreadable(Exception):
     """An image that cannot be used; the message says why."""
 
@@ -34,7 +48,9 @@ def read(path: Path, recipe: Preprocessing) -> NDArray[np.float32]:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
             return preprocess(_rgb(ImageOps.exif_transpose(image)), recipe)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
+    except _DAMAGE as error:
         raise Unreadable(str(error).replace(str(path), path.name) or type(error).__name__) from None
 
 
@@ -62,6 +78,8 @@ def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]
     else:
         short = min(image.size)
         width, height = (int(recipe.resize * side / short) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise Unreadable(f"{image.width}×{image.height} pixels, too long and thin to resize")
         image = image.resize((width, height), resample)
         left, top = (round((side - recipe.size) / 2) for side in image.size)
         image = image.crop((left, top, left + recipe.size, top + recipe.size))

@@ -6,7 +6,7 @@ Images are read as they are asked for, so memory does not grow with their number
 from __future__ import annotations
 
 import csv
-import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact import Preprocessing
+from exporter.artifact import Preprocessing, user_path
 from exporter.data import Batch, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.errors import BadRequest, nearest, some
+from exporter.measure import machine
 
 SYNTHETIC = 16  # images, when no number is given
+THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
 Item = tuple[str, int, Callable[[], NDArray[np.float32]]]
 
@@ -37,12 +39,11 @@ class Samples:
     source: str
     total: int
     items: Callable[[], Iterator[Item]]
-    labelled: bool
     skipped: list[str] = field(default_factory=list)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             waiting: list[Item] = []
             for item in self.items():
                 waiting.append(item)
@@ -83,7 +84,7 @@ def open_samples(
     """
     if source == "synthetic":
         return _synthetic(recipe, most or SYNTHETIC)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists():
         raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if path.suffix == ".npz":
@@ -95,16 +96,23 @@ def open_samples(
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
-        found = [found[round(index)] for index in np.linspace(0, len(found) - 1, most)]
+        found = [found[index] for index in _spread(len(found), most)]
     return _files(source, path if path.is_dir() else path.parent, found, recipe)
 
 
+def _spread(count: int, most: int) -> list[int]:
+    """So many of the first `count` numbers, evenly spread."""
+    return [round(index) for index in np.linspace(0, count - 1, most)]
+
+
 def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
+    stray = _stray_images(root) if any(label >= 0 for _, label in found) and Path(source).is_dir() else []
+
     def items() -> Iterator[Item]:
         for name, label in found:
             yield name, label, partial(images.read, root / name, recipe)
 
-    return Samples(source, len(found), items, all(label >= 0 for _, label in found))
+    return Samples(source, len(found), items, [f"{name}: lies beside the class folders" for name in stray])
 
 
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
@@ -112,7 +120,7 @@ def _synthetic(recipe: Preprocessing, count: int) -> Samples:
         for seed in range(count):
             yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
 
-    return Samples("synthetic", count, items, labelled=False)
+    return Samples("synthetic", count, items)
 
 
 def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
@@ -125,13 +133,16 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
     if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
     total = min(arrays.count, most or arrays.count)
+    wanted = set(_spread(arrays.count, total)) if total < arrays.count else None
 
     def items() -> Iterator[Item]:
-        for index, array in zip(range(total), arrays.rows(), strict=False):
+        for index, array in enumerate(arrays.rows()):
+            if wanted is not None and index not in wanted:
+                continue
             label = -1 if labels is None else int(labels[index])
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
-    return Samples(str(path), total, items, labels is not None)
+    return Samples(str(path), total, items)
 
 
 def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
@@ -145,6 +156,10 @@ def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str
             f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files"
         )
     return found
+
+
+def _stray_images(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in images.SUFFIXES)
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -161,6 +176,10 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     known = {label: index for index, label in enumerate(labels)}
     if any(name in known for name in names):
         for name in names:
+            if labels.count(name) > 1:
+                raise BadRequest(
+                    f"{where}: {labels.count(name)} of the model's labels are {name!r}; name classes by number"
+                )
             if name not in known:
                 raise BadRequest(
                     f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
@@ -170,8 +189,11 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
         too_high = [name for name in names if int(name) >= classes]
         if too_high:
             raise BadRequest(f"{where}: class {too_high[0]}, but the model's {classes} classes end at {classes - 1}")
+        if len({int(name) for name in names}) < len(names):
+            raise BadRequest(f"{where}: two classes are the same number ({some(names)})")
         return {name: int(name) for name in names}
-    if len(names) == classes:
+    # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
+    if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
         return {name: index for index, name in enumerate(sorted(names))}
     has = f"{len(labels)} labels, none of them among these" if labels else "no labels"
     raise BadRequest(

@@ -39,11 +39,6 @@ def save(model: ir.Model, path: Path, facts: Mapping[str, str]) -> None:
         raise ExporterError(f"{path.name}: not valid ONNX: {str(error).splitlines()[0]}") from error
 
 
-def facts_in(model: ir.Model) -> dict[str, str]:
-    """The facts that `save` wrote."""
-    return {k.removeprefix(PREFIX): v for k, v in model.metadata_props.items() if k.startswith(PREFIX)}
-
-
 def signature(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Inputs and outputs, as a sidecar says them."""
     inputs, outputs = model.graph.inputs, model.graph.outputs

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporter.errors import some
-from exporter.progress import note
-
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -50,8 +47,6 @@ def to_fp16(model: ir.Model) -> list[str]:
     for index, value in enumerate(outputs):
         _fp32_output(model.graph, index, value)
     _drop_unused(model.graph)
-    if work.kept:
-        note(f"{len(work.kept)} weights exceed fp16 and stay in fp32: {some(work.kept)}")
     return work.kept
 
 

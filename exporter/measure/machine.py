@@ -34,6 +34,11 @@ def cpu() -> tuple[str, list[str]]:
     return name, [isa for isa in _ISA if isa in flags]
 
 
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu()[1]))
+
+
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

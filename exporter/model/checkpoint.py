@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import struct
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, first_line, some
 from exporter.progress import note
 
 if TYPE_CHECKING:
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
+
+# What torch raises over damaged files of its two formats.
+_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError),
+    *(struct.error, ArithmeticError, MemoryError),
+)
 
 
 def read(path: Path, part: str = "") -> dict[str, Tensor]:
@@ -41,8 +48,8 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, ValueError) as error:
-        raise BadRequest(f"{path}: truncated or no safetensors file ({_first_line(error)}); fetch it again") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadRequest(f"{path}: truncated or no safetensors file ({first_line(error)}); fetch it again") from None
 
 
 def _torch(path: Path) -> Any:
@@ -50,7 +57,6 @@ def _torch(path: Path) -> Any:
 
     import torch
 
-    mend = "fetch it again"
     try:
         # Training checkpoints keep their command line in a Namespace, which only holds values.
         with torch.serialization.safe_globals([Namespace]):
@@ -62,34 +68,20 @@ def _torch(path: Path) -> Any:
                 f"{path}: refused, it carries code ({found[1]}) and nothing of it was run; "
                 "convert it to .safetensors where it is trusted"
             ) from None
-        raise BadRequest(f"{path}: truncated or no PyTorch file ({_first_line(error)}); {mend}") from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-    ) as error:
-        raise BadRequest(f"{path}: truncated or no PyTorch file ({_first_line(error)}); {mend}") from None
+        raise BadRequest(f"{path}: truncated or no PyTorch file ({first_line(error)}); fetch it again") from None
+    except _DAMAGE as error:
+        raise BadRequest(f"{path}: truncated or no PyTorch file ({first_line(error)}); fetch it again") from None
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
-
-
-def _unwrap(path: Path, content: Any, part: str) -> Any:
+def _unwrap(path: Path, content: Any, part: str, depth: int = 0) -> Any:
     found = [name for name in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
     if part and part not in found:
         raise BadRequest(f"{path}: no part {part!r}; it has {', '.join(found) or 'none'}")
-    if not found:
+    if not found or depth > len(WRAPPERS):
         return content
     if len(found) > 1 and not part:
         note(f"{path.name} holds {' and '.join(found)}; taking {found[0]} ({path.name}#{found[1]} takes the other)")
-    return _unwrap(path, content[part or found[0]], "")
+    return _unwrap(path, content[part or found[0]], "", depth + 1)
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
@@ -103,4 +95,9 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     odd = [str(key) for key, value in content.items() if not value.is_floating_point() or not value.numel()]
     if odd:
         raise BadRequest(f"{path}: {len(odd)} tensors are empty or not floating point ({some(odd)})")
-    return {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in content.items()}
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        raise BadRequest(
+            f"{path}: {len(content) - len(tensors)} tensors have the name of another one but for 'module.'"
+        )
+    return tensors

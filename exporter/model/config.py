@@ -31,6 +31,8 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         return Config()
     config = _read(path)
+    if (act := config.get("hidden_act", "gelu")) != "gelu":
+        raise BadRequest(f"{path}: hidden_act is {act!r}; a ConvNeXt has 'gelu', and no other is supported")
     try:
         if "pretrained_cfg" in config:
             return Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"]))
@@ -44,7 +46,7 @@ def read_config(folder: Path) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise BadRequest(f"{path}: no JSON object ({error}); mend or remove it") from None
 
 
@@ -78,6 +80,8 @@ def _timm_labels(config: dict[str, Any]) -> tuple[str, ...]:
 def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     edge = int(config["input_size"][-1])
     squash = config.get("crop_mode") == "squash"
+    if config.get("crop_mode", "center") not in ("center", "squash"):
+        raise ValueError(f"crop_mode {config['crop_mode']!r}, expected 'center' or 'squash'")
     return _checked(
         size=edge,
         resize=edge if squash else int(edge / config.get("crop_pct", 0.875)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exporter.artifact import NO_SPACE
 from exporter.errors import BadRequest, Unavailable
 from exporter.progress import step
 
@@ -17,12 +18,7 @@ def download(repository: str) -> Path:
         nothing in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     step(f"{repository} from the Hugging Face Hub")
     try:
@@ -31,8 +27,11 @@ def download(repository: str) -> Path:
         raise BadRequest(f"hf-hub:{repository}: expected hf-hub:owner/name ({error})") from None
     except RepositoryNotFoundError:
         raise BadRequest(f"hf-hub:{repository}: no such repository on the Hub, or it needs `hf auth login`") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+    except Exception as error:  # noqa: BLE001  (its HTTP client's errors share no base class with its own)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise Unavailable(f"{repository}: no space left for the Hub's cache; free some or set HF_HOME") from None
         raise Unavailable(
-            f"{repository}: the Hub cannot be reached and its weights are not in the cache; connect once, or give "
-            "--weights FILE, --weights hf-hub:owner/name of a cached repository, or --weights random:0"
+            f"{repository}: the Hub cannot be reached ({type(error).__name__}) and its weights are not in the cache; "
+            "connect and try again, or give --weights FILE, --weights hf-hub:owner/name of a cached repository, or "
+            "--weights random:0"
         ) from None

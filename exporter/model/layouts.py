@@ -94,7 +94,7 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     unknown = []
     for key, tensor in state.items():
         name = _rename(key, LAYOUTS[layout][1], layout)
-        if name is None:
+        if name is None or name in ours:
             unknown.append(key)
         else:
             ours[name] = _reshape(name, tensor)

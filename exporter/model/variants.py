@@ -146,6 +146,11 @@ _DEPTHS = {
 }
 
 
+def _published(name: str) -> str:
+    """What timm calls a variant."""
+    return f"convnextv2_{name[3:]}" if name.startswith("v2_") else f"convnext_{name}"
+
+
 def _variant(
     name: str, tag: str | None, top1: float | None, recipe: Preprocessing | None = None, **differences: object
 ) -> Variant:
@@ -153,12 +158,11 @@ def _variant(
     v2 = name.startswith("v2_")
     size = name.removeprefix("v2_").split("_")[0]
     arch = Architecture(dims=_WIDTHS[size], depths=_DEPTHS.get(size, (3, 3, 27, 3)), layer_scale=not v2, grn=v2)
-    published = f"convnextv2_{name[3:]}" if v2 else f"convnext_{name}"
     return Variant(
         name=name,
         architecture=msgspec.structs.replace(arch, **differences),
         preprocessing=recipe or Preprocessing(),
-        hub=f"timm/{published}.{tag}" if tag else None,
+        hub=f"timm/{_published(name)}.{tag}" if tag else None,
         top1=top1,
     )
 
@@ -227,7 +231,7 @@ def resolve(name: str) -> tuple[Variant, str | None]:
     short = re.sub(r"^convnext_?", "", word.replace("-", "_").lower())
     if short not in VARIANTS:
         raise BadRequest(f"unknown variant {name!r}; {nearest(short, VARIANTS)}")
-    return VARIANTS[short], f"timm/{word.replace('-', '_').lower()}.{tag}" if tag else None
+    return VARIANTS[short], f"timm/{_published(short)}.{tag}" if tag else None
 
 
 def named(arch: Architecture) -> Variant:

@@ -10,11 +10,11 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.artifact import Artifact, Preprocessing, Weights, sha256_file
+from exporter.artifact import Artifact, Preprocessing, Weights, sha256_file, user_path
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
-LARGEST_FILES_FIRST = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,22 @@ def load(source: str, variant: str | None = None, labels: Path | None = None) ->
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
     """
+    found, in_config = _load(source, variant)
+    return replace(found, labels=_labels(in_config, labels, found.weights.num_classes))
+
+
+def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint without labels, and the labels that its `config.json` has."""
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "random" or source.startswith("random:"):
-        return _random(source, wanted or resolve("tiny")[0], labels)
+        return _random(source, wanted or resolve("tiny")[0]), ()
     if source == "hub":
         found = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
     elif source.startswith("hf-hub:"):
         found = _from_hub(source.removeprefix("hf-hub:"))
     else:
         found = _from_disk(source)
-    return _fit(found, wanted, labels)
+    return _fit(found, wanted), found.config.labels
 
 
 @dataclass(frozen=True)
@@ -97,26 +103,27 @@ def _from_hub(repository: str) -> _Found:
 
 
 def _from_disk(source: str) -> _Found:
-    file, _, part = source.rpartition("#") if "#" in source and not Path(source).exists() else (source, "", "")
-    path = Path(file).expanduser()
+    file, _, part = source.rpartition("#") if "#" in source and not user_path(source).exists() else (source, "", "")
+    path = user_path(file)
     if not path.exists():
         raise BadRequest(f"{path}: no such file or folder; weights are hub, hf-hub:owner/name, a file or random:SEED")
     path = path.resolve()
+    source = str(path) + (f"#{part}" if part else "")
     if path.is_dir():
-        return _Found(str(path), _weights_in(path), part, read_config(path))
-    return _Found(str(path) + (f"#{part}" if part else ""), path, part, read_config(path.parent))
+        return _Found(source, _weights_in(path), part, read_config(path))
+    return _Found(source, path, part, read_config(path.parent))
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in LARGEST_FILES_FIRST:
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     if list(folder.glob("*.index.json")):
         raise BadRequest(f"{folder}: weights in several files; merge them into one model.safetensors")
-    raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(LARGEST_FILES_FIRST)}")
+    raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
 
 
-def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoint:
+def _fit(found: _Found, wanted: Variant | None) -> Checkpoint:
     import torch
 
     raw = checkpoint.read(found.path, found.part)
@@ -132,7 +139,8 @@ def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoi
         )
     state = {key: tensor.to(torch.float32) for key, tensor in state.items()}
     classes = _check_keys(found.path, state, arch)
-    names = _labels(found.config.labels, labels, classes)
+    if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
+        raise BadRequest(f"{found.path}: NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
     record = Weights(
         source=found.source,
         digest=_digest(state),
@@ -140,7 +148,7 @@ def _fit(found: _Found, wanted: Variant | None, labels: Path | None) -> Checkpoi
         num_classes=classes,
         file_sha256=sha256_file(found.path),
     )
-    return Checkpoint(state, variant, record, _preprocessing(found.config, layout, variant), names)
+    return Checkpoint(state, variant, record, _preprocessing(found.config, layout, variant), ())
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
@@ -179,6 +187,8 @@ def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[st
             found = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
+        if not found:
+            raise BadRequest(f"{file}: no labels in it; expected one a line")
     if found and len(found) != classes:
         raise BadRequest(
             f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits"
@@ -186,13 +196,13 @@ def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[st
     return found
 
 
-def _random(source: str, variant: Variant, labels: Path | None) -> Checkpoint:
+def _random(source: str, variant: Variant) -> Checkpoint:
     seed = source.removeprefix("random").removeprefix(":") or "0"
     if not seed.isdecimal():
         raise BadRequest(f"--weights {source}: the seed must be a whole number, as in random:0")
     state = _random_state(variant.architecture, int(seed))
     record = Weights(source=f"random:{int(seed)}", digest=_digest(state), layout="random", num_classes=1000)
-    return Checkpoint(state, variant, record, variant.preprocessing, _labels((), labels, 1000))
+    return Checkpoint(state, variant, record, variant.preprocessing, ())
 
 
 def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
@@ -247,7 +257,7 @@ def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
     where = source or absolute(expected.source, artifact.path.parent)
     if not source and not _exists(where):
         raise Unavailable(f"{where}: the weights are no longer there; say where with --weights")
-    found = load(where, None if variant.endswith("custom") else variant)
+    found, _ = _load(where, None if variant.endswith("custom") else variant)
     if found.weights.digest != expected.digest:
         raise BadRequest(
             f"{where}: other weights than the artifact was made from (digest "
@@ -275,4 +285,4 @@ def relative(source: str, folder: Path) -> str:
 
 def absolute(source: str, folder: Path) -> str:
     """The source that an artifact in `folder` remembers."""
-    return os.path.normpath(folder / source) if _is_path(source) else source
+    return os.path.normpath(folder.resolve() / source) if _is_path(source) else source

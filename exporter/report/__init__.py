@@ -91,5 +91,5 @@ def load(path: Path) -> Report:
         if schema != SCHEMA:
             raise BadRequest(f"{path}: report of schema {schema}, this version reads {SCHEMA}; measure again")
         return msgspec.json.decode(content, type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None

@@ -30,7 +30,7 @@ def _row(report: Report) -> tuple[str, ...]:
         where += f", computed in {arithmetic}"
     bad = [finding.metric for finding in report.findings if not finding.passed]
     return (
-        f"`{_escape(name)}`",
+        _escape(name),
         _escape(where),
         f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
         _number(report.value("top1"), "{:.2f} %"),
@@ -46,17 +46,19 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
+# Names come from files and labels: no table, link, tag or emphasis may come out of them.
+_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*"} | {ord("\n"): " "}
+
+
 def _escape(text: str) -> str:
-    """Names come from files and labels: no table, link or tag may come out of them."""
-    for sign in "\\`|<>[]&\n":
-        text = text.replace(sign, " " if sign == "\n" else f"&#{ord(sign)};")
-    return text
+    return text.translate(_SIGNS)
 
 
 def _footer(reports: Sequence[Report]) -> str:
     first = reports[0]
     data = next((finding.detail for finding in first.findings if finding.metric == "images"), "")
-    versions = first.environment.get("versions", {})
+    versions = first.environment.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
     tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
     return f"Images: {_escape(data)}. Machine: {_escape(str(first.environment.get('cpu', '?')))}; {', '.join(tools)}."
 

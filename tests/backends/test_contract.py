@@ -93,7 +93,7 @@ def test_bound_inputs_run(name, artifacts, images):
 def test_layers_have_modules_and_precisions(name, precision, artifacts):
     if precision == "bf16" and not has_bf16():
         pytest.skip("this CPU has no bf16")
-    layers = backends.get(name).layers(artifacts[name, precision])
+    layers = backends.get(name).layers(artifacts[name, precision], Options())
     blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
     assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
     found = {
@@ -137,7 +137,7 @@ def test_a_provider_that_falls_back_silently_is_found_out(artifacts, monkeypatch
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda path, settings, providers: honest(path, settings, ["CPUExecutionProvider"]),
+        lambda path, settings, providers: honest(path, providers=["CPUExecutionProvider"]),
     )
     with (
         pytest.raises(Unavailable, match="CUDAExecutionProvider was asked for and CPUExecutionProvider is in use"),
@@ -155,14 +155,14 @@ def test_arithmetic_other_than_asked_for_is_found_out(artifacts):
     """Left alone the CPU plugin computes an fp32 IR in bf16 where it can; ours must not."""
     with opened(artifacts, "openvino", "fp32") as session:
         assert session.facts["arithmetic"] == "fp32"
-    layers = backends.get("openvino").layers(artifacts["openvino", "fp32"])
+    layers = backends.get("openvino").layers(artifacts["openvino", "fp32"], Options())
     assert {layer.precision for layer in layers} == {"fp32"}
 
 
 def test_bf16_is_computed_in_bf16(artifacts):
     with opened(artifacts, "openvino", "bf16") as session:
         assert session.facts["arithmetic"] == "bf16"
-    layers = backends.get("openvino").layers(artifacts["openvino", "bf16"])
+    layers = backends.get("openvino").layers(artifacts["openvino", "bf16"], Options())
     assert sum(layer.precision == "bf16" for layer in layers) > len(layers) / 2
 
 

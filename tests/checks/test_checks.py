@@ -87,6 +87,28 @@ def test_one_answer_to_every_image_is_found(subject, logits):
     assert (found["constant_outputs"].value, found["constant_outputs"].passed) == (9, False)
 
 
+def test_one_answer_is_found_whenever_it_begins(subject, logits):
+    got = logits.copy()
+    got[1:] = got[1]
+    assert measure(subject, logits, got, batch=3)["constant_outputs"].value == 8
+
+
+def test_a_constant_feature_map_is_found(artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}") for i in (1, 2))
+    features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
+    maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) for i in (0, 1))
+    meters = checks.start_all(Options(), Subject(features, []))
+    for meter in meters:
+        meter.see(Seen(np.array([-1, -1]), maps, (np.zeros_like(maps[0]), maps[1])))
+    found = {finding.metric: finding for meter in meters for finding in meter.findings()}
+    assert found["constant_outputs"].value == 2
+
+
+def test_a_limit_of_zero_is_a_limit(subject, logits):
+    assert measure(subject, logits, logits.copy(), options=Options(min_cosine=0.0))["cosine"].limit == 0
+
+
 def test_one_value_in_every_logit_is_found(subject, logits):
     found = measure(subject, logits, np.full_like(logits, 0.5))
     assert (found["constant_outputs"].value, found["constant_outputs"].passed) == (10, False)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from exporter.artifact import load
 from exporter.data import synthetic
 from tests.conftest import ROOT, copy_artifact, has_bf16, snapshot, tiny_state, write_tiny
 
@@ -49,8 +50,9 @@ def test_verify_prints_the_report_as_json_and_keeps_it(run, artifacts, photos, t
     assert metrics["accuracy", "top1_drop"]["value"] == 0
     assert len(metrics["parity", "cosine"]["samples"]) == 10
     assert report["environment"]["session"] == {"device": "CPU", "arithmetic": "fp32"}
-    sidecar = json.loads((tmp_path / "custom_fp16.xml.json").read_text())
-    assert sidecar["quality"]["cosine"] == metrics["parity", "cosine"]["value"]
+    quality = load(made.path).sidecar.quality
+    assert quality["cosine"] == metrics["parity", "cosine"]["value"]
+    assert (quality["images"], quality["passed"]) == (10, "yes")
 
 
 def test_verify_prints_a_table_with_verdicts(run, artifacts, tmp_path):

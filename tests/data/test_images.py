@@ -108,6 +108,13 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
         images.read(tmp_path / "bomb.png", RECIPE)
 
 
+def test_an_image_too_long_and_thin_is_not_resized(tmp_path):
+    """20 × 200,000 is 12 kB of PNG and would be 7 GB at the short side asked for."""
+    Image.new("1", (20, 200_000)).save(tmp_path / "thin.png")
+    with pytest.raises(images.Unreadable, match="too long and thin"):
+        images.read(tmp_path / "thin.png", Preprocessing())
+
+
 def test_dead_leaves_have_the_spectrum_of_photographs():
     """Power falls with the square of frequency (Field 1987); white noise would give 0."""
     power = np.zeros(64)

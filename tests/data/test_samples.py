@@ -32,7 +32,7 @@ def gather(source, labels=(), classes=3, size=4, most=None):
 
 def test_a_folder_per_class_in_sorted_order(folder):
     samples, labels, batches = gather(folder)
-    assert (samples.total, samples.labelled) == (6, True)
+    assert samples.total == 6
     assert labels == [0, 0, 1, 1, 2, 2]
     assert [len(batch.names) for batch in batches] == [4, 2]
     assert batches[0].images.shape == (4, 3, 32, 32)
@@ -60,8 +60,8 @@ def test_folders_that_cannot_be_told_apart_are_refused(folder):
 
 
 def test_images_without_classes_are_unlabelled(folder):
-    samples, labels, _ = gather(folder / "cat")
-    assert (samples.labelled, labels) == (False, [-1, -1])
+    _, labels, _ = gather(folder / "cat")
+    assert labels == [-1, -1]
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -115,8 +115,8 @@ def test_arrays_of_pixels_and_of_inputs(tmp_path):
     assert labels == [0, 1, 2, 0, 1]
     inputs = np.concatenate([batch.images for batch in batches])
     np.savez_compressed(tmp_path / "inputs.npz", images=inputs)
-    samples, labels, batches = gather(tmp_path / "inputs.npz")
-    assert (samples.labelled, labels) == (False, [-1] * 5)
+    _, labels, batches = gather(tmp_path / "inputs.npz")
+    assert labels == [-1] * 5
     assert np.array_equal(np.concatenate([batch.images for batch in batches]), inputs)
 
 
@@ -153,7 +153,7 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
 
 def test_synthetic_needs_no_data():
     samples, labels, batches = gather("synthetic")
-    assert (samples.total, samples.labelled, set(labels)) == (16, False, {-1})
+    assert (samples.total, set(labels)) == (16, {-1})
     assert batches[0].images.std() > 0.5
 
 
@@ -177,3 +177,31 @@ def test_no_such_data_says_what_there_could_be(tmp_path):
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(BadRequest, match="expected a folder"):
         gather(tmp_path / "x.txt")
+
+
+def test_foreign_folders_are_no_classes_of_a_model_with_labels():
+    with pytest.raises(BadRequest, match="2 labels, none of them among these"):
+        match_classes(["birds", "cats"], ("owl", "cow"), 2, "x")
+
+
+def test_imagenets_folders_are_its_classes_whatever_the_labels_say():
+    assert match_classes(["n01440764", "n02102040"], ("tench", "springer"), 2, "x")["n02102040"] == 1
+
+
+def test_names_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(BadRequest, match="2 of the model's labels are 'crane'"):
+        match_classes(["crane"], ("crane", "cow", "crane"), 3, "x")
+    with pytest.raises(BadRequest, match="two classes are the same number"):
+        match_classes(["0", "00"], (), 3, "x")
+
+
+def test_at_most_so_many_of_an_npz_are_spread_too(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 3, 32, 32), np.float32), labels=np.arange(9) // 3)
+    assert gather(tmp_path / "a.npz", most=3)[1] == [0, 1, 2]
+
+
+def test_images_beside_the_class_folders_are_named(folder):
+    (folder / "cat" / "0.png").rename(folder / "stray.png")
+    samples, labels, _ = gather(folder)
+    assert labels == [0, 1, 1, 2, 2]
+    assert samples.skipped == ["stray.png: lies beside the class folders"]

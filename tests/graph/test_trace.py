@@ -129,7 +129,8 @@ def test_the_model_carries_its_facts(artifacts):
     made = artifacts["onnxruntime", "fp32"]
     from exporter.graph import files
 
-    assert files.facts_in(ir.load(made.path)) == made.sidecar.facts()
+    metadata = ir.load(made.path).metadata_props
+    assert {key.removeprefix(files.PREFIX): value for key, value in metadata.items()} == made.sidecar.facts()
     assert '"resize":64' in made.sidecar.facts()["preprocessing"]
 
 

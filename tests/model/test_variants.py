@@ -36,11 +36,11 @@ def test_macs_counted_without_torch_are_those_that_torch_counts(name):
 
     arch = VARIANTS[name].architecture
     with torch.device("meta"):
-        model, images = ConvNeXt(arch, 1000), torch.empty(1, 3, 96, 96)
+        model, images = ConvNeXt(arch, 1000), torch.empty(1, 3, 112, 112)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(images)
-    assert count_macs(arch, 96, 1000) == counter.get_total_flops() // 2
+    assert count_macs(arch, 112, 1000) == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -60,6 +60,8 @@ def test_the_table_agrees_with_what_was_published(name):
         ("v2_tiny", "v2_tiny", None),
         ("isotropic_small", "isotropic_small", None),
         ("convnext_isotropic_small", "isotropic_small", None),
+        ("tiny.fb_in22k", "tiny", "timm/convnext_tiny.fb_in22k"),
+        ("v2_tiny.fcmae", "v2_tiny", "timm/convnextv2_tiny.fcmae"),
         ("convnext_tiny.fb_in1k", "tiny", "timm/convnext_tiny.fb_in1k"),
         ("convnextv2_atto.fcmae_ft_in1k", "v2_atto", "timm/convnextv2_atto.fcmae_ft_in1k"),
     ],

@@ -227,4 +227,75 @@ def test_a_project_can_be_moved_whole(state, tmp_path, monkeypatch):
     from exporter import artifact
 
     assert same(weights.reload(artifact.load(tmp_path / "moved" / "build" / made.path.name)), state)
-    assert len(eager.BACKEND.layers(artifact.load(tmp_path / "moved" / "build" / made.path.name))) > 20
+    opened = artifact.load(tmp_path / "moved" / "build" / made.path.name)
+    assert len(eager.BACKEND.layers(opened, eager.EagerOptions())) > 20
+
+
+def test_nan_in_a_checkpoint_is_refused_by_name(state, tmp_path):
+    state["stages.2.0.pwconv1.weight"][3, 3] = float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(BadRequest, match=r"NaN or infinity in 1 tensors \(stages.2.0.pwconv1.weight\)"):
+        weights.load(str(tmp_path / "w.safetensors"))
+
+
+def test_two_tensors_of_one_name_are_refused(state, tmp_path):
+    torch.save({**state, "module.head.bias": state["head.bias"]}, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match="1 tensors have the name of another one"):
+        weights.load(str(tmp_path / "w.pth"))
+
+
+def test_prefixes_of_compile_and_ddp_come_off_together(state, tmp_path):
+    torch.save({f"_orig_mod.module.{key}": value for key, value in state.items()}, tmp_path / "w.pth")
+    assert same(weights.load(str(tmp_path / "w.pth")), state)
+
+
+def test_another_activation_is_refused(tiny, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "w")
+    (tmp_path / "w" / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
+    with pytest.raises(BadRequest, match="hidden_act is 'relu'"):
+        weights.load(str(tmp_path / "w"))
+
+
+def test_a_part_of_a_folder_is_remembered(state, tmp_path):
+    torch.save({"model": state, "model_ema": tiny_state(seed=1)}, tmp_path / "model.pth")
+    found = weights.load(f"{tmp_path}#model_ema")
+    assert found.weights.source.endswith("#model_ema")
+    assert weights.load(found.weights.source).weights.digest == found.weights.digest
+
+
+def test_labels_of_ones_own_are_enough_to_verify_by(tiny, tmp_path, run):
+    """The sidecar keeps them, so a config.json that does not fit the head is in nobody's way."""
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "w")
+    (tmp_path / "w" / "config.json").write_text(json.dumps({"id2label": {"0": "only"}}))
+    (tmp_path / "labels.txt").write_text("\n".join(f"label {i}" for i in range(10)))
+    words = ["--weights", tmp_path / "w", "--labels", tmp_path / "labels.txt", "--imgsz", 64]
+    assert run("onnx", *words, "-o", tmp_path).code == 0
+    assert run("verify", tmp_path / "custom_fp32.onnx", "--samples", 2).code == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_class_is_a_number_of_classes_too(batch, tmp_path, run):
+    save_file(tiny_state(classes=1), tmp_path / "w.safetensors")
+    assert (
+        run("onnx", "--weights", tmp_path / "w.safetensors", "--imgsz", 64, "--batch", batch, "-o", tmp_path).code == 0
+    )
+    result = run("verify", tmp_path / "custom_fp32.onnx", "--samples", 4)
+    assert result.code == 0, result.out
+
+
+def test_a_download_that_breaks_off_is_one_clear_error(monkeypatch):
+    import huggingface_hub
+
+    class Dropped(Exception):
+        """As the HTTP client raises it."""
+
+    def drop(*args, **kwargs):
+        raise Dropped("peer closed connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", drop)
+    with pytest.raises(Unavailable, match=r"the Hub cannot be reached \(Dropped\)"):
+        weights.load("hub", "tiny")
