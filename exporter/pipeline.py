@@ -25,7 +25,6 @@ from exporter.recipe import Recipe, labels_path
 from exporter.report import Finding, Report
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from torch.nn import Module
 
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
@@ -53,6 +52,7 @@ def build(recipe: Recipe, out: Path) -> Artifact:
 def export(recipe: Recipe, out: Path) -> Artifact:
     """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one."""
     trace.check_options(recipe.trace_options(224))
+    _checker()
     step(f"reading weights {recipe.weights}")
     checkpoint = weights.load(recipe.weights, recipe.variant, labels_path(recipe))
     options = recipe.trace_options(checkpoint.preprocessing.size)
@@ -112,7 +112,10 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
     graph = trace.trace(model, options, checkpoint.variant.architecture.stride)
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
-    candidate, reason = (graph, "") if not simplified else _simplify(graph)
+    candidate, reason = graph, ""
+    if simplified:
+        step("simplifying with onnxsim")
+        candidate, reason = simplify.simplify(graph)
     with artifacts.staging(target) as folder:
         file = folder / target.name
         files.save(candidate, file, sidecar.facts())
@@ -127,16 +130,6 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
     if reason:
         note(f"onnxsim: the plain graph is kept: {reason}")
     return artifacts.load(target)
-
-
-def _simplify(graph: ir.Model) -> tuple[ir.Model, str]:
-    """The simplified graph if there is a runtime here to check it with."""
-    step("simplifying with onnxsim")
-    try:
-        backends.get("onnxruntime").probe()
-    except Unavailable as error:
-        return graph, f"it cannot be checked here ({error})"
-    return simplify.simplify(graph)
 
 
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
@@ -155,14 +148,24 @@ def _expected(model: Module, probe: Array) -> Outputs:
     return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
+def _checker() -> backends.Backend[backends.Options]:
+    """The runtime that a traced graph is checked with: the first of those that run ONNX and are installed.
+
+    Raises: Unavailable when there is none.
+    """
+    for backend in (backends.get("onnxruntime"), backends.get("openvino")):
+        try:
+            backend.probe()
+        except Unavailable as error:
+            missing = error
+        else:
+            return backend
+    raise Unavailable(f"nothing here to check the traced graph with: {missing}")
+
+
 def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -> str:
-    """Why the graph in this file is not the model, or "" when it is, or no runtime here can tell."""
-    backend = backends.get("onnxruntime")
-    try:
-        backend.probe()
-    except Unavailable:
-        note("the graph is not compared with the model: no ONNX Runtime here; run verify where there is one")
-        return ""
+    """Why the graph in this file is not the model, or "" when it is."""
+    backend = _checker()
     with backend.session(Artifact(file, sidecar), backend.options()) as session:
         got = _run(session, probe, sidecar.inputs[0].shape[0])
     for tensor, a, b in zip(sidecar.outputs, expected, got, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -174,12 +175,11 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     Raises: BadRequest for a class the model does not have, or when names cannot be told apart.
     """
     known = {label: index for index, label in enumerate(labels)}
+    times = Counter(labels)
     if any(name in known for name in names):
         for name in names:
-            if labels.count(name) > 1:
-                raise BadRequest(
-                    f"{where}: {labels.count(name)} of the model's labels are {name!r}; name classes by number"
-                )
+            if times[name] > 1:
+                raise BadRequest(f"{where}: {times[name]} of the model's labels are {name!r}; name classes by number")
             if name not in known:
                 raise BadRequest(
                     f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"

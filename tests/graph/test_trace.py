@@ -190,3 +190,28 @@ def test_isotropic_has_no_features(tmp_path):
     with pytest.raises(BadRequest, match="has one stage, not four"):
         build(folder, tmp_path / "out", task="features")
     assert build(folder, tmp_path / "out").sidecar.task == "classify"
+
+
+@pytest.mark.parametrize("installed", ["openvino", "none"])
+def test_without_onnx_runtime_openvino_checks_the_graph_or_nothing_is_built(
+    installed, tiny, tmp_path, monkeypatch, run
+):
+    from importlib import metadata
+
+    honest = metadata.version
+
+    def version(name):
+        if name.startswith("onnxruntime") or (installed == "none" and name == "openvino"):
+            raise metadata.PackageNotFoundError(name)
+        return honest(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    verb = "openvino" if installed == "openvino" else "onnx"
+    result = run(verb, "--weights", tiny, "-o", tmp_path / "out")
+    if installed == "openvino":
+        assert result.code == 0, result.err
+        assert run("verify", tmp_path / "out" / "custom_fp32.xml", "--samples", 2).code == 0
+    else:
+        assert result.code == 3
+        assert "pip install 'convnext-export[cpu]'" in result.err
+        assert not (tmp_path / "out").exists()
