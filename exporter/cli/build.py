@@ -64,8 +64,10 @@ def openvino_command(fp16: bool, bf16: bool, **words: Any) -> None:
 
 
 def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
+    import shlex
+
     from exporter import pipeline
-    from exporter.cli.console import console, drawing, print_json, size
+    from exporter.cli.console import console, drawing, plain, print_json, size
     from exporter.recipe import Recipe, size_or_dynamic
 
     as_json, out = words.pop("as_json"), words.pop("output")
@@ -78,8 +80,9 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
         print_json({"artifact": artifact.to_dict()})
         return
     sidecar = artifact.sidecar
-    console().print(f"[bold]{artifact.path}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
-    console().print(f"check it: convnext-export verify {artifact.path}", style="dim", soft_wrap=True)
+    console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
+    command = f"convnext-export verify {shlex.quote(str(artifact.path))}"
+    console().print(f"check it: {plain(command)}", style="dim", soft_wrap=True)
 
 
 def _precision(flags: dict[str, bool], named: str | None) -> str:

@@ -35,11 +35,11 @@ class Drawn:
 
     def step(self, text: str) -> None:
         """A new step of the work begins."""
-        self.console.print(f"[dim]·[/] {_plain(text)}")
+        self.console.print(f"[dim]·[/] {plain(text)}")
 
     def note(self, text: str) -> None:
         """Something worth reading that is not an error."""
-        self.console.print(f"[yellow]note:[/] {_plain(text)}")
+        self.console.print(f"[yellow]note:[/] {plain(text)}")
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
         """Yield the items, drawing a bar; each moves it by its count."""
@@ -53,10 +53,11 @@ class Drawn:
                 progress.advance(task, count(item))
 
 
-def _plain(text: str) -> str:
+def plain(text: object) -> str:
+    """The text with no markup in it: names of files and labels are anybody's."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(str(text))
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=column != columns[-1])
     for row in rows:
-        table.add_row(*(_plain(cell) for cell in row))
+        table.add_row(*(plain(cell) for cell in row))
     console().print(table)
 
 

@@ -40,7 +40,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
     """
     from exporter import artifact as artifacts
     from exporter import pipeline, report
-    from exporter.cli.console import console, drawing, print_findings, print_json
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     with drawing():
         opened = artifacts.load(artifact)
@@ -54,6 +54,6 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
     else:
         print_findings(made.findings)
         verdict = "[green]passed[/]" if made.passed else "[red]FAILED[/]"
-        console().print(f"{artifact.name} {verdict}; the report is {path}", soft_wrap=True)
+        console().print(f"{plain(artifact.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
     if not made.passed:
         raise click.exceptions.Exit(5)

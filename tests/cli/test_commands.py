@@ -289,3 +289,19 @@ main()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "brackets [bold] [/]", "hash#tag", "ünïcode 漢字", "-dash", "quote'quote"]
+)
+def test_folders_may_have_any_name(name, run, tiny, tmp_path):
+    import shutil
+
+    source, out = tmp_path / f"{name} in", tmp_path / name
+    shutil.copytree(tiny, source)
+    result = run("onnx", "--weights", source, "-o", out)
+    assert result.code == 0, result.err
+    assert str(out / "custom_fp32.onnx") in result.out
+    verified = run("verify", out / "custom_fp32.onnx", "--samples", 2)
+    assert verified.code == 0, verified.err
+    assert str(out / "custom_fp32.onnx.report.json") in verified.out
