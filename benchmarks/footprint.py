@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
-from exporter.artifact import Record, write_file
+from exporter.artifact import Record
 from exporter.data.synthetic import dead_leaves
+from exporter.disk import write_file
 from exporter.measure.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")

@@ -8,8 +8,6 @@ moment there is the old artifact or the new one, never a mixture.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -23,12 +21,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from exporter.errors import BadRequest, ExporterError, Unavailable, nearest
+from exporter.disk import flush, lock, locked, write_error, write_file
+from exporter.errors import BadRequest, ExporterError, nearest
 from exporter.progress import note
 
 SCHEMA = 1
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,7 +175,7 @@ def load(path: Path) -> Artifact:
 
     Raises: BadRequest for a missing, changed or damaged file or sidecar.
     """
-    with _locked(path.parent):
+    with locked(path.parent):
         return _load(path)
 
 
@@ -213,6 +211,14 @@ def _check(path: Path, file: File) -> None:
         )
 
 
+def read_sidecar(path: Path) -> Sidecar:
+    """What the sidecar of a file says, without looking at the file.
+
+    Raises: BadRequest when it is damaged or was changed.
+    """
+    return _decode(sidecar_path(path))
+
+
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A folder to write the files of `target` into; they move into place when the block ends well.
@@ -226,66 +232,41 @@ def staging(target: Path) -> Iterator[Path]:
     out = target.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             _recover(target)
             _sweep(target)
             _refuse_foreign(target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=out))
-            alive = _lock(folder)
+            alive = lock(folder)
     except OSError as error:
-        raise _write_error(error, out) from None
+        raise write_error(error, out) from None
     try:
         yield folder
         for path in folder.iterdir():
-            _flush(path)
-        with _locked(out):
+            flush(path)
+        with locked(out):
             _recover(target)
             os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
             _recover(target)
     except OSError as error:
-        raise _write_error(error, out) from None
+        raise write_error(error, out) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(alive)
 
 
 def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not sidecar_path(target).exists():
-        raise BadRequest(f"{target}: a file that this tool did not write stands there; choose another folder with -o")
-
-
-def _lock(folder: Path, wait: bool = True) -> int:
-    """A lock on a folder, held until the handle is closed or the process ends.
-
-    Raises: BlockingIOError when another holds it and `wait` is false.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:  # a file system without locks: one writer at a time is then up to the user
-        pass
-    return handle
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One at a time: readers and writers of the artifacts of a folder."""
-    handle = _lock(folder) if folder.is_dir() else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+    if target.is_dir() or sidecar_path(target).is_dir() or (target.exists() and not sidecar_path(target).exists()):
+        raise BadRequest(
+            f"{target}: something that this tool did not write stands there; choose another folder with -o"
+        )
 
 
 def _sweep(target: Path) -> None:
     """Remove the staging folders of processes that are no more: nobody holds their locks."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
         with suppress(OSError):
-            handle = _lock(folder, wait=False)
+            handle = lock(folder, wait=False)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
 
@@ -305,7 +286,7 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
     When it was built again meanwhile, or cannot be written to, a note says so.
     """
     try:
-        with _locked(artifact.path.parent):
+        with locked(artifact.path.parent):
             now = _load(artifact.path).sidecar
             if now.sha256 != artifact.sidecar.sha256:
                 note(f"{artifact.path.name} was built again meanwhile; its sidecar is left as it is")
@@ -316,22 +297,17 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
         note(f"the sidecar keeps its old quality: {error}")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write one file so that it is either the old or the new, whatever happens.
+def check_output(path: Path) -> None:
+    """Refuse to write a report or table over what is none: an artifact, its sidecar, a folder, a device.
 
-    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
+    Raises: BadRequest.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        _flush(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise _write_error(error, path.parent) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    described = path.with_name(path.name.removesuffix(".json"))
+    is_sidecar = path.name.endswith(".json") and described.is_file() and described.suffix in (".onnx", ".xml")
+    if is_sidecar or sidecar_path(path).exists():
+        raise BadRequest(f"{path}: an artifact or its sidecar stands there; write the report elsewhere with -o")
+    if path.exists() and not path.is_file():
+        raise BadRequest(f"{path}: no file that a report could replace; give -o a file name")
 
 
 def _commit_folder(target: Path) -> Path:
@@ -348,7 +324,7 @@ def _recover(target: Path) -> None:
     for path in sorted(commit.iterdir(), key=lambda path: (path.name == last, path.name)):
         with suppress(FileNotFoundError):  # another process is finishing it too
             path.replace(target.parent / path.name)
-    _flush(target.parent)
+    flush(target.parent)
     with suppress(FileNotFoundError):
         commit.rmdir()
 
@@ -366,30 +342,3 @@ def _drop_old_files(target: Path) -> None:
     for name in old_names - {file.name for file in _decode(new).files}:
         if Path(name).name == name:
             (target.parent / name).unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_error(error: OSError, out: Path) -> ExporterError:
-    if error.errno in NO_SPACE:
-        return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
-    return BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o")
-
-
-def user_path(word: str) -> Path:
-    """A path as a user typed it, with ~ for home.
-
-    Raises: BadRequest for one that no file can have.
-    """
-    try:
-        path = Path(word).expanduser()
-        path.exists()
-    except (RuntimeError, OSError, ValueError) as error:
-        raise BadRequest(f"{word[:80]}: no path that a file can have ({error})"[:240]) from None
-    return path

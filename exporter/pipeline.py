@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends, checks
+from exporter import backends, checks, discover
 from exporter.artifact import Artifact, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs, Session
 from exporter.data import images, synthetic
@@ -22,13 +22,14 @@ from exporter.model import weights
 from exporter.model.weights import Checkpoint
 from exporter.progress import note, step, track
 from exporter.recipe import Recipe, labels_path
-from exporter.report import Finding, Report
+from exporter.report import Finding, Report, judged
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
 BATCH = 16
+MAX_UNREADABLE_PCT = 10
 
 
 def build(recipe: Recipe, out: Path) -> Artifact:
@@ -38,9 +39,11 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     """
     backend = backends.get(recipe.backend)
     if recipe.precision not in backend.precisions:
-        raise BadRequest(
-            f"{recipe.backend} cannot run {recipe.precision}; {nearest(recipe.precision, backend.precisions)}"
-        )
+        others = [
+            name for name in discover.names("exporter.backends") if recipe.precision in backends.get(name).precisions
+        ]
+        hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, backend.precisions)
+        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
     backend.probe()
     graph = export(recipe, out)
     if recipe.precision != "fp32":
@@ -128,7 +131,7 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
             raise CheckFailed(f"{target.name}: the traced graph is not the model: {difference}; nothing was written")
         artifacts.seal(folder, target.name, sidecar)
     if reason:
-        note(f"onnxsim: the plain graph is kept: {reason}")
+        note(f"onnxsim: {reason}; the plain graph is kept")
     return artifacts.load(target)
 
 
@@ -192,11 +195,14 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
 
     Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
     """
+    checks.check_options(options)
     sidecar = artifact.sidecar
     backend, eager = backends.get(sidecar.backend), backends.get("eager")
     samples = open_samples(
         options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
     )
+    if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
+        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
     told = backend.options(device=options.device, threads=options.threads)
     meters = checks.start_all(options, checks.Subject(artifact, backend.layers(artifact, told)))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
@@ -214,7 +220,7 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
     if not seen:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
-    findings.append(_images_finding(samples.skipped, seen, options.data))
+    findings += _data_findings(samples.skipped, seen, options.data)
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
@@ -232,12 +238,20 @@ def _run(session: Session, pixels: Array, fixed: int | str) -> Outputs:
     return tuple(output[:count] for output in session(pixels))
 
 
-def _images_finding(skipped: list[str], seen: int, source: str) -> Finding:
-    shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
-    detail = f"{seen} of {source}" + (f", {len(skipped)} unreadable: {shown}" if skipped else "")
+def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
+    """How many images were measured, and how many could not be read, by name; too many of these is a failure."""
+    detail = f"{seen} of {source}"
     if source == "synthetic":
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
-    return Finding(check="data", metric="images", value=seen, unit="images", detail=detail)
+    found = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]
+    if skipped:
+        shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
+        share = 100 * len(skipped) / (seen + len(skipped))
+        unreadable = Finding(
+            check="data", metric="unreadable", value=share, unit="%", detail=f"{len(skipped)}: {shown}"
+        )
+        found.append(judged(unreadable, MAX_UNREADABLE_PCT, "low"))
+    return found
 
 
 def record_quality(artifact: Artifact, report: Report) -> None:

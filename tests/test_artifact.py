@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from exporter import artifact
+from exporter import artifact, disk
 from exporter.artifact import sidecar_path
 from exporter.errors import BadRequest, Unavailable
 from tests.conftest import ROOT, build, snapshot
@@ -105,7 +105,7 @@ def test_the_quality_of_an_artifact_that_was_built_again_meanwhile_is_not_writte
 
 def test_a_file_that_is_not_ours_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "custom_fp32.onnx").write_bytes(b"precious")
-    with pytest.raises(BadRequest, match="a file that this tool did not write stands there"):
+    with pytest.raises(BadRequest, match="something that this tool did not write stands there"):
         build(tiny, tmp_path)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("custom_fp32.onnx", b"precious")]
 
@@ -115,7 +115,7 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_holds_is_not(o
     (folder / f".{name}.dead.new").mkdir()
     (folder / f".{name}.dead.new" / "half").write_bytes(b"x")
     (folder / f".{name}.alive.new").mkdir()
-    handle = artifact._lock(folder / f".{name}.alive.new")
+    handle = disk.lock(folder / f".{name}.alive.new")
     rewrite(onnx_copy, b"new")
     os.close(handle)
     assert sorted(path.name for path in folder.iterdir() if path.suffix == ".new") == [f".{name}.alive.new"]
@@ -127,7 +127,7 @@ def test_two_writers_and_a_reader_at_once(onnx_copy):
     script = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from exporter import artifact
+        from exporter import artifact, disk
         path = Path({str(onnx_copy.path)!r})
         old = artifact.load(path)
         for _ in range(40):
@@ -196,7 +196,7 @@ def test_files_the_new_artifact_has_not_are_removed(onnx_copy):
 def test_killed_at_any_moment_there_is_the_old_artifact_or_the_new(onnx_copy, tmp_path):
     script = textwrap.dedent(f"""
         from pathlib import Path
-        from exporter import artifact
+        from exporter import artifact, disk
         path = Path({str(onnx_copy.path)!r})
         old = artifact.load(path)
         print("ready", flush=True)
@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(onnx_copy, monkeypatc
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "_flush", full)
+    monkeypatch.setattr(artifact, "flush", full)
     with pytest.raises(Unavailable, match="no space left to write in"):
         rewrite(onnx_copy, b"new")
     monkeypatch.undo()

@@ -123,7 +123,8 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     if kept := precision.to_fp16(model):
         note(f"{len(kept)} weights exceed fp16 and stay in fp32: {some(kept)}")
     target = out / artifact.path.name.replace("_fp32", f"_{wanted}")
-    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), quality={})
+    recipe = {**artifact.sidecar.recipe, "precision": wanted}
+    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
     with staging(target) as folder:
         files.save(model, folder / target.name, sidecar.facts())
         seal(folder, target.name, sidecar)

@@ -118,6 +118,7 @@ def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
         precision=precision,
         parents=(artifact.sidecar.sha256,),
         versions=versions,
+        recipe={**artifact.sidecar.recipe, "backend": "openvino", "precision": precision},
         quality={},
     )
     try:
@@ -177,6 +178,8 @@ def _text(value: Any) -> str:
 
 def _module(names: str) -> str:
     """The ConvNeXt module that the first of the fused layers came from."""
+    if names == "logits":  # the head's own name is that of the output
+        return "head"
     found = re.search(r"(?:stages|downsample_layers|norm_pre|norm|head_hidden|head)[\w.]*(?=/)", names)
     return found[0] if found else ""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from exporter import discover
 from exporter.artifact import Artifact, Record
 from exporter.backends import Layer, Outputs
+from exporter.errors import BadRequest
 from exporter.measure.stats import proportion
 from exporter.report import Finding
 
@@ -75,6 +76,17 @@ def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
         detail=f"{sum(hits)} of {len(hits)} images",
         samples=tuple(float(hit) for hit in hits),
     )
+
+
+def check_options(options: Options) -> None:
+    """Refuse limits that no number can be held against.
+
+    Raises: BadRequest.
+    """
+    for name, low, high in (("min_cosine", -1, 1), ("atol", 0, float("inf")), ("max_drop", -100, 100)):
+        limit = getattr(options, name)
+        if limit is not None and not low <= limit <= high:
+            raise BadRequest(f"--{name.replace('_', '-')} {limit}: expected a number from {low} to {high}")
 
 
 def start_all(options: Options, subject: Subject) -> list[Meter]:

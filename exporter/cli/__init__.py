@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 from typing import NoReturn
 
@@ -66,6 +68,9 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run a command line; every error a user can mend is one line and an exit code."""
+    for name in ("SIGTERM", "SIGHUP"):  # as CI and a closed terminal send them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -80,8 +85,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        click.echo(f"error: {str(error.filename)[:200]}: {error.strerror}", err=True)
+        click.echo(f"error: {str(error.filename or 'output')[:200]}: {error.strerror}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -68,8 +68,12 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
 
     from exporter import pipeline
     from exporter.cli.console import console, drawing, plain, print_json, size
+    from exporter.errors import BadRequest
     from exporter.recipe import Recipe, size_or_dynamic
 
+    empty = [word for word, value in words.items() if value == ""]
+    if empty:
+        raise BadRequest(f"--{empty[0]} is empty; give it a value or leave it out")
     as_json, out = words.pop("as_json"), words.pop("output")
     words["precision"] = _precision(flags, words["precision"])
     for axis in ("imgsz", "batch"):

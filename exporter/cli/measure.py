@@ -16,8 +16,13 @@ import click
 )  # fmt: skip
 @click.option("--samples", "most", metavar="N", type=click.IntRange(1), help="At most so many images.")
 @click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
-@click.option("--device", default="cpu", show_default=True, help="What must run it: cpu, cuda, gpu …")
-@click.option("--threads", type=click.IntRange(1), help="Threads; by default the runtime's choice.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="What must run it: cpu or cuda on ONNX Runtime, cpu or gpu on OpenVINO.",
+)
+@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default the runtime's choice.")
 @click.option("--max-drop", metavar="POINTS", type=float, help="Largest loss of top-1, in percentage points.")
 @click.option("--min-cosine", type=float, help="Smallest mean cosine to eager's outputs.")
 @click.option("--atol", type=float, help="Largest absolute error of an output.")
@@ -42,10 +47,11 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
     from exporter import pipeline, report
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
+    path = output or artifact.with_name(f"{artifact.name}.report.json")
+    artifacts.check_output(path)
     with drawing():
         opened = artifacts.load(artifact)
         made = pipeline.verify(opened, pipeline.VerifyOptions(**told))
-    path = output or artifact.with_name(f"{artifact.name}.report.json")
     report.save(made, path)
     with drawing():
         pipeline.record_quality(opened, made)

@@ -18,10 +18,15 @@ def report_command(reports: tuple[Path, ...], form: str, output: Path | None) ->
     Example:
       convnext-export report build/*.report.json --format markdown
     """
-    from exporter import artifact, discover, report
+    from exporter import artifact, discover, disk, report
 
     render = discover.load("exporter.report", form, "RENDER")
-    text = render([report.load(path) for path in reports])
+    loaded = [report.load(path) for path in reports]
+    for path, made in zip(reports, loaded, strict=True):
+        if report.is_stale(made):
+            click.echo(f"note: {path}: its artifact was built again since; verify it again", err=True)
+    text = render(loaded)
     if output:
-        artifact.write_file(output, text.encode())
+        artifact.check_output(output)
+        disk.write_file(output, text.encode())
     click.echo(text, nl=False)

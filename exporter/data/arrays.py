@@ -17,7 +17,7 @@ from exporter.data import images
 from exporter.errors import BadRequest
 
 MAX_LABEL_BYTES = 1 << 27
-_EXPECTED = "expected 'images' as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"
+_EXPECTED = "expected 'images' (and 'labels') as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            if "images.npy" not in names:
+            if "images.npy" not in names or not set(names) <= {"images.npy", "labels.npy"}:
                 raise BadRequest(f"{path}: holds {', '.join(names) or 'nothing'}; {expected}")
             with archive.open("images.npy") as file:
                 shape, fortran, dtype = _header(file)
@@ -79,7 +79,7 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
         raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
     pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3
     inputs = dtype == np.float32 and shape[1:] == (3, recipe.size, recipe.size)
-    if fortran or not shape or not shape[0] or not (pixels or inputs):
+    if fortran or not shape or 0 in shape or not (pixels or inputs):
         raise BadRequest(f"{path}: images are {dtype} {shape}; {expected}")
     if labels is not None and labels.shape != shape[:1]:
         raise BadRequest(f"{path}: {shape[0]} images but labels of shape {labels.shape}")

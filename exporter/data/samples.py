@@ -6,6 +6,7 @@ Images are read as they are asked for, so memory does not grow with their number
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact import Preprocessing, user_path
+from exporter.artifact import Preprocessing
 from exporter.data import Batch, images, synthetic
 from exporter.data.arrays import open_npz
+from exporter.disk import user_path
 from exporter.errors import BadRequest, nearest, some
 from exporter.measure import machine
 
 SYNTHETIC = 16  # images, when no number is given
+COLUMNS = {"path", "label", "sha256"}
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
 Item = tuple[str, int, Callable[[], NDArray[np.float32]]]
@@ -40,6 +43,7 @@ class Samples:
     source: str
     total: int
     items: Callable[[], Iterator[Item]]
+    labelled: bool
     skipped: list[str] = field(default_factory=list)
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -64,7 +68,7 @@ class Samples:
         try:
             return name, label, make()
         except images.Unreadable as error:
-            self.skipped.append(f"{name}: {error}")
+            self.skipped.append(os.fsencode(f"{name}: {error}").decode("utf-8", "replace"))
             return None
 
 
@@ -88,11 +92,11 @@ def open_samples(
     path = user_path(source)
     if not path.exists():
         raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _npz(path, recipe, classes, most)
     if path.is_dir():
         found = _folder(path, labels, classes)
-    elif path.suffix in (".tsv", ".csv"):
+    elif path.suffix.lower() in (".tsv", ".csv"):
         found = _manifest(path, labels, classes)
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
@@ -113,7 +117,9 @@ def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Prepro
         for name, label in found:
             yield name, label, partial(images.read, root / name, recipe)
 
-    return Samples(source, len(found), items, [f"{name}: lies beside the class folders" for name in stray])
+    return Samples(
+        source, len(found), items, found[0][1] >= 0, [f"{name}: lies beside the class folders" for name in stray]
+    )
 
 
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
@@ -121,7 +127,7 @@ def _synthetic(recipe: Preprocessing, count: int) -> Samples:
         for seed in range(count):
             yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
 
-    return Samples("synthetic", count, items)
+    return Samples("synthetic", count, items, labelled=False)
 
 
 def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
@@ -143,7 +149,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
             label = -1 if labels is None else int(labels[index])
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
-    return Samples(str(path), total, items)
+    return Samples(str(path), total, items, labels is not None)
 
 
 def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
@@ -165,8 +171,8 @@ def _stray_images(folder: Path) -> list[str]:
 
 def _images_in(folder: Path) -> list[str]:
     files = folder.rglob("*")
-    names = (file.relative_to(folder).as_posix() for file in files if file.suffix.lower() in images.SUFFIXES)
-    return sorted(name for name in names if not name.startswith("."))
+    names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
@@ -185,7 +191,7 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
                     f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
                 )
         return {name: known[name] for name in names}
-    if all(name.isdecimal() for name in names):
+    if all(name.isdecimal() and len(name) < 10 for name in names):
         too_high = [name for name in names if int(name) >= classes]
         if too_high:
             raise BadRequest(f"{where}: class {too_high[0]}, but the model's {classes} classes end at {classes - 1}")
@@ -203,15 +209,18 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
 
 
 def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
-    """Columns `path` and, if known, `label`; lines that begin with # are a header for people."""
-    delimiter = "\t" if path.suffix == ".tsv" else ","
+    """Columns `path` and, if known, `label`; lines that begin with # above them are for people."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-        rows = list(csv.DictReader(lines, delimiter=delimiter))
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        while lines and lines[0].startswith("#"):
+            lines.pop(0)
+        names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
+        rows = list(csv.DictReader(lines[1:], names, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
-    if not rows or "path" not in rows[0]:
-        raise BadRequest(f"{path}: expected a line of column names with 'path' (and 'label'), then one image a line")
+    if not rows or "path" not in names or not set(names) <= COLUMNS:
+        raise BadRequest(f"{path}: expected a line of column names out of path, label, sha256, then one image a line")
     outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")

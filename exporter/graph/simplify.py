@@ -86,7 +86,7 @@ def _worse(candidate: ir.Model, model: ir.Model) -> str:
         if old.name != new.name or str(old.shape) != str(new.shape):
             return f"{old.name} was {old.shape} and became {new.name} {new.shape}"
     if _operators(candidate) == _operators(model):
-        return f"there was nothing to simplify in its {before} nodes"
+        return f"nothing to simplify in {before} nodes"
     return ""
 
 

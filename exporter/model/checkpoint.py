@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from exporter.progress import note
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
 
 # What torch raises over damaged files of its two formats.
@@ -58,8 +59,8 @@ def _torch(path: Path) -> Any:
     import torch
 
     try:
-        # Training checkpoints keep their command line in a Namespace, which only holds values.
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
@@ -73,6 +74,14 @@ def _torch(path: Path) -> Any:
         raise BadRequest(f"{path}: truncated or no PyTorch file ({first_line(error)}); fetch it again") from None
 
 
+def _harmless() -> list[Any]:
+    """What training checkpoints hold beside tensors, and which only holds values: a command line, numpy numbers."""
+    import numpy as np
+
+    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    return [Namespace, np.float64(0).__reduce__()[0], np.dtype, *kinds]
+
+
 def _unwrap(path: Path, content: Any, part: str, depth: int = 0) -> Any:
     found = [name for name in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
     if part and part not in found:
@@ -84,6 +93,12 @@ def _unwrap(path: Path, content: Any, part: str, depth: int = 0) -> Any:
     return _unwrap(path, content[part or found[0]], "", depth + 1)
 
 
+def _is_plain(value: Tensor) -> bool:
+    import torch
+
+    return value.is_floating_point() and value.numel() > 0 and value.layout == torch.strided and not value.is_meta
+
+
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     import torch
 
@@ -92,10 +107,12 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     wrong = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise BadRequest(f"{path}: not a state dict: {len(wrong)} entries are no tensors ({some(wrong)})")
-    odd = [str(key) for key, value in content.items() if not value.is_floating_point() or not value.numel()]
+    odd = [str(key) for key, value in content.items() if not _is_plain(value)]
     if odd:
-        raise BadRequest(f"{path}: {len(odd)} tensors are empty or not floating point ({some(odd)})")
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in content.items()}
+        raise BadRequest(f"{path}: {len(odd)} tensors are empty, sparse or not floating point ({some(odd)})")
+    tensors = {
+        re.sub(r"^((module|_orig_mod|model)\.)+", "", str(key)): value.detach() for key, value in content.items()
+    }
     if len(tensors) < len(content):
         raise BadRequest(
             f"{path}: {len(content) - len(tensors)} tensors have the name of another one but for 'module.'"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from exporter.artifact import Preprocessing
 from exporter.errors import BadRequest
 
+T = TypeVar("T")
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
@@ -27,18 +29,21 @@ def read_config(folder: Path) -> Config:
 
     Raises: BadRequest when one of them is there but cannot be understood.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        return Config()
-    config = _read(path)
+    path, beside = folder / "config.json", folder / "preprocessor_config.json"
+    config = _read(path) if path.is_file() else {}
     if (act := config.get("hidden_act", "gelu")) != "gelu":
         raise BadRequest(f"{path}: hidden_act is {act!r}; a ConvNeXt has 'gelu', and no other is supported")
+    if "pretrained_cfg" in config:
+        return _understood(path, lambda: Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"])))
+    labels = _understood(path, lambda: _hf_labels(config))
+    recipe = _understood(beside, lambda: _hf_preprocessing(_read(beside))) if beside.is_file() else None
+    return Config(labels, recipe)
+
+
+def _understood(path: Path, reading: Callable[[], T]) -> T:
+    """What a reading gives, or one clear error that names the file."""
     try:
-        if "pretrained_cfg" in config:
-            return Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"]))
-        beside = folder / "preprocessor_config.json"
-        recipe = _hf_preprocessing(_read(beside)) if beside.is_file() else None
-        return Config(_hf_labels(config), recipe)
+        return reading()
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise BadRequest(f"{path}: cannot be understood ({type(error).__name__}: {error}); mend or remove it") from None
 
@@ -59,8 +64,13 @@ def _hf_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 def _hf_preprocessing(config: dict[str, Any]) -> Preprocessing:
     """ConvNextImageProcessor: below 384 pixels it resizes to size / crop_pct and crops, from 384 on it squashes."""
-    size = config["size"]
-    edge = int(size["shortest_edge"] if isinstance(size, dict) else size)
+    off = [step for step in ("do_resize", "do_rescale", "do_normalize") if config.get(step, True) is not True]
+    if off or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise ValueError(f"{', '.join(off) or 'rescale_factor'} is not as ConvNeXt's recipe has it")
+    size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
+    edge = int(size["shortest_edge"] if "shortest_edge" in size else size["height"])
+    if size.get("width", edge) != edge:
+        raise ValueError(f"size {size}, expected a square")
     squash = edge >= 384
     return _checked(
         size=edge,
@@ -79,6 +89,8 @@ def _timm_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     edge = int(config["input_size"][-1])
+    if int(config["input_size"][-2]) != edge:
+        raise ValueError(f"input_size {config['input_size']}, expected a square")
     squash = config.get("crop_mode") == "squash"
     if config.get("crop_mode", "center") not in ("center", "squash"):
         raise ValueError(f"crop_mode {config['crop_mode']!r}, expected 'center' or 'squash'")
@@ -93,4 +105,9 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 
 def _checked(**fields: Any) -> Preprocessing:
-    return msgspec.convert(fields, Preprocessing)
+    recipe = msgspec.convert(fields, Preprocessing)
+    if not 1 <= recipe.size <= recipe.resize:
+        raise ValueError(f"resize to {recipe.resize}, then crop {recipe.size}: expected 1 ≤ crop ≤ resize")
+    if not all(0 < spread < 1e6 for spread in recipe.std) or not all(abs(mean) < 1e6 for mean in recipe.mean):
+        raise ValueError(f"mean {recipe.mean}, std {recipe.std}: expected finite numbers, std above 0")
+    return recipe

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.artifact import Artifact, Preprocessing, Weights, sha256_file, user_path
+from exporter.artifact import Artifact, Preprocessing, Weights, sha256_file
+from exporter.disk import user_path
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
@@ -46,8 +47,11 @@ class Checkpoint:
         """The network in eval mode, or for `features` its backbone. It shares memory with `state`."""
         from exporter.model.convnext import Features
 
-        model = _empty(self.variant.architecture, self.weights.num_classes)
-        model.load_state_dict(self.state, assign=True)
+        classes = self.weights.num_classes
+        if task == "classify" and not classes:
+            raise BadRequest(f"{self.weights.source}: a backbone, without the keys head.*; --task features takes it")
+        model = _empty(self.variant.architecture, max(classes, 1))
+        model.load_state_dict(self.state, assign=True, strict=bool(classes))
         model.eval().requires_grad_(False)
         return Features(model) if task == "features" else model
 
@@ -152,11 +156,14 @@ def _fit(found: _Found, wanted: Variant | None) -> Checkpoint:
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
-    """The number of classes, once every key and shape is as the network has it."""
-    if "head.weight" not in state or state["head.weight"].ndim != 2:
-        raise BadRequest(f"{path}: missing keys: no classifier head (head.weight); give the fine-tuned checkpoint")
-    classes = int(state["head.weight"].shape[0])
-    expected = {key: tensor.shape for key, tensor in _empty(arch, classes).state_dict().items()}
+    """The number of classes (0 for a backbone), once every key and shape is as the network has it."""
+    head = state.get("head.weight")
+    classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 0
+    expected = {key: tensor.shape for key, tensor in _empty(arch, max(classes, 1)).state_dict().items()}
+    if head is None:  # a backbone
+        expected = {
+            key: shape for key, shape in expected.items() if not key.startswith(("head", "norm")) or key in state
+        }
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
         problems.append(f"{len(missing)} missing keys ({some(missing)})")
@@ -184,12 +191,12 @@ def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[st
     if file is not None:
         origin = str(file)
         try:
-            found = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+            found = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
         if not found:
             raise BadRequest(f"{file}: no labels in it; expected one a line")
-    if found and len(found) != classes:
+    if found and classes and len(found) != classes:
         raise BadRequest(
             f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits"
         )
@@ -198,8 +205,8 @@ def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[st
 
 def _random(source: str, variant: Variant) -> Checkpoint:
     seed = source.removeprefix("random").removeprefix(":") or "0"
-    if not seed.isdecimal():
-        raise BadRequest(f"--weights {source}: the seed must be a whole number, as in random:0")
+    if not seed.isdecimal() or len(seed) > 9:
+        raise BadRequest(f"--weights {source}: the seed must be a whole number below 10⁹, as in random:0")
     state = _random_state(variant.architecture, int(seed))
     record = Weights(source=f"random:{int(seed)}", digest=_digest(state), layout="random", num_classes=1000)
     return Checkpoint(state, variant, record, variant.preprocessing, ())

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from exporter.artifact import Record, write_file
+from exporter.artifact import Record, read_sidecar, sidecar_path
+from exporter.disk import write_file
 from exporter.errors import BadRequest
 
 SCHEMA = 1
@@ -93,3 +94,14 @@ def load(path: Path) -> Report:
         return msgspec.json.decode(content, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None
+
+
+def is_stale(report: Report) -> bool:
+    """Whether the artifact that a report speaks of has been built again since."""
+    path = Path(str(report.artifact.get("path", "")))
+    if not sidecar_path(path).is_file():
+        return False
+    try:
+        return read_sidecar(path).sha256 != report.artifact.get("sha256")
+    except BadRequest:
+        return True

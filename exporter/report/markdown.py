@@ -38,7 +38,7 @@ def _row(report: Report) -> tuple[str, ...]:
         _number(report.value("top1_agreement"), "{:.2f} %"),
         _number(report.value("cosine"), "{:.7f}"),
         _number(report.value("max_abs"), "{:.2g}"),
-        f"**fails** {', '.join(bad)}" if bad else "passes",
+        "passes" if report.passed else f"**fails** {', '.join(bad)}",
     )
 
 
@@ -55,12 +55,20 @@ def _escape(text: str) -> str:
 
 
 def _footer(reports: Sequence[Report]) -> str:
-    first = reports[0]
-    data = next((finding.detail for finding in first.findings if finding.metric == "images"), "")
-    versions = first.environment.get("versions")
+    """The data and the machines, each said once."""
+    lines = {f"Images: {_escape(_data(report))}. Machine: {_machine(report)}." for report in reports}
+    return "\n\n".join(sorted(lines))
+
+
+def _data(report: Report) -> str:
+    return next((finding.detail for finding in report.findings if finding.metric == "images"), "none")
+
+
+def _machine(report: Report) -> str:
+    versions = report.environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
-    return f"Images: {_escape(data)}. Machine: {_escape(str(first.environment.get('cpu', '?')))}; {', '.join(tools)}."
+    return _escape("; ".join([str(report.environment.get("cpu", "?")), ", ".join(tools)]))
 
 
 RENDER = render

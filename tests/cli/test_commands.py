@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from exporter.artifact import load
+from exporter.artifact import load, sidecar_path
 from exporter.data import synthetic
 from tests.conftest import ROOT, copy_artifact, has_bf16, snapshot, tiny_state, write_tiny
 
@@ -76,9 +76,12 @@ def test_unreadable_images_are_counted_and_named(run, artifacts, photos, tmp_pat
     (photos / "class 0" / "broken.jpg").write_bytes(b"not an image")
     made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
     report = run("verify", made.path, "--data", photos, "--json").json
-    images = next(f for f in report["findings"] if f["metric"] == "images")
-    assert images["value"] == 10
-    assert "1 unreadable: class 0/broken.jpg" in images["detail"]
+    found = {f["metric"]: f for f in report["findings"]}
+    assert found["images"]["value"] == 10
+    assert found["unreadable"]["detail"].startswith("1: class 0/broken.jpg: cannot identify")
+    assert found["unreadable"]["passed"]
+    (photos / "class 1" / "broken.jpg").write_bytes(b"not an image")
+    assert run("verify", made.path, "--data", photos).code == 5, "one in six is too many"
 
 
 def test_images_of_which_none_can_be_read_are_refused(refused, artifacts, tmp_path):
@@ -305,3 +308,53 @@ def test_folders_may_have_any_name(name, run, tiny, tmp_path):
     verified = run("verify", out / "custom_fp32.onnx", "--samples", 2)
     assert verified.code == 0, verified.err
     assert str(out / "custom_fp32.onnx.report.json") in verified.out
+
+
+def test_a_gate_that_cannot_measure_is_refused(refused, artifacts, tmp_path):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    assert "synthetic has no labels to measure a drop on" in refused(2, "verify", made.path, "--max-drop", 0.1)
+    for words in (["--max-drop", "nan"], ["--atol", "-1"], ["--min-cosine", "2"]):
+        assert "expected a number from" in refused(2, "verify", made.path, *words)
+
+
+def test_a_report_is_not_written_over_an_artifact(refused, artifacts, tmp_path):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    for target in (made.path, sidecar_path(made.path)):
+        assert "write the report elsewhere" in refused(2, "verify", made.path, "-o", target, folder=tmp_path)
+    for target in (tmp_path, "/dev/null"):
+        assert "no file that a report could replace" in refused(2, "verify", made.path, "-o", target, folder=tmp_path)
+
+
+def test_a_report_of_an_older_build_is_pointed_out(run, tiny, tmp_path):
+    run("onnx", "--weights", tiny, "-o", tmp_path)
+    run("verify", tmp_path / "custom_fp32.onnx", "--samples", 2)
+    assert run("report", tmp_path / "custom_fp32.onnx.report.json").err == ""
+    run("onnx", "--weights", tiny, "-o", tmp_path, "--imgsz", 96)
+    assert "was built again since" in run("report", tmp_path / "custom_fp32.onnx.report.json").err
+
+
+def test_a_folder_where_the_artifact_should_go_is_refused(refused, tiny, tmp_path):
+    (tmp_path / "custom_fp32.onnx").mkdir()
+    assert "did not write stands there" in refused(2, "onnx", "--weights", tiny, "-o", tmp_path, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["custom_fp32.onnx"]
+
+
+def test_an_empty_word_is_refused(refused):
+    assert "--weights is empty" in refused(2, "onnx", "--weights", "")
+
+
+def test_a_precision_of_another_backend_is_pointed_to_it(refused):
+    assert "onnxruntime cannot run bf16; openvino can" in refused(2, "onnx", "--precision", "bf16")
+
+
+def test_sigterm_ends_like_ctrl_c(tiny, tmp_path):
+    program = [sys.executable, "-c", "from exporter.cli import main; main()"]
+    words = ["onnx", "--weights", str(tiny), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(program + words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "tracing" in line:
+            break
+    process.terminate()
+    process.stderr.read()
+    assert process.wait(30) == 4
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []

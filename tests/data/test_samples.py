@@ -104,7 +104,7 @@ def test_a_manifest_does_not_leave_its_folder(path, folder):
 
 def test_a_manifest_without_columns_is_refused(folder):
     (folder / "m.csv").write_text("cat/0.png,cat\n")
-    with pytest.raises(BadRequest, match="expected a line of column names with 'path'"):
+    with pytest.raises(BadRequest, match="expected a line of column names out of path, label, sha256"):
         gather(folder / "m.csv")
 
 
@@ -205,3 +205,26 @@ def test_images_beside_the_class_folders_are_named(folder):
     samples, labels, _ = gather(folder)
     assert labels == [0, 1, 1, 2, 2]
     assert samples.skipped == ["stray.png: lies beside the class folders"]
+
+
+@pytest.mark.parametrize("head", ["\ufeffpath,label", "path, label", "# made by hand\npath,label"])
+def test_manifests_as_people_and_spreadsheets_write_them(head, folder):
+    (folder / "m.csv").write_text(f"{head}\ncat/0.png,cat\nowl/0.png,owl\ndog/0.png,dog\n", "utf-8")
+    assert gather(folder / "m.csv")[1] == [0, 2, 1]
+
+
+def test_columns_and_arrays_nobody_would_read_are_refused(folder, tmp_path):
+    (folder / "m.csv").write_text("path,class\ncat/0.png,cat\n")
+    with pytest.raises(BadRequest, match="out of path, label, sha256"):
+        gather(folder / "m.csv")
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32), y=np.zeros(2, int))
+    with pytest.raises(BadRequest, match=r"holds images\.npy, y\.npy; expected"):
+        gather(tmp_path / "a.npz")
+
+
+def test_hidden_files_and_folders_are_passed_over(folder):
+    (folder / "cat" / ".ipynb_checkpoints").mkdir()
+    (folder / "cat" / "0.png").rename(folder / "cat" / ".ipynb_checkpoints" / "0.png")
+    (folder / "cat" / "._1.png").write_bytes(b"")
+    samples, labels, _ = gather(folder)
+    assert (labels, samples.skipped) == ([0, 1, 1, 2, 2], [])

@@ -174,11 +174,45 @@ def test_another_network_is_told_from_a_convnext(tmp_path):
         weights.load(str(tmp_path / "resnet.safetensors"))
 
 
-def test_a_backbone_without_a_head_is_refused(state, tmp_path):
-    del state["head.weight"], state["head.bias"]
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(BadRequest, match="no classifier head"):
-        weights.load(str(tmp_path / "w.safetensors"))
+def test_a_backbone_without_a_head_serves_features_and_nothing_else(state, tmp_path, run):
+    whole = tiny_state()
+    headless = {key: value for key, value in state.items() if not key.startswith(("head", "norm"))}
+    save_file(headless, tmp_path / "w.safetensors")
+    words = ["onnx", "--weights", tmp_path / "w.safetensors", "--imgsz", 64, "-o", tmp_path / "out"]
+    refused = run(*words)
+    assert refused.code == 2
+    assert "a backbone, without the keys head.*; --task features takes it" in refused.err
+    assert run(*words, "--task", "features").code == 0
+    assert run("verify", tmp_path / "out" / "custom_features_fp32.onnx", "--samples", 2).code == 0
+    assert torch.equal(
+        weights.load(str(tmp_path / "w.safetensors")).state["stages.0.0.gamma"], whole["stages.0.0.gamma"]
+    )
+
+
+def test_parameters_and_numpy_numbers_in_a_checkpoint_are_harmless(state, tmp_path):
+    import numpy as np
+
+    parameters = {key: torch.nn.Parameter(value) for key, value in state.items()}
+    torch.save({"state_dict": parameters, "best_acc1": np.float64(70.6)}, tmp_path / "w.ckpt")
+    assert same(weights.load(str(tmp_path / "w.ckpt")), state)
+
+
+def test_sparse_tensors_are_refused(state, tmp_path):
+    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match=r"1 tensors are empty, sparse or not floating point \(head.weight\)"):
+        weights.load(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"do_normalize": False}, {"rescale_factor": 1.0}, {"crop_pct": -1}, {"size": 0}, {"image_std": [0, 0, 0]}],
+)
+def test_preprocessing_that_would_not_be_followed_is_refused(change, state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    recipe = {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} | change
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(recipe))
+    with pytest.raises(BadRequest, match=r"preprocessor_config.json: cannot be understood"):
+        weights.load(str(tmp_path))
 
 
 def test_any_number_of_classes_is_accepted(tmp_path):

@@ -71,7 +71,7 @@ def test_markdown_has_a_row_per_artifact(example):
 
 def test_markdown_names_what_failed(example):
     failed = judged(example.findings[0], 0.9999, "high")
-    assert "**fails** cosine" in markdown.render([replace(example, findings=(failed,))])
+    assert "**fails** cosine" in markdown.render([replace(example, passed=False, findings=(failed,))])
 
 
 def test_names_cannot_break_out_of_a_table(example):
