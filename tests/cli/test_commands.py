@@ -230,7 +230,8 @@ def test_bf16_on_a_cpu_without_it_is_exit_3(refused, tiny, tmp_path, monkeypatch
     assert "this CPU has no bf16 arithmetic" in refused(3, "verify", made.path, folder=tmp_path)
 
 
-def test_ctrl_c_is_exit_4_and_leaves_no_torn_file(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_and_its_like_are_exit_4_and_leave_no_torn_file(name, tiny, tmp_path):
     program = [sys.executable, "-c", "from exporter.cli import main; main()"]
     words = ["onnx", "--weights", str(tiny), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(program + words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -238,7 +239,7 @@ def test_ctrl_c_is_exit_4_and_leaves_no_torn_file(tiny, tmp_path):
         if "tracing" in line:
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     rest = process.stderr.read()
     assert process.wait(30) == 4
     assert "interrupted: nothing is torn" in rest
@@ -345,16 +346,3 @@ def test_an_empty_word_is_refused(refused):
 
 def test_a_precision_of_another_backend_is_pointed_to_it(refused):
     assert "onnxruntime cannot run bf16; openvino can" in refused(2, "onnx", "--precision", "bf16")
-
-
-def test_sigterm_ends_like_ctrl_c(tiny, tmp_path):
-    program = [sys.executable, "-c", "from exporter.cli import main; main()"]
-    words = ["onnx", "--weights", str(tiny), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(program + words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "tracing" in line:
-            break
-    process.terminate()
-    process.stderr.read()
-    assert process.wait(30) == 4
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
