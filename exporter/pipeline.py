@@ -21,7 +21,7 @@ from exporter.measure import machine
 from exporter.model import weights
 from exporter.model.weights import Checkpoint
 from exporter.progress import note, step, track
-from exporter.recipe import Recipe, labels_path
+from exporter.recipe import Recipe
 from exporter.report import Finding, Report, judged
 
 if TYPE_CHECKING:
@@ -53,11 +53,15 @@ def build(recipe: Recipe, out: Path) -> Artifact:
 
 
 def export(recipe: Recipe, out: Path) -> Artifact:
-    """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one."""
+    """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one.
+
+    Raises: BadRequest for a recipe, weights or folder that cannot be used; Unavailable when no runtime is here to
+        check the graph with; CheckFailed when the graph is not the model.
+    """
     trace.check_options(recipe.trace_options(224))
     _checker()
     step(f"reading weights {recipe.weights}")
-    checkpoint = weights.load(recipe.weights, recipe.variant, labels_path(recipe))
+    checkpoint = weights.load(recipe.weights, recipe.variant, Path(recipe.labels) if recipe.labels else None)
     options = recipe.trace_options(checkpoint.preprocessing.size)
     if options.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
@@ -156,14 +160,15 @@ def _checker() -> backends.Backend[backends.Options]:
 
     Raises: Unavailable when there is none.
     """
-    for backend in (backends.get("onnxruntime"), backends.get("openvino")):
+    missing = []
+    for backend in map(backends.get, discover.names("exporter.backends")):
         try:
-            backend.probe()
+            if backend.opens_onnx:
+                backend.probe()
+                return backend
         except Unavailable as error:
-            missing = error
-        else:
-            return backend
-    raise Unavailable(f"nothing here to check the traced graph with: {missing}")
+            missing.append(str(error))
+    raise Unavailable(f"nothing here to check the traced graph with: {'; or '.join(missing)}")
 
 
 def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -> str:

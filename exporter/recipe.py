@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from exporter.artifact import Record
@@ -47,8 +46,3 @@ def size_or_dynamic(option: str, word: str | None) -> int | Literal["dynamic"] |
     if not word.isdecimal():
         raise BadRequest(f"{option} {word}: expected a whole number or 'dynamic'")
     return int(word)
-
-
-def labels_path(recipe: Recipe) -> Path | None:
-    """The file of labels, if one was given."""
-    return Path(recipe.labels) if recipe.labels else None

@@ -64,6 +64,7 @@ class Backend(Generic[Opt]):
     build: (that graph, precision, folder) to what the runtime loads.
     session: opens an artifact.
     layers: what an artifact is made of, layer by layer.
+    opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Backend(Generic[Opt]):
     build: Callable[[Artifact, str, Path], Artifact]
     session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
     layers: Callable[[Artifact, Opt], list[Layer]]
+    opens_onnx: bool = False
 
 
 def get(name: str) -> Backend[Options]:

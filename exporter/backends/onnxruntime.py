@@ -167,4 +167,5 @@ BACKEND = Backend(
     build=build,
     session=session,
     layers=layers,
+    opens_onnx=True,
 )

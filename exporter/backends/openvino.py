@@ -193,4 +193,5 @@ BACKEND = Backend(
     build=build,
     session=session,
     layers=layers,
+    opens_onnx=True,
 )

@@ -26,7 +26,7 @@ class Sanity:
         self.images += len(seen.labels)
         self.nan += self._count(seen, np.isnan)
         self.infinite += self._count(seen, np.isinf)
-        pairs = [(flat(got), flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
+        pairs = [(_flat(got), _flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
         last = self.last or [(got[:0], eager[:0]) for got, eager in pairs]
         constant = [
             _constant(np.vstack([a, got]), np.vstack([b, eager]))
@@ -52,7 +52,7 @@ class Sanity:
         ]
 
 
-def flat(output: Array) -> Array:
+def _flat(output: Array) -> Array:
     """(N, …) to (N, values)."""
     return output.reshape(len(output), -1)
 
