@@ -5,12 +5,12 @@ A check sees only `Session`; backends never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,19 @@ Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
 
 
+@dataclass(frozen=True)
+class Bound:
+    """Inputs in place on the device.
+
+    run: runs `streams` batches at once and waits for them; it is what is timed. Each call takes the next inputs.
+    outputs: what the last run gave for its first batch.
+    """
+
+    run: Callable[[], None]
+    outputs: Callable[[], Outputs]
+    streams: int = 1
+
+
 class Session(Protocol):
     """A loaded model."""
 
@@ -32,8 +45,8 @@ class Session(Protocol):
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
 
-    def bind(self, images: Array) -> Callable[[], None]:
-        """Put the inputs in place on the device; what is returned runs once and waits. It is what is timed."""
+    def bind(self, batches: Sequence[Array]) -> Bound:
+        """Put the inputs in place on the device: one or more batches (N, 3, H, W), taken in turn, the first first."""
 
 
 class Layer(Record, frozen=True):
@@ -46,10 +59,12 @@ class Layer(Record, frozen=True):
 
 
 class Options(Record, frozen=True):
-    """What every backend can be told: the device, and how many threads (None is the runtime's own choice)."""
+    """What every backend can be told: the device, how many threads (None is the runtime's own choice), and the way
+    of using the machine: one batch at a time as fast as can be, or as many at once as it has streams for."""
 
     device: str = "cpu"
     threads: int | None = None
+    hint: Literal["latency", "throughput"] = "latency"
 
 
 Opt = TypeVar("Opt", bound=Options)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exporter.artifact import Artifact
-from exporter.backends import Array, Backend, Layer, Options, Outputs, require
+from exporter.backends import Array, Backend, Bound, Layer, Options, Outputs, require
 from exporter.errors import BadRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class EagerOptions(Options, frozen=True):
-    """`weights` says where the checkpoint lies now; None is where the artifact was made from."""
+    """`weights` says where the checkpoint lies now, None being where the artifact was made from; `compiled` runs the
+    network through torch.compile."""
 
     weights: str | None = None
+    compiled: bool = False
 
 
 class EagerSession:
     """The PyTorch network an artifact was made from, in fp32."""
 
-    def __init__(self, model: torch.nn.Module, device: str) -> None:
+    def __init__(self, model: Callable[..., Any], device: str) -> None:
         self.model, self.device = model, device
         self.facts = {"device": device, "arithmetic": "fp32"}
 
@@ -37,18 +40,21 @@ class EagerSession:
         outputs = self._forward(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
         return tuple(output.float().cpu().numpy() for output in outputs)
 
-    def bind(self, images: Array) -> Callable[[], None]:
-        """The images on the device, and one run of the model over them."""
+    def bind(self, batches: Sequence[Array]) -> Bound:
+        """The images on the device, and one run of the model over a batch."""
         import torch
 
-        held = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        held = [torch.from_numpy(np.ascontiguousarray(images)).to(self.device) for images in batches]
+        turn = itertools.cycle(held)
+        last: tuple[torch.Tensor, ...] = ()
 
         def run() -> None:
-            self._forward(held)
-            if held.is_cuda:
+            nonlocal last
+            last = self._forward(next(turn))
+            if held[0].is_cuda:
                 torch.cuda.synchronize()
 
-        return run
+        return Bound(run, lambda: tuple(output.float().cpu().numpy() for output in last))
 
     def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         import torch
@@ -77,8 +83,8 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task)
-    yield EagerSession(model.to(options.device), options.device)
+    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task).to(options.device)
+    yield EagerSession(torch.compile(model) if options.compiled else model, options.device)
 
 
 def _nothing_to_build(artifact: Artifact, precision: str, out: Path) -> Artifact:

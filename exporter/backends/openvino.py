@@ -9,8 +9,9 @@ and the same on every machine. On other devices it is computed in fp16.
 from __future__ import annotations
 
 import errno
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact, load, seal, staging
-from exporter.backends import Array, Backend, Layer, Options, Outputs, require
+from exporter.backends import Array, Backend, Bound, Layer, Options, Outputs, require
 from exporter.errors import ExporterError, Unavailable, last_line
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -40,8 +41,8 @@ def _arithmetic(precision: str, device: str) -> str:
 class OpenVinoSession:
     """A compiled IR."""
 
-    def __init__(self, compiled: Any, device: str, arithmetic: str) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: Any, device: str, arithmetic: str, streams: int) -> None:
+        self.compiled, self.streams = compiled, streams
         self.request = compiled.create_infer_request()
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
@@ -50,18 +51,24 @@ class OpenVinoSession:
         results = self.request.infer([np.ascontiguousarray(images)], share_inputs=True)
         return tuple(results[output] for output in self.compiled.outputs)
 
-    def bind(self, images: Array) -> Callable[[], None]:
-        """The input as the request's own tensor, and one run over it."""
+    def bind(self, batches: Sequence[Array]) -> Bound:
+        """The inputs as the requests' own tensors, and one run over them."""
         import openvino as ov
 
-        request = self.compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(np.ascontiguousarray(images)))
+        turn = itertools.cycle([ov.Tensor(np.ascontiguousarray(images)) for images in batches])
+        requests = [self.compiled.create_infer_request() for _ in range(self.streams)]
 
         def run() -> None:
-            request.start_async()
-            request.wait()
+            for request in requests:
+                request.set_input_tensor(next(turn))
+                request.start_async()
+            for request in requests:
+                request.wait()
 
-        return run
+        def outputs() -> Outputs:
+            return tuple(np.array(tensor.data, np.float32) for tensor in requests[0].output_tensors)
+
+        return Bound(run, outputs, self.streams)
 
 
 @contextmanager
@@ -71,7 +78,8 @@ def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
     Raises: Unavailable when the device is not there or cannot compute in that precision.
     """
     compiled, device, arithmetic = _compile(artifact, options)
-    yield OpenVinoSession(compiled, device, arithmetic)
+    streams = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if options.hint == "throughput" else 1
+    yield OpenVinoSession(compiled, device, arithmetic, streams)
 
 
 def _compile(artifact: Artifact, options: Options) -> tuple[Any, str, str]:
@@ -84,7 +92,7 @@ def _compile(artifact: Artifact, options: Options) -> tuple[Any, str, str]:
     arithmetic = _arithmetic(artifact.sidecar.precision, device)
     if arithmetic == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
         raise Unavailable(f"this {device} has no bf16 arithmetic; build fp32 or fp16 for it")
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": options.hint.upper()}
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads
     try:

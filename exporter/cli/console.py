@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from exporter.report import Finding
 
 T = TypeVar("T")
+REDRAW_S = 0.1
 UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -42,15 +44,23 @@ class Drawn:
         self.console.print(f"[yellow]note:[/] {plain(text)}")
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
-        """Yield the items, drawing a bar; each moves it by its count."""
+        """Yield the items, drawing a bar; each moves it by its count.
+
+        Nothing is drawn while the next item is made: it may be a measurement.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False) as progress:
             task = progress.add_task(text, total=total)
+            drawn = time.monotonic()
+            progress.refresh()
             for item in items:
                 yield item
                 progress.advance(task, count(item))
+                if time.monotonic() - drawn > REDRAW_S:
+                    progress.refresh()
+                    drawn = time.monotonic()
 
 
 def plain(text: object) -> str:

@@ -8,6 +8,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from exporter.artifact import Record
+
 # In the order in which they matter to a ConvNeXt.
 _ISA = (
     "amx_int8",
@@ -69,8 +71,85 @@ def environment() -> dict[str, object]:
         "cpu": name,
         "isa": isa,
         "cores": cores(),
+        "governor": governor(),
         "memory_gib": round(memory_gib(), 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+class Conditions(Record, frozen=True):
+    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown."""
+
+    load: float
+    others_pct: float
+    steal_pct: float
+    throttled: int | None
+    mhz: float | None
+
+
+class Watch:
+    """Looks at the machine once before and once after a stretch of timing, never meanwhile."""
+
+    def __init__(self) -> None:
+        self.before, self.throttles = _counters(), _throttles()
+
+    def conditions(self) -> Conditions:
+        """What the machine was like since this watch was made."""
+        before, now = self.before, _counters()
+        passed = {key: now[key] - before[key] for key in now}
+        capacity = max(passed["total"], 1e-9)
+        others = passed["busy"] - passed["own"]
+        throttles = _throttles()
+        return Conditions(
+            load=round(os.getloadavg()[0], 2),
+            others_pct=round(100 * max(others, 0.0) / capacity, 2),
+            steal_pct=round(100 * passed["steal"] / capacity, 2),
+            throttled=None if throttles is None or self.throttles is None else throttles - self.throttles,
+            mhz=_mhz(),
+        )
+
+
+def _counters() -> dict[str, float]:
+    """Seconds of all cores since boot: total, busy and stolen by the hypervisor; and of this process."""
+    import psutil
+
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    steal = getattr(times, "steal", 0.0)
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user already
+    total = sum(times) - guest
+    return {"total": total, "busy": total - idle - steal, "steal": steal, "own": sum(os.times()[:2])}
+
+
+def _throttles() -> int | None:
+    """How often the cores were slowed for heat since boot, as far as the kernel tells."""
+    found = list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+    return sum(int(path.read_text()) for path in found) if found else None
+
+
+def _mhz() -> float | None:
+    import psutil
+
+    frequency = psutil.cpu_freq()
+    return round(frequency.current, 0) if frequency else None
+
+
+def governor() -> str | None:
+    """Which rule sets the clock of the first core, where the kernel tells."""
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return path.read_text().strip() if path.exists() else None
+
+
+def gpu() -> dict[str, str] | None:
+    """Clocks, temperature and driver of the first NVIDIA GPU, asked once; None where there is none."""
+    import shutil
+    import subprocess
+
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+    if shutil.which("nvidia-smi") is None:
+        return None
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None

@@ -1,10 +1,10 @@
-"""Intervals for what was counted."""
+"""Intervals for what was counted, and for what was timed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import exp, log, sqrt
 
 import numpy as np
 
@@ -50,3 +50,90 @@ def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> Drop:
     n, b, c = count + 2, lost + 0.5, won + 0.5
     middle, half = (b - c) / n, _Z * sqrt(b + c - (b - c) ** 2 / n) / n
     return Drop(100 * (lost - won) / count, 100 * (middle - half), 100 * (middle + half), lost, won)
+
+
+@dataclass(frozen=True)
+class Center:
+    """A location with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval."""
+        return (self.high - self.low) / 2
+
+
+def center(values: Sequence[float], confidence: float = 0.95) -> Center:
+    """The Hodges–Lehmann estimate and its exact interval, from the signed ranks.
+
+    The estimate is the median of all pairwise means (Walsh averages), the interval those of them that Wilcoxon's
+    signed-rank test does not reject (Hollander, Wolfe and Chicken, "Nonparametric statistical methods", 3.2–3.3). With
+    fewer than six values no 95 % interval exists; the widest there is is given.
+    """
+    found = np.asarray(values, float)
+    rows, columns = np.triu_indices(len(found))
+    walsh = np.sort((found[rows] + found[columns]) / 2)
+    cut = _signed_rank_cut(len(found), (1 - confidence) / 2)
+    return Center(float(np.median(walsh)), float(walsh[cut]), float(walsh[-1 - cut]))
+
+
+def _signed_rank_cut(count: int, tail: float) -> int:
+    """How many Walsh averages lie outside the interval at each end: the largest c with P(T⁺ ≤ c) ≤ tail."""
+    ways = np.ones(1)
+    for rank in range(1, count + 1):  # the number of subsets of 1…count with each sum
+        ways = np.concatenate([ways, np.zeros(rank)]) + np.concatenate([np.zeros(rank), ways])
+    below = np.cumsum(ways) / 2.0**count
+    return max(0, int(np.searchsorted(below, tail, side="right")) - 1)
+
+
+def is_above(values: Sequence[float], limit: float = 0.0) -> float:
+    """How probable values so far above the limit are when they are not: Wilcoxon's signed-rank test, one-sided."""
+    from scipy.stats import wilcoxon
+
+    shifted = np.asarray(values, float) - limit
+    if not shifted.any():
+        return 1.0
+    return float(wilcoxon(shifted, alternative="greater").pvalue)
+
+
+def is_larger(before: Sequence[float], after: Sequence[float]) -> float:
+    """How probable an `after` so far above `before` is when nothing changed: Mann and Whitney's test, one-sided."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(after, before, alternative="greater").pvalue)
+
+
+def shift(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Center:
+    """How far `after` lies above `before`: Hodges and Lehmann's estimate for two samples, with its interval from
+    the normal approximation of Mann and Whitney's statistic (Hollander, Wolfe and Chicken, 4.2–4.3)."""
+    from scipy.stats import norm
+
+    differences = np.sort(np.subtract.outer(np.asarray(after, float), np.asarray(before, float)).ravel())
+    m, n = len(before), len(after)
+    z = float(norm.ppf(0.5 + confidence / 2))
+    cut = max(0, int(m * n / 2 - z * sqrt(m * n * (m + n + 1) / 12)) - 1)
+    return Center(float(np.median(differences)), float(differences[cut]), float(differences[-1 - cut]))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """The p-values of several comparisons, corrected so that the chance of any false alarm among them is that of one
+    (Holm, "A simple sequentially rejective multiple test procedure", 1979)."""
+    order = sorted(range(len(chances)), key=lambda index: chances[index])
+    corrected, worst = [0.0] * len(chances), 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(chances) - rank) * chances[index]))
+        corrected[index] = worst
+    return corrected
+
+
+def percent(log_ratio: float) -> float:
+    """A logarithm of a ratio as a change in percent."""
+    return 100 * (exp(log_ratio) - 1)
+
+
+def log_change(change_pct: float) -> float:
+    """A change in percent as the logarithm of a ratio."""
+    return log(1 + change_pct / 100)

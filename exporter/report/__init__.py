@@ -23,7 +23,8 @@ MAX_REPORT_BYTES = 512 * 2**20
 class Finding(Record, frozen=True):
     """One number: which check measured what, the limit it was judged by, and the raw samples behind it.
 
-    `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of a 95 %
+    `case` tells numbers of one metric apart ("batch 8"). `launches` says how many of the samples belong to each
+    opening of the model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of a 95 %
     interval. A finding without a limit informs and always passes; a value that is no number (NaN, Inf) is None
     and passes no limit.
     """
@@ -38,6 +39,8 @@ class Finding(Record, frozen=True):
     low: float | None = None
     high: float | None = None
     samples: tuple[float, ...] = ()
+    case: str = ""
+    launches: tuple[int, ...] = ()
 
 
 class Report(Record, frozen=True):

@@ -1,0 +1,89 @@
+"""Timing models side by side: any number of arms, taken in turn in one process that a second one watches over.
+
+`worker` runs in that process, `supervisor` starts it and outlives its crashes, `latency` makes findings of what was
+timed. An arm that crashes or hangs is taken out, and the others are timed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from exporter.artifact import Preprocessing, Record
+from exporter.backends import Session
+from exporter.measure.machine import Conditions
+
+
+class Arm(Record, frozen=True):
+    """One model to time: an artifact, or the PyTorch network it was made from, eager or compiled.
+
+    `path` is the artifact in either case; `weights` says where the network's weights lie now.
+    """
+
+    name: str
+    path: str
+    runtime: Literal["artifact", "eager", "torch.compile"] = "artifact"
+    weights: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    hint: Literal["latency", "throughput"] = "latency"
+
+
+Opener = Callable[[Arm], AbstractContextManager[Session]]
+
+
+class Plan(Record, frozen=True):
+    """What to time and how: the first arm is the one that all others are held against.
+
+    `seconds` are those of one launch, without opening and warming up.
+    """
+
+    arms: tuple[Arm, ...]
+    preprocessing: Preprocessing
+    batch: int = 1
+    seconds: float = 1.0
+    warmup_s: float = 3.0
+    seed: int = 0
+
+
+class Launch(Record, frozen=True):
+    """One opening of all arms: per arm a list of blocks of milliseconds (one block a round), the cosine of its
+    outputs to those of the first arm, how many batches it runs at once, and how the machine was."""
+
+    blocks: dict[str, list[list[float]]]
+    cosine: dict[str, float]
+    streams: dict[str, int]
+    facts: dict[str, dict[str, str]]
+    settled: dict[str, bool]
+    dropped: int
+    conditions: Conditions
+
+
+@dataclass
+class Timing:
+    """All launches of a plan, and why an arm fell out, by its name."""
+
+    plan: Plan
+    launches: list[Launch] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def standing(self) -> list[Arm]:
+        """The arms that did not fall out."""
+        return [arm for arm in self.plan.arms if arm.name not in self.failures]
+
+
+class Cold(Record, frozen=True):
+    """An arm alone in a new process: milliseconds from nothing in memory to the first answer (importing the runtime
+    included), of loading it again, of the first inference after that, and the peak of resident memory in bytes."""
+
+    cold_ms: float
+    load_ms: float
+    first_ms: float
+    peak_bytes: int
+
+
+def flat(blocks: Sequence[Sequence[float]]) -> list[float]:
+    """All the samples of the blocks, in order."""
+    return [sample for block in blocks for sample in block]

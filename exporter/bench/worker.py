@@ -1,0 +1,200 @@
+"""What runs in the timing process. It says what it is about to do before it does it, so that whoever watches knows
+whose fault a crash was, and stands still until a message was taken in: nobody draws progress while it times."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter import artifact as artifacts
+from exporter import backends
+from exporter.backends import Array, Bound, Outputs, Session
+from exporter.bench import Arm, Cold, Launch, Opener, Plan
+from exporter.data import images, synthetic
+from exporter.errors import first_line
+from exporter.measure import machine, timing
+
+INPUTS = 4
+HEARTBEAT_S = 0.5
+AGAIN_LEAST_S, LEAST_S = 0.05, 0.2
+
+
+@contextmanager
+def open_arm(arm: Arm) -> Iterator[Session]:
+    """The session that an arm stands for.
+
+    Raises: what its backend raises.
+    """
+    artifact = artifacts.load(Path(arm.path))
+    told: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
+    backend = backends.get(artifact.sidecar.backend)
+    if arm.runtime != "artifact":
+        backend = backends.get("eager")
+        told |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
+    with backend.session(artifact, backend.options(**told)) as session:
+        yield session
+
+
+class Line:
+    """The worker's end of the line to its supervisor: which arm is at work, and messages that wait for an answer."""
+
+    def __init__(self, connection: Connection, active: Any, plan: Plan) -> None:
+        self.connection, self.active = connection, active
+        self.index = {arm.name: index for index, arm in enumerate(plan.arms)}
+        self.heard = time.monotonic()
+
+    def starting(self, name: str) -> None:
+        """Say which arm is at work: one store to shared memory, and now and then a sign of life."""
+        self.active.value = self.index[name]
+        if time.monotonic() - self.heard > HEARTBEAT_S:
+            self.tell("alive", None)
+
+    def tell(self, kind: str, content: Any) -> None:
+        """Send a message and wait until it was taken in."""
+        self.connection.send((kind, content))
+        self.connection.recv()
+        self.heard = time.monotonic()
+
+
+def work(task: Callable[..., None], connection: Connection, active: Any, plan: Plan, opener: Opener) -> None:
+    """The body of the timing process: do the task; what is raised is told, with the arm that was at work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what an interrupt means
+    try:
+        task(Line(connection, active, plan), plan, opener)
+        connection.send(("done", None))
+    except (EOFError, BrokenPipeError):  # nobody is watching any more
+        raise SystemExit(1) from None
+    except Exception as error:
+        connection.send(("failed", first_line(error)))
+        raise SystemExit(1) from error
+
+
+def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
+    """Launch after launch, until the supervisor hangs up."""
+    batches = inputs(plan)
+    shuffle = random.Random(plan.seed)
+    with ExitStack() as kept:
+        lasting = {arm.name: _open(arm, line, opener, kept) for arm in plan.arms if arm.runtime != "artifact"}
+        warm = False
+        while True:
+            with ExitStack() as stack:
+                passing = [arm for arm in plan.arms if arm.runtime == "artifact"]
+                opened = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(passing, len(passing))}
+                launch = _launch(line, plan, lasting | opened, batches, shuffle, plan.warmup_s if not warm else None)
+            warm = True
+            line.tell("launch", launch)
+
+
+def _open(arm: Arm, line: Line, opener: Opener, stack: ExitStack) -> Session:
+    line.starting(arm.name)
+    return stack.enter_context(opener(arm))
+
+
+def _launch(
+    line: Line,
+    plan: Plan,
+    sessions: dict[str, Session],
+    batches: list[Array],
+    shuffle: random.Random,
+    first_warmup_s: float | None,
+) -> Launch:
+    names = [arm.name for arm in plan.arms]
+    bounds: dict[str, Bound] = {}
+    paces: dict[str, timing.Pace] = {}
+    with timing.undisturbed():
+        for name in shuffle.sample(names, len(names)):
+            line.starting(name)
+            bounds[name] = sessions[name].bind(batches)
+            least, most = (AGAIN_LEAST_S, AGAIN_LEAST_S * 4) if first_warmup_s is None else (LEAST_S, first_warmup_s)
+            paces[name] = timing.settle(bounds[name].run, least, most)
+        watch = machine.Watch()
+        runs = {name: bounds[name].run for name in names}
+        rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting)
+        conditions = watch.conditions()
+    return Launch(
+        blocks=rounds.blocks,
+        cosine=_cosines(bounds, names, line),
+        streams={name: bounds[name].streams for name in names},
+        facts={name: sessions[name].facts for name in names},
+        settled={name: paces[name].settled for name in names},
+        dropped=rounds.dropped,
+        conditions=conditions,
+    )
+
+
+def inputs(plan: Plan) -> list[Array]:
+    """Batches with natural statistics, no two alike."""
+    scenes = [images.normalise(synthetic.dead_leaves(plan.preprocessing.size, i), plan.preprocessing) for i in range(4)]
+    return [
+        np.ascontiguousarray(np.stack([np.roll(scenes[(turn + i) % 4], i, axis=-1) for i in range(plan.batch)]))
+        for turn in range(INPUTS)
+    ]
+
+
+def _cosines(bounds: dict[str, Bound], names: list[str], line: Line) -> dict[str, float]:
+    """The worst cosine between what an arm gave, timed inputs and all, and the nearest answer of the first arm.
+
+    The nearest, since the arms stand at different places in their rotation of the inputs.
+    """
+    answers = {name: [_answer(bounds[name], name, line) for _ in range(INPUTS)] for name in names}
+    reference = answers[names[0]]
+    return {name: min(max(_cosine(got, one) for one in reference) for got in answers[name]) for name in names}
+
+
+def _answer(bound: Bound, name: str, line: Line) -> Outputs:
+    line.starting(name)
+    bound.run()
+    return bound.outputs()
+
+
+def _cosine(first: Outputs, second: Outputs) -> float:
+    if [output.shape for output in first] != [output.shape for output in second]:
+        return -1.0
+    a, b = (np.concatenate([output.ravel() for output in outputs]).astype(np.float64) for outputs in (first, second))
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if np.isfinite(scale) and scale > 0 else -1.0
+
+
+def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
+    """The only arm of the plan, from nothing in memory; then again, warm."""
+    (arm,) = plan.arms
+    line.starting(arm.name)
+    batches = inputs(plan)
+    _evict(Path(arm.path))
+    begin = time.perf_counter()
+    with opener(arm) as session:
+        session.bind(batches).run()
+        cold = time.perf_counter() - begin
+    begin = time.perf_counter()
+    with opener(arm) as session:
+        loaded = time.perf_counter()
+        session.bind(batches).run()
+        first = time.perf_counter()
+        line.tell(
+            "cold",
+            Cold(
+                cold_ms=1e3 * cold,
+                load_ms=1e3 * (loaded - begin),
+                first_ms=1e3 * (first - loaded),
+                peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            ),
+        )
+
+
+def _evict(path: Path) -> None:
+    """Ask the kernel to forget the files of an artifact, so that they are read from the disk again."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in artifacts.load(path).files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,116 @@
+"""Two artifacts, measured in turn on this machine: base, head, and the base once more as its own control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact import Artifact, Record
+from exporter.bench import Arm, Launch, Opener, Plan, Timing, flat, supervisor, worker
+from exporter.compare import METRICS, Change, Limit, judge
+from exporter.errors import CheckFailed
+from exporter.measure import machine
+from exporter.progress import step, track
+from exporter.report import Finding
+
+BASE, HEAD, CONTROL = "base", "head", "base again"
+LAUNCHES = 8
+AGAIN = 2  # times as many launches in the second look
+
+
+class CompareOptions(Record, frozen=True):
+    """How two artifacts are timed. `threads` None leaves one core to the rest of the machine: it is not what they
+    could do together but the noise of the others that a regression drowns in. `duration` is in seconds of timing."""
+
+    batch: tuple[int, ...] = (1,)
+    threads: int | None = None
+    hint: str = "latency"
+    device: str = "cpu"
+    duration: float = 6.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two artifacts of a comparison."""
+
+    base: Artifact
+    head: Artifact
+
+
+def compare_times(
+    pair: Pair, limits: Sequence[Limit], options: CompareOptions, opener: Opener = worker.open_arm
+) -> list[Finding]:
+    """A finding for every limit on a time and every batch.
+
+    Raises: CheckFailed when an arm cannot be timed at all.
+    """
+    first = {batch: _changes(pair, limits, batch, options, 1, opener) for batch in options.batch}
+    findings = judge([change for changes in first.values() for change in changes], confirmed=False)
+    suspects = [batch for batch, changes in first.items() if any(change.is_suspicious for change in changes)]
+    if not suspects:
+        return findings
+    step("above the limit at first sight: measuring again, longer")
+    second = {batch: _changes(pair, limits, batch, options, AGAIN, opener) for batch in suspects}
+    findings = [finding for finding in findings if finding.case not in {_case(batch) for batch in suspects}]
+    # Corrected for all that was looked at first, not only for what is looked at again.
+    looked_at = [change for batch, changes in first.items() for change in second.get(batch, changes)]
+    again = judge(looked_at, confirmed=True)
+    return findings + [finding for finding in again if finding.case in {_case(batch) for batch in suspects}]
+
+
+def _case(batch: int) -> str:
+    return f"batch {batch}"
+
+
+def _changes(
+    pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, times: int, opener: Opener
+) -> list[Change]:
+    launches = LAUNCHES * times
+    plan = _plan(pair, batch, options, seed=options.seed + launches)
+    timing = Timing(plan)
+    for _ in track(islice(supervisor.launches(timing, opener), launches), launches, "launches", lambda _: 1):
+        if timing.failures:
+            break
+    for name, reason in timing.failures.items():
+        path = pair.head.path if name == HEAD else pair.base.path
+        raise CheckFailed(f"{path}: {reason}; nothing can be compared")
+    return [_change(limit, _case(batch), timing) for limit in limits]
+
+
+def _plan(pair: Pair, batch: int, options: CompareOptions, seed: int) -> Plan:
+    threads = options.threads or max(1, machine.cores() - 1)
+    paths = {BASE: pair.base.path, HEAD: pair.head.path, CONTROL: pair.base.path}
+    arms = tuple(
+        Arm(name=name, path=str(path), device=options.device, threads=threads, hint=options.hint)
+        for name, path in paths.items()
+    )
+    preprocessing = pair.base.sidecar.preprocessing
+    return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=options.duration / LAUNCHES, seed=seed)
+
+
+def _change(limit: Limit, case: str, timing: Timing) -> Change:
+    effects, control = [], []
+    for launch in timing.launches:
+        first, second, head = (_logs(launch, name, limit.metric) for name in (BASE, CONTROL, HEAD))
+        effects.append(float(np.median(head - (first + second) / 2)))
+        control.append(float(np.median(second - first)))
+    of = METRICS[limit.metric].of
+    assert of is not None
+    base, head_value = (
+        of([flat(launch.blocks[name]) for launch in timing.launches]) for name in (BASE, HEAD)
+    )
+    return Change(limit, case, effects, control, base, head_value)
+
+
+def _logs(launch: Launch, name: str, metric: str) -> NDArray[np.float64]:
+    """Of one launch: for the median one number a round, so that rounds are compared in pairs; else one number."""
+    of = METRICS[metric].of
+    assert of is not None
+    blocks = launch.blocks[name]
+    groups = [[block] for block in blocks] if metric == "p50_ms" else [blocks]
+    return np.log([of(group) for group in groups])
