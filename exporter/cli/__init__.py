@@ -15,8 +15,8 @@ from exporter.errors import ExporterError, nearest
 GROUPS = {
     "discover": ("variants", "doctor", "inspect"),
     "build": ("onnx", "openvino"),
-    "measure": ("verify",),
-    "pipeline": ("report",),
+    "measure": ("verify", "bench"),
+    "pipeline": ("compare", "report"),
 }
 
 
@@ -63,6 +63,7 @@ def cli() -> None:
     convnext-export onnx --variant base
     convnext-export openvino --weights my_convnext.pth --fp16
     convnext-export verify build/base_fp32.onnx --data imagenet/val
+    convnext-export bench build/base_fp32.onnx build/base_fp32.xml
     """
 
 

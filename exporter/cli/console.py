@@ -14,7 +14,7 @@ from exporter.progress import REPORTER
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from exporter.report import Finding
+    from exporter.report import Finding, Report
 
 T = TypeVar("T")
 REDRAW_S = 0.1
@@ -114,6 +114,39 @@ def print_findings(findings: Iterable[Finding]) -> None:
         for f in findings
     ]
     print_table(("check", "metric", "value", "limit", "", "detail"), rows, right=("value", "limit"))
+
+
+def print_latency(reports: Sequence[Report]) -> None:
+    """What was timed: eager first, then a row for each artifact, batch size by batch size."""
+    columns = ("model", "batch", "p50", "p90", "p99", "images/s", "× eager", "95 % interval", "load", "")
+    rows = [row for case in _cases(reports) for row in _latency_rows(reports, case)]
+    print_table(columns, rows, right=columns[1:-1])
+
+
+def _cases(reports: Sequence[Report]) -> list[str]:
+    return list(dict.fromkeys(f.case for report in reports for f in report.findings if f.metric == "p50_ms"))
+
+
+def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
+    batch = case.removeprefix("batch ")
+    for prefix, name in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
+        found = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
+        if found:
+            yield (name, batch, _ms(found), "", "", "", "", "", "", found.detail if found.value is None else "")
+    for report in reports:
+        name = str(report.artifact["path"])
+        got = {m: report.find(m, case) for m in ("p50_ms", "p90_ms", "p99_ms", "throughput_ips", "speedup")}
+        speed, load = got["speedup"], report.find("load_ms")
+        times = [_ms(got[metric]) for metric in ("p50_ms", "p90_ms", "p99_ms")]
+        rate = f"{got['throughput_ips'].value:.4g}" if got["throughput_ips"] else ""
+        bad = [f.detail or f.metric for f in report.findings if not f.passed and f.case in ("", case)]
+        ratio, interval = (f"{speed.value:.2f}", f"{speed.low:.2f}–{speed.high:.2f}") if speed else ("", "")
+        said = "; ".join(bad) if bad else (speed.detail.partition("; ")[2] if speed else "")
+        yield (name, batch, *times, rate, ratio, interval, _ms(load), said)
+
+
+def _ms(finding: Finding | None) -> str:
+    return "" if finding is None else "failed" if finding.value is None else f"{finding.value:.4g} ms"
 
 
 def value(finding: Finding) -> str:

@@ -1,4 +1,4 @@
-"""What an artifact is worth: `verify`."""
+"""What an artifact is worth: `verify` and `bench`."""
 
 from __future__ import annotations
 
@@ -52,14 +52,97 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
     with drawing():
         opened = artifacts.load(artifact)
         made = pipeline.verify(opened, pipeline.VerifyOptions(**told))
-    report.save(made, path)
+    whole = report.save_merged(made, path)
     with drawing():
         pipeline.record_quality(opened, made)
     if as_json:
-        print_json(made)
+        print_json(whole)
     else:
         print_findings(made.findings)
         verdict = "[green]passed[/]" if made.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
     if not made.passed:
+        raise click.exceptions.Exit(5)
+
+
+def numbers(ctx: click.Context, param: click.Parameter, word: str) -> tuple[int, ...]:
+    """Whole numbers between commas, each once."""
+    del ctx
+    parts = [part.strip() for part in word.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts):
+        raise click.BadParameter(f"{word!r}: expected whole numbers from 1 to 4096, as in {param.name} 1,8")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def percentage(ctx: click.Context, param: click.Parameter, word: str | None) -> float | None:
+    """A percentage, with its sign or without."""
+    del ctx, param
+    if word is None:
+        return None
+    try:
+        value = float(word.removesuffix("%"))
+    except ValueError:
+        value = float("nan")
+    if not 0.05 <= value <= 100:
+        raise click.BadParameter(f"{word!r}: expected a percentage from 0.05% to 100%")
+    return value
+
+
+@click.command("bench", short_help="Latency and throughput against eager PyTorch, interleaved.")
+@click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8.")
+@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default each runtime's choice.")
+@click.option(
+    "--hint", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True,
+    help="One batch at a time, or as many at once as the runtime has streams for.",
+)  # fmt: skip
+@click.option(
+    "--device", default="cpu", show_default=True,
+    help="What must run it: cpu, cuda or tensorrt on ONNX Runtime, cpu or gpu on OpenVINO.",
+)  # fmt: skip
+@click.option(
+    "--duration", metavar="SECONDS", type=click.FloatRange(0.5, 86400), default=10, show_default=True,
+    help="Of timing, for each batch size and all models together.",
+)  # fmt: skip
+@click.option(
+    "--until", metavar="PCT", callback=percentage,
+    help="Go on until the speed-up is known to ± so much, at most ten times the duration.",
+)  # fmt: skip
+@click.option("--also", multiple=True, type=click.Choice(["torch.compile"]), help="Another way to run the model.")
+@click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
+@click.option("--seed", default=0, show_default=True, help="Of the order in which the models take turns.")
+@click.option(
+    "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
+    help="A folder for the reports; by default each is beside its artifact.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
+def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **told: Any) -> None:
+    """Time artifacts and the eager PyTorch model they were made from, in turn, in one process.
+
+    Each round takes every model once, in random order, and speed-ups are medians over pairs of the same round, with
+    a 95 % interval over eight openings of the models. Every sample goes into ARTIFACT.report.json, beside what verify
+    found. A model that crashes or hangs fails alone (exit code 5).
+
+    \b
+    Example:
+      convnext-export bench build/tiny_fp32.onnx build/tiny_fp16.xml --batch 1,8
+    """
+    from exporter import artifact, report
+    from exporter.bench import latency
+    from exporter.cli.console import console, drawing, plain, print_json, print_latency
+
+    paths = [(output or path.parent) / f"{path.name}.report.json" for path in artifacts]
+    for path in paths:
+        artifact.check_output(path)
+    with drawing():
+        opened = [artifact.load(path) for path in artifacts]
+        made = latency.bench(opened, latency.BenchOptions(**told))
+    whole = [report.save_merged(one, path) for one, path in zip(made, paths, strict=True)]
+    if as_json:
+        print_json(whole)
+    else:
+        print_latency(made)
+        for path in paths:
+            console().print(f"the report is {plain(path)}", soft_wrap=True)
+    if not all(one.passed for one in made):
         raise click.exceptions.Exit(5)

@@ -1,10 +1,74 @@
-"""What was measured, for others to read: `report`."""
+"""What was measured, judged and for others to read: `compare` and `report`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from exporter.cli.measure import numbers
+
+
+@click.command("compare", short_help="The CI gate: did latency or accuracy regress?")
+@click.argument("sides", metavar="[BASE] HEAD", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--fail-on", metavar="METRIC:LIMIT", multiple=True,
+    help="A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3.",
+)  # fmt: skip
+@click.option("--base-rev", metavar="REV", help="Build the base from this git revision, with --build.")
+@click.option("--build", metavar="CMD", help="The shell command that builds HEAD, here and at --base-rev.")
+@click.option("--data", metavar="SRC", help="Labelled images, for top1_drop.")
+@click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8.")
+@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default all cores but one.")
+@click.option(
+    "--hint", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True,
+    help="One batch at a time, or as many at once as the runtime has streams for.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="What must run it, as for bench.")
+@click.option(
+    "--duration", metavar="SECONDS", type=click.FloatRange(0.5, 86400), default=6, show_default=True,
+    help="Of timing, for each batch size; twice as long for what is measured again.",
+)  # fmt: skip
+@click.option(
+    "--across", multiple=True, type=click.Choice(["machine", "model"]),
+    help="Compare reports of two machines, or two models, all the same.",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of the order in which they take turns.")
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
+    help="The report; by default HEAD.compare.json.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool, **told: Any) -> None:
+    """Did HEAD get worse than BASE? Two artifacts, two reports, or an artifact and a git revision to build it from.
+
+    Artifacts are timed in turn on this machine, and BASE twice, so that the noise is known. A regression is
+    significant by a rank test (p < 0.01, corrected for all that is compared) and above its limit by more than that
+    noise; what looks like one is measured again, longer, before it fails. Exit code 6 says that one was found.
+
+    \b
+    Examples:
+      convnext-export compare main/tiny_fp16.xml build/tiny_fp16.xml --fail-on p50_ms:5%
+      convnext-export compare --base-rev origin/main --build "make model" build/tiny_fp16.xml
+      convnext-export compare main.report.json head.report.json --fail-on top1_drop:0.3
+    """
+    from exporter import artifact, gate, report
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+
+    path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
+    artifact.check_output(path)
+    with drawing():
+        made = gate.compare(sides, gate.GateOptions(**told))
+    report.save(made, path)
+    if as_json:
+        print_json(made)
+    else:
+        print_findings(made.findings)
+        verdict = "[green]no regression[/]" if made.passed else "[red]REGRESSION[/]"
+        console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
+    if not made.passed:
+        raise click.exceptions.Exit(6)
 
 
 @click.command("report", short_help="Reports as a table for a pull request.")

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 
 from exporter.artifact import Record
 from exporter.bench import flat
 from exporter.errors import BadRequest, nearest
-from exporter.measure.stats import center, holm, is_above, log_change, percent
-from exporter.report import Finding
+from exporter.measure.stats import Center, holm, log_change, paired_drop, percent
+from exporter.report import Finding, judged
 
 ALPHA = 0.01
 LEAST_LAUNCHES = 6  # with fewer no rank test can be significant
@@ -27,13 +28,17 @@ DEFAULT_LIMITS = ("p50_ms:5%",)
 Blocks = Sequence[Sequence[float]]
 
 
+def _none(blocks: Blocks) -> float:
+    raise TypeError("this metric is not made of times")
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a metric is compared. For times, `of` is one number of a launch's blocks, in the unit where more is worse;
     `kind` says what else there is: exact numbers, and answers to the same images."""
 
     kind: Literal["time", "exact", "answers"]
-    of: Callable[[Blocks], float] | None = None
+    of: Callable[[Blocks], float] = _none
     higher_is_better: bool = False
 
 
@@ -70,14 +75,18 @@ def parse_limit(word: str) -> Limit:
     """
     found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)(%?)", word.strip())
     if found is None:
-        raise BadRequest(f"--fail-on {word}: expected METRIC:NUMBER or METRIC:NUMBER%, as in p50_ms:5% or top1_drop:0.3")
+        raise BadRequest(
+            f"--fail-on {word}: expected METRIC:NUMBER or METRIC:NUMBER%, as in p50_ms:5% or top1_drop:0.3"
+        )
     name, most, sign = found.groups()
     if name not in METRICS:
         raise BadRequest(f"--fail-on {word}: unknown metric {name!r}; {nearest(name, METRICS)}")
     kind = METRICS[name].kind
     if (kind == "time" and not sign) or (kind == "answers" and sign):
         expected = f"{name}:5%" if kind == "time" else f"{name}:0.3 (points)"
-        raise BadRequest(f"--fail-on {word}: {name} is compared in {'percent' if kind == 'time' else 'points'}: {expected}")
+        raise BadRequest(
+            f"--fail-on {word}: {name} is compared in {'percent' if kind == 'time' else 'points'}: {expected}"
+        )
     if sign and float(most) >= 100 and METRICS[name].higher_is_better:
         raise BadRequest(f"--fail-on {word}: {name} cannot fall by {most} %; give less than 100")
     return Limit(metric=name, most=float(most), relative=bool(sign))
@@ -98,68 +107,59 @@ def parse_limits(words: Sequence[str]) -> tuple[Limit, ...]:
 
 @dataclass(frozen=True)
 class Change:
-    """One comparison of times: per launch, the logarithm of head ÷ base where more is worse, and of the base against
-    itself (empty where it was not measured twice); the medians in ms that a reader knows."""
+    """One comparison of times. Everything but the medians is the logarithm of a ratio in which more is worse.
+
+    found: head against base, with its 95 % interval; effects: the same launch by launch.
+    chance: how probable this is when nothing changed.
+    floor: the noise floor, what base differs by from itself.
+    base, head: the metric itself, in its unit.
+    """
 
     limit: Limit
     case: str
+    found: Center
     effects: Sequence[float]
-    control: Sequence[float]
+    chance: float
+    floor: float
     base: float
     head: float
 
     @property
     def most(self) -> float:
-        """The limit as a logarithm of a ratio where more is worse."""
+        """The limit."""
         share = self.limit.most
         return -log_change(-share) if METRICS[self.limit.metric].higher_is_better else log_change(share)
 
     @property
-    def floor(self) -> float:
-        """The noise floor: the far end of the interval of the base against itself."""
-        found = center(self.control)
-        return max(abs(found.low), abs(found.high))
-
-    @property
     def is_suspicious(self) -> bool:
         """Whether this has to be looked at again."""
-        return center(self.effects).value > self.most
+        return self.found.value > self.most
 
     def detectable(self) -> float:
         """The change that would have been found nine times in ten: beyond limit and floor by 1.28 standard errors."""
-        error = center(self.effects).half_width / 1.96
-        return self.most + self.floor + 1.2816 * error
+        return self.most + self.floor + 1.2816 * self.found.half_width / 1.96
 
 
 def judge(changes: Sequence[Change], confirmed: bool) -> list[Finding]:
-    """A finding for each change; `confirmed` says that these numbers are the second look."""
-    chances = holm([is_above(change.effects) for change in changes])
+    """A finding for each change; `confirmed` says that these numbers are the last look, and may fail."""
+    chances = holm([change.chance for change in changes])
     return [_finding(change, chance, confirmed) for change, chance in zip(changes, chances, strict=True)]
 
 
 def _finding(change: Change, chance: float, confirmed: bool) -> Finding:
-    found = center(change.effects)
-    regressed = chance < ALPHA and found.value > change.most + change.floor
+    regressed = chance < ALPHA and change.found.value > change.most + change.floor
     flip = -1 if METRICS[change.limit.metric].higher_is_better else 1
-    low, high = sorted(percent(flip * end) for end in (found.low, found.high))
-    if regressed:
-        verdict = "regressed"
-    elif found.value > change.most:
-        verdict = "above the limit, but not beyond the noise of this machine"
-    elif found.high < 0:
-        verdict = "better"
-    else:
-        verdict = "no regression"
+    low, high = sorted(percent(flip * end) for end in (change.found.low, change.found.high))
     detail = (
-        f"{verdict}: {change.base:.4g} → {change.head:.4g}, p {chance:.2g}, {len(change.effects)} launches"
-        f"{', measured again' if confirmed else ''}; base against itself ±{percent(change.floor):.1f} %; "
+        f"{_verdict(change, regressed)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
+        f"{len(change.effects)} launches; the base differs from itself by up to {percent(change.floor):.1f} %; "
         f"a change of {percent(change.detectable()):.1f} % would have been found"
     )
     return Finding(
         check="regression",
         metric=change.limit.metric,
         case=change.case,
-        value=percent(flip * found.value),
+        value=percent(flip * change.found.value),
         unit="%",
         limit=flip * change.limit.most,
         passed=not (regressed and confirmed),
@@ -168,3 +168,53 @@ def _finding(change: Change, chance: float, confirmed: bool) -> Finding:
         high=high,
         samples=tuple(round(percent(flip * effect), 4) for effect in change.effects),
     )
+
+
+def _verdict(change: Change, regressed: bool) -> str:
+    if regressed:
+        return "regressed"
+    if change.is_suspicious:
+        return "above the limit, but not beyond the noise of this machine"
+    return "better" if change.found.high < 0 else "no regression"
+
+
+def compare_exact(limit: Limit, base: float, head: float) -> Finding:
+    """A number that has no noise."""
+    grown = head - base
+    value = 100 * grown / base if limit.relative else grown
+    return judged(
+        Finding(
+            check="regression",
+            metric=limit.metric,
+            value=value,
+            unit="%" if limit.relative else "",
+            detail=f"{base:,.0f} → {head:,.0f}",
+        ),
+        limit.most,
+        "low",
+    )
+
+
+def compare_answers(limit: Limit, base: Sequence[float], head: Sequence[float]) -> Finding:
+    """The top-1 that head loses against base on the same images, in points; a loss within its interval passes.
+
+    Raises: BadRequest when these were not the same images.
+    """
+    if len(base) != len(head) or not base:
+        raise BadRequest(
+            f"{limit.metric}: base answered {len(base)} images and head {len(head)}; verify both on the same --data"
+        )
+    drop = paired_drop([one > 0 for one in base], [one > 0 for one in head])
+    significant = drop.low > 0
+    finding = Finding(
+        check="regression",
+        metric=limit.metric,
+        value=drop.value,
+        unit="points",
+        low=drop.low,
+        high=drop.high,
+        detail=f"{drop.lost} images lost and {drop.won} won of {len(base)}"
+        + ("" if significant or drop.value <= limit.most else "; above the limit, but within the noise of so few"),
+    )
+    found = judged(finding, limit.most, "low")
+    return found if significant else replace(found, passed=True)

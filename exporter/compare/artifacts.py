@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from exporter.artifact import Artifact, Record
 from exporter.bench import Arm, Launch, Opener, Plan, Timing, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
-from exporter.errors import CheckFailed
+from exporter.errors import BadRequest, CheckFailed
 from exporter.measure import machine
+from exporter.measure.stats import center, is_above
 from exporter.progress import step, track
 from exporter.report import Finding
 
@@ -28,8 +30,9 @@ class CompareOptions(Record, frozen=True):
 
     batch: tuple[int, ...] = (1,)
     threads: int | None = None
-    hint: str = "latency"
+    hint: Literal["latency", "throughput"] = "latency"
     device: str = "cpu"
+    across: tuple[str, ...] = ()
     duration: float = 6.0
     seed: int = 0
 
@@ -42,6 +45,28 @@ class Pair:
     head: Artifact
 
 
+def check_pair(pair: Pair, options: CompareOptions) -> None:
+    """Refuse what cannot be told apart by time alone: two models, two inputs, a batch that one cannot run.
+
+    Raises: BadRequest.
+    """
+    base, head = pair.base.sidecar, pair.head.sidecar
+    if (base.variant, base.task) != (head.variant, head.task) and "model" not in options.across:
+        raise BadRequest(
+            f"{pair.head.path} is {head.variant} {head.task}, {pair.base.path} is {base.variant} {base.task}: two "
+            "models; say --across model if that is meant"
+        )
+    if base.preprocessing.size != head.preprocessing.size:
+        raise BadRequest(
+            f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
+            "build both with one --imgsz"
+        )
+    for made in (pair.base, pair.head):
+        fixed = made.sidecar.inputs[0].shape[0]
+        if isinstance(fixed, int) and set(options.batch) != {fixed}:
+            raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
+
+
 def compare_times(
     pair: Pair, limits: Sequence[Limit], options: CompareOptions, opener: Opener = worker.open_arm
 ) -> list[Finding]:
@@ -49,6 +74,8 @@ def compare_times(
 
     Raises: CheckFailed when an arm cannot be timed at all.
     """
+    if not limits:
+        return []
     first = {batch: _changes(pair, limits, batch, options, 1, opener) for batch in options.batch}
     findings = judge([change for changes in first.values() for change in changes], confirmed=False)
     suspects = [batch for batch, changes in first.items() if any(change.is_suspicious for change in changes)]
@@ -99,18 +126,25 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
         first, second, head = (_logs(launch, name, limit.metric) for name in (BASE, CONTROL, HEAD))
         effects.append(float(np.median(head - (first + second) / 2)))
         control.append(float(np.median(second - first)))
+    itself = center(control)
     of = METRICS[limit.metric].of
-    assert of is not None
-    base, head_value = (
-        of([flat(launch.blocks[name]) for launch in timing.launches]) for name in (BASE, HEAD)
+    base, head_value = (of([flat(launch.blocks[name]) for launch in timing.launches]) for name in (BASE, HEAD))
+    scale = 1e3 * timing.plan.batch * timing.launches[0].streams[HEAD]
+    rate = METRICS[limit.metric].higher_is_better
+    return Change(
+        limit=limit,
+        case=case,
+        found=center(effects),
+        effects=effects,
+        chance=is_above(effects),
+        floor=max(abs(itself.low), abs(itself.high)),
+        base=scale / base if rate else base,
+        head=scale / head_value if rate else head_value,
     )
-    return Change(limit, case, effects, control, base, head_value)
 
 
 def _logs(launch: Launch, name: str, metric: str) -> NDArray[np.float64]:
     """Of one launch: for the median one number a round, so that rounds are compared in pairs; else one number."""
-    of = METRICS[metric].of
-    assert of is not None
     blocks = launch.blocks[name]
     groups = [[block] for block in blocks] if metric == "p50_ms" else [blocks]
-    return np.log([of(group) for group in groups])
+    return np.log([METRICS[metric].of(group) for group in groups])

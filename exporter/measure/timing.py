@@ -35,7 +35,7 @@ class ClockError(ExporterError):
 
 @dataclass(frozen=True)
 class Pace:
-    """How an arm runs once it is warm: untimed runs that lead into a block, timed runs in it, and whether it settled."""
+    """How an arm runs once it is warm: untimed runs that lead into a block, timed runs in it; whether it settled."""
 
     lead: int
     block: int

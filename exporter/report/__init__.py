@@ -24,9 +24,9 @@ class Finding(Record, frozen=True):
     """One number: which check measured what, the limit it was judged by, and the raw samples behind it.
 
     `case` tells numbers of one metric apart ("batch 8"). `launches` says how many of the samples belong to each
-    opening of the model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of a 95 %
-    interval. A finding without a limit informs and always passes; a value that is no number (NaN, Inf) is None
-    and passes no limit.
+    opening of the model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high`
+    are the ends of a 95 % interval. A finding without a limit informs and always passes; a value that is no number
+    (NaN, Inf) is None and passes no limit.
     """
 
     check: str
@@ -55,7 +55,12 @@ class Report(Record, frozen=True):
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None when it was not measured."""
-        return next((finding.value for finding in self.findings if finding.metric == metric), None)
+        found = self.find(metric)
+        return found.value if found else None
+
+    def find(self, metric: str, case: str | None = None) -> Finding | None:
+        """The finding of a metric: of this case, or the first there is."""
+        return next((f for f in self.findings if f.metric == metric and case in (None, f.case)), None)
 
 
 def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:
@@ -97,6 +102,37 @@ def load(path: Path) -> Report:
         return msgspec.json.decode(content, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None
+
+
+def machine_of(report: Report) -> tuple[object, ...]:
+    """What makes a machine another: processor, instruction sets, cores, system."""
+    facts = report.environment
+    isa = facts.get("isa")
+    system = str(facts.get("system", "?")).split(" ")
+    return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
+
+
+def save_merged(report: Report, path: Path) -> Report:
+    """Write a report beside what other checks found of the same artifact on the same machine, and give the whole.
+
+    Findings of the checks that the report has itself are replaced; those of another artifact or machine go.
+    """
+    try:
+        old = load(path) if path.exists() else None
+    except BadRequest:
+        old = None
+    if old and old.artifact.get("sha256") == report.artifact.get("sha256") and machine_of(old) == machine_of(report):
+        new = {finding.check for finding in report.findings}
+        kept = tuple(finding for finding in old.findings if finding.check not in new)
+        report = msgspec.structs.replace(
+            report,
+            passed=report.passed and all(finding.passed for finding in kept),
+            recipe={**old.recipe, **report.recipe},
+            environment={**old.environment, **report.environment},
+            findings=(*kept, *report.findings),
+        )
+    save(report, path)
+    return report
 
 
 def is_stale(report: Report) -> bool:

@@ -79,13 +79,24 @@ def test_outputs_are_the_callers_own(name, precision, artifacts, images):
         assert np.array_equal(first, kept)
 
 
+@pytest.mark.parametrize("hint", ["latency", "throughput"])
 @pytest.mark.parametrize("name", NAMES)
-def test_bound_inputs_run(name, artifacts, images):
+def test_bound_inputs_run_in_turn(name, hint, artifacts, images):
     made = artifacts["onnxruntime" if name == "eager" else name, "fp32"]
     backend = backends.get(name)
-    with backend.session(made, backend.options(threads=1)) as session:
-X
-        assert once() is None
+    batches = [images, images[::-1] * 0.5, images * 2]
+    with backend.session(made, backend.options(threads=2, hint=hint)) as session:
+        expected = [session(batch)[0] for batch in batches]
+        bound = session.bind(batches)
+        given = []
+        for _ in range(4):
+            assert bound.run() is None
+            (output,) = bound.outputs()
+            given.append(int(np.argmin([np.abs(output - one).max() for one in expected])))
+            assert np.allclose(output, expected[given[-1]], atol=1e-5)
+        assert bound.streams >= 1
+        if bound.streams == 1:
+            assert given == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(("name", "precision"), BUILT)

@@ -1,0 +1,276 @@
+"""What was timed, as findings: latency, throughput, speed-up over eager, and whether the machine was quiet enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from exporter.artifact import Artifact, Record
+from exporter.bench import Arm, Cold, Opener, Plan, Timing, flat, supervisor, worker
+from exporter.checks.parity import LIMITS
+from exporter.errors import BadRequest
+from exporter.measure import machine
+from exporter.measure.stats import Center, center
+from exporter.progress import note, step, track
+from exporter.report import Finding, Report, judged
+
+EAGER, COMPILED = "eager", "torch.compile"
+LAUNCHES = 8
+MOST_TIMES = 10  # --until gives up after so many times the duration
+NOISY_PCT = 5.0
+BUSY_PCT, STEAL_PCT = 10.0, 2.0
+
+
+class BenchOptions(Record, frozen=True):
+    """What `bench` can be told. `duration` is seconds of timing for each batch size, of all models together; `until`
+    is the half-width of the speed-up's 95 % interval, in percent, to go on for."""
+
+    batch: tuple[int, ...] = (1,)
+    threads: int | None = None
+    hint: Literal["latency", "throughput"] = "latency"
+    device: str = "cpu"
+    duration: float = 10.0
+    until: float | None = None
+    also: tuple[Literal["torch.compile"], ...] = ()
+    weights: str | None = None
+    seed: int = 0
+
+
+def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
+    """Time artifacts and the eager model they were made from, interleaved; a report for each.
+
+    Raises: BadRequest for artifacts that cannot be timed together, or not at such a batch.
+    """
+    _check(artifacts, options)
+    arms = _arms(artifacts, options)
+    gpu = machine.gpu() if options.device.startswith(("cuda", "tensorrt")) else None
+    timings = [_time(arms, artifacts[0], batch, options, opener) for batch in options.batch]
+    step("loading each model alone, cold")
+    alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
+    plan = timings[0].plan
+    cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in track(alone, len(alone), "models", _one)}
+    environment = {**machine.environment(), "timing": _circumstances(timings)}
+    if gpu is not None:
+        environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
+    return [
+        _report(made, arm, timings, cold, environment, options) for made, arm in zip(artifacts, arms[1:], strict=False)
+    ]
+
+
+def _one(_: object) -> int:
+    return 1
+
+
+def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
+    first = artifacts[0].sidecar
+    for made in artifacts:
+        sidecar = made.sidecar
+        if (sidecar.weights.digest, sidecar.task) != (first.weights.digest, first.task):
+            raise BadRequest(
+                f"{made.path}: made from other weights than {artifacts[0].path}; what is timed together has one eager "
+                "model: bench them apart"
+            )
+        if sidecar.preprocessing != first.preprocessing:
+            raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
+        fixed = sidecar.inputs[0].shape[0]
+        if isinstance(fixed, int) and set(options.batch) != {fixed}:
+            raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
+    names = [made.path for made in artifacts]
+    if len(set(names)) < len(names):
+        raise BadRequest("the same artifact is named twice; `compare` holds one against itself")
+
+
+def _arms(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
+    told: dict[str, Any] = {"device": options.device, "threads": options.threads}
+    torch = {**told, "device": "cpu" if options.device == "cpu" else "cuda", "weights": options.weights}
+    path = str(artifacts[0].path)
+    arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
+    arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]
+    return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
+
+
+def _time(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
+    step(f"timing {len(arms)} models in turn, batch {batch}")
+    plan = Plan(
+        arms=tuple(arms),
+        preprocessing=made.sidecar.preprocessing,
+        batch=batch,
+        seconds=options.duration / LAUNCHES,
+        seed=options.seed,
+    )
+    timing = Timing(plan)
+    most = LAUNCHES if options.until is None else LAUNCHES * MOST_TIMES
+    for _ in track(supervisor.launches(timing, opener), most, "launches", _one):
+        done = len(timing.launches)
+        if done >= most or (done >= LAUNCHES and options.until is not None and _widest(timing) <= options.until):
+            break
+    return timing
+
+
+def _widest(timing: Timing) -> float:
+    """The widest half-interval of a speed-up, in percent of it."""
+    names = [arm.name for arm in timing.standing() if arm.name != EAGER]
+    if EAGER in timing.failures or not names:
+        return 0.0
+    return max(100 * center(_speedups(timing, name, EAGER)).half_width for name in names)
+
+
+def _speedups(timing: Timing, name: str, over: str) -> list[float]:
+    """Per launch the logarithm of how many times faster an arm is, from the blocks of the same rounds."""
+    per_launch = []
+    for launch in timing.launches:
+        if name in launch.blocks and over in launch.blocks:
+            pairs = zip(launch.blocks[over], launch.blocks[name], strict=True)
+            share = np.log(launch.streams[name] / launch.streams[over])
+            per_launch.append(median(float(np.log(median(slow) / median(fast))) for slow, fast in pairs) + float(share))
+    return per_launch
+
+
+def _report(
+    made: Artifact,
+    arm: Arm,
+    timings: list[Timing],
+    cold: dict[str, Cold | str],
+    environment: dict[str, object],
+    options: BenchOptions,
+) -> Report:
+    findings = [finding for timing in timings for finding in _findings(timing, arm, made)]
+    findings += _cold_findings(cold, arm)
+    facts = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
+    return Report(
+        passed=all(finding.passed for finding in findings),
+        recipe={**made.sidecar.recipe, "bench": msgspec.to_builtins(options)},
+        artifact=made.to_dict(),
+        environment={**environment, "session": facts[0] if facts else {}},
+        findings=tuple(findings),
+    )
+
+
+def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
+    case = f"batch {timing.plan.batch}"
+    if arm.name in timing.failures or not any(arm.name in launch.blocks for launch in timing.launches):
+        reason = timing.failures.get(arm.name, "was never timed")
+        return [Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)]
+    found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, made)]
+    for other in timing.plan.arms:
+        if other.runtime != "artifact":
+            prefix = "eager" if other.name == EAGER else "compiled"
+            found += _against(timing, arm.name, other.name, prefix, case)
+    return found
+
+
+def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Finding]:
+    launches = [flat(launch.blocks[name]) for launch in timing.launches if name in launch.blocks]
+    samples = [sample for launch in launches for sample in launch]
+    streams = next(launch.streams[name] for launch in timing.launches if name in launch.blocks)
+    detail = f"{len(samples)} runs in {len(launches)} launches"
+    if streams > 1:
+        detail += f", {streams} batches at once"
+    if not all(launch.settled[name] for launch in timing.launches[:1] if name in launch.settled):
+        detail += "; it had not settled after the warm-up"
+    return [
+        Finding(
+            check="latency",
+            metric=f"{prefix}p50_ms",
+            case=case,
+            value=float(np.quantile(samples, 0.5)),
+            unit="ms",
+            detail=detail,
+            samples=tuple(round(sample, 4) for sample in samples),
+            launches=tuple(map(len, launches)),
+        ),
+        *(
+            Finding(
+                check="latency",
+                metric=f"{prefix}p{percent}_ms",
+                case=case,
+                value=float(np.quantile(samples, percent / 100)),
+                unit="ms",
+            )
+            for percent in (90, 99)
+        ),
+        Finding(
+            check="latency",
+            metric=f"{prefix}throughput_ips",
+            case=case,
+            value=1e3 * timing.plan.batch * streams / float(np.mean(samples)),
+            unit="images/s",
+        ),
+    ]
+
+
+def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
+    """The other model's own latency and how much faster this one is, in pairs of the same rounds."""
+    if other in timing.failures:
+        reason = timing.failures[other]
+        return [Finding(check="latency", metric=f"{prefix}_p50_ms", case=case, value=None, detail=reason)]
+    ratios = _speedups(timing, name, other)
+    if len(ratios) < 2:
+        return []
+    found = center(ratios)
+    metric = "speedup" if other == EAGER else f"speedup_over_{prefix}"
+    speedup = Finding(
+        check="latency",
+        metric=metric,
+        case=case,
+        value=float(np.exp(found.value)),
+        unit="×",
+        low=float(np.exp(found.low)),
+        high=float(np.exp(found.high)),
+        detail=f"{other} ÷ artifact in pairs, ±{100 * found.half_width:.1f} %{_noise(timing, found)}",
+        samples=tuple(round(float(np.exp(ratio)), 5) for ratio in ratios),
+    )
+    return [speedup, *_latency(timing, other, case, f"{prefix}_")[:1]]
+
+
+def _noise(timing: Timing, found: Center) -> str:
+    """What a reader must know before believing it."""
+    reasons = []
+    conditions = [launch.conditions for launch in timing.launches]
+    if 100 * found.half_width > NOISY_PCT:
+        reasons.append(f"the interval is wider than ±{NOISY_PCT:g} %")
+    if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
+        reasons.append(f"other processes took {others:.0f} % of the machine")
+    if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
+        reasons.append(f"the hypervisor took {steal:.0f} %")
+    if any(one.throttled for one in conditions):
+        reasons.append("cores were slowed for heat")
+    if not reasons:
+        return ""
+    note(f"too noisy for a close claim: {'; '.join(reasons)}")
+    return f"; too noisy for a close claim: {'; '.join(reasons)}"
+
+
+def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
+    """That what was timed is the model: the worst cosine to eager's answers to the timed inputs."""
+    if EAGER in timing.failures:
+        return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
+    worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
+    finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of the timed runs")
+    return judged(finding, LIMITS[made.sidecar.precision].cosine, "high")
+
+
+def _cold_findings(cold: dict[str, Cold | str], arm: Arm) -> list[Finding]:
+    found = cold[arm.name]
+    if isinstance(found, str):
+        return [Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)]
+    values = (
+        ("cold_ms", found.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
+        ("load_ms", found.load_ms, "ms", "loaded again"),
+        ("first_ms", found.first_ms, "ms", "first inference after that"),
+        ("peak_bytes", float(found.peak_bytes), "bytes", "of the process that ran it alone"),
+    )
+    return [Finding(check="latency", metric=m, value=v, unit=unit, detail=text) for m, v, unit, text in values]
+
+
+def _circumstances(timings: list[Timing]) -> dict[str, object]:
+    """How the machine was while it timed: medians over the launches."""
+    seen = [msgspec.to_builtins(launch.conditions) for timing in timings for launch in timing.launches]
+    dropped = sum(launch.dropped for timing in timings for launch in timing.launches)
+    fields = seen[0] if seen else {}
+    known = {key: [one[key] for one in seen if one[key] is not None] for key in fields}
+    return {"launches": len(seen), "dropped_rounds": dropped} | {k: median(v) for k, v in known.items() if v}

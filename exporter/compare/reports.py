@@ -1,0 +1,120 @@
+"""Two reports of separate runs: what can still be said of them.
+
+Where both timed eager PyTorch beside the artifact, each launch is held against eager in that launch, so that a
+machine that was slower on the second day is not taken for a regression. Nothing can be measured again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
+from exporter.errors import BadRequest
+from exporter.measure.stats import center, is_larger, shift
+from exporter.report import Finding, Report, machine_of
+
+
+def compare_reports(base: Report, head: Report, limits: Sequence[Limit], across: Sequence[str]) -> list[Finding]:
+    """A finding for every limit and case.
+
+    Raises: BadRequest for reports of two machines or models, unless `across` says so, and for those that lack what
+        a limit speaks of.
+    """
+    check_same(base, head, across)
+    times = [limit for limit in limits if METRICS[limit.metric].kind == "time"]
+    findings = judge([change for limit in times for change in _changes(base, head, limit)], confirmed=True)
+    for limit in limits:
+        if METRICS[limit.metric].kind == "exact":
+            findings.append(compare_exact(limit, _number(base, limit, "base"), _number(head, limit, "head")))
+        elif METRICS[limit.metric].kind == "answers":
+            findings.append(compare_answers(limit, _answers(base, "base"), _answers(head, "head")))
+    return findings
+
+
+def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
+    """Refuse to compare what was not meant to be.
+
+    Raises: BadRequest.
+    """
+    first, second = machine_of(base), machine_of(head)
+    if first != second and "machine" not in across:
+        differ = next((a, b) for a, b in zip(first, second, strict=True) if a != b)
+        raise BadRequest(f"two machines: {differ[0]} and {differ[1]}; measure both on one, or say --across machine")
+    models = [(one.artifact.get("variant"), one.artifact.get("task")) for one in (base, head)]
+    if models[0] != models[1] and "model" not in across:
+        raise BadRequest(
+            f"two models: {_words(models[0])} and {_words(models[1])}; say --across model if that is meant"
+        )
+
+
+def _words(model: tuple[object, ...]) -> str:
+    return " ".join(map(str, model))
+
+
+def _number(report: Report, limit: Limit, side: str) -> float:
+    value = report.value(limit.metric)
+    if value is None:
+        raise BadRequest(f"--fail-on {limit}: the {side} report has no {limit.metric}; `verify` measures it")
+    return value
+
+
+def _answers(report: Report, side: str) -> tuple[float, ...]:
+    found = report.find("top1")
+    if found is None or not found.samples:
+        raise BadRequest(f"--fail-on top1_drop: the {side} report has no top1; `verify --data` with labels measures it")
+    return found.samples
+
+
+def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
+    cases = [f.case for f in head.findings if f.metric == "p50_ms" and base.find("p50_ms", f.case) is not None]
+    if not cases:
+        raise BadRequest(f"--fail-on {limit}: base and head were not timed alike; `bench` both with the same --batch")
+    return [_change(base, head, limit, case) for case in cases]
+
+
+def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
+    before, after = _launches(base, "p50_ms", case, "base"), _launches(head, "p50_ms", case, "head")
+    of = METRICS[limit.metric].of
+    logs = [np.log([of([launch]) for launch in launches]) for launches in (before, after)]
+    eager = [_eager(report, case, len(launches)) for report, launches in ((base, before), (head, after))]
+    if eager[0] is not None and eager[1] is not None:
+        logs = [ours - theirs for ours, theirs in zip(logs, eager, strict=True)]
+    spread = [center(list(one)).half_width for one in logs]
+    values = [report.find(limit.metric, case) for report in (base, head)]
+    known = [found.value if found and found.value is not None else float("nan") for found in values]
+    return Change(
+        limit=limit,
+        case=case,
+        found=shift(list(logs[0]), list(logs[1])),
+        effects=[float(one - np.median(logs[0])) for one in logs[1]],
+        chance=is_larger(list(logs[0]), list(logs[1])),
+        floor=max(spread),
+        base=known[0],
+        head=known[1],
+    )
+
+
+def _launches(report: Report, metric: str, case: str, side: str) -> list[tuple[float, ...]]:
+    found = report.find(metric, case)
+    if found is None or not found.samples:
+        raise BadRequest(f"the {side} report has no samples of {metric} ({case}); `bench` it again")
+    if sum(found.launches) != len(found.samples) or min(found.launches, default=0) < 1 or min(found.samples) <= 0:
+        raise BadRequest(f"the {side} report's samples of {metric} ({case}) are damaged; `bench` it again")
+    if len(found.launches) < LEAST_LAUNCHES:
+        raise BadRequest(
+            f"the {side} report has {len(found.launches)} launches of {case}, and no test says anything about fewer "
+            f"than {LEAST_LAUNCHES}; `bench` it again"
+        )
+    ends = [0, *accumulate(found.launches)]
+    return [found.samples[a:b] for a, b in pairwise(ends)]
+
+
+def _eager(report: Report, case: str, count: int) -> np.ndarray | None:
+    """Per launch the logarithm of eager's median, or None where eager was not timed in each."""
+    found = report.find("eager_p50_ms", case)
+    if found is None or len(found.launches) != count or not found.samples:
+        return None
+    return np.log([float(np.median(launch)) for launch in _launches(report, "eager_p50_ms", case, "")])

@@ -1,0 +1,74 @@
+"""An artifact as a git revision would build it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exporter import artifact as artifacts
+from exporter.artifact import Artifact
+from exporter.errors import BadRequest, CheckFailed, Unavailable
+from exporter.progress import step
+
+
+@contextmanager
+def built_at(revision: str, command: str, path: Path) -> Iterator[Artifact]:
+    """What `command` leaves at `path` in a checkout of the revision, for as long as the block lasts.
+
+    Args:
+        revision: a commit, branch or tag.
+        command: a shell command, run where the user stands in the repository.
+        path: the artifact, relative to there.
+
+    Raises: Unavailable without git; BadRequest outside a repository or for an unknown revision; CheckFailed when the
+        command fails.
+    """
+    if path.is_absolute():
+        raise BadRequest(
+            f"{path}: with --base-rev the artifact is named relative to here, as the build command leaves it"
+        )
+    commit = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", failed=_unknown(revision))
+    here = _git("rev-parse", "--show-prefix", failed="not a git repository; run this inside the one to compare")
+    with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
+        checkout = Path(folder) / "base"
+        _git("worktree", "add", "--detach", "--quiet", str(checkout), commit, failed="git cannot check it out")
+        try:
+            yield build(command, checkout / here, path, f"{revision} ({commit[:12]})")
+        finally:
+            _git("worktree", "remove", "--force", str(checkout), failed="git cannot remove its checkout")
+
+
+def _unknown(revision: str) -> str:
+    return (
+        f"--base-rev {revision}: git knows no such commit here; in a shallow clone fetch it first: "
+        f"git fetch --depth=1 origin {revision.removeprefix('origin/')}"
+    )
+
+
+def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
+    """Run a build command in a folder and open the artifact that it leaves.
+
+    Raises: CheckFailed when the command fails; BadRequest when it leaves no artifact there.
+    """
+    step(f"building {what}: {command}")
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+        raise CheckFailed(f"{what}: the build command ended with exit code {done.returncode}: {last[0][:300]}")
+    if not (folder / path).is_file():
+        raise BadRequest(f"{what}: the build command left no {path}; name what it builds, relative to here")
+    return artifacts.load(folder / path)
+
+
+def _git(*words: str, failed: str) -> str:
+    if shutil.which("git") is None:
+        raise Unavailable("git is not installed; --base-rev needs it")
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:]
+        raise BadRequest(f"{failed}{f' ({said[0]})' if said else ''}"[:400])
+    return done.stdout.strip()
