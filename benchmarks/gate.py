@@ -2,8 +2,8 @@
 
 `python -m benchmarks.gate ARTIFACT -o benchmarks/results/MACHINE/gate.json` makes, in random order:
 
-* A/A: 200 comparisons of the artifact with itself, half of them with a load generator on one core; every alarm is false;
-* A/B: 60 with every run of the head made 10 % longer, 60 with 5 %; every silence is a miss.
+* A/A: 200 comparisons of the artifact with itself, half of them with a load generator on one core: no alarm is true;
+* A/B: 60 with every run of the head made 10 % longer, 60 with 5 %; no silence is.
 
 Beside each stands what a plain threshold says: medians of two separate processes, 10 runs to warm up and 100 timed,
 the later against the one before it under the same load. It goes on where it was stopped.

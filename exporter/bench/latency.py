@@ -15,7 +15,7 @@ from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
 from exporter.measure import machine
 from exporter.measure.stats import Center, center
-from exporter.progress import note, step, track
+from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
 
 EAGER, COMPILED = "eager", "torch.compile"
@@ -241,8 +241,7 @@ def _noise(timing: Timing, found: Center) -> str:
         reasons.append("cores were slowed for heat")
     if not reasons:
         return ""
-    note(f"too noisy for a close claim: {'; '.join(reasons)}")
-    return f"; too noisy for a close claim: {'; '.join(reasons)}"
+    return f"; too noisy for a close claim: {', '.join(reasons)}"
 
 
 def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:

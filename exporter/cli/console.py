@@ -51,7 +51,9 @@ class Drawn:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, auto_refresh=False) as progress:
+        with Progress(
+            *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
+        ) as progress:
             task = progress.add_task(text, total=total)
             drawn = time.monotonic()
             progress.refresh()
@@ -118,42 +120,17 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 def print_latency(reports: Sequence[Report]) -> None:
     """What was timed: eager first, then a row for each artifact, batch size by batch size."""
-    columns = ("model", "batch", "p50", "p90", "p99", "images/s", "× eager", "95 % interval", "load", "")
-    rows = [row for case in _cases(reports) for row in _latency_rows(reports, case)]
-    print_table(columns, rows, right=columns[1:-1])
+    from exporter.report import _tables
 
-
-def _cases(reports: Sequence[Report]) -> list[str]:
-    return list(dict.fromkeys(f.case for report in reports for f in report.findings if f.metric == "p50_ms"))
-
-
-def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
-    batch = case.removeprefix("batch ")
-    for prefix, name in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
-        found = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
-        if found:
-            yield (name, batch, _ms(found), "", "", "", "", "", "", found.detail if found.value is None else "")
-    for report in reports:
-        name = str(report.artifact["path"])
-        got = {m: report.find(m, case) for m in ("p50_ms", "p90_ms", "p99_ms", "throughput_ips", "speedup")}
-        speed, load = got["speedup"], report.find("load_ms")
-        times = [_ms(got[metric]) for metric in ("p50_ms", "p90_ms", "p99_ms")]
-        rate = f"{got['throughput_ips'].value:.4g}" if got["throughput_ips"] else ""
-        bad = [f.detail or f.metric for f in report.findings if not f.passed and f.case in ("", case)]
-        ratio, interval = (f"{speed.value:.2f}", f"{speed.low:.2f}–{speed.high:.2f}") if speed else ("", "")
-        said = "; ".join(bad) if bad else (speed.detail.partition("; ")[2] if speed else "")
-        yield (name, batch, *times, rate, ratio, interval, _ms(load), said)
-
-
-def _ms(finding: Finding | None) -> str:
-    return "" if finding is None else "failed" if finding.value is None else f"{finding.value:.4g} ms"
+    table = _tables.latency(reports)
+    print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows], right=table.right)
 
 
 def value(finding: Finding) -> str:
     """A finding's value in its unit."""
     if finding.value is None:
         return "not a number"
-    if finding.metric == "bytes":
+    if finding.metric.endswith("bytes") and finding.unit != "%":
         return size(int(finding.value))
     text = f"{finding.value:.6g}" if finding.metric != "cosine" else f"{finding.value:.7f}"
     return f"{text} {finding.unit}".strip()

@@ -59,8 +59,9 @@ class Report(Record, frozen=True):
         return found.value if found else None
 
     def find(self, metric: str, case: str | None = None) -> Finding | None:
-        """The finding of a metric: of this case, or the first there is."""
-        return next((f for f in self.findings if f.metric == metric and case in (None, f.case)), None)
+        """The finding of a metric: of this case, or the first there is. What `compare` says of it is another thing."""
+        known = (f for f in self.findings if f.metric == metric and f.check != "regression")
+        return next((f for f in known if case in (None, f.case)), None)
 
 
 def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:

@@ -1,49 +1,28 @@
-"""Reports as a Markdown table, one row per artifact."""
+"""Reports as Markdown tables, for a pull request or a step summary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from exporter.report import Report
-
-COLUMNS = ("artifact", "runs on", "size", "top-1", "eager", "agreement", "cosine", "max error", "")
+from exporter.report._tables import Table, data, machine, tables
 
 
 def render(reports: Sequence[Report]) -> str:
-    """A table of what `verify` found, and where."""
-    rows = [_row(report) for report in reports]
-    lines = [_line(COLUMNS), "|---|---|" + "--:|" * 6 + "---|", *map(_line, rows)]
-    return "\n".join([*lines, "", _footer(reports)]) + "\n"
+    """Every table the reports have rows for, and where they were measured; a heading each where there are several."""
+    found = tables(reports)
+    parts = [_table(table, len(found) > 1) for table in found]
+    return "\n".join([*parts, _footer(reports)]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table(table: Table, titled: bool) -> str:
+    marks = ["--:" if column in table.right else "---" for column in table.columns]
+    lines = [_line(table.columns), f"|{'|'.join(marks)}|", *(_line(map(_escape, row)) for row in table.rows), ""]
+    return "\n".join([f"**{table.title}**\n", *lines] if titled else lines)
+
+
+def _line(cells: Sequence[str] | map[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _row(report: Report) -> tuple[str, ...]:
-    name = Path(str(report.artifact.get("path", "?"))).name
-    precision = report.environment.get("session", {})
-    where = f"{report.artifact.get('backend', '?')} {report.artifact.get('precision', '?')}"
-    arithmetic = precision.get("arithmetic") if isinstance(precision, dict) else None
-    if arithmetic and arithmetic != report.artifact.get("precision"):
-        where += f", computed in {arithmetic}"
-    bad = [finding.metric for finding in report.findings if not finding.passed]
-    return (
-        _escape(name),
-        _escape(where),
-        f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
-        _number(report.value("top1"), "{:.2f} %"),
-        _number(report.value("top1_eager"), "{:.2f} %"),
-        _number(report.value("top1_agreement"), "{:.2f} %"),
-        _number(report.value("cosine"), "{:.7f}"),
-        _number(report.value("max_abs"), "{:.2g}"),
-        "passes" if report.passed else f"**fails** {', '.join(bad)}",
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
 
 
 # Names come from files and labels: no table, link, tag or emphasis may come out of them.
@@ -51,24 +30,20 @@ _SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*"} | {ord("\n"): "
 
 
 def _escape(text: str) -> str:
+    """The text with no mark-up in it but our own bold words at its beginning."""
+    for word in ("**fails**", "**regressed**"):
+        if text.startswith(word):
+            return word + text.removeprefix(word).translate(_SIGNS)
     return text.translate(_SIGNS)
 
 
 def _footer(reports: Sequence[Report]) -> str:
     """The data and the machines, each said once."""
-    lines = {f"Images: {_escape(_data(report))}. Machine: {_machine(report)}." for report in reports}
-    return "\n\n".join(sorted(lines))
-
-
-def _data(report: Report) -> str:
-    return next((finding.detail for finding in report.findings if finding.metric == "images"), "none")
-
-
-def _machine(report: Report) -> str:
-    versions = report.environment.get("versions")
-    versions = versions if isinstance(versions, dict) else {}
-    tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
-    return _escape("; ".join([str(report.environment.get("cpu", "?")), ", ".join(tools)]))
+    lines = []
+    for report in reports:
+        images = f"Images: {_escape(data(report))}. " if data(report) else ""
+        lines.append(f"{images}Machine: {_escape(machine(report))}.")
+    return "\n\n".join(sorted(set(lines)))
 
 
 RENDER = render

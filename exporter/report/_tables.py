@@ -1,0 +1,138 @@
+"""What reports say, as tables of words: the same for a terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.report import Finding, Report
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people: the columns in `right` are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    right: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def tables(reports: Sequence[Report]) -> list[Table]:
+    """Every table that these reports have rows for: regressions first, for they are what was asked."""
+    found = (regressions(reports), accuracy(reports), latency(reports))
+    return [table for table in found if table.rows]
+
+
+def name(report: Report) -> str:
+    """The file name of a report's artifact."""
+    return Path(str(report.artifact.get("path", "?"))).name
+
+
+def runs_on(report: Report) -> str:
+    """Backend and precision, and the arithmetic where that is another."""
+    where = f"{report.artifact.get('backend', '?')} {report.artifact.get('precision', '?')}"
+    session = report.environment.get("session", {})
+    arithmetic = session.get("arithmetic") if isinstance(session, dict) else None
+    return f"{where}, computed in {arithmetic}" if arithmetic not in (None, report.artifact.get("precision")) else where
+
+
+def verdict(report: Report, checks: Sequence[str]) -> str:
+    """Whether what these checks measured passes, and what does not."""
+    bad = [finding.metric for finding in report.findings if not finding.passed and finding.check in checks]
+    return f"**fails** {', '.join(dict.fromkeys(bad))}" if bad else "passes"
+
+
+def regressions(reports: Sequence[Report]) -> Table:
+    """A row for each limit that `compare` held."""
+    columns = ("artifact", "metric", "case", "change", "95 % interval", "limit", "", "detail")
+    rows = [_regression(report, f) for report in reports for f in report.findings if f.check == "regression"]
+    return Table("Against the base", columns, columns[3:6], rows)
+
+
+def _regression(report: Report, f: Finding) -> tuple[str, ...]:
+    unit = " %" if f.unit == "%" else f" {f.unit}" if f.unit else ""
+    interval = "" if f.low is None else f"{f.low:+.2f} … {f.high:+.2f}"
+    word = "passes" if f.passed else "**regressed**"
+    change = "–" if f.value is None else f"{f.value:+.2f}{unit}"
+    return (name(report), f.metric, f.case, change, interval, f"{f.limit:g}{unit}", word, f.detail)
+
+
+ACCURACY = ("parity", "accuracy", "sanity", "structure", "data", "blocks")
+
+
+def accuracy(reports: Sequence[Report]) -> Table:
+    """A row for each artifact that was verified."""
+    columns = ("artifact", "runs on", "size", "top-1", "eager", "agreement", "cosine", "max error", "")
+    rows = [
+        (
+            name(report),
+            runs_on(report),
+            f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
+            number(report.find("top1"), "{:.2f} %"),
+            number(report.find("top1_eager"), "{:.2f} %"),
+            number(report.find("top1_agreement"), "{:.2f} %"),
+            number(report.find("cosine"), "{:.7f}"),
+            number(report.find("max_abs"), "{:.2g}"),
+            verdict(report, ACCURACY),
+        )
+        for report in reports
+        if report.find("cosine")
+    ]
+    return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
+
+
+def latency(reports: Sequence[Report]) -> Table:
+    """Eager first, then a row for each artifact, batch size by batch size."""
+    columns = ("model", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "× eager", "95 % interval", "load ms", "")
+    cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.check == "latency" and f.case)
+    rows = [row for case in cases for row in _latency_rows(reports, case)]
+    return Table("Latency, interleaved with eager PyTorch", columns, columns[1:9], rows)
+
+
+def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
+    batch = case.removeprefix("batch ")
+    for prefix, words in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
+        found = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
+        if found:
+            yield (words, batch, number(found), *[""] * 6, found.detail if found.value is None else "")
+    for report in reports:
+        if report.find("p50_ms", case):
+            yield (name(report), batch, *_latency(report, case))
+
+
+def _latency(report: Report, case: str) -> tuple[str, ...]:
+    metrics = ("p50_ms", "p90_ms", "p99_ms", "throughput_ips")
+    speed = report.find("speedup", case)
+    bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
+    interval = "" if speed is None or speed.low is None else f"{speed.low:.2f}–{speed.high:.2f}"
+    noise = speed.detail.partition("; ")[2] if speed else ""
+    return (
+        *(number(report.find(metric, case)) for metric in metrics),
+        number(speed, "{:.2f}"),
+        interval,
+        number(report.find("load_ms")),
+        f"**fails** {'; '.join(bad)}" if bad else noise,
+    )
+
+
+def number(finding: Finding | None, form: str = "{:.4g}") -> str:
+    """A finding's value, a dash where it was not measured."""
+    return "–" if finding is None or finding.value is None else form.format(finding.value)
+
+
+def machine(report: Report) -> str:
+    """The machine a report was made on, and the runtimes."""
+    versions = report.environment.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
+    cores = report.environment.get("cores")
+    cpu = str(report.environment.get("cpu", "?"))
+    return "; ".join([f"{cpu}, {cores} cores" if cores else cpu, ", ".join(tools)])
+
+
+def data(report: Report) -> str:
+    """The images it was verified on."""
+    found = report.find("images")
+    return found.detail if found else ""
