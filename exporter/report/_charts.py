@@ -66,12 +66,10 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
         return ""
     words = {"top1": "top-1, %", "top1_agreement": "agreement with eager, %", "cosine": "cosine to eager"}
     with _figure("Accuracy against latency", 3.6) as (axes, drawing):
-        for index, (report, p50, found) in enumerate(points):
-            low, high = (
-                abs((end if end is not None else found.value) - found.value) for end in (found.low, found.high)
-            )
-            axes.errorbar(p50, found.value, yerr=[[low], [high]], fmt="o", color=color(index), markersize=8, capsize=3)
-            axes.annotate(name(report), (p50, found.value), xytext=(8, 5), textcoords="offset points")
+        for report, p50, found in points:
+            ends = [abs((end if end is not None else found.value) - found.value) for end in (found.low, found.high)]
+            style: dict[str, Any] = {"color": _colors(reports)[name(report)], "label": name(report)}
+            axes.errorbar(p50, found.value, yerr=[[end] for end in ends], fmt="o", markersize=8, capsize=3, **style)
         eager, exact = points[0][0].find("eager_p50_ms"), points[0][0].find("top1_eager")
         best = exact.value if exact else 100.0 if points[0][2].metric == "top1_agreement" else 1.0
         if eager and eager.value and best is not None:
