@@ -35,14 +35,17 @@ def run(*words: str) -> None:
 
 
 def main() -> None:
-    """Train once, build, verify on 500 held-out digits, print the table."""
+    """Train once, build, verify on 500 held-out digits, time, print the table and draw the page."""
     digits.prepare(ROOT)
     for words in builds():
         run(*words, "--weights", str(WEIGHTS), "-o", str(ROOT))
     made = [artifact(words) for words in builds()]
     for path in made:
-        run("verify", str(path), "--data", str(DATA))
-    run("report", *(f"{path}.report.json" for path in made), "-o", str(ROOT / "table.md"))
+        run("verify", str(path), "--data", str(DATA), "--blocks")
+    reports = [f"{path}.report.json" for path in made]
+    run("bench", *map(str, made), "--threads", "1")
+    run("report", *reports)
+    run("report", *reports, "--format", "html", "-o", str(ROOT / "report.html"))
 
 
 if __name__ == "__main__":

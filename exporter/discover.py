@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 from exporter.errors import BadRequest, nearest
@@ -16,6 +17,11 @@ def names(package: str) -> list[str]:
     """The public modules of a package, in order."""
     path = importlib.import_module(package).__path__
     return [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
+
+
+def module(package: str, name: str) -> ModuleType:
+    """A module of a package."""
+    return importlib.import_module(f"{package}.{name}")
 
 
 def load(package: str, name: str, attribute: str) -> Any:
@@ -28,4 +34,4 @@ def load(package: str, name: str, attribute: str) -> Any:
         folder = package.rpartition(".")[2]
         kind = "report format" if folder == "report" else folder.removesuffix("s")
         raise BadRequest(f"unknown {kind} {name!r}; {nearest(name, known)}")
-    return getattr(importlib.import_module(f"{package}.{name}"), attribute)
+    return getattr(module(package, name), attribute)

@@ -12,6 +12,7 @@ from exporter import artifact as artifacts
 from exporter import backends, checks, discover
 from exporter.artifact import Artifact, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs, Session
+from exporter.checks._blocks import block_errors
 from exporter.data import images, synthetic
 from exporter.data.samples import open_samples
 from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
@@ -186,13 +187,15 @@ def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -
 
 
 class VerifyOptions(checks.Options, frozen=True):
-    """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now."""
+    """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now; `blocks`
+    compares the output of every block too, on the first batch."""
 
     data: str = "synthetic"
     most: int | None = None
     weights: str | None = None
     device: str = "cpu"
     threads: int | None = None
+    blocks: bool = False
 
 
 def verify(artifact: Artifact, options: VerifyOptions) -> Report:
@@ -209,7 +212,8 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
     if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
     told = backend.options(device=options.device, threads=options.threads)
-    meters = checks.start_all(options, checks.Subject(artifact, backend.layers(artifact, told)))
+    layers = backend.layers(artifact, told)
+    meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
     with eager.session(artifact, eager_told) as reference, backend.session(artifact, told) as candidate:
@@ -226,6 +230,11 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
     findings += _data_findings(samples.skipped, seen, options.data)
+    if options.blocks:
+        step("comparing block by block")
+        images_seen = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
+        with eager.blocks(artifact, eager_told) as expected, backend.blocks(artifact, told) as given:
+            findings += block_errors(expected, given, layers, images_seen)
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},

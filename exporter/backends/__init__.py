@@ -5,7 +5,8 @@ A check sees only `Session`; backends never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,6 +50,21 @@ class Session(Protocol):
         """Put the inputs in place on the device: one or more batches (N, 3, H, W), taken in turn, the first first."""
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A model cut open: the names of its downsampling layers and blocks, and what each of them gives for images."""
+
+    names: tuple[str, ...]
+    run: Callable[[Array], Outputs]
+
+
+def ends_of_blocks(names: Iterable[str]) -> dict[str, str]:
+    """Of operators in the order they run, the last of each downsampling layer (`downsample_layers.1`) and each block
+    (`stages.2.0`), whose output is that of the block."""
+    found = ((re.match(r"(downsample_layers\.\d+|stages\.\d+\.\d+)(?=[./])", name), name) for name in names)
+    return {match[1]: name for match, name in found if match}
+
+
 class Layer(Record, frozen=True):
     """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision."""
 
@@ -79,6 +95,7 @@ class Backend(Generic[Opt]):
     build: (that graph, precision, folder) to what the runtime loads.
     session: opens an artifact.
     layers: what an artifact is made of, layer by layer.
+    blocks: opens an artifact so that every block's output can be seen.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
     """
 
@@ -90,6 +107,7 @@ class Backend(Generic[Opt]):
     build: Callable[[Artifact, str, Path], Artifact]
     session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
     layers: Callable[[Artifact, Opt], list[Layer]]
+    blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
     opens_onnx: bool = False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.artifact import Artifact
-from exporter.backends import Array, Backend, Bound, Layer, Options, Outputs, require
+from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, require
 from exporter.errors import BadRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class EagerOptions(Options, frozen=True):
 class EagerSession:
     """The PyTorch network an artifact was made from, in fp32."""
 
-    def __init__(self, model: Callable[..., Any], device: str) -> None:
+    def __init__(self, model: Any, device: str) -> None:
         self.model, self.device = model, device
         self.facts = {"device": device, "arithmetic": "fp32"}
 
@@ -100,6 +100,25 @@ def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:
     return [Layer(name=n, module=n, operator=type(m).__name__, precision="fp32") for n, m in leaves]
 
 
+@contextmanager
+def blocks(artifact: Artifact, options: EagerOptions) -> Iterator[Blocks]:
+    """The network with a hook on every block."""
+    with session(artifact, options) as opened:
+        modules = dict(opened.model.named_modules())
+        names = tuple(ends_of_blocks(f"{name}/" for name in modules))
+        seen: dict[str, Array] = {}
+        for name in names:
+            modules[name].register_forward_hook(
+                lambda module, given, output, name=name: seen.__setitem__(name, output.float().cpu().numpy())
+            )
+
+        def run(images: Array) -> Outputs:
+            opened(images)
+            return tuple(seen[name] for name in names)
+
+        yield Blocks(names, run)
+
+
 BACKEND = Backend(
     name="eager",
     precisions=frozenset({"fp32"}),
@@ -109,4 +128,5 @@ BACKEND = Backend(
     build=_nothing_to_build,
     session=session,
     layers=layers,
+    blocks=blocks,
 )

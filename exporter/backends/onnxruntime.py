@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact, load, seal, staging
-from exporter.backends import Array, Backend, Bound, Layer, Options, Outputs, installed, require
+from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, installed, require
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
 from exporter.graph import files, precision
 from exporter.graph.trace import INPUT
@@ -188,6 +189,22 @@ def _precision(node: Any) -> str:
     return _PRECISIONS.get(dtype.name, dtype.name.lower()) if dtype is not None else "?"
 
 
+@contextmanager
+def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
+    """A copy of the graph in a temporary folder, in which every block's output is one of the graph's."""
+    import onnx_ir as ir
+
+    model = ir.load(artifact.path)
+    nodes = {node.name: node for node in model.graph if node.name}
+    ends = ends_of_blocks(nodes)
+    model.graph.outputs[:] = [nodes[name].outputs[0] for name in ends.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / artifact.path.name
+        files.save(model, path, {})
+        with session(Artifact(path, artifact.sidecar), options) as opened:
+            yield Blocks(tuple(ends), lambda images: tuple(np.asarray(x, np.float32) for x in opened(images)))
+
+
 BACKEND = Backend(
     name="onnxruntime",
     precisions=frozenset({"fp32", "fp16"}),
@@ -197,5 +214,6 @@ BACKEND = Backend(
     build=build,
     session=session,
     layers=layers,
+    blocks=blocks,
     opens_onnx=True,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact, load, seal, staging
-from exporter.backends import Array, Backend, Bound, Layer, Options, Outputs, require
+from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, require
 from exporter.errors import ExporterError, Unavailable, last_line
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -82,7 +82,9 @@ def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
     yield OpenVinoSession(compiled, device, arithmetic, streams)
 
 
-def _compile(artifact: Artifact, options: Options) -> tuple[Any, str, str]:
+def _compile(
+    artifact: Artifact, options: Options, change: Callable[[Any], Any] = lambda model: model
+) -> tuple[Any, str, str]:
     probe()
     import openvino as ov
 
@@ -96,7 +98,7 @@ def _compile(artifact: Artifact, options: Options) -> tuple[Any, str, str]:
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads
     try:
-        compiled = core.compile_model(core.read_model(artifact.path), device, settings)
+        compiled = core.compile_model(change(core.read_model(artifact.path)), device, settings)
     except RuntimeError as error:
         raise ExporterError(f"{artifact.path}: OpenVINO cannot load it: {last_line(error)}") from error
     in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -192,6 +194,25 @@ def _module(names: str) -> str:
     return found[0] if found else ""
 
 
+@contextmanager
+def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
+    """The IR with every block's output as an output of its own."""
+    names: tuple[str, ...] = ()
+
+    def cut_open(model: Any) -> Any:
+        nonlocal names
+        import openvino as ov
+
+        operators = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() != "Constant"}
+        ends = ends_of_blocks(operators)
+        names = tuple(ends)
+        return ov.Model([operators[name].output(0) for name in ends.values()], model.get_parameters(), "blocks")
+
+    compiled, device, arithmetic = _compile(artifact, options, cut_open)
+    opened = OpenVinoSession(compiled, device, arithmetic, 1)
+    yield Blocks(names, opened)
+
+
 BACKEND = Backend(
     name="openvino",
     precisions=frozenset({"fp32", "fp16", "bf16"}),
@@ -201,5 +222,6 @@ BACKEND = Backend(
     build=build,
     session=session,
     layers=layers,
+    blocks=blocks,
     opens_onnx=True,
 )

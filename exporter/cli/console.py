@@ -107,7 +107,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
     rows = [
         (
             f.check,
-            f.metric,
+            f"{f.metric} {f.case}".strip(),
             value(f),
             limit(f),
             ("pass" if f.passed else "FAIL") if f.limit is not None else "",

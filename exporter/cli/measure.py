@@ -26,6 +26,7 @@ import click
 @click.option("--max-drop", metavar="POINTS", type=float, help="Largest loss of top-1, in percentage points.")
 @click.option("--min-cosine", type=float, help="Smallest mean cosine to eager's outputs.")
 @click.option("--atol", type=float, help="Largest absolute error of an output.")
+@click.option("--blocks", is_flag=True, help="Compare the output of every ConvNeXt block too, on the first images.")
 @click.option(
     "-o",
     "--output",

@@ -71,26 +71,42 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
         raise click.exceptions.Exit(6)
 
 
-@click.command("report", short_help="Reports as a table for a pull request.")
+@click.command("report", short_help="Reports for people and for a CI; a history as a trend page.")
 @click.argument("reports", metavar="REPORT.json…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--format", "form", default="markdown", show_default=True, help="How to write it.")
+@click.option(
+    "--format",
+    "form",
+    default="markdown",
+    show_default=True,
+    help="html, markdown, junit, github (annotations) or csv.",
+)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="A file; else stdout.")
-def report_command(reports: tuple[Path, ...], form: str, output: Path | None) -> None:
-    """Write one or more reports in a form for people: one row per artifact.
+@click.option(
+    "--history", metavar="FILE", type=click.Path(path_type=Path), help="Append what was measured to this .jsonl too."
+)
+@click.option("--commit", metavar="SHA", help="Whose numbers these are; by default git's HEAD.")
+def report_command(
+    reports: tuple[Path, ...], form: str, output: Path | None, history: Path | None, commit: str | None
+) -> None:
+    """Write one or more reports in a form for people or a CI, or a history as a page that finds its steps.
 
     \b
-    Example:
-      convnext-export report build/*.report.json --format markdown
+    Examples:
+      convnext-export report build/*.report.json --format html -o report.html
+      convnext-export report build/*.report.json --history history.jsonl
+      convnext-export report history.jsonl --format html -o trend.html
     """
-    from exporter import artifact, discover, disk, report
+    from exporter import artifact, disk, rendering
 
-    render = discover.load("exporter.report", form, "RENDER")
-    loaded = [report.load(path) for path in reports]
-    for path, made in zip(reports, loaded, strict=True):
-        if report.is_stale(made):
-            click.echo(f"note: {path}: its artifact was built again since; verify it again", err=True)
-    text = render(loaded)
+    for path in (path for path in (output, history) if path):
+        artifact.check_output(path)
+    text, notes = rendering.rendered(reports, form)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    if history:
+        rendering.remember(reports, history, commit)
     if output:
-        artifact.check_output(output)
         disk.write_file(output, text.encode())
-    click.echo(text, nl=False)
+        click.echo(f"the report is {output}")
+    else:
+        click.echo(text, nl=False)

@@ -31,15 +31,15 @@ def built_at(revision: str, command: str, path: Path) -> Iterator[Artifact]:
         raise BadRequest(
             f"{path}: with --base-rev the artifact is named relative to here, as the build command leaves it"
         )
-    commit = _git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", failed=_unknown(revision))
-    here = _git("rev-parse", "--show-prefix", failed="not a git repository; run this inside the one to compare")
+    commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", failed=_unknown(revision))
+    here = git("rev-parse", "--show-prefix", failed="not a git repository; run this inside the one to compare")
     with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
         checkout = Path(folder) / "base"
-        _git("worktree", "add", "--detach", "--quiet", str(checkout), commit, failed="git cannot check it out")
+        git("worktree", "add", "--detach", "--quiet", str(checkout), commit, failed="git cannot check it out")
         try:
             yield build(command, checkout / here, path, f"{revision} ({commit[:12]})")
         finally:
-            _git("worktree", "remove", "--force", str(checkout), failed="git cannot remove its checkout")
+            git("worktree", "remove", "--force", str(checkout), failed="git cannot remove its checkout")
 
 
 def _unknown(revision: str) -> str:
@@ -64,9 +64,13 @@ def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
     return artifacts.load(folder / path)
 
 
-def _git(*words: str, failed: str) -> str:
+def git(*words: str, failed: str) -> str:
+    """What git says.
+
+    Raises: Unavailable when it is not there; BadRequest, beginning with `failed`, when it refuses.
+    """
     if shutil.which("git") is None:
-        raise Unavailable("git is not installed; --base-rev needs it")
+        raise Unavailable("git is not installed; install it, or compare two artifacts")
     done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:]

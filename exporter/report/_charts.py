@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.report import Finding, Report
+from exporter.report._history import Series, Step
 from exporter.report._tables import name
 
 if TYPE_CHECKING:
@@ -138,6 +139,26 @@ def changes(findings: Sequence[Finding]) -> str:
     return drawing.svg
 
 
+def trend(one: Series, found: Sequence[Step]) -> str:
+    """A series commit by commit, with its steps."""
+    with _figure(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
+        axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
+        commits = [entry.commit for entry in one.entries]
+        for step in found:
+            axes.axvline(commits.index(step.commit) - 0.5, color=COLORS[5], linestyle="--")
+            axes.annotate(
+                f"{step.commit[:7]} {step.change_pct:+.1f} %",
+                (commits.index(step.commit), step.after),
+                xytext=(4, 10),
+                textcoords="offset points",
+            )
+        every = math.ceil(len(commits) / 20)
+        axes.set_xticks(range(0, len(commits), every), [commit[:7] for commit in commits[::every]], rotation=60)
+        axes.set_ylabel(one.metric)
+        axes.margins(y=0.25)
+    return drawing.svg
+
+
 def blocks(reports: Sequence[Report]) -> str:
     """The error of each ConvNeXt block's output, from the stem to the last."""
     known = [(r, [f for f in r.findings if f.metric == "block_error"]) for r in reports]
@@ -149,6 +170,8 @@ def blocks(reports: Sequence[Report]) -> str:
             errors = [max(f.value, 1e-9) if f.value is not None else math.nan for f in found]
             axes.semilogy(errors, marker="o", markersize=4, color=_colors(reports)[name(report)], label=name(report))
         axes.set_xticks(range(len(known[0][1])), [f.case for f in known[0][1]], rotation=60, ha="right", fontsize=8)
-        axes.set_ylabel("error ÷ spread of eager's output")
+        axes.set_ylabel("error ÷ eager's spread")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.0e}")
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing.svg

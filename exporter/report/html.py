@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from exporter.report import Report, _charts
+from exporter.report._history import Entry, series, step_table, steps
 from exporter.report._tables import Table, name, tables
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -33,7 +34,8 @@ def render(reports: Sequence[Report]) -> str:
     return page(
         "convnext-export report",
         verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
-        tables=[*tables(reports), *_blocks(reports)],
+        tables=tables(reports),
+        appendix=_blocks(reports),
         charts=[one for one in found if one.svg],
         environments=_environments(reports),
         provenance=[(name(report), _provenance(report)) for report in reports],
@@ -51,7 +53,7 @@ def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     """The template with its parts; whatever comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    blank: dict[str, Any] = {key: [] for key in ("lead", "tables", "charts", "environments", "provenance")}
+    blank: dict[str, Any] = {key: [] for key in ("lead", "tables", "appendix", "charts", "environments", "provenance")}
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
     return template.render(title=title, verdict=verdict, **(blank | parts))
 
@@ -100,4 +102,19 @@ def _words(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
+def render_trend(entries: Sequence[Entry]) -> str:
+    """The page of a history: a chart for each series that has stepped, then the others."""
+    known = [(one, steps(one)) for one in series(entries) if len(one.entries) > 1]
+    known.sort(key=lambda pair: not pair[1])
+    return page(
+        "convnext-export trend",
+        lead=[f"{len({entry.commit for entry in entries})} commits, {len(known)} series."],
+        tables=[step_table(entries)] if any(found for _, found in known) else [],
+        charts=[
+            chart(f"{one.artifact}: {one.metric} ({one.machine})", _charts.trend(one, found)) for one, found in known
+        ],
+    )
+
+
 RENDER = render
+TREND = render_trend

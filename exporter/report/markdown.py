@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exporter.report import Report
+from exporter.report._history import Entry, step_table
 from exporter.report._tables import Table, data, machine, tables
 
 
@@ -46,4 +47,11 @@ def _footer(reports: Sequence[Report]) -> str:
     return "\n\n".join(sorted(set(lines)))
 
 
+def render_trend(entries: Sequence[Entry]) -> str:
+    """The steps of a history."""
+    table = step_table(entries)
+    return _table(table, False) if table.rows else "No step in this history.\n"
+
+
 RENDER = render
+TREND = render_trend

@@ -1,0 +1,45 @@
+"""Which ConvNeXt block diverges from eager's, and in what precision it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from exporter.backends import Array, Blocks, Layer
+from exporter.report import Finding, number
+
+_WORK = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
+
+
+def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array) -> list[Finding]:
+    """For each block that both have, in the order they run, the root mean square error as a share of the standard deviation of eager's.
+
+    Args:
+        eager: the network, cut open.
+        artifact: what was built from it, cut open.
+        layers: of the artifact, with their precisions.
+        images: (N, 3, H, W), a few.
+    """
+    expected = dict(zip(eager.names, eager.run(images), strict=True))
+    given = dict(zip(artifact.names, artifact.run(images), strict=True))
+    findings = []
+    for name in (name for name in artifact.names if name in expected):
+        a, b = expected[name].astype(np.float64), given[name].astype(np.float64)
+        error = float(np.sqrt(np.mean((a - b) ** 2)) / (a.std() or 1.0)) if a.shape == b.shape else float("nan")
+        precisions = sorted({layer.precision for layer in layers if _belongs(layer, name)})
+        findings.append(
+            Finding(
+                check="blocks",
+                metric="block_error",
+                case=name,
+                value=number(error),
+                detail=" and ".join(precisions),
+                passed=bool(np.isfinite(error)),
+            )
+        )
+    return findings
+
+
+def _belongs(layer: Layer, block: str) -> bool:
+    return layer.operator in _WORK and (layer.module == block or layer.module.startswith(f"{block}."))

@@ -1,0 +1,37 @@
+"""A fixture for the test suites of others: a test fails when an artifact regresses.
+
+def test_the_model_is_no_slower(convnext_gate):
+    convnext_gate("baseline/tiny_fp16.xml", "build/tiny_fp16.xml", "p50_ms:5%")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from exporter.report import Report
+
+
+@pytest.fixture
+def convnext_gate() -> Callable[..., Report]:
+    """`gate(base, head, *limits, **options)` compares two artifacts or two reports as `convnext-export compare` does.
+
+    Limits are as for `--fail-on`; options are those of `exporter.gate.GateOptions` (`batch=(1, 8)`, `threads=2`,
+    `duration=6.0`, `data="val"`). The test fails, with the table, when one is exceeded; else the report is returned.
+    """
+    return _gate
+
+
+def _gate(base: str | Path, head: str | Path, *limits: str, **options: Any) -> Report:
+    from exporter import gate
+    from exporter.report import markdown
+
+    __tracebackhide__ = True
+    made = gate.compare([Path(base), Path(head)], gate.GateOptions(fail_on=limits, **options))
+    if not made.passed:
+        pytest.fail(f"{head} regressed against {base}\n\n{markdown.render([made])}", pytrace=False)
+    return made
