@@ -13,7 +13,8 @@ _WORK = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
 
 
 def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array) -> list[Finding]:
-    """For each block that both have, in the order they run, the root mean square error as a share of the standard deviation of eager's.
+    """For each block that both have, in the order they run, the root mean square error as a share of the standard
+    deviation of what eager gives.
 
     Args:
         eager: the network, cut open.

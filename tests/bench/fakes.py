@@ -1,0 +1,77 @@
+"""Sessions that do what a test wants, opened by the timing process: the name of the arm says how they behave."""
+
+import contextlib
+import os
+import signal
+import time
+
+import numpy as np
+
+from exporter.backends import Bound
+
+
+class Fake:
+    """Gives the sum of each image, after spinning for some milliseconds."""
+
+    def __init__(self, name):
+        self.name, self.facts = name, {"device": "cpu", "arithmetic": "fp32"}
+        self.ms = float(name.partition("@")[2] or 1)
+
+    def __call__(self, images):
+        return (self.answer(images),)
+
+    def answer(self, images):
+        summed = images.reshape(len(images), 3, -1).sum(-1)
+        if self.name.startswith("wrong"):
+            return summed[:, ::-1] * [1, -1, 1]
+        return np.full_like(summed, np.nan) if self.name.startswith("nan") else summed
+
+    def bind(self, batches):
+        runs = 0
+
+        def run():
+            nonlocal runs
+            runs += 1
+            until = time.perf_counter() + self.ms / 1e3
+            while time.perf_counter() < until:
+                pass
+            if runs == 150:
+                misbehave(self.name)
+
+        return Bound(run, lambda: (self.answer(batches[runs % len(batches)]),))
+
+
+def misbehave(name):
+    if name.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name.startswith("hang"):
+        time.sleep(3600)
+    if name.startswith("raise"):
+        raise RuntimeError("out of\nmemory")
+    if name.startswith("exit"):
+        os._exit(7)
+
+
+@contextlib.contextmanager
+def opened(arm):
+    if arm.name.startswith("closed"):
+        raise ValueError("no such device")
+    yield Fake(arm.name)
+
+
+@contextlib.contextmanager
+def slower_head(arm):
+    """Two milliseconds, and 40 % more for the head of a comparison."""
+    yield Fake(f"{arm.name}@{2.8 if arm.name == 'head' else 2.0}")
+
+
+@contextlib.contextmanager
+def same(arm):
+    """Two milliseconds each."""
+    yield Fake(f"{arm.name}@2")
+
+
+@contextlib.contextmanager
+def crashing_head(arm):
+    """The head brings its process down."""
+    yield Fake("crash@0.1" if arm.name == "head" else f"{arm.name}@0.1")

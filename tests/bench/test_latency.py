@@ -1,0 +1,141 @@
+"""`bench` on real runtimes, small: what it reports, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from exporter import report
+from exporter.bench import latency
+from tests.conftest import build, copy_artifact
+
+QUICK = ("--duration", "0.5", "--threads", "1")
+
+
+def found(reported, metric, case=None):
+    return next(f for f in reported["findings"] if f["metric"] == metric and case in (None, f["case"]))
+
+
+@pytest.fixture(scope="module")
+def benched(artifacts, tmp_path_factory):
+    """One run of `bench` over two artifacts and two batch sizes, as JSON, with its folder."""
+    from tests.conftest import type_command
+
+    folder = tmp_path_factory.mktemp("bench")
+    made = [copy_artifact(artifacts[key], folder) for key in (("onnxruntime", "fp32"), ("openvino", "fp16"))]
+    result = type_command("bench", *(one.path for one in made), "--batch", "1,3", *QUICK, "--json")
+    assert result.code == 0, result.err
+    return made, json.loads(result.out)
+
+
+def test_there_is_a_report_for_each_artifact_with_its_samples(benched):
+    made, reports = benched
+    assert [one["artifact"]["path"] for one in reports] == [str(one.path) for one in made]
+    for one, path in zip(reports, made, strict=True):
+        assert one["passed"]
+        for case in ("batch 1", "batch 3"):
+            p50 = found(one, "p50_ms", case)
+            assert len(p50["launches"]) == latency.LAUNCHES
+            assert sum(p50["launches"]) == len(p50["samples"]) >= 3 * latency.LAUNCHES
+            assert min(p50["samples"]) > 0
+            assert p50["value"] <= found(one, "p90_ms", case)["value"] <= found(one, "p99_ms", case)["value"]
+            speed = found(one, "speedup", case)
+            assert speed["low"] <= speed["value"] <= speed["high"]
+            assert found(one, "eager_p50_ms", case)["samples"]
+            assert found(one, "outputs_cosine", case)["value"] > 0.999
+        images = found(one, "throughput_ips", "batch 3")["value"]
+        mean = sum(found(one, "p50_ms", "batch 3")["samples"]) / len(found(one, "p50_ms", "batch 3")["samples"])
+        assert images == pytest.approx(3e3 / mean, rel=0.01)
+        assert found(one, "cold_ms")["value"] > found(one, "first_ms")["value"] > 0
+        assert found(one, "peak_bytes")["value"] > 20e6
+        assert report.load(path.path.with_name(path.path.name + ".report.json")).passed
+
+
+def test_the_machine_is_told(benched):
+    _, (first, _) = benched
+    facts = first["environment"]
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert "governor" in facts
+    assert {"load", "others_pct", "steal_pct", "launches", "dropped_rounds"} <= set(facts["timing"])
+    assert 0 <= facts["timing"]["others_pct"] <= 100
+
+
+def test_verify_and_bench_share_the_report(benched, run):
+    (made, _), _ = benched
+    path = made.path.with_name(made.path.name + ".report.json")
+    before = {finding.metric for finding in report.load(path).findings}
+    assert run("verify", made.path, "--samples", "2", "--threads", "1").code == 0
+    after = {finding.metric for finding in report.load(path).findings}
+    assert before < after
+    assert {"p50_ms", "cosine"} <= after
+
+
+def test_throughput_runs_several_at_once(artifacts, run, tmp_path):
+    made = artifacts["onnxruntime", "fp32"]
+    told = ("--hint", "throughput", "--threads", "2", "--duration", "0.5", "-o", tmp_path, "--json")
+    (one,) = run("bench", made.path, *told).json
+    assert "2 batches at once" in found(one, "p50_ms")["detail"]
+
+
+def test_until_goes_on_until_the_interval_is_narrow(artifacts, run, tmp_path):
+    made = artifacts["onnxruntime", "fp32"]
+    (one,) = run("bench", made.path, *QUICK, "--until", "0.05%", "-o", tmp_path, "--json").json
+    assert len(found(one, "p50_ms")["launches"]) > latency.LAUNCHES
+
+
+def test_torch_compile_is_a_row_of_its_own_or_says_why_not(artifacts, run, tmp_path):
+    made = artifacts["onnxruntime", "fp32"]
+    (one,) = run("bench", made.path, *QUICK, "--also", "torch.compile", "-o", tmp_path, "--json").json
+    row = found(one, "compiled_p50_ms")
+    assert row["value"] or row["detail"]
+    assert found(one, "speedup")["value"] > 0, "the others stand"
+    if row["value"]:
+        assert found(one, "speedup_over_compiled")["value"] > 0
+
+
+def test_a_fallen_artifact_fails_its_own_row(artifacts, run, tmp_path, monkeypatch):
+    """The second file is damaged between its check and its loading."""
+    good, bad = (copy_artifact(artifacts["onnxruntime", p], tmp_path) for p in ("fp32", "fp16"))
+    original = latency._time
+
+    def spoil_then_time(*told):
+        bad.path.write_bytes(b"spoilt")
+        return original(*told)
+
+    monkeypatch.setattr(latency, "_time", spoil_then_time)
+    result = run("bench", good.path, bad.path, *QUICK, "--json")
+    assert result.code == 5
+    first, second = json.loads(result.out)
+    assert first["passed"]
+    assert found(first, "speedup")["value"] > 0
+    assert not second["passed"]
+    assert "build the artifact again" in found(second, "p50_ms")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch", "0"), "whole numbers"),
+        (("--batch", "1,x"), "whole numbers"),
+        (("--until", "0%"), "percentage"),
+        (("--hint", "speed"), "latency"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(words, said, onnx_copy, refused):
+    assert said in refused(2, "bench", onnx_copy.path, *words, folder=onnx_copy.path.parent)
+
+
+def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, refused, onnx_copy):
+    other = build(tiny_v2, tmp_path / "v2")
+    assert "other weights" in refused(2, "bench", onnx_copy.path, other.path)
+    assert "twice" in refused(2, "bench", onnx_copy.path, onnx_copy.path)
+    fixed = build(artifacts["onnxruntime", "fp32"].sidecar.recipe["weights"], tmp_path / "fixed", batch=2)
+    assert "--batch 2" in refused(2, "bench", fixed.path)
+
+
+def test_no_report_is_written_over_an_artifact(onnx_copy, tmp_path, refused):
+    shutil.copy(
+        onnx_copy.path.with_name(onnx_copy.path.name + ".json"), tmp_path / f"{onnx_copy.path.name}.report.json.json"
+    )
+    assert "artifact" in refused(2, "bench", onnx_copy.path, "-o", tmp_path)

@@ -1,0 +1,101 @@
+"""A model that crashes, hangs or raises falls out alone; the process that times is never left behind."""
+
+import itertools
+
+import numpy as np
+import psutil
+import pytest
+
+from exporter.artifact import Preprocessing
+from exporter.bench import Arm, Plan, Timing, flat, supervisor
+from tests.bench import fakes
+
+PREPROCESSING = Preprocessing(size=16, resize=16)
+
+
+def plan(*names, seconds=0.05, batch=1):
+    arms = tuple(Arm(name=name, path="", runtime="eager" if name == "eager" else "artifact") for name in names)
+    return Plan(arms=arms, preprocessing=PREPROCESSING, seconds=seconds, batch=batch, warmup_s=0.3)
+
+
+def timed(count, *names, hang_s=20.0, **told):
+    timing = Timing(plan(*names, **told))
+    taken = list(itertools.islice(supervisor.launches(timing, fakes.opened, hang_s), count))
+    assert taken == timing.launches
+    return timing
+
+
+def children():
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards():
+    timing = timed(3, "eager", "a@1", "b@2")
+    assert len(timing.launches) == 3
+    for launch in timing.launches:
+        assert len({len(blocks) for blocks in launch.blocks.values()}) == 1, "every arm in every round"
+        ratio = np.median(flat(launch.blocks["b@2"])) / np.median(flat(launch.blocks["a@1"]))
+        assert 1.6 < ratio < 2.4
+        assert launch.cosine == pytest.approx({"eager": 1.0, "a@1": 1.0, "b@2": 1.0})
+    assert not timing.failures
+    assert not children()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crash", "SIGSEGV"),
+        ("exit", "exit code 7"),
+        ("raise", "failed: out of"),
+        ("closed", "failed: no such device"),
+        ("hang", "no sign of life for 2 s"),
+    ],
+)
+def test_an_arm_that_falls_falls_alone(name, reason):
+    timing = timed(4, "eager", name, "b@1", hang_s=2.0, seconds=0.2)
+    assert set(timing.failures) == {name}
+    assert reason in timing.failures[name]
+    assert len(timing.launches) == 4
+    assert set(timing.launches[-1].blocks) == {"eager", "b@1"}
+    assert not children()
+
+
+def test_when_every_arm_falls_it_ends():
+    timing = timed(3, "closed 1", "closed 2")
+    assert set(timing.failures) == {"closed 1", "closed 2"}
+    assert timing.launches == []
+
+
+@pytest.mark.parametrize("name", ["wrong", "nan"])
+def test_other_answers_than_the_first_arms_are_seen(name):
+    (launch,) = timed(1, "eager", name).launches
+    assert launch.cosine[name] < 0.9
+    assert launch.cosine["eager"] == pytest.approx(1.0)
+
+
+def test_the_same_seed_takes_the_same_inputs_and_none_is_zero():
+    from exporter.bench import worker
+
+    batches = worker.inputs(plan("eager", batch=3))
+    assert [batch.shape for batch in batches] == [(3, 3, 16, 16)] * 4
+    assert min(float(batch.std()) for batch in batches) > 0.1
+    assert len({batch.tobytes() for batch in batches}) == 4
+
+
+def test_alone_and_cold(artifacts):
+    arm = Arm(name="a@5", path=str(artifacts["onnxruntime", "fp32"].path))
+    found = supervisor.measure_cold(arm, plan("a@5"), fakes.opened, 20.0)
+    assert not isinstance(found, str), found
+    assert found.first_ms >= 5
+    assert found.cold_ms >= 5
+    assert 10e6 < found.peak_bytes < 10e9
+    assert "no such device" in str(supervisor.measure_cold(plan("closed").arms[0], plan("closed"), fakes.opened, 20.0))
+
+
+def test_a_caller_that_stops_early_leaves_nothing_behind():
+    timing = Timing(plan("a@1"))
+    launches = supervisor.launches(timing, fakes.opened, 20.0)
+    next(launches)
+    assert len(children()) == 1
+    launches.close()
+    assert not children()

@@ -1,0 +1,130 @@
+"""What is a regression and what is not, on numbers whose truth is known."""
+
+import numpy as np
+import pytest
+
+from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits
+from exporter.errors import BadRequest
+from exporter.measure.stats import center, is_above, log_change
+
+
+def change(limit="p50_ms:5%", shift_pct=0.0, noise_pct=0.5, launches=16, floor_pct=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    effects = list(np.log1p(shift_pct / 100) + rng.normal(0, noise_pct / 100, launches))
+    return Change(
+        limit=parse_limit(limit),
+        case="batch 1",
+        found=center(effects),
+        effects=effects,
+        chance=is_above(effects),
+        floor=log_change(floor_pct),
+        base=10.0,
+        head=10.0,
+    )
+
+
+def passed(*changes, confirmed=True):
+    return [finding.passed for finding in judge(changes, confirmed)]
+
+
+def test_a_regression_is_above_its_limit_beyond_the_floor_and_significant():
+    assert passed(change(shift_pct=10)) == [False]
+    assert passed(change(shift_pct=4)) == [True], "below the limit"
+    assert passed(change(shift_pct=5.7)) == [True], "above the limit, within the floor"
+    assert passed(change(shift_pct=5.7, floor_pct=0.2)) == [False]
+    assert passed(change(shift_pct=-20)) == [True]
+
+
+def test_few_launches_are_never_significant():
+    assert passed(change(shift_pct=30, launches=5)) == [True]
+    assert passed(change(shift_pct=30, launches=8)) == [False]
+
+
+def test_the_correction_is_for_all_that_is_compared():
+    """Eight launches give p = 0.004: enough alone, not among three."""
+    one = change(shift_pct=30, launches=8)
+    assert passed(one) == [False]
+    assert passed(one, change(seed=1), change(seed=2))[0]
+
+
+def test_a_first_look_never_fails():
+    assert passed(change(shift_pct=50), confirmed=False) == [True]
+    assert change(shift_pct=50).is_suspicious
+    assert not change(shift_pct=3).is_suspicious
+
+
+def test_it_says_what_it_saw_and_what_it_could_have_seen():
+    (finding,) = judge([change(shift_pct=10)], True)
+    assert finding.value == pytest.approx(10, abs=0.5)
+    assert finding.low < finding.value < finding.high
+    assert finding.limit == 5
+    assert "regressed" in finding.detail
+    assert "16 launches" in finding.detail
+    assert "differs from itself by up to 1.0 %" in finding.detail
+    noisy, quiet = (change(noise_pct=noise).detectable() for noise in (5, 0.1))
+    assert noisy > quiet >= log_change(5) + log_change(1)
+
+
+def test_throughput_falls_where_time_grows():
+    (finding,) = judge([change("throughput_ips:5%", shift_pct=25)], True)
+    assert finding.value == pytest.approx(-20, abs=0.5)
+    assert finding.low < finding.value < finding.high
+    assert not finding.passed
+    assert finding.limit == -5
+
+
+def test_ten_thousand_comparisons_of_nothing_raise_no_alarm():
+    """Noise of 3 %, and a floor that is only half of it."""
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(1000):
+        effects = list(rng.normal(0, 0.03, 16))
+        alarms += (
+            effects
+            and not passed(
+                Change(parse_limit("p50_ms:0%"), "", center(effects), effects, is_above(effects), 0.015, 1, 1)
+            )[0]
+        )
+    assert alarms <= 10
+
+
+def test_exact_numbers_have_no_noise():
+    assert compare_exact(parse_limit("bytes:1%"), 1000, 1010).passed
+    assert not compare_exact(parse_limit("bytes:1%"), 1000, 1011).passed
+    assert not compare_exact(parse_limit("nodes:0"), 100, 101).passed
+    assert compare_exact(parse_limit("nodes:0"), 100, 90).passed
+
+
+def test_a_drop_must_be_significant_too():
+    limit = parse_limit("top1_drop:0.3")
+    base = [1.0] * 1000
+    assert not compare_answers(limit, base, [1.0] * 950 + [0.0] * 50).passed
+    few = compare_answers(limit, [1.0] * 10, [1.0] * 9 + [0.0])
+    assert few.passed
+    assert few.value == pytest.approx(10)
+    assert "within the noise of so few" in few.detail
+    with pytest.raises(BadRequest, match="same --data"):
+        compare_answers(limit, base, base[:-1])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("p50_ms", "METRIC:NUMBER"),
+        ("p50_ms:x%", "METRIC:NUMBER"),
+        ("p50ms:5%", "did you mean 'p50_ms'"),
+        ("p50_ms:5", "in percent"),
+        ("top1_drop:1%", "in points"),
+        ("throughput_ips:100%", "less than 100"),
+        ("p50_ms:-5%", "METRIC:NUMBER"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(word, said):
+    with pytest.raises(BadRequest, match=said):
+        parse_limits([word])
+
+
+def test_a_metric_has_one_limit_and_there_is_a_default():
+    with pytest.raises(BadRequest, match="twice"):
+        parse_limits(["bytes:1%", "bytes:2%"])
+    assert [str(limit) for limit in parse_limits([])] == ["p50_ms:5%"]
