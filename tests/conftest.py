@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 PX = 64

@@ -1,0 +1,82 @@
+"""Two artifacts timed in turn; the sessions are fakes that take as long as they say."""
+
+import msgspec
+import pytest
+
+from exporter.compare import artifacts as comparing
+from exporter.compare import parse_limits
+from exporter.compare.artifacts import CompareOptions, Pair
+from exporter.errors import BadRequest, CheckFailed
+from tests.bench import fakes
+from tests.conftest import build
+
+QUICK = CompareOptions(duration=0.8)
+
+
+@pytest.fixture
+def pair(artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    return Pair(made, made)
+
+
+def test_a_slower_head_is_measured_again_and_fails(pair):
+    limits = parse_limits(["p50_ms:5%", "throughput_ips:5%"])
+    findings = comparing.compare_times(pair, limits, QUICK, fakes.slower_head)
+    assert [finding.passed for finding in findings] == [False, False]
+    assert 30 < findings[0].value < 50
+    assert -35 < findings[1].value < -22
+    assert len(findings[0].samples) == comparing.LAUNCHES * comparing.AGAIN
+    assert findings[0].detail.startswith("regressed")
+
+
+def test_the_same_is_looked_at_once_and_passes(pair):
+    (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:20%"]), QUICK, fakes.same)
+    assert finding.passed
+    assert abs(finding.value) < 15
+    assert len(finding.samples) == comparing.LAUNCHES
+
+
+def test_a_suspicion_that_does_not_come_back_passes(pair, monkeypatch):
+    """Slow at the first look only."""
+    looks = []
+    original = comparing._changes
+
+    def changes(pair, limits, batch, options, times, opener):
+        looks.append(times)
+        return original(pair, limits, batch, options, times, fakes.slower_head if times == 1 else fakes.same)
+
+    monkeypatch.setattr(comparing, "_changes", changes)
+    (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:20%"]), QUICK)
+    assert looks == [1, comparing.AGAIN]
+    assert finding.passed
+
+
+def test_every_batch_is_a_case_of_its_own(pair):
+    options = msgspec.structs.replace(QUICK, batch=(1, 2))
+    findings = comparing.compare_times(pair, parse_limits(["p50_ms:50%"]), options, fakes.same)
+    assert sorted(finding.case for finding in findings) == ["batch 1", "batch 2"]
+
+
+def test_a_head_that_crashes_is_named(pair):
+    with pytest.raises(CheckFailed, match=r"custom_fp32.onnx: brought its process down \(SIGSEGV\)"):
+        comparing.compare_times(pair, parse_limits([]), QUICK, fakes.crashing_head)
+
+
+def test_one_core_is_left_to_the_others_but_never_none_used(pair, monkeypatch):
+    for cores, threads in ((1, 1), (2, 1), (8, 7)):
+        monkeypatch.setattr(comparing.machine, "cores", lambda cores=cores: cores)
+        assert {arm.threads for arm in comparing._plan(pair, 1, QUICK, 0).arms} == {threads}
+
+
+def test_two_models_are_not_compared_unless_asked(pair, tmp_path, artifacts, tiny):
+    other = build("random:0", tmp_path, variant="atto", imgsz=64)
+    two = Pair(pair.base, other)
+    with pytest.raises(BadRequest, match="two models"):
+        comparing.check_pair(two, QUICK)
+    comparing.check_pair(two, msgspec.structs.replace(QUICK, across=("model",)))
+    fixed = Pair(pair.base, build(tiny, tmp_path / "fixed", batch=2))
+    with pytest.raises(BadRequest, match="say --batch 2"):
+        comparing.check_pair(fixed, QUICK)
+    small = Pair(pair.base, build(tiny, tmp_path / "small", imgsz=32))
+    with pytest.raises(BadRequest, match="32 pixels"):
+        comparing.check_pair(small, QUICK)

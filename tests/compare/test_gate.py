@@ -1,0 +1,208 @@
+"""`compare` as it is typed: reports, artifacts, git revisions."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from exporter import report
+from exporter.report import Finding, Report
+from tests.conftest import copy_artifact
+
+MACHINE = {"cpu": "AMD EPYC", "isa": ["avx2"], "cores": 2, "system": "Linux 6 x86_64"}
+
+
+def timed(ms=10.0, eager=30.0, launches=8, seed=0, **facts):
+    """A report as `bench` writes it, of an artifact that takes so long."""
+    rng = np.random.default_rng(seed)
+    samples = ms * np.exp(rng.normal(0, 0.01, launches * 20))
+    beside = eager * np.exp(rng.normal(0, 0.01, launches * 10))
+    findings = (
+        latency("p50_ms", samples, launches),
+        latency("eager_p50_ms", beside, launches),
+        Finding(check="accuracy", metric="top1", value=90.0, unit="%", samples=(1.0,) * 900 + (0.0,) * 100),
+        Finding(check="structure", metric="bytes", value=1000.0),
+    )
+    environment = {**MACHINE, **facts.pop("environment", {})}
+    artifact = {"path": "a.onnx", "sha256": "0", "variant": "tiny", "task": "classify", **facts}
+    return Report(passed=True, recipe={}, artifact=artifact, environment=environment, findings=findings)
+
+
+def latency(metric, samples, launches):
+    counts = (len(samples) // launches,) * launches
+    value = float(np.median(samples))
+    return Finding(
+        check="latency", metric=metric, case="batch 1", value=value, unit="ms",
+        samples=tuple(map(float, samples)), launches=counts,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def typed(run, tmp_path):
+    """Type `compare` over two reports."""
+
+    def compare(base, head, *words):
+        for name, made in (("base", base), ("head", head)):
+            report.save(made, tmp_path / f"{name}.report.json")
+        return run("compare", tmp_path / "base.report.json", tmp_path / "head.report.json", *words, "--json")
+
+    return compare
+
+
+def test_reports_of_a_slower_head_are_a_regression(typed, tmp_path):
+    result = typed(timed(10), timed(11.5, seed=1))
+    assert result.code == 6
+    (finding,) = result.json["findings"]
+    assert finding["value"] == pytest.approx(15, abs=1.5)
+    assert not report.load(tmp_path / "head.compare.json").passed
+    assert typed(timed(10), timed(10.2, seed=1)).code == 0
+    assert typed(timed(10), timed(8, seed=1)).code == 0
+
+
+def test_a_slower_day_is_no_regression_where_eager_was_slower_too(typed):
+    assert typed(timed(10, eager=30), timed(12, eager=36, seed=1)).code == 0
+    assert typed(timed(10, eager=30), timed(10, eager=25, seed=1)).code == 6, "as slow as before on a faster day"
+
+
+def test_answers_and_sizes_are_compared_too(typed):
+    head = timed(10, seed=1)
+    worse = replace(head.find("top1"), samples=(1.0,) * 800 + (0.0,) * 200)
+    head = replace(head, findings=tuple(worse if f.metric == "top1" else f for f in head.findings))
+    result = typed(timed(10), head, "--fail-on", "top1_drop:0.3", "--fail-on", "bytes:1%")
+    assert result.code == 6
+    drop, size = result.json["findings"]
+    assert (drop["value"], drop["passed"]) == (pytest.approx(10), False)
+    assert (size["value"], size["passed"]) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "said"),
+    [
+        (timed(environment={"cpu": "Intel"}), (), "two machines: Intel and AMD EPYC"),
+        (timed(environment={"cores": 4}), (), "two machines: 4 and 2"),
+        (timed(variant="base"), (), "two models: base classify and tiny classify"),
+        (timed(launches=1), (), "1 launches"),
+        (timed(), ("--fail-on", "nodes:0"), "no nodes"),
+        (timed(), ("--base-rev", "main", "--build", "true"), "expected HEAD alone"),
+        (timed(), ("--base-rev", "main"), "expected HEAD alone"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(base, words, said, tmp_path, refused):
+    report.save(base, tmp_path / "base.json")
+    report.save(timed(), tmp_path / "head.json")
+    assert said in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json", *words, folder=tmp_path)
+
+
+def test_asked_for_two_machines_are_compared(typed):
+    base = timed(environment={"cpu": "Intel"})
+    assert typed(base, timed(seed=1), "--across", "machine").code == 0
+
+
+def test_a_baseline_without_samples_or_with_damaged_ones_is_refused(tmp_path, refused):
+    report.save(timed(), tmp_path / "head.json")
+    whole = json.loads((tmp_path / "head.json").read_text())
+    for change, said in (
+        ({"samples": [], "launches": []}, "no samples"),
+        ({"launches": [8] * 8}, "damaged"),
+        ({"launches": [160, 0]}, "damaged"),
+    ):
+        spoilt = {**whole, "findings": [{**whole["findings"][0], **change}, *whole["findings"][1:]]}
+        (tmp_path / "base.json").write_text(json.dumps(spoilt))
+        assert said in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json")
+    (tmp_path / "base.json").write_text(json.dumps({**whole, "schema": 9}))
+    assert "schema 9" in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json")
+    (tmp_path / "base.json").write_text(json.dumps(whole)[:-40])
+    assert "truncated" in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json")
+
+
+def test_a_report_and_an_artifact_are_not_compared(onnx_copy, tmp_path, refused):
+    report.save(timed(), tmp_path / "head.json")
+    assert "two of a kind" in refused(2, "compare", onnx_copy.path, tmp_path / "head.json")
+    assert "1 files given" in refused(2, "compare", onnx_copy.path)
+    assert "--data" in refused(2, "compare", onnx_copy.path, onnx_copy.path, "--fail-on", "top1_drop:0.3")
+
+
+def test_two_artifacts_on_their_real_runtime(artifacts, tmp_path, run):
+    """The same against itself, with a limit that noise does not reach; size and nodes are exact."""
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    result = run(
+        "compare", made.path, made.path, "--fail-on", "p50_ms:60%", "--fail-on", "bytes:0", "--fail-on", "nodes:0",
+        "--duration", "0.5",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "no regression" in result.out
+    assert (tmp_path / "custom_fp32.onnx.compare.json").exists()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository whose build copies an artifact that is in it."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["init", "-q", "-b", "main"], ["config", "user.email", "a@b.c"], ["config", "user.name", "a"]):
+        subprocess.run(["git", *words], check=True)
+    return tmp_path
+
+
+def commit(message):
+    subprocess.run(["git", "add", "-A"], check=True)
+    subprocess.run(["git", "commit", "-q", "-m", message], check=True)
+
+
+def test_revisions_end_to_end(repository, artifacts, run):
+    made = artifacts["onnxruntime", "fp32"]
+    for path in (*made.files, made.path.with_name(made.path.name + ".json")):
+        Path(path.name).write_bytes(path.read_bytes())
+    Path("build.sh").write_text("mkdir -p out && cp custom_fp32.onnx* out/")
+    Path(".gitignore").write_text("out/\n")
+    commit("base")
+    Path("build.sh").write_text("mkdir -p out && cp custom_fp32.onnx* out/ && echo built")
+    commit("head")
+    told = ("--build", "sh build.sh", "--fail-on", "bytes:0")
+    result = run("compare", "--base-rev", "HEAD~1", *told, "out/custom_fp32.onnx", "--json")
+    assert result.code == 0, result.err
+    assert result.json["findings"][0]["value"] == 0
+    assert result.json["recipe"]["compare"]["base"]["sha256"] == made.sidecar.sha256
+    worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout
+    assert len(worktrees.splitlines()) == 1, "the checkout of the base is gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--base-rev", "nowhere", "--build", "true", "a.onnx"), 2, "git fetch --depth=1 origin nowhere"),
+        (("--base-rev", "HEAD", "--build", "echo no weights >&2; false", "a.onnx"), 5, "exit code 1: no weights"),
+        (("--base-rev", "HEAD", "--build", "true", "a.onnx"), 2, "left no a.onnx"),
+        (("--base-rev", "HEAD", "--build", "true", "/a.onnx"), 2, "relative to here"),
+        (("--base-rev", "HEAD", "a.onnx"), 2, "go together"),
+    ],
+)
+def test_revisions_that_cannot_be_built_are_refused(words, code, said, repository, refused):
+    Path("file").write_text("x")
+    commit("one")
+    assert said in refused(code, "compare", *words)
+
+
+def test_outside_a_repository(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert "git" in refused(2, "compare", "--base-rev", "HEAD", "--build", "true", "a.onnx")
+
+
+def test_the_pytest_fixture_fails_a_test_that_regressed(pytester, tmp_path):
+    report.save(timed(10), tmp_path / "base.json")
+    report.save(timed(12, seed=1), tmp_path / "slow.json")
+    pytester.makepyfile(
+        f"""
+        def test_same(convnext_gate):
+            assert convnext_gate("{tmp_path}/base.json", "{tmp_path}/base.json", "p50_ms:5%").passed
+
+        def test_slow(convnext_gate):
+            convnext_gate("{tmp_path}/base.json", "{tmp_path}/slow.json", "p50_ms:5%")
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*slow.json regressed against*", "*p50_ms*regressed*"])
