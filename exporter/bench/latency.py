@@ -46,9 +46,9 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     Raises: BadRequest for artifacts that cannot be timed together, or not at such a batch.
     """
     _check(artifacts, options)
-    arms = _arms(artifacts, options)
+    arms = arms_of(artifacts, options)
     gpu = machine.gpu() if options.device.startswith(("cuda", "tensorrt")) else None
-    timings = [_time(arms, artifacts[0], batch, options, opener) for batch in options.batch]
+    timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in options.batch]
     step("loading each model alone, cold")
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
     plan = timings[0].plan
@@ -84,7 +84,8 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         raise BadRequest("the same artifact is named twice; `compare` holds one against itself")
 
 
-def _arms(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
+def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
+    """Eager first, then the artifacts, then what else was asked for."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads}
     torch = {**told, "device": "cpu" if options.device == "cpu" else "cuda", "weights": options.weights}
     path = str(artifacts[0].path)
@@ -93,7 +94,8 @@ def _arms(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
 
 
-def _time(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
+def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
+    """Launches of all arms at one batch size, until the duration is over or the speed-ups are known well enough."""
     step(f"timing {len(arms)} models in turn, batch {batch}")
     plan = Plan(
         arms=tuple(arms),

@@ -7,6 +7,7 @@ are made elsewhere. The modules of this folder are the formats of `convnext-expo
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,8 +78,9 @@ def number(value: float) -> float | None:
 
 
 def encode(report: Report) -> bytes:
-    """The report as JSON."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+    """The report as JSON for people: a list of numbers, however long, is one line."""
+    text = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+    return re.sub(rb"\[\s+([-+.\deE,\s]+?)\s+\]", lambda found: b"[" + b"".join(found[1].split()) + b"]", text)
 
 
 def save(report: Report, path: Path) -> None:

@@ -129,7 +129,7 @@ def machine(report: Report) -> str:
     tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
     cores = report.environment.get("cores")
     cpu = str(report.environment.get("cpu", "?"))
-    return "; ".join([f"{cpu}, {cores} cores" if cores else cpu, ", ".join(tools)])
+    return "; ".join(filter(None, [f"{cpu}, {cores} cores" if cores else cpu, ", ".join(tools)]))
 
 
 def data(report: Report) -> str:

@@ -98,13 +98,13 @@ def test_torch_compile_is_a_row_of_its_own_or_says_why_not(artifacts, run, tmp_p
 def test_a_fallen_artifact_fails_its_own_row(artifacts, run, tmp_path, monkeypatch):
     """The second file is damaged between its check and its loading."""
     good, bad = (copy_artifact(artifacts["onnxruntime", p], tmp_path) for p in ("fp32", "fp16"))
-    original = latency._time
+    original = latency.time_batch
 
     def spoil_then_time(*told):
         bad.path.write_bytes(b"spoilt")
         return original(*told)
 
-    monkeypatch.setattr(latency, "_time", spoil_then_time)
+    monkeypatch.setattr(latency, "time_batch", spoil_then_time)
     result = run("bench", good.path, bad.path, *QUICK, "--json")
     assert result.code == 5
     first, second = json.loads(result.out)

@@ -99,7 +99,6 @@ def test_what_never_settles_is_said_to_have_not():
 
 def test_the_garbage_collector_keeps_still_and_is_woken_again():
     assert gc.isenabled()
-    with pytest.raises(ValueError, match="stop"), timing.undisturbed():
+    with timing.undisturbed():
         assert not gc.isenabled()
-        raise ValueError("stop")
     assert gc.isenabled()

@@ -1,0 +1,170 @@
+"""Every format is read by a reader of its own, with names in it that want to break out."""
+
+import csv
+import html.parser
+import io
+import re
+from pathlib import Path
+
+import junitparser
+import numpy as np
+import pytest
+
+from exporter import discover
+from exporter.report import Finding, Report
+
+EVIL = 'a"><script>alert(1)<b>|`$x^2$`.onnx'
+FORMATS = ("csv", "github", "html", "junit", "markdown")
+
+
+def latency(metric, samples, **told):
+    value = float(np.median(samples))
+    counts = (len(samples) // 8,) * 8
+    told = {"case": "batch 1", "unit": "ms", **told}
+    return Finding(check="latency", metric=metric, value=value, samples=tuple(samples), launches=counts, **told)
+
+
+def made(name=EVIL, ms=10.0, passed=True, seed=0):
+    rng = np.random.default_rng(seed)
+    samples, eager = (list(map(float, one * np.exp(rng.normal(0, 0.1, 160)))) for one in (ms, 30))
+    findings = (
+        Finding(check="accuracy", metric="top1", value=82.1, unit="%", low=80.0, high=84.0),
+        Finding(check="accuracy", metric="top1_eager", value=82.2, unit="%"),
+        Finding(check="parity", metric="cosine", value=0.9999, limit=0.999),
+        Finding(check="structure", metric="bytes", value=1e6, unit="bytes"),
+        *(Finding(check="blocks", metric="block_error", case=f"stages.0.{i}", value=1e-3 * i) for i in range(3)),
+        latency("p50_ms", samples),
+        Finding(check="latency", metric="speedup", case="batch 1", value=3.0, low=2.9, high=3.1, unit="×"),
+        latency("eager_p50_ms", eager),
+        Finding(
+            check="regression", metric="p50_ms", case="batch 1", value=12.0, low=10.0, high=14.0, unit="%", limit=5,
+            passed=passed, detail="regressed: 9 → 10,\nand so on: 100 %",
+        ),
+    )  # fmt: skip
+    artifact = {
+        "path": f"build/{name}",
+        "backend": "onnxruntime",
+        "precision": "fp32",
+        "sha256": "ab",
+        "variant": "tiny",
+    }
+    environment = {"cpu": "A <b>CPU</b>", "cores": 2, "versions": {"torch": "2"}}
+    return Report(passed=passed, recipe={}, artifact=artifact, environment=environment, findings=findings)
+
+
+def rendered(form, *reports):
+    return discover.load("exporter.report", form, "RENDER")(reports)
+
+
+def test_every_format_is_tried_here():
+    assert set(discover.names("exporter.report")) == set(FORMATS)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_report_of_nothing_is_still_a_document(form):
+    empty = Report(passed=True, recipe={}, artifact={}, environment={}, findings=())
+    assert rendered(form, empty) or form == "github"
+
+
+def test_junit_is_read_by_a_junit_reader():
+    suites = junitparser.JUnitXml.fromstring(rendered("junit", made(passed=False), made()).encode())
+    first, second = list(suites)
+    assert first.name == EVIL
+    assert (first.tests, first.failures, second.failures) == (11, 1, 0)
+    (failed,) = [case for case in first if case.result]
+    assert failed.name == "p50_ms (batch 1)"
+    assert failed.classname == f"{EVIL}.regression"
+    assert "12 %, limit 5" in failed.result[0].message
+
+
+def test_junit_has_no_character_that_xml_lacks():
+    assert junitparser.JUnitXml.fromstring(rendered("junit", made("a\x00\x1b\ud800b.onnx")).encode())
+
+
+def decode(line):
+    """GitHub's grammar: `::name key=value,key=value::message`, as the runner reads it."""
+    name, properties, message = re.fullmatch(r"::(\w+) (.*?)::(.*)", line).groups()
+    pairs = dict(pair.split("=", 1) for pair in properties.split(","))
+    unescape = [("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "%")]
+    for code, sign in unescape:
+        pairs = {key: value.replace(code, sign) for key, value in pairs.items()}
+    for code, sign in unescape[2:]:
+        message = message.replace(code, sign)
+    return name, pairs, message
+
+
+def test_github_annotations_are_read_as_the_runner_does():
+    lines = rendered("github", made(passed=False), made("b.onnx")).splitlines()
+    found = [decode(line) for line in lines]
+    assert [name for name, _, _ in found] == ["error", "notice"]
+    _, properties, message = found[0]
+    assert properties == {"title": f"{EVIL}: p50_ms, batch 1"}
+    assert message == "12 % (limit 5) regressed: 9 → 10,\nand so on: 100 %"
+
+
+def test_csv_is_read_by_a_csv_reader_and_holds_no_formula():
+    text = rendered("csv", made(), made("=HYPERLINK(1)"))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == 2 * len(made().findings)
+    assert rows[0]["artifact"] == EVIL
+    assert rows[-1]["artifact"] == "'=HYPERLINK(1)"
+    assert float(rows[0]["value"]) == 82.1
+    assert rows[-1]["detail"].endswith("100 %")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, what they link to, and the text of the page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("href", "src", "xlink:href") and value]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_html_needs_nothing_else_and_runs_nothing():
+    page = Page(rendered("html", *(made(f"{i}{EVIL}", 5 + i, seed=i) for i in range(6))))
+    assert "script" not in page.tags
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert page.tags.count("svg") == 4, "change, accuracy against latency, blocks, latencies"
+    assert "url(http" not in (text := rendered("html", made()))
+    assert "@import" not in text
+    assert len(text) < 2e6
+
+
+def test_html_says_what_the_report_says():
+    words = " ".join(Page(rendered("html", made(passed=False))).words)
+    assert f"fails: {EVIL}" in words
+    for part in ("82.10 %", "12.00", "regressed", "A <b>CPU</b>", "stages.0.2", "agreement"):
+        assert part in words, part
+
+
+def test_html_keeps_within_two_megabytes_however_many_samples():
+    samples = tuple(map(float, np.random.default_rng(0).gamma(9, 1, 400_000)))
+    large = latency("p50_ms", samples)
+    many = [
+        Report(passed=True, recipe={}, artifact={"path": f"{i}.onnx"}, environment={}, findings=(large,))
+        for i in range(6)
+    ]
+    assert len(rendered("html", *many).encode()) < 2e6
+
+
+def test_markdown_keeps_names_inside_their_cells():
+    text = rendered("markdown", made())
+    assert "<script>" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| a")]
+    assert {line.count("|") for line in rows if "onnxruntime" in line} == {10}
+
+
+def test_the_charts_follow_the_page_from_light_to_dark():
+    text = rendered("html", made())
+    assert "currentColor" in text
+    assert "var(--faint)" in text
+    assert "#123456" not in text
+    assert Path(discover.module("exporter.report", "html").TEMPLATE).name == "page.html.j2"

@@ -1,0 +1,115 @@
+"""A history is appended to, and its steps are found at the commit that made them."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from exporter import report
+from exporter.errors import BadRequest
+from exporter.report import _history
+from exporter.report._history import Entry, Series
+from tests.report.test_formats import made
+
+
+def entries(levels, noise=0.01, metric="speedup, batch 1", machine="A", seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Entry(
+            commit=f"c{index:03}", time=f"2026-11-{1 + index // 24:02}T{index % 24:02}:00", artifact="a.onnx",
+            machine=machine, values={metric: float(level * np.exp(rng.normal(0, noise)))},
+        )
+        for index, level in enumerate(levels)
+    ]  # fmt: skip
+
+
+def found(*told, **more):
+    (one,) = _history.series(entries(*told, **more))
+    return _history.steps(one)
+
+
+def test_a_step_is_found_where_it_was_made():
+    (step,) = found([2.0] * 25 + [1.84] * 15)
+    assert step.commit == "c025"
+    assert step.change_pct == pytest.approx(-8, abs=1)
+
+
+def test_two_steps_and_none():
+    assert [step.commit for step in found([1.0] * 12 + [1.2] * 12 + [1.1] * 12)] == ["c012", "c024"]
+    alarms = sum(len(found([1.0] * 40, seed=seed)) for seed in range(100))
+    assert alarms <= 3, "of a hundred histories in which nothing happened"
+
+
+def test_one_bad_commit_is_no_step_nor_are_too_few():
+    assert found([1.0] * 10 + [1.5] + [1.0] * 10) == []
+    assert found([1.0, 1.0, 2.0, 2.0]) == []
+    assert found([1.0] * 10 + [1.005] * 10, noise=1e-5) == [], "half a per cent"
+    assert _history.steps(Series("a", "m", "x", tuple(entries([0.0] * 8, metric="x")))) == []
+
+
+def test_machines_are_never_mixed():
+    both = entries([1.0] * 10, machine="A") + entries([2.0] * 10, machine="B")
+    assert [len(one.entries) for one in _history.series(both)] == [10, 10]
+    assert _history.step_table(both).rows == []
+
+
+def test_reports_are_appended_and_drawn(tmp_path, run):
+    report.save(made("m.onnx"), tmp_path / "a.report.json")
+    history = tmp_path / "h" / "history.jsonl"
+    for index in range(3):
+        result = run("report", tmp_path / "a.report.json", "--history", history, "--commit", f"{index:040}")
+        assert result.code == 0, result.err
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [line["commit"][-1] for line in lines] == ["0", "1", "2"]
+    assert lines[0]["values"]["top1"] == 82.1
+    assert "p50_ms, batch 1" in lines[0]["values"]
+    assert 5 < lines[0]["values"]["p50_ms, batch 1"] < 15, "what was measured, not what compare said of it"
+    assert "No step" in run("report", history).out
+    assert run("report", history, "--format", "html", "-o", tmp_path / "t.html").code == 0
+    assert (tmp_path / "t.html").read_text().count("<svg") >= 4
+
+
+def test_the_commit_is_gits_or_the_cis(tmp_path, run, monkeypatch):
+    report.save(made("m.onnx"), tmp_path / "a.report.json")
+    monkeypatch.chdir(tmp_path)
+    for name in _history_variables():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert "--commit" in run("report", "a.report.json", "--history", "h.jsonl").err
+    assert not (tmp_path / "h.jsonl").exists()
+    monkeypatch.setenv("GITHUB_SHA", "f" * 40)
+    assert run("report", "a.report.json", "--history", "h.jsonl").code == 0
+    monkeypatch.delenv("GITHUB_SHA")
+    subprocess.run(
+        "git init -q . && git -c user.name=a -c user.email=b commit -q --allow-empty -m x", shell=True, check=True
+    )
+    assert run("report", "a.report.json", "--history", "h.jsonl").code == 0
+    commits = [json.loads(line)["commit"] for line in (tmp_path / "h.jsonl").read_text().splitlines()]
+    assert commits[0] == "f" * 40
+    assert len(commits[1]) == 40
+    assert commits[1] != commits[0]
+
+
+def _history_variables():
+    from exporter import rendering
+
+    return rendering.COMMIT_VARIABLES
+
+
+@pytest.mark.parametrize("line", ["", "{}", "[]", '{"schema": 2}', '{"commit": "a"', "\x00"])
+def test_a_line_that_is_none_is_named(line, tmp_path):
+    path = tmp_path / "history.jsonl"
+    good = json.dumps({"commit": "a", "time": "t", "artifact": "a", "machine": "m", "values": {}})
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(BadRequest, match="line 2"):
+        _history.load(path)
+
+
+def test_what_is_no_history_is_left_as_it_was(tmp_path, refused):
+    report.save(made("m.onnx"), tmp_path / "a.report.json")
+    (tmp_path / "h.jsonl").write_text("not ours\n")
+    told = ("report", tmp_path / "a.report.json", "--history", tmp_path / "h.jsonl", "--commit", "c")
+    assert "line 1" in refused(2, *told, folder=tmp_path)
+    assert "written as html or markdown" in refused(2, "report", tmp_path / "h.jsonl", "--format", "csv")
+    assert "no history there" in refused(2, "report", tmp_path / "none.jsonl")
