@@ -11,14 +11,16 @@ from pathlib import Path
 import click
 import msgspec
 
+from benchmarks import agreement, gate
 from benchmarks.footprint import Footprint, table
 from exporter import report
 from exporter.cli import GROUPS, cli
 from exporter.report import markdown
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "xeon-amx-2-cores"
-DEMO = ("fp32.onnx", "fp16.onnx", "fp32.xml", "fp16.xml", "bf16.xml")
+RESULTS = ROOT / "benchmarks" / "results" / "epyc-milan-2-cores"
+FOOTPRINT = ROOT / "benchmarks" / "results" / "xeon-amx-2-cores" / "footprint.json"
+DEMO = ("fp32.onnx", "fp16.onnx", "fp32.xml", "fp16.xml")
 
 
 def cli_help() -> str:
@@ -38,8 +40,15 @@ def cli_help() -> str:
 def tables() -> dict[str, str]:
     """The tables of the README by their mark."""
     reports = [report.load(RESULTS / "demo" / f"custom_{name}.report.json") for name in DEMO]
-    footprint = msgspec.json.decode((RESULTS / "footprint.json").read_bytes(), type=Footprint)
-    return {"demo": markdown.render(reports), "footprint": table(footprint)}
+    footprint = msgspec.json.decode(FOOTPRINT.read_bytes(), type=Footprint)
+    trials = msgspec.json.decode((RESULTS / "gate.json").read_bytes(), type=gate.Experiment)
+    others = msgspec.json.decode((RESULTS / "agreement.json").read_bytes(), type=agreement.Result)
+    return {
+        "demo": markdown.render(reports),
+        "footprint": table(footprint),
+        "gate": gate.table(trials),
+        "agreement": agreement.table(others),
+    }
 
 
 def readme(text: str) -> str:

@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from exporter import artifact, report
+from exporter import artifact, discover, report
 from exporter.artifact import Preprocessing, sidecar_path
+from exporter.compare import parse_limits
+from exporter.compare.reports import compare_reports
 from exporter.data import images
 from exporter.data.samples import open_samples
 from exporter.errors import ExporterError
@@ -163,6 +165,49 @@ def test_sidecars_and_reports_of_any_content(content, onnx_copy):
         assert ours(report.load, path) is None
     finally:
         path.write_bytes(whole)
+
+
+METRIC = st.sampled_from(
+    ["p50_ms", "eager_p50_ms", "speedup", "p99_ms", "top1", "top1_eager", "cosine", "bytes", "block_error", "other"]
+)
+NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+FINDING = st.fixed_dictionaries(
+    {"check": st.sampled_from(["latency", "regression", "parity", "blocks", "?"]), "metric": METRIC, "value": NUMBER},
+    optional={
+        "case": st.sampled_from(["", "batch 1", "x"]),
+        "limit": NUMBER,
+        "low": NUMBER,
+        "high": NUMBER,
+        "passed": st.booleans(),
+        "detail": st.text(max_size=20),
+        "samples": st.lists(st.floats(-1e9, 1e9), max_size=6),
+        "launches": st.lists(st.integers(-2, 9), max_size=4),
+    },
+)
+REPORT = st.fixed_dictionaries(
+    {
+        "schema": st.just(1),
+        "passed": st.booleans(),
+        "recipe": st.dictionaries(st.text(max_size=5), JSON, max_size=2),
+        "artifact": st.dictionaries(st.sampled_from(["path", "backend", "precision", "sha256", "variant"]), JSON),
+        "environment": st.dictionaries(st.sampled_from(["cpu", "isa", "cores", "versions", "session", "timing"]), JSON),
+        "findings": st.lists(FINDING, max_size=5),
+    }
+)
+
+
+@settings(MANY, max_examples=30)
+@given(content=REPORT)
+def test_reports_that_are_well_formed_and_mean_nothing(content, tmp_path):
+    """Every format writes them, and a comparison judges them or says why not."""
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    loaded = ours(report.load, tmp_path / "r.json")
+    if loaded is None:
+        return
+    for form in discover.names("exporter.report"):
+        ours(discover.load("exporter.report", form, "RENDER"), [loaded])
+    for limit in ("p50_ms:5%", "bytes:1%", "top1_drop:1"):
+        ours(compare_reports, loaded, loaded, parse_limits([limit]), ())
 
 
 @MANY

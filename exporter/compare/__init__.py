@@ -181,7 +181,7 @@ def _verdict(change: Change, regressed: bool) -> str:
 def compare_exact(limit: Limit, base: float, head: float) -> Finding:
     """A number that has no noise."""
     grown = head - base
-    value = 100 * grown / base if limit.relative else grown
+    value = 100 * grown / max(base, 1.0) if limit.relative else grown
     return judged(
         Finding(
             check="regression",

@@ -117,4 +117,4 @@ def _eager(report: Report, case: str, count: int) -> np.ndarray | None:
     found = report.find("eager_p50_ms", case)
     if found is None or len(found.launches) != count or not found.samples:
         return None
-    return np.log([float(np.median(launch)) for launch in _launches(report, "eager_p50_ms", case, "")])
+    return np.log([float(np.median(launch)) for launch in _launches(report, "eager_p50_ms", case, "eager's")])

@@ -43,6 +43,11 @@ class Finding(Record, frozen=True):
     case: str = ""
     launches: tuple[int, ...] = ()
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the 95 % interval, or None."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 class Report(Record, frozen=True):
     """All findings about one artifact, with what it was built from and where it was measured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,9 @@ def _figure(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
         axes.grid(True, linewidth=0.5)
         yield axes, drawing
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():  # text is left to the reader's fonts: what ours lack does not matter
+            warnings.simplefilter("ignore", UserWarning)
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)")
     drawing.svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
@@ -68,7 +71,7 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     words = {"top1": "top-1, %", "top1_agreement": "agreement with eager, %", "cosine": "cosine to eager"}
     with _figure("Accuracy against latency", 3.6) as (axes, drawing):
         for report, p50, found in points:
-            ends = [abs((end if end is not None else found.value) - found.value) for end in (found.low, found.high)]
+            ends = [abs(end - found.value) for end in found.interval or (found.value, found.value)]
             style: dict[str, Any] = {"color": _colors(reports)[name(report)], "label": name(report)}
             axes.errorbar(p50, found.value, yerr=[[end] for end in ends], fmt="o", markersize=8, capsize=3, **style)
         eager, exact = points[0][0].find("eager_p50_ms"), points[0][0].find("top1_eager")
@@ -123,13 +126,13 @@ def _thin(samples: Sequence[float]) -> Sequence[float]:
 
 def changes(findings: Sequence[Finding]) -> str:
     """What `compare` saw: each change with its interval, and the limit it was held to."""
-    shown = [f for f in findings if f.check == "regression" and f.value is not None and f.low is not None]
+    shown = [f for f in findings if f.check == "regression" and f.value is not None and f.interval]
     if not shown:
         return ""
     with _figure("Change against the base", 0.9 + 0.45 * len(shown)) as (axes, drawing):
         for row, f in enumerate(shown):
             shade = COLORS[2] if f.passed else COLORS[5]
-            axes.plot([f.low or 0, f.high or 0], [row, row], color=shade, linewidth=3, solid_capstyle="round")
+            axes.plot(f.interval or (0, 0), [row, row], color=shade, linewidth=3, solid_capstyle="round")
             axes.plot([f.value or 0], [row], "o", color=shade, markersize=8)
             axes.plot([f.limit or 0] * 2, [row - 0.35, row + 0.35], color=INK, linestyle="--")
         axes.axvline(0, color=INK, linewidth=0.8)

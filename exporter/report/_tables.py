@@ -53,10 +53,11 @@ def regressions(reports: Sequence[Report]) -> Table:
 
 def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     unit = " %" if f.unit == "%" else f" {f.unit}" if f.unit else ""
-    interval = "" if f.low is None else f"{f.low:+.2f} … {f.high:+.2f}"
+    interval = "{:+.2f} … {:+.2f}".format(*f.interval) if f.interval else ""
+    limit = "–" if f.limit is None else f"{f.limit:g}{unit}"
     word = "passes" if f.passed else "**regressed**"
     change = "–" if f.value is None else f"{f.value:+.2f}{unit}"
-    return (name(report), f.metric, f.case, change, interval, f"{f.limit:g}{unit}", word, f.detail)
+    return (name(report), f.metric, f.case, change, interval, limit, word, f.detail)
 
 
 ACCURACY = ("parity", "accuracy", "sanity", "structure", "data", "blocks")
@@ -106,7 +107,7 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
     metrics = ("p50_ms", "p90_ms", "p99_ms", "throughput_ips")
     speed = report.find("speedup", case)
     bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
-    interval = "" if speed is None or speed.low is None else f"{speed.low:.2f}–{speed.high:.2f}"
+    interval = "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else ""
     noise = speed.detail.partition("; ")[2] if speed else ""
     return (
         *(number(report.find(metric, case)) for metric in metrics),

@@ -1,8 +1,15 @@
 """`bench` on real runtimes, small: what it reports, and what it refuses."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from exporter import report
@@ -140,3 +147,24 @@ def test_no_report_is_written_over_an_artifact(onnx_copy, tmp_path, refused):
         onnx_copy.path.with_name(onnx_copy.path.name + ".json"), tmp_path / f"{onnx_copy.path.name}.report.json.json"
     )
     assert "artifact" in refused(2, "bench", onnx_copy.path, "-o", tmp_path)
+
+
+def test_an_interrupt_leaves_no_process_and_no_report(onnx_copy):
+    """Ctrl-C in a terminal reaches the whole group of processes."""
+    folder = onnx_copy.path.parent
+    words = [Path(sys.executable).with_name("convnext-export"), "bench", onnx_copy.path, "--duration", "60"]
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in running.stderr:
+        if "timing" in line:
+            break
+    until = time.monotonic() + 60
+    while not (workers := psutil.Process(running.pid).children()) and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait(30) == 4
+    assert "interrupted" in running.stderr.read()
+    assert workers
+    time.sleep(0.5)
+    assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not list(folder.glob("*.report.json"))

@@ -103,3 +103,32 @@ def test_a_number_that_is_not_finite_is_null_in_json(example, tmp_path):
     nothing = Finding(check="parity", metric="max_abs", value=report.number(float("nan")))
     report.save(replace(example, findings=(nothing,)), tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["findings"][0]["value"] is None
+
+
+def test_what_other_checks_found_is_kept_if_it_is_of_the_same_file_and_machine(example, tmp_path):
+    path = tmp_path / "a.report.json"
+    same = replace(example, artifact={**example.artifact, "sha256": "1"})
+    latency = replace(
+        same, passed=False, findings=(Finding(check="latency", metric="p50_ms", value=None, passed=False),)
+    )
+    report.save(same, path)
+    whole = report.save_merged(latency, path)
+    assert [finding.metric for finding in whole.findings] == ["cosine", "p50_ms"]
+    assert not whole.passed
+    better = replace(same, findings=(Finding(check="latency", metric="p50_ms", value=1.0),))
+    assert report.save_merged(better, path).passed, "the failed measurement is replaced"
+    for other in ({"artifact": {"sha256": "2"}}, {"environment": {"cpu": "B"}}):
+        report.save(same, path)
+        assert [f.metric for f in report.save_merged(replace(better, **other), path).findings] == ["p50_ms"]
+    path.write_bytes(b"damaged")
+    assert report.save_merged(better, path) == better
+
+
+def test_samples_are_written_one_line_a_list(example, tmp_path):
+    many = replace(example, findings=(replace(example.findings[0], samples=tuple(i / 7 for i in range(500))),))
+    report.save(many, tmp_path / "a.json")
+    assert len((tmp_path / "a.json").read_text().splitlines()) < 60
+    assert report.load(tmp_path / "a.json") == many
+    strange = replace(many, environment={"cpu": "[ 1,\n 2 ]"})
+    report.save(strange, tmp_path / "a.json")
+    assert report.load(tmp_path / "a.json") == strange
