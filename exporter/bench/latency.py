@@ -87,7 +87,8 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """Eager first, then the artifacts, then what else was asked for."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    torch = {**told, "device": "cpu" if options.device == "cpu" else "cuda", "weights": options.weights}
+    on_cuda = options.device.startswith(("cuda", "tensorrt"))
+    torch = {**told, "device": "cuda" if on_cuda else "cpu", "weights": options.weights}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
     arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]

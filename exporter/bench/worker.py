@@ -26,7 +26,8 @@ from exporter.measure import machine, timing
 
 INPUTS = 4
 HEARTBEAT_S = 0.5
-AGAIN_LEAST_S, LEAST_S = 0.05, 0.2
+LEAST_S = 0.2
+AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched again
 
 
 @contextmanager
@@ -85,13 +86,13 @@ def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
     shuffle = random.Random(plan.seed)
     with ExitStack() as kept:
         lasting = {arm.name: _open(arm, line, opener, kept) for arm in plan.arms if arm.runtime != "artifact"}
-        warm = False
+        warmup = (LEAST_S, plan.warmup_s)
         while True:
             with ExitStack() as stack:
                 passing = [arm for arm in plan.arms if arm.runtime == "artifact"]
                 opened = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(passing, len(passing))}
-                launch = _launch(line, plan, lasting | opened, batches, shuffle, plan.warmup_s if not warm else None)
-            warm = True
+                launch = _launch(line, plan, lasting | opened, batches, shuffle, warmup)
+            warmup = AGAIN
             line.tell("launch", launch)
 
 
@@ -106,7 +107,7 @@ def _launch(
     sessions: dict[str, Session],
     batches: list[Array],
     shuffle: random.Random,
-    first_warmup_s: float | None,
+    warmup: tuple[float, float],
 ) -> Launch:
     names = [arm.name for arm in plan.arms]
     bounds: dict[str, Bound] = {}
@@ -115,8 +116,7 @@ def _launch(
         for name in shuffle.sample(names, len(names)):
             line.starting(name)
             bounds[name] = sessions[name].bind(batches)
-            least, most = (AGAIN_LEAST_S, AGAIN_LEAST_S * 4) if first_warmup_s is None else (LEAST_S, first_warmup_s)
-            paces[name] = timing.settle(bounds[name].run, least, most)
+            paces[name] = timing.settle(bounds[name].run, *warmup)
         watch = machine.Watch()
         runs = {name: bounds[name].run for name in names}
         rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting)

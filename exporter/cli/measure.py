@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")
@@ -89,29 +92,52 @@ def percentage(ctx: click.Context, param: click.Parameter, word: str | None) -> 
     return value
 
 
+def timing_options(duration: float, threads: str) -> Callable[[F], F]:
+    """The options of every verb that times, with its own default of seconds."""
+    options = (
+        click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8."),
+        click.option("--threads", type=click.IntRange(1, 512), help=f"Threads; by default {threads}."),
+        click.option(
+            "--hint",
+            type=click.Choice(["latency", "throughput"]),
+            default="latency",
+            show_default=True,
+            help="One batch at a time, or as many at once as the runtime has streams for.",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="What must run it: cpu, cuda or tensorrt on ONNX Runtime, cpu or gpu on OpenVINO.",
+        ),
+        click.option(
+            "--duration",
+            metavar="SECONDS",
+            type=click.FloatRange(0.5, 86400),
+            default=duration,
+            show_default=True,
+            help="Of timing, for each batch size and all models together.",
+        ),
+        click.option("--seed", default=0, show_default=True, help="Of the order in which the models take turns."),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command("bench", short_help="Latency and throughput against eager PyTorch, interleaved.")
 @click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8.")
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default each runtime's choice.")
-@click.option(
-    "--hint", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True,
-    help="One batch at a time, or as many at once as the runtime has streams for.",
-)  # fmt: skip
-@click.option(
-    "--device", default="cpu", show_default=True,
-    help="What must run it: cpu, cuda or tensorrt on ONNX Runtime, cpu or gpu on OpenVINO.",
-)  # fmt: skip
-@click.option(
-    "--duration", metavar="SECONDS", type=click.FloatRange(0.5, 86400), default=10, show_default=True,
-    help="Of timing, for each batch size and all models together.",
-)  # fmt: skip
+@timing_options(duration=10, threads="each runtime's choice")
 @click.option(
     "--until", metavar="PCT", callback=percentage,
     help="Go on until the speed-up is known to ± so much, at most ten times the duration.",
 )  # fmt: skip
 @click.option("--also", multiple=True, type=click.Choice(["torch.compile"]), help="Another way to run the model.")
 @click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
-@click.option("--seed", default=0, show_default=True, help="Of the order in which the models take turns.")
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
     help="A folder for the reports; by default each is beside its artifact.",

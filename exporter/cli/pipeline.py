@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from exporter.cli.measure import numbers
+from exporter.cli.measure import timing_options
 
 
 @click.command("compare", short_help="The CI gate: did latency or accuracy regress?")
@@ -19,22 +19,11 @@ from exporter.cli.measure import numbers
 @click.option("--base-rev", metavar="REV", help="Build the base from this git revision, with --build.")
 @click.option("--build", metavar="CMD", help="The shell command that builds HEAD, here and at --base-rev.")
 @click.option("--data", metavar="SRC", help="Labelled images, for top1_drop.")
-@click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8.")
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default all cores but one.")
-@click.option(
-    "--hint", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True,
-    help="One batch at a time, or as many at once as the runtime has streams for.",
-)  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, help="What must run it, as for bench.")
-@click.option(
-    "--duration", metavar="SECONDS", type=click.FloatRange(0.5, 86400), default=6, show_default=True,
-    help="Of timing, for each batch size; twice as long for what is measured again.",
-)  # fmt: skip
+@timing_options(duration=6, threads="all cores but one")
 @click.option(
     "--across", multiple=True, type=click.Choice(["machine", "model"]),
     help="Compare reports of two machines, or two models, all the same.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the order in which they take turns.")
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
     help="The report; by default HEAD.compare.json.",
@@ -45,7 +34,8 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
 
     Artifacts are timed in turn on this machine, and BASE twice, so that the noise is known. A regression is
     significant by a rank test (p < 0.01, corrected for all that is compared) and above its limit by more than that
-    noise; what looks like one is measured again, longer, before it fails. Exit code 6 says that one was found.
+    noise; what looks like one is measured again, twice as long, before it fails. Unless told, one core is left to
+    the rest of the machine. Exit code 6 says that a regression was found.
 
     \b
     Examples:

@@ -89,7 +89,8 @@ def test_alone_and_cold(artifacts):
     assert found.first_ms >= 5
     assert found.cold_ms >= 5
     assert 10e6 < found.peak_bytes < 10e9
-    assert "no such device" in str(supervisor.measure_cold(plan("closed").arms[0], plan("closed"), fakes.opened, 20.0))
+    closed = Arm(name="closed", path=arm.path)
+    assert "no such device" in str(supervisor.measure_cold(closed, plan("closed"), fakes.opened, 20.0))
 
 
 def test_a_caller_that_stops_early_leaves_nothing_behind():
