@@ -73,7 +73,12 @@ def test_throughput_falls_where_time_grows():
     assert finding.limit == -5
 
 
-def test_ten_thousand_comparisons_of_nothing_raise_no_alarm():
+def test_half_the_throughput_is_twice_the_time():
+    assert passed(change("throughput_ips:50%", shift_pct=80)) == [True]
+    assert passed(change("throughput_ips:50%", shift_pct=110)) == [False]
+
+
+def test_a_thousand_comparisons_of_nothing_raise_no_alarm():
     """Noise of 3 %, and a floor that is only half of it."""
     rng = np.random.default_rng(0)
     alarms = 0
