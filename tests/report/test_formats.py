@@ -5,10 +5,13 @@ import html
 import html.parser
 import io
 import re
+import shutil
+import subprocess
 
 import junitparser
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from exporter import discover
 from exporter.report import Finding, Report
@@ -172,3 +175,30 @@ def test_the_charts_follow_the_page_from_light_to_dark():
 def test_signs_in_names_are_no_formulas():
     labels = re.findall(r"<text[^>]*>(.*?)</text>", rendered("html", made()), flags=re.S)
     assert html.escape(EVIL, quote=False) in [label.strip() for label in labels]
+
+
+def test_markdown_is_read_by_a_markdown_reader():
+    page = MarkdownIt().enable("table").render(rendered("markdown", made(passed=False), made("b.onnx")))
+    read = Page(page)
+    assert read.tags.count("table") == 3
+    assert not {"script", "b", "a"} & set(read.tags)
+    assert EVIL in "".join(read.words)
+    widths = {row.count("<td") + row.count("<th") for row in page.split("<tr>")[1:]}
+    assert widths == {8, 9, 10}, "every row of a table has all of its cells"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here; apt-get install chromium")
+def test_html_in_a_browser_asks_for_nothing_and_complains_of_nothing(tmp_path):
+    (tmp_path / "page.html").write_text(rendered("html", *(made(f"{i}{EVIL}", 5 + i, seed=i) for i in range(6))))
+    words = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr", f"--log-net-log={tmp_path / 'net.json'}", "--dump-dom",
+        (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count("<svg") == 4
+    asked = set(re.findall(r'"url":"(.*?)"', (tmp_path / "net.json").read_text()))
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "chrome")) and "google" not in url], asked
