@@ -40,7 +40,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     wanted = 1 if options.base_rev else 2
     if len(sides) != wanted:
         what = "HEAD alone, its base being --base-rev" if options.base_rev else "BASE and HEAD, or HEAD and --base-rev"
-        raise BadRequest(f"compare: {len(sides)} files given; expected {what}")
+        raise BadRequest(f"compare: {len(sides)} given; expected {what}")
     if (options.base_rev is None) != (options.build is None):
         raise BadRequest("--base-rev REV and --build CMD go together: the command builds HEAD at both revisions")
     are_reports = [_is_report(side) for side in sides]

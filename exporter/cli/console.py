@@ -14,7 +14,8 @@ from exporter.progress import REPORTER
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from exporter.report import Finding, Report
+    from exporter.report import Finding
+    from exporter.report._tables import Table
 
 T = TypeVar("T")
 REDRAW_S = 0.1
@@ -118,11 +119,8 @@ def print_findings(findings: Iterable[Finding]) -> None:
     print_table(("check", "metric", "value", "limit", "", "detail"), rows, right=("value", "limit"))
 
 
-def print_latency(reports: Sequence[Report]) -> None:
-    """What was timed: eager first, then a row for each artifact, batch size by batch size."""
-    from exporter.report import _tables
-
-    table = _tables.latency(reports)
+def print_rows(table: Table) -> None:
+    """One of a report's tables, on stdout."""
     print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows], right=table.right)
 
 

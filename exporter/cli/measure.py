@@ -74,7 +74,7 @@ def numbers(ctx: click.Context, param: click.Parameter, word: str) -> tuple[int,
     del ctx
     parts = [part.strip() for part in word.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts):
-        raise click.BadParameter(f"{word!r}: expected whole numbers from 1 to 4096, as in {param.name} 1,8")
+        raise click.BadParameter(f"{word!r}: expected whole numbers from 1 to 4096, as in --{param.name} 1,8")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -156,7 +156,8 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     """
     from exporter import artifact, report
     from exporter.bench import latency
-    from exporter.cli.console import console, drawing, plain, print_json, print_latency
+    from exporter.cli.console import console, drawing, plain, print_json, print_rows
+    from exporter.report import _tables
 
     paths = [(output or path.parent) / f"{path.name}.report.json" for path in artifacts]
     for path in paths:
@@ -168,7 +169,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     if as_json:
         print_json(whole)
     else:
-        print_latency(made)
+        print_rows(_tables.latency(made))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in made):

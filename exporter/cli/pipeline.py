@@ -44,7 +44,8 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
       convnext-export compare main.report.json head.report.json --fail-on top1_drop:0.3
     """
     from exporter import artifact, gate, report
-    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+    from exporter.cli.console import console, drawing, plain, print_json, print_rows
+    from exporter.report import _tables
 
     path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
     artifact.check_output(path)
@@ -54,7 +55,7 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     if as_json:
         print_json(made)
     else:
-        print_findings(made.findings)
+        print_rows(_tables.regressions([made]))
         verdict = "[green]no regression[/]" if made.passed else "[red]REGRESSION[/]"
         console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
     if not made.passed:

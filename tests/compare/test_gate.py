@@ -121,7 +121,7 @@ def test_a_baseline_without_samples_or_with_damaged_ones_is_refused(tmp_path, re
 def test_a_report_and_an_artifact_are_not_compared(onnx_copy, tmp_path, refused):
     report.save(timed(), tmp_path / "head.json")
     assert "two of a kind" in refused(2, "compare", onnx_copy.path, tmp_path / "head.json")
-    assert "1 files given" in refused(2, "compare", onnx_copy.path)
+    assert "1 given" in refused(2, "compare", onnx_copy.path)
     assert "--data" in refused(2, "compare", onnx_copy.path, onnx_copy.path, "--fail-on", "top1_drop:0.3")
 
 
