@@ -6,13 +6,14 @@ timed. An arm that crashes or hangs is taken out, and the others are timed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from exporter.artifact import Preprocessing, Record
+from exporter.artifact import Artifact, Preprocessing, Record
 from exporter.backends import Session
+from exporter.errors import BadRequest
 from exporter.measure.machine import Conditions
 
 
@@ -29,6 +30,27 @@ class Arm(Record, frozen=True):
     device: str = "cpu"
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"
+
+
+class TimingOptions(Record, frozen=True):
+    """What every verb that times can be told; `duration` is seconds of timing for each batch size."""
+
+    batch: tuple[int, ...] = (1,)
+    threads: int | None = None
+    hint: Literal["latency", "throughput"] = "latency"
+    device: str = "cpu"
+    duration: float = 10.0
+    seed: int = 0
+
+    def check(self, artifacts: Iterable[Artifact]) -> None:
+        """Refuse batch sizes that an artifact cannot run.
+
+        Raises: BadRequest.
+        """
+        for made in artifacts:
+            fixed = made.sidecar.inputs[0].shape[0]
+            if isinstance(fixed, int) and set(self.batch) != {fixed}:
+                raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
 
 
 Opener = Callable[[Arm], AbstractContextManager[Session]]

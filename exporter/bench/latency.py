@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from exporter.artifact import Artifact, Record
-from exporter.bench import Arm, Cold, Opener, Plan, Timing, flat, supervisor, worker
+from exporter.artifact import Artifact
+from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
 from exporter.measure import machine
@@ -18,26 +18,20 @@ from exporter.measure.stats import Center, center
 from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
 
-EAGER, COMPILED = "eager", "torch.compile"
+EAGER = "eager"
 LAUNCHES = 8
 MOST_TIMES = 10  # --until gives up after so many times the duration
 NOISY_PCT = 5.0
 BUSY_PCT, STEAL_PCT = 10.0, 2.0
 
 
-class BenchOptions(Record, frozen=True):
-    """What `bench` can be told. `duration` is seconds of timing for each batch size, of all models together; `until`
-    is the half-width of the speed-up's 95 % interval, in percent, to go on for."""
+class BenchOptions(TimingOptions, frozen=True):
+    """What `bench` can be told. `until` is the half-width of the speed-up's 95 % interval, in percent, to go on for;
+    `weights` says where the checkpoint lies now."""
 
-    batch: tuple[int, ...] = (1,)
-    threads: int | None = None
-    hint: Literal["latency", "throughput"] = "latency"
-    device: str = "cpu"
-    duration: float = 10.0
     until: float | None = None
     also: tuple[Literal["torch.compile"], ...] = ()
     weights: str | None = None
-    seed: int = 0
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
@@ -76,9 +70,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             )
         if sidecar.preprocessing != first.preprocessing:
             raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
-        fixed = sidecar.inputs[0].shape[0]
-        if isinstance(fixed, int) and set(options.batch) != {fixed}:
-            raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
+    options.check(artifacts)
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; `compare` holds one against itself")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact import Artifact, Record
-from exporter.bench import Arm, Launch, Opener, Plan, Timing, flat, supervisor, worker
+from exporter.artifact import Artifact
+from exporter.bench import Arm, Launch, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
 from exporter.measure import machine
@@ -24,17 +23,12 @@ LAUNCHES = 8
 AGAIN = 2  # times as many launches in the second look
 
 
-class CompareOptions(Record, frozen=True):
-    """How two artifacts are timed. `threads` None leaves one core to the rest of the machine: it is not what they
-    could do together but the noise of the others that a regression drowns in. `duration` is in seconds of timing."""
+class CompareOptions(TimingOptions, frozen=True):
+    """How two artifacts are timed. `threads` None leaves one core to the rest of the machine: a regression drowns in
+    the noise of others sooner than in what the last core adds. `across`: "model" compares two models all the same."""
 
-    batch: tuple[int, ...] = (1,)
-    threads: int | None = None
-    hint: Literal["latency", "throughput"] = "latency"
-    device: str = "cpu"
     across: tuple[str, ...] = ()
     duration: float = 6.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,10 +55,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
             "build both with one --imgsz"
         )
-    for made in (pair.base, pair.head):
-        fixed = made.sidecar.inputs[0].shape[0]
-        if isinstance(fixed, int) and set(options.batch) != {fixed}:
-            raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
+    options.check((pair.base, pair.head))
 
 
 def compare_times(
@@ -106,6 +97,8 @@ def _changes(
     for name, reason in timing.failures.items():
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")
+    if "model" not in options.across and min(min(launch.cosine.values()) for launch in timing.launches) <= -1:
+        raise CheckFailed(f"{pair.head.path} and {pair.base.path}: not both give numbers of one shape; `verify` them")
     return [_change(limit, _case(batch), timing) for limit in limits]
 
 

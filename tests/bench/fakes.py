@@ -75,3 +75,9 @@ def same(arm):
 def crashing_head(arm):
     """The head brings its process down."""
     yield Fake("crash@0.1" if arm.name == "head" else f"{arm.name}@0.1")
+
+
+@contextlib.contextmanager
+def nan_head(arm):
+    """The head is faster, and gives no numbers."""
+    yield Fake("nan@1" if arm.name == "head" else f"{arm.name}@2")

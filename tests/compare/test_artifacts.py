@@ -62,6 +62,11 @@ def test_a_head_that_crashes_is_named(pair):
         comparing.compare_times(pair, parse_limits([]), QUICK, fakes.crashing_head)
 
 
+def test_a_head_that_gives_no_numbers_is_not_fast(pair):
+    with pytest.raises(CheckFailed, match="numbers of one shape"):
+        comparing.compare_times(pair, parse_limits([]), QUICK, fakes.nan_head)
+
+
 def test_one_core_is_left_to_the_others_but_never_none_used(pair, monkeypatch):
     for cores, threads in ((1, 1), (2, 1), (8, 7)):
         monkeypatch.setattr(comparing.machine, "cores", lambda cores=cores: cores)
