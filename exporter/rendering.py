@@ -10,6 +10,7 @@ from exporter import discover, report
 from exporter.compare.revisions import git
 from exporter.errors import BadRequest
 from exporter.report import _history
+from exporter.report._tables import told_apart
 
 COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
 
@@ -32,7 +33,9 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
         return str(discover.load(package, form, "TREND")(entries)), []
     loaded = [report.load(path) for path in paths]
     stale = [path for path, made in zip(paths, loaded, strict=True) if report.is_stale(made)]
-    return str(render(loaded)), [f"{path}: its artifact was built again since; measure it again" for path in stale]
+    return str(render(told_apart(loaded))), [
+        f"{path}: its artifact was built again since; measure it again" for path in stale
+    ]
 
 
 def remember(paths: Sequence[Path], history: Path, commit: str | None) -> None:

@@ -169,7 +169,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     if as_json:
         print_json(whole)
     else:
-        print_rows(_tables.latency(made))
+        print_rows(_tables.latency(_tables.told_apart(made)))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in made):

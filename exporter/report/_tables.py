@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from exporter.report import Finding, Report
 
@@ -26,8 +29,20 @@ def tables(reports: Sequence[Report]) -> list[Table]:
 
 
 def name(report: Report) -> str:
-    """The file name of a report's artifact."""
-    return Path(str(report.artifact.get("path", "?"))).name
+    """What a report's artifact is called: its file name, or what `told_apart` said."""
+    return str(report.artifact.get("label") or Path(str(report.artifact.get("path", "?"))).name)
+
+
+def told_apart(reports: Sequence[Report]) -> list[Report]:
+    """The reports, with whole paths for those artifacts whose file names are the same."""
+    paths = dict.fromkeys(str(report.artifact.get("path", "?")) for report in reports)
+    times = Counter(Path(path).name for path in paths)
+    clash = {path for path in paths if times[Path(path).name] > 1}
+    return [
+        replace(report, artifact={**report.artifact, "label": path}) if path in clash else report
+        for report in reports
+        if (path := str(report.artifact.get("path", "?")))
+    ]
 
 
 def runs_on(report: Report) -> str:

@@ -12,9 +12,10 @@ import junitparser
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from msgspec.structs import replace
 
 from exporter import discover
-from exporter.report import Finding, Report
+from exporter.report import Finding, Report, _tables
 
 EVIL = 'a"><script>alert(1)<b>|`$x^2$`.onnx'
 FORMATS = ("csv", "github", "html", "junit", "markdown")
@@ -202,3 +203,12 @@ def test_html_in_a_browser_asks_for_nothing_and_complains_of_nothing(tmp_path):
     assert done.stdout.count("<svg") == 4
     asked = set(re.findall(r'"url":"(.*?)"', (tmp_path / "net.json").read_text()))
     assert not [url for url in asked if not url.startswith(("file:", "data:", "chrome")) and "google" not in url], asked
+
+
+def test_artifacts_of_one_name_are_told_apart_by_their_paths():
+    one, same, other, third = (
+        replace(made("a.onnx"), artifact={"path": p}) for p in ("x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx")
+    )
+    names = [_tables.name(report) for report in _tables.told_apart([one, same, other, third])]
+    assert names == ["x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx"]
+    assert [_tables.name(report) for report in _tables.told_apart([one, same, third])] == ["a.onnx", "a.onnx", "b.onnx"]
