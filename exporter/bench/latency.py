@@ -227,16 +227,16 @@ def _noise(timing: Timing, found: Center) -> str:
     reasons = []
     conditions = [launch.conditions for launch in timing.launches]
     if 100 * found.half_width > NOISY_PCT:
-        reasons.append(f"the interval is wider than ±{NOISY_PCT:g} %")
+        reasons.append(f"interval wider than ±{NOISY_PCT:g} %")
     if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
-        reasons.append(f"other processes took {others:.0f} % of the machine")
+        reasons.append(f"others used {others:.0f} % of the machine")
     if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
         reasons.append(f"the hypervisor took {steal:.0f} %")
     if any(one.throttled for one in conditions):
         reasons.append("cores were slowed for heat")
     if not reasons:
         return ""
-    return f"; too noisy for a close claim: {', '.join(reasons)}"
+    return f"; noisy: {', '.join(reasons)}"
 
 
 def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:

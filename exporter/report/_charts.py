@@ -174,6 +174,10 @@ def blocks(reports: Sequence[Report]) -> str:
         axes.set_xticks(range(len(known[0][1])), [f.case for f in known[0][1]], rotation=60, ha="right", fontsize=8)
         axes.set_ylabel("error ÷ eager's spread")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.0e}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        low, high = (
+            10.0 ** rounded(np.log10(end)) for rounded, end in zip((np.floor, np.ceil), axes.get_ylim(), strict=True)
+        )
+        axes.set_ylim(low, high)  # whole decades, so that at least two have their labels
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing.svg
