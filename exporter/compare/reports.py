@@ -50,8 +50,15 @@ def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
         )
 
 
-def _words(model: tuple[object, ...]) -> str:
+def _words(model: Sequence[object]) -> str:
     return " ".join(map(str, model))
+
+
+def _way(report: Report) -> list[str]:
+    """How a report was timed, as far as that changes what a number means."""
+    told = report.recipe.get("bench")
+    told = told if isinstance(told, dict) else {}
+    return [f"{key} {told[key]}" for key in ("device", "threads", "hint") if key in told]
 
 
 def _number(report: Report, limit: Limit, side: str) -> float:
@@ -69,6 +76,9 @@ def _answers(report: Report, side: str) -> tuple[float, ...]:
 
 
 def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
+    ways = [_way(base), _way(head)]
+    if ways[0] != ways[1]:
+        raise BadRequest(f"timed in two ways: {_words(ways[0])} and {_words(ways[1])}; `bench` both alike")
     cases = [f.case for f in head.findings if f.metric == "p50_ms" and base.find("p50_ms", f.case) is not None]
     if not cases:
         raise BadRequest(f"--fail-on {limit}: base and head were not timed alike; `bench` both with the same --batch")
