@@ -1,19 +1,24 @@
 """Do others measure the same? `bench` beside pyperf and OpenVINO's benchmark_app; and what timing itself costs.
 
-`python -m benchmarks.agreement ONNX IR -o benchmarks/results/MACHINE/agreement.json` takes, turn by turn:
+`python -m benchmarks.agreement ONNX IR -o benchmarks/results/MACHINE/agreement.json` runs, at the same time:
 
-* the p50 of `bench` on the ONNX artifact, and the median of a bare `InferenceSession.run` under pyperf;
-* the p50 of `bench` on the IR, and the median latency that benchmark_app prints;
+* `bench` on the ONNX artifact, and a bare loop of `InferenceSession.run` under pyperf;
+* `bench` on the IR, and benchmark_app;
 
-each in a process of its own, and quotes the median of the ratios of neighbours. The overhead is what `bench` adds to
-a callable that takes one millisecond by the clock: the median it reports, and the time between runs that are timed.
+but only one of the two moves at any moment: each is stopped for a quarter of a second while the other goes on, so that
+both meet the same moods of a shared machine. The overhead is what `bench` adds to a callable that takes one
+millisecond by the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,18 +30,18 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter.artifact import Record
-from exporter.bench import flat, latency, worker
 from exporter.disk import write_file
 from exporter.measure import timing
 from exporter.measure.machine import environment
 from exporter.measure.stats import center
 
 BIN = Path(sys.executable).parent
-PAIRS = 30
+PAIRS = 6
+SLICE_S = 0.25
 
 
 class Agreement(Record, frozen=True):
-    """One other way of timing: medians in ms, `bench` and the other in turn."""
+    """One other way of timing: medians in ms of `bench` and the other beside each other."""
 
     name: str
     bench_ms: tuple[float, ...]
@@ -44,7 +49,7 @@ class Agreement(Record, frozen=True):
 
     @property
     def ratios(self) -> list[float]:
-        """Bench ÷ other, of neighbours."""
+        """Bench ÷ other, of each pair."""
         return [ours / theirs for ours, theirs in zip(self.bench_ms, self.other_ms, strict=True)]
 
 
@@ -57,12 +62,16 @@ class Result(Record, frozen=True):
     schema: int = 1
 
 
-def bench(path: Path, seconds: float) -> float:
-    """The p50 of `bench`, without its cold starts."""
-    made = artifacts.load(path)
-    options = latency.BenchOptions(threads=1, duration=seconds)
-    timed = latency.time_batch(latency.arms_of([made], options), made, 1, options, worker.open_arm)
-    return statistics.median(sample for launch in timed.launches for sample in flat(launch.blocks[str(path)]))
+def bench(path: Path, seconds: float, folder: Path) -> list[str]:
+    """The words that run `bench`."""
+    words = ["--threads", "1", "--duration", str(seconds), "-o", str(folder), "--json"]
+    return [str(BIN / "convnext-export"), "bench", str(path), *words]
+
+
+def bench_p50(said: str) -> float:
+    """What it says."""
+    (report,) = json.loads(said)
+    return float(next(f["value"] for f in report["findings"] if f["metric"] == "p50_ms"))
 
 
 ORT_LOOP = """
@@ -73,47 +82,80 @@ session = ort.InferenceSession(sys.argv.pop(1), settings, providers=["CPUExecuti
 (given,) = session.get_inputs()
 size = int(sys.argv.pop(1))
 images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
-runner = pyperf.Runner(processes=1, values=40, warmups=5, loops=5)
+runner = pyperf.Runner(processes=1, values=int(sys.argv.pop(1)), warmups=20, loops=1)
 runner.bench_func("run", session.run, None, {given.name: images})
 """
 
 
-def pyperf_loop(path: Path, seconds: float) -> float:
-    """The median of a bare loop, by pyperf."""
-    del seconds
+def pyperf_loop(path: Path, seconds: float, folder: Path) -> list[str]:
+    """The words that run a bare loop under pyperf; what it measured is in the folder."""
+    script = folder / "loop.py"
+    script.write_text(ORT_LOOP)
     size = artifacts.load(path).sidecar.preprocessing.size
-    with tempfile.TemporaryDirectory() as folder:
-        script, out = Path(folder) / "loop.py", Path(folder) / "out.json"
-        script.write_text(ORT_LOOP)
-        words = [sys.executable, str(script), str(path.resolve()), str(size), "--quiet", "--worker", "-o", str(out)]
-        subprocess.run(words, capture_output=True, check=True)
-        import pyperf
-
-        return float(pyperf.Benchmark.load(str(out)).median()) * 1e3
+    told = ["--quiet", "--worker", "-o", str(folder / "pyperf.json")]
+    return [sys.executable, str(script), str(path.resolve()), str(size), str(round(seconds * 200)), *told]
 
 
-def benchmark_app(path: Path, seconds: float) -> float:
-    """The median latency that OpenVINO's own tool prints."""
+def pyperf_median(said: str, folder: Path) -> float:
+    """The median in ms."""
+    import pyperf
+
+    del said
+    return float(pyperf.Benchmark.load(str(folder / "pyperf.json")).median()) * 1e3
+
+
+def benchmark_app(path: Path, seconds: float, folder: Path) -> list[str]:
+    """The words that run OpenVINO's own tool on the model as it is, its batch left open."""
+    del folder
     size = artifacts.load(path).sidecar.preprocessing.size
-    words = ["-m", str(path), "-t", str(max(1, round(seconds))), "-hint", "none", "-nireq", "1", "-nstreams", "1"]
-    words += ["-nthreads", "1", "-shape", f"[1,3,{size},{size}]", "-infer_precision", "f32", "-api", "sync"]
-    done = subprocess.run([BIN / "benchmark_app", *words], capture_output=True, text=True, check=True)
-    found = re.search(r"Median:\s+([\d.]+) ms", done.stdout)
-    assert found, done.stdout
+    words = ["-m", str(path), "-t", str(round(2 * seconds)), "-hint", "none", "-nireq", "1", "-nstreams", "1"]
+    words += ["-nthreads", "1", "-data_shape", f"[1,3,{size},{size}]", "-infer_precision", "f32", "-api", "sync"]
+    return [str(BIN / "benchmark_app"), *words]
+
+
+def benchmark_app_median(said: str, folder: Path) -> float:
+    """The median latency that it prints."""
+    del folder
+    found = re.search(r"Median:\s+([\d.]+) ms", said)
+    assert found, said
     return float(found[1])
 
 
+OTHERS = {"pyperf": (pyperf_loop, pyperf_median), "benchmark_app": (benchmark_app, benchmark_app_median)}
+
+
+def alternated(first: list[str], second: list[str]) -> list[str]:
+    """What two commands print that take turns until both have ended."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as other:
+        files = (out, other)
+        running = [
+            subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True)
+            for words, file in zip((first, second), files, strict=True)
+        ]
+        for index in itertools.cycle((0, 1)):
+            going = [process for process in running if process.poll() is None]
+            if not going:
+                break
+            for process in going:
+                moves = process is running[index] or len(going) == 1
+                os.killpg(process.pid, signal.SIGCONT if moves else signal.SIGSTOP)
+            time.sleep(SLICE_S)
+        assert not any(process.returncode for process in running), "one of them failed"
+        for file in files:
+            file.seek(0)
+        return [file.read() for file in files]
+
+
 def in_turn(name: str, path: Path, seconds: float) -> Agreement:
-    """Pairs of neighbours, the first of each by chance."""
-    other = {"pyperf": pyperf_loop, "benchmark_app": benchmark_app}[name]
-    shuffle, ours, theirs = random.Random(0), [], []
+    """So many runs of the two beside each other."""
+    words, median = OTHERS[name]
+    ours, theirs = [], []
     for index in range(PAIRS):
-        if shuffle.random() < 0.5:
-            ours.append(bench(path, seconds))
-            theirs.append(other(path, seconds))
-        else:
-            theirs.append(other(path, seconds))
-            ours.append(bench(path, seconds))
+        with tempfile.TemporaryDirectory() as created:
+            folder = Path(created)
+            said, other = alternated(bench(path, seconds, folder), words(path, seconds, folder))
+            ours.append(bench_p50(said))
+            theirs.append(median(other, folder))
         print(f"{name} {index + 1} of {PAIRS}: {ours[-1]:.3f} {theirs[-1]:.3f} ms", file=sys.stderr, flush=True)
     return Agreement(name=name, bench_ms=tuple(ours), other_ms=tuple(theirs))
 
@@ -151,7 +193,7 @@ def main() -> None:
     parser.add_argument("onnx", type=Path)
     parser.add_argument("ir", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--seconds", type=float, default=8.0)
     told = parser.parse_args()
     overhead = overhead_pct()
     agreements = (in_turn("pyperf", told.onnx, told.seconds), in_turn("benchmark_app", told.ir, told.seconds))
