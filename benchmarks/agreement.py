@@ -37,7 +37,7 @@ from exporter.measure.stats import center
 
 BIN = Path(sys.executable).parent
 PAIRS = 6
-SLICE_S = 0.25
+SLICE_S, HEAD_START_S = 0.25, 6
 
 
 class Agreement(Record, frozen=True):
@@ -125,13 +125,14 @@ OTHERS = {"pyperf": (pyperf_loop, pyperf_median), "benchmark_app": (benchmark_ap
 
 
 def alternated(first: list[str], second: list[str]) -> list[str]:
-    """What two commands print that take turns until both have ended."""
+    """What two commands print that take turns until both have ended; the first, which has more to load before it
+    times anything, begins some seconds earlier."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as other:
         files = (out, other)
-        running = [
-            subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True)
-            for words, file in zip((first, second), files, strict=True)
-        ]
+        running = []
+        for words, file, wait in zip((first, second), files, (HEAD_START_S, 0), strict=True):
+            running.append(subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True))
+            time.sleep(wait)
         for index in itertools.cycle((0, 1)):
             going = [process for process in running if process.poll() is None]
             if not going:
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("onnx", type=Path)
     parser.add_argument("ir", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=16.0)
     told = parser.parse_args()
     overhead = overhead_pct()
     agreements = (in_turn("pyperf", told.onnx, told.seconds), in_turn("benchmark_app", told.ir, told.seconds))
