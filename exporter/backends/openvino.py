@@ -58,7 +58,11 @@ class OpenVinoSession:
         turn = itertools.cycle([ov.Tensor(np.ascontiguousarray(images)) for images in batches])
         requests = [self.compiled.create_infer_request() for _ in range(self.streams)]
 
-        def run() -> None:
+        def run() -> None:  # asked and waited for in one call, one batch is 2 to 3 % faster than in two
+            requests[0].set_input_tensor(next(turn))
+            requests[0].infer()
+
+        def run_all() -> None:
             for request in requests:
                 request.set_input_tensor(next(turn))
                 request.start_async()
@@ -68,7 +72,7 @@ class OpenVinoSession:
         def outputs() -> Outputs:
             return tuple(np.array(tensor.data, np.float32) for tensor in requests[0].output_tensors)
 
-        return Bound(run, outputs, self.streams)
+        return Bound(run if self.streams == 1 else run_all, outputs, self.streams)
 
 
 @contextmanager
