@@ -3,10 +3,9 @@
 ExporterError            one line, an exit code, and what to do
 ├── BadRequest           2  a word, recipe or file that cannot be used
 ├── Unavailable          3  something is missing on this machine
-├── CheckFailed          5  built, but a check did not pass
-└── Regression           6  it got worse by more than a limit
+└── CheckFailed          5  built, but a check did not pass
 
-Ctrl-C is exit code 4. Anything else that escapes is a bug of ours (exit code 1, with its traceback).
+Ctrl-C is exit code 4, a regression that `compare` found 6. Anything else that escapes is a bug of ours (exit code 1, with its traceback).
 """
 
 from __future__ import annotations
@@ -37,12 +36,6 @@ class CheckFailed(ExporterError):
     """What was built does not hold what it must."""
 
     exit_code = 5
-
-
-class Regression(ExporterError):
-    """A metric got worse by more than its limit."""
-
-    exit_code = 6
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
