@@ -5,7 +5,8 @@ ExporterError            one line, an exit code, and what to do
 ├── Unavailable          3  something is missing on this machine
 └── CheckFailed          5  built, but a check did not pass
 
-Ctrl-C is exit code 4, a regression that `compare` found 6. Anything else that escapes is a bug of ours (exit code 1, with its traceback).
+Ctrl-C is exit code 4; what `compare` found to have got worse is 6, and no error. Anything else that escapes is a bug
+of ours (exit code 1, with its traceback).
 """
 
 from __future__ import annotations
