@@ -37,7 +37,8 @@ class Preprocessing(Record, frozen=True):
     """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
 
     `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
-    `size` and cuts nothing, as published for inputs of 384 pixels and more.
+    `size` and cuts nothing, as published for inputs of 384 pixels and more. `input` says how far to go: an artifact
+    takes `normalized` pixels, or `float01` (0…1) or `uint8` (0…255) and does the rest itself.
     """
 
     size: int = 224
@@ -48,6 +49,7 @@ class Preprocessing(Record, frozen=True):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     layout: Literal["NCHW"] = "NCHW"
     color: Literal["RGB"] = "RGB"
+    input: Literal["normalized", "float01", "uint8"] = "normalized"
 
     def at(self, size: int) -> Preprocessing:
         """The same recipe for another input size in pixels, keeping the share that the crop leaves."""
@@ -85,7 +87,8 @@ class File(Record, frozen=True):
 
 
 class Sidecar(Record, frozen=True):
-    """All that is known of an artifact. The first of `files` is the one a runtime opens."""
+    """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
+    multiply-accumulates of one image of `preprocessing.size`."""
 
     backend: str
     precision: str
@@ -95,6 +98,7 @@ class Sidecar(Record, frozen=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing
+    macs: int | None = None
     labels: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
     versions: dict[str, str] = {}
@@ -129,6 +133,12 @@ class Artifact:
         """The path and the sidecar, as `--json` prints it."""
         fields: dict[str, Any] = msgspec.to_builtins(self.sidecar)
         return {"path": str(self.path), **fields}
+
+
+def file_name(sidecar: Sidecar, suffix: str, form: str = "") -> str:
+    """What an artifact is called: variant, task and precision, and the form where a graph is but a step on the way."""
+    words = [sidecar.variant, "" if sidecar.task == "classify" else sidecar.task, form, sidecar.precision]
+    return "_".join(filter(None, words)) + suffix
 
 
 def sidecar_path(path: Path) -> Path:

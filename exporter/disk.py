@@ -41,6 +41,11 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user: `$XDG_CACHE_HOME/convnext-export`, below `~/.cache` if unset."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-export"
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write one file so that it is either the old or the new, whatever happens.
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends, checks, discover
+from exporter import backends, checks, discover, tuning
 from exporter.artifact import Artifact, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs, Session
 from exporter.checks._blocks import block_errors
@@ -20,6 +20,7 @@ from exporter.graph import files, simplify, trace
 from exporter.graph.trace import TraceOptions
 from exporter.measure import machine
 from exporter.model import weights
+from exporter.model.variants import count_macs
 from exporter.model.weights import Checkpoint
 from exporter.progress import note, step, track
 from exporter.recipe import Recipe
@@ -46,6 +47,8 @@ def build(recipe: Recipe, out: Path) -> Artifact:
         hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, backend.precisions)
         raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
     backend.probe()
+    form = tuning.fastest(recipe, build) if recipe.form == "auto" else _form(recipe)
+    recipe = msgspec.structs.replace(recipe, form=form)
     graph = export(recipe, out)
     if recipe.precision != "fp32":
         step(f"{recipe.precision} for {recipe.backend}")
@@ -53,8 +56,16 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     return backend.build(lowered, recipe.precision, out)
 
 
+def _form(recipe: Recipe) -> str:
+    """The form that was asked for, or the one that the backend runs best."""
+    batch = recipe.batch if isinstance(recipe.batch, int) else None
+    return recipe.form or backends.get(recipe.backend).form(recipe.precision, batch)
+
+
 def export(recipe: Recipe, out: Path) -> Artifact:
     """The fp32 ONNX artifact of a recipe: the one on disk if it is still that, else a new one.
+
+    What is but a step on the way to another backend's file has its form in its name.
 
     Raises: BadRequest for a recipe, weights or folder that cannot be used; Unavailable when no runtime is here to
         check the graph with; CheckFailed when the graph is not the model.
@@ -66,19 +77,21 @@ def export(recipe: Recipe, out: Path) -> Artifact:
     options = recipe.trace_options(checkpoint.preprocessing.size)
     if options.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
-    task = "" if options.task == "classify" else f"_{options.task}"
-    target = out / f"{checkpoint.variant.name}{task}_fp32.onnx"
-    sidecar = _sidecar(recipe, checkpoint, options, out)
+    form = _form(recipe)
+    sidecar = _sidecar(msgspec.structs.replace(recipe, form=form), checkpoint, options, out)
+    target = out / artifacts.file_name(sidecar, ".onnx", form if recipe.backend != "onnxruntime" else "")
     if (found := _still_there(target, sidecar)) is not None:
         note(f"{target.name} is already there, from the same weights and options")
         return found
-    return _trace(checkpoint, options, sidecar, recipe.simplify, target)
+    return _trace(checkpoint, options, sidecar, target)
 
 
 def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out: Path) -> Sidecar:
     recipe = msgspec.structs.replace(recipe, backend="onnxruntime", precision="fp32")
     preprocessing = checkpoint.preprocessing
+    preprocessing = preprocessing.at(options.imgsz) if options.imgsz else preprocessing
     source = weights.relative(checkpoint.weights.source, out)
+    classes = checkpoint.weights.num_classes if options.task == "classify" else 0
     return Sidecar(
         backend="onnxruntime",
         precision="fp32",
@@ -87,7 +100,8 @@ def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out:
         weights=msgspec.structs.replace(checkpoint.weights, source=source),
         inputs=(),
         outputs=(),
-        preprocessing=preprocessing.at(options.imgsz) if options.imgsz else preprocessing,
+        preprocessing=msgspec.structs.replace(preprocessing, input=recipe.input),
+        macs=count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
         versions=machine.versions(),
         recipe=msgspec.to_builtins(recipe),
@@ -112,16 +126,20 @@ def _made_from(sidecar: Sidecar) -> dict[str, str]:
     return msgspec.structs.replace(sidecar, inputs=(), outputs=(), recipe=words).facts()
 
 
-def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simplified: bool, target: Path) -> Artifact:
-    step("tracing to ONNX")
+def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, target: Path) -> Artifact:
+    from exporter.model import forms
+
+    step(f"tracing to ONNX in the form {sidecar.recipe['form']}")
     model = checkpoint.model(options.task)
     probe = _probe_images(options, sidecar.preprocessing)
     expected = _expected(model, probe)
+    forms.take_pixels(model, sidecar.preprocessing)
+    forms.rewrite(model, sidecar.recipe["form"])
     graph = trace.trace(model, options, checkpoint.variant.architecture.stride)
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
     candidate, reason = graph, ""
-    if simplified:
+    if sidecar.recipe["simplify"]:
         step("simplifying with onnxsim")
         candidate, reason = simplify.simplify(graph)
     with artifacts.staging(target) as folder:
@@ -136,7 +154,7 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, simp
             raise CheckFailed(f"{target.name}: the traced graph is not the model: {difference}; nothing was written")
         artifacts.seal(folder, target.name, sidecar)
     if reason:
-        note(f"onnxsim: {reason}; the plain graph is kept")
+        note(f"onnxsim: {reason}; the graph stays as it was")
     return artifacts.load(target)
 
 

@@ -10,7 +10,8 @@ from exporter.graph.trace import TraceOptions
 
 
 class Recipe(Record, frozen=True):
-    """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them."""
+    """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them; for
+    `form` what the backend runs best, and `auto` what is measured to be fastest on this machine."""
 
     variant: str | None = None
     weights: str = "hub"
@@ -20,6 +21,8 @@ class Recipe(Record, frozen=True):
     batch: int | Literal["dynamic"] = "dynamic"
     opset: int = 20
     simplify: bool = True
+    form: str | None = None
+    input: Literal["normalized", "float01", "uint8"] = "normalized"
     backend: str = "onnxruntime"
     precision: str = "fp32"
 
@@ -31,6 +34,7 @@ class Recipe(Record, frozen=True):
             imgsz=None if size == "dynamic" else size,
             batch=None if self.batch == "dynamic" else self.batch,
             opset=self.opset,
+            uint8=self.input == "uint8",
         )
 
 

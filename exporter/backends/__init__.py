@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter import discover
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact, Preprocessing, Record
 from exporter.errors import Unavailable
 
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
+
+PEAK_SIDE = 1024
+PEAK_MACS = PEAK_SIDE**3
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,42 @@ class Session(Protocol):
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Put the inputs in place on the device: one or more batches (N, 3, H, W), taken in turn, the first first."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two matrices of `PEAK_SIDE` on a runtime, as a session: what it reaches with a ConvNeXt is held
+    against what it reaches with this."""
+
+    session: Session
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is really in use."""
+        return self.session.facts
+
+    def __call__(self, images: Array) -> Outputs:
+        """Nothing comes out of it: it is there to be timed."""
+        raise NotImplementedError
+
+    def bind(self, batches: Sequence[Array]) -> Bound:
+        """The product, whatever the batches are."""
+        del batches
+        return self.session.bind([peak_matrix()])
+
+
+def peak_matrix() -> Array:
+    """One of the two matrices."""
+    return np.random.default_rng(0).normal(size=(PEAK_SIDE, PEAK_SIDE)).astype(np.float32)
+
+
+def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
+    """Normalised images (N, 3, H, W) as an artifact takes them: these, or the pixels that they were made from."""
+    if recipe.input == "normalized":
+        return np.ascontiguousarray(images)
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
+    pixels = images * std + mean
+    return np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
 
 
 @dataclass(frozen=True)
@@ -96,6 +135,8 @@ class Backend(Generic[Opt]):
     session: opens an artifact.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
+    peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
+    form: (precision, batch size or None for any) to the form that it runs best.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
     """
 
@@ -108,6 +149,8 @@ class Backend(Generic[Opt]):
     session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
     layers: Callable[[Artifact, Opt], list[Layer]]
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
+    peak: Callable[[Artifact, Opt], AbstractContextManager[Product]]
+    form: Callable[[str, int | None], str]
     opens_onnx: bool = False
 
 

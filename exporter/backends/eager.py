@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.artifact import Artifact
-from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, require
+from exporter.backends import (
+    Array,
+    Backend,
+    Blocks,
+    Bound,
+    Layer,
+    Options,
+    Outputs,
+    Product,
+    ends_of_blocks,
+    peak_matrix,
+    require,
+)
 from exporter.errors import BadRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -119,6 +131,22 @@ def blocks(artifact: Artifact, options: EagerOptions) -> Iterator[Blocks]:
         yield Blocks(names, run)
 
 
+@contextmanager
+def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
+    """A matrix product of torch's."""
+    import torch
+
+    del artifact
+    weight = torch.from_numpy(peak_matrix()).to(options.device)
+    yield Product(EagerSession(lambda given: given @ weight, options.device))
+
+
+def form(precision: str, batch: int | None) -> str:
+    """As the papers write it: this is the model that forms are held against."""
+    del precision, batch
+    return "plain"
+
+
 BACKEND = Backend(
     name="eager",
     precisions=frozenset({"fp32"}),
@@ -129,4 +157,6 @@ BACKEND = Backend(
     session=session,
     layers=layers,
     blocks=blocks,
+    peak=peak,
+    form=form,
 )

@@ -14,11 +14,25 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact, load, seal, staging
-from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, installed, require
+from exporter.artifact import Artifact, Preprocessing, file_name, load, seal, staging
+from exporter.backends import (
+    PEAK_SIDE,
+    Array,
+    Backend,
+    Blocks,
+    Bound,
+    Layer,
+    Options,
+    Outputs,
+    Product,
+    as_taken,
+    ends_of_blocks,
+    installed,
+    peak_matrix,
+    require,
+)
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
 from exporter.graph import files, precision
-from exporter.graph.trace import INPUT
 from exporter.measure.machine import cores
 from exporter.progress import note
 
@@ -46,8 +60,9 @@ def probe() -> str:
 class OrtSession:
     """A loaded ONNX graph."""
 
-    def __init__(self, session: Any, device: str, precision: str, streams: int) -> None:
-        self.session, self.device, self.streams = session, device, streams
+    def __init__(self, session: Any, recipe: Preprocessing, device: str, precision: str, streams: int) -> None:
+        self.session, self.recipe, self.device, self.streams = session, recipe, device, streams
+        self.input = session.get_inputs()[0].name
         self.facts = {"provider": session.get_providers()[0], "device": device}
         if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
             # It has no fp16 arithmetic there: it casts to fp32 around every operator.
@@ -55,7 +70,7 @@ class OrtSession:
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
-        return tuple(self.session.run(None, {INPUT: np.ascontiguousarray(images)}))
+        return tuple(self.session.run(None, {self.input: as_taken(images, self.recipe)}))
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Input and outputs on the device, and one run over them."""
@@ -89,7 +104,8 @@ class OrtSession:
 
         device = "cpu" if self.device == "cpu" else "cuda"
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images), device, 0))
+        taken = as_taken(images, self.recipe)
+        binding.bind_ortvalue_input(self.input, ort.OrtValue.ortvalue_from_numpy(taken, device, 0))
         for output in self.session.get_outputs():
             binding.bind_output(output.name, device)
         return binding
@@ -135,7 +151,7 @@ def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
             f"{provider} was asked for and {in_use} is in use: its CUDA, cuDNN or driver does not load here; "
             "see `convnext-export doctor`, or use --device cpu"
         )
-    yield OrtSession(opened, options.device, artifact.sidecar.precision, streams)
+    yield OrtSession(opened, artifact.sidecar.preprocessing, options.device, artifact.sidecar.precision, streams)
 
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
@@ -153,9 +169,9 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     model = ir.load(artifact.path)
     if kept := precision.to_fp16(model):
         note(f"{len(kept)} weights exceed fp16 and stay in fp32: {some(kept)}")
-    target = out / artifact.path.name.replace("_fp32", f"_{wanted}")
     recipe = {**artifact.sidecar.recipe, "precision": wanted}
     sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
+    target = out / file_name(sidecar, ".onnx")
     with staging(target) as folder:
         files.save(model, folder / target.name, sidecar.facts())
         seal(folder, target.name, sidecar)
@@ -205,6 +221,39 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
             yield Blocks(tuple(ends), lambda images: tuple(np.asarray(x, np.float32) for x in opened(images)))
 
 
+@contextmanager
+def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
+    """A graph of one MatMul; in fp16 where that is really computed in."""
+    import onnx_ir as ir
+
+    halved = artifact.sidecar.precision == "fp16" and options.device != "cpu"
+    dtype = ir.DataType.FLOAT16 if halved else ir.DataType.FLOAT
+    shape = ir.Shape((PEAK_SIDE, PEAK_SIDE))
+    given = ir.Value(name="matrix", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    tensor = ir.Tensor(peak_matrix().astype(dtype.numpy()), name="weight")
+    weight = ir.Value(name="weight", type=ir.TensorType(dtype), shape=shape, const_value=tensor)
+    cast = ir.node("Cast", [given], attributes={"to": dtype})
+    product = ir.node("MatMul", [cast.outputs[0], weight])
+    product.outputs[0].name, product.outputs[0].dtype, product.outputs[0].shape = "product", dtype, shape
+    graph = ir.Graph([given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "peak.onnx"
+        files.save(ir.Model(graph, ir_version=10), path, {})
+        sidecar = replace(artifact.sidecar, preprocessing=Preprocessing())
+        with session(Artifact(path, sidecar), options) as opened:
+            yield Product(opened)
+
+
+def form(precision: str, batch: int | None) -> str:
+    """1×1 convolutions: ONNX Runtime keeps them in its own blocked layout, and adds bias and residual in them.
+
+    From two images on the norm in parts is faster too, for between transposes it goes through memory more often
+    (`docs/forms.md`).
+    """
+    del precision
+    return "nchw" if batch is not None and batch > 1 else "conv"
+
+
 BACKEND = Backend(
     name="onnxruntime",
     precisions=frozenset({"fp32", "fp16"}),
@@ -215,5 +264,7 @@ BACKEND = Backend(
     session=session,
     layers=layers,
     blocks=blocks,
+    peak=peak,
+    form=form,
     opens_onnx=True,
 )

@@ -19,8 +19,21 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact, load, seal, staging
-from exporter.backends import Array, Backend, Blocks, Bound, Layer, Options, Outputs, ends_of_blocks, require
+from exporter.artifact import Artifact, Preprocessing, file_name, load, seal, staging
+from exporter.backends import (
+    Array,
+    Backend,
+    Blocks,
+    Bound,
+    Layer,
+    Options,
+    Outputs,
+    Product,
+    as_taken,
+    ends_of_blocks,
+    peak_matrix,
+    require,
+)
 from exporter.errors import ExporterError, Unavailable, last_line
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -41,21 +54,21 @@ def _arithmetic(precision: str, device: str) -> str:
 class OpenVinoSession:
     """A compiled IR."""
 
-    def __init__(self, compiled: Any, device: str, arithmetic: str, streams: int) -> None:
-        self.compiled, self.streams = compiled, streams
+    def __init__(self, compiled: Any, recipe: Preprocessing, device: str, arithmetic: str, streams: int) -> None:
+        self.compiled, self.recipe, self.streams = compiled, recipe, streams
         self.request = compiled.create_infer_request()
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
-        results = self.request.infer([np.ascontiguousarray(images)], share_inputs=True)
+        results = self.request.infer([as_taken(images, self.recipe)], share_inputs=True)
         return tuple(results[output] for output in self.compiled.outputs)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The inputs as the requests' own tensors, and one run over them."""
         import openvino as ov
 
-        turn = itertools.cycle([ov.Tensor(np.ascontiguousarray(images)) for images in batches])
+        turn = itertools.cycle([ov.Tensor(as_taken(images, self.recipe)) for images in batches])
         requests = [self.compiled.create_infer_request() for _ in range(self.streams)]
 
         def run() -> None:  # asked and waited for in one call, one batch is 2 to 3 % faster than in two
@@ -81,9 +94,14 @@ def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
 
     Raises: Unavailable when the device is not there or cannot compute in that precision.
     """
-    compiled, device, arithmetic = _compile(artifact, options)
+    yield _session(*_compile(artifact, options), artifact.sidecar.preprocessing, options)
+
+
+def _session(
+    compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: Options
+) -> OpenVinoSession:
     streams = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if options.hint == "throughput" else 1
-    yield OpenVinoSession(compiled, device, arithmetic, streams)
+    return OpenVinoSession(compiled, recipe, device, arithmetic, streams)
 
 
 def _compile(
@@ -124,7 +142,6 @@ def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
     """
     import openvino as ov
 
-    target = out / artifact.path.with_suffix(".xml").name.replace("_fp32", f"_{precision}")
     versions = {**artifact.sidecar.versions, "openvino": probe()}
     sidecar = replace(
         artifact.sidecar,
@@ -135,6 +152,7 @@ def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
         recipe={**artifact.sidecar.recipe, "backend": "openvino", "precision": precision},
         quality={},
     )
+    target = out / file_name(sidecar, ".xml")
     try:
         model = ov.Core().read_model(artifact.path)
     except RuntimeError as error:
@@ -213,8 +231,31 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
         return ov.Model([operators[name].output(0) for name in ends.values()], model.get_parameters(), "blocks")
 
     compiled, device, arithmetic = _compile(artifact, options, cut_open)
-    opened = OpenVinoSession(compiled, device, arithmetic, 1)
+    opened = OpenVinoSession(compiled, artifact.sidecar.preprocessing, device, arithmetic, 1)
     yield Blocks(names, opened)
+
+
+@contextmanager
+def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
+    """A model of one MatMul, compiled as the artifact is."""
+
+    def product(_: Any) -> Any:
+        import openvino as ov
+        from openvino import opset13 as ops
+
+        weight = peak_matrix()
+        given = ops.parameter(weight.shape, np.float32)
+        return ov.Model([ops.matmul(given, ops.constant(weight), False, False)], [given], "peak")
+
+    yield Product(_session(*_compile(artifact, options, product), Preprocessing(), options))
+
+
+def form(precision: str, batch: int | None) -> str:
+    """Nothing transposed: the plugin then keeps one layout from the stem to the head, fuses GELU and the residual
+    into the convolutions and the norm's parts into each other, at every batch size and precision (`docs/forms.md`).
+    """
+    del precision, batch
+    return "nchw"
 
 
 BACKEND = Backend(
@@ -227,5 +268,7 @@ BACKEND = Backend(
     session=session,
     layers=layers,
     blocks=blocks,
+    peak=peak,
+    form=form,
     opens_onnx=True,
 )

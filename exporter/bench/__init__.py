@@ -18,14 +18,15 @@ from exporter.measure.machine import Conditions
 
 
 class Arm(Record, frozen=True):
-    """One model to time: an artifact, or the PyTorch network it was made from, eager or compiled.
+    """One model to time: an artifact, or the PyTorch network it was made from, eager or compiled; or a large matrix
+    product on the artifact's runtime, `peak`.
 
-    `path` is the artifact in either case; `weights` says where the network's weights lie now.
+    `path` is the artifact in every case; `weights` says where the network's weights lie now.
     """
 
     name: str
     path: str
-    runtime: Literal["artifact", "eager", "torch.compile"] = "artifact"
+    runtime: Literal["artifact", "eager", "torch.compile", "peak"] = "artifact"
     weights: str | None = None
     device: str = "cpu"
     threads: int | None = None

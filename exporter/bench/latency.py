@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, Preprocessing
+from exporter.backends import PEAK_MACS
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
@@ -40,7 +41,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     Raises: BadRequest for artifacts that cannot be timed together, or not at such a batch.
     """
     _check(artifacts, options)
-    arms = arms_of(artifacts, options)
+    arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if options.device.startswith(("cuda", "tensorrt")) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in options.batch]
     step("loading each model alone, cold")
@@ -68,12 +69,17 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
                 f"{made.path}: made from other weights than {artifacts[0].path}; what is timed together has one eager "
                 "model: bench them apart"
             )
-        if sidecar.preprocessing != first.preprocessing:
+        if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
     options.check(artifacts)
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; `compare` holds one against itself")
+
+
+def _pixels(recipe: Preprocessing) -> Preprocessing:
+    """What an image becomes before it is scaled: artifacts that take it in other units are still given the same."""
+    return msgspec.structs.replace(recipe, input="normalized")
 
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
@@ -85,6 +91,18 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
     arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
+
+
+def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
+    """For each runtime and precision a matrix product, to say what the machine could do."""
+    told: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
+    arms = {peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told) for made in artifacts}
+    return list(arms.values())
+
+
+def peak_name(made: Artifact) -> str:
+    """What the matrix product is called that an artifact is held against."""
+    return f"peak of {made.sidecar.backend} {made.sidecar.precision}"
 
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
@@ -108,13 +126,13 @@ def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOption
 
 def _widest(timing: Timing) -> float:
     """The widest half-interval of a speed-up, in percent of it."""
-    names = [arm.name for arm in timing.standing() if arm.name != EAGER]
+    names = [arm.name for arm in timing.standing() if arm.name != EAGER and arm.runtime != "peak"]
     if EAGER in timing.failures or not names:
         return 0.0
-    return max(100 * center(_speedups(timing, name, EAGER)).half_width for name in names)
+    return max(100 * center(speedups(timing, name, EAGER)).half_width for name in names)
 
 
-def _speedups(timing: Timing, name: str, over: str) -> list[float]:
+def speedups(timing: Timing, name: str, over: str) -> list[float]:
     """Per launch the logarithm of how many times faster an arm is, from the blocks of the same rounds."""
     per_launch = []
     for launch in timing.launches:
@@ -134,7 +152,7 @@ def _report(
     options: BenchOptions,
 ) -> Report:
     findings = [finding for timing in timings for finding in _findings(timing, arm, made)]
-    findings += _cold_findings(cold, arm)
+    findings += [*_work(made), *_cold_findings(cold, arm)]
     facts = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
     return Report(
         passed=all(finding.passed for finding in findings),
@@ -151,8 +169,9 @@ def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
         reason = timing.failures.get(arm.name, "was never timed")
         return [Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)]
     found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, made)]
+    found += _share_of_peak(timing, arm.name, made, case)
     for other in timing.plan.arms:
-        if other.runtime != "artifact":
+        if other.runtime in ("eager", "torch.compile"):
             prefix = "eager" if other.name == EAGER else "compiled"
             found += _against(timing, arm.name, other.name, prefix, case)
     return found
@@ -203,7 +222,7 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
     if other in timing.failures:
         reason = timing.failures[other]
         return [Finding(check="latency", metric=f"{prefix}_p50_ms", case=case, value=None, detail=reason)]
-    ratios = _speedups(timing, name, other)
+    ratios = speedups(timing, name, other)
     if len(ratios) < 2:
         return []
     found = center(ratios)
@@ -220,6 +239,23 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
         samples=tuple(round(float(np.exp(ratio)), 5) for ratio in ratios),
     )
     return [speedup, *_latency(timing, other, case, f"{prefix}_")[:1]]
+
+
+def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list[Finding]:
+    """How much of what the same runtime reaches with a large matrix product, timed in turn, the model reaches."""
+    macs, peak = made.sidecar.macs, peak_name(made)
+    ratios = speedups(timing, name, peak)
+    if macs is None or len(ratios) < 2:
+        return []
+    work = 100 * macs * timing.plan.batch / PEAK_MACS
+    low, value, high = (work * float(np.exp(end)) for end in (center(ratios).low, center(ratios).value, center(ratios).high))
+    typical = median(sample for launch in timing.launches for sample in flat(launch.blocks.get(peak, [])))
+    rate = 2e-6 * PEAK_MACS * timing.launches[0].streams[peak] / typical
+    detail = f"of the {rate:.0f} GFLOP/s of a 1024³ matrix product on {peak.removeprefix('peak of ')}"
+    share = Finding(
+        check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail
+    )
+    return [share]
 
 
 def _noise(timing: Timing, found: Center) -> str:
@@ -246,6 +282,14 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
     finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of the timed runs")
     return judged(finding, LIMITS[made.sidecar.precision].cosine, "high")
+
+
+def _work(made: Artifact) -> list[Finding]:
+    macs = made.sidecar.macs
+    if macs is None:
+        return []
+    detail = f"multiply-accumulates of one image of {made.sidecar.preprocessing.size} pixels"
+    return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 
 def _cold_findings(cold: dict[str, Cold | str], arm: Arm) -> list[Finding]:

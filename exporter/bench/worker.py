@@ -39,10 +39,11 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     artifact = artifacts.load(Path(arm.path))
     told: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
     backend = backends.get(artifact.sidecar.backend)
-    if arm.runtime != "artifact":
+    if arm.runtime in ("eager", "torch.compile"):
         backend = backends.get("eager")
         told |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
-    with backend.session(artifact, backend.options(**told)) as session:
+    opening = backend.peak if arm.runtime == "peak" else backend.session
+    with opening(artifact, backend.options(**told)) as session:
         yield session
 
 
@@ -123,7 +124,7 @@ def _launch(
         conditions = watch.conditions()
     return Launch(
         blocks=rounds.blocks,
-        cosine=_cosines(bounds, names, line),
+        cosine=_cosines(bounds, [arm.name for arm in plan.arms if arm.runtime != "peak"], line),
         streams={name: bounds[name].streams for name in names},
         facts={name: sessions[name].facts for name in names},
         settled={name: paces[name].settled for name in names},

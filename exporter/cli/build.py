@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from exporter.model import FORMS
+
 SHARED = (
     click.option("--variant", metavar="NAME", help="Which ConvNeXt; by default what the weights are, or tiny."),
     click.option(
@@ -19,6 +21,14 @@ SHARED = (
     click.option("--imgsz", metavar="N", help="Input size in pixels, or 'dynamic'; by default the published one."),
     click.option("--batch", metavar="N", default="dynamic", show_default=True, help="Batch size, or 'dynamic'."),
     click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23."),
+    click.option(
+        "--form", type=click.Choice([*FORMS, "auto"]),
+        help="How the network is written; by default as the runtime runs it best, or 'auto': measured here.",
+    ),
+    click.option(
+        "--input", type=click.Choice(["normalized", "float01", "uint8"]), default="normalized", show_default=True,
+        help="What the artifact takes: normalised pixels, or 0…1 or 0…255 as they are.",
+    ),
     click.option("--simplify/--no-simplify", default=True, show_default=True, help="Run onnxsim, guarded."),
     click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Where the artifact goes."),

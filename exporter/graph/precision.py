@@ -41,6 +41,8 @@ def to_fp16(model: ir.Model) -> list[str]:
         for index, value in enumerate(node.inputs):
             if value is not None and _is_float(value) and value.dtype != target:
                 node.replace_input_with(index, _as(work, value, target, node))
+        if node.op_type == "Cast" and _is_float(node.outputs[0]):
+            node.attributes["to"] = ir.AttrInt64("to", target.value)
         for value in node.outputs:
             if _is_float(value):
                 value.dtype = target

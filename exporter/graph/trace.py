@@ -25,12 +25,14 @@ INPUT = "images"
 
 
 class TraceOptions(Record, frozen=True):
-    """How the graph is cut: what it gives out, for which sizes, in which opset. None is a dynamic axis."""
+    """How the graph is cut: what it gives out, for which sizes, in which opset, and whether it takes bytes. None is a
+    dynamic axis."""
 
     task: Literal["classify", "features"] = "classify"
     imgsz: int | None = 224
     batch: int | None = None
     opset: int = 20
+    uint8: bool = False
 
 
 def check_options(options: TraceOptions) -> None:
@@ -59,13 +61,13 @@ def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Mode
         options: checked by `check_options`.
         stride: of the last feature map; a dynamic height and width are multiples of it.
 
-    Returns: a graph from `images` (N, 3, H, W) float32 to `logits` (N, classes), or to the stages' outputs.
+    Returns: a graph from `images` (N, 3, H, W), float32 or uint8, to `logits` (N, classes), or to the stages' outputs.
     """
     import torch
 
     size = options.imgsz or 64
     # A batch of one would be taken for a constant.
-    example = torch.zeros(options.batch or 2, 3, size, size)
+    example = torch.zeros(options.batch or 2, 3, size, size, dtype=torch.uint8 if options.uint8 else torch.float32)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             model,

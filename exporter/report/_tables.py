@@ -101,10 +101,13 @@ def accuracy(reports: Sequence[Report]) -> Table:
 
 def latency(reports: Sequence[Report]) -> Table:
     """Eager first, then a row for each artifact, batch size by batch size."""
-    columns = ("model", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s", "× eager", "95 % interval", "load ms", "")
+    columns = (
+        *("model", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
+        *("× eager", "95 % interval", "of peak", "load ms", ""),
+    )
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.check == "latency" and f.case)
     rows = [row for case in cases for row in _latency_rows(reports, case)]
-    return Table("Latency, interleaved with eager PyTorch", columns, columns[1:9], rows)
+    return Table("Latency, interleaved with eager PyTorch", columns, columns[1:10], rows)
 
 
 def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
@@ -112,7 +115,7 @@ def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, .
     for prefix, words in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
         found = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
         if found:
-            yield (words, batch, number(found), *[""] * 6, found.detail if found.value is None else "")
+            yield (words, batch, number(found), *[""] * 7, found.detail if found.value is None else "")
     for report in reports:
         if report.find("p50_ms", case):
             yield (name(report), batch, *_latency(report, case))
@@ -128,6 +131,7 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
         *(number(report.find(metric, case)) for metric in metrics),
         number(speed, "{:.2f}"),
         interval,
+        number(report.find("peak_pct", case), "{:.0f} %"),
         number(report.find("load_ms")),
         f"**fails** {'; '.join(bad)}" if bad else noise,
     )

@@ -1,0 +1,243 @@
+"""Exact rewrites of the network before it is traced: the same function, written as a runtime runs it best.
+
+Each rewrite changes modules and makes new weights; the old weights stay as they were. A form is a set of them:
+
+* `plain` is the network as the papers write it;
+* `linear` folds what can be folded (see `fold_norms`, `fold_layer_scale`, `fold_response`) and leaves the pointwise
+  layers matrix products over the last axis;
+* `conv` folds too and writes them as 1×1 convolutions, the norm between two transposes as one operator;
+* `nchw` writes the norm in parts over the channels as well, so that nothing is ever transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.artifact import Preprocessing
+from exporter.errors import BadRequest, nearest
+from exporter.model import FORMS
+from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
+
+Layout = Literal["last", "transposed", "first"]
+_LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
+Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
+
+
+class Standardise(nn.Module):
+    """A norm without its scale and shift, over the channels.
+
+    `layout` says where these are: `last`; or axis 1, to be `transposed` to the last and back, so that LayerNorm is
+    one operator; or axis 1, and the norm written in parts there (`first`).
+    """
+
+    def __init__(self, norm: Norm, layout: Layout) -> None:
+        super().__init__()
+        self.kind, self.eps, self.layout = norm.kind, norm.eps, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) to the same for `last`, (N, C, H, W) to the same for the others."""
+        if self.layout == "transposed":
+            return self._over(x.permute(0, 2, 3, 1), -1).permute(0, 3, 1, 2)
+        return self._over(x, 1 if self.layout == "first" else -1)
+
+    def _over(self, x: Tensor, axis: int) -> Tensor:
+        if self.kind == "layer" and axis == -1:
+            return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        centred = x if self.kind == "rms" else x - x.mean(axis, keepdim=True)
+        spread = (centred * centred).mean(axis, keepdim=True)
+        if self.kind == "simple":  # the unbiased variance, and a mean that is not subtracted
+            spread = spread * (x.shape[axis] / (x.shape[axis] - 1))
+        return (x if self.kind == "simple" else centred) * torch.rsqrt(spread + self.eps)
+
+
+class ScaledNorm(Standardise):
+    """A norm over axis 1 with the scale and shift that nothing behind it can take in: the stem's."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__(norm, "first")
+        self.weight = nn.Parameter(norm.weight[:, None, None])
+        self.bias = None if norm.bias is None else nn.Parameter(norm.bias[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        y = super().forward(x) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class ResponseScale(nn.Module):
+    """Global Response Normalisation as one factor per channel and image: 1 + γ·share.
+
+    y·(1 + γ·share) + β is GRN with two operators over the image instead of four; β goes into the next layer. Only
+    this module squares and sums an image, and gives (N, C) numbers: it alone has to stay in fp32.
+    """
+
+    def __init__(self, grn: GRN, layout: Layout) -> None:
+        super().__init__()
+        self.axes = (1, 2) if layout == "last" else (2, 3)
+        self.channels = -1 if layout == "last" else 1
+        self.gamma = nn.Parameter(grn.gamma if layout == "last" else grn.gamma[:, None, None])
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(N, H, W, C) to (N, 1, 1, C), or (N, C, H, W) to (N, C, 1, 1)."""
+        norm = torch.linalg.vector_norm(y, dim=self.axes, keepdim=True)
+        share = norm / (norm.mean(self.channels, keepdim=True) + 1e-6)
+        return self.gamma * share + 1
+
+
+class FoldedBlock(nn.Module):
+    """A block whose scales and shifts are folded: depthwise, norm, pointwise, GELU, (response,) pointwise, residual."""
+
+    def __init__(self, block: Block, layout: Layout) -> None:
+        super().__init__()
+        fold_layer_scale(block)
+        fold_response(block)
+        self.channels_last = layout == "last"
+        self.dwconv = block.dwconv
+        pwconv1 = folded(block.norm, block.pwconv1)
+        self.norm = Standardise(block.norm, layout)
+        self.pwconv1 = pwconv1 if self.channels_last else as_conv(pwconv1)
+        self.grn = None if block.grn is None else ResponseScale(block.grn, layout)
+        self.pwconv2 = block.pwconv2 if self.channels_last else as_conv(block.pwconv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        y = self.dwconv(x)
+        if self.channels_last:
+            y = y.permute(0, 2, 3, 1)
+        y = F.gelu(self.pwconv1(self.norm(y)))
+        if self.grn is not None:
+            y = y * self.grn(y)
+        y = self.pwconv2(y)
+        return x + (y.permute(0, 3, 1, 2) if self.channels_last else y)
+
+
+class PixelConv(nn.Conv2d):
+    """The first convolution, given pixels from 0 to `top` instead of normalised ones.
+
+    Scale and, where no zeros are put around the image, the mean are in its weights; else the mean is subtracted
+    first, for around the image there must stay what normalised images have there.
+    """
+
+    def __init__(self, conv: nn.Conv2d, recipe: Preprocessing, top: int) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride))
+        self.padding = conv.padding
+        assert conv.bias is not None
+        mean, std = (torch.tensor(values, dtype=conv.weight.dtype)[:, None, None] for values in (recipe.mean, recipe.std))
+        padded = any(int(side) for side in conv.padding)
+        self.weight = nn.Parameter(conv.weight / (std * top))
+        shift = _exact_sum(conv.weight * (mean / std))
+        self.bias = conv.bias if padded else nn.Parameter((conv.bias.double() - shift).to(conv.bias.dtype))
+        self.register_buffer("mean", mean * top if padded else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) pixels, of any type, to (N, C, H/s, W/s)."""
+        x = x.to(self.weight.dtype)
+        return super().forward(x if self.mean is None else x - self.mean)
+
+
+def rewrite(model: nn.Module, form: str) -> nn.Module:
+    """Write a network, or a backbone, in a form, in place.
+
+    Args:
+        model: a ConvNeXt or Features, in eval mode.
+        form: one of `FORMS`.
+
+    Raises: BadRequest for another form.
+    """
+    if form not in FORMS:
+        raise BadRequest(f"unknown form {form!r}; {nearest(form, (*FORMS, 'auto'))}")
+    if form != "plain":
+        layout = _LAYOUTS[form]
+        for blocks in model.stages:  # type: ignore[union-attr]
+            for index, block in enumerate(blocks):  # type: ignore[arg-type]
+                blocks[index] = FoldedBlock(block, layout)  # type: ignore[operator]
+        fold_norms(model, layout)
+    return model.eval().requires_grad_(False)
+
+
+def fold_norms(model: nn.Module, layout: Layout) -> None:
+    """Fold scale and shift of the norms outside the blocks into the layers behind them: of each downsampling layer
+    into its convolution, of the last norm into the head. What stands before the pooling may go behind it, for a mean
+    is linear. The stem's is in front of a residual, and stays.
+    """
+    first, *downsample = model.downsample_layers  # type: ignore[misc]
+    around: Layout = "first" if layout == "first" else "transposed"
+    if layout == "first" and isinstance(first[-1], Norm):  # type: ignore[index]
+        first[-1] = ScaledNorm(first[-1])  # type: ignore[operator, index]
+    for layer in downsample:
+        layer[1], layer[0] = folded(layer[0], layer[1]), Standardise(layer[0], around)
+    if isinstance(model, ConvNeXt):
+        behind = "head" if model.head_hidden is None else "head_hidden"
+        name = "norm" if model.norm_pre is None else "norm_pre"
+        norm = getattr(model, name)
+        setattr(model, behind, folded(norm, getattr(model, behind)))
+        setattr(model, name, Standardise(norm, "last" if name == "norm" else around))
+
+
+def folded(norm: Norm, layer: Pointwise) -> Pointwise:
+    """A layer that takes in the scale w and shift b of the norm in front of it: W·(w∘x + b) + c = (W∘w)·x + (W·b + c).
+
+    A convolution must not pad: around the image the shift would be missing.
+    """
+    assert layer.bias is not None
+    shape = (1, -1, *[1] * (layer.weight.ndim - 2))
+    bias = layer.bias
+    if norm.bias is not None:
+        bias = (bias.double() + _exact_sum(layer.weight * norm.bias.view(shape))).to(bias.dtype)
+    return _with(layer, layer.weight * norm.weight.view(shape), bias)
+
+
+def fold_layer_scale(block: Block) -> None:
+    """Layer scale into the second pointwise layer: γ∘(W·x + c) = (γ∘W)·x + γ∘c."""
+    if block.gamma is not None:
+        layer = block.pwconv2
+        block.pwconv2 = _with(layer, layer.weight * block.gamma[:, None], layer.bias * block.gamma)
+        block.gamma = None
+
+
+def fold_response(block: Block) -> None:
+    """GRN's shift into the second pointwise layer: W·(y + β) + c = W·y + (W·β + c)."""
+    if block.grn is not None:
+        layer = block.pwconv2
+        bias = (layer.bias.double() + _exact_sum(layer.weight * block.grn.beta)).to(layer.bias.dtype)
+        block.pwconv2 = _with(layer, layer.weight, bias)
+        block.grn.beta = nn.Parameter(torch.zeros_like(block.grn.beta))
+
+
+def as_conv(layer: nn.Linear) -> nn.Conv2d:
+    """A pointwise layer as a convolution of 1×1, over axis 1 instead of the last."""
+    with torch.device("meta"):
+        conv = nn.Conv2d(layer.in_features, layer.out_features, 1)
+    return _with(conv, layer.weight[:, :, None, None], layer.bias)
+
+
+def take_pixels(model: nn.Module, recipe: Preprocessing) -> None:
+    """Let a network take pixels as `recipe.input` says (`uint8` 0…255, `float01` 0…1), in place."""
+    if recipe.input != "normalized":
+        stem = model.downsample_layers[0]  # type: ignore[index]
+        stem[0] = PixelConv(stem[0], recipe, 255 if recipe.input == "uint8" else 1)  # type: ignore[index, arg-type, operator]
+
+
+def _with(layer: Pointwise, weight: Tensor, bias: Tensor) -> Pointwise:
+    """A layer like this one with other numbers."""
+    with torch.device("meta"):
+        made = (
+            nn.Linear(layer.in_features, layer.out_features)
+            if isinstance(layer, nn.Linear)
+            else nn.Conv2d(layer.in_channels, layer.out_channels, _pair(layer.kernel_size), _pair(layer.stride))
+        )
+    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return made
+
+
+def _exact_sum(products: Tensor) -> Tensor:
+    """The sum over all axes but the first, in double precision: it is rounded once."""
+    return products.flatten(1).sum(1, dtype=torch.float64)
+
+
+def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    return sides[0], sides[1]
