@@ -42,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept for this user: `$XDG_CACHE_HOME/convnext-export`, below `~/.cache` if unset."""
+    """Where what can be made again is kept for this user: below `$XDG_CACHE_HOME`, or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-export"
 
 

@@ -235,7 +235,9 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     cast = ir.node("Cast", [given], attributes={"to": dtype})
     product = ir.node("MatMul", [cast.outputs[0], weight])
     product.outputs[0].name, product.outputs[0].dtype, product.outputs[0].shape = "product", dtype, shape
-    graph = ir.Graph([given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20})
+    graph = ir.Graph(
+        [given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20}, name="peak"
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "peak.onnx"
         files.save(ir.Model(graph, ir_version=10), path, {})

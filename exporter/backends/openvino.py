@@ -97,9 +97,7 @@ def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
     yield _session(*_compile(artifact, options), artifact.sidecar.preprocessing, options)
 
 
-def _session(
-    compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: Options
-) -> OpenVinoSession:
+def _session(compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: Options) -> OpenVinoSession:
     streams = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if options.hint == "throughput" else 1
     return OpenVinoSession(compiled, recipe, device, arithmetic, streams)
 

@@ -96,7 +96,9 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """For each runtime and precision a matrix product, to say what the machine could do."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
-    arms = {peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told) for made in artifacts}
+    arms = {
+        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told) for made in artifacts
+    }
     return list(arms.values())
 
 
@@ -248,7 +250,9 @@ def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list
     if macs is None or len(ratios) < 2:
         return []
     work = 100 * macs * timing.plan.batch / PEAK_MACS
-    low, value, high = (work * float(np.exp(end)) for end in (center(ratios).low, center(ratios).value, center(ratios).high))
+    low, value, high = (
+        work * float(np.exp(end)) for end in (center(ratios).low, center(ratios).value, center(ratios).high)
+    )
     typical = median(sample for launch in timing.launches for sample in flat(launch.blocks.get(peak, [])))
     rate = 2e-6 * PEAK_MACS * timing.launches[0].streams[peak] / typical
     detail = f"of the {rate:.0f} GFLOP/s of a 1024³ matrix product on {peak.removeprefix('peak of ')}"

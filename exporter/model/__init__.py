@@ -1,3 +1,3 @@
-"""ConvNeXt in PyTorch: the network, the table of variants, weights from files and hubs, and the forms it is written in."""
+"""ConvNeXt in PyTorch: the network, the table of variants, weights, and the forms it is written in."""
 
 FORMS = ("plain", "linear", "conv", "nchw")  # `forms` says what each is, and imports torch

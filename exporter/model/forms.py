@@ -11,7 +11,8 @@ Each rewrite changes modules and makes new weights; the old weights stay as they
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from collections.abc import Iterable
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from exporter.artifact import Preprocessing
 from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS
-from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
+from exporter.model.convnext import GRN, Block, ConvNeXt, Features, Norm
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
+Network = ConvNeXt | Features
+M = TypeVar("M", bound=nn.Module)
 Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
 
 
@@ -126,11 +129,14 @@ class PixelConv(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride))
         self.padding = conv.padding
         assert conv.bias is not None
-        mean, std = (torch.tensor(values, dtype=conv.weight.dtype)[:, None, None] for values in (recipe.mean, recipe.std))
+        mean, std = (
+            torch.tensor(values, dtype=conv.weight.dtype)[:, None, None] for values in (recipe.mean, recipe.std)
+        )
         padded = any(int(side) for side in conv.padding)
         self.weight = nn.Parameter(conv.weight / (std * top))
         shift = _exact_sum(conv.weight * (mean / std))
         self.bias = conv.bias if padded else nn.Parameter((conv.bias.double() - shift).to(conv.bias.dtype))
+        self.mean: Tensor | None
         self.register_buffer("mean", mean * top if padded else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ class PixelConv(nn.Conv2d):
         return super().forward(x if self.mean is None else x - self.mean)
 
 
-def rewrite(model: nn.Module, form: str) -> nn.Module:
+def rewrite(model: Network, form: str) -> Network:
     """Write a network, or a backbone, in a form, in place.
 
     Args:
@@ -152,24 +158,25 @@ def rewrite(model: nn.Module, form: str) -> nn.Module:
         raise BadRequest(f"unknown form {form!r}; {nearest(form, (*FORMS, 'auto'))}")
     if form != "plain":
         layout = _LAYOUTS[form]
-        for blocks in model.stages:  # type: ignore[union-attr]
-            for index, block in enumerate(blocks):  # type: ignore[arg-type]
-                blocks[index] = FoldedBlock(block, layout)  # type: ignore[operator]
+        for index, blocks in enumerate(model.stages):
+            model.stages[index] = _sequence(FoldedBlock(block, layout) for block in _parts(blocks, Block))
         fold_norms(model, layout)
     return model.eval().requires_grad_(False)
 
 
-def fold_norms(model: nn.Module, layout: Layout) -> None:
+def fold_norms(model: Network, layout: Layout) -> None:
     """Fold scale and shift of the norms outside the blocks into the layers behind them: of each downsampling layer
     into its convolution, of the last norm into the head. What stands before the pooling may go behind it, for a mean
     is linear. The stem's is in front of a residual, and stays.
     """
-    first, *downsample = model.downsample_layers  # type: ignore[misc]
     around: Layout = "first" if layout == "first" else "transposed"
-    if layout == "first" and isinstance(first[-1], Norm):  # type: ignore[index]
-        first[-1] = ScaledNorm(first[-1])  # type: ignore[operator, index]
-    for layer in downsample:
-        layer[1], layer[0] = folded(layer[0], layer[1]), Standardise(layer[0], around)
+    for index, layer in enumerate(model.downsample_layers):
+        parts = _parts(layer, nn.Module)
+        if index == 0 and layout == "first" and isinstance(parts[-1], Norm):
+            model.downsample_layers[0] = _sequence([*parts[:-1], ScaledNorm(parts[-1])])
+        elif isinstance(parts[0], Norm) and isinstance(parts[1], nn.Conv2d):
+            folded_conv = folded(parts[0], parts[1])
+            model.downsample_layers[index] = _sequence([Standardise(parts[0], around), folded_conv])
     if isinstance(model, ConvNeXt):
         behind = "head" if model.head_hidden is None else "head_hidden"
         name = "norm" if model.norm_pre is None else "norm_pre"
@@ -185,7 +192,7 @@ def folded(norm: Norm, layer: Pointwise) -> Pointwise:
     """
     assert layer.bias is not None
     shape = (1, -1, *[1] * (layer.weight.ndim - 2))
-    bias = layer.bias
+    bias: Tensor = layer.bias
     if norm.bias is not None:
         bias = (bias.double() + _exact_sum(layer.weight * norm.bias.view(shape))).to(bias.dtype)
     return _with(layer, layer.weight * norm.weight.view(shape), bias)
@@ -215,11 +222,24 @@ def as_conv(layer: nn.Linear) -> nn.Conv2d:
     return _with(conv, layer.weight[:, :, None, None], layer.bias)
 
 
-def take_pixels(model: nn.Module, recipe: Preprocessing) -> None:
+def take_pixels(model: Network, recipe: Preprocessing) -> None:
     """Let a network take pixels as `recipe.input` says (`uint8` 0…255, `float01` 0…1), in place."""
     if recipe.input != "normalized":
-        stem = model.downsample_layers[0]  # type: ignore[index]
-        stem[0] = PixelConv(stem[0], recipe, 255 if recipe.input == "uint8" else 1)  # type: ignore[index, arg-type, operator]
+        first, *others = _parts(model.downsample_layers[0], nn.Module)
+        assert isinstance(first, nn.Conv2d)
+        top = 255 if recipe.input == "uint8" else 1
+        model.downsample_layers[0] = _sequence([PixelConv(first, recipe, top), *others])
+
+
+def _parts(sequence: nn.Module, kind: type[M]) -> list[M]:
+    """The modules of a sequence, all of one kind."""
+    parts = list(sequence.children())
+    assert all(isinstance(part, kind) for part in parts)
+    return cast("list[M]", parts)
+
+
+def _sequence(parts: Iterable[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(*parts)
 
 
 def _with(layer: Pointwise, weight: Tensor, bias: Tensor) -> Pointwise:

@@ -24,9 +24,8 @@ from exporter.model.variants import Architecture, Variant, named, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
-    from exporter.model.convnext import ConvNeXt
+    from exporter.model.convnext import ConvNeXt, Features
 
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
@@ -43,7 +42,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     labels: tuple[str, ...]
 
-    def model(self, task: str = "classify") -> Module:
+    def model(self, task: str = "classify") -> ConvNeXt | Features:
         """The network in eval mode, or for `features` its backbone. It shares memory with `state`."""
         from exporter.model.convnext import Features
 
