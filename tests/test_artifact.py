@@ -10,9 +10,10 @@ import textwrap
 
 import pytest
 
-from exporter import artifact, disk
+from exporter import artifact, disk, pipeline
 from exporter.artifact import sidecar_path
 from exporter.errors import BadRequest, Unavailable
+from exporter.recipe import Recipe
 from tests.conftest import ROOT, build, snapshot
 
 
@@ -244,7 +245,7 @@ def test_a_disk_that_fills_up_while_a_runtime_writes(backend, share, artifacts, 
         pytest.skip("no mount in this sandbox")
     try:
         if backend == "openvino":  # the graph fits, the IR does not
-            build(tiny, disk)
+            pipeline.export(Recipe(weights=str(tiny), backend="openvino"), disk)
         free = shutil.disk_usage(disk).free
         (disk / "ballast").write_bytes(b"0" * (free - int(share * artifacts[backend, "fp32"].sidecar.bytes)))
         before = snapshot(disk)

@@ -5,12 +5,16 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from exporter import backends, discover
+from exporter import artifact, backends, discover
 from exporter.backends import Options
 from exporter.checks.parity import LIMITS
+from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
+from exporter.model import FORMS
 from tests.conftest import PX, build, has_bf16
 
+# What another backend's artifact was made from has its form in its name.
+PARENTS = {"onnxruntime": "custom_fp32.onnx", "openvino": "custom_nchw_fp32.onnx"}
 NAMES = discover.names("exporter.backends")
 BUILT = [(n, p) for n in NAMES for p in sorted(backends.get(n).precisions) if n != "eager"]
 
@@ -57,6 +61,65 @@ def test_it_gives_what_eager_gives(name, precision, artifacts, images):
     assert np.abs(got - expected).max() <= LIMITS[precision].share * expected.std()
     if precision != "fp32":
         assert np.abs(got - expected).max() > 1e-6 * expected.std(), "nothing was lowered"
+
+
+@pytest.mark.parametrize("source", ["tiny", "tiny_v2"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "eager"])
+def test_it_gives_the_same_in_every_form(name, form, source, request, images, tmp_path):
+    made = build(request.getfixturevalue(source), tmp_path, name, form=form)
+    assert made.sidecar.recipe["form"] == form
+    eager = backends.get("eager")
+    with backends.get(name).session(made, Options()) as session, eager.session(made, eager.options()) as reference:
+        (got,), (expected,) = session(images), reference(images)
+    assert np.abs(got - expected).max() <= LIMITS["fp32"].share * expected.std()
+
+
+@pytest.mark.parametrize(("name", "precision"), [(n, p) for n, p in BUILT if p != "bf16"])
+@pytest.mark.parametrize("word", ["uint8", "float01"])
+def test_it_takes_pixels_as_they_are(name, precision, word, tiny, tmp_path):
+    """A session is given normalised images as ever; what runs inside is given bytes, or 0…1."""
+    made = build(tiny, tmp_path, name, precision, input=word)
+    assert made.sidecar.inputs[0].dtype == {"uint8": "uint8", "float01": "float32"}[word]
+    recipe = made.sidecar.preprocessing
+    pixels = np.random.default_rng(0).integers(0, 256, (3, PX, PX, 3), dtype=np.uint8)
+    images = normalise(pixels, recipe)
+    taken = backends.as_taken(images, recipe)
+    assert np.allclose(taken, np.moveaxis(pixels, -1, 1) / (1 if word == "uint8" else 255), atol=1e-6)
+    eager = backends.get("eager")
+    with backends.get(name).session(made, Options()) as session, eager.session(made, eager.options()) as reference:
+        (got,), (expected,) = session(images), reference(images)
+        got = got.copy()
+        bound = session.bind([images])
+        bound.run()
+        assert np.array_equal(bound.outputs()[0], got)
+    assert np.abs(got - expected).max() <= LIMITS[precision].share * expected.std()
+
+
+@pytest.mark.parametrize("precision", sorted(LIMITS))
+@pytest.mark.parametrize("batch", [None, 1, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_its_own_form_is_one_of_the_forms(name, batch, precision):
+    assert backends.get(name).form(precision, batch) in FORMS
+
+
+@pytest.mark.parametrize("hint", ["latency", "throughput"])
+@pytest.mark.parametrize(("name", "precision"), [("eager", "fp32"), *BUILT])
+def test_its_peak_is_a_large_matrix_product(name, precision, hint, artifacts):
+    if precision == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bf16")
+    made = artifacts["onnxruntime" if name == "eager" else name, precision]
+    backend = backends.get(name)
+    matrix = backends.peak_matrix()
+    with backend.peak(made, backend.options(hint=hint)) as product:
+        bound = product.bind([])
+        bound.run()
+        (got,) = bound.outputs()
+        assert product.facts["device"].lower() == "cpu"
+    error = np.abs(got - matrix @ matrix).max() / got.std()
+    assert error < (1e-5 if precision != "bf16" else 0.05)
+    assert precision != "bf16" or error > 1e-4, "it is computed in bf16"
+    assert matrix.size * matrix.shape[0] == backends.PEAK_MACS
 
 
 @pytest.mark.parametrize(("name", "precision"), BUILT)
@@ -123,7 +186,9 @@ def test_the_sidecar_tells_what_was_built(name, precision, artifacts):
     assert made.path.stem == f"custom_{precision}"
     assert sidecar.labels[0] == "class 0"
     if (name, precision) != ("onnxruntime", "fp32"):
-        assert sidecar.parents == (artifacts["onnxruntime", "fp32"].sidecar.sha256,)
+        parent = artifact.load(made.path.with_name(PARENTS[name]))
+        assert sidecar.parents == (parent.sidecar.sha256,)
+        assert parent.sidecar.recipe["form"] == sidecar.recipe["form"]
 
 
 def test_an_unknown_precision_is_refused_with_the_nearest(tiny, tmp_path):

@@ -81,3 +81,35 @@ def crashing_head(arm):
 def nan_head(arm):
     """The head is faster, and gives no numbers."""
     yield Fake("nan@1" if arm.name == "head" else f"{arm.name}@2")
+
+
+def by_form(arm, **behaviours):
+    """What the form in an artifact's path is said to do; the others take two milliseconds."""
+    words = [word for form, word in behaviours.items() if f"/{form}/" in arm.path and arm.runtime == "artifact"]
+    return Fake(words[0] if words else "any@2")
+
+
+@contextlib.contextmanager
+def nchw_is_faster(arm):
+    """Twice as fast in one form."""
+    yield by_form(arm, nchw="any@1")
+
+
+@contextlib.contextmanager
+def nchw_is_wrong(arm):
+    """Twice as fast in one form, with other answers."""
+    yield by_form(arm, nchw="wrong@1")
+
+
+@contextlib.contextmanager
+def nchw_crashes(arm):
+    """Fast in one form, until it crashes."""
+    yield by_form(arm, nchw="crash@0.2")
+
+
+@contextlib.contextmanager
+def plain_is_closed(arm):
+    """The form that the others are held against cannot be opened."""
+    if "/plain/" in arm.path and arm.runtime == "artifact":
+        raise ValueError("no such device")
+    yield by_form(arm)

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from exporter import report
-from exporter.bench import latency
+from exporter.artifact import Artifact
+from exporter.backends import PEAK_MACS
+from exporter.bench import Launch, Plan, Timing, latency
+from exporter.measure.machine import Conditions
 from tests.conftest import build, copy_artifact
 
 QUICK = ("--duration", "0.5", "--threads", "1")
@@ -56,6 +60,39 @@ def test_there_is_a_report_for_each_artifact_with_its_samples(benched):
         assert found(one, "cold_ms")["value"] > found(one, "first_ms")["value"] > 0
         assert found(one, "peak_bytes")["value"] > 20e6
         assert report.load(path.path.with_name(path.path.name + ".report.json")).passed
+
+
+def test_work_and_the_share_of_the_machines_peak_are_told(benched):
+    made, reports = benched
+    for one, name in zip(reports, ("onnxruntime fp32", "openvino fp16"), strict=True):
+        assert found(one, "gmacs")["value"] * 1e9 == made[0].sidecar.macs > 1e6
+        for case in ("batch 1", "batch 3"):
+            share = found(one, "peak_pct", case)
+            assert 0 < share["low"] <= share["value"] <= share["high"] < 150
+            assert f"of a 1024³ matrix product on {name}" in share["detail"]
+
+
+def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(artifacts):
+    """A quarter of the product's multiplications for each of two images, in twice its time: a quarter of its rate."""
+    made = replace(artifacts["onnxruntime", "fp32"].sidecar, macs=PEAK_MACS // 4)
+    made = Artifact(Path("a.onnx"), made)
+    peak = latency.peak_name(made)
+    conditions = Conditions(load=0, others_pct=0, steal_pct=0, throttled=None, mhz=None)
+    launch = Launch(
+        blocks={"a.onnx": [[4.0], [4.0]], peak: [[2.0], [2.0]]}, cosine={}, streams={"a.onnx": 1, peak: 1},
+        facts={}, settled={}, dropped=0, conditions=conditions,
+    )  # fmt: skip
+    timing = Timing(Plan(arms=(), preprocessing=made.sidecar.preprocessing, batch=2), [launch] * 6)
+    (share,) = latency._share_of_peak(timing, "a.onnx", made, "batch 2")
+    assert (share.low, share.value, share.high) == pytest.approx((25, 25, 25))
+    assert f"of the {2e-6 * PEAK_MACS / 2:.0f} GFLOP/s" in share.detail
+
+
+def test_artifacts_that_take_pixels_in_other_units_are_timed_together(artifacts, tiny, run, tmp_path):
+    made = build(tiny, tmp_path, input="uint8")
+    (one, other) = run("bench", made.path, artifacts["openvino", "fp32"].path, *QUICK, "-o", tmp_path, "--json").json
+    assert found(one, "outputs_cosine")["value"] > 0.99999
+    assert found(other, "outputs_cosine")["value"] > 0.99999
 
 
 def test_the_machine_is_told(benched):

@@ -46,7 +46,7 @@ def test_the_block_that_was_spoilt_is_where_it_begins(artifacts, images, tmp_pat
 
     made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
     model = ir.load(made.path)
-    node = next(node for node in model.graph if node.name == "stages.2.1.pwconv1/MatMul")
+    node = next(node for node in model.graph if node.name == "stages.2.1.pwconv1/Conv")
     weight = node.inputs[1]
     weight.const_value = ir.tensor(weight.const_value.numpy() * 1.1, name=weight.name)
     ir.save(model, made.path)

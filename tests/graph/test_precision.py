@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from exporter.graph import precision
+from exporter.model import FORMS
 from tests.conftest import build
 
 
@@ -20,7 +21,7 @@ def run_graph(model, images, tmp_path):
 @pytest.fixture(params=["tiny", "tiny_v2"])
 def graph(request, tmp_path_factory):
     source = request.getfixturevalue(request.param)
-    return ir.load(build(source, tmp_path_factory.mktemp("fp32")).path)
+    return ir.load(build(source, tmp_path_factory.mktemp("fp32"), form="plain").path)
 
 
 @pytest.fixture
@@ -38,6 +39,39 @@ def test_the_graph_is_valid_half_as_large_and_close(graph, images, tmp_path):
     assert (tmp_path / "graph.onnx").stat().st_size < 0.65 * size
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("source", ["tiny", "tiny_v2"])
+def test_in_every_form_the_graph_is_valid_and_close(form, source, request, images, tmp_path):
+    graph = ir.load(build(request.getfixturevalue(source), tmp_path, form=form).path)
+    before = run_graph(graph, images, tmp_path)
+    precision.to_fp16(graph)
+    after = run_graph(graph, images, tmp_path)
+    assert 0 < np.abs(after - before).max() < 0.01 * before.std()
+    for node in graph.graph:
+        if node.op_type.startswith("Reduce"):
+            assert node.outputs[0].dtype == ir.DataType.FLOAT, node.name
+
+
+def test_of_grn_only_the_factor_per_channel_is_computed_in_fp32(tiny_v2, tmp_path):
+    """The product with the image, four times as wide as any other tensor, is halved."""
+    graph = ir.load(build(tiny_v2, tmp_path, form="conv").path)
+    precision.to_fp16(graph)
+    products = [
+        node for node in graph.graph if node.metadata_props.get("module") == "stages.1.0" and node.op_type == "Mul"
+    ]
+    assert [node.outputs[0].dtype for node in products] == [ir.DataType.FLOAT16]
+
+
+def test_bytes_become_fp16_at_the_first_step(tiny, tmp_path):
+    graph = ir.load(build(tiny, tmp_path, input="uint8").path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+    before = run_graph(graph, pixels, tmp_path)
+    precision.to_fp16(graph)
+    assert np.abs(run_graph(graph, pixels, tmp_path) - before).max() < 0.01 * before.std()
+    assert graph.graph[0].op_type == "Cast"
+    assert graph.graph[0].outputs[0].dtype == ir.DataType.FLOAT16
+
+
 def test_statistics_stay_in_fp32(graph):
     precision.to_fp16(graph)
     for node in graph.graph:
@@ -48,9 +82,11 @@ def test_statistics_stay_in_fp32(graph):
             assert node.outputs[0].dtype == ir.DataType.FLOAT16, node.name
 
 
-def test_activations_beyond_fp16_in_grn_do_not_overflow(tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_beyond_fp16_in_grn_do_not_overflow(form, tmp_path):
     """Scaled up 3,000 times, the squares of what GRN sums are beyond 65,504; GRN itself is blind to scale."""
     from exporter.graph import trace
+    from exporter.model import forms
     from exporter.model.convnext import ConvNeXt
     from tests.conftest import tiny_architecture, tiny_state
 
@@ -60,7 +96,7 @@ def test_activations_beyond_fp16_in_grn_do_not_overflow(tmp_path):
     model = ConvNeXt(tiny_architecture(**differences), 10)
     model.load_state_dict(state)
     model.eval().requires_grad_(False)
-    graph = trace.trace(model, trace.TraceOptions(imgsz=64), 32)
+    graph = trace.trace(forms.rewrite(model, form), trace.TraceOptions(imgsz=64), 32)
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     before = run_graph(graph, images, tmp_path)
     precision.to_fp16(graph)

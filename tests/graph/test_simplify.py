@@ -10,8 +10,8 @@ from tests.conftest import build
 
 
 @pytest.fixture
-def graph(artifacts):
-    return ir.load(artifacts["onnxruntime", "fp32"].path)
+def graph(tiny, tmp_path):
+    return ir.load(build(tiny, tmp_path / "plain", form="plain").path)
 
 
 def with_identities(graph):

@@ -110,13 +110,22 @@ def test_nodes_and_weights_have_the_models_own_names(artifacts):
     graph = ir.load(artifacts["onnxruntime", "fp32"].path).graph
     names = [node.name for node in graph]
     assert len(set(names)) == len(names)
-    assert {"stages.2.1.pwconv1/MatMul", "stages.0.0.dwconv/Conv", "norm/LayerNormalization"} <= set(names)
+    assert {"stages.2.1.pwconv1/Conv", "stages.0.0.dwconv/Conv", "norm/LayerNormalization"} <= set(names)
     assert {"stages.2.1.pwconv1.weight", "downsample_layers.0.0.weight", "head.bias"} <= set(graph.initializers)
     assert not [
         name for name in graph.initializers if name.startswith("val_") and graph.initializers[name].shape.rank() > 1
     ]
-    block = [node for node in graph if node.name == "stages.2.1.pwconv1/MatMul"]
+    block = [node for node in graph if node.name == "stages.2.1.pwconv1/Conv"]
     assert block[0].metadata_props["module"] == "stages.2.1.pwconv1"
+
+
+@pytest.mark.parametrize("form", ["plain", "linear"])
+def test_matrix_products_and_their_weights_too(form, tiny, tmp_path):
+    """The exporter transposes the weights of a Linear, and calls them val_7."""
+    graph = ir.load(build(tiny, tmp_path, form=form).path).graph
+    node = next(node for node in graph if node.name == "stages.2.1.pwconv1/MatMul")
+    assert node.metadata_props["module"] == "stages.2.1.pwconv1"
+    assert node.inputs[1].name == "stages.2.1.pwconv1.weight"
 
 
 def test_operators_that_matter_stay_whole(artifacts):
