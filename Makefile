@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types imports docs clean
+.PHONY: help install demo test check format lint types imports docs clean bench-peers
 
 help:            ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(STAMP) ## make .venv with all that can be used without a GPU
 
@@ -37,6 +37,9 @@ types: install
 
 imports: install
 	$(BIN)/lint-imports
+
+bench-peers: install ## others' ways beside ours, on this machine (an hour)
+	$(BIN)/python -m benchmarks.peers -o build/peers/results
 
 docs: install    ## write the generated parts of the docs
 	$(BIN)/python -m benchmarks.docs

@@ -1,0 +1,36 @@
+"""`make bench-peers`: make, time and write what is not there yet; print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.peers import BATCHES, ROOT, VARIANTS, table, timing
+from exporter.disk import write_file
+
+
+def main() -> None:
+    """Case by case; what was written stays."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="Folder for one JSON file a case.")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--batch", nargs="+", type=int, choices=BATCHES, default=BATCHES)
+    parser.add_argument("--seconds", type=float, default=60.0, help="Of timing, for each case.")
+    told = parser.parse_args()
+    for variant in told.variant:
+        for batch in told.batch:
+            path = told.output / f"{variant}-b{batch}.json"
+            if not path.exists():
+                print(f"{variant}, batch {batch}", file=sys.stderr, flush=True)
+                case = timing.time_case(variant, batch, Path(ROOT), told.seconds)
+                write_file(path, msgspec.json.encode(case))
+    for case in table.load(told.output):
+        print(f"\n{case.variant}, batch {case.batch}\n\n{table.case_table(case)}")
+    print(table.summary(table.load(told.output)))
+
+
+if __name__ == "__main__":
+    main()
