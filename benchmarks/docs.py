@@ -1,26 +1,29 @@
 """`make docs`: the parts of the documents that are generated, so that none can say what is not so.
 
-`docs/cli.md` is the help of every verb; between the marks in README.md stand tables rendered from the reports in
+`docs/cli.md` is the help of every verb; between the marks in the other documents stand tables rendered from what is in
 `benchmarks/results`. A test holds the files against what this module would write.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
 
-from benchmarks import agreement, gate
+from benchmarks import agreement, forms, gate
 from benchmarks.footprint import Footprint, table
+from benchmarks.peers import table as peers
 from exporter import report
 from exporter.cli import GROUPS, cli
 from exporter.report import markdown
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "epyc-milan-2-cores"
-FOOTPRINT = ROOT / "benchmarks" / "results" / "xeon-amx-2-cores" / "footprint.json"
-DEMO = ("fp32.onnx", "fp16.onnx", "fp32.xml", "fp16.xml")
+RESULTS = ROOT / "benchmarks" / "results"
+MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
+DEMO = ("fp32.onnx", "fp16.onnx", "fp32.xml", "fp16.xml", "bf16.xml")
+DOCUMENTS = ("README.md", "docs/forms.md", "docs/peers.md")
 
 
 def cli_help() -> str:
@@ -38,25 +41,41 @@ def cli_help() -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of the README by their mark."""
-    reports = [report.load(RESULTS / "demo" / f"custom_{name}.report.json") for name in DEMO]
-    footprint = msgspec.json.decode(FOOTPRINT.read_bytes(), type=Footprint)
-    trials = msgspec.json.decode((RESULTS / "gate.json").read_bytes(), type=gate.Experiment)
-    others = msgspec.json.decode((RESULTS / "agreement.json").read_bytes(), type=agreement.Result)
+    """The tables of the documents by their mark."""
+    reports = [report.load(TURIN / "demo" / f"custom_{name}.report.json") for name in DEMO]
+    footprint = msgspec.json.decode((TURIN / "footprint.json").read_bytes(), type=Footprint)
+    trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
+    others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)
+    formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
+    cases = peers.load(TURIN / "peers")
     return {
         "demo": markdown.render(reports),
         "footprint": table(footprint),
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
+        "forms": forms.form_table(formed),
+        "forms-machine": machine(formed.environment),
+        "settings": forms.setting_table(formed),
+        "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
+        + machine(cases[0].environment),
+        "peers-tiny": peers.case_table(next(one for one in cases if (one.variant, one.batch) == ("tiny", 1))),
+        "peers-summary": peers.summary(cases),
     }
 
 
-def readme(text: str) -> str:
-    """The README with its tables as they are now."""
+def machine(facts: dict[str, Any]) -> str:
+    """The machine and the runtimes, in a line."""
+    tools = ", ".join(f"{tool} {facts['versions'][tool]}" for tool in ("torch", "onnxruntime", "openvino"))
+    return f"\n{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['isa'])}; {tools}.\n"
+
+
+def filled(text: str) -> str:
+    """A document with its tables as they are now."""
     for mark, content in tables().items():
-        before, _, rest = text.partition(f"<!-- {mark} -->\n")
-        _, _, after = rest.partition(f"<!-- /{mark} -->")
-        text = f"{before}<!-- {mark} -->\n{content}<!-- /{mark} -->{after}"
+        before, opening, rest = text.partition(f"<!-- {mark} -->\n")
+        if opening:
+            _, _, after = rest.partition(f"<!-- /{mark} -->")
+            text = f"{before}{opening}{content}<!-- /{mark} -->{after}"
     return text
 
 
@@ -64,8 +83,8 @@ def main() -> None:
     """Write them all."""
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "cli.md").write_text(cli_help())
-    path = ROOT / "README.md"
-    path.write_text(readme(path.read_text()))
+    for name in DOCUMENTS:
+        (ROOT / name).write_text(filled((ROOT / name).read_text()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from exporter.disk import flush, lock, locked, write_error, write_file
 from exporter.errors import BadRequest, ExporterError, nearest
 from exporter.progress import note
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
 

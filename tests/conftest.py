@@ -49,6 +49,14 @@ def type_command(*words: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True, scope="session")
+def a_cache_of_the_tests_own(tmp_path_factory: pytest.TempPathFactory):
+    """What is remembered for a user is not remembered by tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def run():
     return type_command

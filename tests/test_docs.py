@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import docs
+from exporter import tuning
 from exporter.data.synthetic import dead_leaves
 from exporter.model import hub, variants
 from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
@@ -40,6 +41,7 @@ def desk(tmp_path, monkeypatch):
     base = msgspec.structs.replace(variants.VARIANTS["base"], architecture=tiny_architecture())
     monkeypatch.setitem(variants.VARIANTS, "base", base)
     monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
+    monkeypatch.setattr(tuning, "SECONDS", 0.5)
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
@@ -75,8 +77,17 @@ def test_the_help_in_the_docs_is_the_programs():
     assert (ROOT / "docs" / "cli.md").read_text() == docs.cli_help(), "run `make docs`"
 
 
-def test_the_tables_in_the_readme_are_those_of_the_reports():
-    assert docs.readme(README) == README, "run `make docs`"
+@pytest.mark.parametrize("name", docs.DOCUMENTS)
+def test_the_tables_in_the_documents_are_those_of_the_results(name):
+    text = (ROOT / name).read_text()
+    assert docs.filled(text) == text, "run `make docs`"
+
+
+def test_every_table_stands_in_a_document():
+    texts = "".join((ROOT / name).read_text() for name in docs.DOCUMENTS)
+    for mark, content in docs.tables().items():
+        assert f"<!-- {mark} -->" in texts
+        assert content in texts
     assert README.count("custom_fp16.xml") > 2
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from benchmarks import racing
 from benchmarks.peers import BATCHES, PEERS, VARIANTS, Case, Row
 
 HEAD = "| model | median ms | p99 ms | × eager | × ours | of peak | cosine |\n|---|--:|--:|--:|--:|--:|--:|"
@@ -42,8 +43,8 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _ratio(found: tuple[float, float, float] | None) -> str:
-    return "" if found is None else "{:.2f} ({:.2f}–{:.2f})".format(*found)
+def _ratio(found: racing.Ratio | None) -> str:
+    return "" if found is None else racing.words(found)
 
 
 def summary(cases: Sequence[Case]) -> str:

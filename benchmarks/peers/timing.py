@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import exp
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from benchmarks import racing
 from benchmarks.peers import PEERS, Case, Peer, Row, build
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS, Session
 from exporter.backends.eager import EagerSession
-from exporter.bench import Arm, Launch, Plan, Timing, flat, latency, supervisor, worker
+from exporter.bench import Arm, Timing, worker
 from exporter.measure import machine
-from exporter.measure.stats import center
-from exporter.progress import track
 
-THREADS, LAUNCHES = 2, 8
+THREADS = 2
 PEAKS = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 
 
@@ -66,13 +63,10 @@ def time_case(variant: str, batch: int, root: Path, seconds: float) -> Case:
     arms = [_arm(peer, paths[peer.name], ours) for peer in PEERS if peer.name in paths]
     peaks = [Arm(name=peak_name(kind), path=str(ours[kind].path), runtime="peak", threads=THREADS) for kind in PEAKS]
     first = ours["onnxruntime", "fp32"].sidecar
-    plan = Plan(arms=(*arms, *peaks), preprocessing=first.preprocessing, batch=batch, seconds=seconds / LAUNCHES)
-    timing = Timing(plan)
-    for _ in track(supervisor.launches(timing, open_peer), LAUNCHES, "launches", lambda _: 1):
-        if len(timing.launches) >= LAUNCHES:
-            break
+    timing = racing.race([*arms, *peaks], first.preprocessing, batch, seconds, open_peer)
     rows = tuple(_row(peer, timing, failures, batch * (first.macs or 0)) for peer in PEERS)
-    rates = {peak_name(kind): 2e-6 * PEAK_MACS / statistics.median(_samples(timing, peak_name(kind))) for kind in PEAKS}
+    names = [peak_name(kind) for kind in PEAKS]
+    rates = {name: 2e-6 * PEAK_MACS / racing.typical(racing.samples(timing, name)) for name in names}
     return Case(
         variant=variant,
         batch=batch,
@@ -113,31 +107,17 @@ def peak_name(kind: tuple[str, str]) -> str:
     return f"peak {kind[0]} {kind[1]}"
 
 
-def _samples(timing: Timing, name: str) -> list[float]:
-    return [sample for launch in timing.launches for sample in flat(launch.blocks.get(name, []))]
-
-
 def _row(peer: Peer, timing: Timing, failures: dict[str, str], macs: int) -> Row:
     failure = failures.get(peer.name) or timing.failures.get(peer.name, "")
     if failure:
         return Row(name=peer.name, failure=failure)
     peak = peak_name((peer.runtime, peer.precision))
-    share = _ratio(timing, peer.name, peak) if peak in timing.launches[0].blocks else None
+    share = racing.ratio(timing, peer.name, peak) if peak in timing.launches[0].blocks else None
     return Row(
         name=peer.name,
-        launches=tuple(tuple(round(s, 4) for s in flat(_blocks(launch, peer.name))) for launch in timing.launches),
-        over_eager=_ratio(timing, peer.name, PEERS[0].name),
-        over_ours=_ratio(timing, peer.name, peer.ours) if peer.ours else None,
+        launches=racing.samples(timing, peer.name),
+        over_eager=racing.ratio(timing, peer.name, PEERS[0].name),
+        over_ours=racing.ratio(timing, peer.name, peer.ours) if peer.ours else None,
         peak_pct=100 * macs / PEAK_MACS * share[0] if share else None,
         cosine=min(launch.cosine[peer.name] for launch in timing.launches),
     )
-
-
-def _blocks(launch: Launch, name: str) -> list[list[float]]:
-    return launch.blocks.get(name, [])
-
-
-def _ratio(timing: Timing, name: str, over: str) -> tuple[float, float, float]:
-    """How many times as fast as another, in pairs of the same rounds, with the 95 % interval over launches."""
-    found = center(latency.speedups(timing, name, over))
-    return exp(found.value), exp(found.low), exp(found.high)

@@ -112,6 +112,13 @@ def inspect_command(artifact: Path, all_layers: bool, as_json: bool) -> None:
         click.echo(f"note: its layers cannot be told here: {reason}", err=True)
 
 
+_INPUTS = {
+    "normalized": "",
+    "float01": ": done inside; it takes pixels from 0 to 1",
+    "uint8": ": done inside; it takes pixels from 0 to 255, as bytes",
+}
+
+
 def _print_facts(artifact: Artifact) -> None:
     from exporter.cli.console import print_table, size
 
@@ -122,6 +129,8 @@ def _print_facts(artifact: Artifact) -> None:
         ("sha256", sidecar.sha256),
         ("made from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
         ("model", f"{sidecar.variant}, {sidecar.task}, {sidecar.precision}, for {sidecar.backend}"),
+        ("form", str(sidecar.recipe.get("form", "plain"))),
+        ("work", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
         *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
@@ -129,7 +138,7 @@ def _print_facts(artifact: Artifact) -> None:
             "preprocessing",
             f"{recipe.interpolation} to {recipe.resize}, {recipe.crop} {recipe.size}, {recipe.color}",
         ),
-        ("", f"mean {recipe.mean}, std {recipe.std}"),
+        ("", f"mean {recipe.mean}, std {recipe.std}{_INPUTS[recipe.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
         ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),

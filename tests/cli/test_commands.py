@@ -147,11 +147,28 @@ def test_other_weights_are_refused(refused, artifacts, tmp_path):
 def test_inspect_tells_what_an_artifact_is(run, artifacts):
     made = artifacts["openvino", "fp16"]
     result = run("inspect", made.path)
-    for fact in (made.sidecar.sha256, made.sidecar.parents[0], "bilinear to 64", "10: class 0", "stages.2.1", "logits"):
+    for fact in (
+        made.sidecar.sha256,
+        made.sidecar.parents[0],
+        "bilinear to 64",
+        "10: class 0",
+        "stages.2.1",
+        "logits",
+        "nchw",
+    ):
         assert fact in result.out
     layers = run("inspect", made.path, "--json").json["layers"]
     assert {"name", "module", "operator", "precision"} == set(layers[0])
     assert len(run("inspect", made.path, "--layers").out.splitlines()) > len(layers)
+
+
+def test_inspect_tells_what_is_done_inside(run, tiny, tmp_path):
+    made = run("onnx", "--weights", tiny, "--input", "uint8", "--form", "linear", "-o", tmp_path, "--json").json
+    told = run("inspect", made["artifact"]["path"]).out
+    assert "images (batch, 3, 64, 64) uint8" in told
+    assert "done inside; it takes pixels from 0 to 255, as bytes" in told
+    assert "linear" in told
+    assert run("verify", made["artifact"]["path"], "--samples", 3).code == 0
 
 
 def test_doctor_tells_what_is_there_and_what_is_not(run):

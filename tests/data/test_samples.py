@@ -8,6 +8,7 @@ from PIL import Image
 
 from exporter.artifact import Preprocessing
 from exporter.data import synthetic
+from exporter.data.arrays import open_npz
 from exporter.data.samples import match_classes, open_samples
 from exporter.errors import BadRequest
 
@@ -136,6 +137,12 @@ def test_arrays_that_do_not_fit_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(BadRequest, match=message):
         gather(tmp_path / "a.npz")
+
+
+def test_numbers_already_normalised_are_no_input_for_bytes(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32))
+    with pytest.raises(BadRequest, match="images are float32, and the artifact takes bytes"):
+        open_npz(tmp_path / "a.npz", Preprocessing(size=32, resize=32, input="uint8"))
 
 
 def test_a_truncated_npz_is_refused(tmp_path):

@@ -1,0 +1,47 @@
+"""Arms timed in turn, and what one is over another: what the benchmarks share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from math import exp
+
+from exporter.artifact import Preprocessing
+from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
+from exporter.measure.stats import center
+from exporter.progress import track
+
+LAUNCHES = 8
+Ratio = tuple[float, float, float]
+
+
+def race(
+    arms: Sequence[Arm], recipe: Preprocessing, batch: int, seconds: float, opener: Opener = worker.open_arm
+) -> Timing:
+    """Launches of all arms, `seconds` of timing in all."""
+    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / LAUNCHES))
+    for _ in track(supervisor.launches(timing, opener), LAUNCHES, "launches", lambda _: 1):
+        if len(timing.launches) >= LAUNCHES:
+            break
+    return timing
+
+
+def ratio(timing: Timing, name: str, over: str) -> Ratio:
+    """How many times as fast as another, in pairs of the same rounds, with the 95 % interval over launches."""
+    found = center(latency.speedups(timing, name, over))
+    return exp(found.value), exp(found.low), exp(found.high)
+
+
+def samples(timing: Timing, name: str) -> tuple[tuple[float, ...], ...]:
+    """Milliseconds, launch by launch."""
+    return tuple(tuple(round(one, 4) for one in flat(launch.blocks.get(name, []))) for launch in timing.launches)
+
+
+def typical(launches: Sequence[Sequence[float]]) -> float:
+    """The median of all of them."""
+    return statistics.median(sample for launch in launches for sample in launch)
+
+
+def words(found: Ratio) -> str:
+    """A ratio with its interval."""
+    return "{:.2f} ({:.2f}–{:.2f})".format(*found)
