@@ -11,17 +11,18 @@ from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor,
 from exporter.measure.stats import center
 from exporter.progress import track
 
-LAUNCHES = 8
+LAUNCHES, LEAST_LAUNCHES = 8, 6
 Ratio = tuple[float, float, float]
 
 
 def race(
     arms: Sequence[Arm], recipe: Preprocessing, batch: int, seconds: float, opener: Opener = worker.open_arm
 ) -> Timing:
-    """Launches of all arms, `seconds` of timing in all."""
-    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / LAUNCHES))
-    for _ in track(supervisor.launches(timing, opener), LAUNCHES, "launches", lambda _: 1):
-        if len(timing.launches) >= LAUNCHES:
+    """Launches of all arms, `seconds` of timing in all; six, the least that a 95 % interval needs, of large batches."""
+    count = LAUNCHES if batch == 1 else LEAST_LAUNCHES
+    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / count))
+    for _ in track(supervisor.launches(timing, opener), count, "launches", lambda _: 1):
+        if len(timing.launches) >= count:
             break
     return timing
 
