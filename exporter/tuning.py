@@ -64,8 +64,8 @@ def fastest(recipe: Recipe, build: Build, opener: Opener = worker.open_arm) -> s
         with tempfile.TemporaryDirectory(prefix="convnext-export-forms-") as folder:
             made = {form: build(replace(recipe, form=form), Path(folder) / form) for form in FORMS}
             choice = _choose(made, recipe, facts, opener)
-        write_file(path, msgspec.json.format(msgspec.json.encode(choice)))
-    note(f"--form auto: {choice} (remembered in {path})")
+        _remember(path, choice)
+    note(f"--form auto: {choice} ({path})")
     return choice.form
 
 
@@ -96,6 +96,14 @@ def _remembered(path: Path, facts: dict[str, Any]) -> Choice | None:
         return None
     same = msgspec.json.encode(choice.facts) == msgspec.json.encode(facts)
     return choice if same and choice.form in FORMS else None
+
+
+def _remember(path: Path, choice: Choice) -> None:
+    """Keep a choice; a cache that cannot be written is no reason to build nothing."""
+    try:
+        write_file(path, msgspec.json.format(msgspec.json.encode(choice)))
+    except ExporterError:
+        note(f"{path.parent} cannot be written, so the choice will not be remembered")
 
 
 def _choose(made: Mapping[str, Artifact], recipe: Recipe, facts: dict[str, Any], opener: Opener) -> Choice:

@@ -104,6 +104,13 @@ def test_a_fast_form_that_fails_is_not_taken(opener, builder, recipe, tmp_path):
     assert "cosine" in choice["fell"]["nchw"] or "brought its process down" in choice["fell"]["nchw"]
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(builder, recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert tuning.fastest(recipe, builder, fakes.nchw_is_faster) == "nchw"
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
 def test_nothing_to_compare_with_is_an_error(builder, recipe, tmp_path):
     with pytest.raises(ExporterError, match="nothing to hold the forms against: plain failed: no such device"):
         tuning.fastest(recipe, builder, fakes.plain_is_closed)
