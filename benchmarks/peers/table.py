@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def case_table(case: Case) -> str:
 def _line(row: Row) -> str:
     bold = "**" if row.name.startswith("ours") else ""
     if row.failure:
-        return f"| {row.name} | – | – | – | – | – | {row.failure.replace('|', '/')} |"
+        return f"| {row.name} | – | – | – | – | – | cannot: {textwrap.shorten(row.failure, 100).replace('|', '/')} |"
     samples = [sample for launch in row.launches for sample in launch]
     median, p99 = np.quantile(samples, [0.5, 0.99])
     cells = (
