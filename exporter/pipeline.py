@@ -133,6 +133,7 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, targ
     model = checkpoint.model(options.task)
     probe = _probe_images(options, sidecar.preprocessing)
     expected = _expected(model, probe)
+    checkpoint.state.clear()  # else every weight that a form makes anew would be in memory twice
     forms.take_pixels(model, sidecar.preprocessing)
     forms.rewrite(model, sidecar.recipe["form"])
     graph = trace.trace(model, options, checkpoint.variant.architecture.stride)
