@@ -1,4 +1,4 @@
-"""Which form is fastest on this very machine: every form built, timed in turn, and the choice remembered.
+"""Which form is fastest on this very machine's CPU: every form built, timed in turn, and the choice remembered.
 
 A choice is kept in the user's cache folder, a file for each machine, runtime and model shape; without the file it is
 made again.
@@ -64,7 +64,8 @@ def fastest(recipe: Recipe, build: Build, opener: Opener = worker.open_arm) -> s
         with tempfile.TemporaryDirectory(prefix="convnext-export-forms-") as folder:
             made = {form: build(replace(recipe, form=form), Path(folder) / form) for form in FORMS}
             choice = _choose(made, recipe, facts, opener)
-        _remember(path, choice)
+        if not choice.fell:  # what fell for want of memory, say, may stand another time
+            _remember(path, choice)
     note(f"--form auto: {choice} ({path})")
     return choice.form
 
@@ -73,23 +74,23 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     """Everything that may change the answer: machine, runtime and model shape, but not the weights."""
     checkpoint = weights.load(recipe.weights, recipe.variant)
     cpu, isa = machine.cpu()
-    shape = {key: getattr(recipe, key) for key in ("backend", "precision", "task", "imgsz", "batch", "opset", "input")}
+    asked = ("backend", "precision", "task", "imgsz", "batch", "opset", "simplify", "input")
     return {
-        **shape,
+        **{key: getattr(recipe, key) for key in asked},
         "architecture": msgspec.to_builtins(checkpoint.variant.architecture),
         "size": checkpoint.preprocessing.size,
         "cpu": cpu,
         "isa": isa,
         "cores": machine.cores(),
-        "runtime": backends.get(recipe.backend).probe(),
+        "versions": machine.versions(),
     }
 
 
 def _remembered(path: Path, facts: dict[str, Any]) -> Choice | None:
     """The choice in a file, if it is whole and for the same facts."""
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         choice = msgspec.json.decode(path.read_bytes(), type=Choice)
     except (msgspec.DecodeError, UnicodeDecodeError, OSError):
         note(f"{path} cannot be read; the forms are measured again")
@@ -132,6 +133,8 @@ def _choose(made: Mapping[str, Artifact], recipe: Recipe, facts: dict[str, Any],
 
 def _fell(timing: Timing, name: str, precision: str) -> str:
     """Why a form cannot be chosen: it crashed, or gave something else than eager PyTorch."""
+    if latency.EAGER in timing.failures:
+        return f"cannot be held against eager PyTorch, which {timing.failures[latency.EAGER]}"
     if name in timing.failures:
         return timing.failures[name]
     cosines = [launch.cosine[name] for launch in timing.launches if name in launch.cosine]

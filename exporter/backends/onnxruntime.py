@@ -223,7 +223,7 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
 @contextmanager
 def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
-    """A graph of one MatMul; in fp16 where that is really computed in."""
+    """A graph of one MatMul; in fp16 on a GPU, for a CPU's fp16 is computed in fp32 or slower."""
     import onnx_ir as ir
 
     halved = artifact.sidecar.precision == "fp16" and options.device != "cpu"

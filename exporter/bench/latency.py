@@ -255,11 +255,20 @@ def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list
     )
     typical = median(sample for launch in timing.launches for sample in flat(launch.blocks.get(peak, [])))
     rate = 2e-6 * PEAK_MACS * timing.launches[0].streams[peak] / typical
-    detail = f"of the {rate:.0f} GFLOP/s of a 1024³ matrix product on {peak.removeprefix('peak of ')}"
+    product = f"1024³ matrix product on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
+    detail = f"of the {rate:.0f} GFLOP/s of a {product}"
     share = Finding(
         check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail
     )
     return [share]
+
+
+def _computed(timing: Timing, name: str) -> str:
+    """What an arm is really computed in, as far as its session says."""
+    arithmetic = next(
+        (launch.facts[name].get("arithmetic") for launch in timing.launches if name in launch.facts), None
+    )
+    return f", computed in {arithmetic}" if arithmetic else ""
 
 
 def _noise(timing: Timing, found: Center) -> str:

@@ -38,7 +38,7 @@ def launches(timing: Timing, opener: Opener = worker.open_arm, hang_s: float = H
         opener: opens an arm; a function of a module, since another process calls it.
         hang_s: seconds of silence after which an arm is taken to hang.
     """
-    while timing.standing():
+    while any(arm.runtime != "peak" for arm in timing.standing()):
         fallen = len(timing.failures)
         left = replace(timing.plan, arms=tuple(timing.standing()), seed=timing.plan.seed + fallen)
         try:

@@ -23,7 +23,7 @@ SHARED = (
     click.option("--opset", type=int, default=20, show_default=True, help="ONNX operator set, 18 to 23."),
     click.option(
         "--form", type=click.Choice([*FORMS, "auto"]),
-        help="How the network is written; by default as the runtime runs it best, or 'auto': measured here.",
+        help="How the network is written; by default as the runtime runs it best, or 'auto': measured on this CPU.",
     ),
     click.option(
         "--input", type=click.Choice(["normalized", "float01", "uint8"]), default="normalized", show_default=True,

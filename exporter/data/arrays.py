@@ -81,8 +81,8 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
     inputs = dtype == np.float32 and shape[1:] == (3, recipe.size, recipe.size)
     if fortran or not shape or 0 in shape or not (pixels or inputs):
         raise BadRequest(f"{path}: images are {dtype} {shape}; {expected}")
-    if inputs and recipe.input == "uint8":
-        raise BadRequest(f"{path}: images are float32, and the artifact takes bytes; give uint8 (N, H, W, 3)")
+    if inputs and recipe.input != "normalized":
+        raise BadRequest(f"{path}: images are float32, and the artifact takes {recipe.input}; give uint8 (N, H, W, 3)")
     if labels is not None and labels.shape != shape[:1]:
         raise BadRequest(f"{path}: {shape[0]} images but labels of shape {labels.shape}")
     return Arrays(path, recipe, shape, dtype, labels)

@@ -2,7 +2,7 @@
 
 fp16 follows what breaks in ConvNeXt: statistics. A LayerNormalization or RMSNormalization node keeps its own in fp32
 (its `stash_type`); norms written out in parts, GRN and the pooling sum squares or whole images, pass 65,504 and turn
-every output into one constant, so these modules stay in fp32 between two casts. Inputs and outputs stay fp32.
+every output into one constant, so these modules stay in fp32 between two casts. Inputs and outputs stay what they are.
 """
 
 from __future__ import annotations

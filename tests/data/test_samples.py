@@ -141,8 +141,9 @@ def test_arrays_that_do_not_fit_are_refused(arrays, message, tmp_path):
 
 def test_numbers_already_normalised_are_no_input_for_bytes(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32))
-    with pytest.raises(BadRequest, match="images are float32, and the artifact takes bytes"):
-        open_npz(tmp_path / "a.npz", Preprocessing(size=32, resize=32, input="uint8"))
+    for word in ("uint8", "float01"):
+        with pytest.raises(BadRequest, match=f"images are float32, and the artifact takes {word}"):
+            open_npz(tmp_path / "a.npz", Preprocessing(size=32, resize=32, input=word))
 
 
 def test_a_truncated_npz_is_refused(tmp_path):
