@@ -86,6 +86,21 @@ class File(Record, frozen=True):
     sha256: str
 
 
+class Quantization(Record, frozen=True):
+    """How an artifact came to int8: the calibration set and its digest, how ranges were chosen, and the layers that
+    were rounded, each with its multiply-accumulates for one image. `kept` are the parts that were kept back."""
+
+    calib: str
+    digest: str
+    images: int
+    synthetic: bool
+    method: str
+    smoothing: float
+    bias_correction: str
+    layers: dict[str, int] = {}
+    kept: tuple[str, ...] = ()
+
+
 class Sidecar(Record, frozen=True):
     """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
     multiply-accumulates of one image of `preprocessing.size`."""
@@ -99,6 +114,7 @@ class Sidecar(Record, frozen=True):
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing
     macs: int | None = None
+    quantization: Quantization | None = None
     labels: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
     versions: dict[str, str] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +17,7 @@ from exporter.artifact import Artifact, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs, Session
 from exporter.checks._blocks import block_errors
 from exporter.data import images, synthetic
-from exporter.data.samples import open_samples
+from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
 from exporter.graph import files, simplify, trace
 from exporter.graph.trace import TraceOptions
@@ -27,7 +30,10 @@ from exporter.recipe import Recipe
 from exporter.report import Finding, Report, judged
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch.nn import Module
+
+    from exporter.model.convnext import ConvNeXt, Features
 
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
 BATCH = 16
@@ -70,6 +76,20 @@ def export(recipe: Recipe, out: Path) -> Artifact:
     Raises: BadRequest for a recipe, weights or folder that cannot be used; Unavailable when no runtime is here to
         check the graph with; CheckFailed when the graph is not the model.
     """
+    form = _form(recipe)
+    checkpoint, options, sidecar = read(msgspec.structs.replace(recipe, form=form), out)
+    target = out / artifacts.file_name(sidecar, ".onnx", form if recipe.backend != "onnxruntime" else "")
+    if (found := _still_there(target, sidecar)) is not None:
+        note(f"{target.name} is already there, from the same weights and options")
+        return found
+    return _trace(checkpoint, options, sidecar, target)
+
+
+def read(recipe: Recipe, out: Path) -> tuple[Checkpoint, TraceOptions, Sidecar]:
+    """The weights of a recipe, how its graph is cut, and all that can be said of its fp32 graph beforehand.
+
+    Raises: as `export` does, for a recipe or weights.
+    """
     trace.check_options(recipe.trace_options(224))
     _checker()
     step(f"reading weights {recipe.weights}")
@@ -77,13 +97,7 @@ def export(recipe: Recipe, out: Path) -> Artifact:
     options = recipe.trace_options(checkpoint.preprocessing.size)
     if options.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
-    form = _form(recipe)
-    sidecar = _sidecar(msgspec.structs.replace(recipe, form=form), checkpoint, options, out)
-    target = out / artifacts.file_name(sidecar, ".onnx", form if recipe.backend != "onnxruntime" else "")
-    if (found := _still_there(target, sidecar)) is not None:
-        note(f"{target.name} is already there, from the same weights and options")
-        return found
-    return _trace(checkpoint, options, sidecar, target)
+    return checkpoint, options, _sidecar(recipe, checkpoint, options, out)
 
 
 def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out: Path) -> Sidecar:
@@ -127,36 +141,73 @@ def _made_from(sidecar: Sidecar) -> dict[str, str]:
 
 
 def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, target: Path) -> Artifact:
+    network = write(checkpoint, options, sidecar)
+    with artifacts.staging(target) as folder:
+        _, sidecar = graph_of(network, options, sidecar, folder / target.name)
+        artifacts.seal(folder, target.name, sidecar)
+    return artifacts.load(target)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network written in a form, and what it gave for a few images before it was."""
+
+    model: ConvNeXt | Features
+    stride: int
+    probe: Array
+    expected: Outputs
+
+
+def write(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar) -> Network:
+    """The network of a checkpoint in the form that a sidecar says; the checkpoint lets go of its tensors."""
     from exporter.model import forms
 
-    step(f"tracing to ONNX in the form {sidecar.recipe['form']}")
     model = checkpoint.model(options.task)
     probe = _probe_images(options, sidecar.preprocessing)
     expected = _expected(model, probe)
     checkpoint.state.clear()  # else every weight that a form makes anew would be in memory twice
-    forms.take_pixels(model, sidecar.preprocessing)
     forms.rewrite(model, sidecar.recipe["form"])
-    graph = trace.trace(model, options, checkpoint.variant.architecture.stride)
+    return Network(model, checkpoint.variant.architecture.stride, probe, expected)
+
+
+def graph_of(network: Network, options: TraceOptions, sidecar: Sidecar, file: Path) -> tuple[ir.Model, Sidecar]:
+    """The graph of a network, simplified, written to a file and held against what the network gave.
+
+    Returns: the graph, and the sidecar with its inputs and outputs.
+
+    Raises: CheckFailed when it is not the same model.
+    """
+    step(f"tracing to ONNX in the form {sidecar.recipe['form']}")
+    graph = _traced(network, options, sidecar.preprocessing)
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
     candidate, reason = graph, ""
     if sidecar.recipe["simplify"]:
         step("simplifying with onnxsim")
         candidate, reason = simplify.simplify(graph)
-    with artifacts.staging(target) as folder:
-        file = folder / target.name
-        files.save(candidate, file, sidecar.facts())
-        difference = _difference(file, sidecar, probe, expected)
-        if difference and candidate is not graph:
-            reason = difference
-            files.save(graph, file, sidecar.facts())
-            difference = _difference(file, sidecar, probe, expected)
-        if difference:
-            raise CheckFailed(f"{target.name}: the traced graph is not the model: {difference}; nothing was written")
-        artifacts.seal(folder, target.name, sidecar)
+    files.save(candidate, file, sidecar.facts())
+    difference = _difference(file, sidecar, network.probe, network.expected)
+    if difference and candidate is not graph:
+        candidate, reason = graph, difference
+        files.save(graph, file, sidecar.facts())
+        difference = _difference(file, sidecar, network.probe, network.expected)
+    if difference:
+        raise CheckFailed(f"{file.name}: the traced graph is not the model: {difference}; nothing was written")
     if reason:
         note(f"onnxsim: {reason}; the graph stays as it was")
-    return artifacts.load(target)
+    return candidate, sidecar
+
+
+def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessing) -> ir.Model:
+    """The graph, from the pixels that the artifact takes; the network itself goes on taking normalised ones."""
+    from exporter.model import forms
+
+    first = network.model.downsample_layers[0]
+    try:
+        forms.take_pixels(network.model, preprocessing)
+        return trace.trace(network.model, options, network.stride)
+    finally:
+        network.model.downsample_layers[0] = first
 
 
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
@@ -217,15 +268,47 @@ class VerifyOptions(checks.Options, frozen=True):
     blocks: bool = False
 
 
-def verify(artifact: Artifact, options: VerifyOptions) -> Report:
+class Remembered:
+    """Eager PyTorch that runs once over the images, and gives the same answers to who looks at these again."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.facts = session, session.facts
+        self.answers: list[Outputs] = []
+        self.turn = 0
+
+    def __call__(self, images: Array) -> Outputs:
+        """Run, or remember: images (N, 3, H, W) to outputs (N, …)."""
+        if self.turn == len(self.answers):
+            self.answers.append(self.session(images))
+        self.turn += 1
+        return self.answers[self.turn - 1]
+
+    def bind(self, batches: Sequence[Array]) -> backends.Bound:
+        """As the session does: nothing is remembered."""
+        return self.session.bind(batches)
+
+    def again(self) -> None:
+        """The first batch is next."""
+        self.turn = 0
+
+
+def verify(
+    artifact: Artifact, options: VerifyOptions, samples: Samples | None = None, reference: Session | None = None
+) -> Report:
     """Hold an artifact against eager PyTorch on the same images.
+
+    Args:
+        artifact: what to verify.
+        options: the data, the limits, where the weights are now.
+        samples: the images, when they are already open.
+        reference: eager PyTorch, when it is.
 
     Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
     """
     checks.check_options(options)
     sidecar = artifact.sidecar
     backend, eager = backends.get(sidecar.backend), backends.get("eager")
-    samples = open_samples(
+    samples = samples or open_samples(
         options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
     )
     if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
@@ -235,13 +318,14 @@ def verify(artifact: Artifact, options: VerifyOptions) -> Report:
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
-    with eager.session(artifact, eager_told) as reference, backend.session(artifact, told) as candidate:
+    held = nullcontext(reference) if reference else eager.session(artifact, eager_told)
+    with held as original, backend.session(artifact, told) as candidate:
         fixed = sidecar.inputs[0].shape[0]
         size = fixed if isinstance(fixed, int) else BATCH
         seen = 0
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             seen += len(batch.names)
-            both = [_run(session, batch.images, fixed) for session in (reference, candidate)]
+            both = [_run(session, batch.images, fixed) for session in (original, candidate)]
             for meter in meters:
                 meter.see(checks.Seen(batch.labels, *both))
         facts = candidate.facts

@@ -11,7 +11,8 @@ from exporter.graph.trace import TraceOptions
 
 class Recipe(Record, frozen=True):
     """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them; for
-    `form` what the backend runs best, and `auto` what is measured to be fastest on this machine."""
+    `form` what the backend runs best, and `auto` what is measured to be fastest on this machine; for `calib_size` all
+    of a manifest, else 256. What begins with `calib`, `smoothing` and `bias_correction` is for int8."""
 
     variant: str | None = None
     weights: str = "hub"
@@ -25,6 +26,12 @@ class Recipe(Record, frozen=True):
     input: Literal["normalized", "float01", "uint8"] = "normalized"
     backend: str = "onnxruntime"
     precision: str = "fp32"
+    calib: str = "synthetic"
+    calib_size: int | None = None
+    calib_seed: int = 0
+    calib_method: Literal["minmax", "entropy", "percentile", "mse"] = "mse"
+    smoothing: float = 0.5
+    bias_correction: Literal["none", "fast", "full"] = "fast"
 
     def trace_options(self, published_size: int) -> TraceOptions:
         """How the graph is cut, once the weights have told their size."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from exporter import discover
 from exporter.artifact import Artifact, Preprocessing, Record
 from exporter.errors import Unavailable
+from exporter.graph.quantize import Placement
 
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
@@ -133,6 +134,8 @@ class Backend(Generic[Opt]):
     blocks: opens an artifact so that every block's output can be seen.
     peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
     form: (precision, batch size or None for any) to the form that it runs best.
+    placement: where it wants Q and DQ, if it runs int8.
+    above_int8: the next higher precision that this machine's CPU computes in, which int8 has to be faster than.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
     """
 
@@ -147,6 +150,8 @@ class Backend(Generic[Opt]):
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
     peak: Callable[[Artifact, Opt], AbstractContextManager[Product]]
     form: Callable[[str, int | None], str]
+    placement: Placement | None = None
+    above_int8: Callable[[], str] = lambda: "fp32"
     opens_onnx: bool = False
 
 

@@ -33,6 +33,7 @@ from exporter.backends import (
 )
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
 from exporter.graph import files, precision
+from exporter.graph.quantize import Placement
 from exporter.measure.machine import cores
 from exporter.progress import note
 
@@ -41,6 +42,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_INT8 = {"QGemm", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8"}
 
 
@@ -112,8 +114,8 @@ class OrtSession:
 
 
 @contextmanager
-def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
-    """Load an ONNX artifact on the device that was asked for, and on no other.
+def session(artifact: Artifact, options: Options, optimized: Path | None = None) -> Iterator[OrtSession]:
+    """Load an ONNX artifact on the device that was asked for, and on no other; write what it was optimised to.
 
     Raises: Unavailable when the provider is not really in use; BadRequest for an unknown device.
     """
@@ -135,6 +137,8 @@ def session(artifact: Artifact, options: Options) -> Iterator[OrtSession]:
     # Else its threads go on spinning after a run, in the way of whatever runs next: two sessions of two threads on
     # two cores, taken in turn, need 2.5 times as long each.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if optimized:
+        settings.optimized_model_filepath = str(optimized)
     streams = (options.threads or cores()) if options.hint == "throughput" and options.device == "cpu" else 1
     if streams > 1:  # one image a thread needs no waiting for each other
         settings.intra_op_num_threads = 1
@@ -159,10 +163,10 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
 
     Args:
         artifact: fp32 ONNX.
-        wanted: `fp32` gives back the artifact as it is, `fp16` converts it.
+        wanted: `fp16` converts it, others give back the artifact as it is.
         out: the folder to write to.
     """
-    if wanted == "fp32":
+    if wanted != "fp16":
         return artifact
     import onnx_ir as ir
 
@@ -185,19 +189,31 @@ def build(artifact: Artifact, wanted: str, out: Path) -> Artifact:
 
 
 def layers(artifact: Artifact, options: Options) -> list[Layer]:
-    """The nodes of the graph; a node's precision is that of what it gives out."""
+    """The nodes of the graph; a node's precision is that of what it gives out, or int8 for a product that ONNX
+    Runtime really computes in it here."""
     import onnx_ir as ir
 
-    del options
+    whole = _int8_nodes(artifact, options) if artifact.sidecar.precision == "int8" else frozenset()
     return [
         Layer(
             name=node.name or "",
             module=node.metadata_props.get("module", ""),
             operator=node.op_type,
-            precision=_precision(node),
+            precision="int8" if node.name in whole else _precision(node),
         )
         for node in ir.load(artifact.path).graph
     ]
+
+
+def _int8_nodes(artifact: Artifact, options: Options) -> frozenset[str]:
+    """The nodes that became products of whole numbers when the graph was optimised for this machine."""
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        with session(artifact, options, path):
+            nodes = list(ir.load(path).graph)
+    return frozenset((node.name or "").removesuffix("/MatMulAddFusion") for node in nodes if node.op_type in _INT8)
 
 
 def _precision(node: Any) -> str:
@@ -252,13 +268,19 @@ def form(precision: str, batch: int | None) -> str:
     From two images on the norm in parts is faster too, for between transposes it goes through memory more often
     (`docs/forms.md`).
     """
-    del precision
+    if precision == "int8":
+        return PLACEMENT.forms[0]
     return "nchw" if batch is not None and batch > 1 else "conv"
+
+
+# A matrix product whose input and weights are rounded gives fp32 (QGemm, MatMulIntegerToFloat); a convolution would
+# have to round its output too. The int32 bias is what lets a product with its bias be one QGemm.
+PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",), rounded_bias=True)
 
 
 BACKEND = Backend(
     name="onnxruntime",
-    precisions=frozenset({"fp32", "fp16"}),
+    precisions=frozenset({"fp32", "fp16", "int8"}),
     options=Options,
     probe=probe,
     lower=lower,
@@ -268,5 +290,6 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
+    placement=PLACEMENT,
     opens_onnx=True,
 )

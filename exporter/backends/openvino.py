@@ -35,6 +35,7 @@ from exporter.backends import (
     require,
 )
 from exporter.errors import ExporterError, Unavailable, last_line
+from exporter.graph.quantize import Placement
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 
@@ -48,7 +49,8 @@ def _arithmetic(precision: str, device: str) -> str:
     """The element type that OpenVINO computes in."""
     if precision == "fp16":
         return "f32" if device == "CPU" else "f16"
-    return {"fp32": "f32", "bf16": "bf16"}[precision]
+    # What an int8 IR does not round stays fp32: bf16 there is 6 % faster and flips three times as many answers.
+    return "bf16" if precision == "bf16" else "f32"
 
 
 class OpenVinoSession:
@@ -128,13 +130,13 @@ def _compile(
 
 
 def lower(artifact: Artifact, precision: str, out: Path) -> Artifact:
-    """fp16 and bf16 are the plugin's own: the fp32 graph is what it is given."""
+    """An int8 graph is one already; fp16 and bf16 are the plugin's own: the fp32 graph is what it is given."""
     del precision, out
     return artifact
 
 
 def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
-    """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 unless fp32 was asked for.
+    """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 when fp16 or bf16 was asked for.
 
     Raises: ExporterError when OpenVINO cannot convert the graph.
     """
@@ -158,7 +160,7 @@ def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
     for key, value in sidecar.facts().items():
         model.set_rt_info(value, ["convnext_export", key])
     with staging(target) as folder:
-        _write(model, folder / target.name, compress=precision != "fp32")
+        _write(model, folder / target.name, compress=precision in ("fp16", "bf16"))
         seal(folder, target.name, sidecar)
     return load(target)
 
@@ -256,9 +258,21 @@ def form(precision: str, batch: int | None) -> str:
     return "nchw"
 
 
+def above_int8() -> str:
+    """bf16 where the CPU has it."""
+    import openvino as ov
+
+    return "bf16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+
+
+# Pointwise and downsampling layers, which are 97 % of ConvNeXt-T. Depthwise convolutions are no faster in int8 and
+# cost accuracy; inside norms and on the residual Q and DQ cost both.
+PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2", "downsampling"}), forms=("nchw", "conv", "linear"))
+
+
 BACKEND = Backend(
     name="openvino",
-    precisions=frozenset({"fp32", "fp16", "bf16"}),
+    precisions=frozenset({"fp32", "fp16", "bf16", "int8"}),
     options=Options,
     probe=probe,
     lower=lower,
@@ -268,5 +282,7 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
+    placement=PLACEMENT,
+    above_int8=above_int8,
     opens_onnx=True,
 )

@@ -53,6 +53,7 @@ class Options(Record, frozen=True):
 
     min_cosine: float | None = None
     atol: float | None = None
+    min_agreement: float | None = None
     max_drop: float | None = None
 
 
@@ -83,7 +84,12 @@ def check_options(options: Options) -> None:
 
     Raises: BadRequest.
     """
-    for name, low, high in (("min_cosine", -1, 1), ("atol", 0, float("inf")), ("max_drop", -100, 100)):
+    for name, low, high in (
+        ("min_cosine", -1, 1),
+        ("atol", 0, float("inf")),
+        ("min_agreement", 0, 100),
+        ("max_drop", -100, 100),
+    ):
         limit = getattr(options, name)
         if limit is not None and not low <= limit <= high:
             raise BadRequest(f"--{name.replace('_', '-')} {limit}: expected a number from {low} to {high}")

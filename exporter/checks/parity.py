@@ -20,11 +20,13 @@ class Limits:
     agreement_pct: float
 
 
-# Measured on trained and random weights: fp32 2e-6, fp16 2e-3 … 6e-3, bf16 2e-2 … 6e-2 of the spread.
+# Measured on trained and random weights: fp32 2e-6, fp16 2e-3 … 6e-3, bf16 2e-2 … 6e-2 of the spread, int8
+# 4e-2 … 2e-1.
 LIMITS = {
     "fp32": Limits(0.99999, 1e-4, 99.9),
     "fp16": Limits(0.9999, 0.05, 99.0),
     "bf16": Limits(0.999, 0.4, 97.0),
+    "int8": Limits(0.998, 1.0, 97.0),
 }
 
 
@@ -119,7 +121,8 @@ class Parity:
 
     def _agreement(self) -> Finding:
         # Few images say little (one of 16 is already 6 points), so the end of the interval is judged.
-        found, limit = share("parity", "top1_agreement", self.agree), self.limits.agreement_pct
+        found, limit = share("parity", "top1_agreement", self.agree), self.options.min_agreement
+        limit = self.limits.agreement_pct if limit is None else limit
         passed = judged(replace(found, value=found.high), limit, "high").passed
         detail = f"{found.detail}; fails when its whole interval is below"
         return replace(found, limit=limit, passed=passed, detail=detail)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.model import FORMS
+
+if TYPE_CHECKING:
+    from exporter.recipe import Recipe
 
 SHARED = (
     click.option("--variant", metavar="NAME", help="Which ConvNeXt; by default what the weights are, or tiny."),
@@ -44,33 +47,64 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+QUANTIZING = (
+    click.option("--int8", is_flag=True, help="8 bits, where they are faster and lose nothing that matters."),
+    click.option("--calib", metavar="SRC", default="synthetic", show_default=True,
+                 help="int8: images to calibrate with; a manifest, a folder, an .npz file, or synthetic."),
+    click.option("--calib-size", metavar="N", type=click.IntRange(1),
+                 help="int8: how many; by default all of a manifest, else 256."),
+    click.option("--calib-seed", metavar="N", type=int, default=0, show_default=True,
+                 help="int8: of the draw from a folder."),
+    click.option("--calib-method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="mse",
+                 show_default=True, help="int8: how ranges are chosen."),
+    click.option("--smoothing", metavar="SHARE", type=float, default=0.5, show_default=True,
+                 help="int8: how much of the activations' spread the weights take over; 0 is none."),
+    click.option("--bias-correction", type=click.Choice(["none", "fast", "full"]), default="fast", show_default=True,
+                 help="int8: from the weights' rounding alone, or layer by layer with images."),
+    click.option("--max-drop", metavar="POINTS", type=float, default=0.5, show_default=True,
+                 help="int8: the most it may lose, of top-1 on --data; without labels, of agreement with eager."),
+    click.option("--data", metavar="SRC", help="int8: images to judge by; by default those it is calibrated with."),
+)  # fmt: skip
+
+
+def quantizing(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of verbs that build int8."""
+    for option in reversed(QUANTIZING):
+        command = option(command)
+    return command
+
+
 @click.command("onnx", short_help="PyTorch → ONNX, simplified; runs on ONNX Runtime.")
 @click.option("--fp16", is_flag=True, help="Half the size; statistics stay in fp32.")
+@quantizing
 @shared
-def onnx_command(fp16: bool, **words: Any) -> None:
+def onnx_command(fp16: bool, int8: bool, **words: Any) -> None:
     """Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that says what it is.
 
     \b
     Examples:
       convnext-export onnx --variant base
       convnext-export onnx --weights my_convnext.pth --imgsz dynamic --task features
+      convnext-export onnx --int8 --calib calibration/mine.tsv --data imagenet/val
     """
-    _build("onnxruntime", {"fp16": fp16}, words)
+    _build("onnxruntime", {"fp16": fp16, "int8": int8}, words)
 
 
 @click.command("openvino", short_help="→ OpenVINO IR.")
 @click.option("--fp16", is_flag=True, help="Half the size; on a CPU computed in fp32.")
 @click.option("--bf16", is_flag=True, help="Half the size, computed in bf16 where the CPU has it.")
+@quantizing
 @shared
-def openvino_command(fp16: bool, bf16: bool, **words: Any) -> None:
+def openvino_command(fp16: bool, bf16: bool, int8: bool, **words: Any) -> None:
     """Build an OpenVINO IR; the ONNX it is made from is kept beside it.
 
     \b
     Examples:
       convnext-export openvino --variant tiny --fp16
       convnext-export openvino --weights my_convnext.safetensors --bf16
+      convnext-export openvino --int8 --calib my_images --data imagenet/val --max-drop 0.3
     """
-    _build("openvino", {"fp16": fp16, "bf16": bf16}, words)
+    _build("openvino", {"fp16": fp16, "bf16": bf16, "int8": int8}, words)
 
 
 def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
@@ -88,6 +122,11 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     words["precision"] = _precision(flags, words["precision"])
     for axis in ("imgsz", "batch"):
         words[axis] = size_or_dynamic(f"--{axis}", words[axis])
+    told = {word: words.pop(word) for word in ("max_drop", "data")}
+    if words["precision"] == "int8":
+        _build_int8(Recipe(backend=backend, **words), told, out, as_json)
+        return
+    _refuse_calibration()
     with drawing():
         artifact = pipeline.build(Recipe(backend=backend, **words), out)
     if as_json:
@@ -97,6 +136,39 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
     command = f"convnext-export verify {shlex.quote(str(artifact.path))}"
     console().print(f"check it: {plain(command)}", style="dim", soft_wrap=True)
+
+
+def _refuse_calibration() -> None:
+    """Words about int8 without int8 would be passed over in silence."""
+    from exporter.errors import BadRequest
+
+    context = click.get_current_context()
+    own = [param for param in context.command.params if (getattr(param, "help", "") or "").startswith("int8: ")]
+    for param in own:
+        if context.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE:
+            raise BadRequest(f"{param.opts[0]} is for int8; add --int8, or leave it out")
+
+
+def _build_int8(recipe: Recipe, told: dict[str, Any], out: Path, as_json: bool) -> None:
+    import msgspec
+
+    from exporter import int8, report
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
+
+    with drawing():
+        artifact, made = int8.build(recipe, out, int8.Budget(**told))
+    path = artifact.path.with_name(f"{artifact.path.name}.report.json")
+    report.save(made, path)
+    if as_json:
+        print_json({"artifact": artifact.to_dict(), "report": msgspec.to_builtins(made)})
+    else:
+        print_findings(made.findings)
+        sidecar = artifact.sidecar
+        console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
+        verdict = "[green]holds[/] what it must" if made.passed else "[red]DOES NOT HOLD[/]: the best that was found"
+        console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
+    if not made.passed:
+        raise click.exceptions.Exit(5)
 
 
 def _precision(flags: dict[str, bool], named: str | None) -> str:

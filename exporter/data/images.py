@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Unreadable(Exception):
     """An image that cannot be used; the message says why."""
 
 
-def read(path: Path, recipe: Preprocessing) -> NDArray[np.float32]:
+def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
     """Decode and preprocess an image to (3, size, size) float32.
 
     Raises: Unreadable for a file that is truncated, too large or no image.
@@ -44,14 +44,15 @@ def read(path: Path, recipe: Preprocessing) -> NDArray[np.float32]:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
             return preprocess(_rgb(ImageOps.exif_transpose(image)), recipe)
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE as error:
-        raise Unreadable(str(error).replace(str(path), path.name) or type(error).__name__) from None
+        said = str(error).replace(str(file), file.name) if isinstance(file, Path) else str(error)
+        raise Unreadable(said or type(error).__name__) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

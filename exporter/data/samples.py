@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,23 +95,25 @@ def open_samples(
         raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if path.suffix.lower() == ".npz":
         return _npz(path, recipe, classes, most)
+    root = path
     if path.is_dir():
         found = _folder(path, labels, classes)
     elif path.suffix.lower() in (".tsv", ".csv"):
-        found = _manifest(path, labels, classes)
+        root, found = _manifest(path, labels, classes)
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
-        found = [found[index] for index in _spread(len(found), most)]
-    return _files(source, path if path.is_dir() else path.parent, found, recipe)
+        found = [found[index] for index in spread(len(found), most)]
+    return of_files(source, root, found, recipe)
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int) -> list[int]:
     """So many of the first `count` numbers, evenly spread."""
     return [round(index) for index in np.linspace(0, count - 1, most)]
 
 
-def _files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
+def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
+    """Image files below a folder, each with its class or −1."""
     stray = _stray_images(root) if any(label >= 0 for _, label in found) and Path(source).is_dir() else []
 
     def items() -> Iterator[Item]:
@@ -140,7 +143,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
     if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
     total = min(arrays.count, most or arrays.count)
-    wanted = set(_spread(arrays.count, total)) if total < arrays.count else None
+    wanted = set(spread(arrays.count, total)) if total < arrays.count else None
 
     def items() -> Iterator[Item]:
         for index, array in enumerate(arrays.rows()):
@@ -155,9 +158,9 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
 def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     numbers = match_classes(folders, labels, classes, str(path)) if folders else {}
-    found = [(f"{name}/{file}", numbers[name]) for name in folders for file in _images_in(path / name)]
+    found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     if not folders:
-        found = [(file, -1) for file in _images_in(path)]
+        found = [(file, -1) for file in images_in(path)]
     if not found:
         raise BadRequest(
             f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files"
@@ -169,7 +172,8 @@ def _stray_images(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in images.SUFFIXES)
 
 
-def _images_in(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
+    """The paths of the images in a folder and below, none hidden, relative to it and sorted."""
     files = folder.rglob("*")
     names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
@@ -208,13 +212,28 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     )
 
 
-def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
-    """Columns `path` and, if known, `label`; lines that begin with # above them are for people."""
+class Listed(NamedTuple):
+    """What a manifest says: the folder its paths are relative to, its header, and a dictionary for each line."""
+
+    root: Path
+    header: dict[str, str]
+    rows: list[dict[str, str]]
+
+
+def read_manifest(path: Path) -> Listed:
+    """Columns `path` and, if known, `label` and `sha256`; above them a header of lines `# key: value`.
+
+    The folder is the header's `source`, relative to the manifest, or the manifest's own.
+
+    Raises: BadRequest for what is no manifest, or leads out of its folder.
+    """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        header: dict[str, str] = {}
         while lines and lines[0].startswith("#"):
-            lines.pop(0)
+            key, _, value = lines.pop(0).lstrip("# ").partition(":")
+            header[key.strip()] = value.strip()
         names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
         rows = list(csv.DictReader(lines[1:], names, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -224,11 +243,16 @@ def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[s
     outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
+    return Listed(path.parent / header.get("source", "."), header, rows)
+
+
+def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, list[tuple[str, int]]]:
+    root, _, rows = read_manifest(path)
     words = [row.get("label") or "" for row in rows]
     if not any(words):
-        return [(row["path"], -1) for row in rows]
+        return root, [(row["path"], -1) for row in rows]
     numbers = match_classes(sorted(set(words)), labels, classes, str(path))
-    return [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
+    return root, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
 
 
 def _leaves(name: str) -> bool:

@@ -31,7 +31,7 @@ Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
 
 
 class Standardise(nn.Module):
-    """A norm without its scale and shift, over the channels.
+    """A norm without its scale and shift, over the channels; or with a scale that quantisation asks for (C,).
 
     `layout` says where these are: `last`; or axis 1, to be `transposed` to the last and back, so that LayerNorm is
     one operator; or axis 1, and the norm written in parts there (`first`).
@@ -40,6 +40,7 @@ class Standardise(nn.Module):
     def __init__(self, norm: Norm, layout: Layout) -> None:
         super().__init__()
         self.kind, self.eps, self.layout = norm.kind, norm.eps, layout
+        self.scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) to the same for `last`, (N, C, H, W) to the same for the others."""
@@ -49,12 +50,13 @@ class Standardise(nn.Module):
 
     def _over(self, x: Tensor, axis: int) -> Tensor:
         if self.kind == "layer" and axis == -1:
-            return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.scale, eps=self.eps)
         centred = x if self.kind == "rms" else x - x.mean(axis, keepdim=True)
         spread = (centred * centred).mean(axis, keepdim=True)
         if self.kind == "simple":  # the unbiased variance, and a mean that is not subtracted
             spread = spread * (x.shape[axis] / (x.shape[axis] - 1))
-        return (x if self.kind == "simple" else centred) * torch.rsqrt(spread + self.eps)
+        y = (x if self.kind == "simple" else centred) * torch.rsqrt(spread + self.eps)
+        return y if self.scale is None else y * (self.scale if axis == -1 else self.scale[:, None, None])
 
 
 class ScaledNorm(Standardise):
@@ -72,7 +74,7 @@ class ScaledNorm(Standardise):
 
 
 class ResponseScale(nn.Module):
-    """Global Response Normalisation as one factor per channel and image: 1 + γ·share.
+    """Global Response Normalisation as one factor per channel and image: 1 + γ·share (or a scale s: s + s·γ·share).
 
     y·(1 + γ·share) + β is GRN with two operators over the image instead of four; β goes into the next layer. Only
     this module squares and sums an image, and gives (N, C) numbers: it alone has to stay in fp32.
@@ -83,12 +85,13 @@ class ResponseScale(nn.Module):
         self.axes = (1, 2) if layout == "last" else (2, 3)
         self.channels = -1 if layout == "last" else 1
         self.gamma = nn.Parameter(grn.gamma if layout == "last" else grn.gamma[:, None, None])
+        self.scale: Tensor | None = None
 
     def forward(self, y: Tensor) -> Tensor:
         """(N, H, W, C) to (N, 1, 1, C), or (N, C, H, W) to (N, C, 1, 1)."""
         norm = torch.linalg.vector_norm(y, dim=self.axes, keepdim=True)
         share = norm / (norm.mean(self.channels, keepdim=True) + 1e-6)
-        return self.gamma * share + 1
+        return self.gamma * share + (1 if self.scale is None else self.scale)
 
 
 class FoldedBlock(nn.Module):

@@ -1,0 +1,251 @@
+"""Calibration sets: which images ranges are measured on, chosen once and frozen by content.
+
+A manifest lists them: a header (source, seed, rule), then sha256, path and label, an image a line. Paths are relative
+to the source, the source to the manifest. What is frozen is what is used: a file that changed is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from exporter.artifact import Preprocessing, Record, sha256_file
+from exporter.data import Batch, images, samples
+from exporter.data.samples import Samples, open_samples
+from exporter.disk import user_path, write_file
+from exporter.errors import BadRequest, some
+from exporter.progress import note, track
+
+SIZE = 256  # images when no number is given
+SYNTHETIC = "synthetic"
+TITLE = "# convnext-export calibration set"
+COLUMNS = ("sha256", "path", "label")
+
+
+class Entry(Record, frozen=True):
+    """One image: the digest of its file, its path below the source, and its class, if it has one."""
+
+    sha256: str
+    path: str
+    label: str = ""
+
+
+class Manifest(Record, frozen=True):
+    """A frozen choice of images below the folder `source`."""
+
+    source: str
+    rule: str
+    entries: tuple[Entry, ...]
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """One digest for the same images, in whatever order and folder."""
+        listed = "\n".join(sorted(entry.sha256 for entry in self.entries))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    def classes(self) -> dict[str, int]:
+        """How many images of each class."""
+        counts: dict[str, int] = defaultdict(int)
+        for entry in self.entries:
+            counts[entry.label] += 1
+        return dict(sorted(counts.items()))
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Images to calibrate with: what they are called, the digest of their contents, and the images."""
+
+    source: str
+    digest: str
+    samples: Samples
+
+    @property
+    def total(self) -> int:
+        """How many images."""
+        return self.samples.total
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether nobody ever photographed them."""
+        return self.source == SYNTHETIC
+
+    def batches(self, size: int, skip: int = 0) -> Iterator[Batch]:
+        """All images after the first `skip`, in batches.
+
+        Raises: BadRequest for an image that cannot be read: ranges must be those of the whole set.
+        """
+        part = replace(self.samples, items=lambda: islice(self.samples.items(), skip, None), skipped=[])
+        yield from part.batches(size)
+        if part.skipped:
+            raise BadRequest(f"{self.source}: cannot calibrate with {some(part.skipped)}; leave out or replace them")
+
+
+def freeze(source: str, size: int | None, seed: int) -> Manifest:
+    """Choose images from a folder and note what they are.
+
+    Of each class (sub-folder) the same number is drawn without replacement; what a small class lacks comes from the
+    others.
+
+    Args:
+        source: a folder, with a sub-folder per class or without.
+        size: how many images; None is 256, or all when there are fewer.
+        seed: of the draw; the same seed and folder give the same images.
+
+    Raises: BadRequest for no images or too few of them, and for duplicates and unreadable files, by name.
+    """
+    folder = user_path(source)
+    if source == SYNTHETIC:
+        raise BadRequest("synthetic images are made from seeds: they need no manifest; say --calib synthetic")
+    if not folder.is_dir():
+        raise BadRequest(f"{folder}: no such folder of images")
+    found = _by_class(folder)
+    count = sum(map(len, found.values()))
+    wanted = _wanted(size, count, source)
+    chosen = _stratified(found, wanted, random.Random(seed))
+    entries = tuple(
+        track((_entry(folder, name, label) for name, label in chosen), len(chosen), "images", lambda entry: 1)
+    )
+    _refuse_duplicates(source, entries)
+    classes = len(found)
+    rule = f"{wanted} of {count} images, " + (f"equally from {classes} classes" if classes > 1 else "at random")
+    return Manifest(source=str(folder), seed=seed, rule=rule, entries=entries)
+
+
+def _by_class(folder: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in samples.images_in(folder):
+        found[name.partition("/")[0] if "/" in name else ""].append(name)
+    if not found:
+        raise BadRequest(f"{folder}: no images in it; expected {some(sorted(images.SUFFIXES))} files")
+    return dict(found)
+
+
+def _wanted(size: int | None, count: int, source: str) -> int:
+    if size is None and count < SIZE:
+        note(f"{source} has {count} images; {SIZE} or more are better")
+    if size is not None and size > count:
+        raise BadRequest(f"{source}: {count} images, {size} were asked for; give more images or --calib-size {count}")
+    return size or min(SIZE, count)
+
+
+def _stratified(found: dict[str, list[str]], wanted: int, draw: random.Random) -> list[tuple[str, str]]:
+    """So many (path, class), the smallest classes first, so that what they lack falls to the larger ones."""
+    left, chosen = wanted, []
+    order = sorted(found, key=lambda label: (len(found[label]), draw.random()))
+    for rest, label in zip(range(len(order), 0, -1), order, strict=True):
+        share = min(len(found[label]), left // rest)
+        chosen += [(name, label) for name in draw.sample(found[label], share)]
+        left -= share
+    return sorted(chosen)
+
+
+def _entry(folder: Path, name: str, label: str) -> Entry:
+    try:
+        content = (folder / name).read_bytes()
+        images.read(io.BytesIO(content), Preprocessing())
+    except (OSError, images.Unreadable) as error:
+        raise BadRequest(f"{folder / name}: cannot be read ({error}); take it out of the folder") from None
+    return Entry(sha256=hashlib.sha256(content).hexdigest(), path=name, label=label)
+
+
+def _refuse_duplicates(source: str, entries: Iterable[Entry]) -> None:
+    first: dict[str, str] = {}
+    twice = [
+        f"{entry.path} is {first[entry.sha256]}"
+        for entry in entries
+        if first.setdefault(entry.sha256, entry.path) != entry.path
+    ]
+    if twice:
+        raise BadRequest(f"{source}: the same image twice: {some(twice)}; take one of each out of the folder")
+
+
+def write(manifest: Manifest, path: Path) -> None:
+    """Write a manifest; its source becomes relative to it.
+
+    Raises: BadRequest for a path or class that no line of a manifest can hold.
+    """
+    odd = [e.path for e in manifest.entries if any(c in e.path + e.label for c in "\t\r\n")]
+    if odd:
+        raise BadRequest(f"{some(map(repr, odd))}: a name with a tab or line break cannot be listed; rename it")
+    source = os.path.relpath(manifest.source, path.parent)
+    head = [TITLE, f"# source: {source}", f"# seed: {manifest.seed}", f"# rule: {manifest.rule}", "\t".join(COLUMNS)]
+    rows = ["\t".join((entry.sha256, entry.path, entry.label)) for entry in manifest.entries]
+    write_file(path, "\n".join([*head, *rows, ""]).encode("utf-8", "surrogateescape"))
+
+
+def read(path: Path) -> Manifest:
+    """Read a manifest and hold every file that it lists against its digest.
+
+    Raises: BadRequest for what is no manifest, and for files that changed or are missing, by name.
+    """
+    listed = samples.read_manifest(path)
+    rows = [Entry(**{column: row.get(column) or "" for column in COLUMNS}) for row in listed.rows]
+    bare = [entry.path for entry in rows if len(entry.sha256) != 64]
+    if bare:
+        raise BadRequest(f"{path}: {bare[0]} has no sha256; freeze the set with `convnext-export calibrate FOLDER`")
+    _check_files(path, listed.root, rows)
+    _refuse_duplicates(str(path), rows)
+    seed = listed.header.get("seed", "0")
+    return Manifest(
+        source=str(listed.root),
+        rule=listed.header.get("rule", f"{len(rows)} images"),
+        seed=int(seed) if seed.lstrip("-").isdecimal() else 0,
+        entries=tuple(rows),
+    )
+
+
+def _check_files(path: Path, root: Path, entries: Sequence[Entry]) -> None:
+    if not root.is_dir():
+        raise BadRequest(f"{path}: its images lie in {root}, and there is no such folder; put them there, or mend "
+                         "the line '# source:'")  # fmt: skip
+    missing = [entry.path for entry in entries if not (root / entry.path).is_file()]
+    if missing:
+        raise BadRequest(f"{path}: missing in {root}: {some(missing)}; bring them back or freeze the set again")
+    changed = [entry.path for entry in entries if sha256_file(root / entry.path) != entry.sha256]
+    if changed:
+        raise BadRequest(f"{path}: changed since it was frozen: {some(changed)}; bring the old files back or freeze "
+                         "the set again")  # fmt: skip
+
+
+def open_calibration(
+    source: str, recipe: Preprocessing, classes: int, size: int | None = None, seed: int = 0
+) -> CalibrationSet:
+    """The calibration set that a user means.
+
+    Args:
+        source: a manifest, a folder (frozen on the spot), an `.npz` file, or `synthetic`.
+        recipe: how each image becomes an input.
+        classes: how many the model has, for an `.npz` file with labels.
+        size: how many images; None is all of a manifest, else 256 or what there is.
+        seed: of the draw from a folder.
+
+    Raises: BadRequest for data that cannot be used, or fewer images than were asked for.
+    """
+    if source == SYNTHETIC:
+        opened = open_samples(SYNTHETIC, recipe, (), classes, size or SIZE)
+        return CalibrationSet(source, hashlib.sha256(f"dead leaves 1, {opened.total}".encode()).hexdigest(), opened)
+    path = user_path(source)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        total = open_samples(source, recipe, (), classes).total
+        opened = open_samples(source, recipe, (), classes, _wanted(size, total, source))
+        digest = hashlib.sha256(f"{sha256_file(path)} {opened.total}".encode()).hexdigest()
+        return CalibrationSet(source, digest, opened)
+    if path.suffix.lower() in (".tsv", ".csv") and path.is_file():
+        manifest = read(path)
+        wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source)
+        kept = [manifest.entries[index] for index in samples.spread(len(manifest.entries), wanted)]
+        manifest = Manifest(source=manifest.source, rule=manifest.rule, entries=tuple(kept))
+    elif path.is_dir():
+        manifest = freeze(source, size, seed)
+    else:
+        raise BadRequest(f"--calib {source}: no such data; give a manifest, a folder, an .npz file or 'synthetic'")
+    found = [(entry.path, -1) for entry in manifest.entries]
+    return CalibrationSet(source, manifest.digest, samples.of_files(source, Path(manifest.source), found, recipe))

@@ -1,0 +1,170 @@
+"""INT8 in the graph: Q and DQ around the layers that a backend's placement names, and what must hold of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.errors import CheckFailed, some
+from exporter.graph.rounding import Plan, Rounding, part, round_weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PRODUCTS = ("Conv", "MatMul")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a backend wants Q and DQ.
+
+    kinds: of the layers whose input and weights are rounded (`rounding.KINDS`).
+    forms: in which a network must be written, the best first.
+    symmetric: activations around zero as int8, else uint8 with a zero point.
+    rounded_bias: biases as int32 with a DQ; else they stay fp32.
+    """
+
+    kinds: frozenset[str]
+    forms: tuple[str, ...]
+    symmetric: bool = False
+    rounded_bias: bool = False
+
+
+def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:
+    """A copy of an fp32 graph with Q and DQ in it; the graph stays as it was, and weights are shared.
+
+    Args:
+        model: in one of the placement's forms, its nodes named after modules.
+        plan: how each layer is rounded.
+        placement: the backend's.
+        kept: parts (`stages.2.0`) that stay as they are.
+
+    Raises: CheckFailed when the graph has not the layers that the plan has.
+    """
+    copy = model.clone()
+    left = {name for name in plan if part(name) not in kept}
+    for node in list(copy.graph):
+        name = node.metadata_props.get("module", "")
+        if node.op_type in PRODUCTS and name in left:
+            _Rounded(copy.graph, node, name, plan[name]).put(placement.rounded_bias)
+            left.discard(name)
+    if left:
+        raise CheckFailed(f"the graph has no layer {', '.join(sorted(left))} to quantise")
+    _drop_unused(copy.graph)
+    return copy
+
+
+class _Rounded:
+    """One layer being rounded."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, name: str, rounding: Rounding) -> None:
+        self.graph, self.node, self.name, self.rounding = graph, node, name, rounding
+
+    def put(self, rounded_bias: bool) -> None:
+        """Q and DQ on the input, DQ on the weights, and the bias as is wanted."""
+        rounding = self.rounding
+        dtype = np.int8 if rounding.symmetric else np.uint8
+        scale = self._constant("input_scale", np.asarray(rounding.scale, np.float32))
+        zero = self._constant("input_zero_point", np.asarray(rounding.zero_point, dtype))
+        axis = 0 if self.node.op_type == "Conv" else 1  # of the output channels
+        source, weight = self.node.inputs[0], self.node.inputs[1]
+        assert source is not None
+        assert weight is not None
+        assert weight.const_value is not None
+        whole, scales = round_weights(weight.const_value.numpy(), axis)
+        q = self._node("QuantizeLinear", [source, scale, zero], "input_int8", source.shape, dtype)
+        dq = self._node("DequantizeLinear", [q, scale, zero], "input_dequantized", source.shape)
+        weights = [self._constant("weight_int8", whole), self._constant("weight_scale", scales)]
+        weights.append(self._constant("weight_zero_point", np.zeros(len(scales), np.int8)))
+        rounded = self._node("DequantizeLinear", weights, "weight_dequantized", weight.shape, axis=axis)
+        self.node.replace_input_with(0, dq)
+        self.node.replace_input_with(1, rounded)
+        self._put_bias(np.float32(rounding.scale) * scales, rounded_bias)
+
+    def _put_bias(self, scales: NDArray[np.float32], whole: bool) -> None:
+        """The bias with its shift; as int32 in steps of the product's own, input scale × weight scale."""
+        node, index = _bias_of(self.node)
+        bias = node.inputs[index]
+        assert bias is not None
+        assert bias.const_value is not None
+        number = bias.const_value.numpy()
+        shifted = (number + self.rounding.shift.reshape(number.shape)).astype(np.float32)
+        if not whole:
+            node.replace_input_with(index, self._constant("bias_shifted", shifted))
+            return
+        most = np.iinfo(np.int32)
+        steps = np.rint(shifted.astype(np.float64) / scales).clip(most.min, most.max).astype(np.int32)
+        given = [self._constant("bias_int32", steps), self._constant("bias_scale", scales)]
+        node.replace_input_with(index, self._node("DequantizeLinear", given, "bias_dequantized", bias.shape, axis=0))
+
+    def _constant(self, what: str, array: NDArray[Any]) -> ir.Value:
+        import onnx_ir as ir
+
+        tensor = ir.tensor(array, name=f"{self.name}.{what}")
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _node(
+        self, operator: str, given: list[ir.Value], what: str, shape: Any, dtype: Any = np.float32, **attributes: int
+    ) -> ir.Value:
+        import onnx_ir as ir
+
+        node = ir.node(operator, given, attributes=attributes, name=f"{self.name}/{operator}_{what}")
+        node.metadata_props["module"] = self.name
+        value = node.outputs[0]
+        value.name, value.shape, value.dtype = f"{self.name}.{what}", shape, ir.DataType.from_numpy(np.dtype(dtype))
+        self.graph.insert_before(self.node, node)
+        return value
+
+
+def _bias_of(node: ir.Node) -> tuple[ir.Node, int]:
+    """The node and input that are a layer's bias: a convolution's third, or the Add behind a matrix product."""
+    if node.op_type == "Conv":
+        return node, 2
+    (use,) = node.outputs[0].uses()
+    assert use.node.op_type == "Add"
+    return use.node, 1 - use.idx
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            graph.initializers.pop(name)
+
+
+def faults(model: ir.Model, placement: Placement) -> list[str]:
+    """What is wrong with a quantised graph, in words; an empty list when nothing is.
+
+    Every Q must feed a DQ and every DQ a node, scales be finite and positive, and types those of the placement.
+    """
+    return [said for node in model.graph for said in _faults(node, placement)]
+
+
+def _faults(node: ir.Node, placement: Placement) -> Iterator[str]:
+    if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+        return
+    users = [use.node.op_type for use in node.outputs[0].uses()]
+    if not users and not node.outputs[0].is_graph_output():
+        yield f"{node.name} feeds nothing"
+    if node.op_type == "QuantizeLinear" and set(users) - {"DequantizeLinear"}:
+        yield f"{node.name} feeds {some(users)}, expected DequantizeLinear"
+    scale = _number(node, 1)
+    if scale is None or not (np.isfinite(scale).all() and (scale > 0).all()):
+        yield f"{node.name} has no scale that is finite and positive"
+    if node.op_type == "QuantizeLinear":
+        zero = _number(node, 2)
+        expected = np.int8 if placement.symmetric else np.uint8
+        if zero is None or zero.dtype != expected or (placement.symmetric and zero.any()):
+            yield f"{node.name} does not round to {np.dtype(expected).name}, which this target wants"
+
+
+def _number(node: ir.Node, index: int) -> NDArray[Any] | None:
+    value = node.inputs[index] if len(node.inputs) > index else None
+    return None if value is None or value.const_value is None else value.const_value.numpy()

@@ -1,0 +1,113 @@
+"""INT8, from a recipe to an artifact and a report that says what it costs, what it gains and why it is as it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from exporter import backends
+from exporter.artifact import Artifact
+from exporter.bench import Opener, worker
+from exporter.data.calibration import SIZE, SYNTHETIC
+from exporter.errors import BadRequest
+from exporter.int8 import gain
+from exporter.int8.budget import Budget as Budget
+from exporter.int8.budget import Choice, Judge, Search, judging, search
+from exporter.int8.work import Work, prepare
+from exporter.progress import step
+from exporter.recipe import Recipe
+from exporter.report import Finding, Report
+
+DEFAULT = Budget()
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    budget: Budget = DEFAULT,
+    opener: Opener = worker.open_arm,
+) -> tuple[Artifact, Report]:
+    """Build the int8 artifact that holds the budget with the fewest parts kept back.
+
+    Args:
+        recipe: what to build; its precision is int8.
+        out: the folder to write to.
+        budget: what it may lose, and on which images.
+        opener: opens a model, in the timing process.
+
+    Returns: the artifact, and its report: passed when the budget and the limits of int8 hold. If no choice holds, the
+        artifact is the best that was found.
+
+    Raises: ExporterError, with nothing changed on disk.
+    """
+    backend = _check(recipe, budget)
+    with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
+        folder = Path(temporary)
+        work = prepare(recipe, out, folder)
+        with judging(work, budget, folder) as judge:
+            found = search(work, judge, lambda: _harms(work))
+            cost = _cost_of_synthetic(work, budget, found.best, judge) if _is_to_be_costed(work, budget) else []
+        layers = backend.layers(found.best.artifact, backend.options())
+        timed = gain.time(work, found, folder, opener)
+        first = gain.findings(timed, found, layers)
+        made = work.make(found.best.kept, out)
+    return made, _report(made, found, [*first, *_calibration(work), *cost])
+
+
+def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]:
+    """The backend, when all that needs no reading is in order.
+
+    Raises: BadRequest.
+    """
+    backend = backends.get(recipe.backend)
+    if backend.placement is None:
+        raise BadRequest(f"{recipe.backend} runs no int8 here")
+    if not 0 <= budget.max_drop <= 100:
+        raise BadRequest(f"--max-drop {budget.max_drop:g}: expected percentage points from 0 to 100")
+    if not 0 <= recipe.smoothing <= 1:
+        raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
+    backend.probe()
+    return backend
+
+
+def _harms(work: Work) -> dict[str, float]:
+    from exporter.quantization import simulation
+
+    return simulation.harms(work.network.model, work.plan, work.images)
+
+
+def _is_to_be_costed(work: Work, budget: Budget) -> bool:
+    return work.images.synthetic and budget.data not in (None, SYNTHETIC)
+
+
+def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -> list[Finding]:
+    """What synthetic images cost against real ones: the same choice, calibrated on the user's own data."""
+    step("calibrating on real images too, to see what synthetic ones cost")
+    recipe = msgspec.structs.replace(work.recipe, calib=str(budget.data), calib_size=None)
+    with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as folder:
+        real = prepare(recipe, Path(folder), Path(folder))
+        other = judge(real, best.kept)
+    detail = f"{best.loss:.2f} points lost, {other.loss:.2f} when calibrated on {real.images.total} of {budget.data}"
+    return [Finding(check="int8", metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
+
+
+def _calibration(work: Work) -> list[Finding]:
+    images = work.images
+    what = "images made from seeds (dead leaves), no photographs" if images.synthetic else f"of {images.source}"
+    few = f"; {SIZE} or more are better" if images.total < SIZE else ""
+    recipe = work.recipe
+    how = f"{recipe.calib_method}, smoothing {recipe.smoothing:g}, bias correction {recipe.bias_correction}"
+    detail = f"{what}{few}; {how}"
+    return [Finding(check="int8", metric="calibration", value=images.total, unit="images", detail=detail)]
+
+
+def _report(made: Artifact, found: Search, first: list[Finding]) -> Report:
+    judged = found.best.report
+    return msgspec.structs.replace(
+        judged,
+        passed=judged.passed,
+        artifact=made.to_dict(),
+        findings=(*first, *judged.findings),
+    )

@@ -1,0 +1,139 @@
+"""Does int8 pay? It is timed in turn with the next higher precision, and says so when it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp, log
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from exporter import pipeline
+from exporter.artifact import Artifact
+from exporter.backends import Layer
+from exporter.bench import Opener, Timing, flat, latency
+from exporter.errors import ExporterError, first_line, some
+from exporter.int8.budget import Choice, Search
+from exporter.int8.work import Work
+from exporter.measure.stats import center
+from exporter.report import Finding
+
+SECONDS_EACH = 3.0  # of timing, for every model
+MOST_ALONE = 6  # parts that are timed each kept back alone
+
+
+class Timed:
+    """All that was tried, timed in one go."""
+
+    def __init__(self, work: Work, search: Search, folder: Path, opener: Opener) -> None:
+        self.above = work.backend.above_int8()
+        recipe = msgspec.structs.replace(work.recipe, precision=self.above, form=None)
+        self.rival = pipeline.build(recipe, folder / "above")
+        best = search.best
+        self.alone = {
+            part: work.make((part,), folder / f"alone-{part}")
+            for part in (best.kept if 1 < len(best.kept) <= MOST_ALONE else ())
+        }
+        batch = work.recipe.batch if isinstance(work.recipe.batch, int) else 1
+        artifacts = [self.rival, *(choice.artifact for choice in search.tried), *self.alone.values()]
+        options = latency.BenchOptions(
+            batch=(batch,), duration=SECONDS_EACH * (1 + len(artifacts)), weights=work.recipe.weights
+        )
+        self.batch = batch
+        self.timing: Timing = latency.time_batch(
+            latency.arms_of(artifacts, options), artifacts[0], batch, options, opener
+        )
+
+    def ms(self, made: Artifact) -> float:
+        """The median latency of an artifact."""
+        return median(median(flat(launch.blocks[str(made.path)])) for launch in self.timing.launches)
+
+    def ratio(self, made: Artifact | str, over: Artifact | str) -> tuple[float, float, float]:
+        """How many times faster `made` is, with its 95 % interval."""
+        names = [one if isinstance(one, str) else str(one.path) for one in (made, over)]
+        found = center(latency.speedups(self.timing, *names))
+        return exp(found.value), exp(found.low), exp(found.high)
+
+    def fell(self, made: Artifact) -> str:
+        """Why an artifact could not be timed, or ""."""
+        return self.timing.failures.get(str(made.path), "")
+
+
+def time(work: Work, search: Search, folder: Path, opener: Opener) -> Timed | str:
+    """Time what was tried, or say why it cannot be."""
+    try:
+        timed = Timed(work, search, folder, opener)
+    except ExporterError as error:
+        return first_line(error)
+    for made in (timed.rival, search.best.artifact):
+        if why := timed.fell(made) or timed.timing.failures.get(latency.EAGER, ""):
+            return why
+    return timed
+
+
+def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> list[Finding]:
+    """The gain over the next higher precision first, then the speed-up over eager, then what each part costs."""
+    if isinstance(timed, str):
+        return [Finding(check="int8", metric="gain", value=None, detail=f"not timed: {timed}")]
+    best = search.best
+    value, low, high = timed.ratio(best.artifact, timed.rival)
+    wins = low > 1
+    times = f"{timed.ms(best.artifact):.2f} ms against {timed.ms(timed.rival):.2f} ms in {timed.above}"
+    detail = f"{times}, batch {timed.batch}"
+    if not wins:
+        detail = f"int8 DOES NOT PAY here: {detail}; {_blame(best, layers)}"
+    gain = Finding(check="int8", metric="gain", value=value, unit="×", low=low, high=high, detail=detail)
+    over_eager = timed.ratio(best.artifact, latency.EAGER)
+    speedup = Finding(
+        check="int8", metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
+        detail="over eager PyTorch, the same run",
+    )  # fmt: skip
+    return [gain, speedup, *_tried(timed, search), *_kept(timed, search)]
+
+
+def _blame(best: Choice, layers: Sequence[Layer]) -> str:
+    """The layers that keep int8 from winning: rounded ones that are not computed in it, or what is not rounded."""
+    told = best.artifact.sidecar.quantization
+    assert told is not None
+    whole = {layer.module for layer in layers if layer.precision in ("int8", "uint8")}
+    slow = [name for name in told.layers if name not in whole]
+    if slow:
+        return f"not computed in int8: {some(slow)}"
+    if best.kept:
+        return f"kept back: {some(best.kept)}"
+    share = 100 * sum(told.layers.values()) / (best.artifact.sidecar.macs or 1)
+    return (
+        f"all {len(told.layers)} rounded layers are computed in int8 ({share:.0f} % of the multiply-accumulates), and "
+        "the time goes to what is between them: norms, GELU, depthwise convolutions and the rounding itself"
+    )
+
+
+def _tried(timed: Timed, search: Search) -> list[Finding]:
+    """Loss and latency of everything that was tried, for the report to draw."""
+    if len(search.tried) < 2:
+        return []
+    found = []
+    for choice in sorted(search.tried, key=lambda choice: len(choice.kept)):
+        case = f"{len(choice.kept)} kept back"
+        found.append(Finding(check="int8", metric="tried_loss", value=choice.loss, unit="points", case=case))
+        if not timed.fell(choice.artifact):
+            found.append(
+                Finding(check="int8", metric="tried_ms", value=timed.ms(choice.artifact), unit="ms", case=case)
+            )
+    return found
+
+
+def _kept(timed: Timed, search: Search) -> list[Finding]:
+    """Every part that was kept back, with its harm and what it costs in speed."""
+    best, first = search.best, next((choice for choice in search.tried if not choice.kept), None)
+    found = []
+    for part in best.kept:
+        alone = timed.alone.get(part, best.artifact if len(best.kept) == 1 else None)
+        cost = "its cost was not timed alone"
+        if alone is not None and first is not None and not timed.fell(alone) and not timed.fell(first.artifact):
+            ratio = timed.ratio(alone, first.artifact)[0]
+            cost = f"costs {-100 * log(ratio):+.1f} % of latency"
+        detail = f"noise of the outputs when it alone is rounded, as a share of their variance; {cost}"
+        found.append(Finding(check="int8", metric="kept_back", value=search.harms[part], case=part, detail=detail))
+    return found

@@ -1,0 +1,134 @@
+"""A network made ready for int8 once, and artifacts of it with any parts kept back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from exporter import artifact as artifacts
+from exporter import backends, pipeline
+from exporter.artifact import Artifact, Quantization, Sidecar
+from exporter.backends import Backend, Options
+from exporter.data.calibration import CalibrationSet, open_calibration
+from exporter.errors import BadRequest, CheckFailed, some
+from exporter.graph import files
+from exporter.graph.quantize import Placement, faults, quantize
+from exporter.graph.rounding import Plan, part
+from exporter.quantization import QuantizeOptions
+from exporter.recipe import Recipe
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from exporter.quantization.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that artifacts are made from: the fp32 graph and network, smoothed, and how each layer is rounded."""
+
+    recipe: Recipe
+    backend: Backend[Options]
+    placement: Placement
+    images: CalibrationSet
+    network: pipeline.Network
+    statistics: Statistics
+    plan: Plan
+    graph: ir.Model
+    sidecar: Sidecar
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that are rounded, in the order they run."""
+        return tuple(dict.fromkeys(map(part, self.plan)))
+
+    def make(self, kept: Collection[str], out: Path) -> Artifact:
+        """The Q/DQ graph without these parts, and what the backend builds from it.
+
+        Raises: CheckFailed when the graph has faults, with nothing written.
+        """
+        model = quantize(self.graph, self.plan, self.placement, kept)
+        if found := faults(model, self.placement):
+            raise CheckFailed(f"the quantised graph is at fault: {some(found)}; nothing was written")
+        form = str(self.recipe.form)
+        sidecar = self._sidecar(kept)
+        target = out / artifacts.file_name(sidecar, ".onnx", form if self.backend.name != "onnxruntime" else "")
+        with artifacts.staging(target) as folder:
+            files.save(model, folder / target.name, sidecar.facts())
+            artifacts.seal(folder, target.name, sidecar)
+        return self.backend.build(artifacts.load(target), "int8", out)
+
+    def _sidecar(self, kept: Collection[str]) -> Sidecar:
+        layers = {
+            name: int(self.statistics.macs(self.network.model, name)) for name in self.plan if part(name) not in kept
+        }
+        told = Quantization(
+            calib=self.images.source,
+            digest=self.images.digest,
+            images=self.images.total,
+            synthetic=self.images.synthetic,
+            method=self.recipe.calib_method,
+            smoothing=self.recipe.smoothing,
+            bias_correction=self.recipe.bias_correction,
+            layers=layers,
+            kept=tuple(kept),
+        )
+        return msgspec.structs.replace(self.sidecar, quantization=told)
+
+
+def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
+    """Read weights, calibrate, fold scales, trace, and hold the graph against eager; nothing is written to `out`.
+
+    Args:
+        recipe: of precision int8.
+        out: where artifacts will go, for the weights' path in their sidecars.
+        folder: for the traced graph.
+
+    Raises: ExporterError as `pipeline.export` does; BadRequest for a form or calibration set that cannot be used.
+    """
+    backend = backends.get(recipe.backend)
+    placement = backend.placement
+    assert placement is not None
+    recipe = msgspec.structs.replace(recipe, form=_form(recipe, placement))
+    checkpoint, options, sidecar = pipeline.read(recipe, out)
+    images = open_calibration(
+        recipe.calib, sidecar.preprocessing, sidecar.weights.num_classes, recipe.calib_size, recipe.calib_seed
+    )
+    from exporter.quantization import simulation, smoothing, statistics
+
+    network = pipeline.write(checkpoint, options, sidecar)
+    found = statistics.collect(network.model, placement.kinds, recipe.smoothing, images, _about(sidecar))
+    smoothing.smooth(network.model, found.factor)
+    plan = simulation.plan(network.model, placement.kinds, placement.symmetric, found, images, _options(recipe))
+    graph, sidecar = pipeline.graph_of(network, options, sidecar, folder / "traced.onnx")
+    told = {**sidecar.recipe, "precision": "int8"}
+    sidecar = msgspec.structs.replace(sidecar, precision="int8", recipe=told)
+    return Work(recipe, backend, placement, images, network, found, plan, graph, sidecar)
+
+
+def _form(recipe: Recipe, placement: Placement) -> str:
+    if recipe.form not in (None, *placement.forms):
+        raise BadRequest(
+            f"--form {recipe.form}: int8 for {recipe.backend} is written in the form {' or '.join(placement.forms)}; "
+            "leave --form out"
+        )
+    return recipe.form or placement.forms[0]
+
+
+def _options(recipe: Recipe) -> QuantizeOptions:
+    return QuantizeOptions(
+        method=recipe.calib_method, smoothing=recipe.smoothing, bias_correction=recipe.bias_correction
+    )
+
+
+def _about(sidecar: Sidecar) -> dict[str, object]:
+    """What statistics depend on beside the images; the form does not change what a layer is given."""
+    return {
+        "weights": sidecar.weights.digest,
+        "variant": sidecar.variant,
+        "preprocessing": msgspec.to_builtins(msgspec.structs.replace(sidecar.preprocessing, input="normalized")),
+    }
