@@ -46,6 +46,8 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     Raises: ExporterError, with nothing changed on disk.
     """
     backend = backends.get(recipe.backend)
+    if recipe.precision == "int8" and backend.placement is not None:
+        raise BadRequest("int8 needs calibration and a budget: it is built by exporter.int8")
     if recipe.precision not in backend.precisions:
         others = [
             name for name in discover.names("exporter.backends") if recipe.precision in backends.get(name).precisions

@@ -29,7 +29,7 @@ class Recipe(Record, frozen=True):
     calib: str = "synthetic"
     calib_size: int | None = None
     calib_seed: int = 0
-    calib_method: Literal["minmax", "entropy", "percentile", "mse"] = "mse"
+    calib_method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
     smoothing: float = 0.5
     bias_correction: Literal["none", "fast", "full"] = "fast"
 

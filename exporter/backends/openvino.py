@@ -96,7 +96,10 @@ def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
 
     Raises: Unavailable when the device is not there or cannot compute in that precision.
     """
-    yield _session(*_compile(artifact, options), artifact.sidecar.preprocessing, options)
+    opened = _session(*_compile(artifact, options), artifact.sidecar.preprocessing, options)
+    if artifact.sidecar.precision == "int8":
+        opened.facts |= {"arithmetic": "int8", "rest": opened.facts["arithmetic"]}
+    yield opened
 
 
 def _session(compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: Options) -> OpenVinoSession:

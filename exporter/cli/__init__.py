@@ -15,7 +15,7 @@ from exporter.errors import ExporterError, nearest
 GROUPS = {
     "discover": ("variants", "doctor", "inspect"),
     "build": ("onnx", "openvino"),
-    "measure": ("verify", "bench"),
+    "measure": ("calibrate", "verify", "bench"),
     "pipeline": ("compare", "report"),
 }
 

@@ -55,7 +55,7 @@ QUANTIZING = (
                  help="int8: how many; by default all of a manifest, else 256."),
     click.option("--calib-seed", metavar="N", type=int, default=0, show_default=True,
                  help="int8: of the draw from a folder."),
-    click.option("--calib-method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="mse",
+    click.option("--calib-method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="minmax",
                  show_default=True, help="int8: how ranges are chosen."),
     click.option("--smoothing", metavar="SHARE", type=float, default=0.5, show_default=True,
                  help="int8: how much of the activations' spread the weights take over; 0 is none."),

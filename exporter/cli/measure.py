@@ -11,6 +11,51 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@click.command("calibrate", short_help="Choose and freeze a calibration set, or show one.")
+@click.argument("source", metavar="SRC")
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
+    help="The manifest; by default calibration/NAME.tsv, after the folder.",
+)  # fmt: skip
+@click.option(
+    "--calib-size", "size", metavar="N", type=click.IntRange(1), help="How many images; by default 256, or all."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
+def calibrate_command(source: str, output: Path | None, size: int | None, seed: int, as_json: bool) -> None:
+    """Draw images from a folder, equally from its sub-folders, and list them in a manifest with their digests.
+
+    Of a manifest it shows what is in it, after holding every image against its digest. The images stay where they are.
+
+    \b
+    Examples:
+      convnext-export calibrate imagenet/train -o calibration/imagenet.tsv --calib-size 512 --seed 1
+      convnext-export calibrate calibration/imagenet.tsv
+    """
+    from exporter import artifact
+    from exporter.cli.console import console, drawing, plain, print_json, print_table
+    from exporter.data import calibration
+    from exporter.errors import BadRequest
+
+    given = Path(source).expanduser()
+    listed = given.suffix.lower() in (".tsv", ".csv") and given.is_file()
+    if listed and (output or size):
+        raise BadRequest(f"{source} is a frozen set already; give the folder to freeze another")
+    path = given if listed else output or Path("calibration") / f"{given.resolve().name}.tsv"
+    with drawing():
+        if not listed:
+            artifact.check_output(path)
+        manifest = calibration.read(given) if listed else calibration.freeze(source, size, seed)
+    if not listed:
+        calibration.write(manifest, path)
+    if as_json:
+        print_json({"path": str(path), "digest": manifest.digest, "manifest": manifest})
+        return
+    print_table(("class", "images"), [(k or "–", str(v)) for k, v in manifest.classes().items()], right=("images",))
+    console().print(f"[bold]{plain(path)}[/]  {plain(manifest.rule)}, seed {manifest.seed}", soft_wrap=True)
+    console().print(f"digest {manifest.digest}; images in {plain(manifest.source)}", style="dim", soft_wrap=True)
+
+
 @click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(

@@ -99,6 +99,14 @@ class Search:
     harms: dict[str, float]
 
     @property
+    def limit(self) -> float | None:
+        """The budget in the points that `Choice.loss` is in; None where the cosine is judged."""
+        drop, agreement = (self.best.report.find(metric) for metric in ("top1_drop", "top1_agreement"))
+        if drop:
+            return drop.limit
+        return None if agreement is None or agreement.limit is None else 100 - agreement.limit
+
+    @property
     def best(self) -> Choice:
         """The choice to be built."""
         return self.tried[-1]

@@ -75,21 +75,34 @@ def time(work: Work, search: Search, folder: Path, opener: Opener) -> Timed | st
 def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> list[Finding]:
     """The gain over the next higher precision first, then the speed-up over eager, then what each part costs."""
     if isinstance(timed, str):
-        return [Finding(check="int8", metric="gain", value=None, detail=f"not timed: {timed}")]
+        return [
+            Finding(check="int8", metric="gain", value=None, detail=f"not timed: {timed}"),
+            *sensitivities(search),
+        ]
     best = search.best
     value, low, high = timed.ratio(best.artifact, timed.rival)
-    wins = low > 1
     times = f"{timed.ms(best.artifact):.2f} ms against {timed.ms(timed.rival):.2f} ms in {timed.above}"
     detail = f"{times}, batch {timed.batch}"
-    if not wins:
-        detail = f"int8 DOES NOT PAY here: {detail}; {_blame(best, layers)}"
-    gain = Finding(check="int8", metric="gain", value=value, unit="×", low=low, high=high, detail=detail)
+    if low <= 1:
+        verdict = "DOES NOT PAY" if value <= 1 else "is not shown to pay"
+        detail = f"int8 {verdict} here: {detail}; {_blame(best, layers)}"
+    gain = Finding(
+        check="int8", metric="gain", value=value, unit="×", low=low, high=high, detail=detail, case=timed.above
+    )
     over_eager = timed.ratio(best.artifact, latency.EAGER)
     speedup = Finding(
         check="int8", metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
         detail="over eager PyTorch, the same run",
     )  # fmt: skip
-    return [gain, speedup, *_tried(timed, search), *_kept(timed, search)]
+    return [gain, speedup, *_tried(timed, search), *_kept(timed, search), *sensitivities(search)]
+
+
+def sensitivities(search: Search) -> list[Finding]:
+    """The harm of every part, where it was measured."""
+    return [
+        Finding(check="int8", metric="sensitivity", value=harm, case=part, detail="of the outputs' variance")
+        for part, harm in search.harms.items()
+    ]
 
 
 def _blame(best: Choice, layers: Sequence[Layer]) -> str:
@@ -113,7 +126,9 @@ def _tried(timed: Timed, search: Search) -> list[Finding]:
     """Loss and latency of everything that was tried, for the report to draw."""
     if len(search.tried) < 2:
         return []
-    found = []
+    found = (
+        [Finding(check="int8", metric="budget", value=search.limit, unit="points")] if search.limit is not None else []
+    )
     for choice in sorted(search.tried, key=lambda choice: len(choice.kept)):
         case = f"{len(choice.kept)} kept back"
         found.append(Finding(check="int8", metric="tried_loss", value=choice.loss, unit="points", case=case))
@@ -130,10 +145,10 @@ def _kept(timed: Timed, search: Search) -> list[Finding]:
     found = []
     for part in best.kept:
         alone = timed.alone.get(part, best.artifact if len(best.kept) == 1 else None)
-        cost = "its cost was not timed alone"
+        cost = "not timed alone"
         if alone is not None and first is not None and not timed.fell(alone) and not timed.fell(first.artifact):
             ratio = timed.ratio(alone, first.artifact)[0]
-            cost = f"costs {-100 * log(ratio):+.1f} % of latency"
-        detail = f"noise of the outputs when it alone is rounded, as a share of their variance; {cost}"
+            cost = f"{-100 * log(ratio):+.1f} % latency"
+        detail = cost
         found.append(Finding(check="int8", metric="kept_back", value=search.harms[part], case=part, detail=detail))
     return found

@@ -19,6 +19,6 @@ class QuantizeOptions(Record, frozen=True):
     """How ranges are chosen, what share of the activations' spread goes into the weights (0 is none, 0.5 the usual),
     and whether biases make up for the mean error."""
 
-    method: Method = "mse"
+    method: Method = "minmax"
     smoothing: float = 0.5
     bias_correction: Correction = "fast"

@@ -89,6 +89,28 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     return drawing.svg
 
 
+def tried(report: Report) -> str:
+    """A point for each number of parts that was kept back: what is lost, and the latency."""
+    known = [f for f in report.findings if f.value is not None]
+    losses = {f.case: float(f.value or 0) for f in known if f.metric == "tried_loss"}
+    times = {f.case: float(f.value or 0) for f in known if f.metric == "tried_ms"}
+    points = [(times[case], loss, case) for case, loss in losses.items() if case in times]
+    if len(points) < 2:
+        return ""
+    limit = report.value("budget")
+    with _figure("What int8 loses against latency", 3.2) as (axes, drawing):
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=COLORS[0], markersize=8)
+        for x, y, case in points:
+            axes.annotate(case, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
+        if limit is not None:
+            axes.axhline(limit, color=COLORS[5], linewidth=1)
+            axes.annotate("budget", (points[0][0], limit), xytext=(0, 3), textcoords="offset points", fontsize=9)
+        axes.margins(x=0.2, y=0.2)
+        axes.set_xlabel("median latency, ms (left is better)")
+        axes.set_ylabel("lost, points (lower is better)")
+    return drawing.svg
+
+
 def _accuracy(report: Report) -> Any:
     found = (report.find(metric) for metric in ("top1", "top1_agreement", "cosine"))
     return next((one for one in found if one and one.value is not None), None)

@@ -24,7 +24,7 @@ class Table:
 
 def tables(reports: Sequence[Report]) -> list[Table]:
     """Every table that these reports have rows for: regressions first, for they are what was asked."""
-    found = (regressions(reports), accuracy(reports), latency(reports))
+    found = (regressions(reports), accuracy(reports), int8(reports), sensitivity(reports), latency(reports))
     return [table for table in found if table.rows]
 
 
@@ -97,6 +97,57 @@ def accuracy(reports: Sequence[Report]) -> Table:
         if report.find("cosine")
     ]
     return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
+
+
+def int8(reports: Sequence[Report]) -> Table:
+    """A row for each artifact that was quantised."""
+    columns = ("artifact", "calibrated on", "in int8", "gain", "95 % interval", "over", "× eager", "kept back", "")
+    rows = []
+    for report in reports:
+        found, gain = report.find("calibration"), report.find("gain")
+        if found and gain:
+            kept = [f.case for f in report.findings if f.metric == "kept_back"]
+            rows.append(
+                (
+                    name(report),
+                    f"{number(found)} images {found.detail.partition(';')[0]}",
+                    number(report.find("quantized_macs_pct"), "{:.1f} % of MACs"),
+                    number(gain, "{:.2f} ×"),
+                    "{:.2f}–{:.2f}".format(*gain.interval) if gain.interval else "",
+                    gain.case or "–",
+                    number(report.find("int8_speedup"), "{:.2f}"),
+                    ", ".join(kept) or "nothing",
+                    verdict(report, ("int8",)),
+                )
+            )
+    return Table("INT8 against the next higher precision", columns, columns[2:7], rows)
+
+
+def sensitivity(reports: Sequence[Report]) -> Table:
+    """Where the budget was searched: every part of the network, the most harmful first, and what became of it."""
+    columns = ("artifact", "part", "error", "became", "cost")
+    rows = []
+    for report in reports:
+        kept = {f.case: f for f in report.findings if f.metric == "kept_back"}
+        for f in report.findings:
+            if f.metric == "sensitivity":
+                back = kept.get(f.case)
+                became = "kept back" if back else "int8"
+                rows.append((name(report), f.case, number(f, "{:.2g}"), became, back.detail if back else ""))
+    return Table(
+        "Error of the outputs when a part alone is int8, as a share of their variance", columns, ("error",), rows
+    )
+
+
+def warnings(reports: Sequence[Report]) -> list[str]:
+    """What a reader has to know before any table: where int8 does not pay."""
+    found = ((name(report), report.find("gain")) for report in reports)
+    return [f"{one}: {gain.detail}" for one, gain in found if gain and not_paying(gain)]
+
+
+def not_paying(gain: Finding) -> bool:
+    """Whether a gain is none, or not shown to be one."""
+    return gain.metric == "gain" and (gain.low is None or gain.low <= 1)
 
 
 def latency(reports: Sequence[Report]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exporter.report import Finding, Report
-from exporter.report._tables import name
+from exporter.report._tables import name, not_paying
 
 
 def render(reports: Sequence[Report]) -> str:
@@ -19,7 +19,7 @@ def _lines(report: Report) -> Iterator[str]:
         title = f"{name(report)}: {finding.metric}" + (f", {finding.case}" if finding.case else "")
         if not finding.passed:
             yield _command("error", title, _said(finding))
-        elif "noisy" in finding.detail or "noise of" in finding.detail:
+        elif not_paying(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
             yield _command("warning", title, _said(finding))
     if report.passed:
         judged = sum(finding.limit is not None for finding in report.findings)

@@ -10,7 +10,7 @@ import msgspec
 
 from exporter.report import Report, _charts
 from exporter.report._history import Entry, series, step_table, steps
-from exporter.report._tables import Table, name, tables
+from exporter.report._tables import Table, name, tables, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -29,11 +29,13 @@ def render(reports: Sequence[Report]) -> str:
     compared = [finding for report in reports for finding in report.findings]
     found = [chart("Change against the base", _charts.changes(compared))]
     found += [chart("Accuracy against latency", _charts.accuracy_against_latency(reports))]
+    found += [chart(f"What int8 loses against latency, {name(r)}", _charts.tried(r)) for r in reports]
     found += [chart("Error of each block", _charts.blocks(reports))]
     found += [chart(f"Latency of every run, {case}", _charts.distributions(reports, case)) for case in cases]
     return page(
         "convnext-export report",
         verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
+        lead=warnings(reports),
         tables=tables(reports),
         appendix=_blocks(reports),
         charts=[one for one in found if one.svg],

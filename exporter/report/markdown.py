@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from exporter.report import Report
 from exporter.report._history import Entry, step_table
-from exporter.report._tables import Table, data, machine, tables
+from exporter.report._tables import Table, data, machine, tables, warnings
 
 
 def render(reports: Sequence[Report]) -> str:
     """Every table the reports have rows for, and where they were measured; a heading each where there are several."""
     found = tables(reports)
     parts = [_table(table, len(found) > 1) for table in found]
-    return "\n".join([*parts, _footer(reports)]) + "\n"
+    lead = [f"{_escape(line)}\n" for line in warnings(reports)]
+    return "\n".join([*lead, *parts, _footer(reports)]) + "\n"
 
 
 def _table(table: Table, titled: bool) -> str:
