@@ -150,7 +150,20 @@ def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision
     from exporter import pipeline
     from exporter.recipe import Recipe
 
-    return pipeline.build(Recipe(weights=str(source), backend=backend, precision=precision, **told), out)
+    recipe = Recipe(weights=str(source), backend=backend, precision=precision, **told)
+    return build_int8(recipe, out) if precision == "int8" else pipeline.build(recipe, out)
+
+
+def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):
+    """An int8 artifact, neither judged nor timed."""
+    import tempfile
+
+    from msgspec.structs import replace
+
+    from exporter.int8.work import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        return prepare(replace(recipe, calib_size=recipe.calib_size or 16), out, Path(folder)).make(kept, out)
 
 
 @pytest.fixture(scope="session")

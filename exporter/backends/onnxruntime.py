@@ -33,7 +33,7 @@ from exporter.backends import (
 )
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
 from exporter.graph import files, precision
-from exporter.graph.quantize import Placement
+from exporter.graph.quantize import Placement, round_product
 from exporter.measure.machine import cores
 from exporter.progress import note
 
@@ -254,6 +254,8 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     graph = ir.Graph(
         [given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20}, name="peak"
     )
+    if artifact.sidecar.precision == "int8":
+        round_product(graph, product, float(np.abs(peak_matrix()).max()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "peak.onnx"
         files.save(ir.Model(graph, ir_version=10), path, {})

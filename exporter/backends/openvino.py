@@ -248,7 +248,12 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
 
         weight = peak_matrix()
         given = ops.parameter(weight.shape, np.float32)
-        return ov.Model([ops.matmul(given, ops.constant(weight), False, False)], [given], "peak")
+        factors: list[Any] = [given, ops.constant(weight)]
+        if artifact.sidecar.precision == "int8":
+            step = np.float32(np.abs(weight).max() / 127)
+            ends = [ops.constant(step * end) for end in (-127, 127)] * 2
+            factors = [ops.fake_quantize(factor, *ends, 255) for factor in factors]
+        return ov.Model([ops.matmul(*factors, False, False)], [given], "peak")
 
     yield Product(_session(*_compile(artifact, options, product), Preprocessing(), options))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from exporter.artifact import Artifact
+    from exporter.artifact import Artifact, Quantization
     from exporter.backends import Layer
     from exporter.model.variants import Variant
 
@@ -130,6 +130,7 @@ def _print_facts(artifact: Artifact) -> None:
         ("made from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
         ("model", f"{sidecar.variant}, {sidecar.task}, {sidecar.precision}, for {sidecar.backend}"),
         ("form", str(sidecar.recipe.get("form", "plain"))),
+        *_quantization(sidecar.quantization),
         ("work", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
@@ -144,6 +145,18 @@ def _print_facts(artifact: Artifact) -> None:
         ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
     ]
     print_table(("fact", "value"), rows)
+
+
+def _quantization(told: Quantization | None) -> list[tuple[str, str]]:
+    if told is None:
+        return []
+    what = f"{told.images} images of {told.calib}" + (" (made from seeds, no photographs)" if told.synthetic else "")
+    how = f"{told.method}, smoothing {told.smoothing:g}, bias correction {told.bias_correction}"
+    kept = ", ".join(told.kept) or "nothing"
+    return [
+        ("calibrated on", f"{what} (digest {told.digest})"),
+        ("rounded", f"{len(told.layers)} layers; {how}; kept back: {kept}"),
+    ]
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

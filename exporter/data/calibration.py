@@ -25,7 +25,6 @@ from exporter.progress import note, track
 
 SIZE = 256  # images when no number is given
 SYNTHETIC = "synthetic"
-TITLE = "# convnext-export calibration set"
 COLUMNS = ("sha256", "path", "label")
 
 
@@ -176,7 +175,13 @@ def write(manifest: Manifest, path: Path) -> None:
     if odd:
         raise BadRequest(f"{some(map(repr, odd))}: a name with a tab or line break cannot be listed; rename it")
     source = os.path.relpath(manifest.source, path.parent)
-    head = [TITLE, f"# source: {source}", f"# seed: {manifest.seed}", f"# rule: {manifest.rule}", "\t".join(COLUMNS)]
+    head = [
+        samples.CALIBRATION,
+        f"# source: {source}",
+        f"# seed: {manifest.seed}",
+        f"# rule: {manifest.rule}",
+        "\t".join(COLUMNS),
+    ]
     rows = ["\t".join((entry.sha256, entry.path, entry.label)) for entry in manifest.entries]
     write_file(path, "\n".join([*head, *rows, ""]).encode("utf-8", "surrogateescape"))
 

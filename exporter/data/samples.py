@@ -27,6 +27,7 @@ from exporter.errors import BadRequest, nearest, some
 from exporter.measure import machine
 
 SYNTHETIC = 16  # images, when no number is given
+CALIBRATION = "# convnext-export calibration set"
 COLUMNS = {"path", "label", "sha256"}
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
@@ -223,7 +224,7 @@ class Listed(NamedTuple):
 def read_manifest(path: Path) -> Listed:
     """Columns `path` and, if known, `label` and `sha256`; above them a header of lines `# key: value`.
 
-    The folder is the header's `source`, relative to the manifest, or the manifest's own.
+    The folder is the manifest's own; of a calibration set the header's `source`, relative to it.
 
     Raises: BadRequest for what is no manifest, or leads out of its folder.
     """
@@ -231,6 +232,7 @@ def read_manifest(path: Path) -> Listed:
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         header: dict[str, str] = {}
+        frozen = bool(lines) and lines[0] == CALIBRATION
         while lines and lines[0].startswith("#"):
             key, _, value = lines.pop(0).lstrip("# ").partition(":")
             header[key.strip()] = value.strip()
@@ -243,7 +245,7 @@ def read_manifest(path: Path) -> Listed:
     outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
-    return Listed(path.parent / header.get("source", "."), header, rows)
+    return Listed(path.parent / header.get("source", ".") if frozen else path.parent, header, rows)
 
 
 def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, list[tuple[str, int]]]:

@@ -50,12 +50,18 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
     for node in list(copy.graph):
         name = node.metadata_props.get("module", "")
         if node.op_type in PRODUCTS and name in left:
-            _Rounded(copy.graph, node, name, plan[name]).put(placement.rounded_bias)
+            rounded = _Rounded(copy.graph, node, name, plan[name])
+            rounded.put_bias(rounded.put(), placement.rounded_bias)
             left.discard(name)
     if left:
         raise CheckFailed(f"the graph has no layer {', '.join(sorted(left))} to quantise")
     _drop_unused(copy.graph)
     return copy
+
+
+def round_product(graph: ir.Graph, node: ir.Node, largest: float) -> None:
+    """Q and DQ around one matrix product without a bias, in place."""
+    _Rounded(graph, node, "product", Rounding(2 * largest / 255, 128, False, np.zeros(0, np.float32))).put()
 
 
 class _Rounded:
@@ -64,8 +70,8 @@ class _Rounded:
     def __init__(self, graph: ir.Graph, node: ir.Node, name: str, rounding: Rounding) -> None:
         self.graph, self.node, self.name, self.rounding = graph, node, name, rounding
 
-    def put(self, rounded_bias: bool) -> None:
-        """Q and DQ on the input, DQ on the weights, and the bias as is wanted."""
+    def put(self) -> NDArray[np.float32]:
+        """Q and DQ on the input and DQ on the weights; returns the weights' scales (out,)."""
         rounding = self.rounding
         dtype = np.int8 if rounding.symmetric else np.uint8
         scale = self._constant("input_scale", np.asarray(rounding.scale, np.float32))
@@ -83,10 +89,11 @@ class _Rounded:
         rounded = self._node("DequantizeLinear", weights, "weight_dequantized", weight.shape, axis=axis)
         self.node.replace_input_with(0, dq)
         self.node.replace_input_with(1, rounded)
-        self._put_bias(np.float32(rounding.scale) * scales, rounded_bias)
+        return scales
 
-    def _put_bias(self, scales: NDArray[np.float32], whole: bool) -> None:
+    def put_bias(self, weight_scales: NDArray[np.float32], whole: bool) -> None:
         """The bias with its shift; as int32 in steps of the product's own, input scale × weight scale."""
+        scales = np.float32(self.rounding.scale) * weight_scales
         node, index = _bias_of(self.node)
         bias = node.inputs[index]
         assert bias is not None

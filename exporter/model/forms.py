@@ -55,8 +55,12 @@ class Standardise(nn.Module):
         spread = (centred * centred).mean(axis, keepdim=True)
         if self.kind == "simple":  # the unbiased variance, and a mean that is not subtracted
             spread = spread * (x.shape[axis] / (x.shape[axis] - 1))
-        y = (x if self.kind == "simple" else centred) * torch.rsqrt(spread + self.eps)
-        return y if self.scale is None else y * (self.scale if axis == -1 else self.scale[:, None, None])
+        y = x if self.kind == "simple" else centred
+        if self.scale is not None:
+            # Not behind the norm: OpenVINO would fuse it into the FakeQuantize there, which then rounds differently,
+            # with up to ten times the error.
+            y = y * (self.scale if axis == -1 else self.scale[:, None, None])
+        return y * torch.rsqrt(spread + self.eps)
 
 
 class ScaledNorm(Standardise):

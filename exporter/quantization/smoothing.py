@@ -70,7 +70,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
 def smooth(model: Network, scales: Mapping[str, Floats]) -> None:
     """Fold these factors into a network in place; the function stays the same."""
     for name, s in scales.items():
-        layer, factor = _layer(model, name), torch.from_numpy(s)
+        layer, factor = _layer(model, name), torch.from_numpy(s).to(_layer(model, name).weight.dtype)
         layer.weight = nn.Parameter(layer.weight * factor.view(1, -1, *[1] * (layer.weight.ndim - 2)), False)
         before = in_front(model, name)
         if isinstance(before, Standardise):

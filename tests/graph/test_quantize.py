@@ -1,0 +1,141 @@
+"""Q and DQ stand where the placement says, the graph is sound, and stock ONNX Runtime loads it."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from exporter import backends
+from exporter.errors import CheckFailed
+from exporter.graph.quantize import Placement, faults, quantize
+from exporter.graph.rounding import Rounding, part, round_weights
+from exporter.int8.work import prepare
+from exporter.recipe import Recipe
+
+BACKENDS = ("onnxruntime", "openvino")
+OPERATORS = ("QuantizeLinear", "DequantizeLinear")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def ready(request, tiny):
+    recipe = Recipe(weights=str(tiny), backend=request.param, precision="int8", calib_size=8)
+    with tempfile.TemporaryDirectory() as folder:
+        yield prepare(recipe, Path(folder), Path(folder))
+
+
+def _is_dequantized(value):
+    return value.producer() is not None and value.producer().op_type == "DequantizeLinear"
+
+
+def quantized(ready, kept=()):
+    return quantize(ready.graph, ready.plan, ready.placement, kept)
+
+
+def test_every_layer_of_the_plan_and_no_other(ready):
+    model = quantized(ready)
+    rounded = {
+        node.metadata_props["module"]
+        for node in model.graph
+        if node.op_type in ("Conv", "MatMul") and _is_dequantized(node.inputs[0])
+    }
+    assert rounded == set(ready.plan)
+    kinds = {"pwconv1", "pwconv2"} | ({"1"} if "downsampling" in ready.placement.kinds else set())
+    assert {name.rpartition(".")[2] for name in rounded} == kinds
+    assert faults(model, ready.placement) == []
+
+
+def test_a_quantised_layer_is_one_q_and_two_or_three_dqs(ready):
+    counts = Counter(node.op_type for node in quantized(ready).graph if node.op_type in OPERATORS)
+    layers = len(ready.plan)
+    assert counts == {"QuantizeLinear": layers, "DequantizeLinear": layers * (2 + ready.placement.rounded_bias)}
+
+
+def test_the_fp32_graph_stays_as_it_was(ready):
+    before = ir.serde.serialize_model(ready.graph).SerializeToString(deterministic=True)
+    quantized(ready)
+    assert ir.serde.serialize_model(ready.graph).SerializeToString(deterministic=True) == before
+
+
+def test_what_is_kept_back_is_left_alone(ready):
+    model = quantized(ready, kept=("stages.2.1",))
+    names = {node.metadata_props["module"] for node in model.graph if node.op_type in OPERATORS}
+    assert not any(part(name) == "stages.2.1" for name in names)
+    assert {part(name) for name in names} == set(ready.parts) - {"stages.2.1"}
+
+
+def test_stock_onnx_runtime_runs_it(ready, tmp_path):
+    import onnxruntime
+
+    ready.make((), tmp_path)
+    (path,) = tmp_path.glob("*int8.onnx")
+    model = onnx.load(path)
+    assert {opset.domain for opset in model.opset_import} == {""}, "no operators of anybody's own"
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = [name for name in stored if name.endswith("weight_int8")]
+    assert len(weights) == len(ready.plan)
+    assert all(stored[name].data_type == onnx.TensorProto.INT8 for name in weights)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": np.zeros((2, 3, 64, 64), np.float32)})
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda q, dq: setattr(q.inputs[1], "const_value", ir.tensor(np.float32(np.nan))), "no scale that is finite"),
+        (lambda q, dq: setattr(q.inputs[1], "const_value", ir.tensor(np.float32(-1))), "no scale that is finite"),
+        (lambda q, dq: setattr(q.inputs[2], "const_value", ir.tensor(np.int8(3))), "does not round to uint8"),
+        (lambda q, dq: dq.outputs[0].replace_all_uses_with(q.inputs[0]), "feeds nothing"),
+        (lambda q, dq: dq.outputs[0].replace_all_uses_with(q.outputs[0]), "expected DequantizeLinear"),
+    ],
+)
+def test_faults_are_found(ready, spoil, said):
+    model = quantized(ready)
+    q = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    dq = next(use.node for use in q.outputs[0].uses())
+    spoil(q, dq)
+    assert any(said in fault for fault in faults(model, ready.placement))
+
+
+def test_a_symmetric_target_gets_int8_around_zero(ready):
+    import dataclasses
+
+    placement = dataclasses.replace(ready.placement, symmetric=True)
+    plan = {name: Rounding(0.05, 0, True, rounding.shift) for name, rounding in ready.plan.items()}
+    model = quantize(ready.graph, plan, placement)
+    assert faults(model, placement) == []
+    assert faults(model, ready.placement), "uint8 was wanted"
+    assert faults(quantized(ready), placement), "int8 was wanted"
+
+
+def test_a_layer_that_is_not_there_is_an_error(ready):
+    plan = {**ready.plan, "stages.9.9.pwconv1": next(iter(ready.plan.values()))}
+    with pytest.raises(CheckFailed, match=r"no layer stages.9.9.pwconv1"):
+        quantize(ready.graph, plan, ready.placement)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5, 1, 1), 0), ((5, 6), 1), ((6, 5, 2, 2), 0)])
+def test_weights_are_rounded_channel_by_channel_to_half_a_step(shape, axis):
+    weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weight *= np.logspace(-3, 3, 6, dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    whole, scale = round_weights(weight, axis)
+    assert whole.dtype == np.int8
+    assert scale.shape == (6,)
+    steps = scale.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    assert (np.abs(whole * steps - weight) <= 0.5001 * steps).all()
+    assert (np.abs(whole).max(axis=tuple(a for a in range(len(shape)) if a != axis)) == 127).all()
+
+
+def test_a_channel_of_zeros_has_a_scale():
+    whole, scale = round_weights(np.zeros((3, 2), np.float32), 0)
+    assert not whole.any()
+    assert (scale > 0).all()
+
+
+def test_each_backend_has_its_own_placement():
+    assert all(isinstance(backends.get(name).placement, Placement) for name in BACKENDS)
+    assert backends.get("eager").placement is None
