@@ -61,8 +61,9 @@ QUANTIZING = (
                  help="int8: how much of the activations' spread the weights take over; 0 is none."),
     click.option("--bias-correction", type=click.Choice(["none", "fast", "full"]), default="fast", show_default=True,
                  help="int8: from the weights' rounding alone, or layer by layer with images."),
-    click.option("--max-drop", metavar="POINTS", type=float, default=0.5, show_default=True,
-                 help="int8: the most it may lose, of top-1 on --data; without labels, of agreement with eager."),
+    click.option("--max-drop", metavar="POINTS", type=float,
+                 help="int8: the most it may lose, of top-1 on --data; without labels, of agreement with eager.  "
+                 "[default: 0.5 where real images are given]"),
     click.option("--data", metavar="SRC", help="int8: images to judge by; by default those it is calibrated with."),
 )  # fmt: skip
 

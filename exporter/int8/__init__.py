@@ -64,8 +64,9 @@ def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]
     backend = backends.get(recipe.backend)
     if backend.placement is None:
         raise BadRequest(f"{recipe.backend} runs no int8 here")
-    if not 0 <= budget.max_drop <= 100:
+    if budget.max_drop is not None and not 0 <= budget.max_drop <= 100:
         raise BadRequest(f"--max-drop {budget.max_drop:g}: expected percentage points from 0 to 100")
+    budget.on(budget.data or recipe.calib, recipe.weights)
     if not 0 <= recipe.smoothing <= 1:
         raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
     backend.probe()

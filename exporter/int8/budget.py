@@ -12,6 +12,7 @@ import msgspec
 
 from exporter import backends, pipeline
 from exporter.artifact import Artifact, Record
+from exporter.data.calibration import SYNTHETIC
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest
 from exporter.int8.work import Work
@@ -23,10 +24,28 @@ MAX_DROP = 0.5
 
 class Budget(Record, frozen=True):
     """How much int8 may lose, in percentage points of top-1 on `data`; of agreement with eager where the images have
-    no labels. Without `data` the calibration images are looked at, which the ranges were fitted to."""
+    no labels. Without `data` the calibration images are looked at, which the ranges were fitted to.
 
-    max_drop: float = MAX_DROP
+    None is `MAX_DROP`, but for synthetic images and random weights: what a network answers there is so near a tie that
+    agreement says nothing, and only the limits of int8 itself are held."""
+
+    max_drop: float | None = None
     data: str | None = None
+
+    def on(self, source: str, weights: str) -> float | None:
+        """The points for images and weights of these sources, or None where there is nothing to lose.
+
+        Raises: BadRequest when points were asked for all the same.
+        """
+        if source != SYNTHETIC and not weights.startswith("random"):
+            return MAX_DROP if self.max_drop is None else self.max_drop
+        if self.max_drop is not None:
+            what = "the weights are random" if source != SYNTHETIC else "there are only synthetic images"
+            raise BadRequest(
+                f"--max-drop {self.max_drop:g}: {what}, on which no loss can be seen; give real images with --data and "
+                "trained weights, or leave --max-drop out"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -60,10 +79,15 @@ def judging(work: Work, budget: Budget, folder: Path) -> Iterator[Judge]:
     sidecar = work.sidecar
     opened = _samples(work, budget)
     options = pipeline.VerifyOptions(data=opened.source, weights=work.recipe.weights)
-    if opened.labelled and sidecar.task == "classify":
-        options = msgspec.structs.replace(options, max_drop=budget.max_drop)
+    points = budget.on(opened.source, work.recipe.weights)
+    if points is None:
+        note(
+            "nothing here can show a loss of accuracy; whether it is the same network still, cosine and agreement tell"
+        )
+    elif opened.labelled and sidecar.task == "classify":
+        options = msgspec.structs.replace(options, max_drop=points)
     else:
-        options = msgspec.structs.replace(options, min_agreement=100 - budget.max_drop)
+        options = msgspec.structs.replace(options, min_agreement=100 - points)
     eager = backends.get("eager")
     told = eager.options(weights=work.recipe.weights)  # type: ignore[call-arg]
     subject = Artifact(folder / "eager", sidecar)

@@ -89,8 +89,9 @@ def test_whatever_fp32_can_be_built_as(backend, told, tiny_v2, tmp_path):
     assert report.value("quantized_macs_pct") > 50
 
 
-def test_the_fragile_part_is_found_and_kept_back(fragile, run, tmp_path):
-    done = run("onnx", "--int8", "--weights", fragile, "--max-drop", 0.05, "--calib-size", 64, "-o", tmp_path, "--json")
+def test_the_fragile_part_is_found_and_kept_back(fragile, photographs, run, tmp_path):
+    words = ("--max-drop", 0.05, "--calib", photographs, "--data", photographs)
+    done = run("onnx", "--int8", "--weights", fragile, *words, "-o", tmp_path, "--json")
     assert done.code == 0, done.err
     assert done.json["artifact"]["quantization"]["kept"] == ["stages.2.1"]
     findings = done.json["report"]["findings"]
@@ -157,6 +158,8 @@ def test_when_nothing_holds_the_one_that_loses_least_is_best():
         (("--form", "plain"), "int8 for onnxruntime is written in the form linear"),
         (("--form", "auto"), "int8 for onnxruntime is written in the form linear"),
         (("--max-drop", -1), "expected percentage points from 0 to 100"),
+        (("--max-drop", 0.5), "only synthetic images, on which no loss can be seen"),
+        (("--max-drop", 0.5, "--data", "{photographs}", "--weights", "random:0"), "the weights are random"),
         (("--smoothing", 1.5), "expected a share from 0"),
         (("--data", "nowhere"), "no such data"),
         (("--fp16",), "one precision at a time"),
