@@ -11,13 +11,13 @@ from exporter.measure.machine import has_bf16
 
 ROOT = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("convnext-export")
-WEIGHTS, DATA = ROOT / "model", ROOT / "val"
+WEIGHTS, DATA, CALIBRATION = ROOT / "model", ROOT / "val", ROOT / "calibration.tsv"
 
 
 def builds() -> list[list[str]]:
     """The verbs that build, with their precisions: bf16 where this CPU can compute it."""
-    rows = [["onnx"], ["onnx", "--fp16"], ["openvino"], ["openvino", "--fp16"]]
-    return [*rows, ["openvino", "--bf16"]] if has_bf16() else rows
+    rows = [["onnx"], ["onnx", "--fp16"], ["onnx", "--int8"], ["openvino"], ["openvino", "--fp16"]]
+    return [*rows, *([["openvino", "--bf16"]] if has_bf16() else []), ["openvino", "--int8"]]
 
 
 def artifact(words: list[str]) -> Path:
@@ -37,8 +37,10 @@ def run(*words: str) -> None:
 def main() -> None:
     """Train once, build, verify on 500 held-out digits, time, print the table and draw the page."""
     digits.prepare(ROOT)
+    run("calibrate", str(ROOT / "train"), "--calib-size", "256", "-o", str(CALIBRATION))
     for words in builds():
-        run(*words, "--weights", str(WEIGHTS), "-o", str(ROOT))
+        judged = ["--calib", str(CALIBRATION), "--data", str(DATA)] if "--int8" in words else []
+        run(*words, *judged, "--weights", str(WEIGHTS), "-o", str(ROOT))
     made = [artifact(words) for words in builds()]
     for path in made:
         run("verify", str(path), "--data", str(DATA), "--blocks")

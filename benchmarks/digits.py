@@ -43,10 +43,11 @@ def load() -> tuple[list[Image.Image], NDArray[np.int64]]:
     return [Image.fromarray(scan) for scan in pixels], labels[order].astype(np.int64)
 
 
-def write_held_out(folder: Path) -> None:
-    """The held-out digits as `folder/<class>/<number>.png`."""
+def write_images(folder: Path, held_out: bool) -> None:
+    """The held-out digits, or those that are trained with, as `folder/<class>/<number>.png`."""
     images, labels = load()
-    for index in range(len(images) - HELD_OUT, len(images)):
+    known = len(images) - HELD_OUT
+    for index in range(known, len(images)) if held_out else range(known):
         path = folder / str(labels[index]) / f"{index:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         images[index].save(path)
@@ -118,11 +119,13 @@ def write_model(model: ConvNeXt, folder: Path) -> None:
 
 
 def prepare(folder: Path, epochs: int = 15) -> None:
-    """The model in `folder/model` and the held-out digits in `folder/val`, made once."""
-    if not (folder / "val").is_dir():
-        shutil.rmtree(folder / "val.partial", ignore_errors=True)
-        write_held_out(folder / "val.partial")
-        (folder / "val.partial").rename(folder / "val")
+    """The model in `folder/model`, the digits it is trained with in `folder/train` and the held-out ones in
+    `folder/val`, made once."""
+    for name in ("train", "val"):
+        if not (folder / name).is_dir():
+            shutil.rmtree(folder / f"{name}.partial", ignore_errors=True)
+            write_images(folder / f"{name}.partial", held_out=name == "val")
+            (folder / f"{name}.partial").rename(folder / name)
     if not (folder / "model" / "model.safetensors").is_file():
         print("· training a small ConvNeXt on handwritten digits", file=sys.stderr)
         write_model(train(epochs), folder / "model")

@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks import docs
 from exporter import tuning
 from exporter.data.synthetic import dead_leaves
+from exporter.int8 import gain
 from exporter.model import hub, variants
 from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
@@ -32,16 +33,17 @@ def desk(tmp_path, monkeypatch):
     """A folder as the README's reader has it: a checkpoint, photographs, and the Hub within reach."""
     write_tiny(tmp_path / "hub")
     write_tiny(tmp_path / "own")
-    (tmp_path / "desk" / "photos" / "val").mkdir(parents=True)
+    (tmp_path / "desk" / "photos").mkdir(parents=True)
     (tmp_path / "own" / "model.safetensors").rename(tmp_path / "desk" / "my_convnext.safetensors")
-    for index in range(10):
-        folder = tmp_path / "desk" / "photos" / "val" / str(index)
-        folder.mkdir()
-        Image.fromarray(dead_leaves(80, index)).save(folder / "photo.jpg")
+    for index in range(30):
+        folder = tmp_path / "desk" / "photos" / ("train" if index >= 10 else "val") / str(index % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dead_leaves(80, index)).save(folder / f"photo{index}.jpg")
     base = msgspec.structs.replace(variants.VARIANTS["base"], architecture=tiny_architecture())
     monkeypatch.setitem(variants.VARIANTS, "base", base)
     monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
     monkeypatch.setattr(tuning, "SECONDS", 0.5)
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
@@ -109,4 +111,10 @@ def test_the_demo_makes_what_the_readme_shows(tmp_path, monkeypatch):
     assert result.code == 0
     top1 = next(f["value"] for f in result.json["findings"] if f["metric"] == "top1")
     assert top1 > 50, "two epochs are enough for half of them"
+    whole = ("--calib", tmp_path / "train", "--data", tmp_path / "val")
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    for verb in ("onnx", "openvino"):
+        result = type_command(verb, "--int8", "--weights", tmp_path / "model", *whole, "-o", tmp_path / "out", "--json")
+        assert result.code == 0, "half a point of real top-1 is the budget"
+        assert result.json["artifact"]["quantization"]["images"] == 256
     assert [demo.artifact(words).name for words in demo.builds()][:2] == ["custom_fp32.onnx", "custom_fp16.onnx"]

@@ -42,3 +42,51 @@ def test_top1_stays_within_a_tenth_of_a_point(model, verb, precision, built):
     assert found["top1_eager"] == pytest.approx(EAGER_TOP1[model], abs=0.051)
     assert abs(found["top1"] - found["top1_eager"]) <= 0.1 + 1e-9
     assert found["cosine"] >= {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999}[precision]
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory):
+    """The V1 model with three channels of every block's LayerNorm 40 times as large and `pwconv1` divided by it: the
+    same function."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(shared("data", "weights", "convnext_atto_imagenette.safetensors"))
+    for norm in [key for key in state if key.startswith("stages") and key.endswith("norm.weight")]:
+        block = norm.removesuffix("norm.weight")
+        state[norm][:3] *= 40
+        state[f"{block}norm.bias"][:3] *= 40
+        state[f"{block}pwconv1.weight"][:, :3] /= 40
+    path = tmp_path_factory.mktemp("outliers") / "convnext_atto_outliers.safetensors"
+    save_file(state, path)
+    return path
+
+
+LIMITS = {
+    # agreement, cosine, points lost, share of MACs in int8
+    ("convnext_atto", "openvino", "photographs"): (99.2, 0.9996, 0.2, 90),
+    ("convnext_atto", "openvino", "synthetic"): (98.5, 0.9990, 0.4, 90),
+    ("outliers", "onnx", "photographs"): (99.2, 0.9996, 0.2, 85),
+    ("convnextv2_atto", "onnx", "photographs"): (99.0, 0.9992, 0.5, 85),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "verb", "calib"), LIMITS)
+def test_int8_loses_next_to_nothing(model, verb, calib, outliers, tmp_path, monkeypatch):
+    from exporter.int8 import gain
+
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    weights = outliers if model == "outliers" else shared("data", "weights", f"{model}_imagenette.safetensors")
+    images = shared("data", "images", "calib") if calib == "photographs" else calib
+    words = ("--imgsz", 112, "--calib", images, "--calib-size", 256, "--data", shared("data", "images", "val"))
+    result = type_command(verb, "--int8", "--weights", weights, *words, "-o", tmp_path, "--json")
+    assert result.code == 0, result.err
+    found = {finding["metric"]: finding for finding in result.json["report"]["findings"]}
+    agreement, cosine, drop, in_int8 = LIMITS[model, verb, calib]
+    assert result.json["artifact"]["quantization"]["kept"] == []
+    assert found["images"]["value"] == 2000
+    assert found["top1_agreement"]["value"] >= agreement
+    assert found["cosine"]["value"] >= cosine
+    assert found["top1_drop"]["value"] <= drop + 1e-9
+    assert found["quantized_macs_pct"]["value"] >= in_int8
+    assert (calib == "synthetic") == ("synthetic_cost" in found)

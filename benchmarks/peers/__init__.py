@@ -30,6 +30,7 @@ class Peer:
 
 
 OURS_ORT, OURS_OV, OURS_BF16 = "ours, ONNX Runtime fp32", "ours, OpenVINO fp32", "ours, OpenVINO bf16"
+OURS_ORT_INT8, OURS_OV_INT8 = "ours, ONNX Runtime int8", "ours, OpenVINO int8"
 PEERS = (
     Peer("eager", "torch", "eager", "fp32", OURS_OV),
     Peer("eager, channels_last", "torch channels_last", "eager", "fp32", OURS_OV),
@@ -46,7 +47,10 @@ PEERS = (
     Peer("plain export + onnxsim, OpenVINO bf16", "onnxsim", "openvino", "bf16", OURS_BF16),
     Peer("optimum-intel, OpenVINO bf16", "optimum-intel", "openvino", "bf16", OURS_BF16),
     Peer(OURS_BF16, "ours", "openvino", "bf16"),
-    Peer("NNCF default PTQ on the plain export, OpenVINO int8", "nncf", "openvino", "int8", OURS_BF16),
+    Peer("quantize_static on the plain export, ONNX Runtime int8", "ort-static", "onnxruntime", "int8", OURS_ORT_INT8),
+    Peer(OURS_ORT_INT8, "ours", "onnxruntime", "int8"),
+    Peer("NNCF default PTQ on the plain export, OpenVINO int8", "nncf", "openvino", "int8", OURS_OV_INT8),
+    Peer(OURS_OV_INT8, "ours", "openvino", "int8"),
 )
 
 

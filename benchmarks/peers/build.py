@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from exporter import pipeline
 from exporter.artifact import Artifact
 from exporter.bench import Plan, worker
 from exporter.disk import write_file
+from exporter.int8.work import prepare
 from exporter.model import weights
 from exporter.recipe import Recipe
 
@@ -132,12 +134,34 @@ def nncf(folder: Path, ours: Artifact) -> Path:
     return path
 
 
+def ort_static(folder: Path, ours: Artifact) -> Path:
+    """`onnxruntime.quantization.quantize_static` with nothing told, of the plain export."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            name = onnx.load(plain(folder, ours), load_external_data=False).graph.input[0].name
+            self.left = iter(inputs(ours, batch(folder), CALIBRATION // batch(folder)))
+            self.name = name
+
+        def get_next(self) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] | None:
+            images = next(self.left, None)
+            return None if images is None else {self.name: images}
+
+    path = folder / "ort-static.onnx"
+    if not path.exists():
+        quantize_static(plain(folder, ours), folder / "ort-static.new", Images())
+        (folder / "ort-static.new").replace(path)
+    return path
+
+
 MAKERS: dict[str, Maker] = {
     "plain": plain,
     "onnxsim": simplified,
     "optimum-onnx": optimum_onnx,
     "optimum-intel": optimum_intel,
     "nncf": nncf,
+    "ort-static": ort_static,
 }
 
 
@@ -155,7 +179,11 @@ def batch(folder: Path) -> int:
 def ours(folder: Path, variant: str) -> dict[tuple[str, str], Artifact]:
     """Our own artifacts, by runtime and precision, built for the batch size as `--batch` does."""
     recipe = Recipe(variant=variant, weights="random:0", batch=batch(folder))
+    out = folder / "ours"
     kinds = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
-    return {
-        kind: pipeline.build(replace(recipe, backend=kind[0], precision=kind[1]), folder / "ours") for kind in kinds
-    }
+    made = {kind: pipeline.build(replace(recipe, backend=kind[0], precision=kind[1]), out) for kind in kinds}
+    for backend in ("onnxruntime", "openvino"):
+        told = replace(recipe, backend=backend, precision="int8", calib_size=CALIBRATION)
+        with tempfile.TemporaryDirectory() as temporary:
+            made[backend, "int8"] = prepare(told, out, Path(temporary)).make((), out)
+    return made

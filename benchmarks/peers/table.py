@@ -56,7 +56,7 @@ def summary(cases: Sequence[Case]) -> str:
         rows = {row.name: row for row in case.rows}
         cells = []
         for peer in ours:
-            eager = rows[peer.name].over_eager
+            eager = rows[peer.name].over_eager if peer.name in rows else None
             best = best_other(case, peer.name)
             cells.append(f"{eager[0]:.2f} × eager, {best[1]:.2f} × {best[0]}" if eager and best else "–")
         lines.append(f"| {case.variant} | {case.batch} | " + " | ".join(cells) + " |")
@@ -67,5 +67,4 @@ def best_other(case: Case, ours: str) -> tuple[str, float] | None:
     """The fastest other that is held against ours on its runtime, and how many times as fast as it ours is."""
     against = {peer.name for peer in PEERS if peer.ours == ours and peer.runtime in ("onnxruntime", "openvino")}
     found = [(row.name, 1 / row.over_ours[0]) for row in case.rows if row.name in against and row.over_ours]
-    found = [(name, ratio) for name, ratio in found if "int8" not in name]
     return min(((name.partition(",")[0], ratio) for name, ratio in found), key=lambda one: one[1], default=None)

@@ -21,7 +21,7 @@ from exporter.bench import Arm, Timing, worker
 from exporter.measure import machine
 
 THREADS = 2
-PEAKS = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+PEAKS = tuple((peer.runtime, peer.precision) for peer in PEERS if peer.maker == "ours")
 
 
 @contextmanager
@@ -50,7 +50,9 @@ def _foreign(arm: Arm, peer: Peer) -> Artifact:
     """Another's file with the facts of ours, so that our backend opens it. What NNCF leaves in floating point runs in
     bf16, as OpenVINO does it unless told otherwise."""
     ours = artifacts.load(Path(arm.weights or ""))
-    precision = peer.precision if peer.precision != "int8" else "bf16" if machine.has_bf16() else "fp32"
+    precision = peer.precision
+    if precision == "int8":
+        precision = "bf16" if peer.runtime == "openvino" and machine.has_bf16() else "fp32"
     return Artifact(Path(arm.path), msgspec.structs.replace(ours.sidecar, precision=precision))
 
 

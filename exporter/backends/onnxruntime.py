@@ -213,7 +213,7 @@ def _int8_nodes(artifact: Artifact, options: Options) -> frozenset[str]:
         path = Path(folder) / "optimized.onnx"
         with session(artifact, options, path):
             nodes = list(ir.load(path).graph)
-    return frozenset((node.name or "").removesuffix("/MatMulAddFusion") for node in nodes if node.op_type in _INT8)
+    return frozenset(node.name or "" for node in nodes if node.op_type in _INT8)
 
 
 def _precision(node: Any) -> str:
@@ -275,9 +275,9 @@ def form(precision: str, batch: int | None) -> str:
     return "nchw" if batch is not None and batch > 1 else "conv"
 
 
-# A matrix product whose input and weights are rounded gives fp32 (QGemm, MatMulIntegerToFloat); a convolution would
-# have to round its output too. The int32 bias is what lets a product with its bias be one QGemm.
-PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",), rounded_bias=True)
+# A matrix product whose input and weights are rounded gives fp32 (MatMulIntegerToFloat); a convolution would have to
+# round its output too.
+PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",))
 
 
 BACKEND = Backend(

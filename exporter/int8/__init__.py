@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from exporter import backends
+from exporter import backends, pipeline
 from exporter.artifact import Artifact
 from exporter.bench import Opener, worker
 from exporter.data.calibration import SIZE, SYNTHETIC
@@ -16,7 +16,8 @@ from exporter.int8 import gain
 from exporter.int8.budget import Budget as Budget
 from exporter.int8.budget import Choice, Judge, Search, judging, search
 from exporter.int8.work import Work, prepare
-from exporter.progress import step
+from exporter.measure import machine
+from exporter.progress import note, step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
 
@@ -53,7 +54,9 @@ def build(
         timed = gain.time(work, found, folder, opener)
         first = gain.findings(timed, found, layers)
         made = work.make(found.best.kept, out)
-    return made, _report(made, found, [*first, *_calibration(work), *cost])
+    report = _report(made, found, [*first, *_calibration(work), *cost])
+    pipeline.record_quality(made, report)
+    return made, report
 
 
 def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]:
@@ -70,6 +73,9 @@ def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]
     if not 0 <= recipe.smoothing <= 1:
         raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
     backend.probe()
+    isa = machine.cpu()[1]
+    if recipe.backend == "onnxruntime" and "avx2" in isa and not any("vnni" in one for one in isa):
+        note("this CPU has no VNNI: ONNX Runtime's int8 saturates here; judge it on a machine like the one that serves")
     return backend
 
 

@@ -57,6 +57,11 @@ class Choice:
     report: Report
 
     @property
+    def holds(self) -> bool:
+        """Whether it loses no more than it may, and gives sane answers; what else fails no search could mend."""
+        return all(f.passed for f in self.report.findings if f.check in ("accuracy", "parity", "sanity"))
+
+    @property
     def loss(self) -> float:
         """Percentage points of top-1 lost, or of answers other than eager's, or 100 × (1 − cosine)."""
         drop, agreement = self.report.value("top1_drop"), self.report.value("top1_agreement")
@@ -143,7 +148,7 @@ def search(work: Work, judge: Judge, harms: Callable[[], dict[str, float]]) -> S
     fewest that do are found by halving. If none does, the best is that which loses least.
     """
     first = judge(work, ())
-    if first.report.passed:
+    if first.holds:
         return Search((first,), {})
     note(f"int8 throughout does not hold: {_why(first)}")
     found = harms()
@@ -154,7 +159,7 @@ def search(work: Work, judge: Judge, harms: Callable[[], dict[str, float]]) -> S
         if count not in tried:
             step(f"keeping back {', '.join(order[:count][:4])}{' …' if count > 4 else ''}")
             tried[count] = judge(work, tuple(order[:count]))
-        return tried[count].report.passed
+        return tried[count].holds
 
     enough = _fewest(holds, len(order) - 1)
     if enough is None:

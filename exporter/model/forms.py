@@ -93,7 +93,12 @@ class ResponseScale(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """(N, H, W, C) to (N, 1, 1, C), or (N, C, H, W) to (N, C, 1, 1)."""
-        norm = torch.linalg.vector_norm(y, dim=self.axes, keepdim=True)
+        if self.channels == -1:
+            # The sum of squares as a product: where channels are last, ONNX Runtime takes six times as long to reduce.
+            z = y.flatten(1, 2)
+            norm = torch.sqrt(y.new_ones(1, z.shape[1]) @ (z * z))[:, None]
+        else:
+            norm = torch.linalg.vector_norm(y, dim=self.axes, keepdim=True)
         share = norm / (norm.mean(self.channels, keepdim=True) + 1e-6)
         return self.gamma * share + (1 if self.scale is None else self.scale)
 

@@ -28,7 +28,7 @@ def test_transformers_names_come_back_as_ours(differences):
 
 def test_every_peer_is_held_against_one_of_ours():
     ours = {peer.name for peer in PEERS if peer.maker == "ours"}
-    assert len(ours) == 3
+    assert len(ours) == 5
     assert {peer.ours for peer in PEERS if peer.maker != "ours"} == ours
     makers = {peer.maker for peer in PEERS} - {"ours", "torch", "torch channels_last"}
     assert makers == set(build.MAKERS)

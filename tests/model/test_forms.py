@@ -169,16 +169,19 @@ def test_what_a_form_is_made_of(kind):
     differences = DIFFERENCES[kind]
     plain, linear, conv, nchw = (operators(form, **differences) for form in FORMS)
     grn = kind == "v2"
-    assert plain["MatMul"] == linear["MatMul"] == 10
+    assert plain["MatMul"] == 10
+    assert linear["MatMul"] == (15 if grn else 10), "with channels last GRN's sum of squares is a product"
     assert conv["MatMul"] == nchw["MatMul"] == 0
     assert conv["Conv"] == nchw["Conv"] == linear["Conv"] + 10
     assert linear["LayerNormalization"] == conv["LayerNormalization"] == 5 + 1 + 3 + 1
     assert nchw["LayerNormalization"] == 1, "that of the head, over a vector"
     assert nchw["Transpose"] == 0
     assert nchw["ReduceMean"] == conv["ReduceMean"] + 2 * 9
-    assert linear["Mul"] == conv["Mul"] == (10 if grn else 0), "no layer scale; of GRN γ·share and the product"
+    assert conv["Mul"] == (10 if grn else 0), "no layer scale; of GRN γ·share and the product"
+    assert linear["Mul"] == conv["Mul"] + (5 if grn else 0)
     assert plain["Mul"] + plain["Add"] >= linear["Mul"] + linear["Add"] + 5
-    assert conv["ReduceL2"] == linear["ReduceL2"] == (5 if grn else 0)
+    assert conv["ReduceL2"] == nchw["ReduceL2"] == (5 if grn else 0)
+    assert linear["ReduceL2"] == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
