@@ -78,7 +78,7 @@ def quantise(weights: Path, verb: str, calib: str, size: int, *words: str) -> Ro
     return Row(
         model=weights.stem,
         verb=verb,
-        calib=calib,
+        calib=Path(calib).name,
         images=size,
         found={metric: (f["value"], f["low"], f["high"]) for metric, f in findings.items()},
         kept=tuple(made["artifact"]["quantization"]["kept"]),

@@ -5,6 +5,10 @@ The Python API is what the words of the command line call:
     from exporter import Recipe, VerifyOptions, build, load, verify
     artifact = build(Recipe(weights="my_convnext.pth", backend="openvino", precision="fp16"), Path("build"))
     report = verify(artifact, VerifyOptions(data="photos/val"))
+
+    from exporter import int8
+    recipe = Recipe(weights="my_convnext.pth", backend="openvino", precision="int8", calib="photos/train")
+    artifact, report = int8.build(recipe, Path("build"), int8.Budget(max_drop=0.3, data="photos/val"))
 """
 
 from __future__ import annotations

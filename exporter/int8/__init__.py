@@ -11,7 +11,7 @@ from exporter import backends, pipeline
 from exporter.artifact import Artifact
 from exporter.bench import Opener, worker
 from exporter.data.calibration import SIZE, SYNTHETIC
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.int8 import gain
 from exporter.int8.budget import Budget as Budget
 from exporter.int8.budget import Choice, Judge, Search, judging, search
@@ -25,10 +25,7 @@ DEFAULT = Budget()
 
 
 def build(
-    recipe: Recipe,
-    out: Path,
-    budget: Budget = DEFAULT,
-    opener: Opener = worker.open_arm,
+    recipe: Recipe, out: Path, budget: Budget = DEFAULT, opener: Opener = worker.open_arm
 ) -> tuple[Artifact, Report]:
     """Build the int8 artifact that holds the budget with the fewest parts kept back.
 
@@ -90,12 +87,18 @@ def _is_to_be_costed(work: Work, budget: Budget) -> bool:
 
 
 def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -> list[Finding]:
-    """What synthetic images cost against real ones: the same choice, calibrated on the user's own data."""
+    """What synthetic images cost against real ones: the same choice, calibrated on the user's own data.
+
+    What can be measured on may not do for calibrating (duplicates, a manifest without digests): then it is not known.
+    """
     step("calibrating on real images too, to see what synthetic ones cost")
     recipe = msgspec.structs.replace(work.recipe, calib=str(budget.data), calib_size=None)
-    with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as folder:
-        real = prepare(recipe, Path(folder), Path(folder))
-        other = judge(real, best.kept)
+    try:
+        with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as folder:
+            real = prepare(recipe, Path(folder), Path(folder))
+            other = judge(real, best.kept)
+    except ExporterError as error:
+        return [Finding(check="int8", metric="synthetic_cost", value=None, detail=f"not known: {first_line(error)}")]
     detail = f"{best.loss:.2f} points lost, {other.loss:.2f} when calibrated on {real.images.total} of {budget.data}"
     return [Finding(check="int8", metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
 

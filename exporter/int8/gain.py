@@ -126,9 +126,9 @@ def _tried(timed: Timed, search: Search) -> list[Finding]:
     """Loss and latency of everything that was tried, for the report to draw."""
     if len(search.tried) < 2:
         return []
-    found = (
-        [Finding(check="int8", metric="budget", value=search.limit, unit="points")] if search.limit is not None else []
-    )
+    found = []
+    if search.limit is not None:
+        found.append(Finding(check="int8", metric="budget", value=search.limit, unit="points"))
     for choice in sorted(search.tried, key=lambda choice: len(choice.kept)):
         case = f"{len(choice.kept)} kept back"
         found.append(Finding(check="int8", metric="tried_loss", value=choice.loss, unit="points", case=case))
@@ -149,6 +149,5 @@ def _kept(timed: Timed, search: Search) -> list[Finding]:
         if alone is not None and first is not None and not timed.fell(alone) and not timed.fell(first.artifact):
             ratio = timed.ratio(alone, first.artifact)[0]
             cost = f"{-100 * log(ratio):+.1f} % latency"
-        detail = cost
-        found.append(Finding(check="int8", metric="kept_back", value=search.harms[part], case=part, detail=detail))
+        found.append(Finding(check="int8", metric="kept_back", value=search.harms[part], case=part, detail=cost))
     return found

@@ -1,13 +1,16 @@
 """Calibration sets: chosen fairly, frozen by content, refused by name."""
 
+import contextlib
 import shutil
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from exporter.artifact import Preprocessing
-from exporter.data import calibration
+from exporter.data import calibration, samples
 from exporter.data.calibration import open_calibration
 from exporter.errors import BadRequest
 from tests.conftest import snapshot
@@ -63,10 +66,8 @@ def test_the_digest_is_of_the_contents_wherever_they_lie(folder, tmp_path):
 
 
 def test_it_can_be_measured_on_too(folder):
-    from exporter.data.samples import open_samples
-
-    samples = open_samples(str(frozen(folder)), RECIPE, ("cat", "dog", "emu"), 3)
-    (batch,) = samples.batches(64)
+    opened = samples.open_samples(str(frozen(folder)), RECIPE, ("cat", "dog", "emu"), 3)
+    (batch,) = opened.batches(64)
     assert sorted(batch.labels.tolist()) == [0] * 4 + [1] * 3 + [2] * 5
 
 
@@ -143,6 +144,16 @@ def test_arrays_and_synthetic_images_have_digests_too(tmp_path):
     assert len(digests) == 4
     assert open_calibration("synthetic", RECIPE, 3).synthetic
     assert not open_calibration(str(tmp_path / "a.npz"), RECIPE, 3).synthetic
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(head=st.lists(st.text(max_size=20), max_size=3), rows=st.lists(st.lists(st.text(max_size=70), max_size=4)))
+def test_whatever_a_manifest_holds_it_is_read_or_refused(head, rows, tmp_path):
+    lines = [samples.CALIBRATION, *(f"# source: {line}" for line in head), "sha256\tpath\tlabel"]
+    text = "\n".join([*lines, *("\t".join(row) for row in rows)])
+    (tmp_path / "hostile.tsv").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with contextlib.suppress(BadRequest):
+        calibration.read(tmp_path / "hostile.tsv")
 
 
 def test_the_verb_freezes_and_shows(folder, run):
