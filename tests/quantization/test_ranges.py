@@ -64,9 +64,12 @@ def test_entropy_clips_a_lonely_outlier_and_leaves_a_flat_range_alone():
 
 @settings(deadline=None)  # and no subnormal numbers: a library in the same process may have switched them off
 @given(
-    low=st.floats(-100, 0, allow_subnormal=False), high=st.floats(0, 100, allow_subnormal=False), seed=st.integers(0, 99), method=st.sampled_from(METHODS),
+    low=st.floats(-100, 0, allow_subnormal=False),
+    high=st.floats(0, 100, allow_subnormal=False),
+    seed=st.integers(0, 99),
+    method=st.sampled_from(METHODS),
     symmetric=st.booleans(),
-)  # fmt: skip
+)
 def test_every_range_is_inside_what_was_seen_and_has_zero(low, high, seed, method, symmetric):
     counts = np.random.default_rng(seed).integers(0, 50, BINS).astype(float)
     first, last = choose(counts, low, high, method, symmetric)
