@@ -39,6 +39,13 @@ def save(model: ir.Model, path: Path, facts: Mapping[str, str]) -> None:
         raise ExporterError(f"{path.name}: not valid ONNX: {str(error).splitlines()[0]}") from error
 
 
+def drop_unused(graph: ir.Graph) -> None:
+    """Forget the weights that no node uses any more."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            graph.initializers.pop(name)
+
+
 def signature(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Inputs and outputs, as a sidecar says them."""
     inputs, outputs = model.graph.inputs, model.graph.outputs

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from exporter.graph import files
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -48,7 +50,7 @@ def to_fp16(model: ir.Model) -> list[str]:
                 value.dtype = target
     for index, value in enumerate(outputs):
         _fp32_output(model.graph, index, value)
-    _drop_unused(model.graph)
+    files.drop_unused(model.graph)
     return work.kept
 
 
@@ -118,9 +120,3 @@ def _fp32_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
     assert producer is not None
     graph.insert_after(producer, cast)
     graph.outputs[index] = cast.outputs[0]
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            graph.initializers.pop(name)

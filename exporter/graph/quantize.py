@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import CheckFailed, some
+from exporter.graph import files
 from exporter.graph.rounding import Plan, Rounding, part, round_weights
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
             left.discard(name)
     if left:
         raise CheckFailed(f"the graph has no layer {', '.join(sorted(left))} to quantise")
-    _drop_unused(copy.graph)
+    files.drop_unused(copy.graph)
     return copy
 
 
@@ -135,12 +136,6 @@ def _bias_of(node: ir.Node) -> tuple[ir.Node, int]:
     (use,) = node.outputs[0].uses()
     assert use.node.op_type == "Add"
     return use.node, 1 - use.idx
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            graph.initializers.pop(name)
 
 
 def faults(model: ir.Model, placement: Placement) -> list[str]:
