@@ -25,7 +25,7 @@ from exporter.disk import flush, lock, locked, write_error, write_file
 from exporter.errors import BadRequest, ExporterError, nearest
 from exporter.progress import note
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
 
@@ -103,7 +103,8 @@ class Quantization(Record, frozen=True):
 
 class Sidecar(Record, frozen=True):
     """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
-    multiply-accumulates of one image of `preprocessing.size`."""
+    multiply-accumulates of one image of `preprocessing.size`; `target` is what it was built for, where it runs on
+    nothing else."""
 
     backend: str
     precision: str
@@ -119,6 +120,7 @@ class Sidecar(Record, frozen=True):
     parents: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     recipe: dict[str, Any] = {}
+    target: dict[str, Any] = {}
     quality: dict[str, float | str] = {}
     files: tuple[File, ...] = ()
     sha256: str = ""
@@ -329,7 +331,7 @@ def check_output(path: Path) -> None:
     Raises: BadRequest.
     """
     described = path.with_name(path.name.removesuffix(".json"))
-    is_sidecar = path.name.endswith(".json") and described.is_file() and described.suffix in (".onnx", ".xml")
+    is_sidecar = path.name.endswith(".json") and described.is_file() and described.suffix in (".onnx", ".xml", ".plan")
     if is_sidecar or sidecar_path(path).exists():
         raise BadRequest(f"{path}: an artifact or its sidecar stands there; write the report elsewhere with -o")
     if path.exists() and not path.is_file():

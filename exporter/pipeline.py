@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +10,10 @@ import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends, checks, discover, tuning
+from exporter import backends, discover, tuning
 from exporter.artifact import Artifact, Preprocessing, Sidecar
-from exporter.backends import Array, Outputs, Session
-from exporter.checks._blocks import block_errors
+from exporter.backends import Array, Outputs
 from exporter.data import images, synthetic
-from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
 from exporter.graph import files, simplify, trace
 from exporter.graph.trace import TraceOptions
@@ -25,9 +21,12 @@ from exporter.measure import machine
 from exporter.model import weights
 from exporter.model.variants import count_macs
 from exporter.model.weights import Checkpoint
-from exporter.progress import note, step, track
+from exporter.progress import note, step
 from exporter.recipe import Recipe
-from exporter.report import Finding, Report, judged
+from exporter.verifying import VerifyOptions as VerifyOptions
+from exporter.verifying import record_quality as record_quality
+from exporter.verifying import run_batch
+from exporter.verifying import verify as verify
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from exporter.model.convnext import ConvNeXt, Features
 
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
-BATCH = 16
-MAX_UNREADABLE_PCT = 10
 
 
 def build(recipe: Recipe, out: Path) -> Artifact:
@@ -54,6 +51,7 @@ def build(recipe: Recipe, out: Path) -> Artifact:
         ]
         hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, backend.precisions)
         raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
+    target = target_of(recipe)
     backend.probe()
     form = tuning.fastest(recipe, build) if recipe.form == "auto" else _form(recipe)
     recipe = msgspec.structs.replace(recipe, form=form)
@@ -61,7 +59,23 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     if recipe.precision != "fp32":
         step(f"{recipe.precision} for {recipe.backend}")
     lowered = backend.lower(graph, recipe.precision, out)
-    return backend.build(lowered, recipe.precision, out)
+    return backend.build(lowered, recipe.precision, out, target)
+
+
+def target_of(recipe: Recipe) -> backends.Target:
+    """What the backend of a recipe is told to build for.
+
+    Raises: BadRequest for a word that it does not know.
+    """
+    try:
+        return msgspec.convert(recipe.target, backends.get(recipe.backend).target)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"target of {recipe.backend}: {error}") from None
+
+
+def form_in_name(recipe: Recipe) -> str:
+    """The form, for the name of a graph that is but a step on the way to another backend's file; else ""."""
+    return "" if recipe.backend == "onnxruntime" else str(recipe.form)
 
 
 def _form(recipe: Recipe) -> str:
@@ -78,9 +92,9 @@ def export(recipe: Recipe, out: Path) -> Artifact:
     Raises: BadRequest for a recipe, weights or folder that cannot be used; Unavailable when no runtime is here to
         check the graph with; CheckFailed when the graph is not the model.
     """
-    form = _form(recipe)
-    checkpoint, options, sidecar = read(msgspec.structs.replace(recipe, form=form), out)
-    target = out / artifacts.file_name(sidecar, ".onnx", form if recipe.backend != "onnxruntime" else "")
+    recipe = msgspec.structs.replace(recipe, form=_form(recipe))
+    checkpoint, options, sidecar = read(recipe, out)
+    target = out / artifacts.file_name(sidecar, ".onnx", form_in_name(recipe))
     if (found := _still_there(target, sidecar)) is not None:
         note(f"{target.name} is already there, from the same weights and options")
         return found
@@ -103,7 +117,7 @@ def read(recipe: Recipe, out: Path) -> tuple[Checkpoint, TraceOptions, Sidecar]:
 
 
 def _sidecar(recipe: Recipe, checkpoint: Checkpoint, options: TraceOptions, out: Path) -> Sidecar:
-    recipe = msgspec.structs.replace(recipe, backend="onnxruntime", precision="fp32")
+    recipe = msgspec.structs.replace(recipe, backend="onnxruntime", precision="fp32", target={})
     preprocessing = checkpoint.preprocessing
     preprocessing = preprocessing.at(options.imgsz) if options.imgsz else preprocessing
     source = weights.relative(checkpoint.weights.source, out)
@@ -248,7 +262,7 @@ def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -
     """Why the graph in this file is not the model, or "" when it is."""
     backend = _checker()
     with backend.session(Artifact(file, sidecar), backend.options()) as session:
-        got = _run(session, probe, sidecar.inputs[0].shape[0])
+        got = run_batch(session, probe, sidecar.inputs[0].shape[0])
     for tensor, a, b in zip(sidecar.outputs, expected, got, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
@@ -256,127 +270,3 @@ def _difference(file: Path, sidecar: Sidecar, probe: Array, expected: Outputs) -
         if not share <= TRACE_SHARE:
             return f"{tensor.name} differs by {share:.2g} of its spread"
     return ""
-
-
-class VerifyOptions(checks.Options, frozen=True):
-    """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now; `blocks`
-    compares the output of every block too, on the first batch."""
-
-    data: str = "synthetic"
-    most: int | None = None
-    weights: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    blocks: bool = False
-
-
-class Remembered:
-    """Eager PyTorch that runs once over the images, and gives the same answers to who looks at these again."""
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.facts = session, session.facts
-        self.answers: list[Outputs] = []
-        self.turn = 0
-
-    def __call__(self, images: Array) -> Outputs:
-        """Run, or remember: images (N, 3, H, W) to outputs (N, …)."""
-        if self.turn == len(self.answers):
-            self.answers.append(self.session(images))
-        self.turn += 1
-        return self.answers[self.turn - 1]
-
-    def bind(self, batches: Sequence[Array]) -> backends.Bound:
-        """As the session does: nothing is remembered."""
-        return self.session.bind(batches)
-
-    def again(self) -> None:
-        """The first batch is next."""
-        self.turn = 0
-
-
-def verify(
-    artifact: Artifact, options: VerifyOptions, samples: Samples | None = None, reference: Session | None = None
-) -> Report:
-    """Hold an artifact against eager PyTorch on the same images.
-
-    Args:
-        artifact: what to verify.
-        options: the data, the limits, where the weights are now.
-        samples: the images, when they are already open.
-        reference: eager PyTorch, when it is.
-
-    Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
-    """
-    checks.check_options(options)
-    sidecar = artifact.sidecar
-    backend, eager = backends.get(sidecar.backend), backends.get("eager")
-    samples = samples or open_samples(
-        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
-    )
-    if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
-        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    told = backend.options(device=options.device, threads=options.threads)
-    layers = backend.layers(artifact, told)
-    meters = checks.start_all(options, checks.Subject(artifact, layers))
-    step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
-    eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
-    held = nullcontext(reference) if reference else eager.session(artifact, eager_told)
-    with held as original, backend.session(artifact, told) as candidate:
-        fixed = sidecar.inputs[0].shape[0]
-        size = fixed if isinstance(fixed, int) else BATCH
-        seen = 0
-        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
-            seen += len(batch.names)
-            both = [_run(session, batch.images, fixed) for session in (original, candidate)]
-            for meter in meters:
-                meter.see(checks.Seen(batch.labels, *both))
-        facts = candidate.facts
-    if not seen:
-        raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
-    findings = [finding for meter in meters for finding in meter.findings()]
-    findings += _data_findings(samples.skipped, seen, options.data)
-    if options.blocks:
-        step("comparing block by block")
-        images_seen = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
-        with eager.blocks(artifact, eager_told) as expected, backend.blocks(artifact, told) as given:
-            findings += block_errors(expected, given, layers, images_seen)
-    return Report(
-        passed=all(finding.passed for finding in findings),
-        recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
-        artifact=artifact.to_dict(),
-        environment={**machine.environment(), "session": facts},
-        findings=tuple(findings),
-    )
-
-
-def _run(session: Session, pixels: Array, fixed: int | str) -> Outputs:
-    """One batch; for an artifact of a fixed batch the last one is filled up and cut again."""
-    count = len(pixels)
-    if isinstance(fixed, int) and count < fixed:
-        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], fixed - count, axis=0)])
-    return tuple(output[:count] for output in session(pixels))
-
-
-def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
-    """How many images were measured, and how many could not be read, by name; too many of these is a failure."""
-    detail = f"{seen} of {source}"
-    if source == "synthetic":
-        detail += " images (dead leaves): parity is measured, accuracy needs --data"
-    found = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]
-    if skipped:
-        shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
-        share = 100 * len(skipped) / (seen + len(skipped))
-        unreadable = Finding(
-            check="data", metric="unreadable", value=share, unit="%", detail=f"{len(skipped)}: {shown}"
-        )
-        found.append(judged(unreadable, MAX_UNREADABLE_PCT, "low"))
-    return found
-
-
-def record_quality(artifact: Artifact, report: Report) -> None:
-    """Write what a report found into the artifact's sidecar."""
-    metrics = ("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
-    values = {metric: report.value(metric) for metric in metrics}
-    known = {metric: float(value) for metric, value in values.items() if value is not None}
-    data = str(report.recipe["verify"]["data"])
-    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **known})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from exporter.artifact import Record
 from exporter.errors import BadRequest
@@ -12,7 +14,8 @@ from exporter.graph.trace import TraceOptions
 class Recipe(Record, frozen=True):
     """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them; for
     `form` what the backend runs best, and `auto` what is measured to be fastest on this machine; for `calib_size` all
-    of a manifest, else 256. What begins with `calib`, `smoothing` and `bias_correction` is for int8."""
+    of a manifest, else 256. What begins with `calib`, `smoothing` and `bias_correction` is for int8; `target` is what
+    the backend's builder is told, in the words of its own record."""
 
     variant: str | None = None
     weights: str = "hub"
@@ -32,6 +35,7 @@ class Recipe(Record, frozen=True):
     calib_method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
     smoothing: float = 0.5
     bias_correction: Literal["none", "fast", "full"] = "fast"
+    target: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def trace_options(self, published_size: int) -> TraceOptions:
         """How the graph is cut, once the weights have told their size."""

@@ -20,6 +20,7 @@ from exporter import discover
 from exporter.artifact import Artifact, Preprocessing, Record
 from exporter.errors import Unavailable
 from exporter.graph.quantize import Placement
+from exporter.report import Finding
 
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
@@ -119,6 +120,10 @@ class Options(Record, frozen=True):
     hint: Literal["latency", "throughput"] = "latency"
 
 
+class Target(Record, frozen=True):
+    """What a backend's builder can be told about where its artifacts will run. Most need to be told nothing."""
+
+
 Opt = TypeVar("Opt", bound=Options)
 
 
@@ -128,7 +133,8 @@ class Backend(Generic[Opt]):
 
     probe: the installed version, or raises Unavailable with the line that installs it.
     lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision.
-    build: (that graph, precision, folder) to what the runtime loads.
+    build: (that graph, precision, folder, target) to what the runtime loads.
+    target: the record that `build` takes.
     session: opens an artifact.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
@@ -136,6 +142,8 @@ class Backend(Generic[Opt]):
     form: (precision, batch size or None for any) to the form that it runs best.
     placement: where it wants Q and DQ, if it runs int8.
     above_int8: the next higher precision that this machine's CPU computes in, which int8 has to be faster than.
+    unable: why nothing that it builds can run on this machine, or "".
+    findings: what is known of an artifact without running it, beside that of the next higher precision if there is one.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
     """
 
@@ -144,7 +152,7 @@ class Backend(Generic[Opt]):
     options: type[Opt]
     probe: Callable[[], str]
     lower: Callable[[Artifact, str, Path], Artifact]
-    build: Callable[[Artifact, str, Path], Artifact]
+    build: Callable[[Artifact, str, Path, Target], Artifact]
     session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
     layers: Callable[[Artifact, Opt], list[Layer]]
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
@@ -152,6 +160,9 @@ class Backend(Generic[Opt]):
     form: Callable[[str, int | None], str]
     placement: Placement | None = None
     above_int8: Callable[[], str] = lambda: "fp32"
+    target: type[Target] = Target
+    unable: Callable[[], str] = lambda: ""
+    findings: Callable[[Artifact, Artifact | None], list[Finding]] = lambda artifact, rival: []
     opens_onnx: bool = False
 
 

@@ -20,6 +20,7 @@ from exporter.backends import (
     Options,
     Outputs,
     Product,
+    Target,
     ends_of_blocks,
     peak_matrix,
     require,
@@ -99,7 +100,7 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     yield EagerSession(torch.compile(model) if options.compiled else model, options.device)
 
 
-def _nothing_to_build(artifact: Artifact, precision: str, out: Path) -> Artifact:
+def _nothing_to_build(artifact: Artifact, precision: str, out: Path, *target: Target) -> Artifact:
     raise BadRequest("eager PyTorch is what artifacts are held against; it builds none")
 
 

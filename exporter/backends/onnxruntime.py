@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact, Preprocessing, file_name, load, seal, staging
+from exporter.artifact import Artifact, Preprocessing
 from exporter.backends import (
     PEAK_SIDE,
     Array,
@@ -25,17 +25,17 @@ from exporter.backends import (
     Options,
     Outputs,
     Product,
+    Target,
     as_taken,
     ends_of_blocks,
     installed,
     peak_matrix,
     require,
 )
-from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest, some
+from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest
 from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, round_product
 from exporter.measure.machine import cores
-from exporter.progress import note
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -159,32 +159,13 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
 
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
-    """The graph at another precision, as an artifact of its own.
-
-    Args:
-        artifact: fp32 ONNX.
-        wanted: `fp16` converts it, others give back the artifact as it is.
-        out: the folder to write to.
-    """
-    if wanted != "fp16":
-        return artifact
-    import onnx_ir as ir
-
-    model = ir.load(artifact.path)
-    if kept := precision.to_fp16(model):
-        note(f"{len(kept)} weights exceed fp16 and stay in fp32: {some(kept)}")
-    recipe = {**artifact.sidecar.recipe, "precision": wanted}
-    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
-    target = out / file_name(sidecar, ".onnx")
-    with staging(target) as folder:
-        files.save(model, folder / target.name, sidecar.facts())
-        seal(folder, target.name, sidecar)
-    return load(target)
+    """The fp16 graph of an fp32 one; others are what they have to be already."""
+    return precision.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
-def build(artifact: Artifact, wanted: str, out: Path) -> Artifact:
+def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX Runtime loads the graph itself: nothing is left to build."""
-    del wanted, out
+    del wanted, out, target
     return artifact
 
 

@@ -29,6 +29,7 @@ from exporter.backends import (
     Options,
     Outputs,
     Product,
+    Target,
     as_taken,
     ends_of_blocks,
     peak_matrix,
@@ -138,12 +139,14 @@ def lower(artifact: Artifact, precision: str, out: Path) -> Artifact:
     return artifact
 
 
-def build(artifact: Artifact, precision: str, out: Path) -> Artifact:
+def build(artifact: Artifact, precision: str, out: Path, place: Target) -> Artifact:
     """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 when fp16 or bf16 was asked for.
 
     Raises: ExporterError when OpenVINO cannot convert the graph.
     """
     import openvino as ov
+
+    del place
 
     versions = {**artifact.sidecar.versions, "openvino": probe()}
     sidecar = replace(

@@ -14,7 +14,7 @@ from exporter.errors import ExporterError, nearest
 
 GROUPS = {
     "discover": ("variants", "doctor", "inspect"),
-    "build": ("onnx", "openvino"),
+    "build": ("onnx", "openvino", "trt"),
     "measure": ("calibrate", "verify", "bench"),
     "pipeline": ("compare", "report"),
 }
@@ -57,11 +57,12 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="convnext-export")
 def cli() -> None:
-    """Take a ConvNeXt from PyTorch to ONNX and OpenVINO, and prove that what runs is still the same model.
+    """Take a ConvNeXt from PyTorch to ONNX, OpenVINO and TensorRT, and prove that what runs is still the same model.
 
     \b
     convnext-export onnx --variant base
     convnext-export openvino --weights my_convnext.pth --fp16
+    convnext-export trt --int8 --calib my_images
     convnext-export verify build/base_fp32.onnx --data imagenet/val
     convnext-export bench build/base_fp32.onnx build/base_fp32.xml
     """

@@ -1,4 +1,4 @@
-"""From weights to artifacts: `onnx`, `openvino`."""
+"""From weights to artifacts: `onnx`, `openvino`, `trt`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ QUANTIZING = (
 )  # fmt: skip
 
 
+CALIBRATING = (
+    "calib", "calib_size", "calib_seed", "calib_method", "smoothing", "bias_correction", "max_drop", "data",
+)  # fmt: skip
+
+
 def quantizing(command: Callable[..., None]) -> Callable[..., None]:
     """The options of verbs that build int8."""
     for option in reversed(QUANTIZING):
@@ -108,11 +113,81 @@ def openvino_command(fp16: bool, bf16: bool, int8: bool, **words: Any) -> None:
     _build("openvino", {"fp16": fp16, "bf16": bf16, "int8": int8}, words)
 
 
+PLANNING = (
+    click.option("--flavor", type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+                 help="Which library; by default what is installed."),
+    click.option("--min-batch", metavar="N", type=int, multiple=True,
+                 help="Least batch of a profile; given again, of another one.  [default: 1]"),
+    click.option("--opt-batch", metavar="N", type=int, multiple=True,
+                 help="Batch that a profile is tuned for.  [default: the least]"),
+    click.option("--max-batch", metavar="N", type=int, multiple=True,
+                 help="Largest batch of a profile.  [default: 16, or the tuned one if larger]"),
+    click.option("--compute-capability", metavar="X.Y", multiple=True,
+                 help="tensorrt-rtx: GPUs to build for, like 8.9; may be given again.  [default: 8.0 and above]"),
+    click.option("--workspace", metavar="GIB", type=float, help="Memory that kernels may use between them."),
+    click.option("--opt-level", metavar="N", type=int, help="0 builds fastest, 5 runs fastest.  [default: 3]"),
+    click.option("--tf32", is_flag=True, help="Let fp32 products round to 10 bits of mantissa."),
+    click.option("--version-compatible", is_flag=True, help="tensorrt: runs on later versions of TensorRT too."),
+    click.option("--hardware-compat", type=click.Choice(["none", "ampere+", "same"]), default="none",
+                 show_default=True, help="tensorrt: runs on other GPUs too, more slowly."),
+    click.option("--strip-weights", is_flag=True, help="tensorrt: a plan without its weights, to be refitted."),
+)  # fmt: skip
+
+
+def planning(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what a plan is built for."""
+    for option in reversed(PLANNING):
+        command = option(command)
+    return command
+
+
+@click.command("trt", short_help="→ TensorRT plan.")
+@click.option("--fp16", is_flag=True, help="Half the size, computed in fp16; statistics stay in fp32.")
+@click.option("--bf16", is_flag=True, help="Half the size, computed in bf16; statistics stay in fp32.")
+@quantizing
+@planning
+@shared
+def trt_command(fp16: bool, bf16: bool, int8: bool, **words: Any) -> None:
+    """Build a TensorRT plan, and say which kernels it is made of; with TensorRT-RTX on a machine without a GPU too.
+
+    \b
+    Examples:
+      convnext-export trt --fp16 --max-batch 32
+      convnext-export trt --int8 --calib my_images --data imagenet/val
+      convnext-export trt --flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0
+    """
+    words["target"] = _target(words)
+    _build("tensorrt", {"fp16": fp16, "bf16": bf16, "int8": int8}, words)
+
+
+def _target(words: dict[str, Any]) -> dict[str, Any]:
+    """The options of `PLANNING` in the words of the backend's record, taken out of all that was typed.
+
+    Raises: BadRequest for profiles that do not pair up.
+    """
+    from exporter.errors import BadRequest
+
+    batches = [words.pop(f"{end}_batch") for end in ("min", "opt", "max")]
+    count = max(map(len, batches))
+    if any(len(given) not in (0, count) for given in batches):
+        said = "{} of --min-batch, {} of --opt-batch and {} of --max-batch".format(*map(len, batches))
+        raise BadRequest(f"{said}: give each of them once for every profile, or leave it out")
+    profiles = []
+    for index in range(count):
+        least, best, most = (given[index] if given else None for given in batches)
+        least = 1 if least is None else least
+        best = least if best is None else best
+        profiles.append([least, best, max(16, best) if most is None else most])
+    own = ("flavor", "compute_capability", "workspace", "opt_level", "tf32", "version_compatible", "hardware_compat",
+           "strip_weights")  # fmt: skip
+    return {"profiles": profiles, **{word: words.pop(word) for word in own}}
+
+
 def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     import shlex
 
-    from exporter import pipeline
-    from exporter.cli.console import console, drawing, plain, print_json, size
+    from exporter import backends, pipeline
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
     from exporter.errors import BadRequest
     from exporter.recipe import Recipe, size_or_dynamic
 
@@ -130,9 +205,12 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     _refuse_calibration()
     with drawing():
         artifact = pipeline.build(Recipe(backend=backend, **words), out)
+    findings = backends.get(backend).findings(artifact, None)
     if as_json:
-        print_json({"artifact": artifact.to_dict()})
+        print_json({"artifact": artifact.to_dict(), **({"findings": findings} if findings else {})})
         return
+    if findings:
+        print_findings(findings)
     sidecar = artifact.sidecar
     console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
     command = f"convnext-export verify {shlex.quote(str(artifact.path))}"
@@ -144,9 +222,9 @@ def _refuse_calibration() -> None:
     from exporter.errors import BadRequest
 
     context = click.get_current_context()
-    own = [param for param in context.command.params if (getattr(param, "help", "") or "").startswith("int8: ")]
-    for param in own:
-        if context.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE:
+    for param in context.command.params:
+        source = context.get_parameter_source(str(param.name))
+        if param.name in CALIBRATING and source is click.core.ParameterSource.COMMANDLINE:
             raise BadRequest(f"{param.opts[0]} is for int8; add --int8, or leave it out")
 
 

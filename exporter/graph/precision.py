@@ -1,23 +1,31 @@
 """A graph at a lower precision.
 
-fp16 follows what breaks in ConvNeXt: statistics. A LayerNormalization or RMSNormalization node keeps its own in fp32
-(its `stash_type`); norms written out in parts, GRN and the pooling sum squares or whole images, pass 65,504 and turn
-every output into one constant, so these modules stay in fp32 between two casts. Inputs and outputs stay what they are.
+Both halves follow what breaks in ConvNeXt: statistics. A LayerNormalization or RMSNormalization node keeps its own in
+fp32 (its `stash_type`); norms written out in parts, GRN and the pooling sum squares or whole images, pass 65,504 and
+turn every output into one constant, so these modules stay in fp32 between two casts. Inputs and outputs stay what they
+are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
+from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.errors import some
 from exporter.graph import files
+from exporter.progress import note
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 FP16_MAX = float(np.finfo(np.float16).max)
+MAX_FP16_ERROR = 0.01  # of a weight's norm: ordinary rounding is 0.0002, and what is below 6e-8 becomes nothing
 
 
 @dataclass
@@ -25,21 +33,51 @@ class _Halving:
     """The work in hand: what was already cast, so that nothing is cast twice."""
 
     graph: ir.Graph
+    half: ir.DataType
     cast: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
 
-def to_fp16(model: ir.Model) -> list[str]:
-    """Lower a graph from fp32 to fp16, in place.
+def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifact:
+    """An fp32 ONNX artifact at another precision, as an artifact of its own.
 
-    Returns: the weights that do not fit fp16 (beyond ±65,504) and stay in fp32 with the nodes that use them.
+    Args:
+        artifact: fp32 ONNX.
+        wanted: fp16 or bf16.
+        out: the folder to write to.
+        form: for the file's name, where the graph is but a step on the way.
     """
     import onnx_ir as ir
 
-    work = _Halving(model.graph)
+    model = ir.load(artifact.path)
+    tell(to_half(model, wanted))
+    recipe = {**artifact.sidecar.recipe, "precision": wanted}
+    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
+    target = out / file_name(sidecar, ".onnx", form)
+    with staging(target) as folder:
+        files.save(model, folder / target.name, sidecar.facts())
+        seal(folder, target.name, sidecar)
+    return load(target)
+
+
+def tell(kept: list[str]) -> None:
+    """Say which weights stay in fp32, if any do."""
+    if kept:
+        note(f"{len(kept)} weights do not fit fp16 (above 65,504, or lost below 6e-8) and stay in fp32: {some(kept)}")
+
+
+def to_half(model: ir.Model, wanted: str = "fp16") -> list[str]:
+    """Lower a graph from fp32 to fp16 or bf16, in place; Q and DQ in it go on giving and taking what they do.
+
+    Returns: the weights that do not fit fp16 and stay in fp32 with the nodes that use them: those beyond ±65,504, and
+        those so small that more than `MAX_FP16_ERROR` of them would be lost.
+    """
+    import onnx_ir as ir
+
+    work = _Halving(model.graph, ir.DataType[HALVES[wanted]])
     outputs = list(model.graph.outputs)
     for node in list(model.graph):
-        target = ir.DataType.FLOAT if _stays(node, work) else ir.DataType.FLOAT16
+        target = ir.DataType.FLOAT if _stays(node, work) else work.half
         for index, value in enumerate(node.inputs):
             if value is not None and _is_float(value) and value.dtype != target:
                 node.replace_input_with(index, _as(work, value, target, node))
@@ -57,7 +95,7 @@ def to_fp16(model: ir.Model) -> list[str]:
 def _is_float(value: ir.Value) -> bool:
     import onnx_ir as ir
 
-    return value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    return value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
@@ -68,9 +106,9 @@ def _stays(node: ir.Node, work: _Halving) -> bool:
     in_norm = last.startswith("norm") or _is_norm_of_downsampling(module)
     if in_norm and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
         return True
-    too_large = [v.name or "" for v in node.inputs if v is not None and not _fits(v)]
-    work.kept += [name for name in too_large if name not in work.kept]
-    return bool(too_large)
+    misfits = [v.name or "" for v in node.inputs if v is not None and not _fits(v, work.half.name)]
+    work.kept += [name for name in misfits if name not in work.kept]
+    return bool(misfits)
 
 
 def _is_norm_of_downsampling(module: str) -> bool:
@@ -79,12 +117,15 @@ def _is_norm_of_downsampling(module: str) -> bool:
     return parts[0] == "downsample_layers" and len(parts) == 3 and (parts[1] == "0") == (parts[2] != "0")
 
 
-def _fits(value: ir.Value) -> bool:
+def _fits(value: ir.Value, half: str) -> bool:
     tensor = value.const_value
-    if tensor is None or not _is_float(value):
-        return True
-    array = tensor.numpy()
-    return bool(np.abs(array).max(initial=0.0) <= FP16_MAX)
+    if tensor is None or not _is_float(value) or half != "FLOAT16":
+        return True  # bf16 has the range of fp32
+    array = tensor.numpy().astype(np.float32)
+    if np.abs(array).max(initial=0.0) > FP16_MAX:
+        return False
+    lost = np.linalg.norm(array - array.astype(np.float16).astype(np.float32))
+    return bool(lost <= MAX_FP16_ERROR * np.linalg.norm(array))
 
 
 def _as(work: _Halving, value: ir.Value, target: ir.DataType, before: ir.Node) -> ir.Value:
@@ -93,7 +134,7 @@ def _as(work: _Halving, value: ir.Value, target: ir.DataType, before: ir.Node) -
 
     key = (value.name or "", target.name)
     if key not in work.cast:
-        name = f"{value.name}_{'fp16' if target == ir.DataType.FLOAT16 else 'fp32'}"
+        name = f"{value.name}_{'fp32' if target == ir.DataType.FLOAT else 'half'}"
         if value.is_initializer():
             assert value.const_value is not None
             tensor = ir.Tensor(value.const_value.numpy().astype(target.numpy()), name=name)
@@ -111,10 +152,10 @@ def _as(work: _Halving, value: ir.Value, target: ir.DataType, before: ir.Node) -
 def _fp32_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
     import onnx_ir as ir
 
-    if value.dtype != ir.DataType.FLOAT16:
+    if value.dtype == ir.DataType.FLOAT:
         return
     name, producer = value.name, value.producer()
-    value.name = f"{name}_fp16"
+    value.name = f"{name}_half"
     cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
     cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, ir.DataType.FLOAT, value.shape
     assert producer is not None

@@ -26,11 +26,13 @@ class Placement:
     kinds: of the layers whose input and weights are rounded (`rounding.KINDS`).
     forms: in which a network must be written, the best first.
     symmetric: activations around zero as int8, else uint8 with a zero point.
+    rest: the precision of what is not rounded.
     """
 
     kinds: frozenset[str]
     forms: tuple[str, ...]
     symmetric: bool = False
+    rest: str = "fp32"
 
 
 def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:

@@ -48,10 +48,12 @@ def build(
             found = search(work, judge, lambda: _harms(work))
             cost = _cost_of_synthetic(work, budget, found.best, judge) if _is_to_be_costed(work, budget) else []
         layers = backend.layers(found.best.artifact, backend.options())
-        timed = gain.time(work, found, folder, opener)
+        rival = gain.rival(work, folder)
+        timed = gain.time(work, found, rival, folder, opener)
         first = gain.findings(timed, found, layers)
         made = work.make(found.best.kept, out)
-    report = _report(made, found, [*first, *_calibration(work), *cost])
+        looked = backend.findings(made, rival)
+    report = _report(made, found, [*first, *looked, *_calibration(work), *cost])
     pipeline.record_quality(made, report)
     return made, report
 
@@ -115,9 +117,4 @@ def _calibration(work: Work) -> list[Finding]:
 
 def _report(made: Artifact, found: Search, first: list[Finding]) -> Report:
     judged = found.best.report
-    return msgspec.structs.replace(
-        judged,
-        passed=judged.passed,
-        artifact=made.to_dict(),
-        findings=(*first, *judged.findings),
-    )
+    return msgspec.structs.replace(judged, artifact=made.to_dict(), findings=(*first, *judged.findings))

@@ -12,6 +12,7 @@ import msgspec
 
 from exporter import backends, pipeline
 from exporter.artifact import Artifact, Record
+from exporter.backends import Array, Outputs, Session
 from exporter.data.calibration import SYNTHETIC
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest
@@ -72,6 +73,30 @@ class Choice:
         return 100 * (1 - (self.report.value("cosine") or -1.0))
 
 
+class Remembered:
+    """Eager PyTorch that runs once over the images, and gives the same answers to who looks at these again."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.facts = session, session.facts
+        self.answers: list[Outputs] = []
+        self.turn = 0
+
+    def __call__(self, images: Array) -> Outputs:
+        """Run, or remember: images (N, 3, H, W) to outputs (N, …)."""
+        if self.turn == len(self.answers):
+            self.answers.append(self.session(images))
+        self.turn += 1
+        return self.answers[self.turn - 1]
+
+    def bind(self, batches: Sequence[Array]) -> backends.Bound:
+        """As the session does: nothing is remembered."""
+        return self.session.bind(batches)
+
+    def again(self) -> None:
+        """The first batch is next."""
+        self.turn = 0
+
+
 Judge = Callable[[Work, tuple[str, ...]], Choice]
 
 
@@ -98,11 +123,11 @@ def judging(work: Work, budget: Budget, folder: Path) -> Iterator[Judge]:
     subject = Artifact(folder / "eager", sidecar)
     with eager.session(subject, told) as session:
         # A backbone's answers are too large to be remembered.
-        reference = pipeline.Remembered(session) if sidecar.task == "classify" else session
+        reference = Remembered(session) if sidecar.task == "classify" else session
 
         def judge(work: Work, kept: tuple[str, ...]) -> Choice:
             made = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
-            if isinstance(reference, pipeline.Remembered):
+            if isinstance(reference, Remembered):
                 reference.again()
             opened.skipped.clear()
             return Choice(kept, made, pipeline.verify(made, options, opened, reference))
@@ -114,10 +139,7 @@ def _samples(work: Work, budget: Budget) -> Samples:
     if budget.data is None:
         return work.images.samples
     sidecar = work.sidecar
-    opened = open_samples(budget.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
-    if opened.total < 1:
-        raise BadRequest(f"{budget.data}: no images")
-    return opened
+    return open_samples(budget.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from exporter.errors import ExporterError, first_line, some
 from exporter.int8.budget import Choice, Search
 from exporter.int8.work import Work
 from exporter.measure.stats import center
+from exporter.progress import note
 from exporter.report import Finding
 
 SECONDS_EACH = 3.0  # of timing, for every model
@@ -26,10 +27,8 @@ MOST_ALONE = 6  # parts that are timed each kept back alone
 class Timed:
     """All that was tried, timed in one go."""
 
-    def __init__(self, work: Work, search: Search, folder: Path, opener: Opener) -> None:
-        self.above = work.backend.above_int8()
-        recipe = msgspec.structs.replace(work.recipe, precision=self.above, form=None)
-        self.rival = pipeline.build(recipe, folder / "above")
+    def __init__(self, work: Work, search: Search, rival: Artifact, folder: Path, opener: Opener) -> None:
+        self.above, self.rival = rival.sidecar.precision, rival
         best = search.best
         self.alone = {
             part: work.make((part,), folder / f"alone-{part}")
@@ -60,10 +59,25 @@ class Timed:
         return self.timing.failures.get(str(made.path), "")
 
 
-def time(work: Work, search: Search, folder: Path, opener: Opener) -> Timed | str:
-    """Time what was tried, or say why it cannot be."""
+def rival(work: Work, folder: Path) -> Artifact | None:
+    """The same network in the next higher precision, which int8 has to be faster than; None where it cannot be built,
+    with a note that says why."""
+    recipe = msgspec.structs.replace(work.recipe, precision=work.backend.above_int8(), form=None)
     try:
-        timed = Timed(work, search, folder, opener)
+        return pipeline.build(recipe, folder / "above")
+    except ExporterError as error:
+        note(f"{recipe.precision}, to hold int8 against, cannot be built: {first_line(error)}")
+        return None
+
+
+def time(work: Work, search: Search, rival: Artifact | None, folder: Path, opener: Opener) -> Timed | str:
+    """Time what was tried, or say why it cannot be."""
+    if why := work.backend.unable():
+        return why
+    if rival is None:
+        return f"there is no {work.backend.above_int8()} here to hold it against"
+    try:
+        timed = Timed(work, search, rival, folder, opener)
     except ExporterError as error:
         return first_line(error)
     for made in (timed.rival, search.best.artifact):

@@ -15,7 +15,7 @@ from exporter.artifact import Artifact, Quantization, Sidecar
 from exporter.backends import Backend, Options
 from exporter.data.calibration import CalibrationSet, open_calibration
 from exporter.errors import BadRequest, CheckFailed, some
-from exporter.graph import files
+from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, faults, quantize
 from exporter.graph.rounding import Plan, part
 from exporter.quantization import QuantizeOptions
@@ -41,11 +41,6 @@ class Work:
     graph: ir.Model
     sidecar: Sidecar
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that are rounded, in the order they run."""
-        return tuple(dict.fromkeys(map(part, self.plan)))
-
     def make(self, kept: Collection[str], out: Path) -> Artifact:
         """The Q/DQ graph without these parts, and what the backend builds from it.
 
@@ -54,13 +49,14 @@ class Work:
         model = quantize(self.graph, self.plan, self.placement, kept)
         if found := faults(model, self.placement):
             raise CheckFailed(f"the quantised graph is at fault: {some(found)}; nothing was written")
-        form = str(self.recipe.form)
+        if self.placement.rest != "fp32":
+            precision.tell(precision.to_half(model, self.placement.rest))
         sidecar = self._sidecar(kept)
-        target = out / artifacts.file_name(sidecar, ".onnx", form if self.backend.name != "onnxruntime" else "")
+        target = out / artifacts.file_name(sidecar, ".onnx", pipeline.form_in_name(self.recipe))
         with artifacts.staging(target) as folder:
             files.save(model, folder / target.name, sidecar.facts())
             artifacts.seal(folder, target.name, sidecar)
-        return self.backend.build(artifacts.load(target), "int8", out)
+        return self.backend.build(artifacts.load(target), "int8", out, pipeline.target_of(self.recipe))
 
     def _sidecar(self, kept: Collection[str]) -> Sidecar:
         layers = {

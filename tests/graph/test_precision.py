@@ -32,7 +32,7 @@ def images():
 def test_the_graph_is_valid_half_as_large_and_close(graph, images, tmp_path):
     before = run_graph(graph, images, tmp_path)
     size = (tmp_path / "graph.onnx").stat().st_size
-    assert precision.to_fp16(graph) == []
+    assert precision.to_half(graph) == []
     after = run_graph(graph, images, tmp_path)
     assert after.dtype == np.float32
     assert 0 < np.abs(after - before).max() < 0.01 * before.std()
@@ -44,7 +44,7 @@ def test_the_graph_is_valid_half_as_large_and_close(graph, images, tmp_path):
 def test_in_every_form_the_graph_is_valid_and_close(form, source, request, images, tmp_path):
     graph = ir.load(build(request.getfixturevalue(source), tmp_path, form=form).path)
     before = run_graph(graph, images, tmp_path)
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     after = run_graph(graph, images, tmp_path)
     assert 0 < np.abs(after - before).max() < 0.01 * before.std()
     for node in graph.graph:
@@ -55,7 +55,7 @@ def test_in_every_form_the_graph_is_valid_and_close(form, source, request, image
 def test_of_grn_only_the_factor_per_channel_is_computed_in_fp32(tiny_v2, tmp_path):
     """The product with the image, four times as wide as any other tensor, is halved."""
     graph = ir.load(build(tiny_v2, tmp_path, form="conv").path)
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     products = [
         node for node in graph.graph if node.metadata_props.get("module") == "stages.1.0" and node.op_type == "Mul"
     ]
@@ -66,14 +66,14 @@ def test_bytes_become_fp16_at_the_first_step(tiny, tmp_path):
     graph = ir.load(build(tiny, tmp_path, input="uint8").path)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
     before = run_graph(graph, pixels, tmp_path)
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     assert np.abs(run_graph(graph, pixels, tmp_path) - before).max() < 0.01 * before.std()
     assert graph.graph[0].op_type == "Cast"
     assert graph.graph[0].outputs[0].dtype == ir.DataType.FLOAT16
 
 
 def test_statistics_stay_in_fp32(graph):
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     for node in graph.graph:
         module = node.metadata_props.get("module", "").rpartition(".")[2]
         if node.op_type.startswith("Reduce") or (module == "grn" and node.op_type != "Cast"):
@@ -99,7 +99,7 @@ def test_activations_beyond_fp16_in_grn_do_not_overflow(form, tmp_path):
     graph = trace.trace(forms.rewrite(model, form), trace.TraceOptions(imgsz=64), 32)
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     before = run_graph(graph, images, tmp_path)
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     after = run_graph(graph, images, tmp_path)
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() < 0.05 * before.std()
@@ -115,7 +115,7 @@ def test_a_weight_beyond_fp16_stays_in_fp32_and_is_named(graph, images, tmp_path
         norm.const_value.numpy() * np.where(np.arange(24) == 0, 1e-3, 1).astype("f4"), name=norm.name
     )
     before = run_graph(graph, images, tmp_path)
-    assert precision.to_fp16(graph) == ["stages.1.0.pwconv1.weight"]
+    assert precision.to_half(graph) == ["stages.1.0.pwconv1.weight"]
     after = run_graph(graph, images, tmp_path)
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() < 0.02 * before.std()
@@ -133,5 +133,5 @@ def test_a_weight_shared_by_fp16_and_fp32_nodes_is_valid_in_both(graph, images, 
     graph.graph.insert_before(first, [keeper, scaled])
     first.replace_input_with(0, scaled.outputs[0])
     before = run_graph(graph, images, tmp_path)
-    precision.to_fp16(graph)
+    precision.to_half(graph)
     assert np.abs(run_graph(graph, images, tmp_path) - before).max() < 0.02 * before.std()

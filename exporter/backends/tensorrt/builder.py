@@ -1,0 +1,185 @@
+"""From an ONNX file to the bytes of a plan, with the builder's own progress, and its list of kernels."""
+
+from __future__ import annotations
+
+import queue
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from exporter.artifact import Sidecar
+from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
+from exporter.errors import BadRequest, ExporterError
+from exporter.progress import note, track
+
+DEFAULT_PROFILE = Profile(1, 1, 16)
+DYNAMIC_SIZE = (64, 224, 512)  # pixels of a profile where the size is dynamic
+GIB = 2**30
+
+
+@cache
+def listener(library: Library) -> Any:
+    """The one logger of this process: a library hears only the first that it is given."""
+    trt = library.module
+
+    class Listener(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
+            self.listing = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if message.startswith("Layers:"):
+                self.listing = message
+            elif severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+
+        def forget(self) -> None:
+            self.__init__()  # type: ignore[misc]
+
+    return Listener()
+
+
+def profiles(sidecar: Sidecar, target: TensorRtTarget) -> tuple[Profile, ...]:
+    """The batch sizes that a plan is built for: of a fixed batch only that.
+
+    Raises: BadRequest for profiles of a fixed batch.
+    """
+    fixed = sidecar.inputs[0].shape[0]
+    if not isinstance(fixed, int):
+        return target.profiles or (DEFAULT_PROFILE,)
+    if any((p.least, p.best, p.most) != (fixed,) * 3 for p in target.profiles):
+        raise BadRequest(
+            f"--batch {fixed} is fixed, and a profile asks for others; leave --min-batch, --opt-batch and --max-batch "
+            "out, or --batch"
+        )
+    return (Profile(fixed, fixed, fixed),)
+
+
+def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtTarget) -> tuple[bytes, str]:
+    """Parse a graph and build its plan, always strongly typed.
+
+    Returns: the plan, and the builder's list of its kernels ("" when it gave none).
+
+    Raises: ExporterError for a graph that the parser or the builder refuses, with what it said.
+    """
+    trt, log = library.module, listener(library)
+    log.forget()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(file)):
+        raise ExporterError(f"{file.name}: {library.flavor} cannot read it: {_refusals(parser)}")
+    config = _configured(library, builder, network, sidecar, target)
+    plan = _run(library, builder, network, config)
+    for warning in dict.fromkeys(log.warnings):
+        note(f"{library.flavor}: {warning.splitlines()[0]}")
+    if plan is None:
+        said = log.errors[-1].splitlines()[0] if log.errors else "it gave no reason"
+        raise ExporterError(f"{file.name}: {library.flavor} cannot build it: {said}")
+    return bytes(plan), log.listing
+
+
+def _refusals(parser: Any) -> str:
+    """What the parser refuses, in the names of the network: the module is in front of the slash."""
+    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    said = [f"{e.node_name()} ({e.node_operator()}): {e.desc().strip().splitlines()[0]}" for e in found[:3]]
+    return "; ".join(said) or "it gave no reason"
+
+
+def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, target: TensorRtTarget) -> Any:
+    trt = library.module
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    (config.set_flag if target.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    if target.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(target.workspace * GIB))
+    if target.opt_level is not None:
+        config.builder_optimization_level = target.opt_level
+    if target.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if target.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if target.hardware_compat != "none":
+        level = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}[target.hardware_compat]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if target.compute_capability:
+        known = library.capabilities()
+        config.num_compute_capabilities = len(target.compute_capability)
+        for index, wanted in enumerate(target.compute_capability):
+            config.set_compute_capability(known[wanted], index)
+    given = network.get_input(0)
+    for profile in profiles(sidecar, target):
+        shapes = builder.create_optimization_profile()
+        shapes.set_shape(given.name, *_shapes(sidecar, profile))
+        config.add_optimization_profile(shapes)
+    return config
+
+
+def _shapes(sidecar: Sidecar, profile: Profile) -> list[tuple[int, ...]]:
+    """The least, best and largest input (N, 3, H, W) of a profile."""
+    sides = sidecar.inputs[0].shape[1:]
+    return [
+        (count, *(side if isinstance(side, int) else size for side in sides))
+        for count, size in zip((profile.least, profile.best, profile.most), DYNAMIC_SIZE, strict=True)
+    ]
+
+
+def _run(library: Library, builder: Any, network: Any, config: Any) -> Any:
+    """Build in a thread, so that this one draws the progress and hears Ctrl-C, which stops the builder cleanly."""
+    events: queue.Queue[int | None] = queue.Queue()
+    stop = Event()
+    config.progress_monitor = _monitor(library, events, stop)
+    built: list[Any] = []
+
+    def work() -> None:
+        try:
+            built.append(builder.build_serialized_network(network, config))
+        finally:
+            events.put(None)
+
+    thread = Thread(target=work, name="tensorrt-builder")
+    thread.start()
+    try:
+        total = _next(events) or 1
+        for _ in track(iter(lambda: _next(events), None), total, "build steps", lambda _: 1):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+    return built[0] if built else None
+
+
+def _next(events: queue.Queue[int | None]) -> int | None:
+    while True:  # a wait without an end would not hear Ctrl-C
+        with suppress(queue.Empty):
+            return events.get(timeout=0.2)
+
+
+def _monitor(library: Library, events: queue.Queue[int | None], stop: Event) -> Any:
+    class Monitor(library.module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """The builder's phases: the outermost one's steps are the bar; any step may say no more."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outermost = ""
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = phase
+                events.put(steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == self.outermost:
+                events.put(step)
+            return not stop.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            del phase
+
+    return Monitor()

@@ -1,0 +1,162 @@
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX: which of them is here, and what each can be asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import msgspec
+
+from exporter.backends import Target
+from exporter.errors import BadRequest, Unavailable, first_line
+from exporter.progress import note
+
+Flavor = Literal["tensorrt", "tensorrt-rtx"]
+MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+LOWEST = {"fp8": "8.9", "bf16": "8.0"}  # compute capability that has the arithmetic
+OS = {"linux": "linux", "win32": "windows"}.get(sys.platform, sys.platform)
+
+
+class Profile(msgspec.Struct, frozen=True, array_like=True):
+    """The batch sizes of one optimisation profile: it runs `least` to `most`, and is tuned for `best`."""
+
+    least: int
+    best: int
+    most: int
+
+
+class TensorRtTarget(Target, frozen=True):
+    """What a plan is built for. None for `flavor` is what is installed; for `profiles` 1 to 16 images, best at 1."""
+
+    flavor: Flavor | None = None
+    profiles: tuple[Profile, ...] = ()
+    compute_capability: tuple[str, ...] = ()
+    workspace: float | None = None  # GiB
+    opt_level: int | None = None
+    tf32: bool = False
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compat: Literal["none", "ampere+", "same"] = "none"
+    strip_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the three, imported."""
+
+    flavor: str
+    module: Any
+
+    @property
+    def version(self) -> str:
+        """As the library gives it, `1.7.1.116`."""
+        return str(self.module.__version__)
+
+    @property
+    def rtx(self) -> bool:
+        """Whether it is TensorRT-RTX, which builds without a GPU and finishes its kernels where it runs."""
+        return self.flavor == "tensorrt-rtx"
+
+    def capabilities(self) -> dict[str, Any]:
+        """The compute capabilities that it can build for, `8.9` to its name for it; none where it only builds for
+        the GPU that it runs on."""
+        if not self.rtx:
+            return {}
+        names = self.module.ComputeCapability.__members__
+        return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if name.startswith("SM")}
+
+
+def here() -> list[str]:
+    """The flavors that are installed."""
+    return [flavor for flavor, module in MODULES.items() if importlib.util.find_spec(module)]
+
+
+def find(flavor: str | None = None) -> Library:
+    """The flavor that was asked for, or the first that is installed.
+
+    Raises: Unavailable with the line that installs it.
+    """
+    found = here()
+    if flavor is not None and flavor not in found:
+        other = f", or use --flavor {found[0]}, which is here" if found else ""
+        raise Unavailable(f"{flavor} is not installed; pip install 'convnext-export[{flavor}]'{other}")
+    if not found:
+        raise Unavailable(
+            "no TensorRT is installed; pip install 'convnext-export[tensorrt-rtx]' (builds without a GPU), or "
+            "'convnext-export[tensorrt]'"
+        )
+    return _imported(flavor or found[0])
+
+
+@cache
+def _imported(flavor: str) -> Library:
+    try:
+        return Library(flavor, importlib.import_module(MODULES[flavor]))
+    except (ImportError, OSError) as error:
+        raise Unavailable(
+            f"{flavor} is installed and does not load ({first_line(error)}); "
+            f"pip install --force-reinstall 'convnext-export[{flavor}]'"
+        ) from None
+
+
+def check(library: Library, precision: str, target: TensorRtTarget) -> None:
+    """Refuse what this flavor or the target cannot do, before anything is done.
+
+    Raises: BadRequest.
+    """
+    for profile in target.profiles:
+        if not 1 <= profile.least <= profile.best <= profile.most:
+            raise BadRequest(
+                f"profile of {profile.least}, {profile.best} and {profile.most} images: expected "
+                "1 ≤ --min-batch ≤ --opt-batch ≤ --max-batch"
+            )
+    if target.opt_level is not None and not 0 <= target.opt_level <= 5:
+        raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest plan)")
+    if target.workspace is not None and not target.workspace > 0:
+        raise BadRequest(f"--workspace {target.workspace:g}: expected GiB above 0")
+    _check_capabilities(library, precision, target)
+    if library.rtx:
+        _check_rtx(target)
+        if precision == "int8":
+            note("int8 activations on TensorRT-RTX are outside its support matrix; measure the plan where it will run")
+
+
+def _check_capabilities(library: Library, precision: str, target: TensorRtTarget) -> None:
+    known = library.capabilities()
+    for wanted in target.compute_capability:
+        if not known:
+            raise BadRequest(
+                f"--compute-capability {wanted}: TensorRT builds for the GPU that it runs on; leave the option out, "
+                "or use --flavor tensorrt-rtx, which builds for others"
+            )
+        if wanted not in known:
+            more = "; --flavor tensorrt builds for it, on such a GPU" if wanted in ("9.0", "10.0", "10.3") else ""
+            raise BadRequest(
+                f"--compute-capability {wanted}: TensorRT-RTX {library.version} builds for {', '.join(known)}{more}"
+            )
+        lowest = LOWEST.get(precision, "8.0" if library.rtx and precision == "fp32" else "0.0")
+        if _number(wanted) < _number(lowest):
+            raise BadRequest(
+                f"--compute-capability {wanted}: {library.flavor} has no {precision} below {lowest}; build fp16 or "
+                "int8 for it"
+            )
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
+
+
+def _check_rtx(target: TensorRtTarget) -> None:
+    reasons = {
+        "--timing-cache": (target.timing_cache is not None, "it times nothing while it builds"),
+        "--version-compatible": (target.version_compatible, "its plans run on the version that built them only"),
+        "--hardware-compat": (target.hardware_compat != "none", "name the GPUs with --compute-capability instead"),
+        "--strip-weights": (target.strip_weights, "it needs a GPU to build such a plan, and cannot refit it without"),
+    }
+    for option, (asked, why) in reasons.items():
+        if asked:
+            raise BadRequest(f"{option}: TensorRT-RTX has none of it: {why}; leave it out, or use --flavor tensorrt")

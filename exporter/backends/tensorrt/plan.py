@@ -1,0 +1,150 @@
+"""What a plan is made of, read from the builder's own list of its kernels: no GPU is needed to see it.
+
+The list is a log message of the builder (`Layers:`), not an interface: what cannot be read is left out, and a plan
+without a list is a plan without this report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from exporter.artifact import Artifact, Record
+from exporter.backends import Layer
+from exporter.errors import some
+from exporter.graph.rounding import kind, part
+from exporter.report import Finding
+
+SUFFIX = ".kernels.json"
+TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "UInt8": "uint8"}
+PRODUCTS = ("gemm", "correlation", "runtime_fusion")
+_MOVES = {"Cast", "Transpose", "Reshape", "Flatten", "Concat", "Identity"}
+_ROUNDS = {"QuantizeLinear", "DequantizeLinear"}
+
+
+class Kernel(Record, frozen=True):
+    """One kernel: its kind (`gemm`, `correlation` for convolutions, `kgen` for what was generated and fused), the
+    ONNX nodes in it, and the element types that it reads and writes."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def operators(self) -> set[str]:
+        """The ONNX operators in it."""
+        return {re.split(r"[/_]", node.partition("/")[2])[0] for node in self.nodes}
+
+    @property
+    def module(self) -> str:
+        """The ConvNeXt module that it computes. A generated kernel that reaches over several, or holds what is behind
+        a product, is its block's: only the product itself counts as that layer."""
+        products = [node for node in self.nodes if re.search(r"/(MatMul|Gemm|Conv)\b", node)]
+        first = next(iter([*products, *self.nodes]), "")
+        module = "head" if first.startswith("logits") else first.partition("/")[0]
+        return module if self.kind in PRODUCTS or kind(module) is None else part(module)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: what a product reads, and what anything else writes."""
+        types = self.reads if self.kind in PRODUCTS else self.writes
+        return types[0] if types else ""
+
+    @property
+    def only_moves(self) -> bool:
+        """Whether it computes nothing: it changes layout or element type."""
+        return self.kind == "kgen" and bool(self.nodes) and self.operators <= _MOVES
+
+    @property
+    def only_rounds(self) -> bool:
+        """Whether it is there for Q or DQ alone, which nothing took in."""
+        return self.kind == "kgen" and bool(self.operators & _ROUNDS) and self.operators <= _MOVES | _ROUNDS
+
+
+def parse(listing: str, profiles: int = 1) -> tuple[Kernel, ...]:
+    """The kernels of the builder's list, of the first of its optimisation profiles."""
+    kernels = []
+    for line in listing.splitlines():
+        found = re.match(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)", line)
+        if found is None or found["kind"] == "shape_call":
+            continue
+        reads, writes, nodes = _fields(found["rest"])
+        kernels.append(Kernel(name=found["name"], kind=found["kind"], nodes=nodes, reads=reads, writes=writes))
+    return tuple(kernels[: len(kernels) // profiles])
+
+
+def _fields(rest: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    given, _, others = rest.partition("Constants: ")
+    _, _, others = others.partition("Outputs: ")
+    written, _, told = others.partition("TacticName: ")
+    return _types(given), _types(written), tuple(re.findall(r"\[ONNX Layer: (.*?)\]", told))
+
+
+def _types(text: str) -> tuple[str, ...]:
+    return tuple(TYPES.get(name, name.lower()) for name in re.findall(r"Datatype: (\w+)", text))
+
+
+def encode(kernels: Sequence[Kernel]) -> bytes:
+    """As the file beside a plan."""
+    return msgspec.json.format(msgspec.json.encode(kernels), indent=1) + b"\n"
+
+
+def read(artifact: Artifact) -> tuple[Kernel, ...]:
+    """The kernels of a built plan; none when its builder listed none."""
+    path = artifact.path.with_name(artifact.path.name + SUFFIX)
+    if path.name not in {file.name for file in artifact.sidecar.files}:
+        return ()
+    return msgspec.json.decode(Path(path).read_bytes(), type=tuple[Kernel, ...])
+
+
+def layers(kernels: Sequence[Kernel]) -> list[Layer]:
+    """The kernels as layers, for `inspect` and the checks."""
+    return [
+        Layer(name=kernel.name, module=kernel.module, operator=kernel.kind, precision=kernel.precision)
+        for kernel in kernels
+    ]
+
+
+def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> list[Finding]:
+    """What the list says: kernels by kind and type, the pointwise layers' precision, the residual stream's, kernels
+    that compute nothing, and the difference from the plan of the next higher precision."""
+    if not kernels:
+        return [Finding(check="plan", metric="kernels", value=None, detail="this builder lists no kernels")]
+    counts = Counter(f"{kernel.kind} {kernel.precision}" for kernel in kernels)
+    said = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    found = [Finding(check="plan", metric="kernels", value=len(kernels), detail=said)]
+    if rival:
+        detail = f"{len(kernels)} against {len(rival)} in {above}"
+        found.append(Finding(check="plan", metric="extra_kernels", value=len(kernels) - len(rival), detail=detail))
+    products = [kernel for kernel in kernels if kind(kernel.module) in ("pwconv1", "pwconv2")]
+    products = [kernel for kernel in products if kernel.kind in PRODUCTS]
+    types = Counter(kernel.precision for kernel in products)
+    said = ", ".join(f"{count} of {len(products)} in {name}" for name, count in types.most_common())
+    found.append(Finding(check="plan", metric="pointwise", value=len(products), unit="products", detail=said))
+    stream = Counter(kernel.precision for kernel in _ends_of_blocks(kernels))
+    said = ", ".join(f"{name} after {count} blocks" for name, count in stream.most_common())
+    found.append(Finding(check="plan", metric="residual", value=sum(stream.values()), unit="blocks", detail=said))
+    for metric, idle in (
+        ("reformats", [kernel for kernel in kernels if kernel.only_moves]),
+        ("requantises", [kernel for kernel in kernels if kernel.only_rounds]),
+    ):
+        where = some(dict.fromkeys(kernel.module for kernel in idle)) if idle else "none"
+        found.append(Finding(check="plan", metric=metric, value=len(idle), unit="kernels", detail=where))
+    return found
+
+
+def _ends_of_blocks(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The last kernel of every block, which writes the residual stream; not one that goes on into the next module, as
+    that of the last block does into the pooling."""
+    last: dict[str, Kernel] = {}
+    for kernel in kernels:
+        for node in kernel.nodes:
+            if found := re.match(r"stages\.\d+\.\d+(?=[./])", node):
+                last[found[0]] = kernel
+    return [kernel for block, kernel in last.items() if all(node.startswith(block) for node in kernel.nodes)]
