@@ -51,8 +51,9 @@ def build(recipe: Recipe, out: Path) -> Artifact:
         ]
         hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, backend.precisions)
         raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
-    target = target_of(recipe)
     backend.probe()
+    target = target_of(recipe)
+    backend.check(recipe.precision, target)
     form = tuning.fastest(recipe, build) if recipe.form == "auto" else _form(recipe)
     recipe = msgspec.structs.replace(recipe, form=form)
     graph = export(recipe, out)

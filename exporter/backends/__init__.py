@@ -142,6 +142,7 @@ class Backend(Generic[Opt]):
     form: (precision, batch size or None for any) to the form that it runs best.
     placement: where it wants Q and DQ, if it runs int8.
     above_int8: the next higher precision that this machine's CPU computes in, which int8 has to be faster than.
+    check: (precision, target): raises BadRequest for what cannot be built, Unavailable for what is not installed.
     unable: why nothing that it builds can run on this machine, or "".
     findings: what is known of an artifact without running it, beside that of the next higher precision if there is one.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
@@ -161,6 +162,7 @@ class Backend(Generic[Opt]):
     placement: Placement | None = None
     above_int8: Callable[[], str] = lambda: "fp32"
     target: type[Target] = Target
+    check: Callable[[str, Target], None] = lambda precision, target: None
     unable: Callable[[], str] = lambda: ""
     findings: Callable[[Artifact, Artifact | None], list[Finding]] = lambda artifact, rival: []
     opens_onnx: bool = False

@@ -35,7 +35,8 @@ from exporter.backends import (
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest
 from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, round_product
-from exporter.measure.machine import cores
+from exporter.measure.machine import cores, cpu
+from exporter.progress import note
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -163,6 +164,14 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return precision.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
+def check(wanted: str, target: Target) -> None:
+    """Say so where int8 products lose accuracy to the CPU itself."""
+    del target
+    isa = cpu()[1]
+    if wanted == "int8" and "avx2" in isa and not any("vnni" in one for one in isa):
+        note("this CPU has no VNNI: ONNX Runtime's int8 saturates here; judge it on a machine like the one that serves")
+
+
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX Runtime loads the graph itself: nothing is left to build."""
     del wanted, out, target
@@ -273,6 +282,7 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
+    check=check,
     placement=PLACEMENT,
     opens_onnx=True,
 )

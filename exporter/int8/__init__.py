@@ -16,8 +16,7 @@ from exporter.int8 import gain
 from exporter.int8.budget import Budget as Budget
 from exporter.int8.budget import Choice, Judge, Search, judging, search
 from exporter.int8.work import Work, prepare
-from exporter.measure import machine
-from exporter.progress import note, step
+from exporter.progress import step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
 
@@ -72,9 +71,7 @@ def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]
     if not 0 <= recipe.smoothing <= 1:
         raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
     backend.probe()
-    isa = machine.cpu()[1]
-    if recipe.backend == "onnxruntime" and "avx2" in isa and not any("vnni" in one for one in isa):
-        note("this CPU has no VNNI: ONNX Runtime's int8 saturates here; judge it on a machine like the one that serves")
+    backend.check("int8", pipeline.target_of(recipe))
     return backend
 
 

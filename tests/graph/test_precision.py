@@ -135,3 +135,20 @@ def test_a_weight_shared_by_fp16_and_fp32_nodes_is_valid_in_both(graph, images, 
     before = run_graph(graph, images, tmp_path)
     precision.to_half(graph)
     assert np.abs(run_graph(graph, images, tmp_path) - before).max() < 0.02 * before.std()
+
+
+def test_weights_that_fp16_would_lose_stay_in_fp32(tiny, tmp_path):
+    graph = ir.load(build(tiny, tmp_path).path)
+    value = next(v for v in graph.graph.initializers.values() if v.name == "stages.1.0.pwconv1.weight")
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1e-8), name=value.name)
+    assert precision.to_half(graph) == ["stages.1.0.pwconv1.weight"]
+
+
+def test_bf16_has_the_range_of_fp32(tiny, tmp_path):
+    graph = ir.load(build(tiny, tmp_path).path)
+    value = next(v for v in graph.graph.initializers.values() if v.name == "stages.1.0.pwconv1.weight")
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1e9), name=value.name)
+    assert precision.to_half(graph, "bf16") == []
+    halved = [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    assert len(halved) > 20
+    assert not [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16]

@@ -40,15 +40,23 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return precision.lower(artifact, wanted, out, FORM) if wanted in precision.HALVES else artifact
 
 
+def check(wanted: str, target: Target) -> None:
+    """Refuse what the flavor or the target cannot do.
+
+    Raises: BadRequest for that; Unavailable when the flavor is not installed.
+    """
+    assert isinstance(target, TensorRtTarget)
+    library.check(library.find(target.flavor), wanted, target)
+
+
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX to `FILE.plan`.
 
-    Raises: BadRequest for what the flavor or the target cannot do; Unavailable without a library; ExporterError for a
-        graph that it refuses.
+    Raises: BadRequest for profiles of a fixed batch; Unavailable without a library; ExporterError for a graph that it
+        refuses.
     """
     assert isinstance(target, TensorRtTarget)
     trt = library.find(target.flavor)
-    library.check(trt, wanted, target)
     shapes = builder.profiles(artifact.sidecar, target)
     step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
     made, listing = builder.build(trt, artifact.path, artifact.sidecar, target)
@@ -151,6 +159,7 @@ BACKEND = Backend(
     placement=PLACEMENT,
     above_int8=lambda: "fp16",
     target=TensorRtTarget,
+    check=check,
     unable=runtime.unable,
     findings=findings,
 )

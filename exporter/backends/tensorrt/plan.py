@@ -128,7 +128,7 @@ def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> 
     said = ", ".join(f"{count} of {len(products)} in {name}" for name, count in types.most_common())
     found.append(Finding(check="plan", metric="pointwise", value=len(products), unit="products", detail=said))
     stream = Counter(kernel.precision for kernel in _ends_of_blocks(kernels))
-    said = ", ".join(f"{name} after {count} blocks" for name, count in stream.most_common())
+    said = ", ".join(f"{name} after {count} blocks" for name, count in stream.most_common()) or "not seen"
     found.append(Finding(check="plan", metric="residual", value=sum(stream.values()), unit="blocks", detail=said))
     for metric, idle in (
         ("reformats", [kernel for kernel in kernels if kernel.only_moves]),
@@ -141,7 +141,7 @@ def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> 
 
 def _ends_of_blocks(kernels: Sequence[Kernel]) -> list[Kernel]:
     """The last kernel of every block, which writes the residual stream; not one that goes on into the next module, as
-    that of the last block does into the pooling."""
+    that of the last block does into the pooling, and that of a stage may into the norm behind it."""
     last: dict[str, Kernel] = {}
     for kernel in kernels:
         for node in kernel.nodes:
