@@ -48,6 +48,8 @@ def told_apart(reports: Sequence[Report]) -> list[Report]:
 def runs_on(report: Report) -> str:
     """Backend and precision, and the arithmetic where that is another."""
     where = f"{report.artifact.get('backend', '?')} {report.artifact.get('precision', '?')}"
+    if report.find("simulated"):
+        return f"{where}, simulated"
     session = report.environment.get("session", {})
     arithmetic = session.get("arithmetic") if isinstance(session, dict) else None
     return f"{where}, computed in {arithmetic}" if arithmetic not in (None, report.artifact.get("precision")) else where

@@ -146,9 +146,9 @@ def _run(library: Library, builder: Any, network: Any, config: Any) -> Any:
     thread = Thread(target=work, name="tensorrt-builder")
     thread.start()
     try:
-        total = _next(events) or 1
-        for _ in track(iter(lambda: _next(events), None), total, "build steps", lambda _: 1):
-            pass
+        if (total := _next(events)) is not None:  # else it gave up before its first phase
+            for _ in track(iter(lambda: _next(events), None), total, "build steps", lambda _: 1):
+                pass
     finally:
         stop.set()
         thread.join()

@@ -119,6 +119,9 @@ def check(library: Library, precision: str, target: TensorRtTarget) -> None:
     if target.workspace is not None and not target.workspace > 0:
         raise BadRequest(f"--workspace {target.workspace:g}: expected GiB above 0")
     _check_capabilities(library, precision, target)
+    levels = library.module.HardwareCompatibilityLevel
+    if target.hardware_compat == "same" and not library.rtx and not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
+        raise BadRequest(f"--hardware-compat same: TensorRT {library.version} has it not; take 10.9 or later")
     if library.rtx:
         _check_rtx(target)
         if precision == "int8":

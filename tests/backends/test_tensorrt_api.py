@@ -1,0 +1,170 @@
+"""Every name of TensorRT 10, 11 and RTX that the backend uses is there, and takes what it is given."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from exporter import artifact
+from exporter.backends.tensorrt import builder, library, runtime
+from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
+from exporter.errors import BadRequest, ExporterError
+from tests.backends.fake_tensorrt import SURFACES, FakeModule
+from tests.backends.surface import surface
+
+IDS = [path.stem for path in SURFACES]
+
+
+@pytest.fixture(params=SURFACES, ids=IDS)
+def trt(request):
+    flavor = "tensorrt-rtx" if "rtx" in request.param.stem else "tensorrt"
+    return Library(flavor, FakeModule(request.param))
+
+
+def all_that_can_be_asked(trt):
+    common = {"profiles": (Profile(1, 2, 4), Profile(8, 8, 8)), "workspace": 0.5, "opt_level": 4, "tf32": True}
+    if trt.rtx:
+        return TensorRtTarget(**common, compute_capability=("8.9", "12.0"))
+    return TensorRtTarget(**common, version_compatible=True, strip_weights=True, hardware_compat="ampere+")
+
+
+def test_there_are_surfaces_of_all_three():
+    assert IDS == ["tensorrt-10.0", "tensorrt-10.16", "tensorrt-11.4", "tensorrt-rtx-1.7"]
+
+
+@pytest.mark.skipif("tensorrt-rtx" not in library.here(), reason="needs tensorrt-rtx")
+def test_the_surface_is_that_of_the_library_that_is_installed():
+    module = library.find("tensorrt-rtx").module
+    known = FakeModule(SURFACES[-1])
+    if module.__version__ != known.__version__:
+        pytest.skip(f"{module.__version__} is installed, {known.__version__} is known")
+    found = surface(module)
+    assert set(found) == {name for name in vars(known) if name[0].isupper()}
+    assert found["IBuilderConfig"] == known.IBuilderConfig.members
+
+
+def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    target = all_that_can_be_asked(trt)
+    library.check(trt, "fp16", target)
+    plan, listing = builder.build(trt, made.path, made.sidecar, target)
+    module = trt.module
+    assert (plan, listing) == (b"plan", "")
+    assert module.asked("Builder.create_network") == [(1 << module.NetworkDefinitionCreationFlag.STRONGLY_TYPED,)]
+    assert module.asked("IBuilderConfig.set_flag")[0] == (module.BuilderFlag.TF32,)
+    assert module.asked("IBuilderConfig.set_memory_pool_limit") == [(module.MemoryPoolType.WORKSPACE, 2**29)]
+    assert module.asked("IOptimizationProfile.set_shape") == [
+        ("images", (1, 3, 64, 64), (2, 3, 64, 64), (4, 3, 64, 64)),
+        ("images", (8, 3, 64, 64), (8, 3, 64, 64), (8, 3, 64, 64)),
+    ]
+    capabilities = module.asked("IBuilderConfig.set_compute_capability")
+    assert [c.name for c, _ in capabilities] == (["SM89", "SM120"] if trt.rtx else [])
+
+
+def test_fp32_is_fp32_unless_tf32_is_asked_for(trt, artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    builder.build(trt, made.path, made.sidecar, TensorRtTarget())
+    assert trt.module.asked("IBuilderConfig.clear_flag") == [(trt.module.BuilderFlag.TF32,)]
+    assert trt.module.asked("IBuilderConfig.set_flag") == []
+
+
+def test_what_a_version_has_not_is_refused(trt):
+    if trt.rtx or trt.version.startswith("10.0"):
+        with pytest.raises(BadRequest, match="--hardware-compat"):
+            library.check(trt, "fp16", TensorRtTarget(hardware_compat="same"))
+    else:
+        library.check(trt, "fp16", TensorRtTarget(hardware_compat="same"))
+    if not trt.rtx:
+        with pytest.raises(BadRequest, match="builds for the GPU that it runs on"):
+            library.check(trt, "fp16", TensorRtTarget(compute_capability=("8.9",)))
+
+
+def test_a_builder_that_gives_nothing_is_an_error_with_what_it_said(trt, artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+
+    def fail(network, config):
+        builder.listener(trt).log(trt.module.ILogger.Severity.ERROR, "no tactic for this\nand more")
+
+    trt.module.answers["Builder.build_serialized_network"] = fail
+    with pytest.raises(ExporterError, match="cannot build it: no tactic for this"):
+        builder.build(trt, made.path, made.sidecar, TensorRtTarget())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is the CPU."""
+
+    @contextmanager
+    def within(*args, **told):
+        yield
+
+    empty = torch.empty
+    stream = SimpleNamespace(synchronize=lambda: None, cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "graph", within)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
+
+
+@pytest.fixture
+def opened(trt, gpu, artifacts):
+    module = trt.module
+    module.answers |= {
+        "Runtime.deserialize_cuda_engine": lambda plan: module.ICudaEngine(),
+        "ICudaEngine.create_execution_context": lambda *told: module.IExecutionContext(),
+        "ICudaEngine.create_runtime_config": lambda: module.IRuntimeConfig(),
+        "ICudaEngine.num_io_tensors": 2,
+        "ICudaEngine.get_tensor_name": lambda index: ("logits", "images")[index],
+        "ICudaEngine.get_tensor_mode": lambda name: getattr(
+            module.TensorIOMode, "INPUT" if name == "images" else "OUTPUT"
+        ),
+        "ICudaEngine.get_tensor_profile_shape": lambda name, index: [(1, 3, 64, 64)] * 2 + [(4, 3, 64, 64)],
+        "IExecutionContext.set_input_shape": lambda name, shape: shape[0] <= 4,
+        "IExecutionContext.get_tensor_shape": lambda name: (2, 10),
+        "IExecutionContext.execute_async_v3": True,
+    }
+    made = artifacts["onnxruntime", "fp32"]
+    module.ICudaEngine.members.setdefault("__init__", [])
+    for name in ("ICudaEngine", "IExecutionContext", "IRuntimeConfig", "INetworkDefinition", "IBuilderConfig"):
+        if hasattr(module, name):
+            getattr(module, name).members["__init__"] = []
+    return runtime.PlanSession(artifact.Artifact(made.path, replace(made.sidecar, backend="tensorrt")), trt)
+
+
+def test_a_run_asks_for_what_is_there(opened, trt):
+    images = np.zeros((2, 3, 64, 64), np.float32)
+    (output,) = opened(images)
+    assert output.shape == (2, 10)
+    assert trt.module.asked("IExecutionContext.execute_async_v3") == [(7,)], "not the default stream"
+    assert trt.module.asked("IExecutionContext.set_input_shape") == [("images", (2, 3, 64, 64))]
+    addresses = trt.module.asked("IExecutionContext.set_tensor_address")
+    assert [name for name, _ in addresses] == ["images", "logits"]
+
+
+def test_what_is_bound_runs_as_a_cuda_graph(opened, trt):
+    bound = opened.bind([np.zeros((2, 3, 64, 64), np.float32)])
+    enqueued = len(trt.module.asked("IExecutionContext.execute_async_v3"))
+    bound.run()
+    assert bound.outputs()[0].shape == (2, 10)
+    again = len(trt.module.asked("IExecutionContext.execute_async_v3")) - enqueued
+    assert again == (1 if trt.rtx else 0), "RTX keeps the graph itself"
+    assert trt.module.asked("IRuntimeConfig.cuda_graph_strategy =") == (
+        [(trt.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)] if trt.rtx else []
+    )
+
+
+def test_a_batch_outside_the_profile_is_refused(opened):
+    with pytest.raises(BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --max-batch"):
+        opened(np.zeros((5, 3, 64, 64), np.float32))
+
+
+def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):
+    with pytest.raises(ExporterError, match="cannot open it"):
+        runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
