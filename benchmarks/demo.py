@@ -11,19 +11,21 @@ from exporter.measure.machine import has_bf16
 
 ROOT = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("convnext-export")
+SUFFIXES = {"onnx": "onnx", "openvino": "xml", "trt": "plan"}
 WEIGHTS, DATA, CALIBRATION = ROOT / "model", ROOT / "val", ROOT / "calibration.tsv"
 
 
 def builds() -> list[list[str]]:
     """The verbs that build, with their precisions: bf16 where this CPU can compute it."""
     rows = [["onnx"], ["onnx", "--fp16"], ["onnx", "--int8"], ["openvino"], ["openvino", "--fp16"]]
-    return [*rows, *([["openvino", "--bf16"]] if has_bf16() else []), ["openvino", "--int8"]]
+    rows += [["openvino", "--bf16"]] if has_bf16() else []
+    return [*rows, ["openvino", "--int8"], ["trt", "--fp16"], ["trt", "--int8"]]
 
 
 def artifact(words: list[str]) -> Path:
     """What a build verb writes."""
     precision = words[1].removeprefix("--") if len(words) > 1 else "fp32"
-    return ROOT / f"custom_{precision}.{'onnx' if words[0] == 'onnx' else 'xml'}"
+    return ROOT / f"custom_{precision}.{SUFFIXES[words[0]]}"
 
 
 def run(*words: str) -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     for path in made:
         run("verify", str(path), "--data", str(DATA), "--blocks")
     reports = [f"{path}.report.json" for path in made]
-    run("bench", *map(str, made), "--threads", "1")
+    run("bench", *(str(path) for path in made if path.suffix != ".plan"), "--threads", "1")  # a plan runs on a GPU
     run("report", *reports)
     run("report", *reports, "--format", "html", "-o", str(ROOT / "report.html"))
 

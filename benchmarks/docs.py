@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, forms, gate, int8
+from benchmarks import agreement, forms, gate, int8, plans
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
@@ -22,8 +22,8 @@ from exporter.report import markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
-DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml")
-DOCUMENTS = ("README.md", "docs/forms.md", "docs/int8.md", "docs/peers.md")
+DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
+DOCUMENTS = ("README.md", "docs/forms.md", "docs/int8.md", "docs/peers.md", "docs/tensorrt.md")
 
 
 def cli_help() -> str:
@@ -48,6 +48,7 @@ def tables() -> dict[str, str]:
     others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)
     formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
     whole = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
+    planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
     cases = peers.load(TURIN / "peers")
     return {
         "demo": markdown.render(reports),
@@ -60,6 +61,8 @@ def tables() -> dict[str, str]:
         "int8-accuracy": int8.accuracy_table(whole),
         "int8-settings": int8.setting_table(whole),
         "int8-memory": int8.memory_table(whole) + machine(whole.environment),
+        "plan-targets": plans.target_table(planned),
+        "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
         + machine(cases[0].environment),
         "peers-tiny": peers.case_table(next(one for one in cases if (one.variant, one.batch) == ("tiny", 1))),

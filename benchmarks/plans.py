@@ -100,11 +100,11 @@ def target_table(result: Result) -> str:
 
 
 def network_table(result: Result) -> str:
-    """Networks by size: time and memory of the whole command, and the plan."""
-    head = "| network | precision | seconds | peak memory | plan | kernels | pointwise layers |\n"
-    head += "|---|---|--:|--:|--:|--:|---|"
+    """Networks by size: peak memory of the whole command, and the plan."""
+    head = "| network | precision | peak memory | plan | kernels | pointwise layers |\n"
+    head += "|---|---|--:|--:|--:|---|"
     lines = [
-        f"| {one.network} | {one.precision} | {one.seconds:.0f} | {one.peak_bytes / 1e9:.1f} GB "
+        f"| {one.network} | {one.precision} | {one.peak_bytes / 1e9:.1f} GB "
         f"| {one.bytes / 1e6:.0f} MB | {one.kernels} | {one.refused or one.pointwise} |"
         for one in result.networks
     ]

@@ -29,6 +29,7 @@ def built(tmp_path_factory):
         ("convnext_atto", "openvino", "fp16"),
         ("convnext_atto", "openvino", "bf16"),
         ("convnextv2_atto", "onnx", "fp16"),
+        ("convnext_atto", "trt", "fp16"),
     ],
 )
 def test_top1_stays_within_a_tenth_of_a_point(model, verb, precision, built):
@@ -67,6 +68,8 @@ LIMITS = {
     ("convnext_atto", "openvino", "synthetic"): (98.5, 0.9990, 0.4, 90),
     ("outliers", "onnx", "photographs"): (99.2, 0.9996, 0.2, 85),
     ("convnextv2_atto", "onnx", "photographs"): (99.0, 0.9992, 0.5, 85),
+    ("convnext_atto", "trt", "photographs"): (99.0, 0.999, 0.5, 85),
+    ("convnextv2_atto", "trt", "photographs"): (98.5, 0.999, 0.5, 85),
 }
 
 

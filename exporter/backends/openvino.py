@@ -50,7 +50,7 @@ def _arithmetic(precision: str, device: str) -> str:
     """The element type that OpenVINO computes in."""
     if precision == "fp16":
         return "f32" if device == "CPU" else "f16"
-    # What an int8 IR does not round stays fp32: bf16 there is 8 % faster and flips twice as many answers.
+    # What an int8 IR does not round stays fp32: bf16 there is faster and flips more answers.
     return "bf16" if precision == "bf16" else "f32"
 
 

@@ -96,7 +96,7 @@ class _Rounded:
         """The bias with what is added to it, in fp32.
 
         Of a matrix product it has four axes: one of a single axis ONNX Runtime would fuse into a Gemm, which in int8
-        is 5 % slower than the product with an Add behind it.
+        is slower than the product with an Add behind it.
         """
         node, index = _bias_of(self.node)
         bias = node.inputs[index]

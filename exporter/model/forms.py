@@ -57,8 +57,7 @@ class Standardise(nn.Module):
             spread = spread * (x.shape[axis] / (x.shape[axis] - 1))
         y = x if self.kind == "simple" else centred
         if self.scale is not None:
-            # Not behind the norm: OpenVINO would fuse it into the FakeQuantize there, which then rounds differently,
-            # with up to ten times the error.
+            # Not behind the norm: OpenVINO would fuse it into the FakeQuantize there, which then rounds worse.
             y = y * (self.scale if axis == -1 else self.scale[:, None, None])
         return y * torch.rsqrt(spread + self.eps)
 
@@ -94,7 +93,7 @@ class ResponseScale(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """(N, H, W, C) to (N, 1, 1, C), or (N, C, H, W) to (N, C, 1, 1)."""
         if self.channels == -1:
-            # The sum of squares as a product: where channels are last, ONNX Runtime takes six times as long to reduce.
+            # The sum of squares as a product: where channels are last, ONNX Runtime reduces slowly.
             z = y.flatten(1, 2)
             norm = torch.sqrt(y.new_ones(1, z.shape[1]) @ (z * z))[:, None]
         else:
