@@ -17,8 +17,8 @@ from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.backends import Backend, Blocks, Layer, Options, Product, Target
 from exporter.backends.tensorrt import builder, library, plan, runtime
 from exporter.backends.tensorrt.library import OS, TensorRtTarget
-from exporter.errors import Unavailable
-from exporter.graph import precision
+from exporter.errors import BadRequest, Unavailable
+from exporter.graph import lint, precision
 from exporter.graph.quantize import Placement
 from exporter.progress import step
 from exporter.report import Finding
@@ -52,11 +52,15 @@ def check(wanted: str, target: Target) -> None:
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX to `FILE.plan`.
 
-    Raises: BadRequest for profiles of a fixed batch; Unavailable without a library; ExporterError for a graph that it
-        refuses.
+    Raises: BadRequest for profiles of a fixed batch, or Q and DQ where they must not be; Unavailable without a library;
+        ExporterError for a graph that it refuses.
     """
+    import onnx_ir as ir
+
     assert isinstance(target, TensorRtTarget)
     trt = library.find(target.flavor)
+    if found := lint.lint(ir.load(artifact.path)):
+        raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {'; '.join(found[:3])}")
     shapes = builder.profiles(artifact.sidecar, target)
     step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
     made, listing = builder.build(trt, artifact.path, artifact.sidecar, target)
