@@ -362,4 +362,4 @@ def test_an_empty_word_is_refused(refused):
 
 
 def test_a_precision_of_another_backend_is_pointed_to_it(refused):
-    assert "onnxruntime cannot run bf16; openvino can" in refused(2, "onnx", "--precision", "bf16")
+    assert "onnxruntime cannot run bf16; openvino and tensorrt can" in refused(2, "onnx", "--precision", "bf16")
