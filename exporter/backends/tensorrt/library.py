@@ -38,7 +38,6 @@ class TensorRtTarget(Target, frozen=True):
     workspace: float | None = None  # GiB
     opt_level: int | None = None
     tf32: bool = False
-    timing_cache: str | None = None
     version_compatible: bool = False
     hardware_compat: Literal["none", "ampere+", "same"] = "none"
     strip_weights: bool = False
@@ -155,7 +154,6 @@ def _number(capability: str) -> tuple[int, ...]:
 
 def _check_rtx(target: TensorRtTarget) -> None:
     reasons = {
-        "--timing-cache": (target.timing_cache is not None, "it times nothing while it builds"),
         "--version-compatible": (target.version_compatible, "its plans run on the version that built them only"),
         "--hardware-compat": (target.hardware_compat != "none", "name the GPUs with --compute-capability instead"),
         "--strip-weights": (target.strip_weights, "it needs a GPU to build such a plan, and cannot refit it without"),
