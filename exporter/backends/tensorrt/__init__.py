@@ -15,10 +15,10 @@ from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.backends import Backend, Blocks, Layer, Options, Product, Target
-from exporter.backends.tensorrt import builder, library, plan, runtime
+from exporter.backends.tensorrt import builder, library, lint, plan, runtime
 from exporter.backends.tensorrt.library import OS, TensorRtTarget
-from exporter.errors import BadRequest, Unavailable
-from exporter.graph import lint, precision
+from exporter.errors import BadRequest, Unavailable, some
+from exporter.graph import precision
 from exporter.graph.quantize import Placement
 from exporter.progress import step
 from exporter.report import Finding
@@ -60,7 +60,7 @@ def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifac
     assert isinstance(target, TensorRtTarget)
     trt = library.find(target.flavor)
     if found := lint.lint(ir.load(artifact.path)):
-        raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {'; '.join(found[:3])}")
+        raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {some(found)}")
     shapes = builder.profiles(artifact.sidecar, target)
     step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
     made, listing = builder.build(trt, artifact.path, artifact.sidecar, target)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.graph.lint import lint
+from exporter.backends.tensorrt.lint import lint
 
 LAYER = "stages.0.0.pwconv1"
 
