@@ -27,6 +27,9 @@ def listener(library: Library) -> Any:
     class Listener(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
             self.warnings: list[str] = []
             self.errors: list[str] = []
             self.listing = ""
@@ -38,9 +41,6 @@ def listener(library: Library) -> Any:
                 self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
                 self.warnings.append(message)
-
-        def forget(self) -> None:
-            self.__init__()  # type: ignore[misc]
 
     return Listener()
 
