@@ -139,14 +139,14 @@ def lower(artifact: Artifact, precision: str, out: Path) -> Artifact:
     return artifact
 
 
-def build(artifact: Artifact, precision: str, out: Path, place: Target) -> Artifact:
+def build(artifact: Artifact, precision: str, out: Path, target: Target) -> Artifact:
     """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 when fp16 or bf16 was asked for.
 
     Raises: ExporterError when OpenVINO cannot convert the graph.
     """
     import openvino as ov
 
-    del place
+    del target
 
     versions = {**artifact.sidecar.versions, "openvino": probe()}
     sidecar = replace(
@@ -158,17 +158,17 @@ def build(artifact: Artifact, precision: str, out: Path, place: Target) -> Artif
         recipe={**artifact.sidecar.recipe, "backend": "openvino", "precision": precision},
         quality={},
     )
-    target = out / file_name(sidecar, ".xml")
+    place = out / file_name(sidecar, ".xml")
     try:
         model = ov.Core().read_model(artifact.path)
     except RuntimeError as error:
         raise ExporterError(f"{artifact.path}: OpenVINO cannot convert it: {last_line(error)}") from error
     for key, value in sidecar.facts().items():
         model.set_rt_info(value, ["convnext_export", key])
-    with staging(target) as folder:
-        _write(model, folder / target.name, compress=precision in ("fp16", "bf16"))
-        seal(folder, target.name, sidecar)
-    return load(target)
+    with staging(place) as folder:
+        _write(model, folder / place.name, compress=precision in ("fp16", "bf16"))
+        seal(folder, place.name, sidecar)
+    return load(place)
 
 
 def _write(model: Any, path: Path, compress: bool) -> None:
