@@ -17,7 +17,7 @@ from exporter.progress import note
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-LOWEST = {"fp8": "8.9", "bf16": "8.0"}  # compute capability that has the arithmetic
+LOWEST = {"bf16": "8.0"}  # compute capability that has the arithmetic
 OS = {"linux": "linux", "win32": "windows"}.get(sys.platform, sys.platform)
 
 
