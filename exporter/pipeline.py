@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     graph = export(recipe, out)
     if recipe.precision != "fp32":
         step(f"{recipe.precision} for {recipe.backend}")
+    gc.collect()  # networks and graphs are circular: what is done with goes before the next is made
     lowered = backend.lower(graph, recipe.precision, out)
+    gc.collect()
     return backend.build(lowered, recipe.precision, out, target)
 
 
@@ -162,7 +165,17 @@ def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, targ
     with artifacts.staging(target) as folder:
         _, sidecar = graph_of(network, options, sidecar, folder / target.name)
         artifacts.seal(folder, target.name, sidecar)
+    _let_go(network.model)
     return artifacts.load(target)
+
+
+def _let_go(model: Module) -> None:
+    """Free the weights of a network: PyTorch's exporter goes on holding the last graph that it wrote, and they are in
+    it."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from exporter.graph import files
+
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir as ir
 
 # These turn every pointwise MatMul + Add into Reshape, Gemm, Reshape (with dynamic axes Shape, Slice, Concat too):
 # 36 more nodes or 234 in ConvNeXt-T, and ONNX Runtime runs it 1.5 times slower.
 _HARMFUL_PASSES = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
-_LARGE_BYTES = 1 << 16
 
 
 def simplify(model: ir.Model) -> tuple[ir.Model, str]:
@@ -26,7 +26,7 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
     import onnx_ir as ir
     import onnxsim
 
-    skeleton = _without_weights(model)
+    skeleton = files.without_weights(model)
     try:
         proto, _ = onnxsim.simplify(skeleton, skipped_optimizers=_HARMFUL_PASSES)
         candidate = ir.serde.deserialize_model(proto)
@@ -35,28 +35,6 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
         return model, f"onnxsim failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     reason = _worse(candidate, model)
     return (model, reason) if reason else (candidate, "")
-
-
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model as a proto in which the large weights are inputs."""
-    import onnx_ir as ir
-
-    large = {name: value for name, value in model.graph.initializers.items() if _is_large(value)}
-    tensors = {name: value.const_value for name, value in large.items()}
-    for name, value in large.items():
-        model.graph.initializers.pop(name)
-        model.graph.inputs.append(value)
-    try:
-        return ir.serde.serialize_model(model)
-    finally:
-        for name, value in large.items():
-            model.graph.inputs.remove(value)
-            value.const_value = tensors[name]
-            model.graph.initializers[name] = value
-
-
-def _is_large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes >= _LARGE_BYTES
 
 
 def _put_back(candidate: ir.Model, model: ir.Model) -> None:

@@ -80,10 +80,19 @@ def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Mode
             verbose=False,
         )
     assert program is not None
-    graph_model = program.model
+    graph_model = _taken(program.model)
     _name_axes(graph_model, options)
     _name_after_modules(graph_model)
     return graph_model
+
+
+def _taken(model: ir.Model) -> ir.Model:
+    """A copy that shares the weights, and the original without them: the exporter's rewriter goes on holding the graph
+    that it saw last."""
+    copy = model.clone()
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    return copy
 
 
 def _dynamic_axes(options: TraceOptions, stride: int) -> dict[int, Any]:
