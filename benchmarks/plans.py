@@ -24,7 +24,7 @@ from exporter.disk import write_file
 from exporter.measure.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0", "12.1")
 CALIBRATION = ("--calib-size", "16")
 NETWORKS: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,7 @@ def typed(network: str, precision: str, target: str, words: tuple[str, ...], out
     """Type one command."""
     told = ["--precision", precision, "--weights", "random:0", "-o", str(out), "--json", *words]
     told += ["--compute-capability", target] if target else []
-    told += CALIBRATION if precision == "int8" else ()
+    told += CALIBRATION if precision in ("int8", "fp8") else ()
     print("trt", *told, file=sys.stderr, flush=True)
     start = time.monotonic()
     with tempfile.TemporaryFile() as said:
@@ -83,7 +83,7 @@ def typed(network: str, precision: str, target: str, words: tuple[str, ...], out
         return msgspec.structs.replace(about, refused="".join(last).removeprefix("error: "))
     made = artifact.load(found[0])
     kernels = plan.read(made)
-    pointwise = next((f.detail for f in plan.findings(kernels, (), "") if f.metric == "pointwise"), "")
+    pointwise = next((f.detail for f in plan.findings(kernels, precision) if f.metric == "pointwise"), "")
     return msgspec.structs.replace(about, bytes=made.sidecar.bytes, kernels=len(kernels), pointwise=pointwise)
 
 

@@ -25,7 +25,7 @@ from exporter.disk import flush, lock, locked, write_error, write_file
 from exporter.errors import BadRequest, ExporterError, nearest
 from exporter.progress import note
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
 
@@ -87,8 +87,8 @@ class File(Record, frozen=True):
 
 
 class Quantization(Record, frozen=True):
-    """How an artifact came to int8: the calibration set and its digest, how ranges were chosen, and the layers that
-    were rounded, each with its multiply-accumulates for one image. `kept` are the parts that were kept back."""
+    """How an artifact came to eight bits: the calibration set and its digest, how ranges were chosen, and the layers
+    that were rounded, each with its multiply-accumulates for one image. `kept` are the parts that were kept back."""
 
     calib: str
     digest: str
@@ -97,14 +97,15 @@ class Quantization(Record, frozen=True):
     method: str
     smoothing: float
     bias_correction: str
+    scope: str
     layers: dict[str, int] = {}
     kept: tuple[str, ...] = ()
 
 
 class Sidecar(Record, frozen=True):
     """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
-    multiply-accumulates of one image of `preprocessing.size`; `target` is what it was built for, where it runs on
-    nothing else."""
+    multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` the modules whose activations fp16 cannot
+    hold; `target` is what it was built for, where it runs on nothing else."""
 
     backend: str
     precision: str
@@ -115,6 +116,7 @@ class Sidecar(Record, frozen=True):
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing
     macs: int | None = None
+    beyond_fp16: tuple[str, ...] = ()
     quantization: Quantization | None = None
     labels: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,6 +79,20 @@ def write_error(error: OSError, out: Path) -> ExporterError:
     if error.errno in NO_SPACE:
         return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
     return BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse work whose result would not fit.
+
+    Raises: Unavailable when fewer than `needed` bytes are free where the folder is, or will be.
+    """
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise Unavailable(
+            f"{folder}: about {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free; free some or choose "
+            "another folder with -o"
+        )
 
 
 def user_path(word: str) -> Path:

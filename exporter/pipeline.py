@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ from exporter.model import weights
 from exporter.model.variants import count_macs
 from exporter.model.weights import Checkpoint
 from exporter.progress import note, step
-from exporter.recipe import Recipe
+from exporter.recipe import EIGHT_BITS, Recipe
 from exporter.verifying import VerifyOptions as VerifyOptions
 from exporter.verifying import record_quality as record_quality
 from exporter.verifying import run_batch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from exporter.model.convnext import ConvNeXt, Features
 
+FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
 
 
@@ -44,17 +46,12 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     Raises: ExporterError, with nothing changed on disk.
     """
     backend = backends.get(recipe.backend)
-    if recipe.precision == "int8" and backend.placement is not None:
-        raise BadRequest("int8 needs calibration and a budget: it is built by exporter.int8")
-    if recipe.precision not in backend.precisions:
-        others = [
-            name for name in discover.names("exporter.backends") if recipe.precision in backends.get(name).precisions
-        ]
-        hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, backend.precisions)
-        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
+    check_precision(recipe)
+    if recipe.precision in EIGHT_BITS:
+        raise BadRequest(f"{recipe.precision} needs calibration and a budget: it is built by exporter.int8")
     backend.probe()
     target = target_of(recipe)
-    backend.check(recipe.precision, target)
+    backend.check(recipe.precision, batch_of(recipe), target)
     form = tuning.fastest(recipe, build) if recipe.form == "auto" else _form(recipe)
     recipe = msgspec.structs.replace(recipe, form=form)
     graph = export(recipe, out)
@@ -64,6 +61,20 @@ def build(recipe: Recipe, out: Path) -> Artifact:
     lowered = backend.lower(graph, recipe.precision, out)
     gc.collect()
     return backend.build(lowered, recipe.precision, out, target)
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Refuse a precision that the backend does not have.
+
+    Raises: BadRequest.
+    """
+    known = backends.get(recipe.backend).precisions
+    if recipe.precision not in known:
+        others = [
+            name for name in discover.names("exporter.backends") if recipe.precision in backends.get(name).precisions
+        ]
+        hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, known)
+        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
 
 
 def target_of(recipe: Recipe) -> backends.Target:
@@ -84,8 +95,12 @@ def form_in_name(recipe: Recipe) -> str:
 
 def _form(recipe: Recipe) -> str:
     """The form that was asked for, or the one that the backend runs best."""
-    batch = recipe.batch if isinstance(recipe.batch, int) else None
-    return recipe.form or backends.get(recipe.backend).form(recipe.precision, batch)
+    return recipe.form or backends.get(recipe.backend).form(recipe.precision, batch_of(recipe))
+
+
+def batch_of(recipe: Recipe) -> int | None:
+    """The batch size of a recipe, or None for any."""
+    return recipe.batch if isinstance(recipe.batch, int) else None
 
 
 def export(recipe: Recipe, out: Path) -> Artifact:
@@ -155,9 +170,9 @@ def _still_there(target: Path, sidecar: Sidecar) -> Artifact | None:
 
 
 def _made_from(sidecar: Sidecar) -> dict[str, str]:
-    """What decides what a graph is: every fact but its own shapes and the words that named its weights."""
+    """What decides what a graph is: every fact but what is seen of it, and the words that named its weights."""
     words = {key: word for key, word in sidecar.recipe.items() if key not in ("variant", "weights", "labels")}
-    return msgspec.structs.replace(sidecar, inputs=(), outputs=(), recipe=words).facts()
+    return msgspec.structs.replace(sidecar, inputs=(), outputs=(), beyond_fp16=(), recipe=words).facts()
 
 
 def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, target: Path) -> Artifact:
@@ -210,7 +225,7 @@ def graph_of(network: Network, options: TraceOptions, sidecar: Sidecar, file: Pa
     step(f"tracing to ONNX in the form {sidecar.recipe['form']}")
     graph = _traced(network, options, sidecar.preprocessing)
     inputs, outputs = files.signature(graph)
-    sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs)
+    sidecar = msgspec.structs.replace(sidecar, inputs=inputs, outputs=outputs, beyond_fp16=_beyond_fp16(network))
     candidate, reason = graph, ""
     if sidecar.recipe["simplify"]:
         step("simplifying with onnxsim")
@@ -226,6 +241,27 @@ def graph_of(network: Network, options: TraceOptions, sidecar: Sidecar, file: Pa
     if reason:
         note(f"onnxsim: {reason}; the graph stays as it was")
     return candidate, sidecar
+
+
+def _beyond_fp16(network: Network) -> tuple[str, ...]:
+    """The modules that take or give activations which come near the end of fp16's range, on the few images."""
+    import torch
+
+    found: dict[str, None] = {}
+
+    def see(name: str, module: Module, given: tuple[Any, ...], output: Any) -> None:
+        tensors = (*given, *(output if isinstance(output, tuple) else (output,)))
+        if any(float(tensor.abs().max()) > FP16_REACH for tensor in tensors if isinstance(tensor, torch.Tensor)):
+            found[name] = None
+
+    handles = [module.register_forward_hook(partial(see, name)) for name, module in network.model.named_modules()]
+    try:
+        with torch.inference_mode():
+            network.model(torch.from_numpy(network.probe))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found)
 
 
 def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessing) -> ir.Model:

@@ -10,12 +10,16 @@ from exporter.artifact import Record
 from exporter.errors import BadRequest
 from exporter.graph.trace import TraceOptions
 
+EIGHT_BITS = ("int8", "fp8")
+
 
 class Recipe(Record, frozen=True):
-    """One build. None for `variant` is what the weights are; for `imgsz` the size that was published with them; for
-    `form` what the backend runs best, and `auto` what is measured to be fastest on this machine; for `calib_size` all
-    of a manifest, else 256. What begins with `calib`, `smoothing` and `bias_correction` is for int8; `target` is what
-    the backend's builder is told, in the words of its own record."""
+    """One build.
+
+    None for `variant` is what the weights are; for `imgsz` the size that was published with them; for `form` and
+    `int8_scope` what the backend runs best, and the form `auto` what is measured to be fastest on this machine; for
+    `calib_size` all of a manifest, else 256. What begins with `calib`, `smoothing` and `bias_correction` is for int8
+    and fp8; `target` is what the backend's builder is told, in the words of its own record."""
 
     variant: str | None = None
     weights: str = "hub"
@@ -32,6 +36,7 @@ class Recipe(Record, frozen=True):
     calib: str = "synthetic"
     calib_size: int | None = None
     calib_seed: int = 0
+    int8_scope: str | None = None
     calib_method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
     smoothing: float = 0.5
     bias_correction: Literal["none", "fast", "full"] = "fast"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,10 +14,11 @@ import numpy as np
 from exporter import artifact as artifacts
 from exporter import backends, checks
 from exporter.artifact import Artifact
-from exporter.backends import Array, Outputs, Session
+from exporter.backends import Array, Layer, Outputs, Session
 from exporter.checks._blocks import block_errors
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, Unavailable
+from exporter.graph import files, precision
 from exporter.measure import machine
 from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
@@ -49,38 +54,15 @@ def verify(
     """
     checks.check_options(options)
     sidecar = artifact.sidecar
-    backend, eager = backends.get(sidecar.backend), backends.get("eager")
+    backend = backends.get(sidecar.backend)
     samples = samples or open_samples(
         options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
     )
     if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    told = backend.options(device=options.device, threads=options.threads)
-    layers = backend.layers(artifact, told)
-    runs, backend, simulated = _runnable(artifact, backend)
-    meters = checks.start_all(options, checks.Subject(artifact, layers))
-    step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
-    eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
-    held = nullcontext(reference) if reference else eager.session(artifact, eager_told)
-    with held as original, backend.session(runs, told) as candidate:
-        fixed = sidecar.inputs[0].shape[0]
-        size = fixed if isinstance(fixed, int) else BATCH
-        seen = 0
-        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
-            seen += len(batch.names)
-            both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
-            for meter in meters:
-                meter.see(checks.Seen(batch.labels, *both))
-        facts = candidate.facts
-    if not seen:
-        raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
-    findings = [finding for meter in meters for finding in meter.findings()]
-    findings += [*simulated, *_data_findings(samples.skipped, seen, options.data)]
-    if options.blocks:
-        step("comparing block by block")
-        images_seen = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
-        with eager.blocks(artifact, eager_told) as expected, backend.blocks(runs, told) as given:
-            findings += block_errors(expected, given, layers, images_seen)
+    layers = backend.layers(artifact, backend.options(device=options.device, threads=options.threads))
+    with _runnable(artifact, backend) as runs:
+        findings, facts = _findings(artifact, runs, layers, options, samples, reference)
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
@@ -90,30 +72,90 @@ def verify(
     )
 
 
-def _runnable(
-    artifact: Artifact, backend: backends.Backend[backends.Options]
-) -> tuple[Artifact, backends.Backend[backends.Options], list[Finding]]:
-    """What shows the accuracy of an artifact here: itself; or, where it cannot run, the very graph that it was built
-    from, which a report then says.
+def _findings(
+    artifact: Artifact,
+    runs: Runnable,
+    layers: list[Layer],
+    options: VerifyOptions,
+    samples: Samples,
+    reference: Session | None,
+) -> tuple[list[Finding], dict[str, str]]:
+    """What the checks found, and the facts of the session that they looked at."""
+    eager = backends.get("eager")
+    told = runs.backend.options(device=options.device, threads=options.threads)
+    eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
+    meters = checks.start_all(options, checks.Subject(artifact, layers))
+    step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
+    held = nullcontext(reference) if reference else eager.session(artifact, eager_told)
+    fixed = artifact.sidecar.inputs[0].shape[0]
+    seen = 0
+    with held as original, runs.backend.session(runs.artifact, told) as candidate:
+        size = fixed if isinstance(fixed, int) else BATCH
+        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
+            seen += len(batch.names)
+            both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
+            for meter in meters:
+                meter.see(checks.Seen(batch.labels, *both))
+        facts = candidate.facts
+    if not seen:
+        raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
+    findings = [finding for meter in meters for finding in meter.findings()]
+    findings += [*runs.simulated, *_data_findings(samples.skipped, seen, options.data)]
+    if options.blocks:
+        step("comparing block by block")
+        images_seen = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
+        with eager.blocks(artifact, eager_told) as expected, runs.backend.blocks(runs.artifact, told) as given:
+            findings += block_errors(expected, given, layers, images_seen)
+    return findings, facts
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """What shows the accuracy of an artifact here, and the finding that says so when it is not the artifact itself."""
+
+    artifact: Artifact
+    backend: backends.Backend[backends.Options]
+    simulated: tuple[Finding, ...] = ()
+
+
+@contextmanager
+def _runnable(artifact: Artifact, backend: backends.Backend[backends.Options]) -> Iterator[Runnable]:
+    """An artifact itself; or, where it cannot run, the very graph that it was built from, with every result rounded to
+    its precision.
 
     Raises: Unavailable when it cannot run and that graph is not beside it.
     """
     why = backend.unable()
     if not why:
-        return artifact, backend, []
+        yield Runnable(artifact, backend)
+        return
     beside = [path.with_suffix("") for path in sorted(artifact.path.parent.glob("*.onnx.json"))]
     parents = [path for path in beside if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents]
     if not parents:
         raise Unavailable(f"{artifact.path}: {why}, and the graph that it was built from is not beside it")
     parent = artifacts.load(parents[0])
     runtime = backends.get(parent.sidecar.backend)
-    if parent.sidecar.precision not in runtime.precisions:
+    if parent.sidecar.quantization is None and parent.sidecar.precision not in runtime.precisions:
         raise Unavailable(
             f"{artifact.path}: {why}, and {runtime.name} cannot run its graph in {parent.sidecar.precision}"
         )
-    detail = f"{parent.path.name}, which it was built from, ran on {parent.sidecar.backend}: {why}"
+    detail = f"{parent.path.name}, which it was built from, ran on {runtime.name}: {why}"
+    if parent.sidecar.precision != "fp32":
+        detail += "; every fp16 result was rounded"
     step(f"not run, but simulated: {detail}")
-    return parent, runtime, [Finding(check="data", metric="simulated", value=1, detail=detail)]
+    with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
+        path = Path(folder) / parent.path.name
+        _write_rounding(parent.path, path)
+        finding = Finding(check="data", metric="simulated", value=1, detail=detail)
+        yield Runnable(Artifact(path, parent.sidecar), runtime, (finding,))
+
+
+def _write_rounding(graph: Path, path: Path) -> None:
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    precision.round_results(model)
+    files.save(model, path, {})
 
 
 def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:

@@ -151,7 +151,7 @@ def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision
     from exporter.recipe import Recipe
 
     recipe = Recipe(weights=str(source), backend=backend, precision=precision, **told)
-    return build_int8(recipe, out) if precision == "int8" else pipeline.build(recipe, out)
+    return build_int8(recipe, out) if precision in ("int8", "fp8") else pipeline.build(recipe, out)
 
 
 def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):

@@ -6,9 +6,9 @@ A check sees only `Session`; backends never see each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
@@ -25,6 +25,8 @@ from exporter.report import Finding
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
 
+NARROW = frozenset({"int8", "uint8", "fp8"})
+"""Precisions of eight bits, as layers tell them."""
 PEAK_SIDE = 1024
 PEAK_MACS = PEAK_SIDE**3
 
@@ -140,9 +142,10 @@ class Backend(Generic[Opt]):
     blocks: opens an artifact so that every block's output can be seen.
     peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
     form: (precision, batch size or None for any) to the form that it runs best.
-    placement: where it wants Q and DQ, if it runs int8.
+    placements: where it wants Q and DQ, if it runs eight bits, by the scope of what is rounded, its own choice first.
     above_int8: the next higher precision that this machine's CPU computes in, which int8 has to be faster than.
-    check: (precision, target): raises BadRequest for what cannot be built, Unavailable for what is not installed.
+    check: (precision, batch size or None for any, target): raises BadRequest for what cannot be built, Unavailable for
+        what is not installed.
     unable: why nothing that it builds can run on this machine, or "".
     findings: what is known of an artifact without running it, beside that of the next higher precision if there is one.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
@@ -159,10 +162,10 @@ class Backend(Generic[Opt]):
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
     peak: Callable[[Artifact, Opt], AbstractContextManager[Product]]
     form: Callable[[str, int | None], str]
-    placement: Placement | None = None
+    placements: Mapping[str, Placement] = field(default_factory=dict)
     above_int8: Callable[[], str] = lambda: "fp32"
     target: type[Target] = Target
-    check: Callable[[str, Target], None] = lambda precision, target: None
+    check: Callable[[str, int | None, Target], None] = lambda precision, batch, target: None
     unable: Callable[[], str] = lambda: ""
     findings: Callable[[Artifact, Artifact | None], list[Finding]] = lambda artifact, rival: []
     opens_onnx: bool = False

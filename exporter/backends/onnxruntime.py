@@ -44,7 +44,9 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _INT8 = {"QGemm", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
-_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8"}
+_PRECISIONS = {
+    "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8", "FLOAT8E4M3FN": "fp8",
+}  # fmt: skip
 
 
 def probe() -> str:
@@ -164,9 +166,9 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return precision.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
-def check(wanted: str, target: Target) -> None:
+def check(wanted: str, batch: int | None, target: Target) -> None:
     """Say so where int8 products lose accuracy to the CPU itself."""
-    del target
+    del batch, target
     isa = cpu()[1]
     if wanted == "int8" and "avx2" in isa and not any("vnni" in one for one in isa):
         note("this CPU has no VNNI: ONNX Runtime's int8 saturates here; judge it on a machine like the one that serves")
@@ -283,6 +285,6 @@ BACKEND = Backend(
     peak=peak,
     form=form,
     check=check,
-    placement=PLACEMENT,
+    placements={"linear": PLACEMENT},
     opens_onnx=True,
 )

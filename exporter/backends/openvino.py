@@ -293,7 +293,7 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
-    placement=PLACEMENT,
+    placements={"linear+conv": PLACEMENT},
     above_int8=above_int8,
     opens_onnx=True,
 )

@@ -9,7 +9,7 @@ from exporter.checks import Check, Options, Seen, Subject, share
 from exporter.measure.stats import paired_drop
 from exporter.report import Finding, judged
 
-MAX_DROP_POINTS = {"fp32": 0.1, "fp16": 0.2, "bf16": 0.5, "int8": 0.5}
+MAX_DROP_POINTS = {"fp32": 0.1, "fp16": 0.2, "bf16": 0.5, "int8": 0.5, "fp8": 0.5}
 
 
 class Accuracy:

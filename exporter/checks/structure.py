@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exporter.backends import NARROW
 from exporter.checks import Check, Options, Seen, Subject
 from exporter.errors import some
 from exporter.report import Finding
@@ -18,7 +19,7 @@ class Structure:
         """Take no notice of images."""
 
     def findings(self) -> list[Finding]:
-        """Nodes and bytes; of int8 the share of multiply-accumulates that really are computed in it."""
+        """Nodes and bytes; of int8 and fp8 the share of multiply-accumulates that really are computed in it."""
         sidecar = self.subject.artifact.sidecar
         files = ", ".join(file.name for file in sidecar.files)
         return [
@@ -31,12 +32,14 @@ class Structure:
         sidecar = self.subject.artifact.sidecar
         if sidecar.quantization is None or not sidecar.macs:
             return []
-        in_int8 = {layer.module for layer in self.subject.layers if layer.precision in ("int8", "uint8")}
+        narrow = {layer.module for layer in self.subject.layers if layer.precision in NARROW}
         macs = sidecar.quantization.layers
-        not_so = [module for module in macs if module not in in_int8]
-        value = 100 * sum(count for module, count in macs.items() if module in in_int8) / sidecar.macs
-        detail = f"{len(macs) - len(not_so)} of {len(macs)} rounded layers are computed in int8"
-        if not_so:
+        not_so = [module for module in macs if module not in narrow]
+        value = 100 * sum(count for module, count in macs.items() if module in narrow) / sidecar.macs
+        detail = f"{len(macs) - len(not_so)} of {len(macs)} rounded layers are computed in {sidecar.precision}"
+        if sidecar.quantization.scope == "weights":
+            detail = f"only the weights of {len(macs)} layers are in {sidecar.precision}"
+        elif not_so:
             detail += f"; not {some(not_so)}"
         return [Finding(check="structure", metric="quantized_macs_pct", value=value, unit="%", detail=detail)]
 

@@ -68,8 +68,17 @@ QUANTIZING = (
 )  # fmt: skip
 
 
+EIGHT_BIT = (
+    click.option("--fp8", is_flag=True, help="8 bits with an exponent (E4M3), for GPUs of 8.9 and above."),
+    click.option("--int8-scope", type=click.Choice(["linear", "linear+conv", "all", "weights"]),
+                 help="int8: what is rounded: pointwise layers, downsampling too, all, or weights alone.  "
+                 "[default: linear]"),
+)  # fmt: skip
+
+
 CALIBRATING = (
-    "calib", "calib_size", "calib_seed", "calib_method", "smoothing", "bias_correction", "max_drop", "data",
+    "int8_scope", "calib", "calib_size", "calib_seed", "calib_method", "smoothing", "bias_correction", "max_drop",
+    "data",
 )  # fmt: skip
 
 
@@ -126,6 +135,8 @@ PLANNING = (
                  help="tensorrt-rtx: GPUs to build for, like 8.9; may be given again.  [default: 8.0 and above]"),
     click.option("--workspace", metavar="GIB", type=float, help="Memory that kernels may use between them."),
     click.option("--opt-level", metavar="N", type=int, help="0 builds fastest, 5 runs fastest.  [default: 3]"),
+    click.option("--timing-cache", metavar="FILE",
+                 help="tensorrt: what kernels took in earlier builds, read and written; the next build is faster."),
     click.option("--tf32", is_flag=True, help="Let fp32 products round to 10 bits of mantissa."),
     click.option("--version-compatible", is_flag=True, help="tensorrt: runs on later versions of TensorRT too."),
     click.option("--hardware-compat", type=click.Choice(["none", "ampere+", "same"]), default="none",
@@ -136,7 +147,7 @@ PLANNING = (
 
 def planning(command: Callable[..., None]) -> Callable[..., None]:
     """The options of what a plan is built for."""
-    for option in reversed(PLANNING):
+    for option in reversed((*EIGHT_BIT, *PLANNING)):
         command = option(command)
     return command
 
@@ -147,7 +158,7 @@ def planning(command: Callable[..., None]) -> Callable[..., None]:
 @quantizing
 @planning
 @shared
-def trt_command(fp16: bool, bf16: bool, int8: bool, **words: Any) -> None:
+def trt_command(fp16: bool, bf16: bool, int8: bool, fp8: bool, **words: Any) -> None:
     """Build a TensorRT plan, and say which kernels it is made of; with TensorRT-RTX on a machine without a GPU too.
 
     \b
@@ -157,7 +168,7 @@ def trt_command(fp16: bool, bf16: bool, int8: bool, **words: Any) -> None:
       convnext-export trt --flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0
     """
     words["target"] = _target(words)
-    _build("tensorrt", {"fp16": fp16, "bf16": bf16, "int8": int8}, words)
+    _build("tensorrt", {"fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}, words)
 
 
 def _target(words: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +189,8 @@ def _target(words: dict[str, Any]) -> dict[str, Any]:
         least = 1 if least is None else least
         best = least if best is None else best
         profiles.append([least, best, max(16, best) if most is None else most])
-    own = ("flavor", "compute_capability", "workspace", "opt_level", "tf32", "version_compatible", "hardware_compat",
-           "strip_weights")  # fmt: skip
+    own = ("flavor", "compute_capability", "workspace", "opt_level", "timing_cache", "tf32", "version_compatible",
+           "hardware_compat", "strip_weights")  # fmt: skip
     return {"profiles": profiles, **{word: words.pop(word) for word in own}}
 
 
@@ -189,7 +200,7 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     from exporter import backends, pipeline
     from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
     from exporter.errors import BadRequest
-    from exporter.recipe import Recipe, size_or_dynamic
+    from exporter.recipe import EIGHT_BITS, Recipe, size_or_dynamic
 
     empty = [word for word, value in words.items() if value == ""]
     if empty:
@@ -199,7 +210,7 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     for axis in ("imgsz", "batch"):
         words[axis] = size_or_dynamic(f"--{axis}", words[axis])
     told = {word: words.pop(word) for word in ("max_drop", "data")}
-    if words["precision"] == "int8":
+    if words["precision"] in EIGHT_BITS:
         _build_int8(Recipe(backend=backend, **words), told, out, as_json)
         return
     _refuse_calibration()

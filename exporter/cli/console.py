@@ -35,6 +35,7 @@ class Drawn:
 
     def __init__(self) -> None:
         self.console = console(stderr=True)
+        self.noted: set[str] = set()
 
     def step(self, text: str) -> None:
         """A new step of the work begins."""
@@ -42,7 +43,9 @@ class Drawn:
 
     def note(self, text: str) -> None:
         """Something worth reading that is not an error."""
-        self.console.print(f"[yellow]note:[/] {plain(text)}")
+        if text not in self.noted:  # one that is true of every try is read once
+            self.noted.add(text)
+            self.console.print(f"[yellow]note:[/] {plain(text)}")
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
         """Yield the items, drawing a bar; each moves it by its count.
@@ -127,7 +130,7 @@ def print_rows(table: Table) -> None:
 def value(finding: Finding) -> str:
     """A finding's value in its unit."""
     if finding.value is None:
-        return "not a number"
+        return "–" if finding.limit is None else "not a number"
     if finding.metric.endswith("bytes") and finding.unit != "%":
         return size(int(finding.value))
     text = f"{finding.value:.6g}" if finding.metric != "cosine" else f"{finding.value:.7f}"

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact, Quantization
-    from exporter.backends import Layer
+    from exporter.backends import Backend, Layer, Options
     from exporter.model.variants import Variant
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
@@ -81,19 +81,26 @@ def doctor_command(as_json: bool) -> None:
 
 @click.command("inspect", short_help="What an artifact is: inputs, outputs, precision layer by layer, origin.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only a line per stage.")
+@click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only a line per block.")
+@click.option("--picture", metavar="FILE.svg", type=click.Path(path_type=Path),
+              help="Draw the network too, a cell for each layer, coloured by its precision.")  # fmt: skip
 @JSON
-def inspect_command(artifact: Path, all_layers: bool, as_json: bool) -> None:
-    """Print what an artifact is: inputs, outputs, precision layer by layer, preprocessing, labels, parents.
+def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_json: bool) -> None:
+    """Print what an artifact is: inputs, outputs, precision layer by layer, preprocessing, labels, parents; of a
+    TensorRT plan, what was fused and which kernels crept in.
 
     \b
-    Example:
+    Examples:
       convnext-export inspect build/tiny_fp16.xml
+      convnext-export inspect build/tiny_int8.plan --picture plan.svg
     """
     from exporter import artifact as artifacts
     from exporter import backends
-    from exporter.cli.console import print_json
+    from exporter.cli.console import print_findings, print_json
     from exporter.errors import Unavailable
+
+    if picture:
+        artifacts.check_output(picture)
 
     opened = artifacts.load(artifact)
     backend = backends.get(opened.sidecar.backend)
@@ -103,13 +110,46 @@ def inspect_command(artifact: Path, all_layers: bool, as_json: bool) -> None:
         layers = backend.layers(opened, backend.options())
     except Unavailable as error:
         reason = str(error)
+    findings = backend.findings(opened, _beside(opened, backend))
     if as_json:
-        print_json({"artifact": opened.to_dict(), "layers": layers})
+        print_json({"artifact": opened.to_dict(), "layers": layers, "findings": findings})
     else:
         _print_facts(opened)
+        if findings:
+            print_findings(findings)
         _print_layers(layers, all_layers)
+    if picture and layers:
+        _draw(layers, picture)
     if reason:
         click.echo(f"note: its layers cannot be told here: {reason}", err=True)
+
+
+def _beside(artifact: Artifact, backend: Backend[Options]) -> Artifact | None:
+    """The same network in fp16 from the same backend, if it lies beside: what eight bits are held against."""
+    from exporter import artifact as artifacts
+    from exporter.errors import BadRequest
+
+    ours = artifact.sidecar
+    if ours.quantization is None:
+        return None
+    path = artifact.path.with_name(artifact.path.name.replace(f"_{ours.precision}.", f"_{backend.above_int8()}."))
+    try:
+        found = artifacts.load(path)
+    except BadRequest:
+        return None
+    return found if found.sidecar.weights.digest == ours.weights.digest else None
+
+
+def _draw(layers: list[Layer], picture: Path) -> None:
+    from exporter.disk import write_file
+    from exporter.report import _charts
+
+    columns: dict[str, list[tuple[str, str]]] = {}
+    for layer in layers:
+        columns.setdefault(_block(layer.module), []).append((layer.operator, layer.precision))
+    svg = _charts.network(columns)
+    write_file(picture, svg.replace("<svg ", '<svg style="color:black;background:white" ', 1).encode())
+    click.echo(f"the picture is {picture}", err=True)
 
 
 _INPUTS = {
@@ -151,7 +191,7 @@ def _quantization(told: Quantization | None) -> list[tuple[str, str]]:
     if told is None:
         return []
     what = f"{told.images} images of {told.calib}" + (" (made from seeds, no photographs)" if told.synthetic else "")
-    how = f"{told.method}, smoothing {told.smoothing:g}, bias correction {told.bias_correction}"
+    how = f"{told.scope}, {told.method}, smoothing {told.smoothing:g}, bias correction {told.bias_correction}"
     kept = ", ".join(told.kept) or "nothing"
     return [
         ("calibrated on", f"{what} (digest {told.digest})"),

@@ -8,6 +8,7 @@ are.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ class _Halving:
 
     graph: ir.Graph
     half: ir.DataType
+    beyond: frozenset[ir.Node] = frozenset()
     cast: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifac
     import onnx_ir as ir
 
     model = ir.load(artifact.path)
-    tell(to_half(model, wanted))
+    tell(to_half(model, wanted, artifact.sidecar.beyond_fp16))
     recipe = {**artifact.sidecar.recipe, "precision": wanted}
     sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
     target = out / file_name(sidecar, ".onnx", form)
@@ -61,20 +63,28 @@ def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifac
 
 
 def tell(kept: list[str]) -> None:
-    """Say which weights stay in fp32, if any do."""
+    """Say what stays in fp32, if anything does."""
     if kept:
-        note(f"{len(kept)} weights do not fit fp16 (above 65,504, or lost below 6e-8) and stay in fp32: {some(kept)}")
+        note(f"{len(kept)} weights or modules do not fit fp16 (65,504; lost below 6e-8) and stay in fp32: {some(kept)}")
 
 
-def to_half(model: ir.Model, wanted: str = "fp16") -> list[str]:
+def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ()) -> list[str]:
     """Lower a graph from fp32 to fp16 or bf16, in place; Q and DQ in it go on giving and taking what they do.
 
-    Returns: the weights that do not fit fp16 and stay in fp32 with the nodes that use them: those beyond ±65,504, and
-        those so small that more than `MAX_FP16_ERROR` of them would be lost.
+    Args:
+        model: in fp32.
+        wanted: fp16 or bf16.
+        beyond: modules whose activations fp16 cannot hold, which stay in fp32 there.
+
+    Returns: what does not fit fp16 and stays in fp32 with the nodes that use it: these modules, weights beyond ±65,504,
+        and those so small that more than `MAX_FP16_ERROR` of them would be lost.
     """
     import onnx_ir as ir
 
     work = _Halving(model.graph, ir.DataType[HALVES[wanted]])
+    if wanted == "fp16":
+        work.beyond = frozenset(node for node in model.graph if _touches(node, beyond))
+        work.kept += sorted(beyond)
     outputs = list(model.graph.outputs)
     for node in list(model.graph):
         target = ir.DataType.FLOAT if _stays(node, work) else work.half
@@ -92,10 +102,37 @@ def to_half(model: ir.Model, wanted: str = "fp16") -> list[str]:
     return work.kept
 
 
+def round_results(model: ir.Model) -> None:
+    """Make a runtime that computes fp16 in fp32, as ONNX Runtime does on CPUs, round every result to fp16 all the same:
+    it drops casts between two operators, but keeps a Max of one value, which does nothing, in fp16. In place."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        value = node.outputs[0]
+        if value.dtype != ir.DataType.FLOAT16 or node.op_type == "Cast":
+            continue
+        uses = list(value.uses())
+        rounded = ir.node("Max", [value], name=f"{node.name}/Max_rounded")
+        rounded.metadata_props["module"] = node.metadata_props.get("module", "")
+        output = rounded.outputs[0]
+        output.name, output.dtype, output.shape = f"{value.name}_rounded", value.dtype, value.shape
+        for use in uses:
+            use.node.replace_input_with(use.idx, output)
+        model.graph.insert_after(node, rounded)
+
+
 def _is_float(value: ir.Value) -> bool:
     import onnx_ir as ir
 
     return value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _touches(node: ir.Node, modules: Collection[str]) -> bool:
+    """Whether a node is of these modules, or stands next to one: functions between modules are of no module."""
+    givers = (value.producer() for value in node.inputs if value is not None)
+    takers = (use.node for value in node.outputs for use in value.uses())
+    near = (one.metadata_props.get("module", "") for one in (node, *givers, *takers) if one is not None)
+    return any(module in modules for module in near)
 
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
@@ -105,6 +142,8 @@ def _stays(node: ir.Node, work: _Halving) -> bool:
         return True
     in_norm = last.startswith("norm") or _is_norm_of_downsampling(module)
     if in_norm and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
+        return True
+    if node in work.beyond:
         return True
     misfits = [v.name or "" for v in node.inputs if v is not None and not _fits(v, work.half.name)]
     work.kept += [name for name in misfits if name not in work.kept]

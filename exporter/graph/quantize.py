@@ -1,4 +1,4 @@
-"""INT8 in the graph: Q and DQ around the layers that a backend's placement names, and what must hold of the result."""
+"""Eight bits in the graph: Q and DQ around the layers that a placement names, and what must hold of the result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from exporter.errors import CheckFailed, some
 from exporter.graph import files
-from exporter.graph.rounding import Plan, Rounding, part, round_weights
+from exporter.graph.rounding import Grid, Plan, Rounding, element, part, round_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PRODUCTS = ("Conv", "MatMul")
+PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Placement:
     forms: in which a network must be written, the best first.
     symmetric: activations around zero as int8, else uint8 with a zero point.
     rest: the precision of what is not rounded.
+    inputs: whether the inputs of these layers are rounded, or their weights alone.
     """
 
     kinds: frozenset[str]
     forms: tuple[str, ...]
     symmetric: bool = False
     rest: str = "fp32"
+    inputs: bool = True
 
 
 def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:
@@ -74,23 +76,33 @@ class _Rounded:
 
     def put(self) -> None:
         """Q and DQ on the input, and DQ on the weights."""
-        rounding = self.rounding
-        dtype = np.int8 if rounding.symmetric else np.uint8
-        scale = self._constant("input_scale", np.asarray(rounding.scale, np.float32))
-        zero = self._constant("input_zero_point", np.asarray(rounding.zero_point, dtype))
-        axis = 0 if self.node.op_type == "Conv" else 1  # of the output channels
-        source, weight = self.node.inputs[0], self.node.inputs[1]
-        assert source is not None
+        if self.rounding.inputs:
+            self._put_on_input()
+        weight = self.node.inputs[1]
         assert weight is not None
         assert weight.const_value is not None
-        whole, scales = round_weights(weight.const_value.numpy(), axis)
-        q = self._node("QuantizeLinear", [source, scale, zero], "input_int8", source.shape, dtype)
-        dq = self._node("DequantizeLinear", [q, scale, zero], "input_dequantized", source.shape)
-        weights = [self._constant("weight_int8", whole), self._constant("weight_scale", scales)]
-        weights.append(self._constant("weight_zero_point", np.zeros(len(scales), np.int8)))
+        axis, grid = self._output_axis(), self.rounding.grid
+        whole, scales = round_weights(weight.const_value.numpy(), axis, grid)
+        weights = [self._constant(f"weight_{grid}", whole), self._constant("weight_scale", scales)]
+        weights.append(self._constant("weight_zero_point", np.zeros(len(scales), element(grid))))
         rounded = self._node("DequantizeLinear", weights, "weight_dequantized", weight.shape, axis=axis)
-        self.node.replace_input_with(0, dq)
         self.node.replace_input_with(1, rounded)
+
+    def _put_on_input(self) -> None:
+        rounding, source = self.rounding, self.node.inputs[0]
+        assert source is not None
+        dtype = element(rounding.grid, rounding.symmetric)
+        scale = self._constant("input_scale", np.asarray(rounding.scale, np.float32))
+        zero = self._constant("input_zero_point", np.asarray(rounding.zero_point, dtype))
+        q = self._node("QuantizeLinear", [source, scale, zero], f"input_{rounding.grid}", source.shape, dtype)
+        self.node.replace_input_with(
+            0, self._node("DequantizeLinear", [q, scale, zero], "input_dequantized", source.shape)
+        )
+
+    def _output_axis(self) -> int:
+        """The axis of the weights that the output channels are on."""
+        transposed = self.node.op_type == "Gemm" and self.node.attributes.get_int("transB", False)
+        return 0 if self.node.op_type == "Conv" or transposed else 1
 
     def shift_bias(self) -> None:
         """The bias with what is added to it, in fp32.
@@ -132,23 +144,23 @@ class _Rounded:
 
 
 def _bias_of(node: ir.Node) -> tuple[ir.Node, int]:
-    """The node and input that are a layer's bias: a convolution's third, or the Add behind a matrix product."""
-    if node.op_type == "Conv":
+    """The node and input that are a layer's bias: the third of a convolution or Gemm, or the Add behind a product."""
+    if node.op_type in ("Conv", "Gemm"):
         return node, 2
     (use,) = node.outputs[0].uses()
     assert use.node.op_type == "Add"
     return use.node, 1 - use.idx
 
 
-def faults(model: ir.Model, placement: Placement) -> list[str]:
+def faults(model: ir.Model, placement: Placement, grid: Grid = "int8") -> list[str]:
     """What is wrong with a quantised graph, in words; an empty list when nothing is.
 
     Every Q must feed a DQ and every DQ a node, scales be finite and positive, and types those of the placement.
     """
-    return [said for node in model.graph for said in _faults(node, placement)]
+    return [said for node in model.graph for said in _faults(node, placement, grid)]
 
 
-def _faults(node: ir.Node, placement: Placement) -> Iterator[str]:
+def _faults(node: ir.Node, placement: Placement, grid: Grid) -> Iterator[str]:
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
         return
     users = [use.node.op_type for use in node.outputs[0].uses()]
@@ -161,9 +173,9 @@ def _faults(node: ir.Node, placement: Placement) -> Iterator[str]:
         yield f"{node.name} has no scale that is finite and positive"
     if node.op_type == "QuantizeLinear":
         zero = _number(node, 2)
-        expected = np.int8 if placement.symmetric else np.uint8
+        expected = element(grid, placement.symmetric)
         if zero is None or zero.dtype != expected or (placement.symmetric and zero.any()):
-            yield f"{node.name} does not round to {np.dtype(expected).name}, which this target wants"
+            yield f"{node.name} does not round to {expected.name}, which this target wants"
 
 
 def _number(node: ir.Node, index: int) -> NDArray[Any] | None:

@@ -1,4 +1,4 @@
-"""INT8, from a recipe to an artifact and a report that says what it costs, what it gains and why it is as it is."""
+"""INT8 and FP8, from a recipe to an artifact and a report that says what it costs, what it gains, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.int8 import gain
 from exporter.int8.budget import Budget as Budget
 from exporter.int8.budget import Choice, Judge, Search, judging, search
-from exporter.int8.work import Work, prepare
+from exporter.int8.work import Work, placement_of, prepare
 from exporter.progress import step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
@@ -26,10 +26,10 @@ DEFAULT = Budget()
 def build(
     recipe: Recipe, out: Path, budget: Budget = DEFAULT, opener: Opener = worker.open_arm
 ) -> tuple[Artifact, Report]:
-    """Build the int8 artifact that holds the budget with the fewest parts kept back.
+    """Build the int8 or fp8 artifact that holds the budget with the fewest parts kept back.
 
     Args:
-        recipe: what to build; its precision is int8.
+        recipe: what to build; its precision is int8 or fp8.
         out: the folder to write to.
         budget: what it may lose, and on which images.
         opener: opens a model, in the timing process.
@@ -62,16 +62,20 @@ def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]
 
     Raises: BadRequest.
     """
+    pipeline.check_precision(recipe)
     backend = backends.get(recipe.backend)
-    if backend.placement is None:
-        raise BadRequest(f"{recipe.backend} runs no int8 here")
+    placement_of(recipe)
+    if recipe.precision == "fp8" and recipe.calib_method not in ("minmax", "percentile"):
+        raise BadRequest(
+            f"--calib-method {recipe.calib_method}: it is for int8's equal steps; fp8 takes minmax or percentile"
+        )
     if budget.max_drop is not None and not 0 <= budget.max_drop <= 100:
         raise BadRequest(f"--max-drop {budget.max_drop:g}: expected percentage points from 0 to 100")
     budget.on(budget.data or recipe.calib, recipe.weights)
     if not 0 <= recipe.smoothing <= 1:
         raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
     backend.probe()
-    backend.check("int8", pipeline.target_of(recipe))
+    backend.check(recipe.precision, pipeline.batch_of(recipe), pipeline.target_of(recipe))
     return backend
 
 
@@ -90,6 +94,7 @@ def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -
 
     What can be measured on may not do for calibrating (duplicates, a manifest without digests): then it is not known.
     """
+    about = work.recipe.precision
     step("calibrating on real images too, to see what synthetic ones cost")
     recipe = msgspec.structs.replace(work.recipe, calib=str(budget.data), calib_size=None)
     try:
@@ -97,9 +102,9 @@ def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -
             real = prepare(recipe, Path(folder), Path(folder))
             other = judge(real, best.kept)
     except ExporterError as error:
-        return [Finding(check="int8", metric="synthetic_cost", value=None, detail=f"not known: {first_line(error)}")]
+        return [Finding(check=about, metric="synthetic_cost", value=None, detail=f"not known: {first_line(error)}")]
     detail = f"{best.loss:.2f} points lost, {other.loss:.2f} when calibrated on {real.images.total} of {budget.data}"
-    return [Finding(check="int8", metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
+    return [Finding(check=about, metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
 
 
 def _calibration(work: Work) -> list[Finding]:
@@ -109,7 +114,7 @@ def _calibration(work: Work) -> list[Finding]:
     recipe = work.recipe
     how = f"{recipe.calib_method}, smoothing {recipe.smoothing:g}, bias correction {recipe.bias_correction}"
     detail = f"{what}{few}; {how}"
-    return [Finding(check="int8", metric="calibration", value=images.total, unit="images", detail=detail)]
+    return [Finding(check=recipe.precision, metric="calibration", value=images.total, unit="images", detail=detail)]
 
 
 def _report(made: Artifact, found: Search, first: list[Finding]) -> Report:

@@ -1,4 +1,4 @@
-"""The budget: how much int8 may lose, and which parts go back to higher precision until it loses no more."""
+"""The budget: how much eight bits may lose, and which parts go back to higher precision until it loses no more."""
 
 from __future__ import annotations
 
@@ -158,6 +158,11 @@ class Search:
         return None if agreement is None or agreement.limit is None else 100 - agreement.limit
 
     @property
+    def precision(self) -> str:
+        """int8 or fp8."""
+        return self.best.artifact.sidecar.precision
+
+    @property
     def best(self) -> Choice:
         """The choice to be built."""
         return self.tried[-1]
@@ -172,7 +177,7 @@ def search(work: Work, judge: Judge, harms: Callable[[], dict[str, float]]) -> S
     first = judge(work, ())
     if first.holds:
         return Search((first,), {})
-    note(f"int8 throughout does not hold: {_why(first)}")
+    note(f"eight bits throughout do not hold: {_why(first)}")
     found = harms()
     order = list(found)
     tried = {0: first}

@@ -1,4 +1,4 @@
-"""Does int8 pay? It is timed in turn with the next higher precision, and says so when it does not."""
+"""Do eight bits pay? It is timed in turn with the next higher precision, and says so when it does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from exporter import pipeline
 from exporter.artifact import Artifact
-from exporter.backends import Layer
+from exporter.backends import NARROW, Layer
 from exporter.bench import Opener, Timing, flat, latency
 from exporter.errors import ExporterError, first_line, some
 from exporter.int8.budget import Choice, Search
@@ -66,7 +66,7 @@ def rival(work: Work, folder: Path) -> Artifact | None:
     try:
         return pipeline.build(recipe, folder / "above")
     except ExporterError as error:
-        note(f"{recipe.precision}, to hold int8 against, cannot be built: {first_line(error)}")
+        note(f"{recipe.precision}, to hold {work.recipe.precision} against, cannot be built: {first_line(error)}")
         return None
 
 
@@ -88,9 +88,10 @@ def time(work: Work, search: Search, rival: Artifact | None, folder: Path, opene
 
 def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> list[Finding]:
     """The gain over the next higher precision first, then the speed-up over eager, then what each part costs."""
+    about = search.precision
     if isinstance(timed, str):
         return [
-            Finding(check="int8", metric="gain", value=None, detail=f"not timed: {timed}"),
+            Finding(check=about, metric="gain", value=None, detail=f"not timed: {timed}"),
             *sensitivities(search),
         ]
     best = search.best
@@ -99,13 +100,13 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
     detail = f"{times}, batch {timed.batch}"
     if low <= 1:
         verdict = "DOES NOT PAY" if value <= 1 else "is not shown to pay"
-        detail = f"int8 {verdict} here: {detail}; {_blame(best, layers)}"
+        detail = f"{about} {verdict} here: {detail}; {_blame(best, layers)}"
     gain = Finding(
-        check="int8", metric="gain", value=value, unit="×", low=low, high=high, detail=detail, case=timed.above
+        check=about, metric="gain", value=value, unit="×", low=low, high=high, detail=detail, case=timed.above
     )
     over_eager = timed.ratio(best.artifact, latency.EAGER)
     speedup = Finding(
-        check="int8", metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
+        check=about, metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
         detail="over eager PyTorch, the same run",
     )  # fmt: skip
     return [gain, speedup, *_tried(timed, search), *_kept(timed, search), *sensitivities(search)]
@@ -114,7 +115,7 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
 def sensitivities(search: Search) -> list[Finding]:
     """The harm of every part, where it was measured."""
     return [
-        Finding(check="int8", metric="sensitivity", value=harm, case=part, detail="of the outputs' variance")
+        Finding(check=search.precision, metric="sensitivity", value=harm, case=part, detail="of the outputs' variance")
         for part, harm in search.harms.items()
     ]
 
@@ -123,16 +124,17 @@ def _blame(best: Choice, layers: Sequence[Layer]) -> str:
     """The layers that keep int8 from winning: rounded ones that are not computed in it, or what is not rounded."""
     told = best.artifact.sidecar.quantization
     assert told is not None
-    whole = {layer.module for layer in layers if layer.precision in ("int8", "uint8")}
+    told_in = best.artifact.sidecar.precision
+    whole = {layer.module for layer in layers if layer.precision in NARROW}
     slow = [name for name in told.layers if name not in whole]
     if slow:
-        return f"not computed in int8: {some(slow)}"
+        return f"not computed in {told_in}: {some(slow)}"
     if best.kept:
         return f"kept back: {some(best.kept)}"
     share = 100 * sum(told.layers.values()) / (best.artifact.sidecar.macs or 1)
     return (
-        f"all {len(told.layers)} rounded layers are computed in int8 ({share:.0f} % of the multiply-accumulates), and "
-        "the time goes to what is between them: norms, GELU, depthwise convolutions and the rounding itself"
+        f"all {len(told.layers)} rounded layers are computed in {told_in} ({share:.0f} % of the multiply-accumulates), "
+        "and the time goes to what is between them: norms, GELU, depthwise convolutions and the rounding itself"
     )
 
 
@@ -142,13 +144,15 @@ def _tried(timed: Timed, search: Search) -> list[Finding]:
         return []
     found = []
     if search.limit is not None:
-        found.append(Finding(check="int8", metric="budget", value=search.limit, unit="points"))
+        found.append(Finding(check=search.precision, metric="budget", value=search.limit, unit="points"))
     for choice in sorted(search.tried, key=lambda choice: len(choice.kept)):
         case = f"{len(choice.kept)} kept back"
-        found.append(Finding(check="int8", metric="tried_loss", value=choice.loss, unit="points", case=case))
+        found.append(Finding(check=search.precision, metric="tried_loss", value=choice.loss, unit="points", case=case))
         if not timed.fell(choice.artifact):
             found.append(
-                Finding(check="int8", metric="tried_ms", value=timed.ms(choice.artifact), unit="ms", case=case)
+                Finding(
+                    check=search.precision, metric="tried_ms", value=timed.ms(choice.artifact), unit="ms", case=case
+                )
             )
     return found
 
@@ -163,5 +167,7 @@ def _kept(timed: Timed, search: Search) -> list[Finding]:
         if alone is not None and first is not None and not timed.fell(alone) and not timed.fell(first.artifact):
             ratio = timed.ratio(alone, first.artifact)[0]
             cost = f"{-100 * log(ratio):+.1f} % latency"
-        found.append(Finding(check="int8", metric="kept_back", value=search.harms[part], case=part, detail=cost))
+        found.append(
+            Finding(check=search.precision, metric="kept_back", value=search.harms[part], case=part, detail=cost)
+        )
     return found

@@ -1,4 +1,4 @@
-"""A network made ready for int8 once, and artifacts of it with any parts kept back."""
+"""A network made ready for eight bits once, and artifacts of it with any parts kept back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from exporter.data.calibration import CalibrationSet, open_calibration
 from exporter.errors import BadRequest, CheckFailed, some
 from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, faults, quantize
-from exporter.graph.rounding import Plan, part
+from exporter.graph.rounding import Grid, Plan, part
 from exporter.quantization import QuantizeOptions
 from exporter.recipe import Recipe
 
@@ -47,16 +47,16 @@ class Work:
         Raises: CheckFailed when the graph has faults, with nothing written.
         """
         model = quantize(self.graph, self.plan, self.placement, kept)
-        if found := faults(model, self.placement):
+        if found := faults(model, self.placement, _grid(self.recipe)):
             raise CheckFailed(f"the quantised graph is at fault: {some(found)}; nothing was written")
         if self.placement.rest != "fp32":
-            precision.tell(precision.to_half(model, self.placement.rest))
+            precision.tell(precision.to_half(model, self.placement.rest, self.sidecar.beyond_fp16))
         sidecar = self._sidecar(kept)
         target = out / artifacts.file_name(sidecar, ".onnx", pipeline.form_in_name(self.recipe))
         with artifacts.staging(target) as folder:
             files.save(model, folder / target.name, sidecar.facts())
             artifacts.seal(folder, target.name, sidecar)
-        return self.backend.build(artifacts.load(target), "int8", out, pipeline.target_of(self.recipe))
+        return self.backend.build(artifacts.load(target), self.recipe.precision, out, pipeline.target_of(self.recipe))
 
     def _sidecar(self, kept: Collection[str]) -> Sidecar:
         layers = {
@@ -70,6 +70,7 @@ class Work:
             method=self.recipe.calib_method,
             smoothing=self.recipe.smoothing,
             bias_correction=self.recipe.bias_correction,
+            scope=scope_of(self.recipe),
             layers=layers,
             kept=tuple(kept),
         )
@@ -80,15 +81,14 @@ def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
     """Read weights, calibrate, fold scales, trace, and hold the graph against eager; nothing is written to `out`.
 
     Args:
-        recipe: of precision int8.
+        recipe: of precision int8 or fp8.
         out: where artifacts will go, for the weights' path in their sidecars.
         folder: for the traced graph.
 
     Raises: ExporterError as `pipeline.export` does; BadRequest for a form or calibration set that cannot be used.
     """
     backend = backends.get(recipe.backend)
-    placement = backend.placement
-    assert placement is not None
+    placement = placement_of(recipe)
     recipe = msgspec.structs.replace(recipe, form=_form(recipe, placement))
     checkpoint, options, sidecar = pipeline.read(recipe, out)
     images = open_calibration(
@@ -99,25 +99,57 @@ def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
     network = pipeline.write(checkpoint, options, sidecar)
     found = statistics.collect(network.model, placement.kinds, recipe.smoothing, images, _about(sidecar))
     smoothing.smooth(network.model, found.factor)
-    plan = simulation.plan(network.model, placement.kinds, placement.symmetric, found, images, _options(recipe))
+    plan = simulation.plan(
+        network.model, placement.kinds, placement.symmetric, found, images, _options(recipe, placement)
+    )
     graph, sidecar = pipeline.graph_of(network, options, sidecar, folder / "traced.onnx")
-    told = {**sidecar.recipe, "precision": "int8"}
-    sidecar = msgspec.structs.replace(sidecar, precision="int8", recipe=told)
+    told = {**sidecar.recipe, "precision": recipe.precision}
+    sidecar = msgspec.structs.replace(sidecar, precision=recipe.precision, recipe=told)
     return Work(recipe, backend, placement, images, network, found, plan, graph, sidecar)
+
+
+def placement_of(recipe: Recipe) -> Placement:
+    """Where Q and DQ go: the scope that a recipe asks for, or its backend's own.
+
+    Raises: BadRequest for a backend without eight bits, or a scope that it has not.
+    """
+    known = backends.get(recipe.backend).placements
+    if not known:
+        raise BadRequest(f"{recipe.backend} runs no {recipe.precision} here")
+    scope = scope_of(recipe)
+    if scope not in known:
+        raise BadRequest(f"--int8-scope {scope}: {recipe.backend} takes {', '.join(known)}")
+    if recipe.precision == "fp8" and scope != next(iter(known)):
+        raise BadRequest(f"--int8-scope {scope} is for int8: only the pointwise layers gain by fp8; leave it out")
+    return known[scope]
+
+
+def scope_of(recipe: Recipe) -> str:
+    """What is rounded: what a recipe asks for, or what its backend runs best."""
+    return recipe.int8_scope or next(iter(backends.get(recipe.backend).placements))
+
+
+def _grid(recipe: Recipe) -> Grid:
+    return "fp8" if recipe.precision == "fp8" else "int8"
 
 
 def _form(recipe: Recipe, placement: Placement) -> str:
     if recipe.form not in (None, *placement.forms):
+        forms = " or ".join(placement.forms)
         raise BadRequest(
-            f"--form {recipe.form}: int8 for {recipe.backend} is written in the form {' or '.join(placement.forms)}; "
-            "leave --form out"
+            f"--form {recipe.form}: {recipe.precision} for {recipe.backend} is written in the form {forms}; leave "
+            "--form out"
         )
     return recipe.form or placement.forms[0]
 
 
-def _options(recipe: Recipe) -> QuantizeOptions:
+def _options(recipe: Recipe, placement: Placement) -> QuantizeOptions:
     return QuantizeOptions(
-        method=recipe.calib_method, smoothing=recipe.smoothing, bias_correction=recipe.bias_correction
+        grid=_grid(recipe),
+        inputs=placement.inputs,
+        method=recipe.calib_method,
+        smoothing=recipe.smoothing,
+        bias_correction=recipe.bias_correction,
     )
 
 

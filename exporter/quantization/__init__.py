@@ -1,4 +1,4 @@
-"""INT8 for ConvNeXt: what is measured on images, which ranges follow, what is folded first, what it costs.
+"""Eight bits for ConvNeXt: what is measured on images, which ranges follow, what is folded first, what it costs.
 
 `statistics` watches the network's layers, `ranges` chooses what eight bits stand for, `smoothing` moves scale from
 activations into weights, `simulation` runs the network as it will be rounded. Where Q and DQ go is a backend's
@@ -10,15 +10,19 @@ from __future__ import annotations
 from typing import Literal
 
 from exporter.artifact import Record
+from exporter.graph.rounding import Grid
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 Correction = Literal["none", "fast", "full"]
 
 
 class QuantizeOptions(Record, frozen=True):
-    """How ranges are chosen, what share of the activations' spread goes into the weights (0 is none, 0.5 the usual),
-    and whether biases make up for the mean error."""
+    """What eight bits stand for and whether inputs are rounded too, how ranges are chosen, what share of the
+    activations' spread goes into the weights (0 is none, 0.5 the usual), and whether biases make up for the mean
+    error."""
 
+    grid: Grid = "int8"
+    inputs: bool = True
     method: Method = "minmax"
     smoothing: float = 0.5
     bias_correction: Correction = "fast"

@@ -89,9 +89,9 @@ def _divergence(counts: Counts, centers: Counts, low: float, high: float) -> flo
     return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], _TINY))).sum())
 
 
-def scale_of(low: float, high: float, symmetric: bool) -> tuple[float, int]:
-    """Scale and zero point of a range: 0 … 255, or −127 … 127 around zero. Zero itself is always exact."""
+def scale_of(low: float, high: float, symmetric: bool, largest: int = 127) -> tuple[float, int]:
+    """Scale and zero point of a range: 0 … 255, or −`largest` … `largest` around zero. Zero itself is always exact."""
     if symmetric:
-        return max(-low, high, 127 * _TINY) / 127, 0
+        return max(-low, high, largest * _TINY) / largest, 0
     scale = max(high - low, 255 * _TINY) / 255
     return scale, int(np.clip(np.rint(-low / scale), 0, 255))

@@ -1,4 +1,4 @@
-"""The network as int8 will round it, in PyTorch: what biases are corrected by, and which part does the harm.
+"""The network as it will be rounded, in PyTorch: what biases are corrected by, and which part does the harm.
 
 The numbers are those of the Q/DQ graph: inputs and weights are rounded as there, products are of fp32.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.data.calibration import CalibrationSet
-from exporter.graph.rounding import Floats, Plan, Rounding, part, round_weights
+from exporter.graph.rounding import LARGEST, Floats, Grid, Plan, Rounding, part, round_weights
 from exporter.progress import step, track
 from exporter.quantization import QuantizeOptions, ranges
 from exporter.quantization.smoothing import Layer, Network, layers
@@ -40,29 +41,29 @@ def plan(
         symmetric: whether activations are rounded around zero.
         found: the statistics.
         images: for the full bias correction.
-        options: method and bias correction.
+        options: the grid, the method and the bias correction.
     """
     made: Plan = {}
     watched = layers(model, kinds)
     for name, layer in watched.items():
         low, high = ranges.choose(found.histogram[name], *found.range(name), options.method, symmetric)
-        scale, zero_point = ranges.scale_of(low, high, symmetric)
-        made[name] = Rounding(scale, zero_point, symmetric, np.zeros(layer.weight.shape[0], np.float32))
-    if options.bias_correction == "fast":
-        return {name: _with_shift(made[name], _fast_shift(layer, found.mean(name))) for name, layer in watched.items()}
+        scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
+        shift = np.zeros(layer.weight.shape[0], np.float32)
+        if options.bias_correction == "fast":
+            shift = _fast_shift(layer, found.mean(name), options.grid)
+        made[name] = Rounding(scale, zero_point, symmetric, shift, options.grid, options.inputs)
     return _full(model, made, images) if options.bias_correction == "full" else made
 
 
-def _with_shift(rounding: Rounding, shift: Floats) -> Rounding:
-    return Rounding(rounding.scale, rounding.zero_point, rounding.symmetric, shift)
-
-
-def _fast_shift(layer: Layer, mean: Floats) -> Floats:
+def _fast_shift(layer: Layer, mean: Floats, grid: Grid) -> Floats:
     """What rounding the weights takes from the mean output: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
     through weight equalization and bias correction", ICCV 2019, section 4.2, with E[x] as measured)."""
-    lost = layer.weight.detach() - rounded_weight(layer)
+    lost = layer.weight.detach() - rounded_weight(layer, grid)
     taps: Tensor = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
-    shift: Floats = (taps.double() @ torch.from_numpy(mean).double()).float().numpy()
+    mean_input = torch.from_numpy(mean).double()
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: each channel has its own
+        taps, mean_input = taps * mean_input[:, None], torch.ones(1, dtype=torch.float64)
+    shift: Floats = (taps.double() @ mean_input).float().numpy()
     return shift
 
 
@@ -81,7 +82,7 @@ def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
 
     def correct(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shift = expected[name] - _channel_means(module, output)
-        corrected[name] = _with_shift(made[name], shift.numpy())
+        corrected[name] = replace(made[name], shift=shift.numpy())
         return output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
 
     with torch.no_grad():
@@ -118,9 +119,10 @@ def rounded(model: Network, made: Plan) -> Iterator[None]:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert layer.bias is not None
             kept.append((layer, layer.weight, layer.bias))
-            layer.weight = nn.Parameter(rounded_weight(layer), requires_grad=False)
+            layer.weight = nn.Parameter(rounded_weight(layer, rounding.grid), requires_grad=False)
             layer.bias = nn.Parameter(layer.bias + torch.from_numpy(rounding.shift), requires_grad=False)
-            handles.append(layer.register_forward_pre_hook(partial(_round_input, rounding)))
+            if rounding.inputs:
+                handles.append(layer.register_forward_pre_hook(partial(_round_input, rounding)))
         yield
     finally:
         for handle in handles:
@@ -131,6 +133,10 @@ def rounded(model: Network, made: Plan) -> Iterator[None]:
 
 def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     del module
+    if rounding.grid == "fp8":
+        largest = LARGEST["fp8"]
+        steps = (given[0] / rounding.scale).clamp(-largest, largest)  # beyond it PyTorch gives NaN, ONNX the largest
+        return (steps.to(torch.float8_e4m3fn).to(given[0].dtype) * rounding.scale,)
     low, high = (-127, 127) if rounding.symmetric else (0, 255)
     return (
         torch.fake_quantize_per_tensor_affine(
@@ -139,11 +145,11 @@ def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...
     )  # fmt: skip
 
 
-def rounded_weight(layer: Layer) -> Tensor:
-    """The weights that int8 has for these, in fp32."""
+def rounded_weight(layer: Layer, grid: Grid = "int8") -> Tensor:
+    """The weights that eight bits have for these, in fp32."""
     weight = layer.weight.detach().numpy()
-    whole, scale = round_weights(weight, 0)
-    return torch.from_numpy(whole * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+    whole, scale = round_weights(weight, 0, grid)
+    return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def harms(model: Network, made: Plan, images: CalibrationSet) -> dict[str, float]:

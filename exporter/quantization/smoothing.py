@@ -7,6 +7,7 @@ norm, in front of a V2 block's `pwconv2` it goes into GRN. V1 has only GELU ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,14 +34,16 @@ def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
     return {name: found[name] for name in order}
 
 
-def _place(name: str) -> tuple[int, int, int, str]:
-    """Downsampling layer k runs before stage k."""
-    wing, index, *rest = name.split(".")
-    return int(index), int(wing == "stages"), int(rest[0]), name
+def _place(name: str) -> tuple[float, int, int, str]:
+    """Downsampling layer k runs before stage k, and the head last."""
+    wing, *rest = name.split(".")
+    return (int(rest[0]), int(wing == "stages"), int(rest[1]), name) if rest else (math.inf, 0, 0, name)
 
 
 def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
     """What can take in the scale of a layer's input, or None."""
+    if kind(name) not in ("pwconv1", "pwconv2", "downsampling"):
+        return None
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, FoldedBlock):
         return parent.norm if name.endswith("pwconv1") else parent.grn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,32 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
         axes.set_ylabel(words[points[0][2].metric])
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.ticklabel_format(axis="y", useOffset=False)
+    return drawing.svg
+
+
+PRECISION_COLORS = {
+    "fp32": COLORS[0], "fp16": COLORS[4], "bf16": COLORS[3], "int8": COLORS[1], "uint8": COLORS[1], "fp8": COLORS[5],
+}  # fmt: skip
+
+
+def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """The network from left to right, a cell for each layer, coloured by its precision.
+
+    Args:
+        columns: of each part of the network, in order, the operator and precision of its layers.
+    """
+    with _figure("Layers by precision", 4.5) as (axes, drawing):
+        for x, cells in enumerate(columns.values()):
+            for y, (operator, precision) in enumerate(cells):
+                known = precision if precision in PRECISION_COLORS else "other"
+                axes.bar(x, 0.9, 0.9, bottom=y, color=PRECISION_COLORS.get(known, COLORS[7]), label=known)
+                axes.annotate(operator[:9], (x, y + 0.45), ha="center", va="center", fontsize=4, color="black")
+        axes.grid(False)
+        axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=8)
+        axes.set_ylabel("layers, in the order they run")
+        handles, labels = axes.get_legend_handles_labels()
+        legend = dict(zip(labels, handles, strict=True))
+        axes.legend(legend.values(), legend, ncols=len(legend), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     return drawing.svg
 
 

@@ -103,7 +103,17 @@ def accuracy(reports: Sequence[Report]) -> Table:
 
 def int8(reports: Sequence[Report]) -> Table:
     """A row for each artifact that was quantised."""
-    columns = ("artifact", "calibrated on", "in int8", "gain", "95 % interval", "over", "× eager", "kept back", "")
+    columns = (
+        "artifact",
+        "calibrated on",
+        "in eight bits",
+        "gain",
+        "95 % interval",
+        "over",
+        "× eager",
+        "kept back",
+        "",
+    )
     rows = []
     for report in reports:
         found, gain = report.find("calibration"), report.find("gain")
@@ -119,7 +129,7 @@ def int8(reports: Sequence[Report]) -> Table:
                     gain.case or "–",
                     number(report.find("int8_speedup"), "{:.2f}"),
                     ", ".join(kept) or "nothing",
-                    verdict(report, ("int8",)),
+                    verdict(report, ("int8", "fp8")),
                 )
             )
     return Table("INT8 against the next higher precision", columns, columns[2:7], rows)
@@ -134,7 +144,7 @@ def sensitivity(reports: Sequence[Report]) -> Table:
         for f in report.findings:
             if f.metric == "sensitivity":
                 back = kept.get(f.case)
-                became = "kept back" if back else "int8"
+                became = "kept back" if back else f.check
                 rows.append((name(report), f.case, number(f, "{:.2g}"), became, back.detail if back else ""))
     return Table(
         "Error of the outputs when a part alone is int8, as a share of their variance", columns, ("error",), rows

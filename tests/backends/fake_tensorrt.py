@@ -77,6 +77,10 @@ class FakeModule(SimpleNamespace):
             "Builder.create_optimization_profile": lambda: self.IOptimizationProfile(),
             "Builder.build_serialized_network": b"plan",
             "OnnxParser.parse_from_file": True,
+            "IBuilderConfig.create_timing_cache": lambda content: self.ITimingCache(),
+            "IBuilderConfig.set_timing_cache": True,
+            "IBuilderConfig.get_timing_cache": lambda: self.ITimingCache(),
+            "ITimingCache.serialize": b"timings",
             "INetworkDefinition.get_input": lambda index: SimpleNamespace(name="images"),
         }
 

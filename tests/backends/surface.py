@@ -15,7 +15,8 @@ CLASSES = (
     "Builder", "OnnxParser", "ParserError", "INetworkDefinition", "IBuilderConfig", "IOptimizationProfile", "ITensor",
     "IHostMemory", "Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "ILogger", "IProgressMonitor",
     "NetworkDefinitionCreationFlag", "BuilderFlag", "MemoryPoolType", "ProfilingVerbosity", "TensorIOMode",
-    "HardwareCompatibilityLevel", "ComputeCapability", "CudaGraphStrategy",
+    "HardwareCompatibilityLevel", "ComputeCapability", "CudaGraphStrategy", "ITimingCache", "IRuntimeCache",
+    "EngineInspector", "LayerInformationFormat",
 )  # fmt: skip
 
 

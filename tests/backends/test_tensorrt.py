@@ -14,7 +14,7 @@ from exporter.backends.tensorrt import builder, library, plan, runtime
 from exporter.errors import BadRequest, ExporterError, Unavailable
 from tests.conftest import build, snapshot
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 pytestmark = pytest.mark.skipif("tensorrt-rtx" not in library.here(), reason="needs tensorrt-rtx")
 
 
@@ -27,7 +27,7 @@ def test_every_pointwise_product_is_computed_in_what_was_asked_for(precision, ar
     )
     assert {k.precision for k in products} == {precision}
     depthwise = {k.precision for k in kernels if k.module.endswith("dwconv")}
-    assert depthwise == {"fp16" if precision == "int8" else precision}
+    assert depthwise == {"fp16" if precision in ("int8", "fp8") else precision}
 
 
 def test_int8_adds_no_kernel_and_leaves_the_residual_in_fp16(artifacts):
@@ -42,7 +42,7 @@ def test_int8_adds_no_kernel_and_leaves_the_residual_in_fp16(artifacts):
 def test_what_the_builder_lists_in_another_way_is_left_out():
     assert plan.parse("") == ()
     assert plan.parse("Layers:\nsomething else\nName: a, LayerType") == ()
-    assert plan.findings((), (), "")[0].value is None
+    assert plan.findings((), "fp16")[0].value is None
 
 
 def test_a_kernel_that_only_moves_or_rounds_is_counted():
@@ -54,7 +54,7 @@ def test_a_kernel_that_only_moves_or_rounds_is_counted():
         kernel("stages.0.0.pwconv1/QuantizeLinear_input_int8", "stages.0.0/Cast_x"),
         kernel("stages.0.0.norm/LayerNormalization", "stages.0.0.pwconv1/QuantizeLinear_input_int8"),
     ]
-    found = {f.metric: f.value for f in plan.findings(kernels, (), "")}
+    found = {f.metric: f.value for f in plan.findings(kernels, "int8")}
     assert (found["reformats"], found["requantises"]) == (1, 1)
 
 
@@ -118,6 +118,12 @@ REFUSED = [
     (["--min-batch", "4", "--max-batch", "2"], "expected 1 ≤ --min-batch ≤ --opt-batch ≤ --max-batch"),
     (["--min-batch", "1", "--min-batch", "2", "--max-batch", "4"], "2 of --min-batch, 0 of --opt-batch and 1"),
     (["--batch", "2", "--max-batch", "8"], "--batch 2 is fixed, and a profile asks for others"),
+    (["--timing-cache", "t.cache"], "--timing-cache: TensorRT-RTX has none"),
+    (["--fp8", "--compute-capability", "8.6"], "no fp8 below 8.9; build fp16 or int8"),
+    (["--fp8", "--compute-capability", "8.9", "--compute-capability", "7.5"], "no fp8 below 8.9"),
+    (["--fp8", "--int8-scope", "all"], "--int8-scope all is for int8"),
+    (["--fp8", "--calib-method", "mse"], "fp8 takes minmax or percentile"),
+    (["--fp16", "--int8-scope", "all"], "--int8-scope is for int8"),
 ]
 
 
@@ -128,7 +134,74 @@ def test_what_cannot_be_is_refused_and_no_plan_is_written(words, said, tiny, run
     done = run("trt", *words, "--weights", tiny, "-o", tmp_path)
     assert done.code == 2, done.err
     assert re.search(said, done.err), done.err
-    assert not list(tmp_path.glob("*.plan*"))
+    assert not list(tmp_path.iterdir()), "before anything is done"
+
+
+SCOPES = {
+    "linear": {"pwconv1", "pwconv2"},
+    "linear+conv": {"pwconv1", "pwconv2", "1"},
+    "all": {"pwconv1", "pwconv2", "1", "0", "dwconv", "head"},
+    "weights": {"pwconv1", "pwconv2"},
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_scope_says_what_is_rounded(scope, tiny, tmp_path):
+    made = build(tiny, tmp_path, "tensorrt", "int8", int8_scope=scope)
+    told = made.sidecar.quantization
+    assert told.scope == scope
+    assert {name.rpartition(".")[2] for name in told.layers} == SCOPES[scope]
+    graph = ir.load(tmp_path / "custom_linear_int8.onnx").graph
+    rounded = [node for node in graph if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == (0 if scope == "weights" else len(told.layers))
+    assert sum(node.op_type == "DequantizeLinear" for node in graph) == len(rounded) + len(told.layers)
+    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    assert report.find("cosine").value > 0.999
+    if scope == "weights":
+        assert report.find("quantized_macs_pct").detail == "only the weights of 10 layers are in int8"
+    if scope == "all":
+        assert report.value("quantized_macs_pct") == pytest.approx(100)
+
+
+def test_fp8_is_e4m3_and_nearly_the_same_network(artifacts):
+    made = artifacts["tensorrt", "fp8"]
+    graph = ir.load(made.path.with_name("custom_linear_fp8.onnx")).graph
+    types = {node.inputs[2].dtype for node in graph if node.op_type == "QuantizeLinear"}
+    assert types == {ir.DataType.FLOAT8E4M3FN}
+    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    assert report.passed
+    assert 1 - report.find("cosine").value > 1e-6, "three bits of mantissa cost something"
+    assert "custom_linear_fp8.onnx" in report.find("simulated").detail
+
+
+def test_the_share_of_work_in_the_asked_precision_is_told(artifacts):
+    for precision, least, most in (("fp16", 100, 100), ("int8", 60, 99)):
+        found = backends.get("tensorrt").findings(artifacts["tensorrt", precision], None)
+        share = next(f for f in found if f.metric == "macs_pct")
+        assert least <= share.value <= most, share
+
+
+def test_inspect_holds_eight_bits_against_fp16_beside_and_draws_the_network(artifacts, run, tmp_path):
+    done = run("inspect", artifacts["tensorrt", "int8"].path, "--picture", tmp_path / "plan.svg", "--json")
+    assert done.code == 0, done.err
+    found = {f["metric"]: f for f in done.json["findings"]}
+    assert "in fp16; the same in every module" in found["extra_kernels"]["detail"]
+    svg = (tmp_path / "plan.svg").read_text()
+    for word in ("stages.2.1", "int8", "fp16", "gemm"):
+        assert word in svg, word
+
+
+def test_a_plan_that_would_not_fit_on_the_disk_is_not_begun(artifacts, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    from exporter import disk
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    made = artifact.load(artifacts["tensorrt", "fp16"].path.with_name("custom_linear_fp16.onnx"))
+    with pytest.raises(Unavailable, match=r"MB are needed and 0 MB are free; free some or choose another"):
+        backends.get("tensorrt").build(made, "fp16", tmp_path / "new", library.TensorRtTarget())
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_not_installed_is_offered_with_the_other_that_is(tiny, run, tmp_path):
@@ -203,7 +276,7 @@ def test_what_the_parser_refuses_is_said_with_the_node(artifacts, tmp_path):
     ir.save(model, tmp_path / "odd.onnx")
     trt, sidecar = library.find("tensorrt-rtx"), artifacts["onnxruntime", "fp32"].sidecar
     with pytest.raises(
-        ExporterError, match=r"odd.onnx: tensorrt-rtx cannot read it: .*stages.0.0.* \(NoSuchOperator\)"
+        ExporterError, match=r"odd.onnx: tensorrt-rtx .* cannot read it: stages.0.0, node Gelu \(NoSuchOperator\)"
     ):
         builder.build(trt, tmp_path / "odd.onnx", sidecar, library.TensorRtTarget())
 

@@ -24,11 +24,13 @@ def trt(request):
     return Library(flavor, FakeModule(request.param))
 
 
-def all_that_can_be_asked(trt):
+def all_that_can_be_asked(trt, cache):
     common = {"profiles": (Profile(1, 2, 4), Profile(8, 8, 8)), "workspace": 0.5, "opt_level": 4, "tf32": True}
     if trt.rtx:
         return TensorRtTarget(**common, compute_capability=("8.9", "12.0"))
-    return TensorRtTarget(**common, version_compatible=True, strip_weights=True, hardware_compat="ampere+")
+    return TensorRtTarget(
+        **common, version_compatible=True, strip_weights=True, hardware_compat="ampere+", timing_cache=str(cache)
+    )
 
 
 def test_there_are_surfaces_of_all_three():
@@ -46,10 +48,10 @@ def test_the_surface_is_that_of_the_library_that_is_installed():
     assert found["IBuilderConfig"] == known.IBuilderConfig.members
 
 
-def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts):
+def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts, tmp_path):
     made = artifacts["onnxruntime", "fp32"]
-    target = all_that_can_be_asked(trt)
-    library.check(trt, "fp16", target)
+    target = all_that_can_be_asked(trt, tmp_path / "kernels.cache")
+    library.check(trt, "fp16", None, target)
     plan, listing = builder.build(trt, made.path, made.sidecar, target)
     module = trt.module
     assert (plan, listing) == (b"plan", "")
@@ -60,6 +62,12 @@ def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts):
         ("images", (1, 3, 64, 64), (2, 3, 64, 64), (4, 3, 64, 64)),
         ("images", (8, 3, 64, 64), (8, 3, 64, 64), (8, 3, 64, 64)),
     ]
+    kept = tmp_path / "kernels.cache"
+    assert kept.exists() == (not trt.rtx)
+    if not trt.rtx:
+        assert kept.read_bytes() == b"timings"
+        builder.build(trt, made.path, made.sidecar, target)
+        assert module.asked("IBuilderConfig.create_timing_cache")[-1] == (b"timings",)
     capabilities = module.asked("IBuilderConfig.set_compute_capability")
     assert [c.name for c, _ in capabilities] == (["SM89", "SM120"] if trt.rtx else [])
 
@@ -74,12 +82,12 @@ def test_fp32_is_fp32_unless_tf32_is_asked_for(trt, artifacts):
 def test_what_a_version_has_not_is_refused(trt):
     if trt.rtx or trt.version.startswith("10.0"):
         with pytest.raises(BadRequest, match="--hardware-compat"):
-            library.check(trt, "fp16", TensorRtTarget(hardware_compat="same"))
+            library.check(trt, "fp16", None, TensorRtTarget(hardware_compat="same"))
     else:
-        library.check(trt, "fp16", TensorRtTarget(hardware_compat="same"))
+        library.check(trt, "fp16", None, TensorRtTarget(hardware_compat="same"))
     if not trt.rtx:
         with pytest.raises(BadRequest, match="builds for the GPU that it runs on"):
-            library.check(trt, "fp16", TensorRtTarget(compute_capability=("8.9",)))
+            library.check(trt, "fp16", None, TensorRtTarget(compute_capability=("8.9",)))
 
 
 def test_a_builder_that_gives_nothing_is_an_error_with_what_it_said(trt, artifacts):

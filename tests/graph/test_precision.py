@@ -152,3 +152,36 @@ def test_bf16_has_the_range_of_fp32(tiny, tmp_path):
     halved = [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
     assert len(halved) > 20
     assert not [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16]
+
+
+def test_activations_beyond_fp16_are_found_while_tracing_and_stay_in_fp32(tmp_path):
+    """One block's hidden channels reach 10⁵, which the layer behind it scales down again: fp16 alone gives infinity."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.conftest import write_tiny
+
+    source = write_tiny(tmp_path / "wide", layer_scale=False)
+    state = load_file(source / "model.safetensors")
+    names = [name for name in state if "stages.1.0" in name]
+    assert names
+    pw1, pw2 = (f"stages.1.0.pwconv{i}.weight" for i in (1, 2))
+    state[pw1], state[pw2] = state[pw1] * 3e5, state[pw2] / 3e5
+    save_file(state, source / "model.safetensors")
+    made = build(source, tmp_path / "out")
+    assert {"stages.1.0.pwconv1", "stages.1.0.pwconv2"} <= set(made.sidecar.beyond_fp16)
+    assert not any(name.startswith(("stages.0", "stages.3")) for name in made.sidecar.beyond_fp16)
+    graph = ir.load(precision.lower(made, "fp16", tmp_path / "out").path)
+    careless = ir.load(made.path)
+    precision.to_half(careless)
+    for each in (graph, careless):  # else ONNX Runtime computes it all in fp32
+        precision.round_results(each)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    before = run_graph(ir.load(made.path), images, tmp_path)
+    after = run_graph(graph, images, tmp_path)
+    assert np.abs(after - before).max() < 0.02 * before.std()
+    spoilt = run_graph(careless, images, tmp_path)
+    assert not np.abs(spoilt - before).max() < 0.02 * before.std()
+
+
+def test_an_ordinary_network_is_not_beyond_fp16(artifacts):
+    assert artifacts["onnxruntime", "fp32"].sidecar.beyond_fp16 == ()

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxsim
 import pytest
 
-from exporter.graph import simplify
+from exporter.graph import files, simplify
 from tests.conftest import build
 
 
@@ -51,7 +51,7 @@ def test_nothing_to_simplify_is_said(graph):
 def test_a_graph_that_got_bigger_is_not_kept(graph, monkeypatch):
     """With every pass on, onnxsim 0.8 turns each MatMul + Add into Reshape, Gemm, Reshape."""
     monkeypatch.setattr(simplify, "_HARMFUL_PASSES", [])
-    monkeypatch.setattr(simplify, "_LARGE_BYTES", 1 << 40)
+    monkeypatch.setattr(files, "LARGE_BYTES", 1 << 40)
     kept, reason = simplify.simplify(graph)
     assert kept is graph
     assert "nodes instead of" in reason

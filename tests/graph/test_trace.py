@@ -224,3 +224,21 @@ def test_without_onnx_runtime_openvino_checks_the_graph_or_nothing_is_built(
         assert result.code == 3
         assert "pip install 'convnext-export[cpu]'" in result.err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_file_written_piece_by_piece_is_what_onnx_itself_would_write(artifacts, tmp_path, monkeypatch):
+    import onnx
+
+    from exporter.graph import files
+
+    monkeypatch.setattr(files, "LARGE_BYTES", 100)
+    model = ir.load(artifacts["onnxruntime", "fp32"].path)
+    files.save(model, tmp_path / "pieces.onnx", {"said": "yes"})
+    ours, theirs = onnx.load(tmp_path / "pieces.onnx"), ir.serde.serialize_model(model)
+    for proto in (ours, theirs):
+        weights = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(weights)
+        del proto.graph.value_info[:]  # the large weights' types, which their tensors say too
+    assert ours == theirs
+    onnx.checker.check_model(tmp_path / "pieces.onnx", full_check=True)

@@ -75,5 +75,7 @@ def test_gelu_lets_no_scale_through(tiny, tiny_v2):
 
 def test_layers_come_in_the_order_they_run(tiny):
     names = list(layers(network(tiny, "conv"), frozenset(KINDS)))
-    assert names[:4] == ["stages.0.0.pwconv1", "stages.0.0.pwconv2", "downsample_layers.1.1", "stages.1.0.pwconv1"]
-    assert len(names) == 2 * 5 + 3
+    block = [f"stages.0.0.{layer}" for layer in ("dwconv", "pwconv1", "pwconv2")]
+    assert names[:6] == ["downsample_layers.0.0", *block, "downsample_layers.1.1", "stages.1.0.dwconv"]
+    assert names[-1] == "head"
+    assert len(names) == 1 + 3 * 5 + 3 + 1

@@ -137,7 +137,7 @@ def test_an_interrupt_is_taken_up_where_it_was(model, images, stop_at, monkeypat
 
 def test_a_network_that_gives_nan_is_named_where_it_begins(model, images):
     model.get_submodule("stages.2.0.pwconv2").weight.data[0, 0] = float("nan")
-    with pytest.raises(CheckFailed, match=r"stages.2.1.pwconv1 is given NaN"):
+    with pytest.raises(CheckFailed, match=r"stages.2.1.dwconv is given NaN"):
         collect(model, ALL, 0.5, images, ABOUT)
 
 

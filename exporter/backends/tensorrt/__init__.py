@@ -6,6 +6,7 @@ and what it is made of in `FILE.kernels.json` beside it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,25 @@ from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.backends import Backend, Blocks, Layer, Options, Product, Target
 from exporter.backends.tensorrt import builder, library, lint, plan, runtime
 from exporter.backends.tensorrt.library import OS, TensorRtTarget
+from exporter.disk import check_space
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.graph import precision
 from exporter.graph.quantize import Placement
-from exporter.progress import step
+from exporter.graph.rounding import KINDS
+from exporter.progress import note, step
 from exporter.report import Finding
 
 # Matrix products over the last axis, which the library fuses GELU, bias, residual and Q into kernels around: in int8 of
 # the pointwise layers no kernel is added, and LayerNorm and GELU write int8 themselves.
 FORM = "linear"
-PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=(FORM,), symmetric=True, rest="fp16")
+POINTWISE = frozenset({"pwconv1", "pwconv2"})
+LINEAR = Placement(kinds=POINTWISE, forms=(FORM,), symmetric=True, rest="fp16")
+PLACEMENTS = {
+    "linear": LINEAR,
+    "linear+conv": dataclasses.replace(LINEAR, kinds=POINTWISE | {"downsampling"}),
+    "all": dataclasses.replace(LINEAR, kinds=frozenset(KINDS)),
+    "weights": dataclasses.replace(LINEAR, inputs=False),
+}
 
 
 def probe() -> str:
@@ -40,28 +50,34 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return precision.lower(artifact, wanted, out, FORM) if wanted in precision.HALVES else artifact
 
 
-def check(wanted: str, target: Target) -> None:
-    """Refuse what the flavor or the target cannot do.
+def check(wanted: str, batch: int | None, target: Target) -> None:
+    """Refuse what the flavor or the target cannot do, and profiles of a fixed batch.
 
     Raises: BadRequest for that; Unavailable when the flavor is not installed.
     """
     assert isinstance(target, TensorRtTarget)
-    library.check(library.find(target.flavor), wanted, target)
+    library.check(library.find(target.flavor), wanted, batch, target)
 
 
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX to `FILE.plan`.
 
-    Raises: BadRequest for profiles of a fixed batch, or Q and DQ where they must not be; Unavailable without a library;
+    Raises: BadRequest for Q and DQ where they must not be; Unavailable without a library or the space for a plan;
         ExporterError for a graph that it refuses.
     """
     import onnx_ir as ir
 
     assert isinstance(target, TensorRtTarget)
     trt = library.find(target.flavor)
-    if found := lint.lint(ir.load(artifact.path)):
+    graph = ir.load(artifact.path)
+    if found := lint.lint(graph):
         raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {some(found)}")
+    if trt.rtx and wanted == "int8" and any(node.op_type == "QuantizeLinear" for node in graph.graph):
+        note("int8 activations on TensorRT-RTX are outside its support matrix; measure the plan where it will run")
+    macs = plan.macs_of(graph)
+    del graph  # its weights are not needed twice
     shapes = builder.profiles(artifact.sidecar, target)
+    check_space(out, artifact.sidecar.bytes)  # a plan is as large as the weights in it
     step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
     made, listing = builder.build(trt, artifact.path, artifact.sidecar, target)
     told = {
@@ -87,7 +103,7 @@ def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifac
     place = out / file_name(sidecar, ".plan")
     with staging(place) as folder:
         (folder / place.name).write_bytes(made)
-        if kernels := plan.parse(listing, len(shapes)):
+        if kernels := plan.parse(listing, len(shapes), macs):
             (folder / f"{place.name}{plan.SUFFIX}").write_bytes(plan.encode(kernels))
         seal(folder, place.name, sidecar)
     return load(place)
@@ -123,7 +139,7 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
 def findings(artifact: Artifact, rival: Artifact | None) -> list[Finding]:
     """The plan report."""
     above = rival.sidecar.precision if rival else ""
-    return plan.findings(plan.read(artifact), plan.read(rival) if rival else (), above)
+    return plan.findings(plan.read(artifact), artifact.sidecar.precision, plan.read(rival) if rival else (), above)
 
 
 @contextmanager
@@ -150,7 +166,7 @@ def form(precision: str, batch: int | None) -> str:
 
 BACKEND = Backend(
     name="tensorrt",
-    precisions=frozenset({"fp32", "fp16", "bf16", "int8"}),
+    precisions=frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
     options=Options,
     probe=probe,
     lower=lower,
@@ -160,7 +176,7 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
-    placement=PLACEMENT,
+    placements=PLACEMENTS,
     above_int8=lambda: "fp16",
     target=TensorRtTarget,
     check=check,

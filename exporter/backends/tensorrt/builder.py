@@ -11,6 +11,7 @@ from typing import Any
 
 from exporter.artifact import Sidecar
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
+from exporter.disk import user_path, write_file
 from exporter.errors import BadRequest, ExporterError
 from exporter.progress import note, track
 
@@ -46,19 +47,9 @@ def listener(library: Library) -> Any:
 
 
 def profiles(sidecar: Sidecar, target: TensorRtTarget) -> tuple[Profile, ...]:
-    """The batch sizes that a plan is built for: of a fixed batch only that.
-
-    Raises: BadRequest for profiles of a fixed batch.
-    """
+    """The batch sizes that a plan is built for: of a fixed batch only that."""
     fixed = sidecar.inputs[0].shape[0]
-    if not isinstance(fixed, int):
-        return target.profiles or (DEFAULT_PROFILE,)
-    if any((p.least, p.best, p.most) != (fixed,) * 3 for p in target.profiles):
-        raise BadRequest(
-            f"--batch {fixed} is fixed, and a profile asks for others; leave --min-batch, --opt-batch and --max-batch "
-            "out, or --batch"
-        )
-    return (Profile(fixed, fixed, fixed),)
+    return (Profile(fixed, fixed, fixed),) if isinstance(fixed, int) else target.profiles or (DEFAULT_PROFILE,)
 
 
 def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtTarget) -> tuple[bytes, str]:
@@ -74,9 +65,13 @@ def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtTarget
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(file)):
-        raise ExporterError(f"{file.name}: {library.flavor} cannot read it: {_refusals(parser)}")
+        raise ExporterError(
+            f"{file.name}: {library.flavor} {library.version} cannot read it: {_refusals(parser)}; build with another "
+            "--opset, or with a later version"
+        )
     config = _configured(library, builder, network, sidecar, target)
     plan = _run(library, builder, network, config)
+    _keep_timings(config, target)
     for warning in dict.fromkeys(log.warnings):
         note(f"{library.flavor}: {warning.splitlines()[0]}")
     if plan is None:
@@ -86,10 +81,36 @@ def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtTarget
 
 
 def _refusals(parser: Any) -> str:
-    """What the parser refuses, in the names of the network: the module is in front of the slash."""
+    """What the parser refuses, with the module of the network, its operator and the node."""
     found = [parser.get_error(index) for index in range(parser.num_errors)]
-    said = [f"{e.node_name()} ({e.node_operator()}): {e.desc().strip().splitlines()[0]}" for e in found[:3]]
-    return "; ".join(said) or "it gave no reason"
+    return "; ".join(map(_refusal, found[:3])) or "it gave no reason"
+
+
+def _refusal(error: Any) -> str:
+    module, slash, node = error.node_name().partition("/")
+    where = f"{module}, node {node}" if slash else f"node {module}"
+    return f"{where} ({error.node_operator()}): {(error.desc().strip() or 'no reason').splitlines()[0]}"
+
+
+def _use_timings(config: Any, target: TensorRtTarget) -> None:
+    """What kernels took in earlier builds; what cannot be read counts as nothing.
+
+    Raises: BadRequest for a folder.
+    """
+    if target.timing_cache is None:
+        return
+    path = user_path(target.timing_cache)
+    if path.is_dir():
+        raise BadRequest(f"--timing-cache {path}: a folder stands there; give it a file name")
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if not config.set_timing_cache(cache, False):
+        note(f"{path} is of another GPU or version; kernels are timed anew")
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _keep_timings(config: Any, target: TensorRtTarget) -> None:
+    if target.timing_cache is not None:
+        write_file(user_path(target.timing_cache), bytes(config.get_timing_cache().serialize()))
 
 
 def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, target: TensorRtTarget) -> Any:
@@ -113,6 +134,7 @@ def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, 
         config.num_compute_capabilities = len(target.compute_capability)
         for index, wanted in enumerate(target.compute_capability):
             config.set_compute_capability(known[wanted], index)
+    _use_timings(config, target)
     given = network.get_input(0)
     for profile in profiles(sidecar, target):
         shapes = builder.create_optimization_profile()

@@ -13,11 +13,10 @@ import msgspec
 
 from exporter.backends import Target
 from exporter.errors import BadRequest, Unavailable, first_line
-from exporter.progress import note
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-LOWEST = {"bf16": "8.0"}  # compute capability that has the arithmetic
+LOWEST = {"bf16": "8.0", "fp8": "8.9"}  # compute capability that has the arithmetic
 OS = {"linux": "linux", "win32": "windows"}.get(sys.platform, sys.platform)
 
 
@@ -37,6 +36,7 @@ class TensorRtTarget(Target, frozen=True):
     compute_capability: tuple[str, ...] = ()
     workspace: float | None = None  # GiB
     opt_level: int | None = None
+    timing_cache: str | None = None
     tf32: bool = False
     version_compatible: bool = False
     hardware_compat: Literal["none", "ampere+", "same"] = "none"
@@ -102,17 +102,12 @@ def _imported(flavor: str) -> Library:
         ) from None
 
 
-def check(library: Library, precision: str, target: TensorRtTarget) -> None:
+def check(library: Library, precision: str, batch: int | None, target: TensorRtTarget) -> None:
     """Refuse what this flavor or the target cannot do, before anything is done.
 
     Raises: BadRequest.
     """
-    for profile in target.profiles:
-        if not 1 <= profile.least <= profile.best <= profile.most:
-            raise BadRequest(
-                f"profile of {profile.least}, {profile.best} and {profile.most} images: expected "
-                "1 ≤ --min-batch ≤ --opt-batch ≤ --max-batch"
-            )
+    _check_profiles(batch, target)
     if target.opt_level is not None and not 0 <= target.opt_level <= 5:
         raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest plan)")
     if target.workspace is not None and not target.workspace > 0:
@@ -123,8 +118,20 @@ def check(library: Library, precision: str, target: TensorRtTarget) -> None:
         raise BadRequest(f"--hardware-compat same: TensorRT {library.version} has it not; take 10.9 or later")
     if library.rtx:
         _check_rtx(target)
-        if precision == "int8":
-            note("int8 activations on TensorRT-RTX are outside its support matrix; measure the plan where it will run")
+
+
+def _check_profiles(batch: int | None, target: TensorRtTarget) -> None:
+    for profile in target.profiles:
+        if not 1 <= profile.least <= profile.best <= profile.most:
+            raise BadRequest(
+                f"profile of {profile.least}, {profile.best} and {profile.most} images: expected "
+                "1 ≤ --min-batch ≤ --opt-batch ≤ --max-batch"
+            )
+        if batch is not None and (profile.least, profile.best, profile.most) != (batch,) * 3:
+            raise BadRequest(
+                f"--batch {batch} is fixed, and a profile asks for others; leave --min-batch, --opt-batch and "
+                "--max-batch out, or --batch"
+            )
 
 
 def _check_capabilities(library: Library, precision: str, target: TensorRtTarget) -> None:
@@ -146,6 +153,21 @@ def _check_capabilities(library: Library, precision: str, target: TensorRtTarget
                 f"--compute-capability {wanted}: {library.flavor} has no {precision} below {lowest}; build fp16 or "
                 "int8 for it"
             )
+    if not known and precision in LOWEST:
+        _check_gpu(library, precision)
+
+
+def _check_gpu(library: Library, precision: str) -> None:
+    """TensorRT builds for the GPU here: it has to have the arithmetic."""
+    import torch
+
+    if torch.cuda.is_available():
+        here = "{}.{}".format(*torch.cuda.get_device_capability())
+        if _number(here) < _number(LOWEST[precision]):
+            raise BadRequest(
+                f"this GPU has compute capability {here}: {library.flavor} has no {precision} below "
+                f"{LOWEST[precision]}; build fp16 or int8"
+            )
 
 
 def _number(capability: str) -> tuple[int, ...]:
@@ -156,6 +178,7 @@ def _check_rtx(target: TensorRtTarget) -> None:
     reasons = {
         "--version-compatible": (target.version_compatible, "its plans run on the version that built them only"),
         "--hardware-compat": (target.hardware_compat != "none", "name the GPUs with --compute-capability instead"),
+        "--timing-cache": (target.timing_cache is not None, "its kernels are finished where the plan runs"),
         "--strip-weights": (target.strip_weights, "it needs a GPU to build such a plan, and cannot refit it without"),
     }
     for option, (asked, why) in reasons.items():

@@ -6,10 +6,12 @@ without a list is a plan without this report.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +20,9 @@ from exporter.backends import Layer
 from exporter.errors import some
 from exporter.graph.rounding import kind, part
 from exporter.report import Finding
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 SUFFIX = ".kernels.json"
 TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8", "UInt8": "uint8"}
@@ -28,13 +33,14 @@ _ROUNDS = {"QuantizeLinear", "DequantizeLinear"}
 
 class Kernel(Record, frozen=True):
     """One kernel: its kind (`gemm`, `correlation` for convolutions, `kgen` for what was generated and fused), the
-    ONNX nodes in it, and the element types that it reads and writes."""
+    ONNX nodes in it, the element types that it reads and writes, and its multiply-accumulates for one image."""
 
     name: str
     kind: str
     nodes: tuple[str, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    macs: int = 0
 
     @property
     def operators(self) -> set[str]:
@@ -67,16 +73,36 @@ class Kernel(Record, frozen=True):
         return self.kind == "kgen" and bool(self.operators & _ROUNDS) and self.operators <= _MOVES | _ROUNDS
 
 
-def parse(listing: str, profiles: int = 1) -> tuple[Kernel, ...]:
-    """The kernels of the builder's list, of the first of its optimisation profiles."""
+def parse(listing: str, profiles: int = 1, macs: Mapping[str, int] = {}) -> tuple[Kernel, ...]:
+    """The kernels of the builder's list, of the first of its optimisation profiles, with the multiply-accumulates of
+    the ONNX nodes in them."""
     kernels = []
     for line in listing.splitlines():
         found = re.match(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), (?P<rest>.*)", line)
         if found is None or found["kind"] == "shape_call":
             continue
         reads, writes, nodes = _fields(found["rest"])
-        kernels.append(Kernel(name=found["name"], kind=found["kind"], nodes=nodes, reads=reads, writes=writes))
+        work = sum(macs.get(node, 0) for node in nodes) if found["kind"] in PRODUCTS else 0
+        kernels.append(
+            Kernel(name=found["name"], kind=found["kind"], nodes=nodes, reads=reads, writes=writes, macs=work)
+        )
     return tuple(kernels[: len(kernels) // profiles])
+
+
+def macs_of(model: ir.Model) -> dict[str, int]:
+    """The multiply-accumulates of each product of a graph for one image, where its shapes are known: of every output
+    element as many as its channel has weights."""
+    found = {}
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type in ("Conv", "MatMul", "Gemm") else None
+        output = node.outputs[0].shape
+        if weight is None or weight.shape is None or output is None:
+            continue
+        sides, taps = ([side for side in shape if isinstance(side, int)] for shape in (output.dims[1:], weight.shape))
+        if (len(sides), len(taps)) == (len(output) - 1, len(weight.shape)):
+            channels = sides[0] if node.op_type == "Conv" else sides[-1]
+            found[node.name or ""] = math.prod(sides) * math.prod(taps) // channels
+    return found
 
 
 def _fields(rest: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -111,7 +137,7 @@ def layers(kernels: Sequence[Kernel]) -> list[Layer]:
     ]
 
 
-def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> list[Finding]:
+def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = (), above: str = "") -> list[Finding]:
     """What the list says: kernels by kind and type, the pointwise layers' precision, the residual stream's, kernels
     that compute nothing, and the difference from the plan of the next higher precision."""
     if not kernels:
@@ -120,8 +146,9 @@ def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> 
     said = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     found = [Finding(check="plan", metric="kernels", value=len(kernels), detail=said)]
     if rival:
-        detail = f"{len(kernels)} against {len(rival)} in {above}"
+        detail = f"{len(kernels)} against {len(rival)} in {above}; {_where_more(kernels, rival)}"
         found.append(Finding(check="plan", metric="extra_kernels", value=len(kernels) - len(rival), detail=detail))
+    found += _shares(kernels, asked)
     products = [kernel for kernel in kernels if kind(kernel.module) in ("pwconv1", "pwconv2")]
     products = [kernel for kernel in products if kernel.kind in PRODUCTS]
     types = Counter(kernel.precision for kernel in products)
@@ -137,6 +164,26 @@ def findings(kernels: Sequence[Kernel], rival: Sequence[Kernel], above: str) -> 
         where = some(dict.fromkeys(kernel.module for kernel in idle)) if idle else "none"
         found.append(Finding(check="plan", metric=metric, value=len(idle), unit="kernels", detail=where))
     return found
+
+
+def _where_more(kernels: Sequence[Kernel], rival: Sequence[Kernel]) -> str:
+    """The modules that have more or fewer kernels than in another plan."""
+    ours, theirs = (Counter(kernel.module for kernel in one) for one in (kernels, rival))
+    differ = [f"{name} {ours[name] - theirs[name]:+}" for name in {**theirs, **ours} if ours[name] != theirs[name]]
+    return some(differ) if differ else "the same in every module"
+
+
+def _shares(kernels: Sequence[Kernel], asked: str) -> list[Finding]:
+    """The share of the multiply-accumulates that the plan computes in the precision that was asked for."""
+    total = sum(kernel.macs for kernel in kernels)
+    if not total:
+        return []
+    shares: Counter[str] = Counter()
+    for kernel in kernels:
+        shares[kernel.precision] += kernel.macs
+    said = ", ".join(f"{100 * count / total:.1f} % in {name}" for name, count in shares.most_common() if count)
+    value = 100 * shares[asked] / total
+    return [Finding(check="plan", metric="macs_pct", value=value, unit="%", detail=said)]
 
 
 def _ends_of_blocks(kernels: Sequence[Kernel]) -> list[Kernel]:
