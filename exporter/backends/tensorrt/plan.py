@@ -146,7 +146,7 @@ def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = ()
     said = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     found = [Finding(check="plan", metric="kernels", value=len(kernels), detail=said)]
     if rival:
-        detail = f"{len(kernels)} against {len(rival)} in {above}; {_where_more(kernels, rival)}"
+        detail = f"{len(kernels)} against {len(rival)} in {above}{_where_more(kernels, rival)}"
         found.append(Finding(check="plan", metric="extra_kernels", value=len(kernels) - len(rival), detail=detail))
     found += _shares(kernels, asked)
     products = [kernel for kernel in kernels if kind(kernel.module) in ("pwconv1", "pwconv2")]
@@ -167,10 +167,11 @@ def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = ()
 
 
 def _where_more(kernels: Sequence[Kernel], rival: Sequence[Kernel]) -> str:
-    """The modules that have more or fewer kernels than in another plan."""
+    """The modules that a plan of more kernels has more of them in."""
+    if len(kernels) <= len(rival):
+        return ""
     ours, theirs = (Counter(kernel.module for kernel in one) for one in (kernels, rival))
-    differ = [f"{name} {ours[name] - theirs[name]:+}" for name in {**theirs, **ours} if ours[name] != theirs[name]]
-    return some(differ) if differ else "the same in every module"
+    return f": {some(f'{name} {count:+}' for name, count in (ours - theirs).most_common())}"
 
 
 def _shares(kernels: Sequence[Kernel], asked: str) -> list[Finding]:
