@@ -37,11 +37,13 @@ class Bound:
 
     run: runs `streams` batches at once and waits for them; it is what is timed. Each call takes the next inputs.
     outputs: what the last run gave for its first batch.
+    parts: milliseconds of one run's parts by a GPU's clock (`measure.cuda`), where there are any.
     """
 
     run: Callable[[], None]
     outputs: Callable[[], Outputs]
     streams: int = 1
+    parts: Callable[[], dict[str, float]] | None = None
 
 
 class Session(Protocol):

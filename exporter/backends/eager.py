@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from exporter.backends import (
     require,
 )
 from exporter.errors import BadRequest, Unavailable
+from exporter.measure import cuda
 
 if TYPE_CHECKING:
     import torch
@@ -33,31 +35,33 @@ if TYPE_CHECKING:
 
 class EagerOptions(Options, frozen=True):
     """`weights` says where the checkpoint lies now, None being where the artifact was made from; `compiled` runs the
-    network through torch.compile."""
+    network through torch.compile. On a GPU `tf32` rounds what products read to 10 bits of mantissa, and `fp16` runs all
+    in it with channels last."""
 
     weights: str | None = None
     compiled: bool = False
+    arithmetic: Literal["fp32", "tf32", "fp16"] = "fp32"
 
 
 class EagerSession:
-    """The PyTorch network an artifact was made from, in fp32."""
+    """The PyTorch network an artifact was made from."""
 
-    def __init__(self, model: Any, device: str) -> None:
-        self.model, self.device = model, device
-        self.facts = {"device": device, "arithmetic": "fp32"}
+    def __init__(self, model: Any, device: str, arithmetic: str = "fp32") -> None:
+        self.model, self.device, self.arithmetic = model, device, arithmetic
+        self.facts = {"device": device, "arithmetic": arithmetic}
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
         import torch
 
-        outputs = self._forward(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
+        outputs = self._forward(self._placed(torch.from_numpy(np.ascontiguousarray(images))))
         return tuple(output.float().cpu().numpy() for output in outputs)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The images on the device, and one run of the model over a batch."""
         import torch
 
-        held = [torch.from_numpy(np.ascontiguousarray(images)).to(self.device) for images in batches]
+        held = [self._placed(torch.from_numpy(np.ascontiguousarray(images))) for images in batches]
         turn = itertools.cycle(held)
         last: tuple[torch.Tensor, ...] = ()
 
@@ -67,11 +71,35 @@ class EagerSession:
             if held[0].is_cuda:
                 torch.cuda.synchronize()
 
-        return Bound(run, lambda: tuple(output.float().cpu().numpy() for output in last))
+        parts = partial(self._parts, batches[0]) if held[0].is_cuda else None
+        return Bound(run, lambda: tuple(output.float().cpu().numpy() for output in last), parts=parts)
+
+    def _parts(self, images: Array) -> dict[str, float]:
+        """Milliseconds of upload, computing and download, from and to pinned memory."""
+        import torch
+
+        host = torch.from_numpy(np.ascontiguousarray(images)).pin_memory()
+        made: dict[str, Any] = {}
+        return cuda.parts(
+            torch.cuda.current_stream(),
+            lambda: made.update(given=self._placed(host)),
+            lambda: made.update(outputs=self._forward(made["given"])),
+            lambda: made.update(back=[output.to("cpu", non_blocking=True) for output in made["outputs"]]),
+        )
+
+    def _placed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the device, as the network takes them."""
+        import torch
+
+        images = images.to(self.device, non_blocking=True)
+        return images.half().to(memory_format=torch.channels_last) if self.arithmetic == "fp16" else images
 
     def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         import torch
 
+        if images.is_cuda:  # the settings are the process's, and other arms want others
+            tf32 = self.arithmetic == "tf32"
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, tf32
         with torch.inference_mode():
             outputs = self.model(images)
         return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -96,8 +124,12 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task).to(options.device)
-    yield EagerSession(torch.compile(model) if options.compiled else model, options.device)
+    if options.arithmetic != "fp32" and not options.device.startswith("cuda"):
+        raise BadRequest(f"eager PyTorch in {options.arithmetic} is for a GPU; use --device cuda")
+    model: Any = weights.reload(artifact, options.weights).model(artifact.sidecar.task).to(options.device)
+    if options.arithmetic == "fp16":
+        model = model.half().to(memory_format=torch.channels_last)
+    yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
 
 
 def _nothing_to_build(artifact: Artifact, precision: str, out: Path, *target: Target) -> Artifact:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from exporter.artifact import Artifact, Preprocessing, Record
 from exporter.backends import Session
 from exporter.errors import BadRequest
@@ -18,15 +20,15 @@ from exporter.measure.machine import Conditions
 
 
 class Arm(Record, frozen=True):
-    """One model to time: an artifact, or the PyTorch network it was made from, eager or compiled; or a large matrix
-    product on the artifact's runtime, `peak`.
+    """One model to time: an artifact, or the PyTorch network it was made from, eager, compiled, or on a GPU in TF32 or
+    fp16; or a large matrix product on the artifact's runtime, `peak`.
 
     `path` is the artifact in every case; `weights` says where the network's weights lie now.
     """
 
     name: str
     path: str
-    runtime: Literal["artifact", "eager", "torch.compile", "peak"] = "artifact"
+    runtime: Literal["artifact", "eager", "torch.compile", "tf32", "fp16", "peak"] = "artifact"
     weights: str | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -73,7 +75,8 @@ class Plan(Record, frozen=True):
 
 class Launch(Record, frozen=True):
     """One opening of all arms: per arm a list of blocks of milliseconds (one block a round), the cosine of its
-    outputs to those of the first arm, how many batches it runs at once, and how the machine was."""
+    outputs to those of the first arm, how many batches it runs at once, how the machine was, and milliseconds of the
+    parts of a run where the arm tells them."""
 
     blocks: dict[str, list[list[float]]]
     cosine: dict[str, float]
@@ -82,6 +85,7 @@ class Launch(Record, frozen=True):
     settled: dict[str, bool]
     dropped: int
     conditions: Conditions
+    parts: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
 
 
 @dataclass

@@ -14,12 +14,14 @@ from exporter.backends import PEAK_MACS
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
-from exporter.measure import machine
+from exporter.measure import cuda, machine
 from exporter.measure.stats import Center, center
 from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
 
 EAGER = "eager"
+OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}
+"""Ways of running the PyTorch network, and what their metrics are called."""
 LAUNCHES = 8
 MOST_TIMES = 10  # --until gives up after so many times the duration
 NOISY_PCT = 5.0
@@ -31,8 +33,13 @@ class BenchOptions(TimingOptions, frozen=True):
     `weights` says where the checkpoint lies now."""
 
     until: float | None = None
-    also: tuple[Literal["torch.compile"], ...] = ()
+    also: tuple[Literal["torch.compile", "tf32", "fp16"], ...] = ()
     weights: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is an NVIDIA GPU that times."""
+        return self.device.startswith(("cuda", "tensorrt"))
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
@@ -42,7 +49,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     """
     _check(artifacts, options)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
-    gpu = machine.gpu() if options.device.startswith(("cuda", "tensorrt")) else None
+    gpu = machine.gpu() if options.on_gpu else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in options.batch]
     step("loading each model alone, cold")
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
@@ -72,6 +79,9 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
     options.check(artifacts)
+    for way in {"tf32", "fp16"} & set(options.also):
+        if not options.on_gpu:
+            raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; `compare` holds one against itself")
@@ -85,8 +95,7 @@ def _pixels(recipe: Preprocessing) -> Preprocessing:
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """Eager first, then the artifacts, then what else was asked for."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    on_cuda = options.device.startswith(("cuda", "tensorrt"))
-    torch = {**told, "device": "cuda" if on_cuda else "cpu", "weights": options.weights}
+    torch = {**told, "device": "cuda" if options.on_gpu else "cpu", "weights": options.weights}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
     arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]
@@ -172,11 +181,23 @@ def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
         return [Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)]
     found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, made)]
     found += _share_of_peak(timing, arm.name, made, case)
+    found += _parts(timing, arm.name, case)
     for other in timing.plan.arms:
-        if other.runtime in ("eager", "torch.compile"):
-            prefix = "eager" if other.name == EAGER else "compiled"
-            found += _against(timing, arm.name, other.name, prefix, case)
+        if other.runtime in OTHERS:
+            found += _against(timing, arm.name, other.name, OTHERS[other.runtime], case)
     return found
+
+
+def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
+    """Upload, computing and download apart, where a GPU's clock told them."""
+    told = [launch.parts[name] for launch in timing.launches if name in launch.parts]
+    return [
+        Finding(
+            check="latency", metric=part, case=case, value=median(one[part] for one in told), unit="ms",
+            detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in told),
+        )
+        for part in (cuda.PARTS if told else ())
+    ]  # fmt: skip
 
 
 def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Finding]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from exporter.measure import machine, timing
 INPUTS = 4
 HEARTBEAT_S = 0.5
 LEAST_S = 0.2
+PART_RUNS = 20
 AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched again
 
 
@@ -39,9 +41,10 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     artifact = artifacts.load(Path(arm.path))
     told: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
     backend = backends.get(artifact.sidecar.backend)
-    if arm.runtime in ("eager", "torch.compile"):
+    if arm.runtime not in ("artifact", "peak"):
         backend = backends.get("eager")
         told |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
+        told |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16") else {}
     opening = backend.peak if arm.runtime == "peak" else backend.session
     with opening(artifact, backend.options(**told)) as session:
         yield session
@@ -130,7 +133,14 @@ def _launch(
         settled={name: paces[name].settled for name in names},
         dropped=rounds.dropped,
         conditions=conditions,
+        parts={name: _parts(bound.parts) for name, bound in bounds.items() if bound.parts},
     )
+
+
+def _parts(measured: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The median of each part over some runs."""
+    runs = [measured() for _ in range(PART_RUNS)]
+    return {part: median(run[part] for run in runs) for part in runs[0]}
 
 
 def inputs(plan: Plan) -> list[Array]:

@@ -181,7 +181,8 @@ def timing_options(duration: float, threads: str) -> Callable[[F], F]:
     "--until", metavar="PCT", callback=percentage,
     help="Go on until the speed-up is known to ± so much, at most ten times the duration.",
 )  # fmt: skip
-@click.option("--also", multiple=True, type=click.Choice(["torch.compile"]), help="Another way to run the model.")
+@click.option("--also", multiple=True, type=click.Choice(["torch.compile", "tf32", "fp16"]),
+              help="Another way to run the model; tf32 and fp16 (channels last) on a GPU.")  # fmt: skip
 @click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),

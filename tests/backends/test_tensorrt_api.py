@@ -117,8 +117,27 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", within)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+
+class Event:
+    """A CUDA event whose clock goes on by a millisecond at each record."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
 
 
 @pytest.fixture
@@ -137,10 +156,12 @@ def opened(trt, gpu, artifacts):
         "IExecutionContext.set_input_shape": lambda name, shape: shape[0] <= 4,
         "IExecutionContext.get_tensor_shape": lambda name: (2, 10),
         "IExecutionContext.execute_async_v3": True,
+        "IRuntimeConfig.create_runtime_cache": lambda: module.IRuntimeCache(),
+        "IRuntimeCache.serialize": b"kernels",
     }
     made = artifacts["onnxruntime", "fp32"]
     module.ICudaEngine.members.setdefault("__init__", [])
-    for name in ("ICudaEngine", "IExecutionContext", "IRuntimeConfig", "INetworkDefinition", "IBuilderConfig"):
+    for name in ("ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache"):
         if hasattr(module, name):
             getattr(module, name).members["__init__"] = []
     return runtime.PlanSession(artifact.Artifact(made.path, replace(made.sidecar, backend="tensorrt")), trt)
@@ -166,6 +187,20 @@ def test_what_is_bound_runs_as_a_cuda_graph(opened, trt):
     assert trt.module.asked("IRuntimeConfig.cuda_graph_strategy =") == (
         [(trt.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE,)] if trt.rtx else []
     )
+
+
+def test_upload_computing_and_download_are_timed_apart(opened, trt):
+    bound = opened.bind([np.zeros((2, 3, 64, 64), np.float32)])
+    assert bound.parts() == {"h2d_ms": 1.0, "compute_ms": 1.0, "d2h_ms": 1.0}
+
+
+def test_rtx_keeps_what_it_compiled_for_the_next_time(opened, trt, gpu, artifacts):
+    if not trt.rtx:
+        pytest.skip("only TensorRT-RTX compiles where a plan runs")
+    opened.bind([np.zeros((2, 3, 64, 64), np.float32)])
+    assert opened.kept.read_bytes() == b"kernels"
+    runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
+    assert trt.module.asked("IRuntimeCache.deserialize")[-1] == (b"kernels",)
 
 
 def test_a_batch_outside_the_profile_is_refused(opened):

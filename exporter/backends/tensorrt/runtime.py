@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact
 from exporter.backends import Array, Bound, Outputs, as_taken
 from exporter.backends.tensorrt.builder import listener
 from exporter.backends.tensorrt.library import OS, Library
+from exporter.disk import cache_folder, write_file
 from exporter.errors import BadRequest, ExporterError, Unavailable
+from exporter.measure import cuda
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +67,8 @@ class PlanSession:
             raise ExporterError(
                 f"{artifact.path}: {library.flavor} cannot open it: {said[-1] if said else 'no reason'}"
             )
+        name = f"{artifact.sidecar.sha256}-{torch.cuda.get_device_name()}-{library.version}".replace(" ", "_")
+        self.kept = cache_folder() / "kernels" / name
         self.context = self._context(library)
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         modes = {name: self.engine.get_tensor_mode(name) for name in names}
@@ -78,7 +83,18 @@ class PlanSession:
             return self.engine.create_execution_context()
         config = self.engine.create_runtime_config()
         config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self.kernels = config.create_runtime_cache()
+        if self.kept.is_file():
+            self.kernels.deserialize(self.kept.read_bytes())
+        config.set_runtime_cache(self.kernels)
         return self.engine.create_execution_context(config)
+
+    def _keep_kernels(self) -> None:
+        """What TensorRT-RTX compiled for this GPU, for whoever opens the plan next; where it cannot be written it is
+        compiled again."""
+        if self.rtx and not self.kept.is_file():
+            with suppress(ExporterError):
+                write_file(self.kept, bytes(self.kernels.serialize()))
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
@@ -94,12 +110,14 @@ class PlanSession:
         """The batches on the device; a run copies the next one into place there and replays a CUDA graph."""
         import torch
 
-        waiting = itertools.cycle([torch.from_numpy(as_taken(images, self.recipe)).cuda() for images in batches])
+        taken = [torch.from_numpy(as_taken(images, self.recipe)) for images in batches]
+        waiting = itertools.cycle([images.cuda() for images in taken])
         given = next(waiting).clone()
         held = self._hold(given)
         for _ in range(WARM_UP):
             self._enqueue()
         self.stream.synchronize()
+        self._keep_kernels()
         replay = self._enqueue if self.rtx else self._captured()
 
         def run() -> None:
@@ -108,7 +126,17 @@ class PlanSession:
             replay()
             self.stream.synchronize()
 
-        return Bound(run, lambda: tuple(output.float().cpu().numpy() for output in held))
+        host = [taken[0].pin_memory(), *(torch.empty_like(output, device="cpu").pin_memory() for output in held)]
+
+        def parts() -> dict[str, float]:
+            return cuda.parts(
+                self.stream,
+                lambda: given.copy_(host[0], non_blocking=True),
+                replay,
+                lambda: [to.copy_(output, non_blocking=True) for to, output in zip(host[1:], held, strict=True)],
+            )
+
+        return Bound(run, lambda: tuple(output.float().cpu().numpy() for output in held), parts=parts)
 
     def _captured(self) -> Any:
         import torch

@@ -1,0 +1,36 @@
+"""The three parts of one inference on an NVIDIA GPU, by the GPU's own clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("h2d_ms", "compute_ms", "d2h_ms")
+
+
+def parts(
+    stream: torch.cuda.Stream,
+    upload: Callable[[], object],
+    compute: Callable[[], object],
+    download: Callable[[], object],
+) -> dict[str, float]:
+    """Milliseconds of bringing the input to the GPU, of computing, and of bringing the outputs back, one after the
+    other on a stream, between CUDA events.
+
+    Args:
+        stream: that all of them run on.
+        upload, compute, download: enqueue their work and do not wait.
+    """
+    import torch
+
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        events[0].record()
+        for step, event in zip((upload, compute, download), events[1:], strict=True):
+            step()
+            event.record()
+    stream.synchronize()
+    return {name: float(a.elapsed_time(b)) for name, a, b in zip(PARTS, events, events[1:], strict=False)}
