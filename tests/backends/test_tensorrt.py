@@ -313,3 +313,20 @@ def test_the_lowered_int8_graph_is_the_same_network(artifacts):
     rounding = [node for node in ir.load(parent.path).graph if node.op_type == "QuantizeLinear"]
     assert len(rounding) == 10
     assert all(node.inputs[0].dtype == ir.DataType.FLOAT16 for node in rounding), "the rest is in fp16"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(runtime.unable()), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("flavor", library.here())
+def test_a_plan_runs_and_is_the_same_network(flavor, precision, tiny, tmp_path):
+    made = build(tiny, tmp_path, "tensorrt", precision, target={"flavor": flavor})
+    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    assert report.passed
+    assert report.find("simulated") is None
+    images = np.random.default_rng(0).normal(size=(4, 3, 64, 64)).astype(np.float32)
+    with backends.get("tensorrt").session(made, Options()) as session:
+        bound = session.bind([images])
+        bound.run()
+        assert np.abs(bound.outputs()[0] - session(images)[0]).max() < 1e-3
+        assert min(bound.parts().values()) > 0

@@ -1,0 +1,40 @@
+"""The session on a GPU machine, rehearsed on the CPU: every command is typed, and what fails stops nothing."""
+
+import sys
+
+import msgspec
+import pytest
+
+from benchmarks import gpu
+from exporter.backends.tensorrt import library
+
+
+def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PRECISIONS", ("fp16", "int8"))
+    gpu.main(["--rehearse", "--weights", str(tiny), "-o", str(tmp_path)])
+    session = msgspec.json.decode((tmp_path / "session.json").read_bytes(), type=gpu.Session)
+    assert session.rehearsal
+    assert session.seconds < gpu.BUDGET_S
+    failed = [step for step in session.steps if step.code not in (0, 5)]
+    assert all(step.words[:3] == ("-q", "-m", "gpu") for step in failed), failed
+    verbs = [step.words[0] for step in session.steps]
+    assert {"onnx", "verify", "bench", "report", "-q"} <= set(verbs)
+    assert verbs.count("trt") == 2 * len(library.here())
+    assert (tmp_path / "batch-8" / "custom_fp16.onnx.report.json").exists()
+    assert "exit 0" in capsys.readouterr().out
+
+
+def test_what_comes_too_late_is_written_down_and_not_typed():
+    typist = gpu.Typist(budget=0.0)
+    assert not typist.type([sys.executable], "-c", "1/0")
+    assert typist.steps[0].code is None
+    slow = gpu.Typist(budget=1.0)
+    assert not slow.type([sys.executable], "-c", "import time; time.sleep(30)")
+    assert slow.steps[0].last == "stopped: the time was up"
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu", lambda: None)
+    with pytest.raises(SystemExit, match="no NVIDIA GPU here"):
+        gpu.main(["-o", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
