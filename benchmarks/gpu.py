@@ -20,13 +20,12 @@ from typing import Any
 
 import msgspec
 
-from exporter.backends import installed
+from exporter.backends.tensorrt import library
 from exporter.disk import write_file
 from exporter.measure.machine import environment, gpu
 
 BUDGET_S = 480.0
 COMMAND = Path(sys.executable).with_name("convnext-export")
-FLAVORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
@@ -86,8 +85,7 @@ def build(typist: Typist, out: Path, common: Sequence[str]) -> tuple[list[Path],
         if typist.type([COMMAND], "onnx", "--precision", precision, *common, "-o", out / "onnx"):
             made += (out / "onnx").glob(f"*_{precision}.onnx")
     plans: list[Path] = []
-    flavors = [flavor for flavor, module in FLAVORS.items() if installed(module) or installed(flavor)]
-    for flavor, precision in itertools.product(flavors, PRECISIONS):
+    for flavor, precision in itertools.product(library.here(), PRECISIONS):
         extra = ("--calib-size", "32") if precision in ("int8", "fp8") else ()
         words = ("trt", "--flavor", flavor, "--precision", precision, *extra, *common, "-o", out / flavor)
         if typist.type([COMMAND], *words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,4 +34,4 @@ def parts(
             step()
             event.record()
     stream.synchronize()
-    return {name: float(a.elapsed_time(b)) for name, a, b in zip(PARTS, events, events[1:], strict=False)}
+    return {name: float(a.elapsed_time(b)) for name, (a, b) in zip(PARTS, pairwise(events), strict=True)}
