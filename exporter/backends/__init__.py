@@ -145,7 +145,7 @@ class Backend(Generic[Opt]):
     peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
     form: (precision, batch size or None for any) to the form that it runs best.
     placements: where it wants Q and DQ, if it runs eight bits, by the scope of what is rounded, its own choice first.
-    above_int8: the next higher precision that this machine's CPU computes in, which int8 has to be faster than.
+    above_int8: the next higher precision that this machine's CPU computes in, which int8 and fp8 have to beat.
     check: (precision, batch size or None for any, target): raises BadRequest for what cannot be built, Unavailable for
         what is not installed.
     unable: why nothing that it builds can run on this machine, or "".

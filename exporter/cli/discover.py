@@ -9,8 +9,9 @@ import click
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact, Quantization
-    from exporter.backends import Backend, Layer, Options
+    from exporter.backends import Layer
     from exporter.model.variants import Variant
+    from exporter.report import Finding
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
 
@@ -98,19 +99,20 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     from exporter import backends
     from exporter.cli.console import print_findings, print_json
     from exporter.errors import Unavailable
+    from exporter.int8 import gain
 
     if picture:
         artifacts.check_output(picture)
-
     opened = artifacts.load(artifact)
     backend = backends.get(opened.sidecar.backend)
     layers: list[Layer] = []
+    findings: list[Finding] = []
     reason = ""
     try:
         layers = backend.layers(opened, backend.options())
+        findings = backend.findings(opened, gain.beside(opened))
     except Unavailable as error:
         reason = str(error)
-    findings = backend.findings(opened, _beside(opened, backend))
     if as_json:
         print_json({"artifact": opened.to_dict(), "layers": layers, "findings": findings})
     else:
@@ -122,22 +124,6 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
         _draw(layers, picture)
     if reason:
         click.echo(f"note: its layers cannot be told here: {reason}", err=True)
-
-
-def _beside(artifact: Artifact, backend: Backend[Options]) -> Artifact | None:
-    """The same network in fp16 from the same backend, if it lies beside: what eight bits are held against."""
-    from exporter import artifact as artifacts
-    from exporter.errors import BadRequest
-
-    ours = artifact.sidecar
-    if ours.quantization is None:
-        return None
-    path = artifact.path.with_name(artifact.path.name.replace(f"_{ours.precision}.", f"_{backend.above_int8()}."))
-    try:
-        found = artifacts.load(path)
-    except BadRequest:
-        return None
-    return found if found.sidecar.weights.digest == ours.weights.digest else None
 
 
 def _draw(layers: list[Layer], picture: Path) -> None:

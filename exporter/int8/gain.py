@@ -9,11 +9,11 @@ from statistics import median
 
 import msgspec
 
-from exporter import pipeline
-from exporter.artifact import Artifact
+from exporter import backends, pipeline
+from exporter.artifact import Artifact, load
 from exporter.backends import NARROW, Layer
 from exporter.bench import Opener, Timing, flat, latency
-from exporter.errors import ExporterError, first_line, some
+from exporter.errors import BadRequest, ExporterError, first_line, some
 from exporter.int8.budget import Choice, Search
 from exporter.int8.work import Work
 from exporter.measure.stats import center
@@ -68,6 +68,19 @@ def rival(work: Work, folder: Path) -> Artifact | None:
     except ExporterError as error:
         note(f"{recipe.precision}, to hold {work.recipe.precision} against, cannot be built: {first_line(error)}")
         return None
+
+
+def beside(artifact: Artifact) -> Artifact | None:
+    """The same network in the next higher precision, where it was built beside an artifact of eight bits."""
+    ours = artifact.sidecar
+    if ours.quantization is None:
+        return None
+    above = backends.get(ours.backend).above_int8()
+    try:
+        found = load(artifact.path.with_name(artifact.path.name.replace(f"_{ours.precision}.", f"_{above}.")))
+    except BadRequest:
+        return None
+    return found if found.sidecar.weights.digest == ours.weights.digest else None
 
 
 def time(work: Work, search: Search, rival: Artifact | None, folder: Path, opener: Opener) -> Timed | str:
