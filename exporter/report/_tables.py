@@ -104,15 +104,8 @@ def accuracy(reports: Sequence[Report]) -> Table:
 def int8(reports: Sequence[Report]) -> Table:
     """A row for each artifact that was quantised."""
     columns = (
-        "artifact",
-        "calibrated on",
-        "in eight bits",
-        "gain",
-        "95 % interval",
-        "over",
-        "× eager",
-        "kept back",
-        "",
+        *("artifact", "calibrated on", "in eight bits", "gain", "95 % interval"),
+        *("over", "× eager", "kept back", ""),
     )
     rows = []
     for report in reports:

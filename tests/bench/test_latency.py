@@ -86,6 +86,12 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
     (share,) = latency._share_of_peak(timing, "a.onnx", made, "batch 2")
     assert (share.low, share.value, share.high) == pytest.approx((25, 25, 25))
     assert f"of the {2e-6 * PEAK_MACS / 2:.0f} GFLOP/s" in share.detail
+    told = [
+        replace(launch, parts={"a.onnx": {"h2d_ms": 1.0, "compute_ms": ms, "d2h_ms": 0.5}}) for ms in (2.0, 9.0, 3.0)
+    ]
+    parts = latency._parts(Timing(timing.plan, told), "a.onnx", "batch 2")
+    assert {f.metric: f.value for f in parts} == {"h2d_ms": 1.0, "compute_ms": 3.0, "d2h_ms": 0.5}
+    assert latency._parts(timing, "a.onnx", "batch 2") == []
 
 
 def test_artifacts_that_take_pixels_in_other_units_are_timed_together(artifacts, tiny, run, tmp_path):
@@ -165,6 +171,8 @@ def test_a_fallen_artifact_fails_its_own_row(artifacts, run, tmp_path, monkeypat
         (("--batch", "1,x"), "whole numbers"),
         (("--until", "0%"), "percentage"),
         (("--hint", "speed"), "latency"),
+        (("--also", "fp16"), "on a GPU only; add --device cuda"),
+        (("--also", "tf32"), "on a GPU only; add --device cuda"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(words, said, onnx_copy, refused):
