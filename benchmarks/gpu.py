@@ -102,7 +102,7 @@ def measure(typist: Typist, out: Path, weights: str, device: str, seconds: float
     timed = made if rehearsal else [*made, *plans]
     also = () if rehearsal else ("--also", "tf32", "--also", "fp16", "--also", "torch.compile")
     told = ("--device", device, "--duration", str(seconds), "--weights", weights)
-    for batch in ("1", "8") if timed else ():
+    for batch in ("1",) if rehearsal else ("1", "8"):
         typist.type([COMMAND], "bench", *timed, *also, *told, "--batch", batch, "-o", out / f"batch-{batch}")
     if reports := sorted(out.glob("batch-*/*.report.json")):
         typist.type([COMMAND], "report", *reports, "--format", "html", "-o", out / "report.html")

@@ -20,7 +20,7 @@ def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeyp
     verbs = [step.words[0] for step in session.steps]
     assert {"onnx", "verify", "bench", "report", "-q"} <= set(verbs)
     assert verbs.count("trt") == 2 * len(library.here())
-    assert (tmp_path / "batch-8" / "custom_fp16.onnx.report.json").exists()
+    assert (tmp_path / "batch-1" / "custom_fp16.onnx.report.json").exists()
     assert "exit 0" in capsys.readouterr().out
 
 
