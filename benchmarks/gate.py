@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.backends import Array, Bound, Session
 from exporter.bench import Arm, Plan, worker
 from exporter.compare import parse_limits
@@ -33,6 +33,7 @@ from exporter.compare.artifacts import HEAD, LAUNCHES, CompareOptions, Pair, com
 from exporter.disk import write_file
 from exporter.measure.machine import environment
 from exporter.measure.stats import proportion
+from exporter.sidecar import Record
 
 SLOWER = (0.0, 5.0, 10.0)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
-from exporter.artifact import Record
 from exporter.disk import write_file
 from exporter.measure.machine import environment
+from exporter.sidecar import Record
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 VERBS = ("onnx", "openvino")

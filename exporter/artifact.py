@@ -17,124 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from exporter.disk import flush, lock, locked, write_error, write_file
 from exporter.errors import BadRequest, ExporterError, nearest
 from exporter.progress import note
-
-SCHEMA = 4
-MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen fact that is written as JSON; an unknown key in a file is an error."""
-
-
-class Preprocessing(Record, frozen=True):
-    """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
-
-    `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
-    `size` and cuts nothing, as published for inputs of 384 pixels and more. `input` says how far to go: an artifact
-    takes `normalized` pixels, or `float01` (0…1) or `uint8` (0…255) and does the rest itself.
-    """
-
-    size: int = 224
-    resize: int = 256
-    crop: Literal["center", "squash"] = "center"
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    layout: Literal["NCHW"] = "NCHW"
-    color: Literal["RGB"] = "RGB"
-    input: Literal["normalized", "float01", "uint8"] = "normalized"
-
-    def at(self, size: int) -> Preprocessing:
-        """The same recipe for another input size in pixels, keeping the share that the crop leaves."""
-        return msgspec.structs.replace(self, size=size, resize=round(size * self.resize / self.size))
-
-
-class Tensor(Record, frozen=True):
-    """An input or output: name, shape (a word stands for a dynamic axis) and element type."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str = "float32"
-
-
-class Weights(Record, frozen=True):
-    """Where the weights came from and what they are.
-
-    `digest` is the sha256 of the tensors in our own layout, so the same weights have one digest in every
-    file format; `file_sha256` is that of the file they were read from.
-    """
-
-    source: str
-    digest: str
-    layout: str
-    num_classes: int
-    file_sha256: str | None = None
-
-
-class File(Record, frozen=True):
-    """One file of an artifact, beside the others."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-class Quantization(Record, frozen=True):
-    """How an artifact came to eight bits: the calibration set and its digest, how ranges were chosen, and the layers
-    that were rounded, each with its multiply-accumulates for one image. `kept` are the parts that were kept back."""
-
-    calib: str
-    digest: str
-    images: int
-    synthetic: bool
-    method: str
-    smoothing: float
-    bias_correction: str
-    scope: str
-    layers: dict[str, int] = {}
-    kept: tuple[str, ...] = ()
-
-
-class Sidecar(Record, frozen=True):
-    """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
-    multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` the modules whose activations fp16 cannot
-    hold; `target` is what it was built for, where it runs on nothing else."""
-
-    backend: str
-    precision: str
-    variant: str
-    task: str
-    weights: Weights
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    preprocessing: Preprocessing
-    macs: int | None = None
-    beyond_fp16: tuple[str, ...] = ()
-    quantization: Quantization | None = None
-    labels: tuple[str, ...] = ()
-    parents: tuple[str, ...] = ()
-    versions: dict[str, str] = {}
-    recipe: dict[str, Any] = {}
-    target: dict[str, Any] = {}
-    quality: dict[str, float | str] = {}
-    files: tuple[File, ...] = ()
-    sha256: str = ""
-    bytes: int = 0
-    schema: int = SCHEMA
-    seal: str = ""
-
-    def facts(self) -> dict[str, str]:
-        """What the model file carries in its own metadata: every fact that is known before it is written."""
-        late = {"files", "sha256", "bytes", "quality", "seal", "schema"}
-        fields = msgspec.to_builtins(self)
-        return {key: msgspec.json.encode(fields[key]).decode() for key in sorted(fields) if key not in late}
+from exporter.sidecar import File, Sidecar, decode, encode
 
 
 @dataclass(frozen=True)
@@ -175,31 +65,6 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _seal(sidecar: Sidecar) -> str:
-    fields = msgspec.to_builtins(msgspec.structs.replace(sidecar, seal=""))
-    return hashlib.sha256(msgspec.json.encode(fields, order="deterministic")).hexdigest()
-
-
-def _encode(sidecar: Sidecar) -> bytes:
-    sealed = msgspec.structs.replace(sidecar, seal=_seal(sidecar))
-    return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
-
-
-def _decode(path: Path) -> Sidecar:
-    mend = "build the artifact again"
-    if path.stat().st_size > MAX_SIDECAR_BYTES:
-        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no sidecar of ours; {mend}")
-    try:
-        sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {mend}") from None
-    if sidecar.schema != SCHEMA:
-        raise BadRequest(f"{path}: sidecar of schema {sidecar.schema}, this version reads {SCHEMA}; {mend}")
-    if sidecar.seal != _seal(sidecar):
-        raise BadRequest(f"{path}: the sidecar was changed after it was written; {mend}")
-    return sidecar
-
-
 def load(path: Path) -> Artifact:
     """Open an artifact after checking its sidecar and the digest of every file; nothing of it is run.
 
@@ -218,7 +83,7 @@ def _load(path: Path) -> Artifact:
         raise BadRequest(f"{path}: no such file{hint}")
     if not sidecar_path(path).is_file():
         raise BadRequest(f"{path}: no sidecar {sidecar_path(path).name} beside it; build it with this tool")
-    sidecar = _decode(sidecar_path(path))
+    sidecar = decode(sidecar_path(path))
     if not sidecar.files or sidecar.files[0].name != path.name:
         raise BadRequest(f"{path}: its sidecar speaks of another file; build the artifact again")
     for file in sidecar.files:
@@ -246,7 +111,7 @@ def read_sidecar(path: Path) -> Sidecar:
 
     Raises: BadRequest when it is damaged or was changed.
     """
-    return _decode(sidecar_path(path))
+    return decode(sidecar_path(path))
 
 
 @contextmanager
@@ -307,7 +172,7 @@ def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
     files = tuple(File(name=p.name, bytes=p.stat().st_size, sha256=sha256_file(p)) for p in paths)
     total = sum(file.bytes for file in files)
     whole = msgspec.structs.replace(sidecar, files=files, sha256=files[0].sha256, bytes=total)
-    sidecar_path(folder / name).write_bytes(_encode(whole))
+    sidecar_path(folder / name).write_bytes(encode(whole))
 
 
 def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> None:
@@ -322,7 +187,7 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
                 note(f"{artifact.path.name} was built again meanwhile; its sidecar is left as it is")
                 return
             fresh = msgspec.structs.replace(now, quality=dict(quality))
-            write_file(sidecar_path(artifact.path), _encode(fresh))
+            write_file(sidecar_path(artifact.path), encode(fresh))
     except ExporterError as error:
         note(f"the sidecar keeps its old quality: {error}")
 
@@ -366,9 +231,9 @@ def _drop_old_files(target: Path) -> None:
     if not (old.is_file() and new.is_file()):
         return
     try:
-        old_names = {file.name for file in _decode(old).files}
+        old_names = {file.name for file in decode(old).files}
     except BadRequest:
         return  # what cannot be read names nothing to remove
-    for name in old_names - {file.name for file in _decode(new).files}:
+    for name in old_names - {file.name for file in decode(new).files}:
         if Path(name).name == name:
             (target.parent / name).unlink(missing_ok=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exporter import backends, discover
-from exporter.artifact import Record
 from exporter.errors import ExporterError, Unavailable
 from exporter.measure import machine
+from exporter.sidecar import Record
 
 
 class Fact(Record, frozen=True):

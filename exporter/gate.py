@@ -11,7 +11,7 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter import backends, pipeline, report
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.compare import METRICS, Limit, compare_exact, parse_limits
 from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare_times
 from exporter.compare.reports import compare_reports
@@ -19,6 +19,7 @@ from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
 from exporter.measure import machine
 from exporter.report import Finding, Report
+from exporter.sidecar import Record
 
 
 class GateOptions(CompareOptions, frozen=True):

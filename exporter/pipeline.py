@@ -13,7 +13,7 @@ import numpy as np
 
 from exporter import artifact as artifacts
 from exporter import backends, discover, tuning
-from exporter.artifact import Artifact, Preprocessing, Sidecar
+from exporter.artifact import Artifact
 from exporter.backends import Array, Outputs
 from exporter.data import images, synthetic
 from exporter.errors import BadRequest, CheckFailed, Unavailable, nearest
@@ -25,6 +25,7 @@ from exporter.model.variants import count_macs
 from exporter.model.weights import Checkpoint
 from exporter.progress import note, step
 from exporter.recipe import EIGHT_BITS, Recipe
+from exporter.sidecar import Preprocessing, Sidecar
 from exporter.verifying import VerifyOptions as VerifyOptions
 from exporter.verifying import record_quality as record_quality
 from exporter.verifying import run_batch

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter import backends
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.bench import Opener, Timing, latency, worker
 from exporter.checks.parity import LIMITS
 from exporter.disk import cache_folder, write_file
@@ -27,6 +27,7 @@ from exporter.measure.stats import Center, center
 from exporter.model import FORMS, weights
 from exporter.progress import note, step
 from exporter.recipe import Recipe
+from exporter.sidecar import Record
 
 SECONDS = 12.0
 Build = Callable[[Recipe, Path], Artifact]

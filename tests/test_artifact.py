@@ -14,6 +14,7 @@ from exporter import artifact, disk, pipeline
 from exporter.artifact import sidecar_path
 from exporter.errors import BadRequest, Unavailable
 from exporter.recipe import Recipe
+from exporter.sidecar import MAX_SIDECAR_BYTES
 from tests.conftest import ROOT, build, snapshot
 
 
@@ -68,7 +69,7 @@ def test_a_truncated_sidecar_is_refused(onnx_copy):
 
 def test_a_sidecar_of_absurd_size_is_not_read(onnx_copy):
     with sidecar_path(onnx_copy.path).open("r+b") as file:
-        file.truncate(artifact.MAX_SIDECAR_BYTES + 1)
+        file.truncate(MAX_SIDECAR_BYTES + 1)
     with pytest.raises(BadRequest, match="is no sidecar of ours"):
         artifact.load(onnx_copy.path)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from exporter import artifact, discover, report
-from exporter.artifact import Preprocessing, sidecar_path
+from exporter.artifact import sidecar_path
 from exporter.compare import parse_limits
 from exporter.compare.reports import compare_reports
 from exporter.data import images
@@ -20,6 +20,7 @@ from exporter.data.samples import open_samples
 from exporter.errors import ExporterError
 from exporter.model import weights
 from exporter.model.config import read_config
+from exporter.sidecar import Preprocessing
 from tests.conftest import tiny_state
 
 MANY = settings(

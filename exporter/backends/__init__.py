@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter import discover
-from exporter.artifact import Artifact, Preprocessing, Record
+from exporter.artifact import Artifact
 from exporter.errors import Unavailable
 from exporter.graph.quantize import Placement
 from exporter.report import Finding
+from exporter.sidecar import Preprocessing, Record
 
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact, Preprocessing
+from exporter.artifact import Artifact
 from exporter.backends import (
     PEAK_SIDE,
     Array,
@@ -37,6 +37,7 @@ from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, round_product
 from exporter.measure.machine import cores, cpu
 from exporter.progress import note
+from exporter.sidecar import Preprocessing
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

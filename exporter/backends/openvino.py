@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact, Preprocessing, file_name, load, seal, staging
+from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.backends import (
     Array,
     Backend,
@@ -37,6 +37,7 @@ from exporter.backends import (
 )
 from exporter.errors import ExporterError, Unavailable, last_line
 from exporter.graph.quantize import Placement
+from exporter.sidecar import Preprocessing
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 

@@ -13,10 +13,11 @@ from typing import Literal
 
 import msgspec
 
-from exporter.artifact import Artifact, Preprocessing, Record
+from exporter.artifact import Artifact
 from exporter.backends import Session
 from exporter.errors import BadRequest
 from exporter.measure.machine import Conditions
+from exporter.sidecar import Preprocessing, Record
 
 
 class Arm(Record, frozen=True):

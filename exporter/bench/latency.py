@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from exporter.artifact import Artifact, Preprocessing
+from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.checks.parity import LIMITS
@@ -18,6 +18,7 @@ from exporter.measure import cuda, machine
 from exporter.measure.stats import Center, center
 from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
+from exporter.sidecar import Preprocessing
 
 EAGER = "eager"
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}

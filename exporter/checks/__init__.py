@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter import discover
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.backends import Layer, Outputs
 from exporter.errors import BadRequest
 from exporter.measure.stats import proportion
 from exporter.report import Finding
+from exporter.sidecar import Record
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from exporter.artifact import Artifact, Quantization
+    from exporter.artifact import Artifact
     from exporter.backends import Layer
     from exporter.model.variants import Variant
     from exporter.report import Finding
+    from exporter.sidecar import Quantization
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
 

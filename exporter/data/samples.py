@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact import Preprocessing
 from exporter.data import Batch, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.disk import user_path
 from exporter.errors import BadRequest, nearest, some
 from exporter.measure import machine
+from exporter.sidecar import Preprocessing
 
 SYNTHETIC = 16  # images, when no number is given
 CALIBRATION = "# convnext-export calibration set"

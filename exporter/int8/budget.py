@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from exporter import backends, pipeline
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.backends import Array, Outputs, Session
 from exporter.data.calibration import SYNTHETIC
 from exporter.data.samples import Samples, open_samples
@@ -19,6 +19,7 @@ from exporter.errors import BadRequest
 from exporter.int8.work import Work
 from exporter.progress import note, step
 from exporter.report import Report
+from exporter.sidecar import Record
 
 MAX_DROP = 0.5
 

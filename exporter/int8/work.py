@@ -11,7 +11,7 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter import backends, pipeline
-from exporter.artifact import Artifact, Quantization, Sidecar
+from exporter.artifact import Artifact
 from exporter.backends import Backend, Options
 from exporter.data.calibration import CalibrationSet, open_calibration
 from exporter.errors import BadRequest, CheckFailed, some
@@ -20,6 +20,7 @@ from exporter.graph.quantize import Placement, faults, quantize
 from exporter.graph.rounding import Grid, Plan, part
 from exporter.quantization import QuantizeOptions
 from exporter.recipe import Recipe
+from exporter.sidecar import Quantization, Sidecar
 
 if TYPE_CHECKING:
     import onnx_ir as ir

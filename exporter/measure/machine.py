@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from exporter.artifact import Record
+from exporter.sidecar import Record
 
 # In the order in which they matter to a ConvNeXt.
 _ISA = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from exporter.artifact import Record
 from exporter.graph.rounding import Grid
+from exporter.sidecar import Record
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 Correction = Literal["none", "fast", "full"]

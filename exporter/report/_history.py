@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from exporter.artifact import Record
 from exporter.disk import locked, write_file
 from exporter.errors import BadRequest
 from exporter.report import Report, machine_of
 from exporter.report._tables import Table, name
+from exporter.sidecar import Record
 
 SCHEMA = 1
 METRICS = ("speedup", "p50_ms", "p99_ms", "throughput_ips", "top1", "top1_agreement", "cosine", "bytes")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.artifact import Preprocessing
 from exporter.data.calibration import open_calibration
 from exporter.errors import CheckFailed
 from exporter.graph.rounding import KINDS
@@ -12,6 +11,7 @@ from exporter.model import forms, weights
 from exporter.quantization import statistics
 from exporter.quantization.smoothing import layers
 from exporter.quantization.statistics import collect
+from exporter.sidecar import Preprocessing
 from tests.conftest import PX
 
 RECIPE = Preprocessing(size=PX, resize=PX)

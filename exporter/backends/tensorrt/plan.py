@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from exporter.artifact import Artifact, Record
+from exporter.artifact import Artifact
 from exporter.backends import Layer
 from exporter.errors import some
 from exporter.graph.rounding import kind, part
 from exporter.report import Finding
+from exporter.sidecar import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
