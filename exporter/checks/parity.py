@@ -21,7 +21,7 @@ class Limits:
 
 
 # Measured on trained and random weights: fp32 2e-6, fp16 2e-3 … 6e-3, bf16 2e-2 … 6e-2 of the spread, int8
-# 4e-2 … 2e-1.
+# and fp8 4e-2 … 3e-1.
 LIMITS = {
     "fp32": Limits(0.99999, 1e-4, 99.9),
     "fp16": Limits(0.9999, 0.05, 99.0),

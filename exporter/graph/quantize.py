@@ -82,7 +82,7 @@ class _Rounded:
         assert weight is not None
         assert weight.const_value is not None
         axis, grid = self._output_axis(), self.rounding.grid
-        whole, scales = round_weights(weight.const_value.numpy(), axis, grid)
+        whole, scales = round_weights(weight.const_value.numpy(), axis, grid, self.rounding.half)
         weights = [self._constant(f"weight_{grid}", whole), self._constant("weight_scale", scales)]
         weights.append(self._constant("weight_zero_point", np.zeros(len(scales), element(grid))))
         rounded = self._node("DequantizeLinear", weights, "weight_dequantized", weight.shape, axis=axis)

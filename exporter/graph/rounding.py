@@ -13,6 +13,8 @@ Floats = NDArray[np.float32]
 Grid = Literal["int8", "fp8"]
 """What eight bits stand for: whole numbers, or E4M3 (Micikevicius et al., "FP8 formats for deep learning", 2022)."""
 LARGEST: dict[Grid, int] = {"int8": 127, "fp8": 448}
+LEAST_HALF: dict[Grid, float] = {"int8": 2.0**-24, "fp8": 2.0**-14}
+"""The smallest scale in fp16: above zero; where steps have an exponent of their own, one without lost digits too."""
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
     "depthwise": r"stages\.\d+\.\d+\.dwconv",
@@ -31,6 +33,7 @@ class Rounding:
     `symmetric`, or ±448 in fp8.
     shift: what is added to its bias (out,).
     inputs: whether its input is rounded at all, or its weights alone.
+    half: whether scales are held in fp16.
     """
 
     scale: float
@@ -39,6 +42,7 @@ class Rounding:
     shift: Floats
     grid: Grid = "int8"
     inputs: bool = True
+    half: bool = False
 
 
 Plan = dict[str, Rounding]
@@ -65,18 +69,23 @@ def element(grid: Grid, symmetric: bool = True) -> np.dtype[Any]:
     return fp8
 
 
-def round_weights(weight: Floats, axis: int, grid: Grid = "int8") -> tuple[NDArray[Any], Floats]:
+def round_weights(weight: Floats, axis: int, grid: Grid = "int8", half: bool = False) -> tuple[NDArray[Any], Floats]:
     """Weights in eight bits, symmetric with a scale for each output channel: w ≈ scale · q.
 
     Args:
         weight: float32.
         axis: of the output channels.
         grid: what the bits stand for.
+        half: whether the scales have to be numbers of fp16: of small weights they would become others, or nothing.
 
     Returns: (q of the same shape, scales (out,)).
     """
     others = tuple(a for a in range(weight.ndim) if a != axis)
     scale = np.maximum(np.abs(weight).max(axis=others) / LARGEST[grid], np.float32(1e-12)).astype(np.float32)
+    if half:
+        near = np.maximum(scale, LEAST_HALF[grid]).astype(np.float16)
+        up = np.nextafter(near, np.float16(np.inf))  # a smaller scale would clip the largest weights
+        scale = np.where(near >= scale, near, up).astype(np.float32)
     shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
     steps = weight / scale.reshape(shape)
     return (np.rint(steps) if grid == "int8" else steps).astype(element(grid)), scale

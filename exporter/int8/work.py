@@ -148,6 +148,7 @@ def _options(recipe: Recipe, placement: Placement) -> QuantizeOptions:
     return QuantizeOptions(
         grid=_grid(recipe),
         inputs=placement.inputs,
+        half=placement.rest == "fp16",
         method=recipe.calib_method,
         smoothing=recipe.smoothing,
         bias_correction=recipe.bias_correction,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.data.calibration import CalibrationSet
-from exporter.graph.rounding import LARGEST, Floats, Grid, Plan, Rounding, part, round_weights
+from exporter.graph.rounding import LARGEST, Floats, Plan, Rounding, part, round_weights
 from exporter.progress import step, track
 from exporter.quantization import QuantizeOptions, ranges
 from exporter.quantization.smoothing import Layer, Network, layers
@@ -49,16 +49,16 @@ def plan(
         low, high = ranges.choose(found.histogram[name], *found.range(name), options.method, symmetric)
         scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
         shift = np.zeros(layer.weight.shape[0], np.float32)
+        made[name] = Rounding(scale, zero_point, symmetric, shift, options.grid, options.inputs, options.half)
         if options.bias_correction == "fast":
-            shift = _fast_shift(layer, found.mean(name), options.grid)
-        made[name] = Rounding(scale, zero_point, symmetric, shift, options.grid, options.inputs)
+            made[name] = replace(made[name], shift=_fast_shift(layer, found.mean(name), made[name]))
     return _full(model, made, images) if options.bias_correction == "full" else made
 
 
-def _fast_shift(layer: Layer, mean: Floats, grid: Grid) -> Floats:
+def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
     """What rounding the weights takes from the mean output: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
     through weight equalization and bias correction", ICCV 2019, section 4.2, with E[x] as measured)."""
-    lost = layer.weight.detach() - rounded_weight(layer, grid)
+    lost = layer.weight.detach() - rounded_weight(layer, rounding)
     taps: Tensor = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
     mean_input = torch.from_numpy(mean).double()
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: each channel has its own
@@ -119,7 +119,7 @@ def rounded(model: Network, made: Plan) -> Iterator[None]:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert layer.bias is not None
             kept.append((layer, layer.weight, layer.bias))
-            layer.weight = nn.Parameter(rounded_weight(layer, rounding.grid), requires_grad=False)
+            layer.weight = nn.Parameter(rounded_weight(layer, rounding), requires_grad=False)
             layer.bias = nn.Parameter(layer.bias + torch.from_numpy(rounding.shift), requires_grad=False)
             if rounding.inputs:
                 handles.append(layer.register_forward_pre_hook(partial(_round_input, rounding)))
@@ -145,10 +145,10 @@ def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...
     )  # fmt: skip
 
 
-def rounded_weight(layer: Layer, grid: Grid = "int8") -> Tensor:
+def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
     """The weights that eight bits have for these, in fp32."""
     weight = layer.weight.detach().numpy()
-    whole, scale = round_weights(weight, 0, grid)
+    whole, scale = round_weights(weight, 0, rounding.grid, rounding.half)
     return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 

@@ -173,6 +173,20 @@ def test_fp8_is_e4m3_and_nearly_the_same_network(artifacts):
     assert "custom_linear_fp8.onnx" in report.find("simulated").detail
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_weights_too_small_for_a_scale_in_fp16_are_no_reason_to_refuse(precision, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from tests.conftest import write_tiny
+
+    source = write_tiny(tmp_path / "small")
+    state = load_file(source / "model.safetensors")
+    state["stages.0.0.pwconv2.weight"][:4] *= 1e-7
+    save_file(state, source / "model.safetensors")
+    made = build(source, tmp_path, "tensorrt", precision)
+    assert pipeline.verify(made, pipeline.VerifyOptions(most=8)).find("cosine").value > 0.999
+
+
 def test_the_share_of_work_in_the_asked_precision_is_told(artifacts):
     for precision, least, most in (("fp16", 100, 100), ("int8", 60, 99)):
         found = backends.get("tensorrt").findings(artifacts["tensorrt", precision], None)

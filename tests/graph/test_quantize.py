@@ -130,6 +130,19 @@ def test_weights_are_rounded_channel_by_channel_to_half_a_step(shape, axis):
     assert (np.abs(whole).max(axis=tuple(a for a in range(len(shape)) if a != axis)) == 127).all()
 
 
+@pytest.mark.parametrize("grid", ["int8", "fp8"])
+def test_scales_that_are_held_in_fp16_are_the_ones_that_were_rounded_with(grid):
+    """Small weights, as layer scale leaves them: their scales lose digits in fp16, or become nothing."""
+    weight = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
+    weight *= np.logspace(-9, 0, 40, dtype=np.float32)[:, None]
+    whole, scale = round_weights(weight, 0, grid, half=True)
+    assert (scale.astype(np.float16) == scale).all()
+    assert (scale > 0).all()
+    error = np.abs(whole.astype(np.float32) * scale[:, None] - weight)
+    step = scale[:, None] if grid == "int8" else np.maximum(np.abs(weight) / 8, 2.0**-9 * scale[:, None])
+    assert (error <= 0.5001 * step).all()
+
+
 def test_a_channel_of_zeros_has_a_scale():
     whole, scale = round_weights(np.zeros((3, 2), np.float32), 0)
     assert not whole.any()
