@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from math import exp
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from exporter.recipe import Recipe
 from exporter.sidecar import Record
 
 SECONDS = 12.0
+LEAST_GAIN = 1.02  # the best of several equals passes 1 by chance more often than its own interval says
 Build = Callable[[Recipe, Path], Artifact]
 
 
@@ -126,7 +127,7 @@ def _choose(made: Mapping[str, Artifact], recipe: Recipe, facts: dict[str, Any],
     own = backends.get(recipe.backend).form(recipe.precision, batch)
     own = own if own in standing else "plain"
     best = max(standing, key=lambda form: over(form, own).value)
-    form = best if over(best, own).low > 0 else own  # what cannot be told apart from the backend's own is not better
+    form = best if over(best, own).low > log(LEAST_GAIN) else own  # an equal is not better than the backend's own
     found = {form: over(form, "plain") for form in standing if form != "plain"}
     gains = {form: (exp(gain.value), exp(gain.low), exp(gain.high)) for form, gain in found.items()}
     return Choice(form=form, gains=gains, fell=fell, facts=facts)
