@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, forms, gate, int8, plans
+from benchmarks import agreement, forms, gate, int8, plans, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
@@ -92,6 +92,7 @@ def main() -> None:
     (ROOT / "docs" / "cli.md").write_text(cli_help())
     for name in DOCUMENTS:
         (ROOT / name).write_text(filled((ROOT / name).read_text()))
+    recipes.main()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,7 @@ from typing import Any
 import msgspec
 
 from exporter.disk import flush, lock, locked, write_error, write_file
-from exporter.errors import BadRequest, ExporterError, nearest
+from exporter.errors import BadRequest, ExporterError, nearest, some
 from exporter.progress import note
 from exporter.sidecar import File, Sidecar, decode, encode
 
@@ -88,7 +90,24 @@ def _load(path: Path) -> Artifact:
         raise BadRequest(f"{path}: its sidecar speaks of another file; build the artifact again")
     for file in sidecar.files:
         _check(path.parent / file.name, file)
+    if path.suffix == ".onnx" and (stray := _external(path) - {file.name for file in sidecar.files}):
+        raise BadRequest(f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; "
+                         "do not load it")  # fmt: skip
     return Artifact(path, sidecar)
+
+
+def _external(path: Path) -> set[str]:
+    """The files that the tensors of an ONNX graph say they lie in, found without a parser that would open them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        entries = re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content)
+        return {
+            content[entry.end() : entry.end() + _varint(entry[1])].decode("utf-8", "replace") for entry in entries
+        }
+
+
+def _varint(encoded: bytes) -> int:
+    """A length as protobuf writes it, of one byte or two."""
+    return (encoded[0] & 0x7F) + (encoded[1] << 7 if len(encoded) > 1 else 0)
 
 
 def _check(path: Path, file: File) -> None:

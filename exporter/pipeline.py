@@ -171,9 +171,9 @@ def _still_there(target: Path, sidecar: Sidecar) -> Artifact | None:
 
 
 def _made_from(sidecar: Sidecar) -> dict[str, str]:
-    """What decides what a graph is: every fact but what is seen of it, and the words that named its weights."""
-    words = {key: word for key, word in sidecar.recipe.items() if key not in ("variant", "weights", "labels")}
-    return msgspec.structs.replace(sidecar, inputs=(), outputs=(), beyond_fp16=(), recipe=words).facts()
+    """What decides what a graph is: every fact but what is seen of it; and where its weights lie, to be found again."""
+    facts = msgspec.structs.replace(sidecar, inputs=(), outputs=(), beyond_fp16=()).facts()
+    return {**facts, "source": sidecar.weights.source}
 
 
 def _trace(checkpoint: Checkpoint, options: TraceOptions, sidecar: Sidecar, target: Path) -> Artifact:

@@ -13,6 +13,9 @@ from exporter.errors import BadRequest
 SCHEMA = 4
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
+PLACES = {"weights": {"source"}, "recipe": {"weights", "labels", "calib", "variant"}, "quantization": {"calib"}}
+"""Words of sections that say where something lay when an artifact was built; digests say what it was."""
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen fact that is written as JSON; an unknown key in a file is an error."""
@@ -116,9 +119,13 @@ class Sidecar(Record, frozen=True):
     seal: str = ""
 
     def facts(self) -> dict[str, str]:
-        """What the model file carries in its own metadata: every fact that is known before it is written."""
+        """What the model file carries in its own metadata: every fact that is known before it is written, but for
+        where something lay, so that the same build gives the same bytes in any folder."""
         late = {"files", "sha256", "bytes", "quality", "seal", "schema"}
         fields = msgspec.to_builtins(self)
+        for section, words in PLACES.items():
+            told = fields[section]
+            fields[section] = told and {word: value for word, value in told.items() if word not in words}
         return {key: msgspec.json.encode(fields[key]).decode() for key in sorted(fields) if key not in late}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS
-from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
+from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, turns, worker
 from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
 from exporter.measure import cuda, machine
@@ -55,7 +55,9 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     step("loading each model alone, cold")
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
     plan = timings[0].plan
-    cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in track(alone, len(alone), "models", _one)}
+    with turns.alone():
+        models = track(alone, len(alone), "models", _one)
+        cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
     environment = {**machine.environment(), "timing": _circumstances(timings)}
     if gpu is not None:
         environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
@@ -129,10 +131,11 @@ def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOption
     )
     timing = Timing(plan)
     most = LAUNCHES if options.until is None else LAUNCHES * MOST_TIMES
-    for _ in track(supervisor.launches(timing, opener), most, "launches", _one):
-        done = len(timing.launches)
-        if done >= most or (done >= LAUNCHES and options.until is not None and _widest(timing) <= options.until):
-            break
+    with turns.alone():
+        for _ in track(supervisor.launches(timing, opener), most, "launches", _one):
+            done = len(timing.launches)
+            if done >= most or (done >= LAUNCHES and options.until is not None and _widest(timing) <= options.until):
+                break
     return timing
 
 

@@ -13,10 +13,10 @@ from exporter import __version__
 from exporter.errors import ExporterError, nearest
 
 GROUPS = {
-    "discover": ("variants", "doctor", "inspect"),
+    "discover": ("variants", "doctor", "recipes", "inspect"),
     "build": ("onnx", "openvino", "trt"),
     "measure": ("calibrate", "verify", "bench"),
-    "pipeline": ("compare", "report"),
+    "pipeline": ("run", "compare", "report"),
 }
 
 
@@ -65,6 +65,7 @@ def cli() -> None:
     convnext-export trt --int8 --calib my_images
     convnext-export verify build/base_fp32.onnx --data imagenet/val
     convnext-export bench build/base_fp32.onnx build/base_fp32.xml
+    convnext-export run onnxruntime/tiny_int8
     """
 
 

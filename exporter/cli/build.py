@@ -11,6 +11,7 @@ import click
 from exporter.model import FORMS
 
 if TYPE_CHECKING:
+    from exporter.int8 import Budget
     from exporter.recipe import Recipe
 
 SHARED = (
@@ -36,6 +37,9 @@ SHARED = (
     click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Where the artifact goes."),
     click.option("--precision", metavar="NAME", help="The same as the flags, by name."),
+    click.option("--save-config", metavar="FILE", type=click.Path(path_type=Path),
+                 help="Write this build as a recipe too, for `run`."),
+    click.option("--dry-run", is_flag=True, help="Say whether it would be built, and build nothing."),
     click.option("--json", "as_json", is_flag=True, help="The artifact as JSON on stdout."),
 )  # fmt: skip
 
@@ -197,7 +201,7 @@ def _target(words: dict[str, Any]) -> dict[str, Any]:
 def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     import shlex
 
-    from exporter import backends, pipeline
+    from exporter import backends, int8, pipeline, recipe_file
     from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
     from exporter.errors import BadRequest
     from exporter.recipe import EIGHT_BITS, Recipe, size_or_dynamic
@@ -206,16 +210,29 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     if empty:
         raise BadRequest(f"--{empty[0]} is empty; give it a value or leave it out")
     as_json, out = words.pop("as_json"), words.pop("output")
+    save, dry_run = words.pop("save_config"), words.pop("dry_run")
     words["precision"] = _precision(flags, words["precision"])
     for axis in ("imgsz", "batch"):
         words[axis] = size_or_dynamic(f"--{axis}", words[axis])
-    told = {word: words.pop(word) for word in ("max_drop", "data")}
-    if words["precision"] in EIGHT_BITS:
-        _build_int8(Recipe(backend=backend, **words), told, out, as_json)
+    budget = int8.Budget(**{word: words.pop(word) for word in ("max_drop", "data")})
+    recipe = Recipe(backend=backend, **words)
+    if recipe.precision not in EIGHT_BITS:
+        _refuse_calibration()
+    asked = recipe_file.of(recipe, budget)
+    if save:
+        recipe_file.save(asked, save)
+        click.echo(f"the recipe is {save}", err=True)
+    if dry_run:
+        recipe_file.check(asked)
+        click.echo(f"{_words(asked.recipe())} would go into {out}; nothing was built", err=True)
+        if as_json:
+            print_json({"recipe": asked})
         return
-    _refuse_calibration()
+    if recipe.precision in EIGHT_BITS:
+        _build_int8(recipe, budget, out, as_json)
+        return
     with drawing():
-        artifact = pipeline.build(Recipe(backend=backend, **words), out)
+        artifact = pipeline.build(recipe, out)
     findings = backends.get(backend).findings(artifact, None)
     if as_json:
         print_json({"artifact": artifact.to_dict(), **({"findings": findings} if findings else {})})
@@ -226,6 +243,11 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
     command = f"convnext-export verify {shlex.quote(str(artifact.path))}"
     console().print(f"check it: {plain(command)}", style="dim", soft_wrap=True)
+
+
+def _words(recipe: Recipe) -> str:
+    what = recipe.variant or f"the model of {recipe.weights}"
+    return f"{what}, {recipe.task}, in {recipe.precision} for {recipe.backend}"
 
 
 def _refuse_calibration() -> None:
@@ -239,14 +261,14 @@ def _refuse_calibration() -> None:
             raise BadRequest(f"{param.opts[0]} is for int8; add --int8, or leave it out")
 
 
-def _build_int8(recipe: Recipe, told: dict[str, Any], out: Path, as_json: bool) -> None:
+def _build_int8(recipe: Recipe, budget: Budget, out: Path, as_json: bool) -> None:
     import msgspec
 
     from exporter import int8, report
     from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
 
     with drawing():
-        artifact, made = int8.build(recipe, out, int8.Budget(**told))
+        artifact, made = int8.build(recipe, out, budget)
     path = artifact.path.with_name(f"{artifact.path.name}.report.json")
     report.save(made, path)
     if as_json:

@@ -1,4 +1,4 @@
-"""What there is: `variants`, `doctor`, `inspect`."""
+"""What there is: `variants`, `doctor`, `recipes`, `inspect`."""
 
 from __future__ import annotations
 
@@ -79,6 +79,34 @@ def doctor_command(as_json: bool) -> None:
         print_json(facts)
     else:
         print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.mend) for f in facts])
+
+
+@click.command("recipes", short_help="The recipes that ship.")
+@click.option("--schema", is_flag=True, help="The JSON schema of a recipe instead, for editors.")
+@JSON
+def recipes_command(schema: bool, as_json: bool) -> None:
+    """Print the recipes that ship, one line each; `run` takes them by name.
+
+    \b
+    Examples:
+      convnext-export recipes
+      convnext-export recipes --schema > recipe.schema.json
+    """
+    from exporter import recipe_file
+    from exporter.cli.console import console, plain, print_json, print_table
+    from exporter.running import shipped
+
+    if schema:
+        print_json(recipe_file.schema())
+        return
+    found = {name: recipe_file.read(path) for name, path in shipped.all_of_them().items()}
+    if as_json:
+        print_json({name: {"path": str(shipped.find(name)), "recipe": recipe} for name, recipe in found.items()})
+        return
+    columns = ("recipe", "variant", "task", "backend", "precision")
+    rows = [(name, r.model.variant or "", r.model.task, r.backend, r.precision) for name, r in found.items()]
+    print_table(columns, rows)
+    console().print(f"they lie in {plain(shipped.folder())}; copy one, or run it by name", style="dim", soft_wrap=True)
 
 
 @click.command("inspect", short_help="What an artifact is: inputs, outputs, precision layer by layer, origin.")

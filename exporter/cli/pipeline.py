@@ -1,13 +1,91 @@
-"""What was measured, judged and for others to read: `compare` and `report`."""
+"""A recipe from beginning to end, and what was measured, judged and for others to read: `run`, `compare`, `report`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli.measure import timing_options
+
+if TYPE_CHECKING:
+    from exporter.running import Outcome
+
+
+@click.command("run", short_help="All of it from recipes: built, verified, timed, reported; what is done is skipped.")
+@click.argument("recipes", metavar="RECIPE…", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
+              show_default=True, help="Where artifacts and reports go.")  # fmt: skip
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True,
+              help="Another value than the recipes have, as in quantization.calib_size=512.")  # fmt: skip
+@click.option("--jobs", metavar="N", type=click.IntRange(1, 64), default=1, show_default=True,
+              help="So many recipes at once; what is timed is timed alone all the same.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what is there already, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="What came of each recipe, as a JSON list on stdout.")
+def run_command(
+    recipes: tuple[str, ...], output: Path, overrides: tuple[str, ...], jobs: int, dry_run: bool, as_json: bool
+) -> None:
+    """Build, verify, time and report what recipes ask for. RECIPE is a file, or the name of one that ships.
+
+    A step whose inputs have not changed (weights, images, options, versions) is skipped, and says so; what was
+    interrupted goes on where it stopped.
+
+    \b
+    Examples:
+      convnext-export run my_model.yaml
+      convnext-export run onnxruntime/tiny_int8 openvino/tiny_int8 --set quantization.calib=my_images
+      convnext-export run recipes/*.yaml --jobs 2 --dry-run
+    """
+    from exporter import running
+    from exporter.cli.console import console, drawing, plain, print_json, print_table
+    from exporter.running import pool, shipped
+
+    asked = running.jobs_of([shipped.find(word) for word in recipes], output, overrides)
+    if dry_run:
+        plans = {job.name: running.plan(job) for job in asked}
+        if as_json:
+            print_json(plans)
+        else:
+            columns = ("recipe", *next(iter(plans.values())))
+            print_table(columns, [(name, *steps.values()) for name, steps in plans.items()])
+        return
+    with drawing():
+        outcomes = pool.run_all(asked, jobs) if jobs > 1 else running.run_all(asked)
+        page = running.report_page(outcomes, output)
+    if as_json:
+        print_json([running.to_dict(outcome) for outcome in outcomes])
+    else:
+        columns = ("recipe", "artifact", "size", "cosine", "top-1", "drop", "p50 ms", "× eager", "")
+        print_table(columns, [_row(outcome) for outcome in outcomes], right=columns[2:-1])
+        if page:
+            console().print(f"the report is {plain(page)}", soft_wrap=True)
+    for outcome in outcomes:
+        if outcome.error:
+            click.echo(f"error: {outcome.name}: {outcome.error}", err=True)
+    if code := next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0):
+        raise click.exceptions.Exit(code)
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    """A line of the summary."""
+    from exporter.cli.console import size
+
+    made, found = outcome.artifact, outcome.report
+    if made is None or found is None:
+        return (outcome.name, "", "", "", "", "", "", "", "FAILED")
+    numbers = (
+        _number(found.value(metric), digits)
+        for metric, digits in (("cosine", 6), ("top1", 2), ("top1_drop", 2), ("p50_ms", 3), ("speedup", 2))
+    )
+    verdict = "passes" if found.passed else "FAILS"
+    if not any(step == "done" for step in outcome.steps.values()):
+        verdict += ", all there already"
+    return (outcome.name, str(made.path), size(made.sidecar.bytes), *numbers, verdict)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 @click.command("compare", short_help="The CI gate: did latency or accuracy regress?")

@@ -245,7 +245,19 @@ def read_manifest(path: Path) -> Listed:
     outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
-    return Listed(path.parent / header.get("source", ".") if frozen else path.parent, header, rows)
+    root = path.parent / header.get("source", ".") if frozen else path.parent
+    inside = os.path.realpath(root)
+    if linked := next((row["path"] for row in rows if _leads_out(inside, row["path"])), None):
+        raise BadRequest(f"{path}: {linked!r} is a link out of {root}; put the image itself there")
+    return Listed(root, header, rows)
+
+
+def _leads_out(inside: str, name: str) -> bool:
+    """Whether a link on the way to a file below a folder leads out of it."""
+    try:
+        return not Path(os.path.realpath(f"{inside}/{name}")).is_relative_to(inside)
+    except (OSError, ValueError):  # no path that a file can have: told of when it is read
+        return False
 
 
 def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, list[tuple[str, int]]]:

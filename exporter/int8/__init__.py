@@ -15,7 +15,7 @@ from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.int8 import gain
 from exporter.int8.budget import Budget as Budget
 from exporter.int8.budget import Choice, Judge, Search, judging, search
-from exporter.int8.work import Work, placement_of, prepare
+from exporter.int8.work import Work, check_form, placement_of, prepare
 from exporter.progress import step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
@@ -39,7 +39,10 @@ def build(
 
     Raises: ExporterError, with nothing changed on disk.
     """
-    backend = _check(recipe, budget)
+    check(recipe, budget)
+    backend = backends.get(recipe.backend)
+    backend.probe()
+    backend.check(recipe.precision, pipeline.batch_of(recipe), pipeline.target_of(recipe))
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
         work = prepare(recipe, out, folder)
@@ -57,14 +60,13 @@ def build(
     return made, report
 
 
-def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]:
-    """The backend, when all that needs no reading is in order.
+def check(recipe: Recipe, budget: Budget) -> None:
+    """Refuse what can be seen to be wrong without reading anything.
 
     Raises: BadRequest.
     """
     pipeline.check_precision(recipe)
-    backend = backends.get(recipe.backend)
-    placement_of(recipe)
+    check_form(recipe, placement_of(recipe))
     if recipe.precision == "fp8" and recipe.calib_method not in ("minmax", "percentile"):
         raise BadRequest(
             f"--calib-method {recipe.calib_method}: it is for int8's equal steps; fp8 takes minmax or percentile"
@@ -74,9 +76,6 @@ def _check(recipe: Recipe, budget: Budget) -> backends.Backend[backends.Options]
     budget.on(budget.data or recipe.calib, recipe.weights)
     if not 0 <= recipe.smoothing <= 1:
         raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
-    backend.probe()
-    backend.check(recipe.precision, pipeline.batch_of(recipe), pipeline.target_of(recipe))
-    return backend
 
 
 def _harms(work: Work) -> dict[str, float]:

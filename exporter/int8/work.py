@@ -90,7 +90,8 @@ def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
     """
     backend = backends.get(recipe.backend)
     placement = placement_of(recipe)
-    recipe = msgspec.structs.replace(recipe, form=_form(recipe, placement))
+    check_form(recipe, placement)
+    recipe = msgspec.structs.replace(recipe, form=recipe.form or placement.forms[0])
     checkpoint, options, sidecar = pipeline.read(recipe, out)
     images = open_calibration(
         recipe.calib, sidecar.preprocessing, sidecar.weights.num_classes, recipe.calib_size, recipe.calib_seed
@@ -134,14 +135,17 @@ def _grid(recipe: Recipe) -> Grid:
     return "fp8" if recipe.precision == "fp8" else "int8"
 
 
-def _form(recipe: Recipe, placement: Placement) -> str:
+def check_form(recipe: Recipe, placement: Placement) -> None:
+    """Refuse a form that a placement does not know.
+
+    Raises: BadRequest.
+    """
     if recipe.form not in (None, *placement.forms):
         forms = " or ".join(placement.forms)
         raise BadRequest(
             f"--form {recipe.form}: {recipe.precision} for {recipe.backend} is written in the form {forms}; leave "
             "--form out"
         )
-    return recipe.form or placement.forms[0]
 
 
 def _options(recipe: Recipe, placement: Placement) -> QuantizeOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+BOMB_BYTES = 2**20
 WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
 
 # What torch raises over damaged files of its two formats.
@@ -58,6 +60,7 @@ def _torch(path: Path) -> Any:
 
     import torch
 
+    _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,6 +75,21 @@ def _torch(path: Path) -> Any:
         raise BadRequest(f"{path}: truncated or no PyTorch file ({first_line(error)}); fetch it again") from None
     except _DAMAGE as error:
         raise BadRequest(f"{path}: truncated or no PyTorch file ({first_line(error)}); fetch it again") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch stores tensors as they are: an archive that unpacks to more than it is was packed to harm.
+
+    Raises: BadRequest.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return  # of the older format, or damaged: that is found when it is read
+    size = path.stat().st_size
+    if whole > size + BOMB_BYTES:
+        raise BadRequest(f"{path}: refused, {size} bytes that unpack to {whole}; a checkpoint is not compressed")
 
 
 def _harmless() -> list[Any]:

@@ -35,3 +35,14 @@ def download(repository: str) -> Path:
             "connect and try again, or give --weights FILE, --weights hf-hub:owner/name of a cached repository, or "
             "--weights random:0"
         ) from None
+
+
+def cached(repository: str) -> Path | None:
+    """The folder in the Hub's cache, without asking the Hub; None when the repository is not in it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
+    except (OSError, ValueError):  # not there, or no name that a repository can have
+        return None
+    return folder if any((folder / name).is_file() for name in _FILES[:2]) else None

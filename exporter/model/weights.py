@@ -85,6 +85,33 @@ def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]
     return _fit(found, wanted), found.config.labels
 
 
+def fingerprint(source: str, variant: str | None = None, labels: Path | None = None) -> str | None:
+    """A digest of all that `load` would read, told without reading tensors; None for weights still on the Hub.
+
+    Raises: BadRequest for files that are not there.
+    """
+    if source == "random" or source.startswith("random:"):
+        return f"{source} {variant}"
+    wanted, repository = resolve(variant) if variant else (None, None)
+    if source == "hub":
+        repository = repository or _default_repository(wanted or resolve("tiny")[0])
+    elif source.startswith("hf-hub:"):
+        repository = source.removeprefix("hf-hub:")
+    else:
+        repository = None
+    if repository is not None:
+        folder = hub.cached(repository)
+        if folder is None:
+            return None
+        path, part = _weights_in(folder), ""
+    else:
+        found = _from_disk(source)
+        path, part = found.path, found.part
+    beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
+    files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
+    return " ".join([part, *map(sha256_file, files)])
+
+
 @dataclass(frozen=True)
 class _Found:
     source: str

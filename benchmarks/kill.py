@@ -1,0 +1,254 @@
+"""Is anything ever half done? Runs of a small model killed at random moments, two at once in some, and disks that fill up.
+
+    python -m benchmarks.kill --kills 100 --full 20 -o build/kill.json
+
+After every kill each artifact on the disk must load (its digests are right), and the run that follows must complete
+and give the bytes that an undisturbed run gives. The weights change between trials, so that a result of the last
+weights would be seen. A full disk is a tmpfs of a random size (which needs root), or where none can be mounted a limit
+on the size of files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter import artifact, report, running
+from exporter.disk import write_file
+from exporter.errors import BadRequest, ExporterError
+from exporter.measure import machine
+from exporter.sidecar import Record
+
+RECIPES = {
+    "int8": "backend: openvino\nprecision: int8\nquantization: {calib: synthetic, calib_size: 4}\n",
+    "fp16": "backend: onnxruntime\nprecision: fp16\n",
+}
+REST = "model: {weights: model.safetensors}\nbench: {duration: 0.5}\n"
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Trial(Record, frozen=True):
+    """One disturbance: what, after how many seconds or bytes, and what was wrong afterwards ("" is nothing)."""
+
+    what: str
+    after: float
+    writers: int
+    artifacts: int
+    wrong: str = ""
+
+
+class Result(Record, frozen=True):
+    """All trials, and the machine."""
+
+    trials: tuple[Trial, ...]
+    environment: dict[str, Any]
+
+    def table(self) -> str:
+        """What was tried, and how often something was wrong."""
+        rows = ["| what | trials | with two writers | artifacts looked at | torn or stale |", "|---|--:|--:|--:|--:|"]
+        for what in dict.fromkeys(trial.what for trial in self.trials):
+            mine = [trial for trial in self.trials if trial.what == what]
+            two, looked = sum(t.writers > 1 for t in mine), sum(t.artifacts for t in mine)
+            rows.append(f"| {what} | {len(mine)} | {two} | {looked} | {sum(bool(t.wrong) for t in mine)} |")
+        return "\n".join(rows) + "\n"
+
+
+def prepare(desk: Path) -> list[Path]:
+    """A checkpoint in two versions, and recipes of it."""
+    from safetensors.torch import save_file
+
+    from exporter.model.variants import Architecture
+    from exporter.model.weights import _random_state
+
+    desk.mkdir(parents=True, exist_ok=True)
+    for seed in (0, 1):
+        state = _random_state(Architecture(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48)), seed)
+        save_file(state, desk / f"version{seed}.safetensors")
+    for name, text in RECIPES.items():
+        (desk / f"{name}.yaml").write_text(text + REST)
+    return [desk / f"{name}.yaml" for name in RECIPES]
+
+
+def use(desk: Path, version: int) -> None:
+    """Put a version of the weights in place."""
+    write_file(desk / "model.safetensors", (desk / f"version{version}.safetensors").read_bytes())
+
+
+def work(recipes: list[Path], out: Path, cache: Path) -> None:
+    """What is killed: all of a run, in a process of its own."""
+    from exporter.int8 import gain
+
+    os.setsid()
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    gain.SECONDS_EACH = 0.3
+    os.chdir(recipes[0].parent)
+    outcomes = running.run_all(running.jobs_of(recipes, out))
+    sys.exit(max(outcome.exit_code for outcome in outcomes))
+
+
+def start(recipes: list[Path], out: Path, cache: Path) -> Any:
+    """A run begun."""
+    process = CONTEXT.Process(target=work, args=(recipes, out, cache))
+    process.start()
+    return process
+
+
+def kill(process: Any) -> None:
+    """SIGKILL for a run and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def faults(out: Path) -> tuple[int, str]:
+    """How many artifacts lie in a folder, and what is wrong with one that does not load or a report that is torn."""
+    sidecars = [path.with_suffix("") for path in out.glob("*.json") if not path.name.endswith(".report.json")]
+    paths = [path for path in sidecars if path.suffix in (".onnx", ".xml")]
+    bare = [path for path in out.glob("*.onnx") if path not in paths]
+    if bare and not list(out.glob(".*.commit")):
+        return len(paths), f"{bare[0].name} has no sidecar"
+    for path in paths:
+        try:
+            artifact.load(path)
+        except BadRequest as error:
+            return len(paths), str(error)
+    for path in out.glob("*.report.json"):
+        try:
+            report.load(path)
+        except BadRequest as error:
+            return len(paths), str(error)
+    return len(paths), ""
+
+
+def digests(out: Path) -> dict[str, str]:
+    """The bytes that a run's artifacts have."""
+    return {name: artifact.load(out / name).sidecar.sha256 for name in ("custom_fp16.onnx", "custom_int8.xml")}
+
+
+def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], longest: float, number: int) -> Trial:
+    """One run begun, killed, looked at, and run again to its end."""
+    draw = random.Random(number)
+    out, cache = desk / "out", desk / "cache"
+    version, writers, after = number % 2, 2 if number % 5 == 4 else 1, draw.uniform(0, longest)
+    use(desk, version)
+    began = [start(recipes, out, cache) for _ in range(writers)]
+    time.sleep(after)
+    kill(began[0])
+    count, wrong = faults(out)
+    for process in began[1:]:
+        process.join()
+        wrong = wrong or ("" if process.exitcode == 0 else f"the other writer ended with {process.exitcode}")
+    again = start(recipes, out, cache)
+    again.join()
+    wrong = wrong or ("" if again.exitcode == 0 else f"the run afterwards ended with {again.exitcode}")
+    wrong = wrong or ("" if digests(out) == expected[version] else "stale: not what these weights give")
+    left = [path.name for path in out.iterdir() if path.name.startswith(".")]
+    return Trial(what="SIGKILL", after=after, writers=writers, artifacts=count, wrong=wrong or (f"left: {left}" if left else ""))
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[bool]:
+    """A file system of so many bytes, if one can be mounted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(words, capture_output=True, check=False).returncode == 0
+    try:
+        yield bool(mounted)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_once(desk: Path, recipes: list[Path], expected: dict[str, str], most: int, number: int) -> Trial:
+    """A run on a disk that fills up, then with more room."""
+    import resource
+
+    size = random.Random(number).randrange(40_000, most)
+    use(desk, 0)
+    out = desk / f"full{number}"
+    with small_disk(out, size) as mounted:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if not mounted:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, before[1]))
+            process = start_alone(recipes, out, desk / "cache")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        count, wrong = faults(out)
+        if not wrong and "Traceback" in process.stderr:
+            wrong = process.stderr.splitlines()[-1]
+        if not wrong and process.returncode not in (0, 3):
+            wrong = f"ended with {process.returncode}: {process.stderr[-300:]}"
+        if mounted:
+            subprocess.run(["mount", "-o", f"remount,size={4 * most}", str(out)], check=True)
+        again = start_alone(recipes, out, desk / "cache")
+        wrong = wrong or ("" if again.returncode == 0 else f"with room again it ended with {again.returncode}")
+        wrong = wrong or ("" if digests(out) == expected else "stale")
+    return Trial(what="disk full", after=size, writers=1, artifacts=count, wrong=wrong)
+
+
+def start_alone(recipes: list[Path], out: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    """A run as a command line, to its end."""
+    words = [sys.executable, "-c", "from exporter.cli import main; main()", "run", *map(str, recipes), "-o", str(out)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=recipes[0].parent, env=environment)
+
+
+def measure(desk: Path, kills: int, full: int) -> Result:
+    """All trials on a desk."""
+    CONTEXT.set_forkserver_preload(["benchmarks.kill", "torch", "onnx", "onnxscript", "openvino", "onnxruntime"])
+    recipes = prepare(desk)
+    expected, seconds = [], 0.0
+    for version in (0, 1):
+        use(desk, version)
+        began = time.monotonic()
+        clean = start(recipes, desk / f"clean{version}", desk / f"cache{version}")
+        clean.join()
+        seconds = time.monotonic() - began
+        if clean.exitcode != 0:
+            raise ExporterError(f"an undisturbed run ends with {clean.exitcode}")
+        expected.append(digests(desk / f"clean{version}"))
+    trials = []
+    for number in range(kills):
+        trials.append(kill_once(desk, recipes, expected, seconds, number))
+        print(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s: {trials[-1].wrong or 'sound'}", file=sys.stderr)
+    most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
+    for number in range(full):
+        trials.append(full_once(desk, recipes, expected[0], most, number))
+        print(f"full disk {number + 1} of {full}: {trials[-1].wrong or 'sound'}", file=sys.stderr)
+    return Result(trials=tuple(trials), environment=machine.environment())
+
+
+def main() -> None:
+    """Run the trials and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--full", type=int, default=20)
+    parser.add_argument("-o", type=Path, default=Path("build/kill.json"))
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="convnext-export-kill-") as folder:
+        result = measure(Path(folder) / "desk", told.kills, told.full)
+    write_file(told.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    print(result.table())
+    if any(trial.wrong for trial in result.trials):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What a source of images is, told fast enough to be asked before every run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from exporter.artifact import sha256_file
+from exporter.data import samples
+from exporter.disk import user_path
+from exporter.errors import BadRequest
+
+
+def fingerprint(source: str) -> str:
+    """A digest of what a source of images holds: of a file its content, of images their names, sizes and times.
+
+    Raises: BadRequest for a source that is not there.
+    """
+    if source == "synthetic":
+        return source
+    path = user_path(source)
+    if path.is_dir():
+        return _of_files(path, samples.images_in(path))
+    if not path.is_file():
+        raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+    if path.suffix.lower() not in (".tsv", ".csv"):
+        return sha256_file(path)
+    listed = samples.read_manifest(path)
+    return sha256_file(path) + _of_files(listed.root, [row["path"] for row in listed.rows])
+
+
+def _of_files(root: Path, names: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            found = (root / name).stat()
+        except OSError:
+            digest.update(f"{name}\0gone\n".encode("utf-8", "surrogateescape"))
+        else:
+            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
