@@ -1,4 +1,4 @@
-"""Is anything ever half done? Runs of a small model killed at random moments, two at once in some, and disks that fill up.
+"""Is anything ever half done? Runs of a small model, killed at random moments, two at once in some, and full disks.
 
     python -m benchmarks.kill --kills 100 --full 20 -o build/kill.json
 
@@ -159,7 +159,9 @@ def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], l
     wrong = wrong or ("" if again.exitcode == 0 else f"the run afterwards ended with {again.exitcode}")
     wrong = wrong or ("" if digests(out) == expected[version] else "stale: not what these weights give")
     left = [path.name for path in out.iterdir() if path.name.startswith(".")]
-    return Trial(what="SIGKILL", after=after, writers=writers, artifacts=count, wrong=wrong or (f"left: {left}" if left else ""))
+    return Trial(
+        what="SIGKILL", after=after, writers=writers, artifacts=count, wrong=wrong or (f"left: {left}" if left else "")
+    )
 
 
 @contextmanager
@@ -227,7 +229,10 @@ def measure(desk: Path, kills: int, full: int) -> Result:
     trials = []
     for number in range(kills):
         trials.append(kill_once(desk, recipes, expected, seconds, number))
-        print(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s: {trials[-1].wrong or 'sound'}", file=sys.stderr)
+        print(
+            f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s: {trials[-1].wrong or 'sound'}",
+            file=sys.stderr,
+        )
     most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
     for number in range(full):
         trials.append(full_once(desk, recipes, expected[0], most, number))

@@ -15,7 +15,9 @@ SCHEMA = "recipe.schema.json"
 VARIANTS = ("tiny", "small", "base", "large", "v2_tiny", "v2_base")
 PRECISIONS = ("fp16", "int8")
 TASKS = ("classify", "features")
-CALIBRATE = "# Better than synthetic: your own images, --set quantization.calib=FOLDER --set quantization.data=LABELLED\n"
+CALIBRATE = (
+    "# Better than synthetic: your own images, --set quantization.calib=FOLDER --set quantization.data=LABELLED\n"
+)
 
 
 def files() -> dict[str, bytes]:

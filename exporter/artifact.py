@@ -91,8 +91,9 @@ def _load(path: Path) -> Artifact:
     for file in sidecar.files:
         _check(path.parent / file.name, file)
     if path.suffix == ".onnx" and (stray := _external(path) - {file.name for file in sidecar.files}):
-        raise BadRequest(f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; "
-                         "do not load it")  # fmt: skip
+        raise BadRequest(
+            f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; do not load it"
+        )
     return Artifact(path, sidecar)
 
 
@@ -100,9 +101,7 @@ def _external(path: Path) -> set[str]:
     """The files that the tensors of an ONNX graph say they lie in, found without a parser that would open them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         entries = re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content)
-        return {
-            content[entry.end() : entry.end() + _varint(entry[1])].decode("utf-8", "replace") for entry in entries
-        }
+        return {content[entry.end() : entry.end() + _varint(entry[1])].decode("utf-8", "replace") for entry in entries}
 
 
 def _varint(encoded: bytes) -> int:

@@ -105,7 +105,7 @@ class RecipeFile(Record, frozen=True):
     model: Model = Model()
     export: Export = Export()
     quantization: Quantizing | None = None
-    target: dict[str, Any] = {}
+    target: dict[str, Any] = msgspec.field(default_factory=dict)
     checks: Checks = Checks()
     bench: Bench | None = Bench()
 
@@ -235,7 +235,8 @@ def _contradictions(made: RecipeFile, marks: strict.Marks) -> None:
         (("checks",), lambda: _check_checks(made)),
         (("bench",), lambda: _check_batches(made)),
     ]
-    if not any([_told(marks, path, ask) for path, ask in asked]):
+    refused = [_told(marks, path, ask) for path, ask in asked]  # all of them, not the first
+    if not any(refused):
         backend = backends.get(recipe.backend)
         with suppress(Unavailable):  # it may be built elsewhere
             ask = partial(backend.check, recipe.precision, pipeline.batch_of(recipe), pipeline.target_of(recipe))
@@ -269,8 +270,8 @@ def _check_quantization(made: RecipeFile) -> None:
     eight = made.precision in EIGHT_BITS
     if made.quantization is None and eight:
         raise BadRequest(
-            f"precision {made.precision} needs calibration; add 'quantization:' with 'calib:', a manifest, a folder, an "
-            ".npz file or 'synthetic'"
+            f"precision {made.precision} needs calibration; add 'quantization:' with 'calib:', a manifest, a folder, "
+            "an .npz file or 'synthetic'"
         )
     if made.quantization is not None and not eight:
         raise BadRequest(f"quantization is for int8 and fp8, and precision is {made.precision}; take one of them out")
@@ -347,7 +348,7 @@ def write(made: RecipeFile, path: Path) -> bytes:
     return f"# convnext-export run {path.name}\n{text}".encode()
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Sections in blocks, lists in a line."""
 
 
@@ -376,5 +377,5 @@ def schema() -> dict[str, Any]:
         }
         for name, kind in targets.items()
     ]
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "convnext-export recipe"}
-    return {**head, **whole, "$defs": parts}
+    whole["title"] = "convnext-export recipe"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": parts}

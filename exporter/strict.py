@@ -11,7 +11,6 @@ import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -111,7 +110,7 @@ def _compose(text: str, source: str, marks: Marks) -> yaml.Node:
 
 def _named(text: str, source: str) -> Any:
     stream = io.StringIO(text)
-    stream.name = source  # type: ignore[misc]
+    stream.name = source
     return stream
 
 
@@ -166,9 +165,7 @@ def read(root: yaml.Node, kind: type[Any], marks: Marks, path: Path = ()) -> dic
     return found
 
 
-def _field(
-    found: dict[str, Any], word: str, node: yaml.Node, hint: Any, marks: Marks, path: Path
-) -> None:
+def _field(found: dict[str, Any], word: str, node: yaml.Node, hint: Any, marks: Marks, path: Path) -> None:
     section = next((kind for kind in _kinds(hint) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
                     and not kind.__struct_config__.array_like), None)  # fmt: skip
     if section is not None and _is_null(node) and type(None) not in _kinds(hint):
@@ -177,7 +174,7 @@ def _field(
     if section is not None and not _is_null(node):
         found[word] = read(node, section, marks, path)
         return
-    if dict in map(get_origin, _kinds(hint)) and isinstance(node, yaml.MappingNode):
+    if dict in [get_origin(kind) for kind in _kinds(hint)] and isinstance(node, yaml.MappingNode):
         found[word] = node  # whose record depends on another key
         return
     for value, strict in _readings(node):
@@ -224,7 +221,6 @@ def _numbers(node: yaml.Node) -> Any:
         return node.value
 
 
-@cache
 def _hints(kind: type[Any]) -> Mapping[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if name in kind.__struct_fields__}
 
@@ -265,4 +261,3 @@ def _said(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value[:60]) if node.value else "nothing"
     return f"{_texts(node)}"[:60] if isinstance(node, yaml.SequenceNode) else "keys with values"
-

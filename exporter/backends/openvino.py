@@ -172,6 +172,13 @@ def build(artifact: Artifact, precision: str, out: Path, target: Target) -> Arti
     return load(place)
 
 
+def _name(model: Any) -> None:
+    """Name what has no name by its place: OpenVINO would number it by all that its process made before."""
+    for index, operator in enumerate(model.get_ordered_ops()):
+        if operator.get_friendly_name() == operator.get_name():
+            operator.set_friendly_name(f"{operator.get_type_name()}#{index}")
+
+
 def _write(model: Any, path: Path, compress: bool) -> None:
     """Write an IR and read it again.
 
@@ -179,6 +186,7 @@ def _write(model: Any, path: Path, compress: bool) -> None:
     """
     import openvino as ov
 
+    _name(model)
     try:
         ov.save_model(model, path, compress_to_fp16=compress)
         ov.Core().read_model(path)

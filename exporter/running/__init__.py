@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from exporter import backends, int8, pipeline, recipe_file, rendering, report
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, read_sidecar
 from exporter.bench import Opener, latency, worker
 from exporter.disk import locked, write_file
 from exporter.errors import BadRequest, ExporterError, some
@@ -124,6 +124,7 @@ def run(job: Job, opener: Opener = worker.open_arm) -> Outcome:
         made = _build(job, steps, outcome)
         _verify(job, steps, made, outcome)
         _bench(job, steps, made, outcome, opener)
+        made = Artifact(made.path, read_sidecar(made.path))  # with its quality as it was verified
         outcome.artifact, outcome.path = made, made.path.with_name(f"{made.path.name}.report.json")
         outcome.report = _whole(job.recipe, steps, made)
         encoded = report.encode(outcome.report)
@@ -157,7 +158,9 @@ def _build(job: Job, steps: Steps, outcome: Outcome) -> Artifact:
         made = pipeline.build(recipe, job.out)
         found = _static(made)
     # Weights that were not in the Hub's cache before are now.
-    steps.keep("build", Part(key=key or steps.key("build"), file=made.path.name, sha256=made.sidecar.sha256, report=found))
+    steps.keep(
+        "build", Part(key=key or steps.key("build"), file=made.path.name, sha256=made.sidecar.sha256, report=found)
+    )
     outcome.steps["build"] = "done"
     return made
 
@@ -202,7 +205,8 @@ def _bench(job: Job, steps: Steps, made: Artifact, outcome: Outcome, opener: Ope
 
 def _whole(recipe: RecipeFile, steps: Steps, made: Artifact) -> Report:
     """What all the steps found, with the limits of the recipe's own."""
-    parts = [part.report for name in STEPS if (part := steps.part(name, made)) and part.report]
+    kept = [steps.part(name, made) for name in STEPS]
+    parts = [part.report for part in kept if part is not None and part.report is not None]
     findings: dict[str, list[Finding]] = {}
     for part in parts:
         for check in dict.fromkeys(finding.check for finding in part.findings):

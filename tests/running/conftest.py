@@ -8,10 +8,15 @@ from exporter.model import hub, variants
 from tests.conftest import tiny_architecture, write_tiny
 
 # Each another shape, so that every one is recognised as itself.
-STAND_INS = {
-    "tiny": {}, "small": {"depths": (1, 1, 1, 1)}, "base": {"depths": (2, 1, 1, 1)}, "large": {"depths": (1, 2, 1, 1)},
-    "v2_tiny": {"grn": True, "layer_scale": False}, "v2_base": {"grn": True, "layer_scale": False, "depths": (1, 1, 1, 1)},
-}  # fmt: skip
+SHAPES = {
+    "tiny": (16, 24, 32, 48),
+    "small": (16, 24, 32, 40),
+    "base": (16, 24, 32, 56),
+    "large": (16, 24, 40, 48),
+    "v2_tiny": (16, 24, 32, 48),
+    "v2_base": (16, 24, 32, 40),
+}
+ONE_EACH = (1, 1, 1, 1)
 
 
 @pytest.fixture
@@ -22,7 +27,9 @@ def recipe(tmp_path, tiny, monkeypatch):
 
     def write(backend="onnxruntime", precision="fp16", name="my", more=""):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(f"backend: {backend}\nprecision: {precision}\nmodel: {{weights: {tiny}}}\n{more or 'bench: null'}\n")
+        path.write_text(
+            f"backend: {backend}\nprecision: {precision}\nmodel: {{weights: {tiny}}}\n{more or 'bench: null'}\n"
+        )
         return path
 
     return write
@@ -32,7 +39,9 @@ def recipe(tmp_path, tiny, monkeypatch):
 def stand_ins(tmp_path, monkeypatch):
     """The published networks are small ones, and the Hub has them."""
     known = {}
-    for name, differences in STAND_INS.items():
+    for name, dims in SHAPES.items():
+        v2 = name.startswith("v2")
+        differences = {"depths": ONE_EACH, "dims": dims, "grn": v2, "layer_scale": not v2}
         write_tiny(tmp_path / "hub" / name, **differences)
         variant = variants.VARIANTS[name]
         known[name] = msgspec.structs.replace(variant, architecture=tiny_architecture(**differences))
@@ -40,5 +49,5 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "VARIANTS", known)
     monkeypatch.setattr(hub, "download", folders.__getitem__)
     monkeypatch.setattr(hub, "cached", folders.get)
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(gain, "rival", lambda work, folder: None)  # what int8 gains is asked elsewhere
     return known
