@@ -34,10 +34,10 @@ from exporter.measure import machine
 from exporter.sidecar import Record
 
 RECIPES = {
-    "int8": "backend: openvino\nprecision: int8\nquantization: {calib: synthetic, calib_size: 4}\n",
-    "fp16": "backend: onnxruntime\nprecision: fp16\n",
+    "int8": "backend: openvino\nprecision: int8\nquantization: {calib: synthetic, calib_size: 4}\nbench: null\n",
+    "fp16": "backend: onnxruntime\nprecision: fp16\nbench: {duration: 0.5}\n",
 }
-REST = "model: {weights: model.safetensors}\nbench: {duration: 0.5}\n"
+REST = "model: {weights: model.safetensors}\n"
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -88,21 +88,25 @@ def use(desk: Path, version: int) -> None:
     write_file(desk / "model.safetensors", (desk / f"version{version}.safetensors").read_bytes())
 
 
-def work(recipes: list[Path], out: Path, cache: Path) -> None:
-    """What is killed: all of a run, in a process of its own."""
+def work(recipes: list[Path], out: Path, log: Path) -> None:
+    """What is killed: all of a run, in a process of its own, timed as briefly as can be."""
+    from exporter.bench import latency
     from exporter.int8 import gain
 
     os.setsid()
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    gain.SECONDS_EACH = 0.3
+    os.environ["XDG_CACHE_HOME"] = str(log.parent / "cache")
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    gain.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
     os.chdir(recipes[0].parent)
     outcomes = running.run_all(running.jobs_of(recipes, out))
+    for outcome in outcomes:
+        print(outcome.error, file=sys.stderr)
     sys.exit(max(outcome.exit_code for outcome in outcomes))
 
 
-def start(recipes: list[Path], out: Path, cache: Path) -> Any:
-    """A run begun."""
-    process = CONTEXT.Process(target=work, args=(recipes, out, cache))
+def start(recipes: list[Path], out: Path, log: Path) -> Any:
+    """A run begun; what it says goes into a log."""
+    process = CONTEXT.Process(target=work, args=(recipes, out, log))
     process.start()
     return process
 
@@ -144,17 +148,17 @@ def digests(out: Path) -> dict[str, str]:
 def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], longest: float, number: int) -> Trial:
     """One run begun, killed, looked at, and run again to its end."""
     draw = random.Random(number)
-    out, cache = desk / "out", desk / "cache"
+    out, log = desk / "out", desk / "log"
     version, writers, after = number % 2, 2 if number % 5 == 4 else 1, draw.uniform(0, longest)
     use(desk, version)
-    began = [start(recipes, out, cache) for _ in range(writers)]
+    began = [start(recipes, out, log) for _ in range(writers)]
     time.sleep(after)
     kill(began[0])
     count, wrong = faults(out)
     for process in began[1:]:
         process.join()
         wrong = wrong or ("" if process.exitcode == 0 else f"the other writer ended with {process.exitcode}")
-    again = start(recipes, out, cache)
+    again = start(recipes, out, log)
     again.join()
     wrong = wrong or ("" if again.exitcode == 0 else f"the run afterwards ended with {again.exitcode}")
     wrong = wrong or ("" if digests(out) == expected[version] else "stale: not what these weights give")
@@ -189,42 +193,41 @@ def full_once(desk: Path, recipes: list[Path], expected: dict[str, str], most: i
         try:
             if not mounted:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, before[1]))
-            process = start_alone(recipes, out, desk / "cache")
+            process = start(recipes, out, desk / "log")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        process.join()
         count, wrong = faults(out)
-        if not wrong and "Traceback" in process.stderr:
-            wrong = process.stderr.splitlines()[-1]
-        if not wrong and process.returncode not in (0, 3):
-            wrong = f"ended with {process.returncode}: {process.stderr[-300:]}"
+        said = (desk / "log").read_text()
+        if "Traceback" in said or process.exitcode not in (0, 3):
+            wrong = wrong or f"ended with {process.exitcode}: {said.strip().splitlines()[-1]}"
         if mounted:
             subprocess.run(["mount", "-o", f"remount,size={4 * most}", str(out)], check=True)
-        again = start_alone(recipes, out, desk / "cache")
-        wrong = wrong or ("" if again.returncode == 0 else f"with room again it ended with {again.returncode}")
+        again = start(recipes, out, desk / "log")
+        again.join()
+        wrong = wrong or ("" if again.exitcode == 0 else f"with room again it ended with {again.exitcode}")
         wrong = wrong or ("" if digests(out) == expected else "stale")
     return Trial(what="disk full", after=size, writers=1, artifacts=count, wrong=wrong)
 
 
-def start_alone(recipes: list[Path], out: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    """A run as a command line, to its end."""
-    words = [sys.executable, "-c", "from exporter.cli import main; main()", "run", *map(str, recipes), "-o", str(out)]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=recipes[0].parent, env=environment)
+def tell(what: str, trial: Trial) -> None:
+    """A line of progress."""
+    print(f"{what}: {trial.wrong or 'sound'}", file=sys.stderr, flush=True)
 
 
 def measure(desk: Path, kills: int, full: int) -> Result:
     """All trials on a desk."""
-    CONTEXT.set_forkserver_preload(["benchmarks.kill", "torch", "onnx", "onnxscript", "openvino", "onnxruntime"])
+    CONTEXT.set_forkserver_preload(["torch", "onnx", "onnxscript", "openvino", "onnxruntime"])
     recipes = prepare(desk)
     expected, seconds = [], 0.0
     for version in (0, 1):
         use(desk, version)
         began = time.monotonic()
-        clean = start(recipes, desk / f"clean{version}", desk / f"cache{version}")
+        clean = start(recipes, desk / f"clean{version}", desk / "log")
         clean.join()
         seconds = time.monotonic() - began
         if clean.exitcode != 0:
-            raise ExporterError(f"an undisturbed run ends with {clean.exitcode}")
+            raise ExporterError(f"an undisturbed run ends with {clean.exitcode}: {(desk / 'log').read_text()[-500:]}")
         expected.append(digests(desk / f"clean{version}"))
     trials = []
     for number in range(kills):
@@ -236,7 +239,7 @@ def measure(desk: Path, kills: int, full: int) -> Result:
     most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
     for number in range(full):
         trials.append(full_once(desk, recipes, expected[0], most, number))
-        print(f"full disk {number + 1} of {full}: {trials[-1].wrong or 'sound'}", file=sys.stderr)
+        tell(f"full disk {number + 1} of {full}", trials[-1])
     return Result(trials=tuple(trials), environment=machine.environment())
 
 

@@ -92,7 +92,8 @@ def _load(path: Path) -> Artifact:
         _check(path.parent / file.name, file)
     if path.suffix == ".onnx" and (stray := _external(path) - {file.name for file in sidecar.files}):
         raise BadRequest(
-            f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; do not load it"
+            f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; build "
+            "the artifact again"
         )
     return Artifact(path, sidecar)
 
