@@ -230,7 +230,10 @@ def read_manifest(path: Path) -> Listed:
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it holds a NUL byte")
+        lines = [line for line in text.splitlines() if line.strip()]
         header: dict[str, str] = {}
         frozen = bool(lines) and lines[0] == CALIBRATION
         while lines and lines[0].startswith("#"):
