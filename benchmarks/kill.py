@@ -34,8 +34,9 @@ from exporter.measure import machine
 from exporter.sidecar import Record
 
 RECIPES = {
-    "int8": "backend: openvino\nprecision: int8\nquantization: {calib: synthetic, calib_size: 4}\nbench: null\n",
-    "fp16": "backend: onnxruntime\nprecision: fp16\nbench: {duration: 0.5}\n",
+    "custom_int8.xml": "backend: openvino\nprecision: int8\nbench: null\n"
+    "quantization: {calib: synthetic, calib_size: 4}\n",
+    "custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: {duration: 0.5}\n",
 }
 REST = "model: {weights: model.safetensors}\n"
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -79,8 +80,8 @@ def prepare(desk: Path) -> list[Path]:
         state = _random_state(Architecture(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48)), seed)
         save_file(state, desk / f"version{seed}.safetensors")
     for name, text in RECIPES.items():
-        (desk / f"{name}.yaml").write_text(text + REST)
-    return [desk / f"{name}.yaml" for name in RECIPES]
+        (desk / f"{Path(name).stem}.yaml").write_text(text + REST)
+    return [desk / f"{Path(name).stem}.yaml" for name in RECIPES]
 
 
 def use(desk: Path, version: int) -> None:
@@ -142,7 +143,7 @@ def faults(out: Path) -> tuple[int, str]:
 
 def digests(out: Path) -> dict[str, str]:
     """The bytes that a run's artifacts have."""
-    return {name: artifact.load(out / name).sidecar.sha256 for name in ("custom_fp16.onnx", "custom_int8.xml")}
+    return {name: artifact.load(out / name).sidecar.sha256 for name in RECIPES}
 
 
 def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], longest: float, number: int) -> Trial:

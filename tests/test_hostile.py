@@ -256,3 +256,55 @@ def test_spoilt_images(kind, spots, cut, tmp_path):
         images.read(path, Preprocessing(size=8, resize=8))
     except images.Unreadable as error:
         assert str(error)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    with pytest.raises(ExporterError, match=r"that unpack to 16777216; a checkpoint is not compressed"):
+        weights.load(str(tmp_path / "a.pth"))
+
+
+def test_weights_of_a_graph_that_lie_elsewhere_are_not_read(onnx_copy):
+    """The sidecar is sealed again: its digests are right, and still the graph points out of its folder."""
+    import onnx
+
+    graph = onnx.load(onnx_copy.path)
+    tensor = graph.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", f"../{'x' * 150}.bin"), ("length", "16")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    onnx_copy.path.write_bytes(graph.SerializeToString())
+    sidecar_path(onnx_copy.path).unlink()
+    artifact.seal(onnx_copy.path.parent, onnx_copy.path.name, onnx_copy.sidecar)
+    with pytest.raises(ExporterError, match=r"would be read from \.\./x{150}\.bin, which its sidecar does not name"):
+        artifact.load(onnx_copy.path)
+
+
+def test_a_manifest_does_not_follow_links_out_of_its_folder(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    (tmp_path / "in" / "a.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "in" / "m.csv").write_text("path\na.png\n")
+    with pytest.raises(ExporterError, match=r"'a\.png' is a link out of"):
+        open_samples(str(tmp_path / "in" / "m.csv"), Preprocessing(size=8, resize=8), (), 10)
+    (tmp_path / "in" / "a.png").unlink()
+    (tmp_path / "in" / "b.png").write_bytes((tmp_path / "secret.png").read_bytes())
+    (tmp_path / "in" / "a.png").symlink_to("b.png")
+    assert open_samples(str(tmp_path / "in" / "m.csv"), Preprocessing(size=8, resize=8), (), 10).total == 1
+
+
+@pytest.mark.slow
+def test_a_minute_of_files_spoilt_at_random(tmp_path, monkeypatch):
+    """What half an hour of it found is in the results; this is so that it stays as it is."""
+    from benchmarks import fuzz
+
+    result = fuzz.fuzz(60, tmp_path / "faults")
+    assert not result.faults, result.faults
+    assert set(result.read) == {"checkpoint", "recipe", "sidecar", "manifest", "report"}
+    assert all(0 < result.sound[name] < result.read[name] for name in result.read), "none too deep, none too shallow"
+    assert result.peak_bytes < fuzz.MOST_BYTES

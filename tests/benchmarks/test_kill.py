@@ -1,0 +1,48 @@
+"""Runs killed and disks filled: a few here, many in the results."""
+
+import sys
+
+import pytest
+
+from benchmarks import fuzz, kill
+from exporter.errors import ExporterError
+
+
+@pytest.fixture
+def one_recipe(monkeypatch):
+    monkeypatch.setattr(kill, "RECIPES", {"custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: null\n"})
+    monkeypatch.setattr(kill.shutil, "which", lambda name: None)  # nothing is mounted in a test
+
+
+def test_nothing_is_torn_or_stale(one_recipe, tmp_path):
+    result = kill.measure(tmp_path / "desk", 3, 1)
+    assert [trial.what for trial in result.trials] == ["SIGKILL"] * 3 + ["disk full"]
+    assert not [trial.wrong for trial in result.trials if trial.wrong]
+    assert "| SIGKILL | 3 | 0 |" in result.table()
+
+
+def test_what_is_torn_is_seen(onnx_copy):
+    folder = onnx_copy.path.parent
+    assert kill.faults(folder) == (1, "")
+    whole = onnx_copy.path.read_bytes()
+    onnx_copy.path.write_bytes(whole[:-1])
+    assert "expected" in kill.faults(folder)[1]
+    onnx_copy.path.write_bytes(whole)
+    (folder / "x.report.json").write_text("{")
+    assert "no report of ours" in kill.faults(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("reads", "what"),
+    [(lambda path: 1 / 0, "ZeroDivisionError"), (lambda path: sys.exit(0), "SystemExit")],
+)
+def test_the_fuzzer_sees_what_is_no_error_of_ours(reads, what, tmp_path):
+    assert fuzz._fault(reads, tmp_path / "a").startswith(what)
+
+
+def test_the_fuzzer_takes_a_refusal_for_what_it_is(tmp_path):
+    def refuse(path):
+        raise ExporterError("no")
+
+    assert fuzz._fault(refuse, tmp_path / "a") == "refused"
+    assert fuzz._fault(lambda path: None, tmp_path / "a") == ""
