@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, forms, gate, int8, plans, recipes
+from benchmarks import agreement, forms, fuzz, gate, int8, kill, plans, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
-DOCUMENTS = ("README.md", "docs/forms.md", "docs/int8.md", "docs/peers.md", "docs/tensorrt.md")
+DOCUMENTS = ("README.md", "docs/forms.md", "docs/int8.md", "docs/peers.md", "docs/security.md", "docs/tensorrt.md")
 
 
 def cli_help() -> str:
@@ -49,6 +49,8 @@ def tables() -> dict[str, str]:
     formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
     whole = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
+    killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
+    fuzzed = msgspec.json.decode((TURIN / "fuzz.json").read_bytes(), type=fuzz.Result)
     cases = peers.load(TURIN / "peers")
     return {
         "demo": markdown.render(reports),
@@ -61,6 +63,8 @@ def tables() -> dict[str, str]:
         "int8-accuracy": int8.accuracy_table(whole),
         "int8-settings": int8.setting_table(whole),
         "int8-memory": int8.memory_table(whole) + machine(whole.environment),
+        "kill": killed.table(),
+        "fuzz": fuzzed.table(),
         "plan-targets": plans.target_table(planned),
         "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)

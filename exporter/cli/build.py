@@ -224,7 +224,7 @@ def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
         click.echo(f"the recipe is {save}", err=True)
     if dry_run:
         recipe_file.check(asked)
-        click.echo(f"{_words(asked.recipe())} would go into {out}; nothing was built", err=True)
+        click.echo(f"{_words(recipe)} would go into {out}; nothing was built", err=as_json)
         if as_json:
             print_json({"recipe": asked})
         return
