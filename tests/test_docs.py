@@ -48,6 +48,7 @@ def desk(tmp_path, monkeypatch):
     return tmp_path / "desk"
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
     """In order, as a reader types them."""
     for line in [command for command in COMMANDS if command.startswith("convnext-export")]:
@@ -99,6 +100,7 @@ def test_the_map_names_every_folder():
         assert f"`exporter/{folder.name}/`" in README
 
 
+@pytest.mark.slow
 def test_the_demo_makes_what_the_readme_shows(tmp_path, monkeypatch):
     """The same functions on two epochs: that the pieces fit, not how well it learns."""
     pytest.importorskip("sklearn")

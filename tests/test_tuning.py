@@ -13,6 +13,8 @@ from exporter.model import FORMS
 from exporter.recipe import Recipe
 from tests.bench import fakes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def a_cache_of_its_own(monkeypatch, tmp_path):

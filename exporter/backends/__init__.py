@@ -152,6 +152,7 @@ class Backend(Generic[Opt]):
     unable: why nothing that it builds can run on this machine, or "".
     findings: what is known of an artifact without running it, beside that of the next higher precision if there is one.
     opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
+    reproducible: whether the same graph gives the same bytes every time.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Backend(Generic[Opt]):
     unable: Callable[[], str] = lambda: ""
     findings: Callable[[Artifact, Artifact | None], list[Finding]] = lambda artifact, rival: []
     opens_onnx: bool = False
+    reproducible: bool = True
 
 
 def get(name: str) -> Backend[Options]:

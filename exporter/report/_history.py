@@ -5,6 +5,7 @@ A history is appended to, never rewritten; series of two machines or of two arti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -75,7 +76,9 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
 
     Raises: BadRequest when the file is no history of ours.
     """
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    now = moment.isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
         before = path.read_bytes() if path.exists() else b""

@@ -211,6 +211,7 @@ def _whole(recipe: RecipeFile, steps: Steps, made: Artifact) -> Report:
     for part in parts:
         for check in dict.fromkeys(finding.check for finding in part.findings):
             findings[check] = [finding for finding in part.findings if finding.check == check]
+    findings["build"] = _reproducible(made)
     whole = tuple(_limited(finding, recipe) for found in findings.values() for finding in found)
     return Report(
         passed=all(finding.passed for finding in whole),
@@ -219,6 +220,17 @@ def _whole(recipe: RecipeFile, steps: Steps, made: Artifact) -> Report:
         environment={key: value for part in parts for key, value in part.environment.items()},
         findings=whole,
     )
+
+
+def _reproducible(made: Artifact) -> list[Finding]:
+    """Said of an artifact that another build would not give byte for byte."""
+    if backends.get(made.sidecar.backend).reproducible:
+        return []
+    detail = (
+        f"{made.sidecar.backend} chooses anew at each build, so the file may differ; what it was built from does not "
+        f"(sha256 {', '.join(parent[:12] for parent in made.sidecar.parents)})"
+    )
+    return [Finding(check="build", metric="reproducible", value=0, detail=detail)]
 
 
 def _limited(finding: Finding, recipe: RecipeFile) -> Finding:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ def run_all(jobs: Sequence[Job], count: int) -> list[Outcome]:
                 outcomes = [_result(job, future.result) for job, future in zip(jobs, waiting, strict=True)]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                _stop()
                 raise
     lines.put(None)
     drawing.join(5)
@@ -47,6 +49,15 @@ def _result(job: Job, result: Callable[[], Outcome]) -> Outcome:
     except BrokenProcessPool:
         why = "its process, or one beside it, was killed: memory may have run out; use fewer --jobs"
         return Outcome(job.name, error=why, exit_code=3)
+
+
+def _stop() -> None:
+    """End all that was begun, and what that began: nothing that it writes can be torn."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.terminate()
 
 
 def _draw(lines: Any, reporter: Reporter) -> None:

@@ -9,6 +9,7 @@ from benchmarks import gpu
 from exporter.backends.tensorrt import library
 
 
+@pytest.mark.slow
 def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PRECISIONS", ("fp16", "int8"))
     gpu.main(["--rehearse", "--weights", str(tiny), "-o", str(tmp_path)])

@@ -14,6 +14,7 @@ def one_recipe(monkeypatch):
     monkeypatch.setattr(kill.shutil, "which", lambda name: None)  # nothing is mounted in a test
 
 
+@pytest.mark.slow
 def test_nothing_is_torn_or_stale(one_recipe, tmp_path):
     result = kill.measure(tmp_path / "desk", 3, 1)
     assert [trial.what for trial in result.trials] == ["SIGKILL"] * 3 + ["disk full"]

@@ -168,6 +168,29 @@ def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
     assert same[0] == same[1], "the bytes do not depend on the folder"
 
 
+@pytest.mark.parametrize(("backend", "more"), [("onnxruntime", FAST), ("openvino", FAST), ("openvino", "")])
+def test_the_same_recipe_gives_the_same_bytes_anywhere(backend, more, tiny, tmp_path, monkeypatch):
+    """In another folder, with the weights in another place, after other things were built in this process."""
+    monkeypatch.setattr(gain, "rival", lambda work, folder: None)
+    found = []
+    for place in ("a", "b"):
+        shutil.copytree(tiny, tmp_path / place / f"weights of {place}")
+        path = tmp_path / place / f"{place}.yaml"
+        precision = "int8" if more else "fp16"
+        path.write_text(f"backend: {backend}\nprecision: {precision}\nmodel: {{weights: weights of {place}}}\n{more}\n")
+        (job,) = running.jobs_of([path], tmp_path / place / "out", ["bench=null"])
+        made = running.run(job).artifact
+        found.append({file.name: file.sha256 for file in made.sidecar.files})
+    assert found[0] == found[1]
+
+
+def test_what_is_not_the_same_bytes_each_time_is_said(recipe, run):
+    result = run("run", recipe("tensorrt", "fp16"), "--json")
+    assert result.code == 0, result.err
+    (finding,) = [f for f in result.json[0]["report"]["findings"] if f["metric"] == "reproducible"]
+    assert result.json[0]["artifact"]["parents"][0][:12] in finding["detail"]
+
+
 def test_a_saved_build_runs_as_it_was(tiny, run, tmp_path, monkeypatch):
     """From the one who built it to a colleague, with the recipe and the weights and another working folder."""
     monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)

@@ -5,6 +5,7 @@ import pytest
 from exporter import running
 from exporter.running import shipped
 
+pytestmark = pytest.mark.slow
 NAMES = sorted(shipped.all_of_them())
 
 

@@ -182,4 +182,5 @@ BACKEND = Backend(
     check=check,
     unable=runtime.unable,
     findings=findings,
+    reproducible=False,
 )
