@@ -23,7 +23,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
-DOCUMENTS = ("README.md", "docs/forms.md", "docs/int8.md", "docs/peers.md", "docs/security.md", "docs/tensorrt.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/forms.md",
+    "docs/int8.md",
+    "docs/peers.md",
+    "docs/recipes.md",
+    "docs/security.md",
+    "docs/tensorrt.md",
+)
 
 
 def cli_help() -> str:
@@ -63,6 +71,7 @@ def tables() -> dict[str, str]:
         "int8-accuracy": int8.accuracy_table(whole),
         "int8-settings": int8.setting_table(whole),
         "int8-memory": int8.memory_table(whole) + machine(whole.environment),
+        "recipe-keys": recipes.key_table(),
         "kill": killed.table(),
         "fuzz": fuzzed.table(),
         "plan-targets": plans.target_table(planned),

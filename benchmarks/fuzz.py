@@ -303,9 +303,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=tuple(TARGETS), action="append", help="one kind of file; may be given again")
     parser.add_argument("-o", type=Path, default=Path("build/fuzz.json"))
     told = parser.parse_args()
-    result = fuzz(60 * told.minutes, told.o.with_suffix(""), told.seed)
+    result = fuzz(60 * told.minutes, told.o.with_suffix(""), told.seed, tuple(told.only or TARGETS))
     write_file(told.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(result.table())
     for fault in result.faults:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from exporter import int8, recipe_file
+from exporter import backends, int8, recipe_file, strict
 from exporter.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -32,6 +34,33 @@ def files() -> dict[str, bytes]:
         body = text.partition("\n")[2]
         made[str(path)] = (head + (CALIBRATE if precision == "int8" else "") + body).encode()
     return made
+
+
+def key_table() -> str:
+    """Every key of a recipe, what it takes, and what it is when it is left out."""
+    rows = ["| key | takes | left out |", "|---|---|---|"]
+    for key, hint, default in _keys(recipe_file.RecipeFile, ""):
+        rows.append(f"| `{key}` | {strict.expected(hint)} | {default} |")
+    for backend in recipe_file.buildable():
+        for key, hint, default in _keys(backends.get(backend).target, "target."):
+            rows.append(f"| `{key}` ({backend}) | {strict.expected(hint)} | {default} |")
+    return "\n".join(rows) + "\n"
+
+
+def _keys(kind: type[msgspec.Struct], above: str) -> Iterator[tuple[str, Any, str]]:
+    for field in msgspec.structs.fields(kind):
+        hint = strict.hints(kind)[field.name]
+        section = strict.section_of(hint)
+        if section is not None:
+            yield from _keys(section, f"{field.name}.")
+        elif field.name != "target":
+            yield f"{above}{field.name}", hint, _default(field)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "must be said"
+    return "" if field.default in (None, msgspec.NODEFAULT, ()) else str(field.default).lower()
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def _override(root: yaml.Node, override: str, marks: Marks) -> None:
 
 def read(root: yaml.Node, kind: type[Any], marks: Marks, path: Path = ()) -> dict[str, Any]:
     """The keys of a section that are right, checked against a record; what is wrong goes into the marks."""
-    hints = _hints(kind)
+    known = hints(kind)
     found: dict[str, Any] = {}
     if not isinstance(root, yaml.MappingNode) or root.tag not in _PLAIN_TAGS:
         marks.add(root.start_mark, f"{'.'.join(path) or 'a recipe'}: expected keys with values, found {_said(root)}")
@@ -155,19 +155,18 @@ def read(root: yaml.Node, kind: type[Any], marks: Marks, path: Path = ()) -> dic
             marks.add(key.start_mark, f"expected a key, found {_said(key)}")
         elif word in found or (*path, word) in marks.places:
             marks.add(key.start_mark, f"{word} stands here twice")
-        elif word not in hints:
+        elif word not in known:
             where = f" in {'.'.join(path)}" if path else ""
-            hint = nearest(word, hints) if hints else "none is taken here"
+            hint = nearest(word, known) if known else "none is taken here"
             marks.add(key.start_mark, f"unknown key {word!r}{where}; {hint}")
         else:
             marks.places[(*path, word)] = key.start_mark
-            _field(found, word, node, hints[word], marks, (*path, word))
+            _field(found, word, node, known[word], marks, (*path, word))
     return found
 
 
 def _field(found: dict[str, Any], word: str, node: yaml.Node, hint: Any, marks: Marks, path: Path) -> None:
-    section = next((kind for kind in _kinds(hint) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-                    and not kind.__struct_config__.array_like), None)  # fmt: skip
+    section = section_of(hint)
     if section is not None and _is_null(node) and type(None) not in _kinds(hint):
         found[word] = {}  # a section without keys
         return
@@ -185,7 +184,7 @@ def _field(found: dict[str, Any], word: str, node: yaml.Node, hint: Any, marks: 
         if not isinstance(found[word], float) or math.isfinite(found[word]):
             return
         del found[word]
-    marks.add(node.start_mark, f"{'.'.join(path)}: expected {_expected(hint)}, found {_said(node)}{_near(node, hint)}")
+    marks.add(node.start_mark, f"{'.'.join(path)}: expected {expected(hint)}, found {_said(node)}{_near(node, hint)}")
 
 
 def _readings(node: yaml.Node) -> list[tuple[Any, bool]]:
@@ -221,8 +220,17 @@ def _numbers(node: yaml.Node) -> Any:
         return node.value
 
 
-def _hints(kind: type[Any]) -> Mapping[str, Any]:
+def hints(kind: type[Any]) -> Mapping[str, Any]:
+    """The types of a record's fields by name."""
     return {name: hint for name, hint in get_type_hints(kind).items() if name in kind.__struct_fields__}
+
+
+def section_of(hint: Any) -> type[msgspec.Struct] | None:
+    """The record that a field holds, if it is a section of its own."""
+    for kind in _kinds(hint):
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not kind.__struct_config__.array_like:
+            return kind
+    return None
 
 
 def _kinds(hint: Any) -> Sequence[Any]:
@@ -234,14 +242,16 @@ _WORDS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _expected(hint: Any) -> str:
+def expected(hint: Any) -> str:
     """A type in words."""
     words = []
     for kind in _kinds(hint):
         if get_origin(kind) is Literal:
             words += [str(word) for word in get_args(kind)]
         elif get_origin(kind) is tuple:
-            words.append(f"a list, each {_expected(get_args(kind)[0])}")
+            words.append(f"a list, each {expected(get_args(kind)[0])}")
+        elif (fields := getattr(kind, "__struct_fields__", ())) and kind.__struct_config__.array_like:
+            words.append(f"[{', '.join(fields)}]")
         elif get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
             words.append("keys with values")
         else:

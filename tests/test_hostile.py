@@ -283,6 +283,19 @@ def test_weights_of_a_graph_that_lie_elsewhere_are_not_read(onnx_copy):
         artifact.load(onnx_copy.path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a/" * 3000 + "b.png", "ü" * 130 + ".png"])
+@pytest.mark.parametrize("head", ["", "# convnext-export calibration set\n# source: .\n"])
+def test_a_manifest_with_names_that_no_file_can_have(name, head, tmp_path):
+    from exporter.data.calibration import open_calibration
+
+    (tmp_path / "m.csv").write_text(f"{head}sha256,path\n{'0' * 64},{name}\n")
+    for action in (open_samples, open_calibration):
+        with pytest.raises(ExporterError, match="is no name that a file can have"):
+            action(
+                str(tmp_path / "m.csv"), Preprocessing(size=8, resize=8), *([()] if action is open_samples else []), 10
+            )
+
+
 def test_a_manifest_does_not_follow_links_out_of_its_folder(tmp_path):
     from PIL import Image
 

@@ -80,6 +80,8 @@ def test_what_is_not_said_is_the_default_of_the_command_line(read):
         (GOOD.replace("tiny", "tinny"), "my.yaml:5:3: unknown variant 'tinny'; did you mean 'tiny'?"),
         (GOOD + "  opset: 12\n", "my.yaml:10:3: opset 12: expected 18 to 23"),
         (GOOD + "  form: [plain]\n", "my.yaml:10:9: export.form: expected text or null, found ['plain']"),
+        (GOOD + "bench:\n  duration: -1\n", "my.yaml:11:3: duration -1: expected a number from 0.5 to 86400"),
+        (GOOD + "checks:\n  samples: 0\n", "my.yaml:11:3: samples 0: expected a number from 1"),
         ("backend: onnxruntime\n", "precision is missing; every recipe says its own"),
         ("- a\n", "my.yaml: expected sections and keys"),
         ("a: [1\n", "no YAML: expected ',' or ']'"),

@@ -26,6 +26,7 @@ from exporter.errors import BadRequest, nearest, some
 from exporter.measure import machine
 from exporter.sidecar import Preprocessing
 
+MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems take
 SYNTHETIC = 16  # images, when no number is given
 CALIBRATION = "# convnext-export calibration set"
 COLUMNS = {"path", "label", "sha256"}
@@ -245,6 +246,8 @@ def read_manifest(path: Path) -> Listed:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     if not rows or "path" not in names or not set(names) <= COLUMNS:
         raise BadRequest(f"{path}: expected a line of column names out of path, label, sha256, then one image a line")
+    if long := next((row["path"] for row in rows if row["path"] and _is_too_long(row["path"])), None):
+        raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; mend the manifest")
     outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
@@ -270,6 +273,10 @@ def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, 
         return root, [(row["path"], -1) for row in rows]
     numbers = match_classes(sorted(set(words)), labels, classes, str(path))
     return root, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name) > MAX_PATH or any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in name.split("/"))
 
 
 def _leaves(name: str) -> bool:
