@@ -11,7 +11,7 @@ from exporter.backends.tensorrt import library
 
 @pytest.mark.slow
 def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "PRECISIONS", ("fp16", "int8"))
+    monkeypatch.setattr(gpu, "PRECISIONS", ("int8",))  # which fp16 is built for too, to be held against
     gpu.main(["--rehearse", "--weights", str(tiny), "-o", str(tmp_path)])
     session = msgspec.json.decode((tmp_path / "session.json").read_bytes(), type=gpu.Session)
     assert session.rehearsal
@@ -20,7 +20,7 @@ def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeyp
     assert all(step.words[:3] == ("-q", "-m", "gpu") for step in failed), failed
     verbs = [step.words[0] for step in session.steps]
     assert {"onnx", "verify", "bench", "report", "-q"} <= set(verbs)
-    assert verbs.count("trt") == 2 * len(library.here())
+    assert verbs.count("trt") == len(library.here())
     assert (tmp_path / "batch-1" / "custom_fp16.onnx.report.json").exists()
     assert "exit 0" in capsys.readouterr().out
 
