@@ -246,16 +246,24 @@ def read_manifest(path: Path) -> Listed:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     if not rows or "path" not in names or not set(names) <= COLUMNS:
         raise BadRequest(f"{path}: expected a line of column names out of path, label, sha256, then one image a line")
-    if long := next((row["path"] for row in rows if row["path"] and _is_too_long(row["path"])), None):
+    root = path.parent / header.get("source", ".") if frozen else path.parent
+    _check_names(path, root, header.get("source", ""), [row["path"] or "" for row in rows])
+    return Listed(root, header, rows)
+
+
+def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:
+    """Refuse names that no file can have, or that lead out of a manifest's folder.
+
+    Raises: BadRequest.
+    """
+    if long := next(filter(_is_too_long, [source, *names]), None):
         raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; mend the manifest")
-    outside = [row["path"] for row in rows if not row["path"] or _leaves(row["path"])]
+    outside = [name for name in names if not name or _leaves(name)]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
-    root = path.parent / header.get("source", ".") if frozen else path.parent
     inside = os.path.realpath(root)
-    if linked := next((row["path"] for row in rows if _leads_out(inside, row["path"])), None):
+    if linked := next((name for name in names if _leads_out(inside, name)), None):
         raise BadRequest(f"{path}: {linked!r} is a link out of {root}; put the image itself there")
-    return Listed(root, header, rows)
 
 
 def _leads_out(inside: str, name: str) -> bool:
