@@ -58,6 +58,7 @@ def tables() -> dict[str, str]:
     whole = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
+    again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
     fuzzed = msgspec.json.decode((TURIN / "fuzz.json").read_bytes(), type=fuzz.Result)
     cases = peers.load(TURIN / "peers")
     return {
@@ -74,6 +75,7 @@ def tables() -> dict[str, str]:
         "recipe-keys": recipes.key_table(),
         "kill": killed.table(),
         "fuzz": fuzzed.table(),
+        "fuzz-again": again.table(),
         "plan-targets": plans.target_table(planned),
         "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
