@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +110,19 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
         path, part = found.path, found.part
     beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
     files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
-    return " ".join([part, *map(sha256_file, files)])
+    return " ".join([part, *map(_content, files)])
+
+
+def _content(file: Path) -> str:
+    """The sha256 of a file, read once for as long as it stays as it is."""
+    stat = file.stat()
+    return _sha256(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256(file: Path, size: int, changed: int) -> str:
+    del size, changed
+    return sha256_file(file)
 
 
 @dataclass(frozen=True)

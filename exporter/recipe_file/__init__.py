@@ -124,6 +124,8 @@ def save(made: RecipeFile, path: Path) -> None:
     check(made)
     if path.suffix not in (".yaml", ".yml"):
         raise BadRequest(f"{path}: a recipe is a .yaml file")
+    if path.exists() and not (path.is_file() and b"\nbackend:" in b"\n" + path.read_bytes()[: strict.MAX_BYTES]):
+        raise BadRequest(f"{path}: something that is no recipe stands there; give --save-config another name")
     write_file(path, write(made, path))
 
 

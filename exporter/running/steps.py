@@ -40,7 +40,6 @@ class Steps:
 
     def __init__(self, recipe: RecipeFile, out: Path, folder: Path) -> None:
         self.recipe, self.out, self.folder = recipe, out, folder
-        self._keys: dict[str, str] = {}
 
     def key(self, name: str, made: Artifact | None = None) -> str:
         """A digest of all that a step depends on; "" when that cannot be told before it is done.
