@@ -31,11 +31,13 @@ MANY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-SPOTS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
+SPOTS = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.integers(0, 255)), min_size=1, max_size=8
+)
 
 
 def spoil(content, spots, cut):
@@ -171,7 +173,7 @@ def test_sidecars_and_reports_of_any_content(content, onnx_copy):
 METRIC = st.sampled_from(
     ["p50_ms", "eager_p50_ms", "speedup", "p99_ms", "top1", "top1_eager", "cosine", "bytes", "block_error", "other"]
 )
-NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
 FINDING = st.fixed_dictionaries(
     {"check": st.sampled_from(["latency", "regression", "parity", "blocks", "?"]), "metric": METRIC, "value": NUMBER},
     optional={
@@ -181,7 +183,7 @@ FINDING = st.fixed_dictionaries(
         "high": NUMBER,
         "passed": st.booleans(),
         "detail": st.text(max_size=20),
-        "samples": st.lists(st.floats(-1e9, 1e9), max_size=6),
+        "samples": st.lists(st.floats(-1e9, 1e9, allow_subnormal=False), max_size=6),
         "launches": st.lists(st.integers(-2, 9), max_size=4),
     },
 )

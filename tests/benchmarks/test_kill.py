@@ -16,10 +16,10 @@ def one_recipe(monkeypatch):
 
 @pytest.mark.slow
 def test_nothing_is_torn_or_stale(one_recipe, tmp_path):
-    result = kill.measure(tmp_path / "desk", 3, 1)
-    assert [trial.what for trial in result.trials] == ["SIGKILL"] * 3 + ["disk full"]
+    result = kill.measure(tmp_path / "desk", 2, 1)
+    assert [trial.what for trial in result.trials] == ["SIGKILL"] * 2 + ["disk full"]
     assert not [trial.wrong for trial in result.trials if trial.wrong]
-    assert "| SIGKILL | 3 | 0 |" in result.table()
+    assert "| SIGKILL | 2 | 0 |" in result.table()
 
 
 def test_what_is_torn_is_seen(onnx_copy):
