@@ -89,14 +89,19 @@ def use(desk: Path, version: int) -> None:
     write_file(desk / "model.safetensors", (desk / f"version{version}.safetensors").read_bytes())
 
 
-def work(recipes: list[Path], out: Path, log: Path) -> None:
-    """What is killed: all of a run, in a process of its own, timed as briefly as can be."""
+def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
+    """What is killed: all of a run, in a process of its own, timed as briefly as can be, with files of at most so many
+    bytes."""
+    import resource
+
     from exporter.bench import latency
     from exporter.int8 import gain
 
     os.setsid()
     os.environ["XDG_CACHE_HOME"] = str(log.parent / "cache")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     gain.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
     os.chdir(recipes[0].parent)
     outcomes = running.run_all(running.jobs_of(recipes, out))
@@ -105,9 +110,9 @@ def work(recipes: list[Path], out: Path, log: Path) -> None:
     sys.exit(max(outcome.exit_code for outcome in outcomes))
 
 
-def start(recipes: list[Path], out: Path, log: Path) -> Any:
+def start(recipes: list[Path], out: Path, log: Path, most: int | None = None) -> Any:
     """A run begun; what it says goes into a log."""
-    process = CONTEXT.Process(target=work, args=(recipes, out, log))
+    process = CONTEXT.Process(target=work, args=(recipes, out, log, most))
     process.start()
     return process
 
@@ -184,19 +189,11 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
 
 def full_once(desk: Path, recipes: list[Path], expected: dict[str, str], most: int, number: int) -> Trial:
     """A run on a disk that fills up, then with more room."""
-    import resource
-
     size = random.Random(number).randrange(40_000, most)
     use(desk, 0)
     out = desk / f"full{number}"
     with small_disk(out, size) as mounted:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            if not mounted:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, before[1]))
-            process = start(recipes, out, desk / "log")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        process = start(recipes, out, desk / "log", None if mounted else size // 4)
         process.join()
         count, wrong = faults(out)
         said = (desk / "log").read_text()
@@ -233,10 +230,7 @@ def measure(desk: Path, kills: int, full: int) -> Result:
     trials = []
     for number in range(kills):
         trials.append(kill_once(desk, recipes, expected, seconds, number))
-        print(
-            f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s: {trials[-1].wrong or 'sound'}",
-            file=sys.stderr,
-        )
+        tell(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s of {seconds:.1f}", trials[-1])
     most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
     for number in range(full):
         trials.append(full_once(desk, recipes, expected[0], most, number))

@@ -15,10 +15,15 @@ def one_recipe(monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_is_torn_or_stale(one_recipe, tmp_path):
+def test_nothing_is_torn_or_stale(one_recipe, tmp_path, monkeypatch):
+    ends = []
+    real = kill.faults
+    monkeypatch.setattr(kill, "faults", lambda out: ends.append((tmp_path / "desk" / "log").read_text()) or real(out))
+    monkeypatch.setattr(kill.random.Random, "randrange", lambda self, low, high: 4 * 100_000)
     result = kill.measure(tmp_path / "desk", 2, 1)
     assert [trial.what for trial in result.trials] == ["SIGKILL"] * 2 + ["disk full"]
     assert not [trial.wrong for trial in result.trials if trial.wrong]
+    assert "no space left to write in" in ends[-1], "the disk was full indeed"
     assert "| SIGKILL | 2 | 0 |" in result.table()
 
 
