@@ -12,7 +12,6 @@ import glob
 import hashlib
 import mmap
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -99,15 +98,39 @@ def _load(path: Path) -> Artifact:
 
 
 def _external(path: Path) -> set[str]:
-    """The files that the tensors of an ONNX graph say they lie in, found without a parser that would open them."""
+    """The files that the tensors of an ONNX graph say they lie in; none of them is opened.
+
+    Raises: BadRequest for what is no ONNX.
+    """
+    if not _holds(path, b"location"):  # the key that every external tensor has; looking is quick, parsing is not
+        return set()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except DecodeError:
+        raise BadRequest(f"{path}: no ONNX graph; build the artifact again") from None
+    return {entry.value for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location"}
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    """Whether a file holds a word, without taking it into memory."""
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        entries = re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content)
-        return {content[entry.end() : entry.end() + _varint(entry[1])].decode("utf-8", "replace") for entry in entries}
+        return content.find(word) >= 0
 
 
-def _varint(encoded: bytes) -> int:
-    """A length as protobuf writes it, of one byte or two."""
-    return (encoded[0] & 0x7F) + (encoded[1] << 7 if len(encoded) > 1 else 0)
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor of a protobuf message, however deep: initialisers, attributes, functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(inner)
 
 
 def _check(path: Path, file: File) -> None:

@@ -267,7 +267,8 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
         weights.load(str(tmp_path / "a.pth"))
 
 
-def test_weights_of_a_graph_that_lie_elsewhere_are_not_read(onnx_copy):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_weights_of_a_graph_that_lie_elsewhere_are_not_read(swapped, onnx_copy):
     """The sidecar is sealed again: its digests are right, and still the graph points out of its folder."""
     import onnx
 
@@ -278,11 +279,24 @@ def test_weights_of_a_graph_that_lie_elsewhere_are_not_read(onnx_copy):
     for key, value in (("location", f"../{'x' * 150}.bin"), ("length", "16")):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value
-    onnx_copy.path.write_bytes(graph.SerializeToString())
+    content = graph.SerializeToString()
+    entry = b"\x0a\x08location\x12\x9d\x01" + f"../{'x' * 150}.bin".encode()
+    assert entry in content
+    if swapped:  # protobuf takes fields in any order
+        content = content.replace(entry, entry[10:] + entry[:10])
+    onnx_copy.path.write_bytes(content)
     sidecar_path(onnx_copy.path).unlink()
     artifact.seal(onnx_copy.path.parent, onnx_copy.path.name, onnx_copy.sidecar)
     with pytest.raises(ExporterError, match=r"would be read from \.\./x{150}\.bin, which its sidecar does not name"):
         artifact.load(onnx_copy.path)
+
+
+def test_an_artifact_whose_file_is_empty_or_no_graph(onnx_copy):
+    for content in (b"", b"location" * 9):
+        onnx_copy.path.write_bytes(content)
+        sidecar_path(onnx_copy.path).unlink()
+        artifact.seal(onnx_copy.path.parent, onnx_copy.path.name, onnx_copy.sidecar)
+        ours(artifact.load, onnx_copy.path)
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "a/" * 3000 + "b.png", "ü" * 130 + ".png"])
