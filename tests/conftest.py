@@ -200,15 +200,17 @@ def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     found = {}
     for name in discover.names("exporter.backends"):
         for precision in sorted(backends.get(name).precisions):
-            if name != "eager" and not (precision == "bf16" and not has_bf16()):
+            if name != "eager":
                 found[name, precision] = build(tiny, out, name, precision)
     return found
 
 
-def has_bf16() -> bool:
+def needs_bf16(name: str, precision: str) -> None:
+    """Skip the test where this CPU cannot compute what OpenVINO would run in bf16; every machine builds it."""
     from exporter.measure import machine
 
-    return machine.has_bf16()
+    if (name, precision) == ("openvino", "bf16") and not machine.has_bf16():
+        pytest.skip("this CPU has no bf16")
 
 
 @pytest.fixture

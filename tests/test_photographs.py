@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from exporter.backends import eager
-from tests.conftest import has_bf16, shared, type_command
+from tests.conftest import needs_bf16, shared, type_command
 
 EAGER_TOP1 = {"convnext_atto": 70.6, "convnextv2_atto": 71.25}
 
@@ -53,8 +53,7 @@ def built(tmp_path_factory):
     ],
 )
 def test_top1_stays_within_a_tenth_of_a_point(model, verb, precision, built):
-    if precision == "bf16" and not has_bf16():
-        pytest.skip("this CPU has no bf16")
+    needs_bf16(verb, precision)
     path = built(model, verb, precision)
     result = type_command("verify", path, "--data", shared("data", "images", "val"), "--threads", 1, "--json")
     assert result.code == 0, result.err

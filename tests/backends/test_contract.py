@@ -11,7 +11,7 @@ from exporter.checks.parity import LIMITS
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import FORMS
-from tests.conftest import PX, build, has_bf16
+from tests.conftest import PX, build, needs_bf16
 
 # What another backend's artifact was made from has its form in its name.
 PARENTS = {
@@ -31,8 +31,7 @@ def images():
 
 
 def opened(artifacts, name, precision, options=None):
-    if precision == "bf16" and not has_bf16():
-        pytest.skip("this CPU has no bf16")
+    needs_bf16(name, precision)
     made = artifacts[name, precision]
     backend = backends.get(name)
     return backend.session(made, options or backend.options())
@@ -112,8 +111,7 @@ def test_its_own_form_is_one_of_the_forms(name, batch, precision):
 @pytest.mark.parametrize("hint", ["latency", "throughput"])
 @pytest.mark.parametrize(("name", "precision"), [("eager", "fp32"), *RUN])
 def test_its_peak_is_a_large_matrix_product(name, precision, hint, artifacts):
-    if precision == "bf16" and not has_bf16():
-        pytest.skip("this CPU has no bf16")
+    needs_bf16(name, precision)
     made = artifacts["onnxruntime" if name == "eager" else name, precision]
     backend = backends.get(name)
     matrix = backends.peak_matrix()
@@ -170,8 +168,7 @@ def test_bound_inputs_run_in_turn(name, hint, artifacts, images):
 
 @pytest.mark.parametrize(("name", "precision"), BUILT)
 def test_layers_have_modules_and_precisions(name, precision, artifacts):
-    if precision == "bf16" and not has_bf16():
-        pytest.skip("this CPU has no bf16")
+    needs_bf16(name, precision)
     layers = backends.get(name).layers(artifacts[name, precision], Options())
     blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
     assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
@@ -190,8 +187,6 @@ def test_layers_have_modules_and_precisions(name, precision, artifacts):
 
 @pytest.mark.parametrize(("name", "precision"), BUILT)
 def test_the_sidecar_tells_what_was_built(name, precision, artifacts):
-    if precision == "bf16" and not has_bf16():
-        pytest.skip("this CPU has no bf16")
     made = artifacts[name, precision]
     sidecar = made.sidecar
     assert (sidecar.backend, sidecar.precision, sidecar.variant) == (name, precision, "custom")

@@ -6,7 +6,7 @@ import pytest
 from exporter import backends
 from exporter.backends import Blocks, Layer, ends_of_blocks
 from exporter.checks._blocks import block_errors
-from tests.conftest import PX, copy_artifact, has_bf16
+from tests.conftest import PX, copy_artifact, needs_bf16
 
 NAMES = [
     "downsample_layers.0", "stages.0.0", "downsample_layers.1", "stages.1.0", "downsample_layers.2",
@@ -36,9 +36,11 @@ def test_every_block_of_a_faithful_artifact_agrees(backend, artifacts, images):
 
 def test_precision_is_told(artifacts, images):
     assert {f.detail for f in errors(artifacts["onnxruntime", "fp16"], images).values()} == {"fp16"}
-    if has_bf16():
-        found = errors(artifacts["openvino", "bf16"], images)
-        assert "bf16" in found["stages.2.0"].detail
+
+
+def test_bf16_is_told_where_it_is_computed(artifacts, images):
+    needs_bf16("openvino", "bf16")
+    assert "bf16" in errors(artifacts["openvino", "bf16"], images)["stages.2.0"].detail
 
 
 def test_the_block_that_was_spoilt_is_where_it_begins(artifacts, images, tmp_path):

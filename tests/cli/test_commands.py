@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from exporter.artifact import load, sidecar_path
 from exporter.data import synthetic
-from tests.conftest import ROOT, copy_artifact, has_bf16, snapshot, tiny_state, write_tiny
+from tests.conftest import ROOT, copy_artifact, needs_bf16, snapshot, tiny_state, write_tiny
 
 
 @pytest.fixture
@@ -225,8 +225,8 @@ def test_an_image_size_other_than_the_artifacts_is_no_concern_of_the_data(run, a
     assert run("verify", made.path, "--data", photos).code == 0
 
 
-@pytest.mark.skipif(not has_bf16(), reason="this CPU has no bf16")
 def test_bf16_builds_and_verifies(run, tiny, tmp_path):
+    needs_bf16("openvino", "bf16")
     assert run("openvino", "--weights", tiny, "--bf16", "-o", tmp_path).code == 0
     assert run("verify", tmp_path / "custom_bf16.xml").code == 0
 
