@@ -37,6 +37,7 @@ from exporter.backends import (
 )
 from exporter.errors import ExporterError, Unavailable, last_line
 from exporter.graph.quantize import Placement
+from exporter.graph.rounding import round_weights
 from exporter.sidecar import Preprocessing
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -262,9 +263,12 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
         given = ops.parameter(weight.shape, np.float32)
         factors: list[Any] = [given, ops.constant(weight)]
         if artifact.sidecar.precision == "int8":
-            step = np.float32(np.abs(weight).max() / 127)
-            ends = [ops.constant(step * end) for end in (-127, 127)] * 2
-            factors = [ops.fake_quantize(factor, *ends, 255) for factor in factors]
+            whole, scale = round_weights(weight, axis=1, exact_pairs=True)
+            step = np.float32(2 * np.abs(weight).max() / 255)
+            factors = [
+                ops.fake_quantize(given, *[ops.constant(step * end) for end in (-128, 127)] * 2, 256),
+                ops.fake_quantize(ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255),
+            ]
         return ov.Model([ops.matmul(*factors, False, False)], [given], "peak")
 
     yield Product(_session(*_compile(artifact, options, product), Preprocessing(), options))
@@ -287,7 +291,9 @@ def above_int8() -> str:
 
 # Pointwise and downsampling layers, which are 97 % of ConvNeXt-T. Depthwise convolutions are no faster in int8 and
 # cost accuracy; inside norms and on the residual Q and DQ cost both.
-PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2", "downsampling"}), forms=("nchw", "conv", "linear"))
+PLACEMENT = Placement(
+    kinds=frozenset({"pwconv1", "pwconv2", "downsampling"}), forms=("nchw", "conv", "linear"), exact_pairs=True
+)
 
 
 BACKEND = Backend(

@@ -28,6 +28,7 @@ class Placement:
     symmetric: activations around zero as int8, else uint8 with a zero point.
     rest: the precision of what is not rounded.
     inputs: whether the inputs of these layers are rounded, or their weights alone.
+    exact_pairs: whether weights are bounded so that sums of two products in 16 bits cannot saturate.
     """
 
     kinds: frozenset[str]
@@ -35,6 +36,7 @@ class Placement:
     symmetric: bool = False
     rest: str = "fp32"
     inputs: bool = True
+    exact_pairs: bool = False
 
 
 def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:
@@ -65,7 +67,8 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
 
 def round_product(graph: ir.Graph, node: ir.Node, largest: float) -> None:
     """Q and DQ around one matrix product without a bias, in place."""
-    _Rounded(graph, node, "product", Rounding(2 * largest / 255, 128, False, np.zeros(0, np.float32))).put()
+    rounding = Rounding(2 * largest / 255, 128, False, np.zeros(0, np.float32), exact_pairs=True)
+    _Rounded(graph, node, "product", rounding).put()
 
 
 class _Rounded:
@@ -82,7 +85,9 @@ class _Rounded:
         assert weight is not None
         assert weight.const_value is not None
         axis, grid = self._output_axis(), self.rounding.grid
-        whole, scales = round_weights(weight.const_value.numpy(), axis, grid, self.rounding.half)
+        whole, scales = round_weights(
+            weight.const_value.numpy(), axis, grid, self.rounding.half, self.rounding.exact_pairs
+        )
         weights = [self._constant(f"weight_{grid}", whole), self._constant("weight_scale", scales)]
         weights.append(self._constant("weight_zero_point", np.zeros(len(scales), element(grid))))
         rounded = self._node("DequantizeLinear", weights, "weight_dequantized", weight.shape, axis=axis)

@@ -15,6 +15,8 @@ Grid = Literal["int8", "fp8"]
 LARGEST: dict[Grid, int] = {"int8": 127, "fp8": 448}
 LEAST_HALF: dict[Grid, float] = {"int8": 2.0**-24, "fp8": 2.0**-14}
 """The smallest scale in fp16: above zero; where steps have an exponent of their own, one without lost digits too."""
+MAX_PAIR = 128
+"""Largest sum of two adjacent int8 weights whose products with any two uint8 inputs fit 16 bits: 255 · 128 < 2¹⁵."""
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
     "depthwise": r"stages\.\d+\.\d+\.dwconv",
@@ -34,6 +36,7 @@ class Rounding:
     shift: what is added to its bias (out,).
     inputs: whether its input is rounded at all, or its weights alone.
     half: whether scales are held in fp16.
+    exact_pairs: whether adjacent weights sum to no more than `MAX_PAIR`.
     """
 
     scale: float
@@ -43,6 +46,7 @@ class Rounding:
     grid: Grid = "int8"
     inputs: bool = True
     half: bool = False
+    exact_pairs: bool = False
 
 
 Plan = dict[str, Rounding]
@@ -69,19 +73,28 @@ def element(grid: Grid, symmetric: bool = True) -> np.dtype[Any]:
     return fp8
 
 
-def round_weights(weight: Floats, axis: int, grid: Grid = "int8", half: bool = False) -> tuple[NDArray[Any], Floats]:
-    """Weights in eight bits, symmetric with a scale for each output channel: w ≈ scale · q.
+def round_weights(
+    weight: Floats, axis: int, grid: Grid = "int8", half: bool = False, exact_pairs: bool = False
+) -> tuple[NDArray[Any], Floats]:
+    """Quantize weights symmetrically with one scale per output channel: w ≈ scale · q.
+
+    x86 CPUs without VNNI multiply uint8 inputs by int8 weights with VPMADDUBSW, which adds the products of input
+    channels 2k and 2k + 1 in 16 bits and saturates (Intel SDM, volume 2). With `exact_pairs` the scale of an output
+    channel is the smallest at which no such sum can leave 16 bits, whatever the inputs are.
 
     Args:
-        weight: float32.
-        axis: of the output channels.
-        grid: what the bits stand for.
-        half: whether the scales have to be numbers of fp16: of small weights they would become others, or nothing.
+        weight: float32 (out, in, …) for `axis` 0, (in, out) for `axis` 1.
+        axis: the axis of the output channels, 0 or 1.
+        grid: the quantized type.
+        half: whether the scales have to be representable in fp16.
+        exact_pairs: whether |q₂ₖ + q₂ₖ₊₁| ≤ `MAX_PAIR` has to hold for adjacent input channels; for int8.
 
-    Returns: (q of the same shape, scales (out,)).
+    Returns: q of the same shape, and the scales (out,).
     """
     others = tuple(a for a in range(weight.ndim) if a != axis)
     scale = np.maximum(np.abs(weight).max(axis=others) / LARGEST[grid], np.float32(1e-12)).astype(np.float32)
+    if exact_pairs:  # below 128 before rounding, each of two adds at most 0.5, and only then 129 is out of reach
+        scale = np.maximum(scale, np.abs(_pair_sums(weight, axis)).max(axis=others) / np.float32(MAX_PAIR - 1e-3))
     if half:
         near = np.maximum(scale, LEAST_HALF[grid]).astype(np.float16)
         up = np.nextafter(near, np.float16(np.inf))  # a smaller scale would clip the largest weights
@@ -89,3 +102,31 @@ def round_weights(weight: Floats, axis: int, grid: Grid = "int8", half: bool = F
     shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
     steps = weight / scale.reshape(shape)
     return (np.rint(steps) if grid == "int8" else steps).astype(element(grid)), scale
+
+
+def largest_pair(weight: NDArray[np.int8], axis: int) -> int:
+    """The largest |sum| that the products of two adjacent int8 weights and any two uint8 inputs can reach.
+
+    Args:
+        weight: int8 (out, in, …) for `axis` 0, (in, out) for `axis` 1.
+        axis: the axis of the output channels, 0 or 1.
+
+    Returns: a number from 0 to 65,280; beyond 32,767 VPMADDUBSW saturates.
+    """
+    wide = weight.astype(np.int32)
+    sums = (_pair_sums(sign * np.maximum(sign * wide, 0), axis) for sign in (1, -1))
+    return 255 * max(int(np.abs(one).max(initial=0)) for one in sums)
+
+
+def _pair_sums(weight: NDArray[Any], axis: int) -> NDArray[Any]:
+    """The sums of weights that a kernel may add in 16 bits, of each kernel position: input channels 2k and 2k + 1.
+
+    Where the channels are no multiple of four, oneDNN's matrix product may start anew at an odd one (385 inputs are
+    taken as 193 and 192), so every two neighbours are a pair there.
+    """
+    channels = np.moveaxis(weight, 1 - axis, 0)
+    count = len(channels)
+    step = 1 if count % 4 else 2
+    # A single channel has no partner.
+    sums = channels if count == 1 else channels[0 : count - 1 : step] + channels[1:count:step]
+    return np.moveaxis(sums, 0, 1 - axis)

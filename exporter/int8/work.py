@@ -153,6 +153,7 @@ def _options(recipe: Recipe, placement: Placement) -> QuantizeOptions:
         grid=_grid(recipe),
         inputs=placement.inputs,
         half=placement.rest == "fp16",
+        exact_pairs=placement.exact_pairs,
         method=recipe.calib_method,
         smoothing=recipe.smoothing,
         bias_correction=recipe.bias_correction,

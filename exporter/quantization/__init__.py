@@ -17,13 +17,14 @@ Correction = Literal["none", "fast", "full"]
 
 
 class QuantizeOptions(Record, frozen=True):
-    """What eight bits stand for, whether inputs are rounded too and scales held in fp16, how ranges are chosen, what
-    share of the activations' spread goes into the weights (0 is none, 0.5 the usual), and whether biases make up for
-    the mean error."""
+    """What eight bits stand for, whether inputs are rounded too and scales held in fp16, whether adjacent weights are
+    bounded for exact sums in 16 bits, how ranges are chosen, what share of the activations' spread goes into the
+    weights (0 is none, 0.5 the usual), and whether biases make up for the mean error."""
 
     grid: Grid = "int8"
     inputs: bool = True
     half: bool = False
+    exact_pairs: bool = False
     method: Method = "minmax"
     smoothing: float = 0.5
     bias_correction: Correction = "fast"

@@ -49,7 +49,9 @@ def plan(
         low, high = ranges.choose(found.histogram[name], *found.range(name), options.method, symmetric)
         scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
         shift = np.zeros(layer.weight.shape[0], np.float32)
-        made[name] = Rounding(scale, zero_point, symmetric, shift, options.grid, options.inputs, options.half)
+        made[name] = Rounding(
+            scale, zero_point, symmetric, shift, options.grid, options.inputs, options.half, options.exact_pairs
+        )
         if options.bias_correction == "fast":
             made[name] = replace(made[name], shift=_fast_shift(layer, found.mean(name), made[name]))
     return _full(model, made, images) if options.bias_correction == "full" else made
@@ -148,7 +150,7 @@ def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...
 def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
     """The weights that eight bits have for these, in fp32."""
     weight = layer.weight.detach().numpy()
-    whole, scale = round_weights(weight, 0, rounding.grid, rounding.half)
+    whole, scale = round_weights(weight, 0, rounding.grid, rounding.half, rounding.exact_pairs)
     return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
