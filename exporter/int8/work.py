@@ -99,7 +99,9 @@ def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
     from exporter.quantization import simulation, smoothing, statistics
 
     network = pipeline.write(checkpoint, options, sidecar)
-    found = statistics.collect(network.model, placement.kinds, recipe.smoothing, images, _about(sidecar))
+    found = statistics.collect(
+        network.model, placement.kinds, recipe.smoothing, images, _about(sidecar), recipe.calib_method != "minmax"
+    )
     smoothing.smooth(network.model, found.factor)
     plan = simulation.plan(
         network.model, placement.kinds, placement.symmetric, found, images, _options(recipe, placement)

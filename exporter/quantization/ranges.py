@@ -19,7 +19,7 @@ def choose(counts: Counts, low: float, high: float, method: Method, symmetric: b
     """The range that is worth its steps: inside what was seen, and always with zero in it.
 
     Args:
-        counts: how many activations fell into each of equal bins from `low` to `high`.
+        counts: how many activations fell into each of equal bins from `low` to `high`; `minmax` needs none.
         low, high: the smallest and the largest that was seen, zero included.
         method: `minmax` takes these; `percentile` leaves out 0.005 % at each end; `mse` has the least mean square
             error of rounding and clipping; `entropy` loses the least information, by the Kullback–Leibler divergence
@@ -28,11 +28,11 @@ def choose(counts: Counts, low: float, high: float, method: Method, symmetric: b
 
     Returns: (low, high).
     """
-    if symmetric:
-        most = max(-low, high)
-        counts, low, high = _mirrored(counts, low, high, most), -most, most
+    most = max(-low, high)
     if method == "minmax" or high - low < _TINY:
-        return low, high
+        return (-most, most) if symmetric else (low, high)
+    if symmetric:
+        counts, low, high = _mirrored(counts, low, high, most), -most, most
     centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
     if method == "percentile":
         return _percentile(counts, centers, low, high, symmetric)

@@ -19,7 +19,7 @@ from exporter.graph.rounding import LARGEST, Floats, Plan, Rounding, part, round
 from exporter.progress import step, track
 from exporter.quantization import QuantizeOptions, ranges
 from exporter.quantization.smoothing import Layer, Network, layers
-from exporter.quantization.statistics import Statistics
+from exporter.quantization.statistics import Statistics, in_double
 
 CORRECTING = 32  # images at once that the full bias correction looks at
 JUDGING = 32  # images that each part's harm is measured on
@@ -46,7 +46,8 @@ def plan(
     made: Plan = {}
     watched = layers(model, kinds)
     for name, layer in watched.items():
-        low, high = ranges.choose(found.histogram[name], *found.range(name), options.method, symmetric)
+        counts = found.histogram.get(name, np.zeros(0))
+        low, high = ranges.choose(counts, *found.range(name), options.method, symmetric)
         scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
         shift = np.zeros(layer.weight.shape[0], np.float32)
         made[name] = Rounding(
@@ -60,12 +61,12 @@ def plan(
 def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
     """What rounding the weights takes from the mean output: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
     through weight equalization and bias correction", ICCV 2019, section 4.2, with E[x] as measured)."""
-    lost = layer.weight.detach() - rounded_weight(layer, rounding)
+    lost = layer.weight.detach().double() - rounded_weight(layer, rounding)
     taps: Tensor = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
     mean_input = torch.from_numpy(mean).double()
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: each channel has its own
         taps, mean_input = taps * mean_input[:, None], torch.ones(1, dtype=torch.float64)
-    shift: Floats = (taps.double() @ mean_input).float().numpy()
+    shift: Floats = (taps @ mean_input).float().numpy()
     return shift
 
 
@@ -74,7 +75,7 @@ def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
 
     Both runs look at one and the same batch, so memory does not grow with the set.
     """
-    batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images)
+    batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images).double()
     step(f"correcting biases on {len(batch)} images")
     expected: dict[str, Tensor] = {}
     corrected = dict(made)
@@ -84,20 +85,20 @@ def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
 
     def correct(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shift = expected[name] - _channel_means(module, output)
-        corrected[name] = replace(made[name], shift=shift.numpy())
+        corrected[name] = replace(made[name], shift=shift.float().numpy())
         return output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
 
     with torch.no_grad():
-        with _hooked(model, made, remember):
+        with in_double(model), _hooked(model, made, remember):
             model(batch)
-        with rounded(model, made), _hooked(model, made, correct):
+        with rounded(model, made), in_double(model), _hooked(model, made, correct):
             model(batch)
     return corrected
 
 
 def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
     axes = [0, 2, 3] if isinstance(module, nn.Conv2d) else list(range(output.ndim - 1))
-    return output.mean(axes, dtype=torch.float64).float()
+    return output.mean(axes)
 
 
 @contextmanager

@@ -63,9 +63,10 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
     for name, seen in largest.items():
         if not alpha or in_front(model, name) is None:
             continue
-        weight = _layer(model, name).weight.detach()
+        weight = _layer(model, name).weight.detach().double()  # logarithms of floats differ by instruction set
         heavy = weight.abs().amax(dim=[0, *range(2, weight.ndim)]).numpy()
-        log_s = alpha * np.log(np.maximum(seen, LEAST)) - (1 - alpha) * np.log(np.maximum(heavy, LEAST))
+        log_s = alpha * np.log(np.maximum(seen, LEAST, dtype=np.float64))
+        log_s -= (1 - alpha) * np.log(np.maximum(heavy, LEAST))
         found[name] = np.exp(log_s - log_s.mean()).astype(np.float32)
     return found
 

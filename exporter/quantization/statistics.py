@@ -1,7 +1,7 @@
 """What the inputs of a network's layers are like on a calibration set: measured in two passes, kept by content.
 
 The first pass finds the extremes and the mean of every channel, the second counts how often each value occurs once
-channels are scaled (`smoothing`). Images stream, so memory does not grow with their number. What was measured is kept
+channels are scaled (`smoothing`), where ranges are chosen by that. Images stream, so memory does not grow with their number. What was measured is kept
 in the user's cache under everything it depends on; what an interrupt leaves is taken up again.
 """
 
@@ -32,7 +32,7 @@ from exporter.quantization.smoothing import Layer, Network, factors, layers
 BINS = 4096
 BATCH = 8
 SAVE_S = 5.0  # how often what was measured so far is written down
-VERSION = 1
+VERSION = 2
 See = Callable[[str, torch.Tensor], None]
 
 
@@ -80,9 +80,14 @@ class Statistics:
 
 
 def collect(
-    model: Network, kinds: frozenset[str], alpha: float, images: CalibrationSet, about: Mapping[str, Any]
+    model: Network,
+    kinds: frozenset[str],
+    alpha: float,
+    images: CalibrationSet,
+    about: Mapping[str, Any],
+    histogram: bool = True,
 ) -> Statistics:
-    """The statistics of a network's layers, from the cache or measured.
+    """The statistics of a network's layers, from the cache or measured in fp64 (`in_double`).
 
     Args:
         model: in a folded form, not yet smoothed.
@@ -90,6 +95,7 @@ def collect(
         alpha: as for `smoothing.factors`.
         images: the calibration set.
         about: every fact beside these that the numbers depend on.
+        histogram: whether histograms are needed; they take a second pass over the images.
 
     Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
     """
@@ -97,21 +103,63 @@ def collect(
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
     found = store.read()
-    if found.done("histogram") == images.total:
+    last = "histogram" if histogram else "extremes"
+    if found.done(last) == images.total:
         note(f"statistics of these {images.total} images are remembered ({store.path})")
         return found
     step(f"calibrating on {images.total} images of {images.source}")
     watched = layers(model, kinds)
-    passes: tuple[tuple[str, See], ...] = (
-        ("extremes", partial(_extremes, found)),
-        ("histogram", partial(_histogram, found)),
-    )
-    for which, see in passes:
-        if which == "histogram" and not found.done(which):
+    with in_double(model):
+        with watching(watched, partial(_extremes, found)):
+            _pass(model, images, found, "extremes", store)
+        if not found.factor:
             found.factor = factors(model, found.largest(), alpha)
-        with watching(watched, see):
-            _pass(model, images, found, which, store)
+            store.write(found)
+        if histogram:
+            with watching(watched, partial(_histogram, found)):
+                _pass(model, images, found, "histogram", store)
     return found
+
+
+@contextmanager
+def in_double(model: Network) -> Iterator[None]:
+    """Within, a network of fp32 weights computes in fp64.
+
+    Sums in fp32 differ in their last bits by instruction set and number of threads, and scales, biases and so the bytes
+    of an artifact with them. The differences in fp64 are too small to reach numbers that are rounded to fp32 afterwards.
+    PyTorch's own depthwise convolution of doubles takes ten times as long as `_depthwise`.
+    """
+    depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and _is_plain_depthwise(m)]
+    model.double()
+    for module in depthwise:
+        module.forward = partial(_depthwise, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in depthwise:
+            del module.forward
+        model.float()
+
+
+def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
+    alone = conv.groups == conv.in_channels == conv.out_channels
+    return alone and conv.stride == conv.dilation == (1, 1) and not isinstance(conv.padding, str)
+
+
+def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A depthwise convolution as a sum of shifted images: (N, C, H, W) to the same."""
+    rows, columns = conv.padding
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
+    height, width = (padded.shape[axis] - conv.kernel_size[axis - 2] + 1 for axis in (2, 3))
+    total = padded.new_zeros(*x.shape[:2], height, width)
+    if conv.bias is not None:
+        total += conv.bias[:, None, None]
+    for i in range(conv.kernel_size[0]):
+        for j in range(conv.kernel_size[1]):
+            total.addcmul_(padded[:, :, i : i + height, j : j + width], conv.weight[:, 0, i, j, None, None])
+    return total
 
 
 def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str, store: Store) -> None:
@@ -121,7 +169,7 @@ def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str,
     saved = time.monotonic()
     for batch in track(images.batches(BATCH, found.done(which)), left, which, lambda batch: len(batch.names)):
         with torch.inference_mode():
-            model(torch.from_numpy(batch.images))
+            model(torch.from_numpy(batch.images).double())
         found.images[which] = np.asarray(found.done(which) + len(batch.names))
         if time.monotonic() - saved > SAVE_S:
             store.write(found)
@@ -147,7 +195,7 @@ def watching(watched: Mapping[str, Layer], see: See) -> Iterator[None]:
 
 def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
     flat = x.reshape(-1, x.shape[-1])
-    low, high = (end.numpy() for end in torch.aminmax(flat, dim=0))
+    low, high = (end.float().numpy() for end in torch.aminmax(flat, dim=0))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantised; verify its fp32 export")
     total = flat.sum(0, dtype=torch.float64).numpy()
@@ -161,7 +209,7 @@ def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
 def _histogram(found: Statistics, name: str, x: torch.Tensor) -> None:
     low, high = found.range(name)
     scaled = x / torch.from_numpy(found.factor[name]) if name in found.factor else x
-    counts = torch.histc(scaled.float(), BINS, low, high).numpy() if high > low else np.zeros(BINS, np.float32)
+    counts = torch.histc(scaled, BINS, low, high).numpy() if high > low else np.zeros(BINS)
     found.histogram[name] = found.histogram.get(name, np.zeros(BINS)) + counts
 
 
