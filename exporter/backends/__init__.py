@@ -108,12 +108,17 @@ def ends_of_blocks(names: Iterable[str]) -> dict[str, str]:
 
 
 class Layer(Record, frozen=True):
-    """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision."""
+    """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision.
+
+    `pair_sum` is the largest |sum| of two adjacent int8 products for any 8-bit input (`rounding.largest_pair`), of a
+    product with int8 weights; else None.
+    """
 
     name: str
     module: str
     operator: str
     precision: str
+    pair_sum: int | None = None
 
 
 class Options(Record, frozen=True):

@@ -34,9 +34,8 @@ from exporter.backends import (
 )
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest
 from exporter.graph import files, precision
-from exporter.graph.quantize import Placement, round_product
-from exporter.measure.machine import cores, cpu
-from exporter.progress import note
+from exporter.graph.quantize import Placement, pair_sums, round_product
+from exporter.measure.machine import cores
 from exporter.sidecar import Preprocessing
 
 PROVIDERS = {
@@ -167,14 +166,6 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return precision.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
-def check(wanted: str, batch: int | None, target: Target) -> None:
-    """Say so where int8 products lose accuracy to the CPU itself."""
-    del batch, target
-    isa = cpu()[1]
-    if wanted == "int8" and "avx2" in isa and not any("vnni" in one for one in isa):
-        note("this CPU has no VNNI: ONNX Runtime's int8 saturates here; judge it on a machine like the one that serves")
-
-
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
     """ONNX Runtime loads the graph itself: nothing is left to build."""
     del wanted, out, target
@@ -186,15 +177,20 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     Runtime really computes in it here."""
     import onnx_ir as ir
 
-    whole = _int8_nodes(artifact, options) if artifact.sidecar.precision == "int8" else frozenset()
+    model = ir.load(artifact.path)
+    whole: frozenset[str] = frozenset()
+    sums: dict[str, int] = {}
+    if artifact.sidecar.precision == "int8":
+        whole, sums = _int8_nodes(artifact, options), pair_sums(model)
     return [
         Layer(
             name=node.name or "",
             module=node.metadata_props.get("module", ""),
             operator=node.op_type,
             precision="int8" if node.name in whole else _precision(node),
+            pair_sum=sums.get(node.name or "") if node.name in whole else None,
         )
-        for node in ir.load(artifact.path).graph
+        for node in model.graph
     ]
 
 
@@ -285,7 +281,6 @@ BACKEND = Backend(
     blocks=blocks,
     peak=peak,
     form=form,
-    check=check,
     placements={"linear": PLACEMENT},
     opens_onnx=True,
 )

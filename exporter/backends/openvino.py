@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.backends import (
+    NARROW,
     Array,
     Backend,
     Blocks,
@@ -37,7 +38,7 @@ from exporter.backends import (
 )
 from exporter.errors import ExporterError, Unavailable, last_line
 from exporter.graph.quantize import Placement
-from exporter.graph.rounding import round_weights
+from exporter.graph.rounding import largest_pair, round_weights
 from exporter.sidecar import Preprocessing
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -200,7 +201,13 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
 
     What OpenVINO puts in front of a layer (a reorder, the parts of a norm) counts to that layer's module.
     """
-    compiled, _, _ = _compile(artifact, options)
+    sums: dict[str, int] = {}
+
+    def look(model: Any) -> Any:
+        sums.update(_pair_sums(model) if artifact.sidecar.precision == "int8" else {})
+        return model
+
+    compiled, _, _ = _compile(artifact, options, look)
     found: list[Layer] = []
     module = ""
     for op in reversed(compiled.get_runtime_model().get_ordered_ops()):
@@ -208,16 +215,37 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
         if info["layerType"] in ("Const", "Input", "Output"):
             continue
         name, precision = op.get_friendly_name(), info["runtimePrecision"]
-        module = _module(info.get("originalLayersNames") or name) or module
+        origins = info.get("originalLayersNames") or name
+        module = _module(origins) or module
+        narrow = _NAMES.get(precision, precision) in NARROW
         found.append(
             Layer(
                 name=name,
                 module=module,
                 operator=info["layerType"],
                 precision=_NAMES.get(precision, precision),
+                pair_sum=next((sums[one] for one in origins.split(",") if one in sums), None) if narrow else None,
             )
         )
     return found[::-1]
+
+
+def _pair_sums(model: Any) -> dict[str, int]:
+    """The largest sum of two adjacent products (`rounding.largest_pair`) of every product with int8 weights, by its
+    name."""
+    found = {}
+    for op in model.get_ordered_ops():
+        if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            weight = op.input_value(1).get_node()
+            while weight.get_type_name() in ("Multiply", "Subtract", "Convert"):
+                weight = weight.input_value(0).get_node()
+            if weight.get_type_name() == "Constant" and weight.get_element_type().get_type_name() == "i8":
+                whole = weight.data
+                if op.get_type_name() == "GroupConvolution":  # (groups, out, in, …)
+                    whole = whole.reshape(-1, *whole.shape[2:])
+                axis = 1 if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"] else 0
+                found[op.get_friendly_name()] = largest_pair(whole, axis)
+    return found
 
 
 def _text(value: Any) -> str:
@@ -267,7 +295,9 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
             step = np.float32(2 * np.abs(weight).max() / 255)
             factors = [
                 ops.fake_quantize(given, *[ops.constant(step * end) for end in (-128, 127)] * 2, 256),
-                ops.fake_quantize(ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255),
+                ops.fake_quantize(
+                    ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255
+                ),
             ]
         return ov.Model([ops.matmul(*factors, False, False)], [given], "peak")
 

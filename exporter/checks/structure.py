@@ -1,10 +1,14 @@
-"""Structure: how large the artifact is."""
+"""Structure: how large the artifact is, and what its numbers allow."""
 
 from __future__ import annotations
 
-from exporter.backends import NARROW
+from collections.abc import Sequence
+
+from exporter.backends import NARROW, Layer
 from exporter.checks import Check, Options, Seen, Subject
 from exporter.errors import some
+from exporter.graph.rounding import MAX_SUM
+from exporter.measure import machine
 from exporter.report import Finding
 
 
@@ -24,6 +28,7 @@ class Structure:
         files = ", ".join(file.name for file in sidecar.files)
         return [
             *self._quantized(),
+            *saturation(self.subject.layers),
             Finding(check="structure", metric="nodes", value=len(self.subject.layers)),
             Finding(check="structure", metric="bytes", value=sidecar.bytes, unit="bytes", detail=files),
         ]
@@ -42,6 +47,23 @@ class Structure:
         elif not_so:
             detail += f"; not {some(not_so)}"
         return [Finding(check="structure", metric="quantized_macs_pct", value=value, unit="%", detail=detail)]
+
+
+def saturation(layers: Sequence[Layer]) -> list[Finding]:
+    """How many int8 products can saturate on x86 CPUs without VNNI, which add two of them in 16 bits; computed from
+    the weights, for any input. Empty where no layer is such a product."""
+    sums = {layer.module or layer.name: layer.pair_sum for layer in layers if layer.pair_sum is not None}
+    if not sums:
+        return []
+    beyond = [name for name, value in sums.items() if value > MAX_SUM]
+    worst = max(sums, key=lambda name: sums[name])
+    detail = f"two adjacent products of {worst} sum to {sums[worst]} at most, and 16 bits hold {MAX_SUM}"
+    if beyond:
+        here = ", such as this one" if machine.saturates() else ""
+        detail += f": {len(beyond)} of {len(sums)} products can be wrong on x86 CPUs without VNNI{here}; {some(beyond)}"
+    else:
+        detail += f": all {len(sums)} products are exact on every x86 CPU"
+    return [Finding(check="structure", metric="saturation", value=len(beyond), unit="products", detail=detail)]
 
 
 CHECK = Check(Structure)

@@ -126,6 +126,7 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     """
     from exporter import artifact as artifacts
     from exporter import backends
+    from exporter.checks import structure
     from exporter.cli.console import print_findings, print_json
     from exporter.errors import Unavailable
     from exporter.int8 import gain
@@ -139,7 +140,7 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     reason = ""
     try:
         layers = backend.layers(opened, backend.options())
-        findings = backend.findings(opened, gain.beside(opened))
+        findings = [*structure.saturation(layers), *backend.findings(opened, gain.beside(opened))]
     except Unavailable as error:
         reason = str(error)
     if as_json:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporter.errors import CheckFailed, some
 from exporter.graph import files
-from exporter.graph.rounding import Grid, Plan, Rounding, element, part, round_weights
+from exporter.graph.rounding import Grid, Plan, Rounding, element, largest_pair, part, round_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -186,3 +186,33 @@ def _faults(node: ir.Node, placement: Placement, grid: Grid) -> Iterator[str]:
 def _number(node: ir.Node, index: int) -> NDArray[Any] | None:
     value = node.inputs[index] if len(node.inputs) > index else None
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+_INTEGER_WEIGHTS = {"QLinearConv": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1}
+"""Operators on whole numbers, and which input their weights are."""
+
+
+def pair_sums(model: ir.Model) -> dict[str, int]:
+    """The largest sum of two adjacent products (`rounding.largest_pair`) by the name of every node with int8 weights."""
+    found = {}
+    for node in model.graph:
+        whole = _int8_weights(node)
+        if whole is not None and whole.ndim >= 2:
+            transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", False)
+            axis = 0 if "Conv" in node.op_type or transposed else 1
+            found[node.name or ""] = largest_pair(whole, axis)
+    return found
+
+
+def _int8_weights(node: ir.Node) -> NDArray[np.int8] | None:
+    """The weights of a product: its own, or those that a DequantizeLinear in front of it has."""
+    value = None
+    if node.op_type in _INTEGER_WEIGHTS:
+        value = node.inputs[_INTEGER_WEIGHTS[node.op_type]]
+    elif node.op_type in PRODUCTS and (second := node.inputs[1]) is not None:
+        producer = second.producer()
+        value = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+    if value is None or value.const_value is None:
+        return None
+    whole = value.const_value.numpy()
+    return whole if whole.dtype == np.int8 else None

@@ -17,6 +17,8 @@ LEAST_HALF: dict[Grid, float] = {"int8": 2.0**-24, "fp8": 2.0**-14}
 """The smallest scale in fp16: above zero; where steps have an exponent of their own, one without lost digits too."""
 MAX_PAIR = 128
 """Largest sum of two adjacent int8 weights whose products with any two uint8 inputs fit 16 bits: 255 · 128 < 2¹⁵."""
+MAX_SUM = 2**15 - 1
+"""The largest sum of 16 bits."""
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
     "depthwise": r"stages\.\d+\.\d+\.dwconv",
@@ -107,11 +109,13 @@ def round_weights(
 def largest_pair(weight: NDArray[np.int8], axis: int) -> int:
     """The largest |sum| that the products of two adjacent int8 weights and any two uint8 inputs can reach.
 
+    Kernels shift int8 inputs by 128 and take them as uint8, so it is theirs too.
+
     Args:
         weight: int8 (out, in, …) for `axis` 0, (in, out) for `axis` 1.
         axis: the axis of the output channels, 0 or 1.
 
-    Returns: a number from 0 to 65,280; beyond 32,767 VPMADDUBSW saturates.
+    Returns: a number from 0 to 65,280; beyond `MAX_SUM` VPMADDUBSW saturates.
     """
     wide = weight.astype(np.int32)
     sums = (_pair_sums(sign * np.maximum(sign * wide, 0), axis) for sign in (1, -1))

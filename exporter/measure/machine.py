@@ -41,6 +41,12 @@ def has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(cpu()[1]))
 
 
+def saturates() -> bool:
+    """Whether this processor adds two int8 products in 16 bits, because it has no VNNI."""
+    isa = cpu()[1]
+    return "avx2" in isa and not any("vnni" in one for one in isa)
+
+
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

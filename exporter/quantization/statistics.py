@@ -1,8 +1,9 @@
 """What the inputs of a network's layers are like on a calibration set: measured in two passes, kept by content.
 
-The first pass finds the extremes and the mean of every channel, the second counts how often each value occurs once
-channels are scaled (`smoothing`), where ranges are chosen by that. Images stream, so memory does not grow with their number. What was measured is kept
-in the user's cache under everything it depends on; what an interrupt leaves is taken up again.
+The first pass finds the extremes and the mean of every channel. Where ranges are chosen by them, a second counts how
+often each value occurs once channels are scaled (`smoothing`). Images stream, so memory does not grow with their
+number. What was measured is kept in the user's cache under everything it depends on; what an interrupt leaves is taken
+up again.
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def collect(
 def in_double(model: Network) -> Iterator[None]:
     """Within, a network of fp32 weights computes in fp64.
 
-    Sums in fp32 differ in their last bits by instruction set and number of threads, and scales, biases and so the bytes
-    of an artifact with them. The differences in fp64 are too small to reach numbers that are rounded to fp32 afterwards.
-    PyTorch's own depthwise convolution of doubles takes ten times as long as `_depthwise`.
+    Sums in fp32 differ in their last bits by instruction set and number of threads; scales, biases and so the bytes of
+    an artifact would differ with them. The differences in fp64 are too small to reach numbers that are rounded to fp32
+    afterwards. PyTorch's own depthwise convolution of doubles takes ten times as long as `_depthwise`.
     """
     depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and _is_plain_depthwise(m)]
     model.double()
@@ -148,9 +149,8 @@ def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
 
 def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """A depthwise convolution as a sum of shifted images: (N, C, H, W) to the same."""
+    assert not isinstance(conv.padding, str)
     rows, columns = conv.padding
-    assert isinstance(rows, int)
-    assert isinstance(columns, int)
     padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
     height, width = (padded.shape[axis] - conv.kernel_size[axis - 2] + 1 for axis in (2, 3))
     total = padded.new_zeros(*x.shape[:2], height, width)

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.graph.rounding import round_weights
 
-MATMULS = [(rows, inputs, outputs) for rows in (1, 5, 49) for inputs, outputs in ((4, 3), (37, 16), (96, 384), (385, 33))]
+MATMULS = [
+    (rows, inputs, outputs) for rows in (1, 5, 49) for inputs, outputs in ((4, 3), (37, 16), (96, 384), (385, 33))
+]
 CONVS = [
     (inputs, outputs, side) for inputs, outputs in ((4, 3), (24, 32), (40, 80), (97, 33), (384, 96)) for side in (1, 2)
 ]
@@ -47,7 +49,7 @@ def adversarial(whole: NDArray[np.int8], rows: int) -> NDArray[np.int64]:
 
 
 def model(whole: NDArray[np.int8], zero_point: int) -> onnx.ModelProto:
-    """Q and DQ around a MatMul for weights (out, in), else around a Conv whose stride is its kernel; every scale is 1."""
+    """Q and DQ with scales of 1 around a MatMul for weights (out, in), else around a Conv with its kernel as stride."""
     conv = whole.ndim == 4
     stored = whole if conv else np.ascontiguousarray(whole.T)
     arrays = {
