@@ -188,18 +188,20 @@ def _number(node: ir.Node, index: int) -> NDArray[Any] | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-_INTEGER_WEIGHTS = {"QLinearConv": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1}
-"""Operators on whole numbers, and which input their weights are."""
+_INTEGER_WEIGHTS = {
+    "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+}  # fmt: skip
+"""Operators on whole numbers of ONNX and ONNX Runtime, and which input their weights are."""
 
 
 def pair_sums(model: ir.Model) -> dict[str, int]:
-    """The largest sum of two adjacent products (`rounding.largest_pair`) by the name of every node with int8 weights."""
+    """The largest sum of two adjacent products (`rounding.largest_pair`), by name of every node with int8 weights."""
     found = {}
     for node in model.graph:
         whole = _int8_weights(node)
         if whole is not None and whole.ndim >= 2:
-            transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", False)
-            axis = 0 if "Conv" in node.op_type or transposed else 1
+            axis = 0 if "Conv" in node.op_type or node.attributes.get_int("transB", False) else 1
             found[node.name or ""] = largest_pair(whole, axis)
     return found
 

@@ -209,7 +209,7 @@ def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
 def _histogram(found: Statistics, name: str, x: torch.Tensor) -> None:
     low, high = found.range(name)
     scaled = x / torch.from_numpy(found.factor[name]) if name in found.factor else x
-    counts = torch.histc(scaled, BINS, low, high).numpy() if high > low else np.zeros(BINS)
+    counts = torch.histc(scaled.clamp(low, high), BINS, low, high).numpy() if high > low else np.zeros(BINS)
     found.histogram[name] = found.histogram.get(name, np.zeros(BINS)) + counts
 
 

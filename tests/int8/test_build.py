@@ -1,6 +1,9 @@
 """INT8 end to end on a tiny model: the budget, the search, the gain, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from exporter.int8 import gain
 from exporter.int8.budget import Choice, search
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
-from tests.conftest import PX, snapshot, write_tiny
+from tests.conftest import PX, ROOT, snapshot, write_tiny
 
 FRAGILE = ("stages.2.1", "stages.0.0")
 BACKENDS = ("onnxruntime", "openvino")
@@ -236,3 +239,29 @@ def test_layers_that_are_not_computed_in_int8_are_named(tiny, tmp_path):
     assert "all 10 rounded layers are computed in int8" in gain._blame(best, layers)
     fewer = [layer for layer in layers if layer.module != "stages.2.0.pwconv1"]
     assert gain._blame(best, fewer) == "not computed in int8: stages.2.0.pwconv1"
+
+
+INSTRUCTION_SETS = (
+    {"OMP_NUM_THREADS": "2"},
+    {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+)
+BUILD = """
+import sys
+from pathlib import Path
+from tests.conftest import build
+for backend, correction in (("onnxruntime", "fast"), ("openvino", "full")):
+    print(build(sys.argv[1], Path(sys.argv[2]), backend, "int8", bias_correction=correction).sidecar.sha256)
+"""
+
+
+@pytest.mark.slow
+def test_every_cpu_builds_the_same_bytes(tiny_v2, tmp_path):
+    """PyTorch's parts are told to pass for a CPU of other instructions."""
+    digests = []
+    for index, settings in enumerate(INSTRUCTION_SETS):
+        command = [sys.executable, "-c", BUILD, str(tiny_v2), str(tmp_path / "out")]
+        environment = {**os.environ, **settings, "XDG_CACHE_HOME": str(tmp_path / f"cache{index}")}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        digests.append(done.stdout.split())
+    assert len(digests[0]) == 2
+    assert digests[0] == digests[1]

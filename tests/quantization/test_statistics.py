@@ -10,7 +10,7 @@ from exporter.graph.rounding import KINDS
 from exporter.model import forms, weights
 from exporter.quantization import statistics
 from exporter.quantization.smoothing import layers
-from exporter.quantization.statistics import collect
+from exporter.quantization.statistics import collect, in_double
 from exporter.sidecar import Preprocessing
 from tests.conftest import PX
 
@@ -144,3 +144,53 @@ def test_a_network_that_gives_nan_is_named_where_it_begins(model, images):
 def test_a_cache_that_cannot_be_written_stops_nothing(model, images, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     assert collect(model, ALL, 0.5, images, ABOUT).done("histogram") == 20
+
+
+def test_ranges_by_extremes_take_one_pass(model, images, monkeypatch):
+    seen = []
+    real = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, x: (seen.append(len(x)), real(self, x))[1])
+    found = collect(model, ALL, 0.5, images, ABOUT, histogram=False)
+    assert sum(seen) == 20
+    assert (found.done("extremes"), found.done("histogram"), found.histogram) == (20, 0, {})
+    again = collect(model, ALL, 0.5, images, ABOUT, histogram=True)
+    assert sum(seen) == 40, "only what was missing"
+    assert all(np.array_equal(found.factor[name], again.factor[name]) for name in found.factor)
+
+
+def test_within_fp64_a_network_gives_the_same_and_is_as_it_was_afterwards(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(2, 3, PX, PX, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        single = model(x)
+        with in_double(model):
+            double = model(x.double())
+        assert double.dtype == torch.float64
+        assert torch.allclose(single.double(), double, atol=1e-5)
+        assert torch.equal(model(x), single)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (3, 1), (5, 0)])
+def test_the_sum_of_shifted_images_is_the_depthwise_convolution(kernel, padding):
+    conv = torch.nn.Conv2d(6, 6, kernel, padding=padding, groups=6).double()
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    with torch.inference_mode():
+        assert torch.allclose(statistics._depthwise(conv, x), conv(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_they_do_not_depend_on_threads(model, images, method):
+    def measured_with(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return collect(model, ALL, 0.5, images, {"threads": threads}, histogram=method != "minmax")
+        finally:
+            torch.set_num_threads(before)
+
+    one, two = measured_with(1), measured_with(2)
+    for kind in ("low", "high", "factor", "histogram"):
+        first, second = getattr(one, kind), getattr(two, kind)
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(np.array_equal(one.mean(name), two.mean(name)) for name in one.low)

@@ -1,0 +1,86 @@
+"""Which int8 products can saturate without VNNI is computed from an artifact's own weights, and said."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from exporter import backends, pipeline
+from exporter.checks.structure import saturation
+from exporter.int8 import work
+from exporter.measure import machine
+from tests.conftest import build
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+@pytest.fixture
+def unbounded(tiny, tmp_path, monkeypatch, request):
+    """An int8 artifact as it was built before adjacent weights had a bound."""
+    ours = work.placement_of
+    monkeypatch.setattr(work, "placement_of", lambda recipe: dataclasses.replace(ours(recipe), exact_pairs=False))
+    return build(tiny, tmp_path, request.param, "int8")
+
+
+def layers(made):
+    backend = backends.get(made.sidecar.backend)
+    return backend.layers(made, backend.options())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_nothing_that_is_built_by_default_can_saturate(runtime, artifacts):
+    made = artifacts[runtime, "int8"]
+    found = layers(made)
+    assert {layer.module for layer in found if layer.pair_sum is not None} == set(made.sidecar.quantization.layers)
+    (finding,) = saturation(found)
+    assert finding.value == 0
+    assert "exact on every x86 CPU" in finding.detail
+
+
+@pytest.mark.parametrize("unbounded", RUNTIMES, indirect=True)
+def test_what_can_saturate_is_counted_and_named(unbounded, run, monkeypatch):
+    sums = {layer.module: layer.pair_sum for layer in layers(unbounded) if layer.pair_sum is not None}
+    assert set(sums) == set(unbounded.sidecar.quantization.layers)
+    beyond = [name for name, value in sums.items() if value > np.iinfo(np.int16).max]
+    monkeypatch.setattr(machine, "cpu", lambda: ("of long ago", ["avx2"]))
+    report = pipeline.verify(unbounded, pipeline.VerifyOptions(most=4))
+    found = report.find("saturation")
+    assert found.value == len(beyond) > 5
+    assert (
+        f"{len(beyond)} of {len(sums)} products can be wrong on x86 CPUs without VNNI, such as this one" in found.detail
+    )
+    assert max(sums, key=sums.get) in found.detail
+    assert f"{max(sums.values())}" in found.detail
+    monkeypatch.setattr(machine, "cpu", lambda: ("of today", ["avx512_vnni", "avx2"]))
+    assert "such as this one" not in saturation(layers(unbounded))[0].detail
+    shown = " ".join(run("inspect", unbounded.path).out.split())
+    assert f"saturation {len(beyond)} products" in shown
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_sums_of_both_runtimes_are_those_of_the_graph_they_were_built_from(runtime, artifacts):
+    """By hand from the weights in the Q/DQ graph."""
+    import onnx
+    from onnx import numpy_helper
+
+    made = artifacts[runtime, "int8"]
+    name = "custom_int8.onnx" if runtime == "onnxruntime" else "custom_nchw_int8.onnx"
+    graph = onnx.load(made.path.with_name(name)).graph
+    whole = {t.name.removesuffix(".weight_int8"): numpy_helper.to_array(t) for t in graph.initializer}
+    for layer in layers(made):
+        if layer.pair_sum is not None:
+            weight = whole[layer.module].astype(int)
+            rows = weight if weight.ndim == 2 else np.moveaxis(weight, 1, 0)
+            positive, negative = (np.maximum(sign * rows, 0) for sign in (1, -1))
+            worst = max((part[0::2] + part[1::2]).max() for part in (positive, negative))
+            assert layer.pair_sum == 255 * worst
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions_have_none(precision, artifacts):
+    assert saturation(layers(artifacts["onnxruntime", precision])) == []
+
+
+def test_tensorrt_sums_in_32_bits(artifacts):
+    assert saturation(layers(artifacts["tensorrt", "int8"])) == []
+    assert not any(placement.exact_pairs for placement in backends.get("tensorrt").placements.values())
