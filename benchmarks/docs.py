@@ -22,6 +22,7 @@ from exporter.report import markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
+XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
 DOCUMENTS = (
     "README.md",
@@ -55,7 +56,11 @@ def tables() -> dict[str, str]:
     trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
     others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)
     formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
-    whole = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
+    settings = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
+    vnni, avx2 = (
+        msgspec.json.decode((XEON / name).read_bytes(), type=int8.Result)
+        for name in ("int8.json", "int8-without-vnni.json")
+    )
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
@@ -69,9 +74,14 @@ def tables() -> dict[str, str]:
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "settings": forms.setting_table(formed),
-        "int8-accuracy": int8.accuracy_table(whole),
-        "int8-settings": int8.setting_table(whole),
-        "int8-memory": int8.memory_table(whole) + machine(whole.environment),
+        "int8-cpus": int8.cpu_table(vnni, avx2)
+        + machine(vnni.environment, vnni.commit)
+        + machine(avx2.environment, avx2.commit),
+        "int8-accuracy": int8.accuracy_table(vnni) + machine(vnni.environment, vnni.commit),
+        "int8-accuracy-without-vnni": int8.accuracy_table(avx2) + machine(avx2.environment, avx2.commit),
+        "int8-settings": int8.setting_table(settings) + machine(settings.environment),
+        "int8-memory": int8.memory_table(vnni) + machine(vnni.environment, vnni.commit),
+        "int8-memory-without-vnni": int8.memory_table(avx2) + machine(avx2.environment, avx2.commit),
         "recipe-keys": recipes.key_table(),
         "kill": killed.table(),
         "fuzz": fuzzed.table(),
@@ -85,10 +95,11 @@ def tables() -> dict[str, str]:
     }
 
 
-def machine(facts: dict[str, Any]) -> str:
-    """The machine and the runtimes, in a line."""
+def machine(facts: dict[str, Any], commit: str = "") -> str:
+    """The machine, the runtimes and the commit of a run, in a line."""
     tools = ", ".join(f"{tool} {facts['versions'][tool]}" for tool in ("torch", "onnxruntime", "openvino"))
-    return f"\n{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['isa'])}; {tools}.\n"
+    at = f"; commit {commit}" if commit else ""
+    return f"\n{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['isa'])}; {tools}{at}.\n"
 
 
 def filled(text: str) -> str:

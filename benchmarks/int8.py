@@ -1,16 +1,18 @@
 """What int8 loses and gains on photographs: whole commands, with what they report, their time and their memory.
 
-`python -m benchmarks.int8 --weights A.safetensors … --calib FOLDER --data FOLDER -o FILE` quantises every checkpoint
+`python -m benchmarks.int8 --weights A.safetensors … --calib FOLDER --data FOLDER -o FILE` quantizes every checkpoint
 for both runtimes with 256 of the photographs and with synthetic images, judges each on all of the data, then tries
-other settings, and fewer and more images to see what memory depends on.
+other settings, fewer and more images to see what memory depends on, and ConvNeXt-T; `--parts` leaves some of it out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ from exporter.sidecar import Record
 COMMAND = Path(sys.executable).with_name("convnext-export")
 VERBS = ("onnx", "openvino")
 FEW, MANY = 64, 512
+PARTS = ("accuracy", "settings", "memory", "tiny")
 SETTINGS = (
     (), ("--calib-method", "mse"), ("--calib-method", "percentile"), ("--calib-method", "entropy"),
     ("--smoothing", "0"), ("--bias-correction", "none"), ("--bias-correction", "full"),
@@ -33,7 +36,7 @@ SETTINGS = (
 
 
 class Row(Record, frozen=True):
-    """One command: what was quantised for what, what its report found (values with their intervals), and what it took
+    """One command: what was quantized for what, what its report found (values with their intervals), and what it took
     from nothing remembered."""
 
     model: str
@@ -47,16 +50,17 @@ class Row(Record, frozen=True):
 
 
 class Result(Record, frozen=True):
-    """All rows, and the machine they ran on."""
+    """All rows, the machine they ran on, and the commit they ran at (since November 2026)."""
 
     environment: dict[str, Any]
     rows: tuple[Row, ...]
     settings: dict[str, tuple[Row, ...]]
     memory: tuple[Row, ...]
+    commit: str = ""
     schema: int = 1
 
 
-def quantise(weights: Path, verb: str, calib: str, size: int, *words: str) -> Row:
+def quantize(weights: Path, verb: str, calib: str, size: int, *words: str) -> Row:
     """Run the command in a process of its own, with a cache of its own."""
     folder = Path(tempfile.mkdtemp())
     told = [verb, "--int8", "--weights", str(weights), "--calib", calib, "--calib-size", str(size), "--json"]
@@ -100,9 +104,7 @@ def _accuracy(row: Row) -> str:
     value = {metric: found[0] for metric, found in row.found.items()}
     _, low, high = row.found["top1_drop"]
     cells = (
-        row.model,
-        {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[row.verb],
-        "synthetic" if row.calib == "synthetic" else f"{row.images} photographs",
+        *_case(row),
         f"{value['top1_eager']:.2f} %",
         f"{value['top1_drop']:+.2f} ({low:+.2f} … {high:+.2f})",
         f"{value['top1_agreement']:.2f} %",
@@ -112,6 +114,27 @@ def _accuracy(row: Row) -> str:
         ", ".join(row.kept) or "nothing",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def cpu_table(vnni: Result, without: Result) -> str:
+    """Agreement with eager and top-1 lost on both kinds of CPU, a row for each model and runtime."""
+    head = (
+        "| model | runtime | calibrated on | agreement: VNNI | without VNNI | top-1 points lost: VNNI | without |\n"
+        "|---|---|---|--:|--:|--:|--:|"
+    )
+    others = {(row.model, row.verb, row.calib): row for row in without.rows}
+    lines = [head]
+    for row in vnni.rows:
+        both = (row.found, others[row.model, row.verb, row.calib].found)
+        agreement = [f"{found['top1_agreement'][0]:.2f} %" for found in both]
+        lost = [f"{found['top1_drop'][0]:+.2f}" for found in both]
+        lines.append(f"| {' | '.join((*_case(row), *agreement, *lost))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _case(row: Row) -> tuple[str, str, str]:
+    runtime = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[row.verb]
+    return row.model, runtime, "synthetic" if row.calib == "synthetic" else f"{row.images} photographs"
 
 
 def setting_table(result: Result) -> str:
@@ -130,12 +153,21 @@ def setting_table(result: Result) -> str:
 
 def memory_table(result: Result) -> str:
     """Time and peak memory of whole commands, by the number of images."""
-    head = "| model | runtime | images | seconds | peak memory |\n|---|---|--:|--:|--:|"
+    head = (
+        "| model | runtime | images | seconds | peak memory | speed-up over the next higher precision, 95 % "
+        "| over eager, 95 % |\n|---|---|--:|--:|--:|--:|--:|"
+    )
     lines = [
-        f"| {row.model} | {row.verb} | {row.images} | {row.seconds:.0f} | {row.peak_bytes / 1e6:,.0f} MB |"
+        f"| {row.model} | {row.verb} | {row.images} | {row.seconds:.0f} | {row.peak_bytes / 1e6:,.0f} MB "
+        f"| {_ratio(row, 'gain')} | {_ratio(row, 'int8_speedup')} |"
         for row in result.memory
     ]
     return "\n".join([head, *lines]) + "\n"
+
+
+def _ratio(row: Row, metric: str) -> str:
+    value, low, high = row.found.get(metric, (None, None, None))
+    return "–" if value is None else f"{value:.2f} × ({low:.2f}–{high:.2f})"
 
 
 def main() -> None:
@@ -145,29 +177,40 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--imgsz", default="112")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     told = parser.parse_args()
     common = ("--imgsz", told.imgsz)
-    rows = [
-        quantise(weights, verb, calib, 256, "--data", told.data, *common)
-        for weights in told.weights
-        for verb in VERBS
-        for calib in (told.calib, "synthetic")
-    ]
-    free = ("--data", told.data, "--max-drop", "100", *common)
-    settings = {
-        " ".join(words) or "the default": tuple(
-            quantise(weights, "openvino", told.calib, 256, *words, *free) for weights in told.weights[:2]
-        )
-        for words in SETTINGS
-    }
-    memory = [quantise(told.weights[0], "openvino", told.calib, size, *common) for size in (FEW, MANY)]
-    tiny = [quantise(Path("random:0"), verb, told.calib, 256, "--variant", "tiny") for verb in VERBS]
-    memory += [msgspec.structs.replace(row, model="tiny, random") for row in tiny]
-    result = Result(environment=environment(), rows=tuple(rows), settings=settings, memory=tuple(memory))
+    rows: list[Row] = []
+    settings: dict[str, tuple[Row, ...]] = {}
+    memory: list[Row] = []
+    if "accuracy" in told.parts:
+        cases = itertools.product(told.weights, VERBS, (told.calib, "synthetic"))
+        rows = [quantize(weights, verb, calib, 256, "--data", told.data, *common) for weights, verb, calib in cases]
+    if "settings" in told.parts:
+        free = ("--data", told.data, "--max-drop", "100", *common)
+        settings = {
+            " ".join(words) or "the default": tuple(
+                quantize(weights, "openvino", told.calib, 256, *words, *free) for weights in told.weights[:2]
+            )
+            for words in SETTINGS
+        }
+    if "memory" in told.parts:
+        memory = [quantize(told.weights[0], "openvino", told.calib, size, *common) for size in (FEW, MANY)]
+    if "tiny" in told.parts:
+        tiny = [quantize(Path("random:0"), verb, told.calib, 256, "--variant", "tiny") for verb in VERBS]
+        memory += [msgspec.structs.replace(row, model="tiny, random") for row in tiny]
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    result = Result(
+        environment=environment(),
+        rows=tuple(rows),
+        settings=settings,
+        memory=tuple(memory),
+        commit=commit.stdout.strip(),
+    )
     write_file(told.output, msgspec.json.format(msgspec.json.encode(result)))
     print(accuracy_table(result))
-    print(setting_table(result))
+    print(setting_table(result) if settings else "")
     print(memory_table(result))
 
 
