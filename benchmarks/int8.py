@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     told = parser.parse_args()
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=True)
     common = ("--imgsz", told.imgsz)
     rows: list[Row] = []
     settings: dict[str, tuple[Row, ...]] = {}
@@ -200,7 +202,6 @@ def main() -> None:
     if "tiny" in told.parts:
         tiny = [quantize(Path("random:0"), verb, told.calib, 256, "--variant", "tiny") for verb in VERBS]
         memory += [msgspec.structs.replace(row, model="tiny, random") for row in tiny]
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     result = Result(
         environment=environment(),
         rows=tuple(rows),

@@ -7,9 +7,9 @@ and clocks stay those of this CPU. It needs Linux on x86-64 with `cpuid_fault`, 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,23 +23,31 @@ IN_A_NAMESPACE = 'mount --bind "$1" /proc/cpuinfo; export LD_PRELOAD="$2"; shift
 
 def missing() -> str:
     """What this machine lacks for it, or ""."""
-    if "cpuid_fault" not in CPUINFO.read_text():
+    if not CPUINFO.exists() or "cpuid_fault" not in CPUINFO.read_text():
         return "this CPU or kernel cannot make CPUID fault (no cpuid_fault in /proc/cpuinfo)"
-    if os.geteuid() != 0:
-        return "only root can mount another /proc/cpuinfo"
-    return "" if shutil.which("cc") else "there is no C compiler (cc)"
+    lacking = [tool for tool in ("cc", "unshare", "mount") if not shutil.which(tool)]
+    if lacking:
+        return f"there is no {lacking[0]} on this machine"
+    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
+    return f"no mount namespace can be made (run it as root): {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def main() -> None:
-    """Run the command, and end with its exit code."""
+    """Run the command, and end with its exit code (128 + N where signal N ended it)."""
+    if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     if why := missing():
         sys.exit(f"error: {why}")
     with tempfile.TemporaryDirectory() as temporary:
         cpuinfo, library = Path(temporary) / "cpuinfo", Path(temporary) / "without_vnni.so"
         cpuinfo.write_text(HIDDEN.sub("", CPUINFO.read_text()))
-        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
+        # initfirst: before the constructors of the libraries that a program is linked with.
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-Wl,-z,initfirst", "-o", library, SOURCE, "-ldl"], check=True)
         command = ["unshare", "-m", "sh", "-ec", IN_A_NAMESPACE, "sh", str(cpuinfo), str(library), *sys.argv[1:]]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        with subprocess.Popen(command) as child:
+            signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+            code = child.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_INT8 = {"QGemm", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
+_INT8 = {
+    "QGemm", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger",
+    "DynamicQuantizeMatMul",
+}  # fmt: skip
 _PRECISIONS = {
     "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8", "FLOAT8E4M3FN": "fp8",
 }  # fmt: skip
@@ -177,32 +180,31 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     Runtime really computes in it here."""
     import onnx_ir as ir
 
-    model = ir.load(artifact.path)
-    whole: frozenset[str] = frozenset()
-    sums: dict[str, int] = {}
-    if artifact.sidecar.precision == "int8":
-        whole, sums = _int8_nodes(artifact, options), pair_sums(model)
+    whole = _int8_nodes(artifact, options) if artifact.sidecar.precision == "int8" else {}
     return [
         Layer(
             name=node.name or "",
             module=node.metadata_props.get("module", ""),
             operator=node.op_type,
             precision="int8" if node.name in whole else _precision(node),
-            pair_sum=sums.get(node.name or "") if node.name in whole else None,
+            pair_sum=whole.get(node.name or ""),
         )
-        for node in model.graph
+        for node in ir.load(artifact.path).graph
     ]
 
 
-def _int8_nodes(artifact: Artifact, options: Options) -> frozenset[str]:
-    """The nodes that became products of whole numbers when the graph was optimised for this machine."""
+def _int8_nodes(artifact: Artifact, options: Options) -> dict[str, int | None]:
+    """The nodes that became products of whole numbers when the graph was optimised for this machine, each with the
+    largest sum of two adjacent products, None where its weights are not int8 or no constants."""
     import onnx_ir as ir
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         with session(artifact, options, path):
-            nodes = list(ir.load(path).graph)
-    return frozenset(node.name or "" for node in nodes if node.op_type in _INT8)
+            optimized = ir.load(path)
+        sums = pair_sums(optimized)
+        names = [node.name or "" for node in optimized.graph if node.op_type in _INT8]
+    return {name: sums.get(name) for name in names}
 
 
 def _precision(node: Any) -> str:

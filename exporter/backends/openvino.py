@@ -243,8 +243,10 @@ def _pair_sums(model: Any) -> dict[str, int]:
                 whole = weight.data
                 if op.get_type_name() == "GroupConvolution":  # (groups, out, in, …)
                     whole = whole.reshape(-1, *whole.shape[2:])
-                axis = 1 if op.get_type_name() == "MatMul" and not op.get_attributes()["transpose_b"] else 0
-                found[op.get_friendly_name()] = largest_pair(whole, axis)
+                elif op.get_type_name() == "MatMul":  # (…, in, out), or (…, out, in)
+                    rows = whole if op.get_attributes()["transpose_b"] else np.swapaxes(whole, -1, -2)
+                    whole = rows.reshape(-1, rows.shape[-1])
+                found[op.get_friendly_name()] = largest_pair(whole, 0)
     return found
 
 

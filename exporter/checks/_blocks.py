@@ -9,7 +9,7 @@ import numpy as np
 from exporter.backends import Array, Blocks, Layer
 from exporter.report import Finding, number
 
-_WORK = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
+PRODUCTS = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
 
 
 def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array) -> list[Finding]:
@@ -43,4 +43,4 @@ def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], image
 
 
 def _belongs(layer: Layer, block: str) -> bool:
-    return layer.operator in _WORK and (layer.module == block or layer.module.startswith(f"{block}."))
+    return layer.operator in PRODUCTS and (layer.module == block or layer.module.startswith(f"{block}."))

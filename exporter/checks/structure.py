@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from exporter.backends import NARROW, Layer
 from exporter.checks import Check, Options, Seen, Subject
+from exporter.checks._blocks import PRODUCTS
 from exporter.errors import some
 from exporter.graph.rounding import MAX_SUM
 from exporter.measure import machine
@@ -50,20 +51,30 @@ class Structure:
 
 
 def saturation(layers: Sequence[Layer]) -> list[Finding]:
-    """How many int8 products can saturate on x86 CPUs without VNNI, which add two of them in 16 bits; computed from
-    the weights, for any input. Empty where no layer is such a product."""
-    sums = {layer.module or layer.name: layer.pair_sum for layer in layers if layer.pair_sum is not None}
+    """How many int8 products can saturate on x86 CPUs without VNNI, which add two of them in 16 bits.
+
+    The largest sum that any input can reach is computed from the weights. The list is empty where no layer has such a
+    sum: the artifact has no int8 products, or its runtime adds in 32 bits everywhere.
+    """
+    sums = [(layer.pair_sum, layer.module or layer.name) for layer in layers if layer.pair_sum is not None]
     if not sums:
         return []
-    beyond = [name for name, value in sums.items() if value > MAX_SUM]
-    worst = max(sums, key=lambda name: sums[name])
-    detail = f"two adjacent products of {worst} sum to {sums[worst]} at most, and 16 bits hold {MAX_SUM}"
+    unknown = [x.module or x.name for x in layers if _is_int8_product(x) and x.pair_sum is None]
+    beyond = [name for value, name in sums if value > MAX_SUM]
+    worst, name = max(sums)
+    detail = f"the products of two adjacent weights of {name} reach {worst}, and 16 bits hold {MAX_SUM}: "
     if beyond:
         here = ", such as this one" if machine.saturates() else ""
-        detail += f": {len(beyond)} of {len(sums)} products can be wrong on x86 CPUs without VNNI{here}; {some(beyond)}"
+        detail += f"{len(beyond)} of {len(sums)} layers can saturate on x86 CPUs without VNNI{here}: {some(beyond)}"
     else:
-        detail += f": all {len(sums)} products are exact on every x86 CPU"
-    return [Finding(check="structure", metric="saturation", value=len(beyond), unit="products", detail=detail)]
+        detail += f"{len(sums)} layers are exact on every x86 CPU"
+    if unknown:
+        detail += f"; not known of {some(unknown)}, whose weights are no int8 constants"
+    return [Finding(check="structure", metric="saturation", value=len(beyond), unit="layers", detail=detail)]
+
+
+def _is_int8_product(layer: Layer) -> bool:
+    return layer.precision in ("int8", "uint8") and layer.operator in PRODUCTS
 
 
 CHECK = Check(Structure)

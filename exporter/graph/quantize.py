@@ -197,12 +197,16 @@ _INTEGER_WEIGHTS = {
 
 def pair_sums(model: ir.Model) -> dict[str, int]:
     """The largest sum of two adjacent products (`rounding.largest_pair`), by name of every node with int8 weights."""
-    found = {}
+    found: dict[str, int] = {}
     for node in model.graph:
         whole = _int8_weights(node)
         if whole is not None and whole.ndim >= 2:
-            axis = 0 if "Conv" in node.op_type or node.attributes.get_int("transB", False) else 1
-            found[node.name or ""] = largest_pair(whole, axis)
+            if "Conv" not in node.op_type and not node.attributes.get_int("transB", False):
+                whole = np.swapaxes(whole, -1, -2)
+            if "Conv" not in node.op_type:  # (…, out, in)
+                whole = whole.reshape(-1, whole.shape[-1])
+            name = node.name or ""
+            found[name] = max(found.get(name, 0), largest_pair(whole, 0))
     return found
 
 

@@ -96,7 +96,8 @@ def round_weights(
     others = tuple(a for a in range(weight.ndim) if a != axis)
     scale = np.maximum(np.abs(weight).max(axis=others) / LARGEST[grid], np.float32(1e-12)).astype(np.float32)
     if exact_pairs:  # below 128 before rounding, each of two adds at most 0.5, and only then 129 is out of reach
-        scale = np.maximum(scale, np.abs(_pair_sums(weight, axis)).max(axis=others) / np.float32(MAX_PAIR - 1e-3))
+        halves = np.abs(_pair_sums(weight / 2, axis)).max(axis=others)  # the sum of two floats may be none
+        scale = np.maximum(scale, halves / np.float32(MAX_PAIR / 2 - 5e-4))
     if half:
         near = np.maximum(scale, LEAST_HALF[grid]).astype(np.float16)
         up = np.nextafter(near, np.float16(np.inf))  # a smaller scale would clip the largest weights

@@ -104,21 +104,17 @@ def collect(
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
     found = store.read()
-    last = "histogram" if histogram else "extremes"
-    if found.done(last) == images.total:
-        note(f"statistics of these {images.total} images are remembered ({store.path})")
-        return found
-    step(f"calibrating on {images.total} images of {images.source}")
     watched = layers(model, kinds)
-    with in_double(model):
-        with watching(watched, partial(_extremes, found)):
-            _pass(model, images, found, "extremes", store)
-        if not found.factor:
-            found.factor = factors(model, found.largest(), alpha)
-            store.write(found)
-        if histogram:
-            with watching(watched, partial(_histogram, found)):
-                _pass(model, images, found, "histogram", store)
+    if found.done("histogram" if histogram else "extremes") == images.total:
+        note(f"statistics of these {images.total} images are remembered ({store.path})")
+    else:
+        step(f"calibrating on {images.total} images of {images.source}")
+    with watching(watched, partial(_extremes, found)):
+        _pass(model, images, found, "extremes", store)
+    found.factor = factors(model, found.largest(), alpha)
+    if histogram:
+        with watching(watched, partial(_histogram, found)):
+            _pass(model, images, found, "histogram", store)
     return found
 
 
@@ -131,20 +127,21 @@ def in_double(model: Network) -> Iterator[None]:
     afterwards. PyTorch's own depthwise convolution of doubles takes ten times as long as `_depthwise`.
     """
     depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and _is_plain_depthwise(m)]
-    model.double()
-    for module in depthwise:
-        module.forward = partial(_depthwise, module)  # type: ignore[method-assign]
     try:
+        model.double()
+        for module in depthwise:
+            module.forward = partial(_depthwise, module)  # type: ignore[method-assign]
         yield
     finally:
         for module in depthwise:
-            del module.forward
+            vars(module).pop("forward", None)
         model.float()
 
 
 def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
     alone = conv.groups == conv.in_channels == conv.out_channels
-    return alone and conv.stride == conv.dilation == (1, 1) and not isinstance(conv.padding, str)
+    plain = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return alone and plain and not isinstance(conv.padding, str)
 
 
 def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -166,14 +163,16 @@ def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str,
     """Run the images that this pass has not seen yet, and write down now and then what was seen: only between
     batches, so that none is counted twice."""
     left = images.total - found.done(which)
+    if not left:
+        return
     saved = time.monotonic()
-    for batch in track(images.batches(BATCH, found.done(which)), left, which, lambda batch: len(batch.names)):
-        with torch.inference_mode():
+    with in_double(model), torch.inference_mode():
+        for batch in track(images.batches(BATCH, found.done(which)), left, which, lambda batch: len(batch.names)):
             model(torch.from_numpy(batch.images).double())
-        found.images[which] = np.asarray(found.done(which) + len(batch.names))
-        if time.monotonic() - saved > SAVE_S:
-            store.write(found)
-            saved = time.monotonic()
+            found.images[which] = np.asarray(found.done(which) + len(batch.names))
+            if time.monotonic() - saved > SAVE_S:
+                store.write(found)
+                saved = time.monotonic()
     store.write(found)
 
 
@@ -240,7 +239,7 @@ class Store:
 
     def write(self, found: Statistics) -> None:
         """Keep what was measured; a cache that cannot be written is no reason to stop."""
-        kinds = ("low", "high", "total", "count", "factor", "histogram", "images")
+        kinds = ("low", "high", "total", "count", "histogram", "images")  # factors follow from these
         arrays = {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(found, kind).items()}
         arrays["facts"] = np.frombuffer(self.facts, np.uint8)
         buffer = io.BytesIO()

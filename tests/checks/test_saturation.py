@@ -47,14 +47,14 @@ def test_what_can_saturate_is_counted_and_named(unbounded, run, monkeypatch):
     found = report.find("saturation")
     assert found.value == len(beyond) > 5
     assert (
-        f"{len(beyond)} of {len(sums)} products can be wrong on x86 CPUs without VNNI, such as this one" in found.detail
+        f"{len(beyond)} of {len(sums)} layers can saturate on x86 CPUs without VNNI, such as this one" in found.detail
     )
     assert max(sums, key=sums.get) in found.detail
     assert f"{max(sums.values())}" in found.detail
     monkeypatch.setattr(machine, "cpu", lambda: ("of today", ["avx512_vnni", "avx2"]))
     assert "such as this one" not in saturation(layers(unbounded))[0].detail
     shown = " ".join(run("inspect", unbounded.path).out.split())
-    assert f"saturation {len(beyond)} products" in shown
+    assert f"saturation {len(beyond)} layers" in shown
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -74,6 +74,17 @@ def test_the_sums_of_both_runtimes_are_those_of_the_graph_they_were_built_from(r
             positive, negative = (np.maximum(sign * rows, 0) for sign in (1, -1))
             worst = max((part[0::2] + part[1::2]).max() for part in (positive, negative))
             assert layer.pair_sum == 255 * worst
+
+
+def test_layers_of_one_name_are_each_counted():
+    layers = [
+        backends.Layer(name=name, module="m", operator="MatMul", precision="int8", pair_sum=value)
+        for name, value in (("a", 64770), ("b", 100), ("c", None))
+    ]
+    (finding,) = saturation(layers)
+    assert finding.value == 1
+    assert "1 of 2 layers can saturate" in finding.detail
+    assert "not known of m, whose weights are no int8 constants" in finding.detail
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -215,6 +215,29 @@ def test_the_largest_sum_is_that_of_the_worst_inputs(whole, largest):
     assert largest_pair(np.array(whole, np.int8).T, 1) == largest
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (1, 8, 12), (2, 8, 12)])
+def test_the_inputs_of_a_matmul_are_the_last_axis_but_one(shape):
+    from onnx import helper, numpy_helper
+
+    whole = np.ones(shape, np.int8)
+    whole[..., 0::2, :] = 127
+    arrays = {"w": whole, "s": np.float32(1), "z": np.int8(0)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["x", "d"], ["y"], name="product"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers))
+    assert pair_sums(ir.serde.deserialize_model(model)) == {"product": 255 * 128}
+
+
+def test_large_weights_have_a_finite_scale():
+    whole, scale = round_weights(np.full((1, 4), 3e38, np.float32), 0, exact_pairs=True)
+    assert np.isfinite(scale).all()
+    assert (whole == 64).all()
+
+
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
 def test_what_another_tool_has_quantized_is_measured_too(form, tmp_path):
     """A Conv, a MatMul and a Gemm by ONNX Runtime's own tool; sums by hand from what it stored."""

@@ -158,6 +158,17 @@ def test_ranges_by_extremes_take_one_pass(model, images, monkeypatch):
     assert all(np.array_equal(found.factor[name], again.factor[name]) for name in found.factor)
 
 
+def test_an_interrupt_behind_the_extremes_loses_no_factor(model, images, monkeypatch):
+    expected = collect(model, ALL, 0.5, images, {"weights": "uninterrupted"}, histogram=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "factors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, ALL, 0.5, images, ABOUT, histogram=False)
+    found = collect(model, ALL, 0.5, images, ABOUT, histogram=False)
+    assert expected.factor.keys() == found.factor.keys() != set()
+    assert all(np.array_equal(expected.factor[name], found.factor[name]) for name in found.factor)
+
+
 def test_within_fp64_a_network_gives_the_same_and_is_as_it_was_afterwards(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.randn(2, 3, PX, PX, generator=torch.Generator().manual_seed(0))
