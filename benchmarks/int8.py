@@ -1,8 +1,8 @@
 """What int8 loses and gains on photographs: whole commands, with what they report, their time and their memory.
 
 `python -m benchmarks.int8 --weights A.safetensors … --calib FOLDER --data FOLDER -o FILE` quantizes every checkpoint
-for both runtimes with 256 of the photographs and with synthetic images, judges each on all of the data, then tries
-other settings, fewer and more images to see what memory depends on, and ConvNeXt-T; `--parts` leaves some of it out.
+for both runtimes with 256 of the photographs, the first with synthetic images too, judges each on all of the data, then
+tries other settings, fewer and more images to see what memory depends on, and ConvNeXt-T; `--parts` leaves some of it out.
 """
 
 from __future__ import annotations
@@ -187,8 +187,11 @@ def main() -> None:
     settings: dict[str, tuple[Row, ...]] = {}
     memory: list[Row] = []
     if "accuracy" in told.parts:
-        cases = itertools.product(told.weights, VERBS, (told.calib, "synthetic"))
-        rows = [quantize(weights, verb, calib, 256, "--data", told.data, *common) for weights, verb, calib in cases]
+        cases = [*((weights, told.calib) for weights in told.weights), (told.weights[0], "synthetic")]
+        rows = [
+            quantize(weights, verb, calib, 256, "--data", told.data, *common)
+            for (weights, calib), verb in itertools.product(cases, VERBS)
+        ]
     if "settings" in told.parts:
         free = ("--data", told.data, "--max-drop", "100", *common)
         settings = {
