@@ -2,7 +2,7 @@
 
 `python -m benchmarks.int8 --weights A.safetensors … --calib FOLDER --data FOLDER -o FILE` quantizes every checkpoint
 for both runtimes with 256 of the photographs, the first with synthetic images too, judges each on all of the data, then
-tries other settings, fewer and more images to see what memory depends on, and ConvNeXt-T; `--parts` leaves some of it out.
+tries other settings, fewer and more images to see what memory depends on, and ConvNeXt-T. `--parts` chooses among them.
 """
 
 from __future__ import annotations

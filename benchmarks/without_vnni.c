@@ -39,7 +39,8 @@ static void on_fault(int signal, siginfo_t *info, void *raw) {
   const uint8_t *code = (const uint8_t *)registers[REG_RIP];
   (void)signal;
   if (info->si_code != SI_KERNEL || code[0] != 0x0f || code[1] != 0xa2) {
-    real_sigaction()(SIGSEGV, &theirs, NULL); /* no CPUID: the fault comes again, and is theirs */
+    real_sigaction()(SIGSEGV, &theirs, NULL); /* no CPUID: a fault comes again, and is theirs */
+    if (info->si_code <= 0) raise(SIGSEGV);   /* sent by a process, it does not */
     return;
   }
   uint32_t leaf = (uint32_t)registers[REG_RAX], subleaf = (uint32_t)registers[REG_RCX];

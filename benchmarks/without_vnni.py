@@ -7,6 +7,7 @@ and clocks stay those of this CPU. It needs Linux on x86-64 with `cpuid_fault`, 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,8 @@ IN_A_NAMESPACE = 'mount --bind "$1" /proc/cpuinfo; export LD_PRELOAD="$2"; shift
 
 def missing() -> str:
     """What this machine lacks for it, or ""."""
+    if SOURCE.stem in os.environ.get("LD_PRELOAD", ""):
+        return "VNNI is hidden already"
     if not CPUINFO.exists() or "cpuid_fault" not in CPUINFO.read_text():
         return "this CPU or kernel cannot make CPUID fault (no cpuid_fault in /proc/cpuinfo)"
     lacking = [tool for tool in ("cc", "unshare", "mount") if not shutil.which(tool)]

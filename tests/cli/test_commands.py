@@ -158,7 +158,7 @@ def test_inspect_tells_what_an_artifact_is(run, artifacts):
     ):
         assert fact in result.out
     layers = run("inspect", made.path, "--json").json["layers"]
-    assert {"name", "module", "operator", "precision"} == set(layers[0])
+    assert {"name", "module", "operator", "precision", "pair_sum"} == set(layers[0])
     assert len(run("inspect", made.path, "--layers").out.splitlines()) > len(layers)
 
 
