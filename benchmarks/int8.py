@@ -50,7 +50,7 @@ class Row(Record, frozen=True):
 
 
 class Result(Record, frozen=True):
-    """All rows, the machine they ran on, and the commit they ran at (since November 2026)."""
+    """All rows, the machine they ran on, and the commit (empty in results from before November 2026)."""
 
     environment: dict[str, Any]
     rows: tuple[Row, ...]
@@ -117,9 +117,9 @@ def _accuracy(row: Row) -> str:
 
 
 def cpu_table(vnni: Result, without: Result) -> str:
-    """Agreement with eager and top-1 lost on both kinds of CPU, a row for each model and runtime."""
+    """Agreement with eager (%) and top-1 drop (points) with and without VNNI, a row for each of the first's cases."""
     head = (
-        "| model | runtime | calibrated on | agreement: VNNI | without VNNI | top-1 points lost: VNNI | without |\n"
+        "| model | runtime | calibrated on | agreement, VNNI | without VNNI | top-1 drop, VNNI | without VNNI |\n"
         "|---|---|---|--:|--:|--:|--:|"
     )
     others = {(row.model, row.verb, row.calib): row for row in without.rows}

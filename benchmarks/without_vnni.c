@@ -1,7 +1,7 @@
-/* Hides AVX-512, VNNI and AMX from a process: preloaded, it lets every CPUID instruction fault and answers it itself.
+/* Hides AVX-512, VNNI and AMX from a process: preloaded, it makes the CPUID instruction fault and emulates it.
  *
- * The kernel can make CPUID fault (arch_prctl(2), ARCH_SET_CPUID) on CPUs with `cpuid_fault` in /proc/cpuinfo. The
- * setting is lost by exec, and made again by the preloaded library of the new program.
+ * The kernel can make CPUID fault (arch_prctl(2), ARCH_SET_CPUID) on CPUs with `cpuid_fault` in /proc/cpuinfo. execve(2)
+ * clears the setting; the library sets it again when it is loaded into the new program.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -16,7 +16,7 @@
 
 typedef int (*sigaction_t)(int, const struct sigaction *, struct sigaction *);
 
-static struct sigaction theirs; /* what the program wants to happen on a real fault */
+static struct sigaction program_action; /* the program's own action on SIGSEGV */
 
 static sigaction_t real_sigaction(void) {
   static sigaction_t function;
@@ -24,11 +24,11 @@ static sigaction_t real_sigaction(void) {
   return function;
 }
 
-/* Others' handlers of SIGSEGV (Python's faulthandler) are kept, but not put in front of ours. */
+/* Store the handlers of SIGSEGV that the program sets (Python's faulthandler), but do not install them over on_fault. */
 int sigaction(int signal, const struct sigaction *action, struct sigaction *before) {
   if (signal != SIGSEGV || !action) return real_sigaction()(signal, action, before);
-  if (before) *before = theirs;
-  theirs = *action;
+  if (before) *before = program_action;
+  program_action = *action;
   return 0;
 }
 
@@ -39,8 +39,8 @@ static void on_fault(int signal, siginfo_t *info, void *raw) {
   const uint8_t *code = (const uint8_t *)registers[REG_RIP];
   (void)signal;
   if (info->si_code != SI_KERNEL || code[0] != 0x0f || code[1] != 0xa2) {
-    real_sigaction()(SIGSEGV, &theirs, NULL); /* no CPUID: a fault comes again, and is theirs */
-    if (info->si_code <= 0) raise(SIGSEGV);   /* sent by a process, it does not */
+    real_sigaction()(SIGSEGV, &program_action, NULL); /* not CPUID: the instruction faults again, in the program's handler */
+    if (info->si_code <= 0) raise(SIGSEGV);   /* a signal sent by kill(2) does not come again */
     return;
   }
   uint32_t leaf = (uint32_t)registers[REG_RAX], subleaf = (uint32_t)registers[REG_RCX];
@@ -66,7 +66,7 @@ static void on_fault(int signal, siginfo_t *info, void *raw) {
 
 __attribute__((constructor)) static void start(void) {
   struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
-  real_sigaction()(SIGSEGV, &action, &theirs);
+  real_sigaction()(SIGSEGV, &action, &program_action);
   if (allow_cpuid(0) != 0) {
     perror("this kernel or CPU cannot make CPUID fault");
     _exit(3);

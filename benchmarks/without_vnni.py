@@ -1,8 +1,8 @@
 """Run a command as on a CPU with AVX2 and no VNNI: `python -m benchmarks.without_vnni COMMAND…`.
 
 AVX-512, VNNI and AMX are hidden from the command and all that it starts, from the CPUID instruction (`without_vnni.c`)
-and from /proc/cpuinfo. Kernels that are chosen by either run natively, so accuracy and speed can be measured; caches
-and clocks stay those of this CPU. It needs Linux on x86-64 with `cpuid_fault`, root, and a C compiler.
+and from /proc/cpuinfo. Libraries that read either choose kernels for AVX2, which run at native speed; caches and
+clocks stay those of this CPU. It needs Linux on x86-64 with `cpuid_fault`, root, and a C compiler.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ IN_A_NAMESPACE = 'mount --bind "$1" /proc/cpuinfo; export LD_PRELOAD="$2"; shift
 
 
 def missing() -> str:
-    """What this machine lacks for it, or ""."""
+    """Why this machine cannot run a command so; "" if it can."""
     if SOURCE.stem in os.environ.get("LD_PRELOAD", ""):
         return "VNNI is hidden already"
     if not CPUINFO.exists() or "cpuid_fault" not in CPUINFO.read_text():
         return "this CPU or kernel cannot make CPUID fault (no cpuid_fault in /proc/cpuinfo)"
     lacking = [tool for tool in ("cc", "unshare", "mount") if not shutil.which(tool)]
     if lacking:
-        return f"there is no {lacking[0]} on this machine"
+        return f"{lacking[0]} is not installed"
     tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    return f"no mount namespace can be made (run it as root): {tried.stderr.strip()}" if tried.returncode else ""
+    return f"cannot create a mount namespace (root is required): {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         cpuinfo, library = Path(temporary) / "cpuinfo", Path(temporary) / "without_vnni.so"
         cpuinfo.write_text(HIDDEN.sub("", CPUINFO.read_text()))
-        # initfirst: before the constructors of the libraries that a program is linked with.
+        # initfirst: its constructor runs before those of all other libraries.
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-Wl,-z,initfirst", "-o", library, SOURCE, "-ldl"], check=True)
         command = ["unshare", "-m", "sh", "-ec", IN_A_NAMESPACE, "sh", str(cpuinfo), str(library), *sys.argv[1:]]
         with subprocess.Popen(command) as child:

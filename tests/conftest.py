@@ -206,7 +206,7 @@ def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def needs_bf16(name: str, precision: str) -> None:
-    """Skip the test where this CPU cannot compute what OpenVINO would run in bf16; every machine builds it."""
+    """Skip a test that runs OpenVINO in bf16 if this CPU has no bf16. Building works on every CPU."""
     from exporter.measure import machine
 
     if (name, precision) == ("openvino", "bf16") and not machine.has_bf16():

@@ -110,8 +110,8 @@ def ends_of_blocks(names: Iterable[str]) -> dict[str, str]:
 class Layer(Record, frozen=True):
     """One layer of a built model: its name, the ConvNeXt module it belongs to, its operator and precision.
 
-    `pair_sum` is the largest |sum| of two adjacent int8 products for any 8-bit input (`rounding.largest_pair`), of a
-    product with int8 weights; else None.
+    `pair_sum`: for a matrix product or convolution with constant int8 weights, the largest |sum| of two adjacent
+    products over all 8-bit inputs, 0 to 65,280 (`rounding.largest_pair`). Otherwise None.
     """
 
     name: str

@@ -180,22 +180,22 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     Runtime really computes in it here."""
     import onnx_ir as ir
 
-    whole = _int8_nodes(artifact, options) if artifact.sidecar.precision == "int8" else {}
+    int8_sums = _int8_nodes(artifact, options) if artifact.sidecar.precision == "int8" else {}
     return [
         Layer(
             name=node.name or "",
             module=node.metadata_props.get("module", ""),
             operator=node.op_type,
-            precision="int8" if node.name in whole else _precision(node),
-            pair_sum=whole.get(node.name or ""),
+            precision="int8" if node.name in int8_sums else _precision(node),
+            pair_sum=int8_sums.get(node.name or ""),
         )
         for node in ir.load(artifact.path).graph
     ]
 
 
 def _int8_nodes(artifact: Artifact, options: Options) -> dict[str, int | None]:
-    """The nodes that became products of whole numbers when the graph was optimised for this machine, each with the
-    largest sum of two adjacent products, None where its weights are not int8 or no constants."""
+    """Integer products of the graph that ONNX Runtime optimized for this machine, by node name, with the largest sum of
+    two adjacent products; None if the weights are not int8 constants."""
     import onnx_ir as ir
 
     with tempfile.TemporaryDirectory() as folder:

@@ -203,11 +203,11 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     """
     sums: dict[str, int] = {}
 
-    def look(model: Any) -> Any:
+    def read_sums(model: Any) -> Any:
         sums.update(_pair_sums(model) if artifact.sidecar.precision == "int8" else {})
         return model
 
-    compiled, _, _ = _compile(artifact, options, look)
+    compiled, _, _ = _compile(artifact, options, read_sums)
     found: list[Layer] = []
     module = ""
     for op in reversed(compiled.get_runtime_model().get_ordered_ops()):
@@ -231,8 +231,7 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
 
 
 def _pair_sums(model: Any) -> dict[str, int]:
-    """The largest sum of two adjacent products (`rounding.largest_pair`) of every product with int8 weights, by its
-    name."""
+    """The largest sum of two adjacent products (`rounding.largest_pair`) by name of each product with int8 weights."""
     found = {}
     for op in model.get_ordered_ops():
         if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):

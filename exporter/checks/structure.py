@@ -1,4 +1,4 @@
-"""Structure: how large the artifact is, and what its numbers allow."""
+"""Structure: size of the artifact, share of multiply-accumulates in int8, and int8 saturation."""
 
 from __future__ import annotations
 
@@ -51,26 +51,29 @@ class Structure:
 
 
 def saturation(layers: Sequence[Layer]) -> list[Finding]:
-    """How many int8 products can saturate on x86 CPUs without VNNI, which add two of them in 16 bits.
+    """Count the layers whose int8 sums can saturate on x86 CPUs without VNNI, which add two products in 16 bits.
 
-    The largest sum that any input can reach is computed from the weights. The list is empty where no layer has such a
-    sum: the artifact has no int8 products, or its runtime adds in 32 bits everywhere.
+    Args:
+        layers: with the largest sum that any input can reach (`pair_sum`).
+
+    Returns: one finding; none where no layer has such a sum (no int8, no constant int8 weights, or TensorRT, which adds
+        in 32 bits).
     """
     sums = [(layer.pair_sum, layer.module or layer.name) for layer in layers if layer.pair_sum is not None]
     if not sums:
         return []
-    unknown = [x.module or x.name for x in layers if _is_int8_product(x) and x.pair_sum is None]
-    beyond = [name for value, name in sums if value > MAX_SUM]
-    worst, name = max(sums)
-    detail = f"the products of two adjacent weights of {name} reach {worst}, and 16 bits hold {MAX_SUM}: "
-    if beyond:
-        here = ", such as this one" if machine.saturates() else ""
-        detail += f"{len(beyond)} of {len(sums)} layers can saturate on x86 CPUs without VNNI{here}: {some(beyond)}"
+    unknown = [layer.module or layer.name for layer in layers if _is_int8_product(layer) and layer.pair_sum is None]
+    saturating = [name for value, name in sums if value > MAX_SUM]
+    largest, name = max(sums)
+    detail = f"largest sum of two int8 products: {largest} in {name} (16 bits hold {MAX_SUM}); "
+    if saturating:
+        detail += f"{len(saturating)} of {len(sums)} layers can saturate on x86 CPUs without VNNI: {some(saturating)}"
+        detail += "; this CPU has no VNNI" if machine.saturates() else ""
     else:
-        detail += f"{len(sums)} layers are exact on every x86 CPU"
+        detail += f"none of {len(sums)} layers can saturate"
     if unknown:
-        detail += f"; not known of {some(unknown)}, whose weights are no int8 constants"
-    return [Finding(check="structure", metric="saturation", value=len(beyond), unit="layers", detail=detail)]
+        detail += f"; unknown for {some(unknown)}: weights are not int8 constants"
+    return [Finding(check="structure", metric="saturation", value=len(saturating), unit="layers", detail=detail)]
 
 
 def _is_int8_product(layer: Layer) -> bool:

@@ -28,7 +28,7 @@ class Placement:
     symmetric: activations around zero as int8, else uint8 with a zero point.
     rest: the precision of what is not rounded.
     inputs: whether the inputs of these layers are rounded, or their weights alone.
-    exact_pairs: whether weights are bounded so that sums of two products in 16 bits cannot saturate.
+    exact_pairs: whether adjacent weights are bounded, so that sums of two products fit 16 bits.
     """
 
     kinds: frozenset[str]
@@ -192,11 +192,12 @@ _INTEGER_WEIGHTS = {
     "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
     "DynamicQuantizeMatMul": 1,
 }  # fmt: skip
-"""Operators on whole numbers of ONNX and ONNX Runtime, and which input their weights are."""
+"""Integer operators of ONNX and ONNX Runtime, with the index of the input that holds the weights."""
 
 
 def pair_sums(model: ir.Model) -> dict[str, int]:
-    """The largest sum of two adjacent products (`rounding.largest_pair`), by name of every node with int8 weights."""
+    """The largest sum of two adjacent products, 0 to 65,280 (`rounding.largest_pair`), by the name of each node with
+    constant int8 weights; nodes of one name share the largest."""
     found: dict[str, int] = {}
     for node in model.graph:
         whole = _int8_weights(node)
@@ -211,7 +212,7 @@ def pair_sums(model: ir.Model) -> dict[str, int]:
 
 
 def _int8_weights(node: ir.Node) -> NDArray[np.int8] | None:
-    """The weights of a product: its own, or those that a DequantizeLinear in front of it has."""
+    """The int8 weights of a product, its own or those of the DequantizeLinear that feeds it; None if there are none."""
     value = None
     if node.op_type in _INTEGER_WEIGHTS:
         value = node.inputs[_INTEGER_WEIGHTS[node.op_type]]

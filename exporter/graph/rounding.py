@@ -16,9 +16,9 @@ LARGEST: dict[Grid, int] = {"int8": 127, "fp8": 448}
 LEAST_HALF: dict[Grid, float] = {"int8": 2.0**-24, "fp8": 2.0**-14}
 """The smallest scale in fp16: above zero; where steps have an exponent of their own, one without lost digits too."""
 MAX_PAIR = 128
-"""Largest sum of two adjacent int8 weights whose products with any two uint8 inputs fit 16 bits: 255 · 128 < 2¹⁵."""
+"""Limit for |q₀ + q₁| of two adjacent int8 weights: 255 · 128 = 32,640 fits a signed integer of 16 bits."""
 MAX_SUM = 2**15 - 1
-"""The largest sum of 16 bits."""
+"""The largest signed integer of 16 bits."""
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
     "depthwise": r"stages\.\d+\.\d+\.dwconv",
@@ -38,7 +38,7 @@ class Rounding:
     shift: what is added to its bias (out,).
     inputs: whether its input is rounded at all, or its weights alone.
     half: whether scales are held in fp16.
-    exact_pairs: whether adjacent weights sum to no more than `MAX_PAIR`.
+    exact_pairs: whether |sum| ≤ `MAX_PAIR` holds for adjacent weights.
     """
 
     scale: float
@@ -82,22 +82,24 @@ def round_weights(
 
     x86 CPUs without VNNI multiply uint8 inputs by int8 weights with VPMADDUBSW, which adds the products of input
     channels 2k and 2k + 1 in 16 bits and saturates (Intel SDM, volume 2). With `exact_pairs` the scale of an output
-    channel is the smallest at which no such sum can leave 16 bits, whatever the inputs are.
+    channel is widened, to twice as much at most, until no such sum can exceed 16 bits for any inputs.
 
     Args:
         weight: float32 (out, in, …) for `axis` 0, (in, out) for `axis` 1.
         axis: the axis of the output channels, 0 or 1.
         grid: the quantized type.
         half: whether the scales have to be representable in fp16.
-        exact_pairs: whether |q₂ₖ + q₂ₖ₊₁| ≤ `MAX_PAIR` has to hold for adjacent input channels; for int8.
+        exact_pairs: whether |sum| ≤ `MAX_PAIR` has to hold for the weights of adjacent input channels; for int8.
 
     Returns: q of the same shape, and the scales (out,).
     """
     others = tuple(a for a in range(weight.ndim) if a != axis)
     scale = np.maximum(np.abs(weight).max(axis=others) / LARGEST[grid], np.float32(1e-12)).astype(np.float32)
-    if exact_pairs:  # below 128 before rounding, each of two adds at most 0.5, and only then 129 is out of reach
-        halves = np.abs(_pair_sums(weight / 2, axis)).max(axis=others)  # the sum of two floats may be none
-        scale = np.maximum(scale, halves / np.float32(MAX_PAIR / 2 - 5e-4))
+    if exact_pairs:
+        # Halved, so that the sum of two large floats does not overflow. A sum of 127.999 steps before rounding gains at
+        # most 0.5 for each weight, so it is 128 at most.
+        half_sums = np.abs(_adjacent_sums(weight / 2, axis)).max(axis=others)
+        scale = np.maximum(scale, half_sums / np.float32(MAX_PAIR / 2 - 5e-4))
     if half:
         near = np.maximum(scale, LEAST_HALF[grid]).astype(np.float16)
         up = np.nextafter(near, np.float16(np.inf))  # a smaller scale would clip the largest weights
@@ -108,9 +110,9 @@ def round_weights(
 
 
 def largest_pair(weight: NDArray[np.int8], axis: int) -> int:
-    """The largest |sum| that the products of two adjacent int8 weights and any two uint8 inputs can reach.
+    """The largest |x₀·q₀ + x₁·q₁| over adjacent int8 weights q and any uint8 inputs x.
 
-    Kernels shift int8 inputs by 128 and take them as uint8, so it is theirs too.
+    It also holds for int8 inputs: kernels add 128 and treat them as uint8.
 
     Args:
         weight: int8 (out, in, …) for `axis` 0, (in, out) for `axis` 1.
@@ -119,15 +121,15 @@ def largest_pair(weight: NDArray[np.int8], axis: int) -> int:
     Returns: a number from 0 to 65,280; beyond `MAX_SUM` VPMADDUBSW saturates.
     """
     wide = weight.astype(np.int32)
-    sums = (_pair_sums(sign * np.maximum(sign * wide, 0), axis) for sign in (1, -1))
+    sums = (_adjacent_sums(sign * np.maximum(sign * wide, 0), axis) for sign in (1, -1))
     return 255 * max(int(np.abs(one).max(initial=0)) for one in sums)
 
 
-def _pair_sums(weight: NDArray[Any], axis: int) -> NDArray[Any]:
-    """The sums of weights that a kernel may add in 16 bits, of each kernel position: input channels 2k and 2k + 1.
+def _adjacent_sums(weight: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Sums of the weights of adjacent input channels, at each kernel position: 2k and 2k + 1.
 
-    Where the channels are no multiple of four, oneDNN's matrix product may start anew at an odd one (385 inputs are
-    taken as 193 and 192), so every two neighbours are a pair there.
+    oneDNN may split the input channels of a matrix product (385 = 193 + 192), so that the second part starts at an odd
+    channel. Where their number is not a multiple of four, all neighbours k and k + 1 are therefore summed.
     """
     channels = np.moveaxis(weight, 1 - axis, 0)
     count = len(channels)

@@ -100,7 +100,12 @@ def prepare(recipe: Recipe, out: Path, folder: Path) -> Work:
 
     network = pipeline.write(checkpoint, options, sidecar)
     found = statistics.collect(
-        network.model, placement.kinds, recipe.smoothing, images, _about(sidecar), recipe.calib_method != "minmax"
+        network.model,
+        placement.kinds,
+        recipe.smoothing,
+        images,
+        _about(sidecar),
+        histogram=recipe.calib_method != "minmax",
     )
     smoothing.smooth(network.model, found.factor)
     plan = simulation.plan(

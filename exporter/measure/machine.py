@@ -42,9 +42,9 @@ def has_bf16() -> bool:
 
 
 def saturates() -> bool:
-    """Whether this processor adds two int8 products in 16 bits: an x86 without VNNI."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return x86 and not any("vnni" in one for one in cpu()[1])
+    """Whether int8 sums can saturate on this CPU: it has AVX2 and no VNNI. False where its flags cannot be read."""
+    isa = cpu()[1]
+    return "avx2" in isa and not any("vnni" in one for one in isa)
 
 
 def cores() -> int:

@@ -17,9 +17,16 @@ Correction = Literal["none", "fast", "full"]
 
 
 class QuantizeOptions(Record, frozen=True):
-    """What eight bits stand for, whether inputs are rounded too and scales held in fp16, whether adjacent weights are
-    bounded for exact sums in 16 bits, how ranges are chosen, what share of the activations' spread goes into the
-    weights (0 is none, 0.5 the usual), and whether biases make up for the mean error."""
+    """How a network is quantized.
+
+    grid: the quantized type.
+    inputs: whether activations are quantized too.
+    half: whether scales have to be representable in fp16.
+    exact_pairs: whether adjacent weights are bounded against saturation in 16 bits.
+    method: how ranges are chosen.
+    smoothing: the share of the activations' spread that moves into the weights, from 0 (none) to 1.
+    bias_correction: what biases make up for: nothing, the weights' mean error, or the whole mean error.
+    """
 
     grid: Grid = "int8"
     inputs: bool = True

@@ -19,7 +19,7 @@ def choose(counts: Counts, low: float, high: float, method: Method, symmetric: b
     """The range that is worth its steps: inside what was seen, and always with zero in it.
 
     Args:
-        counts: how many activations fell into each of equal bins from `low` to `high`; `minmax` needs none.
+        counts: (bins,) how many activations fell into each of equal bins from `low` to `high`; empty for `minmax`.
         low, high: the smallest and the largest that was seen, zero included.
         method: `minmax` takes these; `percentile` leaves out 0.005 % at each end; `mse` has the least mean square
             error of rounding and clipping; `entropy` loses the least information, by the Kullback–Leibler divergence

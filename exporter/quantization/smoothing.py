@@ -63,7 +63,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
     for name, seen in largest.items():
         if not alpha or in_front(model, name) is None:
             continue
-        weight = _layer(model, name).weight.detach().double()  # logarithms of floats differ by instruction set
+        weight = _layer(model, name).weight.detach().double()  # the last bits of an fp32 logarithm depend on the CPU
         heavy = weight.abs().amax(dim=[0, *range(2, weight.ndim)]).numpy()
         log_s = alpha * np.log(np.maximum(seen, LEAST, dtype=np.float64))
         log_s -= (1 - alpha) * np.log(np.maximum(heavy, LEAST))

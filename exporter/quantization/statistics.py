@@ -1,9 +1,8 @@
-"""What the inputs of a network's layers are like on a calibration set: measured in two passes, kept by content.
+"""Statistics of the layers' inputs on a calibration set.
 
-The first pass finds the extremes and the mean of every channel. Where ranges are chosen by them, a second counts how
-often each value occurs once channels are scaled (`smoothing`). Images stream, so memory does not grow with their
-number. What was measured is kept in the user's cache under everything it depends on; what an interrupt leaves is taken
-up again.
+The first pass over the images records the minimum, maximum and mean of every channel. Methods other than `minmax` need
+a second: a histogram of each layer's inputs after smoothing. Images stream, so memory does not grow with their number.
+Results are cached per user under a key of every input that determines them; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -88,7 +87,8 @@ def collect(
     about: Mapping[str, Any],
     histogram: bool = True,
 ) -> Statistics:
-    """The statistics of a network's layers, from the cache or measured in fp64 (`in_double`).
+    """The statistics of a network's layers, from the cache or measured in fp64 (`in_double`); `histogram` is {} in them
+    unless it is asked for.
 
     Args:
         model: in a folded form, not yet smoothed.
@@ -120,11 +120,11 @@ def collect(
 
 @contextmanager
 def in_double(model: Network) -> Iterator[None]:
-    """Within, a network of fp32 weights computes in fp64.
+    """Run an fp32 network in fp64 inside the `with` block, in place, and restore fp32 on exit.
 
-    Sums in fp32 differ in their last bits by instruction set and number of threads; scales, biases and so the bytes of
-    an artifact would differ with them. The differences in fp64 are too small to reach numbers that are rounded to fp32
-    afterwards. PyTorch's own depthwise convolution of doubles takes ten times as long as `_depthwise`.
+    The last bits of an fp32 sum depend on the instruction set and the number of threads, and scales, biases and the
+    artifact's bytes would depend on them too. Differences in fp64 are about 1e-16 of a value and practically never
+    survive rounding to fp32. `_depthwise` replaces PyTorch's fp64 depthwise convolution, which is several times slower.
     """
     depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and _is_plain_depthwise(m)]
     try:
@@ -145,7 +145,8 @@ def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
 
 
 def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A depthwise convolution as a sum of shifted images: (N, C, H, W) to the same."""
+    """A depthwise convolution of stride 1 as a sum of shifted inputs: (N, C, H, W) to (N, C, H', W') with
+    H' = H + 2 · padding − kernel + 1."""
     assert not isinstance(conv.padding, str)
     rows, columns = conv.padding
     padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
@@ -239,7 +240,7 @@ class Store:
 
     def write(self, found: Statistics) -> None:
         """Keep what was measured; a cache that cannot be written is no reason to stop."""
-        kinds = ("low", "high", "total", "count", "histogram", "images")  # factors follow from these
+        kinds = ("low", "high", "total", "count", "histogram", "images")  # factors are derived from low and high
         arrays = {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(found, kind).items()}
         arrays["facts"] = np.frombuffer(self.facts, np.uint8)
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A command runs as on a CPU without VNNI, where this one can pass for it."""
+"""A command runs with VNNI hidden."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ print(machine.saturates(), torch.backends.cpu.get_cpu_capability())
 
 
 @pytest.mark.skipif(bool(without_vnni.missing()), reason=without_vnni.missing() or "-")
-def test_the_command_sees_no_vnni_and_its_exit_code_is_given_back():
+def test_the_command_sees_no_vnni_and_its_exit_code_is_returned():
     words = [sys.executable, "-m", "benchmarks.without_vnni", sys.executable, "-c"]
     done = subprocess.run([*words, SAY], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "AVX2"]

@@ -179,7 +179,7 @@ WEIGHTS = SHAPES.flatmap(
 
 @settings(deadline=None, max_examples=300)
 @given(WEIGHTS, st.sampled_from([0, 1]))
-def test_no_two_adjacent_weights_sum_to_more_than_16_bits_hold(weight, axis):
+def test_adjacent_weights_sum_to_at_most_max_pair(weight, axis):
     if weight.ndim == 4:
         axis = 0
     whole, scale = round_weights(weight, axis, exact_pairs=True)
@@ -189,7 +189,7 @@ def test_no_two_adjacent_weights_sum_to_more_than_16_bits_hold(weight, axis):
     assert (np.abs(whole * steps - weight) <= 0.5001 * steps).all(), "no weight is clipped"
     others = tuple(a for a in range(weight.ndim) if a != axis)
     plain = np.maximum(np.abs(weight).max(axis=others) / LARGEST["int8"], 1e-12)
-    assert (scale <= plain * 2.02).all(), "never worse than seven bits"
+    assert (scale <= plain * 2.02).all(), "the scale at most doubles"
 
 
 def test_weights_whose_pairs_cancel_keep_their_scale():
@@ -210,13 +210,13 @@ def test_weights_whose_pairs_cancel_keep_their_scale():
         ([[5]], 1275),
     ],
 )
-def test_the_largest_sum_is_that_of_the_worst_inputs(whole, largest):
+def test_largest_pair_assumes_worst_case_inputs(whole, largest):
     assert largest_pair(np.array(whole, np.int8), 0) == largest
     assert largest_pair(np.array(whole, np.int8).T, 1) == largest
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (1, 8, 12), (2, 8, 12)])
-def test_the_inputs_of_a_matmul_are_the_last_axis_but_one(shape):
+def test_matmul_input_channels_are_the_second_to_last_axis(shape):
     from onnx import helper, numpy_helper
 
     whole = np.ones(shape, np.int8)
@@ -239,7 +239,7 @@ def test_large_weights_have_a_finite_scale():
 
 
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
-def test_what_another_tool_has_quantized_is_measured_too(form, tmp_path):
+def test_pair_sums_of_a_model_quantized_by_onnxruntime(form, tmp_path):
     """A Conv, a MatMul and a Gemm by ONNX Runtime's own tool; sums by hand from what it stored."""
     from onnx import TensorProto, helper, numpy_helper
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

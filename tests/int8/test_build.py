@@ -255,8 +255,8 @@ for backend, correction in (("onnxruntime", "fast"), ("openvino", "full")):
 
 
 @pytest.mark.slow
-def test_every_cpu_builds_the_same_bytes(tiny_v2, tmp_path):
-    """PyTorch's parts are told to pass for a CPU of other instructions."""
+def test_instruction_set_and_threads_do_not_change_the_bytes(tiny_v2, tmp_path):
+    """Environment variables restrict PyTorch, oneDNN and MKL to older instruction sets."""
     digests = []
     for index, settings in enumerate(INSTRUCTION_SETS):
         command = [sys.executable, "-c", BUILD, str(tiny_v2), str(tmp_path / "out")]

@@ -1,7 +1,7 @@
-"""The integer sums of a runtime's int8 kernels against exact ones: `python -m tests.quantization.kernels RUNTIME`.
+"""Compare a runtime's int8 sums with exact sums: `python -m tests.quantization.kernels RUNTIME`.
 
-Prints the number of cases and the names of those in which a runtime's sums differ. `--any-weights` leaves out the bound
-on adjacent weights. It is a program, so that it also runs under an emulator of another CPU.
+Prints the number of cases and the names of those in which a runtime's sums differ. `--any-weights` disables the
+bound on adjacent weights. It is a program of its own, so that qemu can run it.
 """
 
 import sys
@@ -21,22 +21,21 @@ ZERO_POINTS = (0, 128, 131)
 
 
 def weights(kind: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-    """Weights (out, in, …) that make large sums of one sign."""
+    """Weights (out, in, …) of one of `KINDS`."""
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=shape).astype(np.float32)
     if kind == "one sign":
         return np.sign(weight[:, :1]) * (1 + 0.01 * weight)
     if kind == "outliers":
         return np.where(rng.random(shape) < 0.1, 20 * np.sign(weight), weight).astype(np.float32)
-    if kind == "alternating":  # the partners of a pair cancel, each with the next pair's does not
+    if kind == "alternating":  # opposite signs within a pair (2k, 2k + 1), equal signs between pairs
         sign = np.where(np.arange(shape[1]) % 4 < 2, 1, -1) * np.where(np.arange(shape[1]) % 2, 1, -1)
         return np.abs(weight) * sign.reshape(1, -1, *[1] * (len(shape) - 2)).astype(np.float32)
     return weight
 
 
 def adversarial(whole: NDArray[np.int8], rows: int) -> NDArray[np.int64]:
-    """Inputs (rows, in, …) of 0 and 255: of some output channels each the largest and the smallest sum there is; the
-    last row is random."""
+    """Inputs (rows, in, …): even rows maximize the sum of one output channel, odd ones minimize it, the last is random."""
     chosen = whole[np.arange(rows) // 2 % len(whole)]
     signs = np.where(np.arange(rows) % 2, -1, 1).reshape(-1, *[1] * (whole.ndim - 1))
     inputs = np.where(signs * chosen > 0, 255, 0)
@@ -46,7 +45,7 @@ def adversarial(whole: NDArray[np.int8], rows: int) -> NDArray[np.int64]:
 
 
 def model(whole: NDArray[np.int8], zero_point: int) -> onnx.ModelProto:
-    """Q and DQ with scales of 1 around a MatMul for weights (out, in), else around a Conv with its kernel as stride."""
+    """Q and DQ with scales of 1 around a MatMul for weights (out, in), or around a Conv whose stride is its kernel."""
     conv = whole.ndim == 4
     stored = whole if conv else np.ascontiguousarray(whole.T)
     arrays = {
@@ -73,7 +72,7 @@ def model(whole: NDArray[np.int8], zero_point: int) -> onnx.ModelProto:
 
 
 def run(runtime: str, made: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a runtime gives, on the CPU."""
+    """Run the model on the CPU: x (n, in, …) to its output."""
     if runtime == "onnxruntime":
         import onnxruntime
 

@@ -1,4 +1,4 @@
-"""The runtimes' int8 kernels add what the numbers say: on this CPU, and on one without VNNI."""
+"""Int8 sums of the runtimes are exact, with and without VNNI."""
 
 import os
 import re
@@ -13,21 +13,21 @@ from tests.conftest import ROOT
 from tests.quantization.kernels import differing
 
 RUNTIMES = ("onnxruntime", "openvino")
-QEMU = ("qemu-x86_64", "-cpu", "Haswell")  # ONNX Runtime asks the CPU itself, and nothing else
+QEMU = ("qemu-x86_64", "-cpu", "Haswell")  # ONNX Runtime reads CPUID; no setting restricts it
 
 
 def without_vnni(runtime: str, *words: str) -> tuple[int, int]:
-    """The numbers of cases and of differing ones on a CPU without VNNI: this one, or as far as it can pass for one."""
+    """Run the cases without VNNI: natively, restricted by an environment variable, or under qemu: (cases, inexact)."""
     command, settings = [sys.executable, "-m", "tests.quantization.kernels", runtime, *words], dict(os.environ)
     if not machine.saturates():
         if "avx2" not in machine.cpu()[1]:
-            pytest.skip("this CPU is no x86 with AVX2")
+            pytest.skip("this CPU is not an x86 with AVX2")
         if runtime == "openvino":
             settings["ONEDNN_MAX_CPU_ISA"] = "AVX2"
         elif shutil.which(QEMU[0]):
             command = [*QEMU, *command]
         else:
-            pytest.skip("this CPU has VNNI, and there is no qemu-x86_64 (Debian: qemu-user) to emulate one without")
+            pytest.skip("this CPU has VNNI, and qemu-x86_64 is not installed (Debian: qemu-user)")
     done = subprocess.run(command, env=settings, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
     counts = re.match(r"(\d+) cases, (\d+) differ", done.stdout)
     assert counts, done.stdout
@@ -51,7 +51,7 @@ def test_sums_are_exact_without_vnni(runtime):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_without_vnni_and_without_the_bound_they_are_not(runtime):
-    """Else the test above would show nothing."""
+def test_unbounded_weights_saturate_without_vnni(runtime):
+    """Shows that the test above can fail."""
     count, wrong = without_vnni(runtime, "--any-weights")
     assert wrong > count / 2

@@ -67,7 +67,7 @@ def test_it_gives_what_the_built_graph_gives(source, backend, part_of, request, 
 def test_biases_make_up_for_the_mean(tiny, batch):
     """Each layer's mean output is nearer to that of fp32: fast a little, full exactly on the images it looked at.
 
-    In fp64, as it was corrected: in fp32 other last bits put some inputs on the other side of a rounding boundary.
+    It runs in fp64 like the bias correction: in fp32, differences in the last bits put some inputs on another step.
     """
     means = {}
     name = "stages.2.1.pwconv2"

@@ -146,7 +146,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(model, images, monkeypatch
     assert collect(model, ALL, 0.5, images, ABOUT).done("histogram") == 20
 
 
-def test_ranges_by_extremes_take_one_pass(model, images, monkeypatch):
+def test_minmax_takes_one_pass(model, images, monkeypatch):
     seen = []
     real = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, x: (seen.append(len(x)), real(self, x))[1])
@@ -158,7 +158,7 @@ def test_ranges_by_extremes_take_one_pass(model, images, monkeypatch):
     assert all(np.array_equal(found.factor[name], again.factor[name]) for name in found.factor)
 
 
-def test_an_interrupt_behind_the_extremes_loses_no_factor(model, images, monkeypatch):
+def test_an_interrupt_after_the_first_pass_keeps_the_factors(model, images, monkeypatch):
     expected = collect(model, ALL, 0.5, images, {"weights": "uninterrupted"}, histogram=False)
     with monkeypatch.context() as patch:
         patch.setattr(statistics, "factors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -169,7 +169,7 @@ def test_an_interrupt_behind_the_extremes_loses_no_factor(model, images, monkeyp
     assert all(np.array_equal(expected.factor[name], found.factor[name]) for name in found.factor)
 
 
-def test_within_fp64_a_network_gives_the_same_and_is_as_it_was_afterwards(model):
+def test_in_double_matches_fp32_and_restores_the_network(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.randn(2, 3, PX, PX, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -191,7 +191,7 @@ def test_the_sum_of_shifted_images_is_the_depthwise_convolution(kernel, padding)
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
-def test_they_do_not_depend_on_threads(model, images, method):
+def test_statistics_do_not_depend_on_threads(model, images, method):
     def measured_with(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
