@@ -35,7 +35,7 @@ def weights(kind: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]
 
 
 def adversarial(whole: NDArray[np.int8], rows: int) -> NDArray[np.int64]:
-    """Inputs (rows, in, …): even rows maximize the sum of one output channel, odd ones minimize it, the last is random."""
+    """Inputs (rows, in, …): even rows maximize one output channel's sum, odd rows minimize it; the last is random."""
     chosen = whole[np.arange(rows) // 2 % len(whole)]
     signs = np.where(np.arange(rows) % 2, -1, 1).reshape(-1, *[1] * (whole.ndim - 1))
     inputs = np.where(signs * chosen > 0, 255, 0)
