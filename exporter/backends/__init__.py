@@ -5,8 +5,7 @@ A check sees only `Session`; backends never see each other.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -98,13 +97,6 @@ class Blocks:
 
     names: tuple[str, ...]
     run: Callable[[Array], Outputs]
-
-
-def ends_of_blocks(names: Iterable[str]) -> dict[str, str]:
-    """Of operators in the order they run, the last of each downsampling layer (`downsample_layers.1`) and each block
-    (`stages.2.0`), whose output is that of the block."""
-    found = ((re.match(r"(downsample_layers\.\d+|stages\.\d+\.\d+)(?=[./])", name), name) for name in names)
-    return {match[1]: name for match, name in found if match}
 
 
 class Layer(Record, frozen=True):

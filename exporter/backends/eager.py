@@ -22,12 +22,12 @@ from exporter.backends import (
     Outputs,
     Product,
     Target,
-    ends_of_blocks,
     peak_matrix,
     require,
 )
 from exporter.errors import BadRequest, Unavailable
 from exporter.measure import cuda
+from exporter.model.structure import last_operators
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ def blocks(artifact: Artifact, options: EagerOptions) -> Iterator[Blocks]:
     """The network with a hook on every block."""
     with session(artifact, options) as opened:
         modules = dict(opened.model.named_modules())
-        names = tuple(ends_of_blocks(f"{name}/" for name in modules))
+        names = tuple(last_operators(f"{name}/" for name in modules))
         seen: dict[str, Array] = {}
         for name in names:
             modules[name].register_forward_hook(

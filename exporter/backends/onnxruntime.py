@@ -27,7 +27,6 @@ from exporter.backends import (
     Product,
     Target,
     as_taken,
-    ends_of_blocks,
     installed,
     peak_matrix,
     require,
@@ -36,6 +35,7 @@ from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, 
 from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, pair_sums, round_product
 from exporter.measure.machine import cores
+from exporter.model.structure import last_operators
 from exporter.sidecar import Preprocessing
 
 PROVIDERS = {
@@ -219,7 +219,7 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
     model = ir.load(artifact.path)
     nodes = {node.name: node for node in model.graph if node.name}
-    ends = ends_of_blocks(nodes)
+    ends = last_operators(nodes)
     model.graph.outputs[:] = [nodes[name].outputs[0] for name in ends.values()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / artifact.path.name

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +31,13 @@ from exporter.backends import (
     Product,
     Target,
     as_taken,
-    ends_of_blocks,
     peak_matrix,
     require,
 )
 from exporter.errors import ExporterError, Unavailable, last_line
 from exporter.graph.quantize import Placement
 from exporter.graph.rounding import largest_pair, round_weights
+from exporter.model.structure import last_operators, module_of
 from exporter.sidecar import Preprocessing
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
@@ -216,7 +215,7 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
             continue
         name, precision = op.get_friendly_name(), info["runtimePrecision"]
         origins = info.get("originalLayersNames") or name
-        module = _module(origins) or module
+        module = module_of(origins) or module
         narrow = _NAMES.get(precision, precision) in NARROW
         found.append(
             Layer(
@@ -253,14 +252,6 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _module(names: str) -> str:
-    """The ConvNeXt module that the first of the fused layers came from."""
-    if names == "logits":  # the head's own name is that of the output
-        return "head"
-    found = re.search(r"(?:stages|downsample_layers|norm_pre|norm|head_hidden|head)[\w.]*(?=/)", names)
-    return found[0] if found else ""
-
-
 @contextmanager
 def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
     """The IR with every block's output as an output of its own."""
@@ -271,7 +262,7 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
         import openvino as ov
 
         operators = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() != "Constant"}
-        ends = ends_of_blocks(operators)
+        ends = last_operators(operators)
         names = tuple(ends)
         return ov.Model([operators[name].output(0) for name in ends.values()], model.get_parameters(), "blocks")
 

@@ -162,7 +162,7 @@ def _draw(layers: list[Layer], picture: Path) -> None:
 
     columns: dict[str, list[tuple[str, str]]] = {}
     for layer in layers:
-        columns.setdefault(_block(layer.module), []).append((layer.operator, layer.precision))
+        columns.setdefault(_group(layer), []).append((layer.operator, layer.precision))
     svg = _charts.network(columns)
     write_file(picture, svg.replace("<svg ", '<svg style="color:black;background:white" ', 1).encode())
     click.echo(f"the picture is {picture}", err=True)
@@ -230,7 +230,7 @@ def _print_layers(layers: list[Layer], every: bool) -> None:
         return
     blocks: dict[str, list[Layer]] = {}
     for layer in layers:
-        blocks.setdefault(_block(layer.module), []).append(layer)
+        blocks.setdefault(_group(layer), []).append(layer)
     rows2 = [
         (
             block,
@@ -243,10 +243,10 @@ def _print_layers(layers: list[Layer], every: bool) -> None:
     print_table(("block", "layers", "precision", "operators"), rows2, right=("layers",))
 
 
-def _block(module: str) -> str:
-    parts = module.split(".")
-    depth = {"stages": 3, "downsample_layers": 2}.get(parts[0], 1)
-    return ".".join(parts[:depth]) or "inputs and outputs"
+def _group(layer: Layer) -> str:
+    from exporter.model.structure import group
+
+    return group(layer.module) or "inputs and outputs"
 
 
 def _count(counter: object) -> str:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from exporter.artifact import Artifact, file_name, load, seal, staging
 from exporter.errors import some
 from exporter.graph import files
+from exporter.model import structure
 from exporter.progress import note
 
 if TYPE_CHECKING:
@@ -137,23 +138,15 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    last = module.rpartition(".")[2]
-    if last == "grn" or node.op_type.startswith("Reduce"):
+    if structure.is_response_norm(module) or node.op_type.startswith("Reduce"):
         return True
-    in_norm = last.startswith("norm") or _is_norm_of_downsampling(module)
-    if in_norm and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
+    if structure.is_norm(module) and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
         return True
     if node in work.beyond:
         return True
     misfits = [v.name or "" for v in node.inputs if v is not None and not _fits(v, work.half.name)]
     work.kept += [name for name in misfits if name not in work.kept]
     return bool(misfits)
-
-
-def _is_norm_of_downsampling(module: str) -> bool:
-    """`downsample_layers.2.0` is a norm; in the stem it is the last layer, after a convolution."""
-    parts = module.split(".")
-    return parts[0] == "downsample_layers" and len(parts) == 3 and (parts[1] == "0") == (parts[2] != "0")
 
 
 def _fits(value: ir.Value, half: str) -> bool:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from exporter.errors import CheckFailed, some
 from exporter.graph import files
-from exporter.graph.rounding import Grid, Plan, Rounding, element, largest_pair, part, round_weights
+from exporter.graph.rounding import Grid, Plan, Rounding, element, largest_pair, round_weights
+from exporter.model.structure import part
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,7 +24,7 @@ PRODUCTS = ("Conv", "MatMul", "Gemm")
 class Placement:
     """Where a backend wants Q and DQ.
 
-    kinds: of the layers whose input and weights are rounded (`rounding.KINDS`).
+    kinds: of the layers whose input and weights are rounded (`structure.KINDS`).
     forms: in which a network must be written, the best first.
     symmetric: activations around zero as int8, else uint8 with a zero point.
     rest: the precision of what is not rounded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +18,6 @@ MAX_PAIR = 128
 """Limit for |q₀ + q₁| of two adjacent int8 weights: 255 · 128 = 32,640 fits a signed integer of 16 bits."""
 MAX_SUM = 2**15 - 1
 """The largest signed integer of 16 bits."""
-KINDS = {
-    "stem": r"downsample_layers\.0\.0",
-    "depthwise": r"stages\.\d+\.\d+\.dwconv",
-    "pwconv1": r"stages\.\d+\.\d+\.pwconv1",
-    "pwconv2": r"stages\.\d+\.\d+\.pwconv2",
-    "downsampling": r"downsample_layers\.[1-9]\d*\.\d+",
-    "head": r"head",
-}
 
 
 @dataclass(frozen=True)
@@ -53,16 +44,6 @@ class Rounding:
 
 Plan = dict[str, Rounding]
 """By the name of the layer's module."""
-
-
-def kind(module: str) -> str | None:
-    """Which of `KINDS` the layer with a module's name is of, or None for none of these."""
-    return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, module)), None)
-
-
-def part(module: str) -> str:
-    """The part of the network that a layer is kept back with: its block (`stages.2.0`), downsampling layer or head."""
-    return module.rpartition(".")[0] or module
 
 
 def element(grid: Grid, symmetric: bool = True) -> np.dtype[Any]:

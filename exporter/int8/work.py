@@ -17,7 +17,8 @@ from exporter.data.calibration import CalibrationSet, open_calibration
 from exporter.errors import BadRequest, CheckFailed, some
 from exporter.graph import files, precision
 from exporter.graph.quantize import Placement, faults, quantize
-from exporter.graph.rounding import Grid, Plan, part
+from exporter.graph.rounding import Grid, Plan
+from exporter.model.structure import part
 from exporter.quantization import QuantizeOptions
 from exporter.recipe import Recipe
 from exporter.sidecar import Quantization, Sidecar

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from exporter.data.calibration import CalibrationSet
-from exporter.graph.rounding import LARGEST, Floats, Plan, Rounding, part, round_weights
+from exporter.graph.rounding import LARGEST, Floats, Plan, Rounding, round_weights
+from exporter.model.structure import part
 from exporter.progress import step, track
 from exporter.quantization import QuantizeOptions, ranges
 from exporter.quantization.smoothing import Layer, Network, layers

@@ -7,16 +7,16 @@ norm, in front of a V2 block's `pwconv2` it goes into GRN. V1 has only GELU ther
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.graph.rounding import Floats, kind
+from exporter.graph.rounding import Floats
 from exporter.model.convnext import ConvNeXt, Features
 from exporter.model.forms import FoldedBlock, ResponseScale, Standardise
+from exporter.model.structure import kind, order, part
 
 LEAST = 1e-5
 Network = ConvNeXt | Features
@@ -30,23 +30,16 @@ def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
         for name, module in model.named_modules()
         if kind(name) in kinds and isinstance(module, nn.Linear | nn.Conv2d)
     }
-    order = sorted(found, key=_place)
-    return {name: found[name] for name in order}
-
-
-def _place(name: str) -> tuple[float, int, int, str]:
-    """Downsampling layer k runs before stage k, and the head last."""
-    wing, *rest = name.split(".")
-    return (int(rest[0]), int(wing == "stages"), int(rest[1]), name) if rest else (math.inf, 0, 0, name)
+    return {name: found[name] for name in sorted(found, key=order)}
 
 
 def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
     """What can take in the scale of a layer's input, or None."""
     if kind(name) not in ("pwconv1", "pwconv2", "downsampling"):
         return None
-    parent = model.get_submodule(name.rpartition(".")[0])
+    parent = model.get_submodule(part(name))
     if isinstance(parent, FoldedBlock):
-        return parent.norm if name.endswith("pwconv1") else parent.grn
+        return parent.norm if kind(name) == "pwconv1" else parent.grn
     before = next(iter(parent.children()))
     return before if isinstance(before, Standardise) else None
 

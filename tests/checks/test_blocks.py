@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from exporter import backends
-from exporter.backends import Blocks, Layer, ends_of_blocks
+from exporter.backends import Blocks, Layer
 from exporter.checks._blocks import block_errors
+from exporter.model.structure import last_operators
 from tests.conftest import PX, copy_artifact, needs_bf16
 
 NAMES = [
@@ -80,7 +81,7 @@ def test_only_the_operators_that_do_the_work_count():
 
 def test_the_last_operator_of_a_block_is_its_end():
     names = ["stages.0.1/Add", "stages.0.10/Add", "stages.0.1.norm/LayerNormalization", "head/Gemm", "stages.0.1/Add_2"]
-    assert ends_of_blocks(names) == {"stages.0.1": "stages.0.1/Add_2", "stages.0.10": "stages.0.10/Add"}
+    assert last_operators(names) == {"stages.0.1": "stages.0.1/Add_2", "stages.0.10": "stages.0.10/Add"}
 
 
 def test_verify_tells_them_when_asked(onnx_copy, run):

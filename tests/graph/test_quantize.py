@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as arrays
 from exporter import backends
 from exporter.errors import CheckFailed
 from exporter.graph.quantize import faults, pair_sums, quantize
-from exporter.graph.rounding import LARGEST, MAX_PAIR, Rounding, largest_pair, part, round_weights
+from exporter.graph.rounding import LARGEST, MAX_PAIR, Rounding, largest_pair, round_weights
 from exporter.int8.work import prepare
+from exporter.model.structure import part
 from exporter.recipe import Recipe
 
 BACKENDS = ("onnxruntime", "openvino")

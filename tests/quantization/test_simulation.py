@@ -10,8 +10,8 @@ import torch
 from msgspec.structs import replace
 
 from exporter import backends
-from exporter.graph.rounding import part
 from exporter.int8.work import prepare
+from exporter.model.structure import part
 from exporter.quantization import simulation
 from exporter.quantization.statistics import in_double
 from exporter.recipe import Recipe

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.graph.rounding import KINDS
 from exporter.model import forms, weights
+from exporter.model.structure import KINDS
 from exporter.quantization.smoothing import factors, in_front, layers, smooth
 from tests.conftest import PX
 

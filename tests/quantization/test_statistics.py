@@ -6,8 +6,8 @@ import torch
 
 from exporter.data.calibration import open_calibration
 from exporter.errors import CheckFailed
-from exporter.graph.rounding import KINDS
 from exporter.model import forms, weights
+from exporter.model.structure import KINDS
 from exporter.quantization import statistics
 from exporter.quantization.smoothing import layers
 from exporter.quantization.statistics import collect, in_double

@@ -22,7 +22,7 @@ from exporter.disk import check_space
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.graph import precision
 from exporter.graph.quantize import Placement
-from exporter.graph.rounding import KINDS
+from exporter.model.structure import KINDS
 from exporter.progress import note, step
 from exporter.report import Finding
 

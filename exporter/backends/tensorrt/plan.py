@@ -18,7 +18,7 @@ import msgspec
 from exporter.artifact import Artifact
 from exporter.backends import Layer
 from exporter.errors import some
-from exporter.graph.rounding import kind, part
+from exporter.model.structure import block, kind, module_of, part
 from exporter.report import Finding
 from exporter.sidecar import Record
 
@@ -54,7 +54,7 @@ class Kernel(Record, frozen=True):
         a product, is its block's: only the product itself counts as that layer."""
         products = [node for node in self.nodes if re.search(r"/(MatMul|Gemm|Conv)\b", node)]
         first = next(iter([*products, *self.nodes]), "")
-        module = "head" if first.startswith("logits") else first.partition("/")[0]
+        module = module_of(first) or first.partition("/")[0]
         return module if self.kind in PRODUCTS or kind(module) is None else part(module)
 
     @property
@@ -194,6 +194,6 @@ def _ends_of_blocks(kernels: Sequence[Kernel]) -> list[Kernel]:
     last: dict[str, Kernel] = {}
     for kernel in kernels:
         for node in kernel.nodes:
-            if found := re.match(r"stages\.\d+\.\d+(?=[./])", node):
-                last[found[0]] = kernel
-    return [kernel for block, kernel in last.items() if all(node.startswith(block) for node in kernel.nodes)]
+            if name := block(node):
+                last[name] = kernel
+    return [kernel for name, kernel in last.items() if all(block(node) == name for node in kernel.nodes)]

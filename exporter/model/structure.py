@@ -1,0 +1,88 @@
+"""The names of a ConvNeXt's modules, and what they say: kind, part of the network, order.
+
+Modules are named as in the paper's code (facebookresearch/ConvNeXt, `models/convnext.py`): `downsample_layers.K` stands
+in front of stage K and is the stem for K = 0; `stages.I.J` is block J of stage I. An operator of a graph is named
+`MODULE/OPERATOR`. No other file takes such a name apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+KINDS = {
+    "stem": r"downsample_layers\.0\.0",
+    "depthwise": r"stages\.\d+\.\d+\.dwconv",
+    "pwconv1": r"stages\.\d+\.\d+\.pwconv1",
+    "pwconv2": r"stages\.\d+\.\d+\.pwconv2",
+    "downsampling": r"downsample_layers\.[1-9]\d*\.\d+",
+    "head": r"head",
+}
+"""Kinds of layers with weights, each with the pattern of its modules' names."""
+_BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
+_PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
+_OUTERMOST = r"(?:stages|downsample_layers|norm_pre|norm|head_hidden|head)[\w.]*(?=/)"
+
+
+def kind(module: str) -> str | None:
+    """Which of `KINDS` the layer of a module is of, or None for another module."""
+    return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, module)), None)
+
+
+def part(module: str) -> str:
+    """The part of the network that a layer belongs to: its block (`stages.2.0`), downsampling layer or head."""
+    return module.rpartition(".")[0] or module
+
+
+def block(name: str) -> str:
+    """The block that a module or operator belongs to (`stages.2.0`), or ""."""
+    found = re.match(_BLOCK, name)
+    return found[0] if found else ""
+
+
+def group(module: str) -> str:
+    """The block, downsampling layer, or outermost module that a module belongs to; "" for the name ""."""
+    found = re.match(_PART, module)
+    return found[0] if found else module.partition(".")[0]
+
+
+def order(module: str) -> tuple[float, int, int, str]:
+    """A key that sorts layers in the order they run: downsampling layer K before stage K, the head last."""
+    first, *rest = module.split(".")
+    return (int(rest[0]), int(first == "stages"), int(rest[1]), module) if rest else (math.inf, 0, 0, module)
+
+
+def is_norm(module: str) -> bool:
+    """Whether a module is a norm: by its name, or the first of a downsampling layer, the last of the stem."""
+    if module.rpartition(".")[2].startswith("norm"):
+        return True
+    found = re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module)
+    return found is not None and (found[1] == "0") == (found[2] != "0")
+
+
+def is_response_norm(module: str) -> bool:
+    """Whether a module is a Global Response Normalization."""
+    return module.rpartition(".")[2] == "grn"
+
+
+def module_of(operators: str) -> str:
+    """The module of the first operator in a text of one or more names, or "".
+
+    The operator that gives an output is named after it, so `logits` is the head's.
+    """
+    if operators.startswith("logits"):
+        return "head"
+    found = re.search(_OUTERMOST, operators)
+    return found[0] if found else ""
+
+
+def last_operators(operators: Iterable[str]) -> dict[str, str]:
+    """The last operator of each downsampling layer (`downsample_layers.1`) and block (`stages.2.0`), which gives its
+    output.
+
+    Args:
+        operators: names, in the order they run.
+    """
+    found = ((re.match(_PART, name), name) for name in operators)
+    return {match[0]: name for match, name in found if match}

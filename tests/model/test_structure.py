@@ -1,0 +1,80 @@
+"""Names of modules are understood in one place, and as the network itself has them."""
+
+import re
+
+import pytest
+from torch import nn
+
+from exporter.model import structure, variants
+from exporter.model.convnext import GRN, ConvNeXt, Norm
+from tests.conftest import ROOT
+
+SOURCES = [path for path in (ROOT / "exporter").rglob("*.py") if "model" not in path.parts]
+
+
+@pytest.fixture(scope="module", params=["v2_atto", "isotropic_small"])
+def network(request):
+    import torch
+
+    with torch.device("meta"):
+        return ConvNeXt(variants.VARIANTS[request.param].architecture)
+
+
+def test_kinds_cover_every_layer_with_weights(network):
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(layers) > 30
+    assert {structure.kind(name) for name in layers} <= set(structure.KINDS)
+
+
+def test_norms_are_told_from_layers(network):
+    for name, module in network.named_modules():
+        if isinstance(module, Norm):
+            assert structure.is_norm(name)
+        elif isinstance(module, GRN):
+            assert structure.is_response_norm(name)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            assert not structure.is_norm(name)
+            assert not structure.is_response_norm(name)
+
+
+def test_layers_are_sorted_as_they_run(network):
+    names = ["head", "stages.1.0.pwconv1", "downsample_layers.1.1", "stages.0.10.pwconv1", "stages.0.2.pwconv1"]
+    assert sorted(names, key=structure.order) == [
+        "stages.0.2.pwconv1", "stages.0.10.pwconv1", "downsample_layers.1.1", "stages.1.0.pwconv1", "head",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "block", "group"),
+    [
+        ("stages.2.10.pwconv1", "stages.2.10", "stages.2.10", "stages.2.10"),
+        ("stages.2.1", "stages.2", "stages.2.1", "stages.2.1"),
+        ("downsample_layers.1.1", "downsample_layers.1", "", "downsample_layers.1"),
+        ("head", "head", "", "head"),
+        ("", "", "", ""),
+    ],
+)
+def test_a_module_has_a_part_a_block_and_a_group(name, part, block, group):
+    assert (structure.part(name), structure.block(name), structure.group(name)) == (part, block, group)
+
+
+@pytest.mark.parametrize(
+    ("operators", "module"),
+    [
+        ("stages.0.0.pwconv1/Conv,stages.0.0/Gelu", "stages.0.0.pwconv1"),
+        ("Reorder_7,head_hidden/Gemm", "head_hidden"),
+        ("logits", "head"),
+        ("images", ""),
+    ],
+)
+def test_the_module_of_fused_operators_is_that_of_the_first(operators, module):
+    assert structure.module_of(operators) == module
+
+
+def test_no_other_file_takes_names_apart():
+    taking_apart = re.compile(
+        r"re\.\w+\(.*(stages|downsample)|startswith\(.*(stages|downsample|pwconv|norm)|split\(\"\.\"\)"
+    )
+    assert len(SOURCES) > 50
+    names = {path.name for path in SOURCES for line in path.read_text().splitlines() if taking_apart.search(line)}
+    assert names <= {"strict.py", "library.py"}, "keys of recipes, and compute capabilities"
