@@ -179,31 +179,32 @@ def main() -> None:
     parser.add_argument("--imgsz", default="112")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(words, capture_output=True, text=True, check=True)
-    common = ("--imgsz", told.imgsz)
+    common = ("--imgsz", arguments.imgsz)
     rows: list[Row] = []
     settings: dict[str, tuple[Row, ...]] = {}
     memory: list[Row] = []
-    if "accuracy" in told.parts:
-        cases = [*((weights, told.calib) for weights in told.weights), (told.weights[0], "synthetic")]
+    if "accuracy" in arguments.parts:
+        cases = [*((weights, arguments.calib) for weights in arguments.weights), (arguments.weights[0], "synthetic")]
         rows = [
-            quantize(weights, verb, calib, 256, "--data", told.data, *common)
+            quantize(weights, verb, calib, 256, "--data", arguments.data, *common)
             for (weights, calib), verb in itertools.product(cases, VERBS)
         ]
-    if "settings" in told.parts:
-        free = ("--data", told.data, "--max-drop", "100", *common)
+    if "settings" in arguments.parts:
+        no_limit = ("--data", arguments.data, "--max-drop", "100", *common)
         settings = {
             " ".join(words) or "the default": tuple(
-                quantize(weights, "openvino", told.calib, 256, *words, *free) for weights in told.weights[:2]
+                quantize(weights, "openvino", arguments.calib, 256, *words, *no_limit)
+                for weights in arguments.weights[:2]
             )
             for words in SETTINGS
         }
-    if "memory" in told.parts:
-        memory = [quantize(told.weights[0], "openvino", told.calib, size, *common) for size in (FEW, MANY)]
-    if "tiny" in told.parts:
-        tiny = [quantize(Path("random:0"), verb, told.calib, 256, "--variant", "tiny") for verb in VERBS]
+    if "memory" in arguments.parts:
+        memory = [quantize(arguments.weights[0], "openvino", arguments.calib, size, *common) for size in (FEW, MANY)]
+    if "tiny" in arguments.parts:
+        tiny = [quantize(Path("random:0"), verb, arguments.calib, 256, "--variant", "tiny") for verb in VERBS]
         memory += [msgspec.structs.replace(row, model="tiny, random") for row in tiny]
     result = Result(
         environment=environment(),
@@ -212,7 +213,7 @@ def main() -> None:
         memory=tuple(memory),
         commit=commit.stdout.strip(),
     )
-    write_file(told.output, msgspec.json.format(msgspec.json.encode(result)))
+    write_file(arguments.output, msgspec.json.format(msgspec.json.encode(result)))
     print(accuracy_table(result))
     print(setting_table(result) if settings else "")
     print(memory_table(result))

@@ -231,7 +231,7 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
 
 def _pair_sums(model: Any) -> dict[str, int]:
     """The largest sum of two adjacent products (`rounding.largest_pair`) by name of each product with int8 weights."""
-    found = {}
+    sums = {}
     for op in model.get_ordered_ops():
         if op.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
             weight = op.input_value(1).get_node()
@@ -244,8 +244,8 @@ def _pair_sums(model: Any) -> dict[str, int]:
                 elif op.get_type_name() == "MatMul":  # (…, in, out), or (…, out, in)
                     rows = whole if op.get_attributes()["transpose_b"] else np.swapaxes(whole, -1, -2)
                     whole = rows.reshape(-1, rows.shape[-1])
-                found[op.get_friendly_name()] = largest_pair(whole, 0)
-    return found
+                sums[op.get_friendly_name()] = largest_pair(whole, 0)
+    return sums
 
 
 def _text(value: Any) -> str:

@@ -199,7 +199,7 @@ _INTEGER_WEIGHTS = {
 def pair_sums(model: ir.Model) -> dict[str, int]:
     """The largest sum of two adjacent products, 0 to 65,280 (`rounding.largest_pair`), by the name of each node with
     constant int8 weights; nodes of one name share the largest."""
-    found: dict[str, int] = {}
+    sums: dict[str, int] = {}
     for node in model.graph:
         whole = _int8_weights(node)
         if whole is not None and whole.ndim >= 2:
@@ -208,8 +208,8 @@ def pair_sums(model: ir.Model) -> dict[str, int]:
             if "Conv" not in node.op_type:  # (…, out, in)
                 whole = whole.reshape(-1, whole.shape[-1])
             name = node.name or ""
-            found[name] = max(found.get(name, 0), largest_pair(whole, 0))
-    return found
+            sums[name] = max(sums.get(name, 0), largest_pair(whole, 0))
+    return sums
 
 
 def _int8_weights(node: ir.Node) -> NDArray[np.int8] | None:
