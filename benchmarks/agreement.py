@@ -29,11 +29,11 @@ from pathlib import Path
 import msgspec
 
 from exporter import artifact as artifacts
-from exporter.disk import write_file
-from exporter.measure import timing
-from exporter.measure.machine import environment
-from exporter.measure.stats import center
-from exporter.sidecar import Record
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
+from exporter.bench import timing
+from exporter.machine import environment
+from exporter.stats import center
 
 BIN = Path(sys.executable).parent
 PAIRS = 6

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import digits
-from exporter.measure.machine import has_bf16
+from exporter.machine import has_bf16
 
 ROOT = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("convnext-export")

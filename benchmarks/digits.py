@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data.images import preprocess
 from exporter.model.convnext import ConvNeXt, Norm
 from exporter.model.variants import Architecture
-from exporter.sidecar import Preprocessing
 
 HELD_OUT = 500
 PIXELS = 64

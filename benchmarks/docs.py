@@ -17,7 +17,7 @@ from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
 from exporter.cli import GROUPS, cli
-from exporter.report import markdown
+from exporter.report.formats import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
 from exporter.data.synthetic import dead_leaves
-from exporter.disk import write_file
-from exporter.measure.machine import environment
-from exporter.sidecar import Record
+from exporter.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 FEW, MANY = 400, 4000

@@ -19,17 +19,18 @@ from msgspec.structs import replace
 
 from benchmarks import racing
 from exporter import artifact as artifacts
-from exporter import backends, pipeline
+from exporter import backends
 from exporter.artifact import Artifact
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
 from exporter.backends import Session
 from exporter.backends.onnxruntime import OrtSession
 from exporter.backends.openvino import OpenVinoSession
 from exporter.bench import Arm, Timing, worker
-from exporter.disk import write_file
-from exporter.measure.machine import environment, has_bf16
+from exporter.build import pipeline
+from exporter.machine import environment, has_bf16
 from exporter.model import FORMS
 from exporter.recipe import Recipe
-from exporter.sidecar import Record
 
 THREADS = 2
 FP16_CASE = ("tiny", 1)  # computed in fp32 on CPUs: one case says it

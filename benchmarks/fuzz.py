@@ -27,11 +27,11 @@ from typing import Any
 
 import msgspec
 
-from exporter import artifact, backends, discover, recipe_file, report, sidecar
-from exporter.disk import write_file
+from exporter import artifact, backends, discover, machine, recipe_file, report
+from exporter.artifact import sidecar
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import ExporterError
-from exporter.measure import machine
-from exporter.sidecar import Preprocessing, Record
 
 MOST_BYTES = 2 * 2**30
 WORDS = [
@@ -121,7 +121,7 @@ def _recipes(folder: Path) -> list[tuple[str, bytes]]:
 
 def _sidecars(folder: Path) -> list[tuple[str, bytes]]:
     """A sidecar beside the file that it speaks of."""
-    from exporter import pipeline
+    from exporter.build import pipeline
     from exporter.recipe import Recipe
 
     weights = folder / "a.safetensors"
@@ -188,8 +188,8 @@ def _read_manifest(path: Path) -> None:
 
 def _read_report(path: Path) -> None:
     loaded = report.load(path)
-    for name in discover.names("exporter.report"):
-        text = str(discover.load("exporter.report", name, "RENDER")([loaded]))
+    for name in discover.names("exporter.report.formats"):
+        text = str(discover.load("exporter.report.formats", name, "RENDER")([loaded]))
         if name == "html" and "<script>alert" in text.lower():
             raise AssertionError("a script in a report")
 

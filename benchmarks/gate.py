@@ -26,14 +26,14 @@ import numpy as np
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Bound, Session
 from exporter.bench import Arm, Plan, worker
 from exporter.compare import parse_limits
 from exporter.compare.artifacts import HEAD, LAUNCHES, CompareOptions, Pair, compare_times
-from exporter.disk import write_file
-from exporter.measure.machine import environment
-from exporter.measure.stats import proportion
-from exporter.sidecar import Record
+from exporter.machine import environment
+from exporter.stats import proportion
 
 SLOWER = (0.0, 5.0, 10.0)
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
+from exporter.artifact.disk import write_file
 from exporter.backends.tensorrt import library
-from exporter.disk import write_file
-from exporter.measure.machine import environment, gpu
+from exporter.machine import environment, gpu
 
 BUDGET_S = 480.0
 COMMAND = Path(sys.executable).with_name("convnext-export")

@@ -21,9 +21,9 @@ from typing import Any
 
 import msgspec
 
-from exporter.disk import write_file
-from exporter.measure.machine import environment
-from exporter.sidecar import Record
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
+from exporter.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 VERBS = ("onnx", "openvino")

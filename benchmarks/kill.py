@@ -27,11 +27,10 @@ from typing import Any
 
 import msgspec
 
-from exporter import artifact, report, running
-from exporter.disk import write_file
+from exporter import artifact, machine, report
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, ExporterError
-from exporter.measure import machine
-from exporter.sidecar import Record
 
 RECIPES = {
     "custom_int8.xml": "backend: openvino\nprecision: int8\nbench: null\n"
@@ -94,8 +93,9 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     bytes."""
     import resource
 
+    from exporter import run
     from exporter.bench import latency
-    from exporter.int8 import gain
+    from exporter.build.int8 import gain
 
     os.setsid()
     os.environ["XDG_CACHE_HOME"] = str(log.parent / "cache")
@@ -104,7 +104,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     gain.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
     os.chdir(recipes[0].parent)
-    outcomes = running.run_all(running.jobs_of(recipes, out))
+    outcomes = run.run_all(run.jobs_of(recipes, out))
     for outcome in outcomes:
         print(outcome.error, file=sys.stderr)
     sys.exit(max(outcome.exit_code for outcome in outcomes))

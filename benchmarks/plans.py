@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from exporter import artifact
+from exporter.artifact.disk import write_file
 from exporter.backends.tensorrt import plan
-from exporter.disk import write_file
-from exporter.measure.machine import environment
+from exporter.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from math import exp
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
-from exporter.measure.stats import center
 from exporter.progress import track
-from exporter.sidecar import Preprocessing
+from exporter.stats import center
 
 LAUNCHES, LEAST_LAUNCHES = 8, 6
 Ratio = tuple[float, float, float]

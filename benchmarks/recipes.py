@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from exporter import backends, int8, recipe_file, strict
+from exporter import backends, recipe_file, strict
+from exporter.build import int8
 from exporter.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"

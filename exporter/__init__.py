@@ -2,11 +2,13 @@
 
 The Python API is what the words of the command line call:
 
-    from exporter import Recipe, VerifyOptions, build, load, verify
+    from exporter.build.pipeline import build
+    from exporter.recipe import Recipe
+    from exporter.verify import VerifyOptions, verify
     artifact = build(Recipe(weights="my_convnext.pth", backend="openvino", precision="fp16"), Path("build"))
     report = verify(artifact, VerifyOptions(data="photos/val"))
 
-    from exporter import int8
+    from exporter.build import int8
     recipe = Recipe(weights="my_convnext.pth", backend="openvino", precision="int8", calib="photos/train")
     artifact, report = int8.build(recipe, Path("build"), int8.Budget(max_drop=0.3, data="photos/val"))
 """
@@ -18,9 +20,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from exporter.artifact import Artifact as Artifact
     from exporter.artifact import load as load
-    from exporter.pipeline import VerifyOptions as VerifyOptions
-    from exporter.pipeline import build as build
-    from exporter.pipeline import verify as verify
     from exporter.recipe import Recipe as Recipe
     from exporter.report import Report as Report
 
@@ -29,9 +28,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "Artifact": "artifact",
     "load": "artifact",
-    "VerifyOptions": "pipeline",
-    "build": "pipeline",
-    "verify": "pipeline",
     "Recipe": "recipe",
     "Report": "report",
 }

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from exporter import backends, discover
+from exporter import backends, discover, machine
+from exporter.artifact.sidecar import Record
 from exporter.errors import ExporterError, Unavailable
-from exporter.measure import machine
-from exporter.sidecar import Record
 
 
 class Fact(Record, frozen=True):

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 def convnext_gate() -> Callable[..., Report]:
     """`gate(base, head, *limits, **options)` compares two artifacts or two reports as `convnext-export compare` does.
 
-    Limits are as for `--fail-on`; options are those of `exporter.gate.GateOptions` (`batch=(1, 8)`, `threads=2`,
-    `duration=6.0`, `data="val"`). The test fails, with the table, when one is exceeded; else the report is returned.
+    Limits are as for `--fail-on`; options are those of `exporter.compare.gate.GateOptions` (`batch=(1, 8)`,
+    `threads=2`, `duration=6.0`, `data="val"`). The test fails, with the table, when a limit is exceeded; else
+    the report is returned.
     """
     return _gate
 
 
 def _gate(base: str | Path, head: str | Path, *limits: str, **options: Any) -> Report:
-    from exporter import gate
-    from exporter.report import markdown
+    from exporter.compare import gate
+    from exporter.report.formats import markdown
 
     __tracebackhide__ = True
     made = gate.compare([Path(base), Path(head)], gate.GateOptions(fail_on=limits, **options))

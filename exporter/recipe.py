@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
 from exporter.graph.trace import TraceOptions
-from exporter.sidecar import Record
 
 EIGHT_BITS = ("int8", "fp8")
 

@@ -172,7 +172,7 @@ def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **told: Any):
-    from exporter import pipeline
+    from exporter.build import pipeline
     from exporter.recipe import Recipe
 
     recipe = Recipe(weights=str(source), backend=backend, precision=precision, **told)
@@ -185,7 +185,7 @@ def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):
 
     from msgspec.structs import replace
 
-    from exporter.int8.work import prepare
+    from exporter.build.int8.work import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         return prepare(replace(recipe, calib_size=recipe.calib_size or 16), out, Path(folder)).make(kept, out)
@@ -207,7 +207,7 @@ def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
 
 def needs_bf16(name: str, precision: str) -> None:
     """Skip a test that runs OpenVINO in bf16 if this CPU has no bf16. Building works on every CPU."""
-    from exporter.measure import machine
+    from exporter import machine
 
     if (name, precision) == ("openvino", "bf16") and not machine.has_bf16():
         pytest.skip("this CPU has no bf16")

@@ -3,12 +3,14 @@
 import pytest
 
 import exporter
+from exporter.build.pipeline import build
+from exporter.verify import VerifyOptions, verify
 
 
 def test_build_and_verify_from_python(tiny, tmp_path):
     recipe = exporter.Recipe(weights=str(tiny), backend="openvino", precision="fp16")
-    artifact = exporter.build(recipe, tmp_path)
-    report = exporter.verify(exporter.load(artifact.path), exporter.VerifyOptions(most=4))
+    artifact = build(recipe, tmp_path)
+    report = verify(exporter.load(artifact.path), VerifyOptions(most=4))
     assert isinstance(report, exporter.Report)
     assert report.passed
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import docs
-from exporter import tuning
+from exporter.build import tune
+from exporter.build.int8 import gain
 from exporter.data.synthetic import dead_leaves
-from exporter.int8 import gain
 from exporter.model import hub, variants
 from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
@@ -43,7 +43,7 @@ def desk(tmp_path, monkeypatch):
     base = msgspec.structs.replace(variants.VARIANTS["base"], architecture=tiny_architecture())
     monkeypatch.setitem(variants.VARIANTS, "base", base)
     monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
-    monkeypatch.setattr(tuning, "SECONDS", 0.5)
+    monkeypatch.setattr(tune, "SECONDS", 0.5)
     monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"

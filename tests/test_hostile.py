@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from exporter import artifact, discover, report
 from exporter.artifact import sidecar_path
+from exporter.artifact.sidecar import Preprocessing
 from exporter.compare import parse_limits
 from exporter.compare.reports import compare_reports
 from exporter.data import images
@@ -20,7 +21,6 @@ from exporter.data.samples import open_samples
 from exporter.errors import ExporterError
 from exporter.model import weights
 from exporter.model.config import read_config
-from exporter.sidecar import Preprocessing
 from tests.conftest import tiny_state
 
 MANY = settings(
@@ -207,8 +207,8 @@ def test_reports_that_are_well_formed_and_mean_nothing(content, tmp_path):
     loaded = ours(report.load, tmp_path / "r.json")
     if loaded is None:
         return
-    for form in discover.names("exporter.report"):
-        ours(discover.load("exporter.report", form, "RENDER"), [loaded])
+    for form in discover.names("exporter.report.formats"):
+        ours(discover.load("exporter.report.formats", form, "RENDER"), [loaded])
     for limit in ("p50_ms:5%", "bytes:1%", "top1_drop:1"):
         ours(compare_reports, loaded, loaded, parse_limits([limit]), ())
 

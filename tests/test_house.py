@@ -54,7 +54,7 @@ def test_a_vendor_is_named_in_its_backend_only():
 
 def test_discovery_offers_the_nearest_name_and_swallows_nothing(tmp_path, monkeypatch):
     with pytest.raises(ExporterError, match="did you mean 'parity'"):
-        discover.load("exporter.checks", "parrity", "CHECK")
+        discover.load("exporter.verify.checks", "parrity", "CHECK")
     (tmp_path / "broken_pack").mkdir()
     (tmp_path / "broken_pack" / "__init__.py").write_text("")
     (tmp_path / "broken_pack" / "bad.py").write_text("import nothing_of_the_kind")

@@ -95,7 +95,7 @@ LIMITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "verb", "calib"), LIMITS)
 def test_int8_loses_next_to_nothing(model, verb, calib, outliers, tmp_path, monkeypatch):
-    from exporter.int8 import gain
+    from exporter.build.int8 import gain
 
     monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
     weights = outliers if model == "outliers" else shared("data", "weights", f"{model}_imagenette.safetensors")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from benchmarks import recipes as shipped
 from exporter import recipe_file
+from exporter.build.int8 import Budget
 from exporter.errors import BadRequest, ExporterError
-from exporter.int8 import Budget
 from exporter.recipe import Recipe
 
 GOOD = """\

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from exporter.sidecar import Record
+from exporter.artifact.sidecar import Record
 
 ROOT = "build/peers"
 VARIANTS, BATCHES = ("atto", "tiny", "base", "v2_tiny"), (1, 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.peers import BATCHES, ROOT, VARIANTS, table, timing
-from exporter.disk import write_file
+from exporter.artifact.disk import write_file
 
 
 def main() -> None:

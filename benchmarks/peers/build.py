@@ -18,11 +18,11 @@ from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from benchmarks.peers import ROOT
-from exporter import pipeline
 from exporter.artifact import Artifact
+from exporter.artifact.disk import write_file
 from exporter.bench import Plan, worker
-from exporter.disk import write_file
-from exporter.int8.work import prepare
+from exporter.build import pipeline
+from exporter.build.int8.work import prepare
 from exporter.model import weights
 from exporter.recipe import Recipe
 

@@ -13,12 +13,11 @@ import torch
 from benchmarks import racing
 from benchmarks.peers import PEERS, Case, Peer, Row, build
 from exporter import artifact as artifacts
-from exporter import backends
+from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS, Session
 from exporter.backends.eager import EagerSession
 from exporter.bench import Arm, Timing, worker
-from exporter.measure import machine
 
 THREADS = 2
 PEAKS = tuple((peer.runtime, peer.precision) for peer in PEERS if peer.maker == "ours")

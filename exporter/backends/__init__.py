@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from exporter import discover
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import Unavailable
-from exporter.graph.quantize import Placement
+from exporter.quantize.placement import Placement
 from exporter.report import Finding
-from exporter.sidecar import Preprocessing, Record
 
 Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
@@ -37,7 +37,7 @@ class Bound:
 
     run: runs `streams` batches at once and waits for them; it is what is timed. Each call takes the next inputs.
     outputs: what the last run gave for its first batch.
-    parts: milliseconds of one run's parts by a GPU's clock (`measure.cuda`), where there are any.
+    parts: milliseconds of one run's parts by a GPU's clock (`_cuda.parts`), where there are any.
     """
 
     run: Callable[[], None]

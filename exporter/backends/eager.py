@@ -22,11 +22,11 @@ from exporter.backends import (
     Outputs,
     Product,
     Target,
+    _cuda,
     peak_matrix,
     require,
 )
 from exporter.errors import BadRequest, Unavailable
-from exporter.measure import cuda
 from exporter.model.structure import last_operators
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class EagerSession:
 
         host = torch.from_numpy(np.ascontiguousarray(images)).pin_memory()
         made: dict[str, Any] = {}
-        return cuda.parts(
+        return _cuda.parts(
             torch.cuda.current_stream(),
             lambda: made.update(given=self._placed(host)),
             lambda: made.update(outputs=self._forward(made["given"])),

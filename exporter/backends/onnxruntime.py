@@ -15,6 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
     PEAK_SIDE,
     Array,
@@ -32,11 +33,10 @@ from exporter.backends import (
     require,
 )
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest
-from exporter.graph import files, precision
-from exporter.graph.quantize import Placement, pair_sums, round_product
-from exporter.measure.machine import cores
+from exporter.graph import files, half
+from exporter.machine import cores
 from exporter.model.structure import last_operators
-from exporter.sidecar import Preprocessing
+from exporter.quantize.placement import Placement, pair_sums, round_product
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -166,7 +166,7 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     """The fp16 graph of an fp32 one; others are what they have to be already."""
-    return precision.lower(artifact, wanted, out) if wanted == "fp16" else artifact
+    return half.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
 def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:

@@ -19,6 +19,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
     NARROW,
     Array,
@@ -35,10 +36,9 @@ from exporter.backends import (
     require,
 )
 from exporter.errors import ExporterError, Unavailable, last_line
-from exporter.graph.quantize import Placement
-from exporter.graph.rounding import largest_pair, round_weights
 from exporter.model.structure import last_operators, module_of
-from exporter.sidecar import Preprocessing
+from exporter.quantize.placement import Placement
+from exporter.quantize.rounding import largest_pair, round_weights
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 

@@ -14,10 +14,10 @@ from typing import Literal
 import msgspec
 
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
 from exporter.errors import BadRequest
-from exporter.measure.machine import Conditions
-from exporter.sidecar import Preprocessing, Record
+from exporter.machine import Conditions
 
 
 class Arm(Record, frozen=True):

@@ -9,16 +9,16 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from exporter import machine
 from exporter.artifact import Artifact
-from exporter.backends import PEAK_MACS
+from exporter.artifact.sidecar import Preprocessing
+from exporter.backends import PEAK_MACS, _cuda
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, turns, worker
-from exporter.checks.parity import LIMITS
 from exporter.errors import BadRequest
-from exporter.measure import cuda, machine
-from exporter.measure.stats import Center, center
 from exporter.progress import step, track
 from exporter.report import Finding, Report, judged
-from exporter.sidecar import Preprocessing
+from exporter.stats import Center, center
+from exporter.verify.checks.parity import LIMITS
 
 EAGER = "eager"
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}
@@ -200,7 +200,7 @@ def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
             check="latency", metric=part, case=case, value=median(one[part] for one in told), unit="ms",
             detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in told),
         )
-        for part in (cuda.PARTS if told else ())
+        for part in (_cuda.PARTS if told else ())
     ]  # fmt: skip
 
 

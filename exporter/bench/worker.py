@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends
+from exporter import backends, machine
 from exporter.backends import Array, Bound, Outputs, Session
-from exporter.bench import Arm, Cold, Launch, Opener, Plan
+from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
 from exporter.errors import first_line
-from exporter.measure import machine, timing
 
 INPUTS = 4
 HEARTBEAT_S = 0.5

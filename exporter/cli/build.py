@@ -11,7 +11,7 @@ import click
 from exporter.model import FORMS
 
 if TYPE_CHECKING:
-    from exporter.int8 import Budget
+    from exporter.build.int8 import Budget
     from exporter.recipe import Recipe
 
 SHARED = (
@@ -201,7 +201,8 @@ def _target(words: dict[str, Any]) -> dict[str, Any]:
 def _build(backend: str, flags: dict[str, bool], words: dict[str, Any]) -> None:
     import shlex
 
-    from exporter import backends, int8, pipeline, recipe_file
+    from exporter import backends, recipe_file
+    from exporter.build import int8, pipeline
     from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
     from exporter.errors import BadRequest
     from exporter.recipe import EIGHT_BITS, Recipe, size_or_dynamic
@@ -264,7 +265,8 @@ def _refuse_calibration() -> None:
 def _build_int8(recipe: Recipe, budget: Budget, out: Path, as_json: bool) -> None:
     import msgspec
 
-    from exporter import int8, report
+    from exporter import report
+    from exporter.build import int8
     from exporter.cli.console import console, drawing, plain, print_findings, print_json, size
 
     with drawing():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from exporter.report import Finding
-    from exporter.report._tables import Table
+    from exporter.report.tables import Table
 
 T = TypeVar("T")
 REDRAW_S = 0.1

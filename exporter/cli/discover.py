@@ -9,10 +9,10 @@ import click
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact
+    from exporter.artifact.sidecar import Quantization
     from exporter.backends import Layer
     from exporter.model.variants import Variant
     from exporter.report import Finding
-    from exporter.sidecar import Quantization
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
 
@@ -94,7 +94,7 @@ def recipes_command(schema: bool, as_json: bool) -> None:
     """
     from exporter import recipe_file
     from exporter.cli.console import console, plain, print_json, print_table
-    from exporter.running import shipped
+    from exporter.run import shipped
 
     if schema:
         print_json(recipe_file.schema())
@@ -126,10 +126,10 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     """
     from exporter import artifact as artifacts
     from exporter import backends
-    from exporter.checks import structure
+    from exporter.build.int8 import gain
     from exporter.cli.console import print_findings, print_json
     from exporter.errors import Unavailable
-    from exporter.int8 import gain
+    from exporter.verify.checks import structure
 
     if picture:
         artifacts.check_output(picture)
@@ -157,13 +157,13 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
 
 
 def _draw(layers: list[Layer], picture: Path) -> None:
-    from exporter.disk import write_file
-    from exporter.report import _charts
+    from exporter.artifact.disk import write_file
+    from exporter.report import charts
 
     columns: dict[str, list[tuple[str, str]]] = {}
     for layer in layers:
         columns.setdefault(_group(layer), []).append((layer.operator, layer.precision))
-    svg = _charts.network(columns)
+    svg = charts.network(columns)
     write_file(picture, svg.replace("<svg ", '<svg style="color:black;background:white" ', 1).encode())
     click.echo(f"the picture is {picture}", err=True)
 

@@ -93,7 +93,8 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: A
       convnext-export verify build/tiny_fp16.xml --data imagenet/val
     """
     from exporter import artifact as artifacts
-    from exporter import pipeline, report
+    from exporter import report
+    from exporter.build import pipeline
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     path = output or artifact.with_name(f"{artifact.name}.report.json")
@@ -203,7 +204,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     from exporter import artifact, report
     from exporter.bench import latency
     from exporter.cli.console import console, drawing, plain, print_json, print_rows
-    from exporter.report import _tables
+    from exporter.report import tables
 
     paths = [(output or path.parent) / f"{path.name}.report.json" for path in artifacts]
     for path in paths:
@@ -215,7 +216,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     if as_json:
         print_json(whole)
     else:
-        print_rows(_tables.latency(_tables.told_apart(made)))
+        print_rows(tables.latency(tables.told_apart(made)))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in made):

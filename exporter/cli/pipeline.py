@@ -10,7 +10,7 @@ import click
 from exporter.cli.measure import timing_options
 
 if TYPE_CHECKING:
-    from exporter.running import Outcome
+    from exporter.run import Outcome
 
 
 @click.command("run", short_help="All of it from recipes: built, verified, timed, reported; what is done is skipped.")
@@ -37,13 +37,13 @@ def run_command(
       convnext-export run onnxruntime/tiny_int8 openvino/tiny_int8 --set quantization.calib=my_images
       convnext-export run recipes/*.yaml --jobs 2 --dry-run
     """
-    from exporter import running
+    from exporter import run
     from exporter.cli.console import console, drawing, plain, print_json, print_table
-    from exporter.running import pool, shipped
+    from exporter.run import pool, shipped
 
-    asked = running.jobs_of([shipped.find(word) for word in recipes], output, overrides)
+    asked = run.jobs_of([shipped.find(word) for word in recipes], output, overrides)
     if dry_run:
-        plans = {job.name: running.plan(job) for job in asked}
+        plans = {job.name: run.plan(job) for job in asked}
         if as_json:
             print_json(plans)
         else:
@@ -51,10 +51,10 @@ def run_command(
             print_table(columns, [(name, *steps.values()) for name, steps in plans.items()])
         return
     with drawing():
-        outcomes = pool.run_all(asked, jobs) if jobs > 1 else running.run_all(asked)
-        page = running.report_page(outcomes, output)
+        outcomes = pool.run_all(asked, jobs) if jobs > 1 else run.run_all(asked)
+        page = run.report_page(outcomes, output)
     if as_json:
-        print_json([running.to_dict(outcome) for outcome in outcomes])
+        print_json([run.to_dict(outcome) for outcome in outcomes])
     else:
         columns = ("recipe", "artifact", "size", "cosine", "top-1", "drop", "p50 ms", "× eager", "")
         print_table(columns, [_row(outcome) for outcome in outcomes], right=columns[2:-1])
@@ -121,9 +121,10 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
       convnext-export compare --base-rev origin/main --build "make model" build/tiny_fp16.xml
       convnext-export compare main.report.json head.report.json --fail-on top1_drop:0.3
     """
-    from exporter import artifact, gate, report
+    from exporter import artifact, report
     from exporter.cli.console import console, drawing, plain, print_json, print_rows
-    from exporter.report import _tables
+    from exporter.compare import gate
+    from exporter.report import tables
 
     path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
     artifact.check_output(path)
@@ -133,7 +134,7 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     if as_json:
         print_json(made)
     else:
-        print_rows(_tables.regressions([made]))
+        print_rows(tables.regressions([made]))
         verdict = "[green]no regression[/]" if made.passed else "[red]REGRESSION[/]"
         console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
     if not made.passed:
@@ -165,7 +166,9 @@ def report_command(
       convnext-export report build/*.report.json --history history.jsonl
       convnext-export report history.jsonl --format html -o trend.html
     """
-    from exporter import artifact, disk, rendering
+    from exporter import artifact
+    from exporter.artifact import disk
+    from exporter.report import rendering
 
     for path in (path for path in (output, history) if path):
         artifact.check_output(path)

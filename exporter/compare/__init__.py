@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 from msgspec.structs import replace
 
+from exporter.artifact.sidecar import Record
 from exporter.bench import flat
 from exporter.errors import BadRequest, nearest
-from exporter.measure.stats import Center, holm, log_change, paired_drop, percent
 from exporter.report import Finding, judged
-from exporter.sidecar import Record
+from exporter.stats import Center, holm, log_change, paired_drop, percent
 
 ALPHA = 0.01
 LEAST_LAUNCHES = 6  # with fewer no rank test can be significant

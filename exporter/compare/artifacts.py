@@ -9,14 +9,14 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter import machine
 from exporter.artifact import Artifact
 from exporter.bench import Arm, Launch, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
-from exporter.measure import machine
-from exporter.measure.stats import center, is_above
 from exporter.progress import step, track
 from exporter.report import Finding
+from exporter.stats import center, is_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
 LAUNCHES = 8

@@ -13,8 +13,8 @@ import numpy as np
 
 from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
 from exporter.errors import BadRequest
-from exporter.measure.stats import center, is_larger, shift
 from exporter.report import Finding, Report, machine_of
+from exporter.stats import center, is_larger, shift
 
 
 def compare_reports(base: Report, head: Report, limits: Sequence[Limit], across: Sequence[str]) -> list[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
-from exporter.errors import BadRequest, CheckFailed, Unavailable
+from exporter.errors import BadRequest, CheckFailed
+from exporter.git import git
 from exporter.progress import step
 
 
@@ -62,17 +62,3 @@ def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
     if not (folder / path).is_file():
         raise BadRequest(f"{what}: the build command left no {path}; name what it builds, relative to here")
     return artifacts.load(folder / path)
-
-
-def git(*words: str, failed: str) -> str:
-    """What git says.
-
-    Raises: Unavailable when it is not there; BadRequest, beginning with `failed`, when it refuses.
-    """
-    if shutil.which("git") is None:
-        raise Unavailable("git is not installed; install it, or compare two artifacts")
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:]
-        raise BadRequest(f"{failed}{f' ({said[0]})' if said else ''}"[:400])
-    return done.stdout.strip()

@@ -12,9 +12,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.errors import BadRequest
-from exporter.sidecar import Preprocessing
 
 MAX_LABEL_BYTES = 1 << 27
 _EXPECTED = "expected 'images' (and 'labels') as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"

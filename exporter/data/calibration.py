@@ -17,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 
 from exporter.artifact import sha256_file
+from exporter.artifact.disk import user_path, write_file
+from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.data import Batch, images, samples
 from exporter.data.samples import Samples, open_samples
-from exporter.disk import user_path, write_file
 from exporter.errors import BadRequest, some
 from exporter.progress import note, track
-from exporter.sidecar import Preprocessing, Record
 
 SIZE = 256  # images when no number is given
 SYNTHETIC = "synthetic"

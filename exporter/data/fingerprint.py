@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from exporter.artifact import sha256_file
+from exporter.artifact.disk import user_path
 from exporter.data import samples
-from exporter.disk import user_path
 from exporter.errors import BadRequest
 
 

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image

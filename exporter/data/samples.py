@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter import machine
+from exporter.artifact.disk import user_path
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data import Batch, images, synthetic
 from exporter.data.arrays import open_npz
-from exporter.disk import user_path
 from exporter.errors import BadRequest, nearest, some
-from exporter.measure import machine
-from exporter.sidecar import Preprocessing
 
 MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems take
 SYNTHETIC = 16  # images, when no number is given

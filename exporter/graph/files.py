@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.artifact.sidecar import Tensor
 from exporter.errors import ExporterError
-from exporter.sidecar import Tensor
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.sidecar import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir

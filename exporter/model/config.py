@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
-from exporter.sidecar import Preprocessing
 
 T = TypeVar("T")
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS
 from exporter.model.convnext import GRN, Block, ConvNeXt, Features, Norm
-from exporter.sidecar import Preprocessing
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}

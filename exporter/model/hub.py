@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.disk import NO_SPACE
+from exporter.artifact.disk import NO_SPACE
 from exporter.errors import BadRequest, Unavailable
 from exporter.progress import step
 

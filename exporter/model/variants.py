@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import BadRequest, nearest
-from exporter.sidecar import Preprocessing, Record
 
 
 class Architecture(Record, frozen=True):

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.artifact import Artifact, sha256_file
-from exporter.disk import user_path
+from exporter.artifact.disk import user_path
+from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
 from exporter.model.layouts import architecture, to_ours
 from exporter.model.variants import Architecture, Variant, named, resolve
-from exporter.sidecar import Preprocessing, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,16 +15,17 @@ from typing import Any
 import msgspec
 import yaml
 
-from exporter import backends, int8, strict
+from exporter import backends, strict
+from exporter.artifact.disk import user_path, write_file
+from exporter.artifact.sidecar import Record
+from exporter.build import int8
 from exporter.data.calibration import SYNTHETIC
-from exporter.disk import user_path, write_file
 from exporter.errors import BadRequest
 from exporter.recipe import EIGHT_BITS, Recipe
 from exporter.recipe_file import contradictions
 from exporter.recipe_file.contradictions import buildable as buildable
 from exporter.recipe_file.records import PATHS, SCHEMA, WORDS, Bench, Checks, Export, Model, Quantizing
 from exporter.recipe_file.records import RecipeFile as RecipeFile
-from exporter.sidecar import Record
 
 
 def of(recipe: Recipe, budget: int8.Budget) -> RecipeFile:

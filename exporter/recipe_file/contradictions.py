@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from exporter import backends, checks, discover, int8, pipeline, strict
+from exporter import backends, discover, strict
+from exporter.build import int8, pipeline
 from exporter.data.calibration import SYNTHETIC
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph import trace
@@ -15,6 +16,7 @@ from exporter.model import FORMS
 from exporter.model.variants import resolve
 from exporter.recipe import EIGHT_BITS, Recipe
 from exporter.recipe_file.records import RecipeFile
+from exporter.verify import checks
 
 
 def find(made: RecipeFile, marks: strict.Marks) -> None:

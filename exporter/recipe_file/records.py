@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from exporter import int8
+from exporter.artifact.sidecar import Record
 from exporter.bench.latency import BenchOptions
+from exporter.build import int8
 from exporter.data.calibration import SYNTHETIC
 from exporter.recipe import Recipe
-from exporter.sidecar import Record
-from exporter.verifying import VerifyOptions
+from exporter.verify import VerifyOptions
 
 SCHEMA = 1
 PATHS = ("weights", "labels", "calib", "data", "timing_cache")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import msgspec
 
 from exporter.artifact import read_sidecar, sidecar_path
-from exporter.disk import write_file
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.sidecar import Record
 
 SCHEMA = 1
 MAX_REPORT_BYTES = 512 * 2**20

@@ -7,10 +7,10 @@ import pytest
 
 from exporter import artifact, backends, discover
 from exporter.backends import Options
-from exporter.checks.parity import LIMITS
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import FORMS
+from exporter.verify.checks.parity import LIMITS
 from tests.conftest import PX, build, needs_bf16
 
 # What another backend's artifact was made from has its form in its name.

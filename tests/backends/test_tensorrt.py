@@ -9,9 +9,10 @@ import onnx_ir as ir
 import pytest
 from msgspec.structs import replace
 
-from exporter import artifact, backends, pipeline
+from exporter import artifact, backends
 from exporter.backends import Options
 from exporter.backends.tensorrt import builder, library, plan, runtime
+from exporter.build import pipeline
 from exporter.errors import BadRequest, ExporterError, Unavailable
 from tests.conftest import build, snapshot
 
@@ -207,7 +208,7 @@ def test_inspect_holds_eight_bits_against_fp16_beside_and_draws_the_network(arti
 def test_a_plan_that_would_not_fit_on_the_disk_is_not_begun(artifacts, tmp_path, monkeypatch):
     from collections import namedtuple
 
-    from exporter import disk
+    from exporter.artifact import disk
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))

@@ -17,7 +17,7 @@ from exporter import report
 from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS
 from exporter.bench import Launch, Plan, Timing, latency
-from exporter.measure.machine import Conditions
+from exporter.machine import Conditions
 from tests.conftest import build, copy_artifact
 
 QUICK = ("--duration", "0.5", "--threads", "1")

@@ -6,8 +6,8 @@ import numpy as np
 import psutil
 import pytest
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import Arm, Plan, Timing, flat, supervisor
-from exporter.sidecar import Preprocessing
 from tests.bench import fakes
 
 PREPROCESSING = Preprocessing(size=16, resize=16)

@@ -8,7 +8,7 @@ from benchmarks import forms, racing
 from benchmarks.peers import OURS_OV, PEERS, Case, Row, build, huggingface, table, timing
 from exporter.backends import Options
 from exporter.bench import Arm
-from exporter.measure.machine import environment
+from exporter.machine import environment
 from exporter.model.layouts import to_ours
 from tests.conftest import build as build_artifact
 from tests.conftest import tiny_state

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 SAY = """
 import torch
-from exporter.measure import machine
+from exporter import machine
 print(machine.saturates(), torch.backends.cpu.get_cpu_capability())
 """
 

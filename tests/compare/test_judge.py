@@ -5,7 +5,7 @@ import pytest
 
 from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits
 from exporter.errors import BadRequest
-from exporter.measure.stats import center, is_above, log_change
+from exporter.stats import center, is_above, log_change
 
 
 def change(limit="p50_ms:5%", shift_pct=0.0, noise_pct=0.5, launches=16, floor_pct=1.0, seed=0):

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data import calibration, samples
 from exporter.data.calibration import open_calibration
 from exporter.errors import BadRequest
-from exporter.sidecar import Preprocessing
 from tests.conftest import snapshot
 
 RECIPE = Preprocessing(size=32, resize=32)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images, synthetic
-from exporter.sidecar import Preprocessing
 
 RECIPE = Preprocessing(size=32, resize=32, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
 ROOM = 0.02

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
 from exporter.data.arrays import open_npz
 from exporter.data.samples import match_classes, open_samples
 from exporter.errors import BadRequest
-from exporter.sidecar import Preprocessing
 
 RECIPE = Preprocessing(size=32, resize=32)
 

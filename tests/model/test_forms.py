@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
 from exporter.graph import trace
 from exporter.model import FORMS, forms
 from exporter.model.convnext import ConvNeXt, Features
-from exporter.sidecar import Preprocessing
 from tests.conftest import tiny_architecture, tiny_state
 
 # Every published difference between two ConvNeXts.

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from msgspec.structs import replace
 
 from exporter import discover
-from exporter.report import Finding, Report, _tables
+from exporter.report import Finding, Report, tables
 
 EVIL = 'a"><script>alert(1)<b>|`$x^2$`.onnx'
 FORMATS = ("csv", "github", "html", "junit", "markdown")
@@ -57,11 +57,11 @@ def made(name=EVIL, ms=10.0, passed=True, seed=0):
 
 
 def rendered(form, *reports):
-    return discover.load("exporter.report", form, "RENDER")(reports)
+    return discover.load("exporter.report.formats", form, "RENDER")(reports)
 
 
 def test_every_format_is_tried_here():
-    assert set(discover.names("exporter.report")) == set(FORMATS)
+    assert set(discover.names("exporter.report.formats")) == set(FORMATS)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -209,6 +209,6 @@ def test_artifacts_of_one_name_are_told_apart_by_their_paths():
     one, same, other, third = (
         replace(made("a.onnx"), artifact={"path": p}) for p in ("x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx")
     )
-    names = [_tables.name(report) for report in _tables.told_apart([one, same, other, third])]
+    names = [tables.name(report) for report in tables.told_apart([one, same, other, third])]
     assert names == ["x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx"]
-    assert [_tables.name(report) for report in _tables.told_apart([one, same, third])] == ["a.onnx", "a.onnx", "b.onnx"]
+    assert [tables.name(report) for report in tables.told_apart([one, same, third])] == ["a.onnx", "a.onnx", "b.onnx"]

@@ -8,8 +8,8 @@ import pytest
 
 from exporter import report
 from exporter.errors import BadRequest
-from exporter.report import _history
-from exporter.report._history import Entry, Series
+from exporter.report import history
+from exporter.report.history import Entry, Series
 from tests.report.test_formats import made
 
 
@@ -25,8 +25,8 @@ def entries(levels, noise=0.01, metric="speedup, batch 1", machine="A", seed=0):
 
 
 def found(*told, **more):
-    (one,) = _history.series(entries(*told, **more))
-    return _history.steps(one)
+    (one,) = history.series(entries(*told, **more))
+    return history.steps(one)
 
 
 def test_a_step_is_found_where_it_was_made():
@@ -45,13 +45,13 @@ def test_one_bad_commit_is_no_step_nor_are_too_few():
     assert found([1.0] * 10 + [1.5] + [1.0] * 10) == []
     assert found([1.0, 1.0, 2.0, 2.0]) == []
     assert found([1.0] * 10 + [1.005] * 10, noise=1e-5) == [], "half a per cent"
-    assert _history.steps(Series("a", "m", "x", tuple(entries([0.0] * 8, metric="x")))) == []
+    assert history.steps(Series("a", "m", "x", tuple(entries([0.0] * 8, metric="x")))) == []
 
 
 def test_machines_are_never_mixed():
     both = entries([1.0] * 10, machine="A") + entries([2.0] * 10, machine="B")
-    assert [len(one.entries) for one in _history.series(both)] == [10, 10]
-    assert _history.step_table(both).rows == []
+    assert [len(one.entries) for one in history.series(both)] == [10, 10]
+    assert history.step_table(both).rows == []
 
 
 def test_reports_are_appended_and_drawn(tmp_path, run):
@@ -92,7 +92,7 @@ def test_the_commit_is_gits_or_the_cis(tmp_path, run, monkeypatch):
 
 
 def _history_variables():
-    from exporter import rendering
+    from exporter.report import rendering
 
     return rendering.COMMIT_VARIABLES
 
@@ -103,7 +103,7 @@ def test_a_line_that_is_none_is_named(line, tmp_path):
     good = json.dumps({"commit": "a", "time": "t", "artifact": "a", "machine": "m", "values": {}})
     path.write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(BadRequest, match="line 2"):
-        _history.load(path)
+        history.load(path)
 
 
 def test_what_is_no_history_is_left_as_it_was(tmp_path, refused):

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from exporter import report
 from exporter.errors import BadRequest
-from exporter.report import Finding, Report, judged, markdown
+from exporter.report import Finding, Report, judged
+from exporter.report.formats import markdown
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.artifact.disk import check_space
 from exporter.backends import Backend, Blocks, Layer, Options, Product, Target
 from exporter.backends.tensorrt import builder, library, lint, plan, runtime
 from exporter.backends.tensorrt.library import OS, TensorRtTarget
-from exporter.disk import check_space
 from exporter.errors import BadRequest, Unavailable, some
-from exporter.graph import precision
-from exporter.graph.quantize import Placement
+from exporter.graph import half
 from exporter.model.structure import KINDS
 from exporter.progress import note, step
+from exporter.quantize.placement import Placement
 from exporter.report import Finding
 
 # Matrix products over the last axis, which the library fuses GELU, bias, residual and Q into kernels around: in int8 of
@@ -47,7 +47,7 @@ def probe() -> str:
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     """The graph in fp16 or bf16, with statistics in fp32; others are what they have to be already."""
-    return precision.lower(artifact, wanted, out, FORM) if wanted in precision.HALVES else artifact
+    return half.lower(artifact, wanted, out, FORM) if wanted in half.HALVES else artifact
 
 
 def check(wanted: str, batch: int | None, target: Target) -> None:

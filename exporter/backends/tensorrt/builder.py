@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from exporter.artifact.disk import user_path, write_file
+from exporter.artifact.sidecar import Sidecar
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
-from exporter.disk import user_path, write_file
 from exporter.errors import BadRequest, ExporterError
 from exporter.progress import note, track
-from exporter.sidecar import Sidecar
 
 DEFAULT_PROFILE = Profile(1, 1, 16)
 DYNAMIC_SIZE = (64, 224, 512)  # pixels of a profile where the size is dynamic

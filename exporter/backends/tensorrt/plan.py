@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Record
 from exporter.backends import Layer
 from exporter.errors import some
 from exporter.model.structure import block, kind, module_of, part
 from exporter.report import Finding
-from exporter.sidecar import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,12 +8,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact
-from exporter.backends import Array, Bound, Outputs, as_taken
+from exporter.artifact.disk import cache_folder, write_file
+from exporter.backends import Array, Bound, Outputs, _cuda, as_taken
 from exporter.backends.tensorrt.builder import listener
 from exporter.backends.tensorrt.library import OS, Library
-from exporter.disk import cache_folder, write_file
 from exporter.errors import BadRequest, ExporterError, Unavailable
-from exporter.measure import cuda
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +128,7 @@ class PlanSession:
         host = [taken[0].pin_memory(), *(torch.empty_like(output, device="cpu").pin_memory() for output in held)]
 
         def parts() -> dict[str, float]:
-            return cuda.parts(
+            return _cuda.parts(
                 self.stream,
                 lambda: given.copy_(host[0], non_blocking=True),
                 replay,

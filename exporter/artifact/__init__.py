@@ -1,0 +1,281 @@
+"""An artifact: one file that a stock runtime loads, and a sidecar that says what it is.
+
+The sidecar `FILE.json` is checked before anything is loaded: it carries the digest of every file, and a
+seal over itself. Files are written to a staging folder, flushed, and moved into place by one rename that
+decides (the folder becomes `.NAME.commit`); whoever comes next finishes a move that was cut short. So at any
+moment there is the old artifact or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter.artifact.disk import flush, lock, locked, write_error, write_file
+from exporter.artifact.sidecar import File, Sidecar, decode, encode
+from exporter.errors import BadRequest, ExporterError, nearest, some
+from exporter.progress import note
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a stock runtime loads, with its sidecar."""
+
+    path: Path
+    sidecar: Sidecar
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the artifact but the sidecar."""
+        return [self.path.parent / file.name for file in self.sidecar.files]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The path and the sidecar, as `--json` prints it."""
+        fields: dict[str, Any] = msgspec.to_builtins(self.sidecar)
+        return {"path": str(self.path), **fields}
+
+
+def file_name(sidecar: Sidecar, suffix: str, form: str = "") -> str:
+    """What an artifact is called: variant, task and precision, and the form where a graph is but a step on the way."""
+    words = [sidecar.variant, "" if sidecar.task == "classify" else sidecar.task, form, sidecar.precision]
+    return "_".join(filter(None, words)) + suffix
+
+
+def sidecar_path(path: Path) -> Path:
+    """Where the sidecar of a file lies."""
+    return path.with_name(path.name + ".json")
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def load(path: Path) -> Artifact:
+    """Open an artifact after checking its sidecar and the digest of every file; nothing of it is run.
+
+    Raises: BadRequest for a missing, changed or damaged file or sidecar.
+    """
+    with locked(path.parent):
+        return _load(path)
+
+
+def _load(path: Path) -> Artifact:
+    _recover(path)
+    if not path.is_file():
+        beside = [file.name for file in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        known = [name.removesuffix(".json") for name in beside]
+        hint = f"; {nearest(path.name, known)}" if known else ""
+        raise BadRequest(f"{path}: no such file{hint}")
+    if not sidecar_path(path).is_file():
+        raise BadRequest(f"{path}: no sidecar {sidecar_path(path).name} beside it; build it with this tool")
+    sidecar = decode(sidecar_path(path))
+    if not sidecar.files or sidecar.files[0].name != path.name:
+        raise BadRequest(f"{path}: its sidecar speaks of another file; build the artifact again")
+    for file in sidecar.files:
+        _check(path.parent / file.name, file)
+    if path.suffix == ".onnx" and (stray := _external(path) - {file.name for file in sidecar.files}):
+        raise BadRequest(
+            f"{path}: its weights would be read from {some(sorted(stray))}, which its sidecar does not name; build "
+            "the artifact again"
+        )
+    return Artifact(path, sidecar)
+
+
+def _external(path: Path) -> set[str]:
+    """The files that the tensors of an ONNX graph say they lie in; none of them is opened.
+
+    Raises: BadRequest for what is no ONNX.
+    """
+    if not _holds(path, b"location"):  # the key that every external tensor has; looking is quick, parsing is not
+        return set()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except DecodeError:
+        raise BadRequest(f"{path}: no ONNX graph; build the artifact again") from None
+    return {entry.value for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location"}
+
+
+def _holds(path: Path, word: bytes) -> bool:
+    """Whether a file holds a word, without taking it into memory."""
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(word) >= 0
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor of a protobuf message, however deep: initialisers, attributes, functions."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(inner)
+
+
+def _check(path: Path, file: File) -> None:
+    if Path(file.name).name != file.name:
+        raise BadRequest(f"{path}: a sidecar may only name files beside it")
+    if not path.is_file():
+        raise BadRequest(f"{path}: missing; the artifact needs it, so build it again")
+    if path.stat().st_size != file.bytes:
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, expected {file.bytes}; build the artifact again")
+    found = sha256_file(path)
+    if found != file.sha256:
+        raise BadRequest(
+            f"{path}: changed since it was built (sha256 {found[:12]}…, expected {file.sha256[:12]}…); "
+            "build the artifact again"
+        )
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """What the sidecar of a file says, without looking at the file.
+
+    Raises: BadRequest when it is damaged or was changed.
+    """
+    return decode(sidecar_path(path))
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A folder to write the files of `target` into; they move into place when the block ends well.
+
+    If it does not, by an error or Ctrl-C, the folder is removed and what stood there before still stands. What a
+    killed process left is removed by the next one.
+
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is
+        not ours stands at `target`.
+    """
+    out = target.parent
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            _recover(target)
+            _sweep(target)
+            _refuse_foreign(target)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=out))
+            alive = lock(folder)
+    except OSError as error:
+        raise write_error(error, out) from None
+    try:
+        yield folder
+        for path in folder.iterdir():
+            flush(path)
+        with locked(out):
+            _recover(target)
+            os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
+            _recover(target)
+    except OSError as error:
+        raise write_error(error, out) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(alive)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.is_dir() or sidecar_path(target).is_dir() or (target.exists() and not sidecar_path(target).exists()):
+        raise BadRequest(
+            f"{target}: something that this tool did not write stands there; choose another folder with -o"
+        )
+
+
+def _sweep(target: Path) -> None:
+    """Remove the staging folders of processes that are no more: nobody holds their locks."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        with suppress(OSError):
+            handle = lock(folder, wait=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
+    """Write the sidecar of the staged file `name`, with the digests of all that was staged."""
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name != name, path.name))
+    files = tuple(File(name=p.name, bytes=p.stat().st_size, sha256=sha256_file(p)) for p in paths)
+    total = sum(file.bytes for file in files)
+    whole = msgspec.structs.replace(sidecar, files=files, sha256=files[0].sha256, bytes=total)
+    sidecar_path(folder / name).write_bytes(encode(whole))
+
+
+def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> None:
+    """Write the quality of an artifact, as just verified, into its sidecar.
+
+    When it was built again meanwhile, or cannot be written to, a note says so.
+    """
+    try:
+        with locked(artifact.path.parent):
+            now = _load(artifact.path).sidecar
+            if now.sha256 != artifact.sidecar.sha256:
+                note(f"{artifact.path.name} was built again meanwhile; its sidecar is left as it is")
+                return
+            fresh = msgspec.structs.replace(now, quality=dict(quality))
+            write_file(sidecar_path(artifact.path), encode(fresh))
+    except ExporterError as error:
+        note(f"the sidecar keeps its old quality: {error}")
+
+
+def check_output(path: Path) -> None:
+    """Refuse to write a report or table over what is none: an artifact, its sidecar, a folder, a device.
+
+    Raises: BadRequest.
+    """
+    described = path.with_name(path.name.removesuffix(".json"))
+    is_sidecar = path.name.endswith(".json") and described.is_file() and described.suffix in (".onnx", ".xml", ".plan")
+    if is_sidecar or sidecar_path(path).exists():
+        raise BadRequest(f"{path}: an artifact or its sidecar stands there; write the report elsewhere with -o")
+    if path.exists() and not path.is_file():
+        raise BadRequest(f"{path}: no file that a report could replace; give -o a file name")
+
+
+def _commit_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.commit")
+
+
+def _recover(target: Path) -> None:
+    """Finish the move of a staged artifact that was cut short after it was decided."""
+    commit = _commit_folder(target)
+    if not commit.is_dir():
+        return
+    last = sidecar_path(target).name
+    _drop_old_files(target)
+    for path in sorted(commit.iterdir(), key=lambda path: (path.name == last, path.name)):
+        with suppress(FileNotFoundError):  # another process is finishing it too
+            path.replace(target.parent / path.name)
+    flush(target.parent)
+    with suppress(FileNotFoundError):
+        commit.rmdir()
+
+
+def _drop_old_files(target: Path) -> None:
+    """Remove the files of the artifact that stood here before which the new one does not replace."""
+    commit, old = _commit_folder(target), sidecar_path(target)
+    new = sidecar_path(commit / target.name)
+    if not (old.is_file() and new.is_file()):
+        return
+    try:
+        old_names = {file.name for file in decode(old).files}
+    except BadRequest:
+        return  # what cannot be read names nothing to remove
+    for name in old_names - {file.name for file in decode(new).files}:
+        if Path(name).name == name:
+            (target.parent / name).unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""The CI gate: what is compared with what, and the one report that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter import artifact as artifacts
+from exporter import backends, machine, report
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Record
+from exporter.build import pipeline
+from exporter.compare import METRICS, Limit, compare_exact, parse_limits
+from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare_times
+from exporter.compare.reports import compare_reports
+from exporter.compare.revisions import build, built_at
+from exporter.errors import BadRequest
+from exporter.report import Finding, Report
+
+
+class GateOptions(CompareOptions, frozen=True):
+    """What `compare` can be told. `base_rev` and `build`: the revision to build the base from, and the shell command
+    that builds it; `data`: labelled images, for limits on answers."""
+
+    fail_on: tuple[str, ...] = ()
+    base_rev: str | None = None
+    build: str | None = None
+    data: str | None = None
+
+
+def compare(sides: Sequence[Path], options: GateOptions) -> Report:
+    """Hold the last of the sides against the first: two artifacts, two reports, or one artifact and `base_rev`.
+
+    Raises: BadRequest for sides that cannot be compared; what building and measuring raise.
+    """
+    limits = parse_limits(options.fail_on)
+    wanted = 1 if options.base_rev else 2
+    if len(sides) != wanted:
+        what = "HEAD alone, its base being --base-rev" if options.base_rev else "BASE and HEAD, or HEAD and --base-rev"
+        raise BadRequest(f"compare: {len(sides)} given; expected {what}")
+    if (options.base_rev is None) != (options.build is None):
+        raise BadRequest("--base-rev REV and --build CMD go together: the command builds HEAD at both revisions")
+    are_reports = [_is_report(side) for side in sides]
+    if any(are_reports) and (not all(are_reports) or options.base_rev):
+        raise BadRequest("compare: a report and an artifact; compare two of a kind")
+    if all(are_reports):
+        return _compare_reports(report.load(sides[0]), report.load(sides[1]), limits, options)
+    with ExitStack() as stack:
+        if options.base_rev and options.build:
+            base = stack.enter_context(built_at(options.base_rev, options.build, sides[0]))
+            head = build(options.build, Path(), sides[0], "head")
+        else:
+            base, head = (artifacts.load(side) for side in sides)
+        return _compare_artifacts(Pair(base, head), limits, options)
+
+
+def _is_report(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+def _compare_reports(base: Report, head: Report, limits: Sequence[Limit], options: GateOptions) -> Report:
+    findings = compare_reports(base, head, limits, options.across)
+    return _report(findings, base.artifact, head.artifact, limits, options, head.environment)
+
+
+def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions) -> Report:
+    by_kind = {
+        kind: [one for one in limits if METRICS[one.metric].kind == kind] for kind in ("time", "exact", "answers")
+    }
+    if by_kind["answers"] and options.data is None:
+        raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
+    check_pair(pair, options)
+    findings = compare_times(pair, by_kind["time"], options)
+    for limit in by_kind["exact"]:
+        findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
+    if options.data is not None and by_kind["answers"]:
+        told = pipeline.VerifyOptions(data=options.data, device=options.device)
+        both = [pipeline.verify(made, told) for made in (pair.base, pair.head)]
+        findings += compare_reports(both[0], both[1], by_kind["answers"], ("model",))
+    return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, machine.environment())
+
+
+def _exact(artifact: Artifact, metric: str) -> float:
+    if metric == "bytes":
+        return artifact.sidecar.bytes
+    backend = backends.get(artifact.sidecar.backend)
+    return len(backend.layers(artifact, backend.options()))
+
+
+def _report(
+    findings: Sequence[Finding],
+    base: dict[str, Any],
+    head: dict[str, Any],
+    limits: Sequence[Limit],
+    options: Record,
+    environment: dict[str, Any],
+) -> Report:
+    told = {"base": base, "limits": [str(limit) for limit in limits], "options": msgspec.to_builtins(options)}
+    return Report(
+        passed=all(finding.passed for finding in findings),
+        recipe={"compare": told},
+        artifact=head,
+        environment=environment,
+        findings=tuple(findings),
+    )

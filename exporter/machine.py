@@ -1,0 +1,161 @@
+"""The machine a number was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from exporter.artifact.sidecar import Record
+
+# In the order in which they matter to a ConvNeXt.
+_ISA = (
+    "amx_int8",
+    "amx_bf16",
+    "avx512_fp16",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512f",
+    "avx_vnni",
+    "avx2",
+    "asimd",
+)
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+
+
+@lru_cache(maxsize=1)
+def cpu() -> tuple[str, list[str]]:
+    """The processor's name, and which of the instruction sets that matter it has."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return name, [isa for isa in _ISA if isa in flags]
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu()[1]))
+
+
+def saturates() -> bool:
+    """Whether int8 sums can saturate on this CPU: it has AVX2 and no VNNI. False where its flags cannot be read."""
+    isa = cpu()[1]
+    return "avx2" in isa and not any("vnni" in one for one in isa)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_gib() -> float:
+    """Physical memory."""
+    import psutil
+
+    return float(psutil.virtual_memory().total) / 2**30
+
+
+def versions() -> dict[str, str]:
+    """Of the tools that had a hand in it."""
+    found = {}
+    for tool in ("convnext-export", *_TOOLS):
+        try:
+            found[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, object]:
+    """All of it, for a report."""
+    name, isa = cpu()
+    return {
+        "cpu": name,
+        "isa": isa,
+        "cores": cores(),
+        "governor": governor(),
+        "memory_gib": round(memory_gib(), 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+class Conditions(Record, frozen=True):
+    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown."""
+
+    load: float
+    others_pct: float
+    steal_pct: float
+    throttled: int | None
+    mhz: float | None
+
+
+class Watch:
+    """Looks at the machine once before and once after a stretch of timing, never meanwhile."""
+
+    def __init__(self) -> None:
+        self.before, self.throttles = _counters(), _throttles()
+
+    def conditions(self) -> Conditions:
+        """What the machine was like since this watch was made."""
+        before, now = self.before, _counters()
+        passed = {key: now[key] - before[key] for key in now}
+        capacity = max(passed["total"], 1e-9)
+        others = passed["busy"] - passed["own"]
+        throttles = _throttles()
+        return Conditions(
+            load=round(os.getloadavg()[0], 2),
+            others_pct=round(100 * max(others, 0.0) / capacity, 2),
+            steal_pct=round(100 * passed["steal"] / capacity, 2),
+            throttled=None if throttles is None or self.throttles is None else throttles - self.throttles,
+            mhz=_mhz(),
+        )
+
+
+def _counters() -> dict[str, float]:
+    """Seconds of all cores since boot: total, busy and stolen by the hypervisor; and of this process."""
+    import psutil
+
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    steal = getattr(times, "steal", 0.0)
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user already
+    total = sum(times) - guest
+    return {"total": total, "busy": total - idle - steal, "steal": steal, "own": sum(os.times()[:2])}
+
+
+def _throttles() -> int | None:
+    """How often the cores were slowed for heat since boot, as far as the kernel tells."""
+    found = list(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+    return sum(int(path.read_text()) for path in found) if found else None
+
+
+def _mhz() -> float | None:
+    import psutil
+
+    frequency = psutil.cpu_freq()
+    return round(frequency.current, 0) if frequency else None
+
+
+def governor() -> str | None:
+    """Which rule sets the clock of the first core, where the kernel tells."""
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return path.read_text().strip() if path.exists() else None
+
+
+def gpu() -> dict[str, str] | None:
+    """Clocks, temperature and driver of the first NVIDIA GPU, asked once; None where there is none."""
+    import shutil
+    import subprocess
+
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+    if shutil.which("nvidia-smi") is None:
+        return None
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None

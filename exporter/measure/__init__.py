@@ -1,1 +1,0 @@
-"""Measuring: statistics and the machine they were taken on. Knows no model."""

@@ -1,0 +1,184 @@
+"""The network as it will be rounded, in PyTorch: what biases are corrected by, and which part does the harm.
+
+The numbers are those of the Q/DQ graph: inputs and weights are rounded as there, products are of fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporter.data.calibration import CalibrationSet
+from exporter.model.structure import part
+from exporter.progress import step, track
+from exporter.quantize import QuantizeOptions, ranges
+from exporter.quantize.rounding import LARGEST, Floats, Plan, Rounding, round_weights
+from exporter.quantize.smoothing import Layer, Network, layers
+from exporter.quantize.statistics import Statistics, in_double
+
+CORRECTING = 32  # images at once that the full bias correction looks at
+JUDGING = 32  # images that each part's harm is measured on
+
+
+def plan(
+    model: Network,
+    kinds: frozenset[str],
+    symmetric: bool,
+    found: Statistics,
+    images: CalibrationSet,
+    options: QuantizeOptions,
+) -> Plan:
+    """How every layer of these kinds is rounded.
+
+    Args:
+        model: smoothed by the statistics' factors.
+        kinds: of the layers that are.
+        symmetric: whether activations are rounded around zero.
+        found: the statistics.
+        images: for the full bias correction.
+        options: the grid, the method and the bias correction.
+    """
+    made: Plan = {}
+    watched = layers(model, kinds)
+    for name, layer in watched.items():
+        counts = found.histogram.get(name, np.zeros(0))
+        low, high = ranges.choose(counts, *found.range(name), options.method, symmetric)
+        scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
+        shift = np.zeros(layer.weight.shape[0], np.float32)
+        made[name] = Rounding(
+            scale, zero_point, symmetric, shift, options.grid, options.inputs, options.half, options.exact_pairs
+        )
+        if options.bias_correction == "fast":
+            made[name] = replace(made[name], shift=_fast_shift(layer, found.mean(name), made[name]))
+    return _full(model, made, images) if options.bias_correction == "full" else made
+
+
+def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
+    """What rounding the weights takes from the mean output: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
+    through weight equalization and bias correction", ICCV 2019, section 4.2, with E[x] as measured)."""
+    lost = layer.weight.detach().double() - rounded_weight(layer, rounding)
+    taps: Tensor = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
+    mean_input = torch.from_numpy(mean).double()
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: each channel has its own
+        taps, mean_input = taps * mean_input[:, None], torch.ones(1, dtype=torch.float64)
+    shift: Floats = (taps @ mean_input).float().numpy()
+    return shift
+
+
+def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
+    """One layer after the other takes on what its mean output lacks, with everything before it rounded and corrected.
+
+    Both runs look at one and the same batch, so memory does not grow with the set.
+    """
+    batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images).double()
+    step(f"correcting biases on {len(batch)} images")
+    expected: dict[str, Tensor] = {}
+    corrected = dict(made)
+
+    def remember(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        expected[name] = _channel_means(module, output)
+
+    def correct(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        shift = expected[name] - _channel_means(module, output)
+        corrected[name] = replace(made[name], shift=shift.float().numpy())
+        return output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
+
+    with torch.no_grad():
+        with in_double(model), _hooked(model, made, remember):
+            model(batch)
+        with rounded(model, made), in_double(model), _hooked(model, made, correct):
+            model(batch)
+    return corrected
+
+
+def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
+    axes = [0, 2, 3] if isinstance(module, nn.Conv2d) else list(range(output.ndim - 1))
+    return output.mean(axes)
+
+
+@contextmanager
+def _hooked(model: Network, names: Iterable[str], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def rounded(model: Network, made: Plan) -> Iterator[None]:
+    """Within, the layers of a plan work with rounded inputs and weights, and shifted biases."""
+    kept: list[tuple[Layer, Tensor, Tensor]] = []
+    handles = []
+    try:
+        for name, rounding in made.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            assert layer.bias is not None
+            kept.append((layer, layer.weight, layer.bias))
+            layer.weight = nn.Parameter(rounded_weight(layer, rounding), requires_grad=False)
+            layer.bias = nn.Parameter(layer.bias + torch.from_numpy(rounding.shift), requires_grad=False)
+            if rounding.inputs:
+                handles.append(layer.register_forward_pre_hook(partial(_round_input, rounding)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, weight, bias in kept:
+            layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+
+def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    del module
+    if rounding.grid == "fp8":
+        largest = LARGEST["fp8"]
+        steps = (given[0] / rounding.scale).clamp(-largest, largest)  # beyond it PyTorch gives NaN, ONNX the largest
+        return (steps.to(torch.float8_e4m3fn).to(given[0].dtype) * rounding.scale,)
+    low, high = (-127, 127) if rounding.symmetric else (0, 255)
+    return (
+        torch.fake_quantize_per_tensor_affine(
+            given[0], rounding.scale, rounding.zero_point, low, high
+        ),
+    )  # fmt: skip
+
+
+def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
+    """The weights that eight bits have for these, in fp32."""
+    weight = layer.weight.detach().numpy()
+    whole, scale = round_weights(weight, 0, rounding.grid, rounding.half, rounding.exact_pairs)
+    return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def harms(model: Network, made: Plan, images: CalibrationSet) -> dict[str, float]:
+    """What rounding each part alone does to the outputs: the mean square error as a share of their variance, the most
+    harmful part first."""
+    batch = torch.from_numpy(next(iter(images.batches(min(JUDGING, images.total)))).images)
+    parts: dict[str, Plan] = {}
+    for name, rounding in made.items():
+        parts.setdefault(part(name), {})[name] = rounding
+    step(f"measuring the harm of each of {len(parts)} parts on {len(batch)} images")
+    with torch.inference_mode():
+        expected = _outputs(model, batch)
+        found: dict[str, float] = {}
+        for name in track(parts, len(parts), "parts", lambda _: 1):
+            with rounded(model, parts[name]):
+                found[name] = _noise(expected, _outputs(model, batch))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _outputs(model: Network, batch: Tensor) -> tuple[Tensor, ...]:
+    given = [model(batch[start : start + 8]) for start in range(0, len(batch), 8)]
+    columns = zip(*(one if isinstance(one, tuple) else (one,) for one in given), strict=True)
+    return tuple(torch.cat(column) for column in columns)
+
+
+def _noise(expected: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> float:
+    shares = [float(((b - a) ** 2).mean() / a.var().clamp(min=1e-20)) for a, b in zip(expected, given, strict=True)]
+    return sum(shares) / len(shares)

@@ -1,0 +1,256 @@
+"""Statistics of the layers' inputs on a calibration set.
+
+The first pass over the images records the minimum, maximum and mean of every channel. Methods other than `minmax` need
+a second: a histogram of each layer's inputs after smoothing. Images stream, so memory does not grow with their number.
+Results are cached per user under a key of every input that determines them; an interrupted run resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporter.artifact.disk import cache_folder, write_file
+from exporter.data.calibration import CalibrationSet
+from exporter.errors import CheckFailed, ExporterError
+from exporter.progress import note, step, track
+from exporter.quantize.rounding import Floats
+from exporter.quantize.smoothing import Layer, Network, factors, layers
+
+BINS = 4096
+BATCH = 8
+SAVE_S = 5.0  # how often what was measured so far is written down
+VERSION = 2
+See = Callable[[str, torch.Tensor], None]
+
+
+@dataclass
+class Statistics:
+    """Of each layer's input, by the layer's name: smallest, largest and mean of each channel (C,), the factors that
+    the channels were divided by, and how often each value occurs then, in equal bins from `range(name)`."""
+
+    low: dict[str, Floats] = field(default_factory=dict)
+    high: dict[str, Floats] = field(default_factory=dict)
+    total: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    count: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    factor: dict[str, Floats] = field(default_factory=dict)
+    histogram: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    images: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """How many images each pass has seen."""
+
+    def largest(self) -> dict[str, Floats]:
+        """The largest |x| of every channel."""
+        return {name: np.maximum(-self.low[name], self.high[name]) for name in self.low}
+
+    def mean(self, name: str) -> Floats:
+        """The mean of every channel, divided by its factor."""
+        mean: Floats = (self.total[name] / self.count[name]).astype(np.float32)
+        return mean / self.factor[name] if name in self.factor else mean
+
+    def range(self, name: str) -> tuple[float, float]:
+        """The smallest and the largest value of a layer's scaled input, zero included."""
+        s = self.factor.get(name, np.float32(1))
+        return min(0.0, float((self.low[name] / s).min())), max(0.0, float((self.high[name] / s).max()))
+
+    def macs(self, model: Network, name: str) -> int:
+        """Multiply-accumulates of a layer for one image of the calibration's size."""
+        layer = model.get_submodule(name)
+        positions = int(self.count[name]) // self.done("extremes")
+        if isinstance(layer, torch.nn.Conv2d):
+            positions //= layer.stride[0] * layer.stride[1]
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return positions * weight.numel()
+
+    def done(self, which: str) -> int:
+        """How many images a pass has seen."""
+        return int(self.images.get(which, 0))
+
+
+def collect(
+    model: Network,
+    kinds: frozenset[str],
+    alpha: float,
+    images: CalibrationSet,
+    about: Mapping[str, Any],
+    histogram: bool = True,
+) -> Statistics:
+    """The statistics of a network's layers, from the cache or measured in fp64 (`in_double`); `histogram` is {} in them
+    unless it is asked for.
+
+    Args:
+        model: in a folded form, not yet smoothed.
+        kinds: of the layers to watch.
+        alpha: as for `smoothing.factors`.
+        images: the calibration set.
+        about: every fact beside these that the numbers depend on.
+        histogram: whether histograms are needed; they take a second pass over the images.
+
+    Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
+    """
+    facts = {**about, "kinds": sorted(kinds), "alpha": alpha, "images": images.digest, "count": images.total}
+    facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
+    store = Store(facts)
+    found = store.read()
+    watched = layers(model, kinds)
+    if found.done("histogram" if histogram else "extremes") == images.total:
+        note(f"statistics of these {images.total} images are remembered ({store.path})")
+    else:
+        step(f"calibrating on {images.total} images of {images.source}")
+    with watching(watched, partial(_extremes, found)):
+        _pass(model, images, found, "extremes", store)
+    found.factor = factors(model, found.largest(), alpha)
+    if histogram:
+        with watching(watched, partial(_histogram, found)):
+            _pass(model, images, found, "histogram", store)
+    return found
+
+
+@contextmanager
+def in_double(model: Network) -> Iterator[None]:
+    """Run an fp32 network in fp64 inside the `with` block, in place, and restore fp32 on exit.
+
+    The last bits of an fp32 sum depend on the instruction set and the number of threads, and scales, biases and the
+    artifact's bytes would depend on them too. Differences in fp64 are about 1e-16 of a value and practically never
+    survive rounding to fp32. `_depthwise` replaces PyTorch's fp64 depthwise convolution, which is several times slower.
+    """
+    depthwise = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and _is_plain_depthwise(m)]
+    try:
+        model.double()
+        for module in depthwise:
+            module.forward = partial(_depthwise, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in depthwise:
+            vars(module).pop("forward", None)
+        model.float()
+
+
+def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
+    alone = conv.groups == conv.in_channels == conv.out_channels
+    plain = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return alone and plain and not isinstance(conv.padding, str)
+
+
+def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A depthwise convolution of stride 1 as a sum of shifted inputs: (N, C, H, W) to (N, C, H', W') with
+    H' = H + 2 · padding − kernel + 1."""
+    assert not isinstance(conv.padding, str)
+    rows, columns = conv.padding
+    padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
+    height, width = (padded.shape[axis] - conv.kernel_size[axis - 2] + 1 for axis in (2, 3))
+    total = padded.new_zeros(*x.shape[:2], height, width)
+    if conv.bias is not None:
+        total += conv.bias[:, None, None]
+    for i in range(conv.kernel_size[0]):
+        for j in range(conv.kernel_size[1]):
+            total.addcmul_(padded[:, :, i : i + height, j : j + width], conv.weight[:, 0, i, j, None, None])
+    return total
+
+
+def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str, store: Store) -> None:
+    """Run the images that this pass has not seen yet, and write down now and then what was seen: only between
+    batches, so that none is counted twice."""
+    left = images.total - found.done(which)
+    if not left:
+        return
+    saved = time.monotonic()
+    with in_double(model), torch.inference_mode():
+        for batch in track(images.batches(BATCH, found.done(which)), left, which, lambda batch: len(batch.names)):
+            model(torch.from_numpy(batch.images).double())
+            found.images[which] = np.asarray(found.done(which) + len(batch.names))
+            if time.monotonic() - saved > SAVE_S:
+                store.write(found)
+                saved = time.monotonic()
+    store.write(found)
+
+
+@contextmanager
+def watching(watched: Mapping[str, Layer], see: See) -> Iterator[None]:
+    """Within, `see` is told the input of each layer, channels last (…, C)."""
+
+    def told(name: str, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        x = given[0]
+        see(name, x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x)
+
+    hooks = [module.register_forward_pre_hook(partial(told, name)) for name, module in watched.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
+    flat = x.reshape(-1, x.shape[-1])
+    low, high = (end.float().numpy() for end in torch.aminmax(flat, dim=0))
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantised; verify its fp32 export")
+    total = flat.sum(0, dtype=torch.float64).numpy()
+    before = name in found.low
+    found.low[name] = np.minimum(found.low[name], low) if before else low.copy()
+    found.high[name] = np.maximum(found.high[name], high) if before else high.copy()
+    found.total[name] = found.total[name] + total if before else total
+    found.count[name] = found.count.get(name, np.asarray(0)) + len(flat)
+
+
+def _histogram(found: Statistics, name: str, x: torch.Tensor) -> None:
+    low, high = found.range(name)
+    scaled = x / torch.from_numpy(found.factor[name]) if name in found.factor else x
+    counts = torch.histc(scaled.clamp(low, high), BINS, low, high).numpy() if high > low else np.zeros(BINS)
+    found.histogram[name] = found.histogram.get(name, np.zeros(BINS)) + counts
+
+
+class Store:
+    """Where statistics are kept: a file for everything that they depend on, which it also says itself."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = msgspec.json.encode(facts, order="deterministic")
+        key = hashlib.sha256(self.facts).hexdigest()[:32]
+        self.path = cache_folder() / "statistics" / f"{key}.npz"
+
+    def read(self) -> Statistics:
+        """What is kept there; nothing, when the file is damaged or of something else."""
+        found = Statistics()
+        try:
+            if not self.path.is_file():
+                return found
+            with np.load(self.path, allow_pickle=False) as stored:
+                if bytes(stored["facts"]) != self.facts or str(stored["seal"]) != _seal(stored):
+                    raise ValueError("of something else")
+                for key in set(stored.files) - {"facts", "seal"}:
+                    kind, _, name = key.partition("|")
+                    getattr(found, kind)[name] = stored[key]
+        except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
+            note(f"{self.path} is damaged or of something else; the statistics are measured again")
+            return Statistics()
+        return found
+
+    def write(self, found: Statistics) -> None:
+        """Keep what was measured; a cache that cannot be written is no reason to stop."""
+        kinds = ("low", "high", "total", "count", "histogram", "images")  # factors are derived from low and high
+        arrays = {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(found, kind).items()}
+        arrays["facts"] = np.frombuffer(self.facts, np.uint8)
+        buffer = io.BytesIO()
+        np.savez(buffer, seal=np.asarray(_seal(arrays)), **arrays)  # type: ignore[arg-type]
+        with suppress(ExporterError):
+            write_file(self.path, buffer.getvalue())
+
+
+def _seal(arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(set(arrays) - {"seal"}):
+        digest.update(key.encode() + np.ascontiguousarray(arrays[key]).tobytes())
+    return digest.hexdigest()

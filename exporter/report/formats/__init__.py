@@ -1,0 +1,1 @@
+"""Report formats. Each module of this folder is one format, and ends in `RENDER`."""

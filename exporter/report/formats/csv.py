@@ -1,0 +1,33 @@
+"""Reports as comma-separated values: a row for each finding, without its samples."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from exporter.report import Report
+from exporter.report.tables import name
+
+ARTIFACT = ("variant", "task", "backend", "precision", "sha256")
+FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "passed", "detail")
+
+
+def render(reports: Sequence[Report]) -> str:
+    """The header and the rows. A cell that a spreadsheet would take for a formula begins with an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("artifact", *ARTIFACT, "cpu", *FINDING))
+    for report in reports:
+        about = [name(report), *(report.artifact.get(key, "") for key in ARTIFACT), report.environment.get("cpu", "")]
+        for finding in report.findings:
+            cells = [*about, *(getattr(finding, key) for key in FINDING)]
+            writer.writerow([_harmless(cell) for cell in cells])
+    return out.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+RENDER = render

@@ -1,0 +1,44 @@
+"""Reports as GitHub workflow commands: printed in a step, each becomes an annotation of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from exporter.report import Finding, Report
+from exporter.report.tables import name, not_paying
+
+
+def render(reports: Sequence[Report]) -> str:
+    """A line for each annotation: an error for what fails, a warning for what is too noisy or not sure, and a notice
+    for each report that passes."""
+    return "".join(f"{line}\n" for report in reports for line in _lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    for finding in report.findings:
+        title = f"{name(report)}: {finding.metric}" + (f", {finding.case}" if finding.case else "")
+        if not finding.passed:
+            yield _command("error", title, _said(finding))
+        elif not_paying(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
+            yield _command("warning", title, _said(finding))
+    if report.passed:
+        judged = sum(finding.limit is not None for finding in report.findings)
+        yield _command("notice", name(report), f"all {judged} limits hold")
+
+
+def _said(finding: Finding) -> str:
+    value = "no number" if finding.value is None else f"{finding.value:.4g} {finding.unit}".strip()
+    limit = "" if finding.limit is None else f" (limit {finding.limit:g})"
+    return f"{value}{limit} {finding.detail}".strip()
+
+
+def _command(kind: str, title: str, message: str) -> str:
+    """One command; `%`, line ends and, in a property, `:` and `,` are written as GitHub decodes them."""
+    return f"::{kind} title={_data(title).replace(':', '%3A').replace(',', '%2C')}::{_data(message)}"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+RENDER = render

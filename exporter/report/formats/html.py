@@ -1,0 +1,122 @@
+"""Reports as one HTML page that needs nothing else: no script, no request, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from exporter.report import Report, charts
+from exporter.report.history import Entry, series, step_table, steps
+from exporter.report.tables import Table, name, tables, warnings
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+
+
+class Chart(NamedTuple):
+    """A heading and an SVG."""
+
+    title: str
+    svg: Any
+
+
+def render(reports: Sequence[Report]) -> str:
+    """The page."""
+    bad = [name(report) for report in reports if not report.passed]
+    cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
+    compared = [finding for report in reports for finding in report.findings]
+    found = [chart("Change against the base", charts.changes(compared))]
+    found += [chart("Accuracy against latency", charts.accuracy_against_latency(reports))]
+    found += [chart(f"What int8 loses against latency, {name(r)}", charts.tried(r)) for r in reports]
+    found += [chart("Error of each block", charts.blocks(reports))]
+    found += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
+    return page(
+        "convnext-export report",
+        verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
+        lead=warnings(reports),
+        tables=tables(reports),
+        appendix=_blocks(reports),
+        charts=[one for one in found if one.svg],
+        environments=_environments(reports),
+        provenance=[(name(report), _provenance(report)) for report in reports],
+    )
+
+
+def chart(title: str, svg: str) -> Chart:
+    """An SVG of ours, to be put into the page as it is."""
+    from markupsafe import Markup
+
+    return Chart(title, Markup(svg))
+
+
+def page(title: str, verdict: str | None = None, **parts: Any) -> str:
+    """The template with its parts; whatever comes from a file is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    blank: dict[str, Any] = {key: [] for key in ("lead", "tables", "appendix", "charts", "environments", "provenance")}
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
+    return template.render(title=title, verdict=verdict, **(blank | parts))
+
+
+def _blocks(reports: Sequence[Report]) -> list[Table]:
+    """Error and precision of every block, a column for each artifact."""
+    known = [(r, {f.case: f for f in r.findings if f.metric == "block_error"}) for r in reports]
+    known = [(r, found) for r, found in known if found]
+    columns = ("block", *(name(report) for report, _ in known))
+    cases = dict.fromkeys(case for _, found in known for case in found)
+    rows = [(case, *(_block(found.get(case)) for _, found in known)) for case in cases]
+    return [Table("Error and precision of each block", columns, columns[1:], rows)] if rows else []
+
+
+def _block(finding: Any) -> str:
+    if finding is None:
+        return "–"
+    return f"{finding.value:.2g} · {finding.detail}" if finding.value is not None else f"NaN · {finding.detail}"
+
+
+def _environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
+    """The machines, each said once; what a session was, and how the machine was while timing, is the artifact's."""
+    own = ("session", "timing", "gpu_before", "gpu_after")
+    facts = [tuple(_facts({k: v for k, v in r.environment.items() if k not in own})) for r in reports]
+    return [list(one) for one in dict.fromkeys(facts)]
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    wanted = ("path", "sha256", "bytes", "backend", "precision", "variant", "task", "weights", "parents", "versions")
+    known = {key: report.artifact[key] for key in wanted if key in report.artifact}
+    session: dict[str, Any] = {
+        key: report.environment[key] for key in ("session", "timing") if key in report.environment
+    }
+    return _facts({**known, **session, "recipe": report.recipe})
+
+
+def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _words(value)) for key, value in values.items() if value not in (None, "", [], {})]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(one)}" for key, one in value.items() if one is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def render_trend(entries: Sequence[Entry]) -> str:
+    """The page of a history: a chart for each series that has stepped, then the others."""
+    known = [(one, steps(one)) for one in series(entries) if len(one.entries) > 1]
+    known.sort(key=lambda pair: not pair[1])
+    return page(
+        "convnext-export trend",
+        lead=[f"{len({entry.commit for entry in entries})} commits, {len(known)} series."],
+        tables=[step_table(entries)] if any(found for _, found in known) else [],
+        charts=[
+            chart(f"{one.artifact}: {one.metric} ({one.machine})", charts.trend(one, found)) for one, found in known
+        ],
+    )
+
+
+RENDER = render
+TREND = render_trend

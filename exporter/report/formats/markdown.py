@@ -1,0 +1,58 @@
+"""Reports as Markdown tables, for a pull request or a step summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exporter.report import Report
+from exporter.report.history import Entry, step_table
+from exporter.report.tables import Table, data, machine, tables, warnings
+
+
+def render(reports: Sequence[Report]) -> str:
+    """Every table the reports have rows for, and where they were measured; a heading each where there are several."""
+    found = tables(reports)
+    parts = [_table(table, len(found) > 1) for table in found]
+    lead = [f"{_escape(line)}\n" for line in warnings(reports)]
+    return "\n".join([*lead, *parts, _footer(reports)]) + "\n"
+
+
+def _table(table: Table, titled: bool) -> str:
+    marks = ["--:" if column in table.right else "---" for column in table.columns]
+    lines = [_line(table.columns), f"|{'|'.join(marks)}|", *(_line(map(_escape, row)) for row in table.rows), ""]
+    return "\n".join([f"**{table.title}**\n", *lines] if titled else lines)
+
+
+def _line(cells: Sequence[str] | map[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# Names come from files and labels: no table, link, tag or emphasis may come out of them.
+_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*"} | {ord("\n"): " "}
+
+
+def _escape(text: str) -> str:
+    """The text with no mark-up in it but our own bold words at its beginning."""
+    for word in ("**fails**", "**regressed**"):
+        if text.startswith(word):
+            return word + text.removeprefix(word).translate(_SIGNS)
+    return text.translate(_SIGNS)
+
+
+def _footer(reports: Sequence[Report]) -> str:
+    """The data and the machines, each said once."""
+    lines = []
+    for report in reports:
+        images = f"Images: {_escape(data(report))}. " if data(report) else ""
+        lines.append(f"{images}Machine: {_escape(machine(report))}.")
+    return "\n\n".join(sorted(set(lines)))
+
+
+def render_trend(entries: Sequence[Entry]) -> str:
+    """The steps of a history."""
+    table = step_table(entries)
+    return _table(table, False) if table.rows else "No step in this history.\n"
+
+
+RENDER = render
+TREND = render_trend

@@ -1,0 +1,173 @@
+"""What was measured commit by commit, one JSON line each, and where it stepped.
+
+A history is appended to, never rewritten; series of two machines or of two artifacts are never mixed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from exporter.artifact.disk import locked, write_file
+from exporter.artifact.sidecar import Record
+from exporter.errors import BadRequest
+from exporter.report import Report, machine_of
+from exporter.report.tables import Table, name
+
+SCHEMA = 1
+METRICS = ("speedup", "p50_ms", "p99_ms", "throughput_ips", "top1", "top1_agreement", "cosine", "bytes")
+MAX_BYTES = 256 * 2**20
+LEAST_SEGMENT = 3  # commits on either side of a step
+LEAST_STEP_PCT = 1.0
+
+
+class Entry(Record, frozen=True):
+    """One report at one commit: the value of each metric, under `metric` or `metric, case`."""
+
+    commit: str
+    time: str
+    artifact: str
+    machine: str
+    values: dict[str, float]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a series stepped: the first commit of the new level, and the medians on either side."""
+
+    artifact: str
+    machine: str
+    metric: str
+    commit: str
+    time: str
+    before: float
+    after: float
+
+    @property
+    def change_pct(self) -> float:
+        """How far, in percent of the level before."""
+        return 100 * (self.after / self.before - 1)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one artifact on one machine, commit by commit."""
+
+    artifact: str
+    machine: str
+    metric: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def values(self) -> list[float]:
+        """The metric at each commit."""
+        return [entry.values[self.metric] for entry in self.entries]
+
+
+def append(path: Path, reports: Sequence[Report], commit: str) -> None:
+    """Add a line for each report.
+
+    Raises: BadRequest when the file is no history of ours.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    now = moment.isoformat(timespec="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        before = path.read_bytes() if path.exists() else b""
+        load(path)
+        lines = b"".join(msgspec.json.encode(_entry(report, commit, now)) + b"\n" for report in reports)
+        write_file(path, before + lines)
+
+
+def _entry(report: Report, commit: str, now: str) -> Entry:
+    values = {
+        f"{f.metric}, {f.case}" if f.case else f.metric: f.value
+        for f in report.findings
+        if f.metric in METRICS and f.check != "regression" and f.value is not None
+    }
+    machine = ", ".join(str(fact) for fact in machine_of(report) if isinstance(fact, str | int))
+    return Entry(commit=commit, time=now, artifact=name(report), machine=machine, values=values)
+
+
+def load(path: Path) -> list[Entry]:
+    """Every line of a history.
+
+    Raises: BadRequest for a line that is none of ours, with its number.
+    """
+    if not path.exists():
+        return []
+    if path.stat().st_size > MAX_BYTES:
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no history of ours")
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            entry = msgspec.json.decode(line, type=Entry)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(f"{path}, line {number}: no line of a history ({error}); remove it") from None
+        if entry.schema != SCHEMA:
+            raise BadRequest(f"{path}, line {number}: schema {entry.schema}, this version reads {SCHEMA}")
+        entries.append(entry)
+    return entries
+
+
+def series(entries: Sequence[Entry]) -> list[Series]:
+    """Every metric of every artifact on every machine, in the order of the lines."""
+    grouped: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in entries:
+        for metric in entry.values:
+            grouped.setdefault((entry.artifact, entry.machine, metric), []).append(entry)
+    return [Series(*key, tuple(found)) for key, found in grouped.items()]
+
+
+def steps(one: Series) -> list[Step]:
+    """Where the level of a series changed for good.
+
+    Change points by PELT on the logarithms (Killick, Fearnhead and Eckley, "Optimal detection of changepoints with a
+    linear computational cost", 2012), the penalty being 3 ln(n) times the variance of the noise, which is taken from
+    successive differences, as a step spoils only one of them. Steps below 1 % or three times the noise are not told.
+    """
+    from ruptures import Pelt
+
+    values = one.values
+    if len(values) < 2 * LEAST_SEGMENT or min(values) <= 0:
+        return []
+    logs = np.log(values)
+    differences = np.diff(logs)
+    noise = max(float(np.median(np.abs(differences - np.median(differences)))) * 1.4826 / np.sqrt(2), 1e-6)
+    found = Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(logs).predict(3 * np.log(len(logs)) * noise**2)
+    edges = [0, *found]
+    told = []
+    for start, middle, end in zip(edges, edges[1:], edges[2:], strict=False):
+        before, after = float(np.median(values[start:middle])), float(np.median(values[middle:end]))
+        if abs(np.log(after / before)) > max(LEAST_STEP_PCT / 100, 3 * noise):
+            at = one.entries[middle]
+            told.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, before, after))
+    return told
+
+
+def step_table(entries: Sequence[Entry]) -> Table:
+    """Every step, the latest first."""
+    columns = ("commit", "since", "artifact", "metric", "before", "after", "change", "machine")
+    found = sorted((step for one in series(entries) for step in steps(one)), key=lambda step: step.time, reverse=True)
+    rows = [
+        (
+            step.commit[:12],
+            step.time[:16].replace("T", " "),
+            step.artifact,
+            step.metric,
+            f"{step.before:.4g}",
+            f"{step.after:.4g}",
+            f"{step.change_pct:+.1f} %",
+            step.machine,
+        )
+        for step in found
+    ]
+    return Table("Steps", columns, columns[4:7], rows)

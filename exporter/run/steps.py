@@ -1,0 +1,134 @@
+"""The steps of a recipe, by digest: what each depends on, and what it gave the last time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter import artifact as artifacts
+from exporter import backends, machine
+from exporter.artifact import Artifact
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
+from exporter.data.fingerprint import fingerprint
+from exporter.errors import BadRequest, Unavailable
+from exporter.model import weights
+from exporter.progress import note
+from exporter.recipe import EIGHT_BITS
+from exporter.recipe_file import RecipeFile
+from exporter.report import Report
+
+STEPS = ("build", "verify", "bench")
+MAX_PART_BYTES = 512 * 2**20
+
+
+class Part(Record, frozen=True):
+    """What a step gave: for which inputs (a digest), the artifact that it was about, and what it found."""
+
+    key: str
+    file: str
+    sha256: str
+    report: Report | None = None
+
+
+class Steps:
+    """What was done for a recipe, and whether it still stands."""
+
+    def __init__(self, recipe: RecipeFile, out: Path, folder: Path) -> None:
+        self.recipe, self.out, self.folder = recipe, out, folder
+
+    def key(self, name: str, made: Artifact | None = None) -> str:
+        """A digest of all that a step depends on; "" when that cannot be told before it is done.
+
+        Raises: BadRequest for weights or images that are not there.
+        """
+        facts = getattr(self, f"_{name}")() if made is None else getattr(self, f"_{name}")(made)
+        if facts is None:
+            return ""
+        facts |= {"versions": {**machine.versions(), "backend": _version(self.recipe.backend)}}
+        return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
+
+    def _build(self) -> dict[str, Any] | None:
+        asked = self.recipe
+        model = asked.model
+        of_weights = weights.fingerprint(model.weights, model.variant, Path(model.labels) if model.labels else None)
+        if of_weights is None:
+            return None
+        recipe = msgspec.to_builtins(asked.recipe())
+        for word in ("weights", "labels", "calib"):
+            del recipe[word]
+        facts = {"recipe": recipe, "weights": of_weights}
+        if asked.quantization is not None and asked.precision in EIGHT_BITS:
+            budget = asked.budget()
+            facts |= {"calib": fingerprint(asked.quantization.calib), "max_drop": budget.max_drop}
+            facts |= {"data": fingerprint(budget.data) if budget.data else None}
+        if asked.export.form == "auto":
+            facts |= {"machine": _machine()}
+        return facts
+
+    def _verify(self, made: Artifact) -> dict[str, Any]:
+        told = msgspec.to_builtins(self.recipe.verify_options())
+        images = fingerprint(told.pop("data"))
+        del told["weights"]
+        return {"artifact": made.sidecar.sha256, "options": told, "images": images, "machine": _machine()}
+
+    def _bench(self, made: Artifact) -> dict[str, Any]:
+        told = msgspec.to_builtins(self.recipe.bench_options())
+        del told["weights"]
+        return {"artifact": made.sidecar.sha256, "options": told, "machine": _machine()}
+
+    def artifact(self) -> Artifact | None:
+        """The artifact of this recipe, if it is whole and all that it was made from is as it was."""
+        found = self._read("build")
+        if found is None or not found.key or found.key != self.key("build"):
+            return None
+        path = self.out / found.file
+        if not path.exists():
+            return None
+        try:
+            made = artifacts.load(path)
+        except BadRequest as error:
+            note(f"{error} – doing so")
+            return None
+        return made if made.sidecar.sha256 == found.sha256 else None
+
+    def part(self, name: str, made: Artifact | None) -> Part | None:
+        """What a step gave for this artifact, if all that it depends on is as it was."""
+        if made is None:
+            return None
+        found = self._read(name)
+        if found is None or found.sha256 != made.sidecar.sha256:
+            return None
+        key = self.key(name) if name == "build" else self.key(name, made)
+        return found if found.key and found.key == key else None
+
+    def keep(self, name: str, part: Part) -> None:
+        """Write down what a step gave."""
+        write_file(self.folder / f"{name}.json", msgspec.json.encode(part))
+
+    def _read(self, name: str) -> Part | None:
+        """What was written down; nothing, when it cannot be read: it is done again."""
+        path = self.folder / f"{name}.json"
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_PART_BYTES:
+                return None
+            found = msgspec.json.decode(path.read_bytes(), type=Part)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError):
+            note(f"{path} cannot be read; the step is done again")
+            return None
+        return found if Path(found.file).name == found.file else None
+
+
+def _version(backend: str) -> str:
+    try:
+        return backends.get(backend).probe()
+    except Unavailable:
+        return ""
+
+
+def _machine() -> list[object]:
+    cpu, isa = machine.cpu()
+    return [cpu, isa, machine.cores()]

@@ -1,0 +1,70 @@
+"""Accuracy on labelled images: top-1 and top-5 of the artifact and of eager PyTorch, on the same pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.report import Finding, judged
+from exporter.stats import paired_drop
+from exporter.verify.checks import Check, Options, Seen, Subject, share
+
+MAX_DROP_POINTS = {"fp32": 0.1, "fp16": 0.2, "bf16": 0.5, "int8": 0.5, "fp8": 0.5}
+
+
+class Accuracy:
+    """Keeps one bit per image and question."""
+
+    def __init__(self, options: Options, subject: Subject) -> None:
+        sidecar = subject.artifact.sidecar
+        self.max_drop = MAX_DROP_POINTS[sidecar.precision] if options.max_drop is None else options.max_drop
+        self.classify = sidecar.task == "classify"
+        self.classes = sidecar.weights.num_classes
+        self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
+
+    def see(self, seen: Seen) -> None:
+        """Take in one batch; images without a label are passed over."""
+        known = seen.labels >= 0
+        if not self.classify or not known.any():
+            return
+        for name, outputs in (("_eager", seen.eager), ("", seen.outputs)):
+            logits = outputs[0][known]
+            self.right[f"top1{name}"] += _within(logits, seen.labels[known], 1).tolist()
+            self.right[f"top5{name}"] += _within(logits, seen.labels[known], 5).tolist()
+
+    def findings(self) -> list[Finding]:
+        """top1_eager, top1, top1_drop and, of more than five classes, top5_eager and top5; none without labels."""
+        if not self.right["top1"]:
+            return []
+        metrics = ["top1_eager", "top1", *(["top5_eager", "top5"] if self.classes > 5 else [])]
+        return [*(share("accuracy", metric, self.right[metric]) for metric in metrics), self._drop()]
+
+    def _drop(self) -> Finding:
+        drop = paired_drop(self.right["top1_eager"], self.right["top1"])
+        noise = "; inside the noise" if drop.low <= 0 <= drop.high and drop.value else ""
+        finding = Finding(
+            check="accuracy",
+            metric="top1_drop",
+            value=drop.value,
+            unit="points",
+            low=drop.low,
+            high=drop.high,
+            detail=f"{drop.lost} images lost, {drop.won} won{noise}",
+        )
+        return judged(finding, self.max_drop, "low")
+
+
+def _within(logits: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
+    """Whether the label is among the k highest logits.
+
+    Of equal logits the first counts as the higher, as argmax has it: a bf16 model gives many. A row with NaN or
+    infinity is never right.
+    """
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & before)).sum(1)
+    right: NDArray[np.bool_] = (rank < k) & np.isfinite(logits).all(1)
+    return right
+
+
+CHECK = Check(Accuracy)

@@ -1,0 +1,83 @@
+"""Structure: size of the artifact, share of multiply-accumulates in int8, and int8 saturation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exporter import machine
+from exporter.backends import NARROW, Layer
+from exporter.errors import some
+from exporter.quantize.rounding import MAX_SUM
+from exporter.report import Finding
+from exporter.verify.blocks import PRODUCTS
+from exporter.verify.checks import Check, Options, Seen, Subject
+
+
+class Structure:
+    """Looks at the artifact, not at what it gives."""
+
+    def __init__(self, options: Options, subject: Subject) -> None:
+        del options
+        self.subject = subject
+
+    def see(self, seen: Seen) -> None:
+        """Take no notice of images."""
+
+    def findings(self) -> list[Finding]:
+        """Nodes and bytes; of int8 and fp8 the share of multiply-accumulates that really are computed in it."""
+        sidecar = self.subject.artifact.sidecar
+        files = ", ".join(file.name for file in sidecar.files)
+        return [
+            *self._quantized(),
+            *saturation(self.subject.layers),
+            Finding(check="structure", metric="nodes", value=len(self.subject.layers)),
+            Finding(check="structure", metric="bytes", value=sidecar.bytes, unit="bytes", detail=files),
+        ]
+
+    def _quantized(self) -> list[Finding]:
+        sidecar = self.subject.artifact.sidecar
+        if sidecar.quantization is None or not sidecar.macs:
+            return []
+        narrow = {layer.module for layer in self.subject.layers if layer.precision in NARROW}
+        macs = sidecar.quantization.layers
+        not_so = [module for module in macs if module not in narrow]
+        value = 100 * sum(count for module, count in macs.items() if module in narrow) / sidecar.macs
+        detail = f"{len(macs) - len(not_so)} of {len(macs)} rounded layers are computed in {sidecar.precision}"
+        if sidecar.quantization.scope == "weights":
+            detail = f"only the weights of {len(macs)} layers are in {sidecar.precision}"
+        elif not_so:
+            detail += f"; not {some(not_so)}"
+        return [Finding(check="structure", metric="quantized_macs_pct", value=value, unit="%", detail=detail)]
+
+
+def saturation(layers: Sequence[Layer]) -> list[Finding]:
+    """Count the layers whose int8 sums can saturate on x86 CPUs without VNNI, which add two products in 16 bits.
+
+    Args:
+        layers: with the largest sum that any input can reach (`pair_sum`).
+
+    Returns: one finding; none where no layer has such a sum (no int8, no constant int8 weights, or TensorRT, which adds
+        in 32 bits).
+    """
+    sums = [(layer.pair_sum, layer.module or layer.name) for layer in layers if layer.pair_sum is not None]
+    if not sums:
+        return []
+    unknown = [layer.module or layer.name for layer in layers if _is_int8_product(layer) and layer.pair_sum is None]
+    saturating = [name for value, name in sums if value > MAX_SUM]
+    largest, name = max(sums)
+    detail = f"largest sum of two int8 products: {largest} in {name} (16 bits hold {MAX_SUM}); "
+    if saturating:
+        detail += f"{len(saturating)} of {len(sums)} layers can saturate on x86 CPUs without VNNI: {some(saturating)}"
+        detail += "; this CPU has no VNNI" if machine.saturates() else ""
+    else:
+        detail += f"none of {len(sums)} layers can saturate"
+    if unknown:
+        detail += f"; unknown for {some(unknown)}: weights are not int8 constants"
+    return [Finding(check="structure", metric="saturation", value=len(saturating), unit="layers", detail=detail)]
+
+
+def _is_int8_product(layer: Layer) -> bool:
+    return layer.precision in ("int8", "uint8") and layer.operator in PRODUCTS
+
+
+CHECK = Check(Structure)

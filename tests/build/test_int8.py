@@ -1,0 +1,268 @@
+"""INT8 end to end on a tiny model: the budget, the search, the gain, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from exporter import artifact, backends
+from exporter.build import int8
+from exporter.build.int8 import gain
+from exporter.build.int8.budget import Choice, search
+from exporter.recipe import Recipe
+from exporter.report import Finding, Report
+from exporter.verify.checks import parity
+from tests.conftest import PX, ROOT, snapshot, write_tiny
+
+FRAGILE = ("stages.2.1", "stages.0.0")
+BACKENDS = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+
+
+def verb(backend):
+    return "onnx" if backend == "onnxruntime" else backend
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory):
+    """A hidden channel of two blocks is far out of reach and does nothing: in eight bits nothing is left beside it."""
+    folder = write_tiny(tmp_path_factory.mktemp("fragile"))
+    state = load_file(folder / "model.safetensors")
+    for block in FRAGILE:
+        state[f"{block}.pwconv1.bias"][5] += 3000
+        state[f"{block}.pwconv2.weight"][:, 5] = 0
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Twenty labelled images: not of anything, but they are the user's."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, images=small.repeat(PX // 8, 1).repeat(PX // 8, 2), labels=rng.integers(0, 10, 20))
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
+    done = run(verb(backend), "--int8", "--weights", tiny, "--calib-size", 24, "-o", tmp_path, "--json")
+    assert done.code == 0, done.err
+    made = artifact.load(tmp_path / done.json["artifact"]["path"].rpartition("/")[2])
+    told = made.sidecar.quantization
+    assert (told.calib, told.synthetic, told.images, told.kept) == ("synthetic", True, 24, ())
+    report = json.loads((tmp_path / f"{made.path.name}.report.json").read_text())
+    assert report == done.json["report"]
+    found = {f["metric"]: f for f in report["findings"]}
+    assert report["findings"][0]["metric"] == "gain"
+    assert found["gain"]["case"] == backends.get(backend).above_int8()
+    assert found["gain"]["value"] > 0
+    assert "dead leaves" in found["calibration"]["detail"]
+    share = 100 * sum(told.layers.values()) / made.sidecar.macs
+    assert found["quantized_macs_pct"]["value"] == pytest.approx(share)
+    assert found["cosine"]["value"] > 0.998
+    assert sorted(path.name for path in tmp_path.glob("*.onnx")) == (
+        ["custom_int8.onnx"] if backend == "onnxruntime" else ["custom_nchw_int8.onnx"]
+    ), "the Q/DQ graph stays"
+
+
+def test_inspect_says_how_it_was_calibrated(artifacts, run):
+    shown = run("inspect", artifacts["openvino", "int8"].path).out
+    assert "16 images of synthetic (made from seeds, no photographs)" in shown
+    assert "kept back: nothing" in shown
+
+
+@pytest.mark.parametrize("told", [{}, {"batch": 2}, {"imgsz": "dynamic"}, {"task": "features"}, {"input": "uint8"}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whatever_fp32_can_be_built_as(backend, told, tiny_v2, tmp_path):
+    from tests.conftest import build
+
+    made = build(tiny_v2, tmp_path, backend, "int8", **told)
+    from exporter.build import pipeline
+
+    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    assert report.passed, [f for f in report.findings if not f.passed]
+    assert report.value("cosine") < 1 - 1e-9, "something was rounded"
+    assert report.value("quantized_macs_pct") > 50
+
+
+def test_the_fragile_parts_are_found_and_kept_back(fragile, photographs, run, tmp_path):
+    words = ("--max-drop", 0.05, "--calib", photographs, "--data", photographs)
+    done = run("onnx", "--int8", "--weights", fragile, *words, "-o", tmp_path, "--json")
+    assert done.code == 0, done.err
+    assert set(done.json["artifact"]["quantization"]["kept"]) == set(FRAGILE)
+    findings = done.json["report"]["findings"]
+    kept = {f["case"]: f for f in findings if f["metric"] == "kept_back"}
+    harms = {f["case"]: f["value"] for f in findings if f["metric"] == "sensitivity"}
+    assert set(kept) == set(FRAGILE) == set(list(harms)[:2])
+    assert min(harms[block] for block in FRAGILE) > 10 * max(v for block, v in harms.items() if block not in FRAGILE)
+    assert all("% latency" in finding["detail"] for finding in kept.values()), "each was timed kept back alone"
+    assert {f["case"] for f in findings if f["metric"] == "tried_ms"} >= {"0 kept back", "2 kept back"}
+    assert "do not hold" in done.err
+    page = run("report", tmp_path / "custom_int8.onnx.report.json", "--format", "html").out
+    assert "What int8 loses against latency" in page
+    assert "kept back" in run("report", tmp_path / "custom_int8.onnx.report.json").out
+
+
+def test_the_cost_of_synthetic_images_is_told_where_there_are_others(tiny, photographs, tmp_path):
+    recipe = Recipe(weights=str(tiny), backend="onnxruntime", precision="int8", calib_size=16)
+    _, report = int8.build(recipe, tmp_path, int8.Budget(max_drop=20, data=str(photographs)))
+    cost = report.find("synthetic_cost")
+    assert "when calibrated on 20 of" in cost.detail
+    assert report.find("top1_drop").limit == 20
+
+
+def test_data_that_cannot_be_calibrated_with_is_no_reason_to_fail(tiny, photographs, tmp_path):
+    arrays = np.load(photographs)
+    (tmp_path / "val").mkdir()
+    lines = ["path\tlabel"]
+    for index, (pixels, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
+        Image.fromarray(pixels).save(tmp_path / "val" / f"{index}.png")
+        lines.append(f"{index}.png\t{label}")
+    (tmp_path / "val" / "list.tsv").write_text("\n".join(lines))
+    recipe = Recipe(weights=str(tiny), backend="onnxruntime", precision="int8", calib_size=16)
+    _, report = int8.build(recipe, tmp_path, int8.Budget(max_drop=20, data=str(tmp_path / "val" / "list.tsv")))
+    assert "not known" in report.find("synthetic_cost").detail
+    assert "has no sha256" in report.find("synthetic_cost").detail
+
+
+def test_no_choice_that_holds_is_exit_code_5_with_the_best(tiny, photographs, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits(1.1, 1.0, 97.0))  # no cosine is above one
+    done = run("onnx", "--int8", "--weights", tiny, "--calib", photographs, "-o", tmp_path)
+    assert done.code == 5
+    assert "DOES NOT HOLD" in done.out
+    assert artifact.load(tmp_path / "custom_int8.onnx")
+
+
+def choice(kept, holds, loss=0.0):
+    finding = Finding(check="accuracy", metric="top1_drop", value=loss, limit=0.5, passed=holds)
+    return Choice(kept, None, Report(passed=holds, recipe={}, artifact={}, environment={}, findings=(finding,)))
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2, 3, 5, 6, 7])
+def test_the_fewest_parts_are_kept_back(needed):
+    order = [f"stages.2.{i}" for i in range(8)]
+    asked = []
+
+    def judge(work, kept):
+        asked.append(len(kept))
+        return choice(kept, len(kept) >= needed)
+
+    found = search(None, judge, lambda: dict.fromkeys(order, 0.1))
+    assert found.best.kept == tuple(order[:needed])
+    assert len(asked) == len(set(asked)) <= 7
+    assert found.limit == 0.5
+
+
+def test_when_nothing_holds_the_one_that_loses_least_is_best():
+    order = [f"stages.2.{i}" for i in range(5)]
+    losses = {0: 4.0, 1: 3.0, 2: 1.0, 4: 2.0}
+    found = search(None, lambda work, kept: choice(kept, False, losses[len(kept)]), lambda: dict.fromkeys(order, 0.1))
+    assert found.best.kept == tuple(order[:2])
+    assert not found.best.report.passed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--calib", "nowhere"), "no such data"),
+        (("--calib-size", 30, "--calib", "{photographs}"), "20 images, 30 were asked for"),
+        (("--form", "plain"), "int8 for onnxruntime is written in the form linear"),
+        (("--form", "auto"), "int8 for onnxruntime is written in the form linear"),
+        (("--max-drop", -1), "expected percentage points from 0 to 100"),
+        (("--max-drop", 0.5), "only synthetic images, on which no loss can be seen"),
+        (("--max-drop", 0.5, "--data", "{photographs}", "--weights", "random:0"), "the weights are random"),
+        (("--smoothing", 1.5), "expected a share from 0"),
+        (("--data", "nowhere"), "no such data"),
+        (("--fp16",), "one precision at a time"),
+    ],
+)
+def test_bad_requests_change_nothing(words, said, tiny, photographs, tmp_path, refused):
+    (tmp_path / "mine").write_text("precious")
+    words = [str(word).format(photographs=photographs) for word in words]
+    assert said in refused(2, "onnx", "--int8", "--weights", tiny, "-o", tmp_path, *words, folder=tmp_path)
+
+
+@pytest.mark.parametrize("words", [("--calib", "x"), ("--max-drop", 1), ("--bias-correction", "full")])
+def test_words_about_int8_are_not_passed_over(words, tiny, refused, tmp_path):
+    assert f"{words[0]} is for int8" in refused(2, "onnx", "--weights", tiny, "-o", tmp_path, *words)
+
+
+def test_images_of_another_size_are_refused(tiny, refused, tmp_path):
+    np.savez(tmp_path / "small.npz", images=np.zeros((4, 3, 32, 32), np.float32))
+    assert "images are float32 (4, 3, 32, 32)" in refused(
+        2, "onnx", "--int8", "--weights", tiny, "--calib", tmp_path / "small.npz", "-o", tmp_path
+    )
+
+
+def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_path, monkeypatch):
+    from exporter.quantize import simulation
+
+    monkeypatch.setattr(simulation, "plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ("onnx", "--int8", "--weights", tiny, "--calib-size", 17, "-o", tmp_path / "out")
+    assert run(*words).code == 4
+    assert not (tmp_path / "out").exists() or snapshot(tmp_path / "out") == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    done = run(*words)
+    assert done.code == 0
+    assert "statistics of these 17 images are remembered" in done.err
+
+
+def test_a_gain_that_is_none_is_said_first(tiny, run, tmp_path, monkeypatch):
+    """A rival that is the artifact itself cannot be beaten."""
+    monkeypatch.setattr(gain.Timed, "ratio", lambda self, made, over: (0.9, 0.8, 0.95))
+    done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)
+    assert done.code == 0, "it holds; whether it is used is the user's choice"
+    assert "int8 DOES NOT PAY here" in done.out
+    path = tmp_path / "custom_int8.onnx.report.json"
+    assert "DOES NOT PAY" in run("report", path).out.splitlines()[0]
+    assert "DOES NOT PAY" in run("report", path, "--format", "html").out
+    assert "::warning" in run("report", path, "--format", "github").out
+
+
+def test_layers_that_are_not_computed_in_int8_are_named(tiny, tmp_path):
+    from tests.conftest import build
+
+    made = build(tiny, tmp_path, "onnxruntime", "int8")
+    best = Choice((), made, None)
+    layers = backends.get("onnxruntime").layers(made, backends.Options())
+    assert "all 10 rounded layers are computed in int8" in gain._blame(best, layers)
+    fewer = [layer for layer in layers if layer.module != "stages.2.0.pwconv1"]
+    assert gain._blame(best, fewer) == "not computed in int8: stages.2.0.pwconv1"
+
+
+INSTRUCTION_SETS = (
+    {"OMP_NUM_THREADS": "2"},
+    {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+)
+BUILD = """
+import sys
+from pathlib import Path
+from tests.conftest import build
+for backend, correction in (("onnxruntime", "fast"), ("openvino", "full")):
+    print(build(sys.argv[1], Path(sys.argv[2]), backend, "int8", bias_correction=correction).sidecar.sha256)
+"""
+
+
+@pytest.mark.slow
+def test_instruction_set_and_threads_do_not_change_the_bytes(tiny_v2, tmp_path):
+    """Environment variables restrict PyTorch, oneDNN and MKL to older instruction sets."""
+    digests = []
+    for index, settings in enumerate(INSTRUCTION_SETS):
+        command = [sys.executable, "-c", BUILD, str(tiny_v2), str(tmp_path / "out")]
+        environment = {**os.environ, **settings, "XDG_CACHE_HOME": str(tmp_path / f"cache{index}")}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        digests.append(done.stdout.split())
+    assert len(digests[0]) == 2
+    assert digests[0] == digests[1]

@@ -1,0 +1,234 @@
+"""`run`: what is done, what is skipped, and that nothing skipped is out of date."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from exporter import run as running
+from exporter.build.int8 import gain
+from tests.conftest import snapshot, write_tiny
+
+pytestmark = pytest.mark.slow
+FAST = "quantization: {calib: synthetic, calib_size: 8}\nbench: null"
+TIMED = "bench: {duration: 0.5}"
+
+
+def steps(result):
+    return [outcome["steps"] for outcome in result.json]
+
+
+def test_a_recipe_is_built_verified_timed_and_reported(recipe, run, tmp_path):
+    result = run("run", recipe(more=TIMED))
+    assert result.code == 0, result.err
+    assert "custom_fp16.onnx" in result.out
+    assert "passes" in result.out
+    found = json.loads((tmp_path / "build" / "custom_fp16.onnx.report.json").read_text())
+    assert {f["check"] for f in found["findings"]} >= {"parity", "latency", "structure"}
+    assert "custom_fp16.onnx" in (tmp_path / "build" / "report.html").read_text()
+
+
+def test_the_second_run_does_nothing_and_says_so(recipe, run, tmp_path, monkeypatch):
+    path = recipe(more=TIMED)
+    assert run("run", path).code == 0
+    before = snapshot(tmp_path / "build")
+    for name in ("pipeline.build", "pipeline.verify", "latency.bench"):
+        monkeypatch.setattr(f"exporter.run.{name}", None)
+    result = run("run", path, "--json")
+    assert result.code == 0, result.err
+    assert steps(result) == [dict.fromkeys(("build", "verify", "bench"), "already there")]
+    assert "custom_fp16.onnx is already there, from the same weights, images and options" in result.err
+    assert snapshot(tmp_path / "build") == before
+
+
+def test_a_dry_run_tells_what_is_there_and_does_nothing(recipe, run, tmp_path):
+    path = recipe()
+    assert run("run", path, "--dry-run", "--json").json == {
+        "onnxruntime/my": {"build": "to do", "verify": "to do", "bench": "not asked for"}
+    }
+    assert not (tmp_path / "build").exists()
+    assert run("run", path).code == 0
+    before = snapshot(tmp_path)
+    assert run("run", path, "--dry-run", "--json").json["onnxruntime/my"]["build"] == "already there"
+    again = run("run", path, "--dry-run", "--set", "export.opset=19", "--json").json
+    assert again["onnxruntime/my"] == {"build": "to do", "verify": "to do", "bench": "not asked for"}
+    assert snapshot(tmp_path) == before
+
+
+def test_other_limits_rebuild_nothing_and_are_held(recipe, run, monkeypatch):
+    path = recipe(more=TIMED)
+    assert run("run", path).code == 0
+    monkeypatch.setattr("exporter.run.pipeline.build", None)
+    failing = run("run", path, "--set", "checks.min_cosine=1.0", "--json")
+    assert failing.code == 5
+    assert steps(failing) == [{"build": "already there", "verify": "done", "bench": "already there"}]
+    monkeypatch.setattr("exporter.run.latency.bench", None)
+    slow = run("run", path, "--set", "bench.max_p50_ms=0.0001", "--json")
+    assert slow.code == 5
+    (finding,) = [f for f in slow.json[0]["report"]["findings"] if f["metric"] == "p50_ms"]
+    assert (finding["limit"], finding["passed"]) == (0.0001, False)
+    assert run("run", path, "--set", "bench.min_speedup=0.0001").code == 0
+
+
+@pytest.mark.parametrize("spoil", ["weights", "labels", "artifact", "sidecar", "part", "torn part", "gone"])
+def test_nothing_skipped_is_out_of_date(spoil, recipe, run, tmp_path):
+    own = write_tiny(tmp_path / "own")
+    path = recipe()
+    path.write_text(path.read_text().replace(path.read_text().split("weights: ")[1].split("}")[0], str(own)))
+    assert run("run", path).code == 0
+    made, part = tmp_path / "build" / "custom_fp16.onnx", tmp_path / "build" / "runs" / "onnxruntime_my" / "build.json"
+    if spoil == "weights":
+        write_tiny(own, seed=1)
+    elif spoil == "labels":
+        text = (own / "config.json").read_text()
+        (own / "config.json").write_text(text.replace("class 3", "another"))
+    elif spoil == "artifact":
+        made.write_bytes(made.read_bytes()[:-8] + b"spoiled!")
+    elif spoil == "sidecar":
+        sidecar = made.with_name(f"{made.name}.json")
+        sidecar.write_text(sidecar.read_text().replace("custom", "costum"))
+    elif spoil == "part":
+        part.write_text(part.read_text().replace('"key":"', '"key":"0'))
+    elif spoil == "torn part":
+        part.write_bytes(part.read_bytes()[:40])
+    else:
+        made.unlink()
+    result = run("run", path, "--json")
+    assert result.code == 0, result.err
+    assert result.json[0]["steps"]["build"] == "done"
+    again = run("run", path, "--json")
+    assert again.json[0]["steps"] == {"build": "already there", "verify": "already there", "bench": "not asked for"}
+    if spoil == "labels":
+        assert "another" in again.json[0]["artifact"]["labels"]
+
+
+def test_other_images_are_looked_at_again(recipe, run, tmp_path):
+    from PIL import Image
+
+    from exporter.data.synthetic import dead_leaves
+
+    (tmp_path / "photos").mkdir()
+    for index in range(4):
+        Image.fromarray(dead_leaves(80, index)).save(tmp_path / "photos" / f"{index}.png")
+    path = recipe(more="checks: {data: photos}\nbench: null")
+    assert run("run", path).code == 0
+    Image.fromarray(dead_leaves(80, 9)).save(tmp_path / "photos" / "2.png")
+    assert run("run", path, "--json").json[0]["steps"]["verify"] == "done"
+    os.utime(tmp_path / "photos" / "3.png", (1, 1))
+    assert run("run", path, "--json").json[0]["steps"]["verify"] == "done"
+    (tmp_path / "photos" / "1.png").unlink()
+    result = run("run", path, "--json")
+    (images,) = [f["value"] for f in result.json[0]["report"]["findings"] if f["metric"] == "images"]
+    assert images == 3
+    assert result.json[0]["steps"] == {"build": "already there", "verify": "done", "bench": "not asked for"}
+
+
+def test_recipes_share_one_trace_and_one_calibration(recipe, run):
+    fp16, fp32 = recipe("openvino", "fp16", "a"), recipe("openvino", "fp32", "b")
+    result = run("run", fp16, fp32)
+    assert result.code == 0, result.err
+    assert result.err.count("tracing to ONNX") == 1
+    result = run("run", recipe("onnxruntime", "int8", "c", FAST), recipe("tensorrt", "int8", "d", FAST))
+    assert result.code == 0, result.err
+    assert result.err.count("calibrating on 8 images") == 1
+    assert "statistics of these 8 images are remembered" in result.err
+
+
+def test_one_that_cannot_be_run_does_not_stop_the_others(recipe, run, tmp_path, monkeypatch):
+    bad, good = recipe(name="bad"), recipe("openvino", "fp32", "good")
+    bad.write_text(bad.read_text().replace("weights: ", "weights: gone"))
+    result = run("run", bad, good)
+    assert result.code == 2
+    assert result.err.count("\nerror: onnxruntime/bad: ") == 1
+    assert "no such file or folder" in result.err
+    assert (tmp_path / "build" / "custom_fp32.xml").is_file()
+    assert "FAILED" in result.out
+
+
+def test_what_would_write_over_each_other_is_refused(recipe, refused, tmp_path):
+    one, two = recipe(name="one"), recipe(name="two")
+    assert "would all write" in refused(2, "run", one, two, folder=tmp_path)
+    (tmp_path / "deeper").mkdir()
+    shutil.copy(one, tmp_path / "deeper" / "one.yaml")
+    assert "would all write" in refused(2, "run", one, tmp_path / "deeper" / "one.yaml", folder=tmp_path)
+    assert "no such recipe" in refused(2, "run", "onnxruntime/tinny_int8", folder=tmp_path)
+
+
+def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
+    both = recipe("onnxruntime", "fp32", "a", TIMED), recipe("openvino", "fp32", "b")
+    result = run("run", *both, "--jobs", "2", "--json", "-o", "out")
+    assert result.code == 0, result.err
+    assert [set(one["steps"].values()) for one in result.json] == [{"done"}, {"done", "not asked for"}]
+    assert "onnxruntime/a: tracing" in result.err
+    assert "openvino/b: tracing" in result.err
+    again = run("run", *both, "--jobs", "2", "--json", "-o", "out")
+    assert [one["steps"]["build"] for one in again.json] == ["already there", "already there"]
+    assert [one["steps"]["verify"] for one in again.json] == ["already there", "already there"]
+    alone = run("run", *both, "--json", "-o", "other", "--set", "bench=null")
+    same = [[one["artifact"]["sha256"] for one in found.json] for found in (result, alone)]
+    assert same[0] == same[1], "the bytes do not depend on the folder"
+
+
+@pytest.mark.parametrize(("backend", "more"), [("onnxruntime", FAST), ("openvino", FAST), ("openvino", "")])
+def test_the_same_recipe_gives_the_same_bytes_anywhere(backend, more, tiny, tmp_path, monkeypatch):
+    """In another folder, with the weights in another place, after other things were built in this process."""
+    monkeypatch.setattr(gain, "rival", lambda work, folder: None)
+    found = []
+    for place in ("a", "b"):
+        shutil.copytree(tiny, tmp_path / place / f"weights of {place}")
+        path = tmp_path / place / f"{place}.yaml"
+        precision = "int8" if more else "fp16"
+        path.write_text(f"backend: {backend}\nprecision: {precision}\nmodel: {{weights: weights of {place}}}\n{more}\n")
+        (job,) = running.jobs_of([path], tmp_path / place / "out", ["bench=null"])
+        made = running.run(job).artifact
+        found.append({file.name: file.sha256 for file in made.sidecar.files})
+    assert found[0] == found[1]
+
+
+def test_what_is_not_the_same_bytes_each_time_is_said(recipe, run):
+    result = run("run", recipe("tensorrt", "fp16"), "--json")
+    assert result.code == 0, result.err
+    (finding,) = [f for f in result.json[0]["report"]["findings"] if f["metric"] == "reproducible"]
+    assert result.json[0]["artifact"]["parents"][0][:12] in finding["detail"]
+
+
+def test_a_saved_build_runs_as_it_was(tiny, run, tmp_path, monkeypatch):
+    """From the one who built it to a colleague, with the recipe and the weights and another working folder."""
+    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    for who in ("mine", "colleague"):
+        shutil.copytree(tiny, tmp_path / who / "weights")
+    monkeypatch.chdir(tmp_path / "mine")
+    built = run("onnx", "--int8", "--weights", "weights", "--calib-size", 8, "--save-config", "model.yaml", "--json")
+    assert built.code == 0, built.err
+    shutil.copy("model.yaml", tmp_path / "colleague")
+    monkeypatch.chdir(tmp_path)
+    result = run("run", "colleague/model.yaml", "-o", "theirs", "--set", "bench=null", "--json")
+    assert result.code == 0, result.err
+    assert result.json[0]["artifact"]["sha256"] == built.json["artifact"]["sha256"]
+
+
+def test_a_dry_build_writes_only_the_recipe(tiny, run, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    assert run("openvino", "--fp16", "--weights", tiny, "--save-config", "a.yaml", "--dry-run").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+    refused(2, "onnx", "--weights", tiny, "--opset", 9, "--save-config", "b.yaml", folder=tmp_path)
+    (tmp_path / "other.yaml").write_text("services: {}\n")
+    assert "no recipe stands there" in refused(2, "onnx", "--save-config", "other.yaml", folder=tmp_path)
+    assert "is a .yaml file" in refused(2, "onnx", "--save-config", "b.json", folder=tmp_path)
+
+
+def test_the_same_run_twice_at_once_takes_turns(recipe, tmp_path, monkeypatch):
+    import threading
+
+    (job,) = running.jobs_of([recipe()], tmp_path / "out")
+    built = []
+    real = running.pipeline.build
+    monkeypatch.setattr("exporter.run.pipeline.build", lambda *words: built.append(time.sleep(0.2)) or real(*words))
+    both = [threading.Thread(target=running.run, args=(job,)) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert len(built) == 1
