@@ -16,7 +16,7 @@ from benchmarks import agreement, forms, fuzz, gate, int8, kill, plans, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
-from exporter.cli import GROUPS, cli
+from exporter.cli import cli, groups
 from exporter.report.formats import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -36,16 +36,16 @@ DOCUMENTS = (
 
 
 def cli_help() -> str:
-    """The help of every verb, by group."""
-    parts = ["# The words of convnext-export\n\nGenerated from the program by `make docs`.\n"]
+    """The help of every command, by group."""
+    parts = ["# Commands of convnext-export\n\nGenerated from the program by `make docs`.\n"]
     parent = cli.make_context("convnext-export", [], resilient_parsing=True)
-    for group, verbs in GROUPS.items():
+    for group, names in groups().items():
         parts.append(f"\n## {group.capitalize()}\n")
-        for verb in verbs:
-            command = cli.get_command(parent, verb)
+        for name in names:
+            command = cli.get_command(parent, name)
             assert command is not None
-            context = click.Context(command, info_name=verb, parent=parent, max_content_width=100, terminal_width=100)
-            parts.append(f"\n### {verb}\n\n```text\n{command.get_help(context)}\n```\n")
+            context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+            parts.append(f"\n### {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "".join(parts)
 
 

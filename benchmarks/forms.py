@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from benchmarks import racing
 from exporter import artifact as artifacts
@@ -27,10 +26,10 @@ from exporter.backends import Session
 from exporter.backends.onnxruntime import OrtSession
 from exporter.backends.openvino import OpenVinoSession
 from exporter.bench import Arm, Timing, worker
-from exporter.build import pipeline
+from exporter.build import build
 from exporter.machine import environment, has_bf16
 from exporter.model import FORMS
-from exporter.recipe import Recipe
+from exporter.recipe import Export, Model, Recipe
 
 THREADS = 2
 FP16_CASE = ("tiny", 1)  # computed in fp32 on CPUs: one case says it
@@ -79,13 +78,14 @@ def time_forms(variant: str, batch: int, seconds: float) -> list[Row]:
     """All forms of one model on all runtimes, in one race."""
     kinds = [kind for kind in KINDS if kind[1] != "bf16" or has_bf16()]
     kinds = [kind for kind in kinds if kind[1] != "fp16" or (variant, batch) == FP16_CASE]
-    recipe = Recipe(variant=variant, weights="random:0", batch=batch)
+    model = Model(variant=variant, weights="random:0")
     with tempfile.TemporaryDirectory() as folder:
         arms = []
         for backend, precision in kinds:
             for form in FORMS:
-                told = replace(recipe, backend=backend, precision=precision, form=form)
-                made = pipeline.build(told, Path(folder) / form)
+                export = Export(batch=batch, form=form)  # type: ignore[arg-type]
+                recipe = Recipe(backend=backend, precision=precision, model=model, export=export)
+                made = build(recipe, Path(folder) / form).artifact
                 arms.append(Arm(name=_name(backend, precision, form), path=str(made.path), threads=THREADS))
         timing = racing.race(arms, made.sidecar.preprocessing, batch, seconds)
     return [_row(timing, variant, batch, backend, precision) for backend, precision in kinds]
@@ -102,7 +102,7 @@ def _row(timing: Timing, variant: str, batch: int, backend: str, precision: str)
         batch=batch,
         backend=backend,
         precision=precision,
-        own=backends.get(backend).form(precision, batch),
+        own=backends.target(backend).form(precision, batch),
         plain=racing.samples(timing, plain),
         gains={f: racing.ratio(timing, _name(backend, precision, f), plain) for f in FORMS if f != "plain"},
     )
@@ -163,7 +163,8 @@ def time_settings(backend: str, seconds: float) -> list[Setting]:
     """Every setting of a runtime against the backend's own, and the two ways of using the machine."""
     own, many = "the backend's own", "--hint throughput"
     with tempfile.TemporaryDirectory() as folder:
-        made = pipeline.build(Recipe(variant="tiny", weights="random:0", backend=backend), Path(folder))
+        recipe = Recipe(backend=backend, precision="fp32", model=Model(variant="tiny", weights="random:0"))
+        made = build(recipe, Path(folder)).artifact
         names = [own, *(ORT_SETTINGS if backend == "onnxruntime" else OV_SETTINGS)]
         arms = [Arm(name=name, path=str(made.path), threads=THREADS) for name in names]
         arms.append(Arm(name=many, path=str(made.path), threads=THREADS, hint="throughput"))

@@ -27,11 +27,13 @@ from typing import Any
 
 import msgspec
 
-from exporter import artifact, backends, discover, machine, recipe_file, report
+from exporter import artifact, build, discover, machine, report
 from exporter.artifact import sidecar
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import ExporterError
+from exporter.recipe import file as recipe_file
+from exporter.verify import inspect
 
 MOST_BYTES = 2 * 2**30
 WORDS = [
@@ -121,13 +123,13 @@ def _recipes(folder: Path) -> list[tuple[str, bytes]]:
 
 def _sidecars(folder: Path) -> list[tuple[str, bytes]]:
     """A sidecar beside the file that it speaks of."""
-    from exporter.build import pipeline
-    from exporter.recipe import Recipe
+    from exporter.recipe import Model, Recipe
 
     weights = folder / "a.safetensors"
     weights.write_bytes(_checkpoints(folder)[0][1])
-    made = pipeline.build(Recipe(weights=str(weights)), folder / "made")
-    return [(f"made/{made.path.name}.json", artifact.sidecar_path(made.path).read_bytes())]
+    recipe = Recipe(backend="onnxruntime", precision="fp32", model=Model(weights=str(weights)))
+    built = build.build(recipe, folder / "made").artifact
+    return [(f"made/{built.path.name}.json", artifact.sidecar_path(built.path).read_bytes())]
 
 
 def _manifests(folder: Path) -> list[tuple[str, bytes]]:
@@ -159,8 +161,8 @@ def _read_checkpoint(path: Path) -> None:
 
 
 def _read_recipe(path: Path) -> None:
-    made = recipe_file.read(path, ())
-    recipe_file.write(made, path)
+    recipe = build.read(path)
+    recipe_file.write(recipe, path, build.target_options(recipe.backend))
 
 
 def _read_sidecar(path: Path) -> None:
@@ -168,8 +170,7 @@ def _read_sidecar(path: Path) -> None:
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         path.write_bytes(sidecar.encode(msgspec.json.decode(path.read_bytes(), type=sidecar.Sidecar)))
     made = artifact.load(path.with_suffix(""))
-    backend = backends.get(made.sidecar.backend)
-    backend.layers(made, backend.options())
+    inspect.inspect(made)
 
 
 def _read_manifest(path: Path) -> None:

@@ -95,16 +95,16 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
 
     from exporter import run
     from exporter.bench import latency
-    from exporter.build.int8 import gain
+    from exporter.build.int8 import speed
 
     os.setsid()
     os.environ["XDG_CACHE_HOME"] = str(log.parent / "cache")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    gain.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
+    speed.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
     os.chdir(recipes[0].parent)
-    outcomes = run.run_all(run.jobs_of(recipes, out))
+    outcomes = run.run_all(run.read_all(recipes, out))
     for outcome in outcomes:
         print(outcome.error, file=sys.stderr)
     sys.exit(max(outcome.exit_code for outcome in outcomes))

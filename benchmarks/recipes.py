@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from exporter import backends, recipe_file, strict
-from exporter.build import int8
-from exporter.recipe import Recipe
+from exporter import backends, build
+from exporter.recipe import Model, Quantization, Recipe, file
+from exporter.recipe.fields import Field, expected, fields_of
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 SCHEMA = "recipe.schema.json"
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 VARIANTS = ("tiny", "small", "base", "large", "v2_tiny", "v2_base")
 PRECISIONS = ("fp16", "int8")
 TASKS = ("classify", "features")
@@ -25,12 +25,17 @@ CALIBRATE = (
 
 def files() -> dict[str, bytes]:
     """Every file, by its name below the folder."""
-    made = {SCHEMA: msgspec.json.format(msgspec.json.encode(recipe_file.schema()), indent=1) + b"\n"}
-    for backend, variant, task, precision in product(recipe_file.buildable(), VARIANTS, TASKS, PRECISIONS):
+    made = {SCHEMA: msgspec.json.format(msgspec.json.encode(build.schema()), indent=1) + b"\n"}
+    for backend, variant, task, precision in product(BACKENDS, VARIANTS, TASKS, PRECISIONS):
         name = "_".join([variant, *([] if task == "classify" else [task]), precision])
         path = Path(backend) / f"{name}.yaml"
-        recipe = Recipe(backend=backend, variant=variant, task=task, precision=precision)  # type: ignore[arg-type]
-        text = recipe_file.write(recipe_file.of(recipe, int8.Budget()), path).decode()
+        recipe = Recipe(
+            backend=backend,
+            precision=precision,
+            model=Model(variant=variant, task=task),  # type: ignore[arg-type]
+            quantization=Quantization() if precision == "int8" else None,
+        )
+        text = file.write(recipe, path, backends.target(backend).options).decode()
         head = f"# yaml-language-server: $schema=../{SCHEMA}\n# convnext-export run {backend}/{name}\n"
         body = text.partition("\n")[2]
         made[str(path)] = (head + (CALIBRATE if precision == "int8" else "") + body).encode()
@@ -38,30 +43,29 @@ def files() -> dict[str, bytes]:
 
 
 def key_table() -> str:
-    """Every key of a recipe, what it takes, and what it is when it is left out."""
-    rows = ["| key | takes | left out |", "|---|---|---|"]
-    for key, hint, default in _keys(recipe_file.RecipeFile, ""):
-        rows.append(f"| `{key}` | {strict.expected(hint)} | {default} |")
-    for backend in recipe_file.buildable():
-        for key, hint, default in _keys(backends.get(backend).target, "target."):
-            rows.append(f"| `{key}` ({backend}) | {strict.expected(hint)} | {default} |")
+    """Every key of a recipe, what it takes, its default and its meaning."""
+    rows = ["| key | takes | default | |", "|---|---|---|---|"]
+    rows += list(_rows(Recipe, "", ""))
+    for backend in BACKENDS:
+        rows += list(_rows(backends.target(backend).options, "target.", f" ({backend})"))
     return "\n".join(rows) + "\n"
 
 
-def _keys(kind: type[msgspec.Struct], above: str) -> Iterator[tuple[str, Any, str]]:
-    for field in msgspec.structs.fields(kind):
-        hint = strict.hints(kind)[field.name]
-        section = strict.section_of(hint)
-        if section is not None:
-            yield from _keys(section, f"{field.name}.")
+def _rows(kind: type[msgspec.Struct], above: str, suffix: str) -> Iterator[str]:
+    for field in fields_of(kind).values():
+        if field.section is not None:
+            yield from _rows(field.section, f"{field.name}.", suffix)
         elif field.name != "target":
-            yield f"{above}{field.name}", hint, _default(field)
+            cells = [f"`{above}{field.name}`{suffix}", expected(field.hint), _default(field), field.help]
+            yield f"| {' | '.join(cells)} |"
 
 
-def _default(field: msgspec.structs.FieldInfo) -> str:
-    if field.required:
-        return "must be said"
-    return "" if field.default in (None, msgspec.NODEFAULT, ()) else str(field.default).lower()
+def _default(field: Field) -> str:
+    if field.default is msgspec.NODEFAULT:
+        return "required"
+    if field.extra.get("default"):
+        return str(field.extra["default"])
+    return "" if field.default in (None, ()) else str(field.default).lower()
 
 
 def main() -> None:

@@ -1,16 +1,19 @@
 """convnext-export: ConvNeXt from PyTorch to what runs in production, proven to be still the same model.
 
-The Python API is what the words of the command line call:
+The Python API is what the commands call:
 
-    from exporter.build.pipeline import build
-    from exporter.recipe import Recipe
+    from exporter.build import build
+    from exporter.recipe import Model, Quantization, Recipe
     from exporter.verify import VerifyOptions, verify
-    artifact = build(Recipe(weights="my_convnext.pth", backend="openvino", precision="fp16"), Path("build"))
+
+    model = Model(weights="my_convnext.pth")
+    artifact = build(Recipe(backend="openvino", precision="fp16", model=model), Path("build")).artifact
     report = verify(artifact, VerifyOptions(data="photos/val"))
 
-    from exporter.build import int8
-    recipe = Recipe(weights="my_convnext.pth", backend="openvino", precision="int8", calib="photos/train")
-    artifact, report = int8.build(recipe, Path("build"), int8.Budget(max_drop=0.3, data="photos/val"))
+    quantization = Quantization(calib="photos/train", data="photos/val", max_drop=0.3)
+    recipe = Recipe(backend="openvino", precision="int8", model=model, quantization=quantization)
+    built = build(recipe, Path("build"))
+    print(built.report.passed)
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """The names of the API, imported when they are asked for."""
+    """The names of the API, imported on first use."""
     import importlib
 
     if name not in _HOMES:

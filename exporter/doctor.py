@@ -1,12 +1,11 @@
-"""What this machine can build, run and measure; for what it cannot, the line that changes that."""
+"""What this machine can build, run and measure, and what to install for the rest."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from exporter import backends, discover, machine
+from exporter import backends, machine
 from exporter.artifact.sidecar import Record
 from exporter.errors import ExporterError, Unavailable
 
@@ -29,7 +28,7 @@ def examine() -> list[Fact]:
         Fact(mark="·", what="memory", found=f"{machine.memory_gib():.1f} GiB"),
         Fact(mark="·", what="free disk", found=f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"),
         *(_package(tool) for tool in ("torch", "onnx", "onnxscript", "onnxsim", "huggingface_hub")),
-        *(_backend(backend) for backend in discover.names("exporter.backends")),
+        *(_runtime(name) for name in backends.runtimes()),
         *_devices(),
     ]
     return [*facts, _hub_cache()]
@@ -42,63 +41,26 @@ def _package(tool: str) -> Fact:
     return Fact(mark="✓", what=tool, found=version)
 
 
-def _backend(name: str) -> Fact:
-    backend = backends.get(name)
+def _runtime(name: str) -> Fact:
+    runtime = backends.runtime(name)
     try:
-        version = backend.probe()
+        version = runtime.probe()
     except Unavailable as error:
         found, _, mend = str(error).partition("; ")
-        return Fact(mark="✗", what=f"backend {name}", found=found, mend=mend)
-    return Fact(mark="✓", what=f"backend {name}", found=f"{version}, for {', '.join(sorted(backend.precisions))}")
+        return Fact(mark="✗", what=f"runtime {name}", found=found, mend=mend)
+    precisions = sorted(backends.target(name).precisions) if name in backends.targets() else ["fp32"]
+    return Fact(mark="✓", what=f"runtime {name}", found=f"{version}, for {', '.join(precisions)}")
 
 
 def _devices() -> list[Fact]:
-    looks: dict[str, Callable[[], str]] = {
-        "CUDA through torch": _torch_cuda,
-        "CUDA through ONNX Runtime": _ort_cuda,
-        "OpenVINO devices": _openvino_devices,
-    }
     facts = []
-    for what, look in looks.items():
+    for what, look in [item for name in backends.runtimes() for item in backends.runtime(name).describe.items()]:
         try:
             facts.append(Fact(mark="✓", what=what, found=look()))
         except ExporterError as error:
             found, _, mend = str(error).partition("; ")
             facts.append(Fact(mark="·", what=what, found=found, mend=mend))
     return facts
-
-
-def _torch_cuda() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise Unavailable("no CUDA device, or a CPU build of torch; on a GPU machine: pip install torch")
-    return str(torch.cuda.get_device_name())
-
-
-def _ort_cuda() -> str:
-    """Whether the provider really loads: ONNX Runtime lists it where it cannot run."""
-    backends.get("onnxruntime").probe()
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise Unavailable(
-            "this build has none; on a GPU machine: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-        )
-    _torch_cuda()
-    return "listed; `verify --device cuda` proves it"
-
-
-def _openvino_devices() -> str:
-    backends.get("openvino").probe()
-    import openvino as ov
-
-    core = ov.Core()
-    found = []
-    for device in core.available_devices:
-        abilities = [a for a in core.get_property(device, "OPTIMIZATION_CAPABILITIES") if a in ("BF16", "FP16", "INT8")]
-        found.append(f"{device} ({', '.join(sorted(abilities)).lower()})")
-    return ", ".join(found)
 
 
 def _hub_cache() -> Fact:

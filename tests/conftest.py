@@ -171,37 +171,57 @@ def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny_v2"), grn=True, layer_scale=False)
 
 
-def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **told: Any):
-    from exporter.build import pipeline
-    from exporter.recipe import Recipe
+def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
+    """A recipe from fields of its sections by name; int8 and fp8 are calibrated on 16 images where nothing is said."""
+    from exporter.precision import PRECISIONS
+    from exporter.recipe import Export, Model, Quantization, Recipe
 
-    recipe = Recipe(weights=str(source), backend=backend, precision=precision, **told)
-    return build_int8(recipe, out) if precision in ("int8", "fp8") else pipeline.build(recipe, out)
+    def section(kind):
+        return kind(**{name: fields.pop(name) for name in kind.__struct_fields__ if name in fields})
+
+    model, export = section(Model), section(Export)
+    quantization = None
+    if PRECISIONS[precision].needs_calibration:
+        fields.setdefault("calib_size", 16)
+        quantization = section(Quantization)
+    return Recipe(backend=backend, precision=precision, model=model, export=export, quantization=quantization, **fields)
+
+
+def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
+    """An artifact; int8 and fp8 neither judged nor timed."""
+    from exporter.build import build
+    from exporter.precision import PRECISIONS
+
+    recipe = recipe_of(backend, precision, weights=str(source), **fields)
+    return build_int8(recipe, out) if PRECISIONS[precision].needs_calibration else build(recipe, out).artifact
+
+
+def prepared(recipe, folder: Path):
+    """A calibrated network, from which artifacts are made."""
+    from exporter.build import resolve
+    from exporter.build.int8.work import prepare
+
+    return prepare(resolve(recipe, folder), folder)
 
 
 def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):
     """An int8 artifact, neither judged nor timed."""
     import tempfile
 
-    from msgspec.structs import replace
-
-    from exporter.build.int8.work import prepare
-
     with tempfile.TemporaryDirectory() as folder:
-        return prepare(replace(recipe, calib_size=recipe.calib_size or 16), out, Path(folder)).make(kept, out)
+        return prepared(recipe, Path(folder)).make(kept, out)
 
 
 @pytest.fixture(scope="session")
 def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
     """The tiny model at every precision of every backend that builds: {(backend, precision): artifact}."""
-    from exporter import backends, discover
+    from exporter import backends
 
     out = tmp_path_factory.mktemp("artifacts")
     found = {}
-    for name in discover.names("exporter.backends"):
-        for precision in sorted(backends.get(name).precisions):
-            if name != "eager":
-                found[name, precision] = build(tiny, out, name, precision)
+    for name in backends.targets():
+        for precision in sorted(backends.target(name).precisions):
+            found[name, precision] = build(tiny, out, name, precision)
     return found
 
 

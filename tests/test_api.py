@@ -3,14 +3,15 @@
 import pytest
 
 import exporter
-from exporter.build.pipeline import build
+from exporter.build import build
+from exporter.recipe import Model, Recipe
 from exporter.verify import VerifyOptions, verify
 
 
 def test_build_and_verify_from_python(tiny, tmp_path):
-    recipe = exporter.Recipe(weights=str(tiny), backend="openvino", precision="fp16")
-    artifact = build(recipe, tmp_path)
-    report = verify(exporter.load(artifact.path), VerifyOptions(most=4))
+    recipe = Recipe(backend="openvino", precision="fp16", model=Model(weights=str(tiny)))
+    artifact = build(recipe, tmp_path).artifact
+    report = verify(exporter.load(artifact.path), VerifyOptions(samples=4))
     assert isinstance(report, exporter.Report)
     assert report.passed
 

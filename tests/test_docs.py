@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import docs
 from exporter.build import tune
-from exporter.build.int8 import gain
+from exporter.build.int8 import speed
 from exporter.data.synthetic import dead_leaves
 from exporter.model import hub, variants
 from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
@@ -44,7 +44,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "base", base)
     monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
     monkeypatch.setattr(tune, "SECONDS", 0.5)
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
@@ -116,7 +116,7 @@ def test_the_demo_makes_what_the_readme_shows(tmp_path, monkeypatch):
     top1 = next(f["value"] for f in result.json["findings"] if f["metric"] == "top1")
     assert top1 > 50, "two epochs are enough for half of them"
     whole = ("--calib", tmp_path / "train", "--data", tmp_path / "val")
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     for verb in ("onnx", "openvino"):
         result = type_command(verb, "--int8", "--weights", tmp_path / "model", *whole, "-o", tmp_path / "out", "--json")
         assert result.code == 0, "half a point of real top-1 is the budget"

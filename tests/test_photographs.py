@@ -95,9 +95,9 @@ LIMITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "verb", "calib"), LIMITS)
 def test_int8_loses_next_to_nothing(model, verb, calib, outliers, tmp_path, monkeypatch):
-    from exporter.build.int8 import gain
+    from exporter.build.int8 import speed
 
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     weights = outliers if model == "outliers" else shared("data", "weights", f"{model}_imagenette.safetensors")
     images = shared("data", "images", "calib") if calib == "photographs" else calib
     words = ("--imgsz", 112, "--calib", images, "--calib-size", 256, "--data", shared("data", "images", "val"))

@@ -14,17 +14,16 @@ import numpy as np
 import onnx
 import onnxsim
 import torch
-from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from benchmarks.peers import ROOT
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.bench import Plan, worker
-from exporter.build import pipeline
+from exporter.build import build, resolve
 from exporter.build.int8.work import prepare
 from exporter.model import weights
-from exporter.recipe import Recipe
+from exporter.recipe import Export, Model, Quantization, Recipe
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = {"optimum-onnx": "optimum-onnx", "optimum-intel": "optimum-intel", "nncf": "optimum-intel"}
@@ -178,12 +177,15 @@ def batch(folder: Path) -> int:
 
 def ours(folder: Path, variant: str) -> dict[tuple[str, str], Artifact]:
     """Our own artifacts, by runtime and precision, built for the batch size as `--batch` does."""
-    recipe = Recipe(variant=variant, weights="random:0", batch=batch(folder))
+    model, export = Model(variant=variant, weights="random:0"), Export(batch=batch(folder))
     out = folder / "ours"
-    kinds = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
-    made = {kind: pipeline.build(replace(recipe, backend=kind[0], precision=kind[1]), out) for kind in kinds}
+    artifacts = {}
+    for backend, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+        recipe = Recipe(backend=backend, precision=precision, model=model, export=export)
+        artifacts[backend, precision] = build(recipe, out).artifact
     for backend in ("onnxruntime", "openvino"):
-        told = replace(recipe, backend=backend, precision="int8", calib_size=CALIBRATION)
+        quantization = Quantization(calib_size=CALIBRATION)
+        recipe = Recipe(backend=backend, precision="int8", model=model, export=export, quantization=quantization)
         with tempfile.TemporaryDirectory() as temporary:
-            made[backend, "int8"] = prepare(told, out, Path(temporary)).make((), out)
-    return made
+            artifacts[backend, "int8"] = prepare(resolve(recipe, out), Path(temporary)).make((), out)
+    return artifacts

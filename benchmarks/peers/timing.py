@@ -37,7 +37,7 @@ def open_peer(arm: Arm) -> Iterator[Session]:
             session.model = lambda images: network(images.contiguous(memory_format=torch.channels_last))
             yield session
     else:
-        with backends.get(peer.runtime).session(_foreign(arm, peer), _options(arm)) as session:
+        with backends.runtime(peer.runtime).open(_foreign(arm, peer), _options(arm)) as session:
             yield session
 
 

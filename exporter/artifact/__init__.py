@@ -14,7 +14,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Artifact:
 
 
 def file_name(sidecar: Sidecar, suffix: str, form: str = "") -> str:
-    """What an artifact is called: variant, task and precision, and the form where a graph is but a step on the way."""
+    """The name of an artifact: variant, task and precision. Intermediate ONNX files also carry the form."""
     words = [sidecar.variant, "" if sidecar.task == "classify" else sidecar.task, form, sidecar.precision]
     return "_".join(filter(None, words)) + suffix
 
@@ -190,6 +190,22 @@ def staging(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(alive)
+
+
+def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> Artifact:
+    """Write an artifact: stage its files, seal them with a sidecar, and move them into place.
+
+    Args:
+        target: the file that a runtime opens.
+        sidecar: without files and digests, which are added.
+        write: writes the file, and other files beside it; called with the path in the staging folder.
+
+    Raises: as `staging` and `write` do, with nothing changed at `target`.
+    """
+    with staging(target) as folder:
+        write(folder / target.name)
+        seal(folder, target.name, sidecar)
+    return load(target)
 
 
 def _refuse_foreign(target: Path) -> None:

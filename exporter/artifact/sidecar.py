@@ -1,8 +1,10 @@
-"""What is known of an artifact: the facts of its sidecar, and how they are written, sealed and read."""
+"""Sidecars: the facts about an artifact, and how they are written, sealed and read."""
 
 from __future__ import annotations
 
 import hashlib
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +12,19 @@ import msgspec
 
 from exporter.errors import BadRequest
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
-PLACES = {"weights": {"source"}, "recipe": {"weights", "labels", "calib", "variant"}, "quantization": {"calib"}}
-"""Words of sections that say where something lay when an artifact was built; digests say what it was."""
+_COMMANDS = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}  # that wrote sidecars of schema 1 to 4
+LOCATIONS = (
+    ("weights", "source"),
+    ("quantization", "calib"),
+    ("recipe", "model", "variant"),
+    ("recipe", "model", "weights"),
+    ("recipe", "model", "labels"),
+    ("recipe", "quantization", "calib"),
+)
+"""Facts that say where something was when an artifact was built; digests say what it was."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,14 +129,45 @@ class Sidecar(Record, frozen=True):
     seal: str = ""
 
     def facts(self) -> dict[str, str]:
-        """What the model file carries in its own metadata: every fact that is known before it is written, but for
-        where something lay, so that the same build gives the same bytes in any folder."""
+        """The metadata that the model file carries: every fact known before the file is written, without locations,
+        so that the same build gives the same bytes in any folder."""
         late = {"files", "sha256", "bytes", "quality", "seal", "schema"}
         fields = msgspec.to_builtins(self)
-        for section, words in PLACES.items():
-            told = fields[section]
-            fields[section] = told and {word: value for word, value in told.items() if word not in words}
+        for *sections, name in LOCATIONS:
+            section = fields
+            for key in sections:
+                section = section.get(key) or {}
+            section.pop(name, None)
         return {key: msgspec.json.encode(fields[key]).decode() for key in sorted(fields) if key not in late}
+
+    def derived(
+        self,
+        *,
+        backend: str | None = None,
+        precision: str | None = None,
+        tools: Mapping[str, str] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        target: dict[str, Any] | None = None,
+    ) -> Sidecar:
+        """The facts of an artifact that is built from this one: this file is its parent, and it is not verified yet.
+
+        Args:
+            backend, precision: of the new artifact, where they differ.
+            tools: versions of the tools that build it, added to those of this artifact.
+            recipe: other fields of the recipe that differ.
+            target: what it is built for.
+        """
+        backend, precision = backend or self.backend, precision or self.precision
+        return msgspec.structs.replace(
+            self,
+            backend=backend,
+            precision=precision,
+            parents=(self.sha256,),
+            versions={**self.versions, **(tools or {})},
+            recipe={**self.recipe, "backend": backend, "precision": precision, **(recipe or {})},
+            target=self.target if target is None else target,
+            quality={},
+        )
 
 
 def _seal(sidecar: Sidecar) -> str:
@@ -140,6 +181,29 @@ def encode(sidecar: Sidecar) -> bytes:
     return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
 
 
+class _Head(msgspec.Struct):
+    """The facts of a sidecar of any schema that say how to build its artifact again."""
+
+    schema: int
+    backend: str = ""
+    precision: str = ""
+    variant: str = ""
+    weights: dict[str, Any] = {}
+
+
+def _refuse_other_schema(path: Path, head: _Head) -> None:
+    if head.schema == SCHEMA:
+        return
+    if head.schema > SCHEMA:
+        mend = "it was built by a later version of convnext-export: pip install --upgrade convnext-export"
+    else:
+        variant = "" if head.variant == "custom" else f" --variant {head.variant}"
+        source = shlex.quote(str(head.weights.get("source", "SRC")))
+        options = f"{variant} --weights {source} --precision {head.precision} -o {shlex.quote(str(path.parent))}"
+        mend = f"build the artifact again: convnext-export {_COMMANDS.get(head.backend, head.backend)}{options}"
+    raise BadRequest(f"{path}: sidecar schema {head.schema}, this version reads schema {SCHEMA}; {mend}")
+
+
 def decode(path: Path) -> Sidecar:
     """A sidecar from its file.
 
@@ -148,12 +212,12 @@ def decode(path: Path) -> Sidecar:
     mend = "build the artifact again"
     if path.stat().st_size > MAX_SIDECAR_BYTES:
         raise BadRequest(f"{path}: {path.stat().st_size} bytes is no sidecar of ours; {mend}")
+    content = path.read_bytes()
     try:
-        sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        _refuse_other_schema(path, msgspec.json.decode(content, type=_Head))
+        sidecar = msgspec.json.decode(content, type=Sidecar)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {mend}") from None
-    if sidecar.schema != SCHEMA:
-        raise BadRequest(f"{path}: sidecar of schema {sidecar.schema}, this version reads {SCHEMA}; {mend}")
     if sidecar.seal != _seal(sidecar):
         raise BadRequest(f"{path}: the sidecar was changed after it was written; {mend}")
     return sidecar

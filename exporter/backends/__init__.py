@@ -1,6 +1,7 @@
-"""What runs a model. Each module of this folder is one runtime, and ends in `BACKEND = Backend(...)`.
+"""Runtimes, one module each, which ends in `RUNTIME = Runtime(...)` and, where something is built for it,
+`TARGET = Target(...)`. Adding one is adding one file; `null.py` is a worked example.
 
-A check sees only `Session`; backends never see each other.
+Checks see only a `Session`; backends never see each other.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import discover
+from exporter import discover, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record
-from exporter.errors import Unavailable
+from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.quantize.placement import Placement
 from exporter.report import Finding
 
@@ -114,72 +115,136 @@ class Layer(Record, frozen=True):
 
 
 class Options(Record, frozen=True):
-    """What every backend can be told: the device, how many threads (None is the runtime's own choice), and the way
-    of using the machine: one batch at a time as fast as can be, or as many at once as it has streams for."""
+    """Options of a session: the device; the number of threads, None for the runtime's choice; and whether one batch is
+    run at a time, or as many at once as the runtime has streams for."""
 
     device: str = "cpu"
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"
 
 
-class Target(Record, frozen=True):
-    """What a backend's builder can be told about where its artifacts will run. Most need to be told nothing."""
+class TargetOptions(Record, frozen=True):
+    """Options of a target. Most targets have none."""
 
 
 Opt = TypeVar("Opt", bound=Options)
 
 
 @dataclass(frozen=True)
-class Backend(Generic[Opt]):
-    """A runtime as a record of functions.
+class Runtime(Generic[Opt]):
+    """A library that runs models. Functions that are None are not offered by the runtime.
 
-    probe: the installed version, or raises Unavailable with the line that installs it.
+    name: of the module.
+    options: the record of a session's options.
+    probe: the installed version; raises Unavailable with the line that installs it.
+    open: opens an artifact as a session.
+    devices: what `--device` takes, each with whether it is an NVIDIA GPU.
+    layers: the layers of an artifact, with the precision that each is computed in.
+    blocks: opens an artifact so that it gives the output of every block.
+    peak: a large matrix product on this runtime in the arithmetic of an artifact.
+    unable: why no artifact can run on this machine, or "".
+    describe: a line for `doctor` about each kind of device; raises Unavailable where there is none.
+    distributions: packages whose versions are recorded.
+    opens_onnx: whether it opens fp32 ONNX graphs, so that a traced graph can be compared with PyTorch.
+    """
+
+    name: str
+    options: type[Opt]
+    probe: Callable[[], str]
+    open: Callable[[Artifact, Opt], AbstractContextManager[Session]]
+    devices: Mapping[str, bool]
+    layers: Callable[[Artifact, Opt], list[Layer]] | None = None
+    blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]] | None = None
+    peak: Callable[[Artifact, Opt], AbstractContextManager[Product]] | None = None
+    unable: Callable[[], str] = lambda: ""
+    describe: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+    distributions: tuple[str, ...] = ()
+    opens_onnx: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What artifacts are built for. Functions that are None are not needed by the target.
+
+    name: of the module, whose runtime opens the artifacts.
+    command, summary, description, examples: the command that builds, and its help.
+    suffix: of the file that the runtime opens.
+    layout: whether an artifact is one file, several files, or a directory.
+    source: whether it is built from an ONNX graph or from the PyTorch network.
+    precisions: that it can build.
+    computes: the precisions that this machine's device computes in.
+    options: the record of target options.
+    form: (precision, batch size or None for any) to the form that the runtime runs fastest.
+    build: (graph at the precision, precision, folder, options) to the artifact.
     lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision.
-    build: (that graph, precision, folder, target) to what the runtime loads.
-    target: the record that `build` takes.
-    session: opens an artifact.
-    layers: what an artifact is made of, layer by layer.
-    blocks: opens an artifact so that every block's output can be seen.
-    peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
-    form: (precision, batch size or None for any) to the form that it runs best.
-    placements: where it wants Q and DQ, if it runs eight bits, by the scope of what is rounded, its own choice first.
-    above_int8: the next higher precision that this machine's CPU computes in, which int8 and fp8 have to beat.
-    check: (precision, batch size or None for any, target): raises BadRequest for what cannot be built, Unavailable for
+    placements: where Q and DQ go, by the scope of the quantized layers; the first is the default.
+    check: (precision, batch size or None for any, options): raises BadRequest for what cannot be built, Unavailable for
         what is not installed.
-    unable: why nothing that it builds can run on this machine, or "".
-    findings: what is known of an artifact without running it, beside that of the next higher precision if there is one.
-    opens_onnx: whether `session` opens an fp32 ONNX artifact too, so that a traced graph can be checked with it.
+    findings: what is known of an artifact without running it, compared with that of the next higher precision.
     reproducible: whether the same graph gives the same bytes every time.
     """
 
     name: str
+    command: str
+    summary: str
+    description: str
+    examples: tuple[str, ...]
+    suffix: str
     precisions: frozenset[str]
-    options: type[Opt]
-    probe: Callable[[], str]
-    lower: Callable[[Artifact, str, Path], Artifact]
-    build: Callable[[Artifact, str, Path, Target], Artifact]
-    session: Callable[[Artifact, Opt], AbstractContextManager[Session]]
-    layers: Callable[[Artifact, Opt], list[Layer]]
-    blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]]
-    peak: Callable[[Artifact, Opt], AbstractContextManager[Product]]
     form: Callable[[str, int | None], str]
+    build: Callable[[Artifact, str, Path, TargetOptions], Artifact]
+    computes: Callable[[], frozenset[str]] = lambda: frozenset({"fp32"})
+    layout: Literal["file", "files", "directory"] = "file"
+    source: Literal["onnx", "torch"] = "onnx"
+    options: type[TargetOptions] = TargetOptions
+    lower: Callable[[Artifact, str, Path], Artifact] | None = None
     placements: Mapping[str, Placement] = field(default_factory=dict)
-    above_int8: Callable[[], str] = lambda: "fp32"
-    target: type[Target] = Target
-    check: Callable[[str, int | None, Target], None] = lambda precision, batch, target: None
-    unable: Callable[[], str] = lambda: ""
-    findings: Callable[[Artifact, Artifact | None], list[Finding]] = lambda artifact, rival: []
-    opens_onnx: bool = False
+    check: Callable[[str, int | None, TargetOptions], None] | None = None
+    findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None
     reproducible: bool = True
 
+    def above(self, name: str) -> str:
+        """The next higher precision that this machine's device computes in."""
+        return precision.next_higher(name, self.computes())
 
-def get(name: str) -> Backend[Options]:
-    """The backend of that name.
+
+ONNX = "onnxruntime"
+"""The backend under which fp32 ONNX graphs are recorded, intermediate ones included."""
+
+
+def runtimes() -> list[str]:
+    """The names of all runtimes."""
+    return discover.names(__name__)
+
+
+def targets() -> list[str]:
+    """The names of the runtimes that something is built for."""
+    return [name for name in runtimes() if hasattr(discover.module(__name__, name), "TARGET")]
+
+
+def runtime(name: str) -> Runtime[Options]:
+    """The runtime of that name.
 
     Raises: BadRequest for an unknown one.
     """
-    backend: Backend[Options] = discover.load(__name__, name, "BACKEND")
-    return backend
+    found: Runtime[Options] = discover.load(__name__, name, "RUNTIME")
+    return found
+
+
+def target(name: str) -> Target:
+    """The target of that name.
+
+    Raises: BadRequest for an unknown one, or a runtime that nothing is built for.
+    """
+    if name not in (names := targets()):
+        raise BadRequest(f"backend {name!r}: {nearest(name, names)}")
+    found: Target = discover.load(__name__, name, "TARGET")
+    return found
+
+
+def devices() -> dict[str, bool]:
+    """The devices of all runtimes, each with whether it is an NVIDIA GPU."""
+    return {name: is_gpu for one in runtimes() for name, is_gpu in runtime(one).devices.items()}
 
 
 def installed(distribution: str) -> str | None:

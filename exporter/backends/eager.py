@@ -1,4 +1,4 @@
-"""Eager PyTorch: the model that every artifact is held against."""
+"""Eager PyTorch: the reference that artifacts are compared with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,14 +13,13 @@ import numpy as np
 from exporter.artifact import Artifact
 from exporter.backends import (
     Array,
-    Backend,
     Blocks,
     Bound,
     Layer,
     Options,
     Outputs,
     Product,
-    Target,
+    Runtime,
     _cuda,
     peak_matrix,
     require,
@@ -110,6 +108,18 @@ def probe() -> str:
     return require("torch", "cpu")
 
 
+def device_name() -> str:
+    """The name of the CUDA device.
+
+    Raises: Unavailable without one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Unavailable("no CUDA device, or a CPU build of torch; on a GPU machine: pip install torch")
+    return str(torch.cuda.get_device_name())
+
+
 @contextmanager
 def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]:
     """The network that an artifact was made from, found through its sidecar.
@@ -130,10 +140,6 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     if options.arithmetic == "fp16":
         model = model.half().to(memory_format=torch.channels_last)
     yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
-
-
-def _nothing_to_build(artifact: Artifact, precision: str, out: Path, *target: Target) -> Artifact:
-    raise BadRequest("eager PyTorch is what artifacts are held against; it builds none")
 
 
 def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:
@@ -174,22 +180,15 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
     yield Product(EagerSession(lambda given: given @ weight, options.device))
 
 
-def form(precision: str, batch: int | None) -> str:
-    """As the papers write it: this is the model that forms are held against."""
-    del precision, batch
-    return "plain"
-
-
-BACKEND = Backend(
+RUNTIME = Runtime(
     name="eager",
-    precisions=frozenset({"fp32"}),
     options=EagerOptions,
     probe=probe,
-    lower=_nothing_to_build,
-    build=_nothing_to_build,
-    session=session,
+    open=session,
+    devices={"cpu": False, "cuda": True},
     layers=layers,
     blocks=blocks,
     peak=peak,
-    form=form,
+    describe={"CUDA through torch": device_name},
+    distributions=("torch",),
 )

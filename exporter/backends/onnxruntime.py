@@ -19,14 +19,15 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
     PEAK_SIDE,
     Array,
-    Backend,
     Blocks,
     Bound,
     Layer,
     Options,
     Outputs,
     Product,
+    Runtime,
     Target,
+    TargetOptions,
     as_taken,
     installed,
     peak_matrix,
@@ -169,10 +170,28 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return half.lower(artifact, wanted, out) if wanted == "fp16" else artifact
 
 
-def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
+def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) -> Artifact:
     """ONNX Runtime loads the graph itself: nothing is left to build."""
-    del wanted, out, target
+    del wanted, out, options
     return artifact
+
+
+def cuda() -> str:
+    """Whether this build has the CUDA provider; whether it loads is shown by running it.
+
+    Raises: Unavailable without the provider or a GPU.
+    """
+    probe()
+    import onnxruntime as ort
+    import torch
+
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise Unavailable(
+            "this build has none; on a GPU machine: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+        )
+    if not torch.cuda.is_available():
+        raise Unavailable("no CUDA device; see `CUDA through torch`")
+    return "listed; `verify --device cuda` proves it"
 
 
 def layers(artifact: Artifact, options: Options) -> list[Layer]:
@@ -271,18 +290,35 @@ def form(precision: str, batch: int | None) -> str:
 PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",), exact_pairs=True)
 
 
-BACKEND = Backend(
+RUNTIME = Runtime(
     name="onnxruntime",
-    precisions=frozenset({"fp32", "fp16", "int8"}),
     options=Options,
     probe=probe,
-    lower=lower,
-    build=build,
-    session=session,
+    open=session,
+    devices={name: name != "cpu" for name in PROVIDERS},
     layers=layers,
     blocks=blocks,
     peak=peak,
-    form=form,
-    placements={"linear": PLACEMENT},
+    describe={"CUDA through ONNX Runtime": cuda},
+    distributions=("onnxruntime", "onnxruntime-gpu"),
     opens_onnx=True,
+)
+
+TARGET = Target(
+    name="onnxruntime",
+    command="onnx",
+    summary="PyTorch → ONNX, simplified; runs on ONNX Runtime.",
+    description="Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that records what it is.",
+    examples=(
+        "convnext-export onnx --variant base",
+        "convnext-export onnx --weights my_convnext.pth --imgsz dynamic --task features",
+        "convnext-export onnx --int8 --calib calibration/mine.tsv --data imagenet/val",
+    ),
+    suffix=".onnx",
+    precisions=frozenset({"fp32", "fp16", "int8"}),
+    computes=lambda: frozenset({"fp32", "int8"}),
+    form=form,
+    lower=lower,
+    build=build,
+    placements={"linear": PLACEMENT},
 )

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
-from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
     NARROW,
     Array,
-    Backend,
     Blocks,
     Bound,
     Layer,
     Options,
     Outputs,
     Product,
+    Runtime,
     Target,
+    TargetOptions,
     as_taken,
     peak_matrix,
     require,
@@ -135,42 +135,23 @@ def _compile(
     return compiled, device, arithmetic
 
 
-def lower(artifact: Artifact, precision: str, out: Path) -> Artifact:
-    """An int8 graph is one already; fp16 and bf16 are the plugin's own: the fp32 graph is what it is given."""
-    del precision, out
-    return artifact
-
-
-def build(artifact: Artifact, precision: str, out: Path, target: Target) -> Artifact:
-    """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 when fp16 or bf16 was asked for.
+def build(artifact: Artifact, precision: str, out: Path, options: TargetOptions) -> Artifact:
+    """ONNX to IR: `FILE.xml` and `FILE.bin`, the weights in fp16 for fp16 and bf16.
 
     Raises: ExporterError when OpenVINO cannot convert the graph.
     """
     import openvino as ov
 
-    del target
-
-    versions = {**artifact.sidecar.versions, "openvino": probe()}
-    sidecar = replace(
-        artifact.sidecar,
-        backend="openvino",
-        precision=precision,
-        parents=(artifact.sidecar.sha256,),
-        versions=versions,
-        recipe={**artifact.sidecar.recipe, "backend": "openvino", "precision": precision},
-        quality={},
-    )
-    place = out / file_name(sidecar, ".xml")
+    del options
+    sidecar = artifact.sidecar.derived(tools={"openvino": probe()}, backend="openvino", precision=precision)
     try:
         model = ov.Core().read_model(artifact.path)
     except RuntimeError as error:
         raise ExporterError(f"{artifact.path}: OpenVINO cannot convert it: {last_line(error)}") from error
     for key, value in sidecar.facts().items():
         model.set_rt_info(value, ["convnext_export", key])
-    with staging(place) as folder:
-        _write(model, folder / place.name, compress=precision in ("fp16", "bf16"))
-        seal(folder, place.name, sidecar)
-    return load(place)
+    target = out / file_name(sidecar, ".xml")
+    return publish(target, sidecar, lambda file: _write(model, file, compress=precision in ("fp16", "bf16")))
 
 
 def _name(model: Any) -> None:
@@ -304,11 +285,25 @@ def form(precision: str, batch: int | None) -> str:
     return "nchw"
 
 
-def above_int8() -> str:
+def computes() -> frozenset[str]:
     """bf16 where the CPU has it."""
     import openvino as ov
 
-    return "bf16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+    has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return frozenset({"fp32", "int8", *(["bf16"] if has_bf16 else [])})
+
+
+def devices() -> str:
+    """The devices of this machine and their number formats."""
+    probe()
+    import openvino as ov
+
+    core = ov.Core()
+    lines = []
+    for device in core.available_devices:
+        formats = [a for a in core.get_property(device, "OPTIMIZATION_CAPABILITIES") if a in ("BF16", "FP16", "INT8")]
+        lines.append(f"{device} ({', '.join(sorted(formats)).lower()})")
+    return ", ".join(lines)
 
 
 # Pointwise and downsampling layers, which are 97 % of ConvNeXt-T. Depthwise convolutions are no faster in int8 and
@@ -318,19 +313,35 @@ PLACEMENT = Placement(
 )
 
 
-BACKEND = Backend(
+RUNTIME = Runtime(
     name="openvino",
-    precisions=frozenset({"fp32", "fp16", "bf16", "int8"}),
     options=Options,
     probe=probe,
-    lower=lower,
-    build=build,
-    session=session,
+    open=session,
+    devices={"cpu": False, "gpu": False},
     layers=layers,
     blocks=blocks,
     peak=peak,
-    form=form,
-    placements={"linear+conv": PLACEMENT},
-    above_int8=above_int8,
+    describe={"OpenVINO devices": devices},
+    distributions=("openvino",),
     opens_onnx=True,
+)
+
+TARGET = Target(
+    name="openvino",
+    command="openvino",
+    summary="→ OpenVINO IR.",
+    description="Build an OpenVINO IR; the intermediate ONNX file stays beside it.",
+    examples=(
+        "convnext-export openvino --variant tiny --fp16",
+        "convnext-export openvino --weights my_convnext.safetensors --bf16",
+        "convnext-export openvino --int8 --calib my_images --data imagenet/val --max-drop 0.3",
+    ),
+    suffix=".xml",
+    layout="files",
+    precisions=frozenset({"fp32", "fp16", "bf16", "int8"}),
+    computes=computes,
+    form=form,
+    build=build,
+    placements={"linear+conv": PLACEMENT},
 )

@@ -6,7 +6,7 @@ timed. An arm that crashes or hangs is taken out, and the others are timed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +18,7 @@ from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
+from exporter.recipe import TimingOptions
 
 
 class Arm(Record, frozen=True):
@@ -36,25 +37,18 @@ class Arm(Record, frozen=True):
     hint: Literal["latency", "throughput"] = "latency"
 
 
-class TimingOptions(Record, frozen=True):
-    """What every verb that times can be told; `duration` is seconds of timing for each batch size."""
+def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[int, ...]:
+    """The batch sizes to time: those of the options; else the fixed batch of the artifacts, or 1.
 
-    batch: tuple[int, ...] = (1,)
-    threads: int | None = None
-    hint: Literal["latency", "throughput"] = "latency"
-    device: str = "cpu"
-    duration: float = 10.0
-    seed: int = 0
-
-    def check(self, artifacts: Iterable[Artifact]) -> None:
-        """Refuse batch sizes that an artifact cannot run.
-
-        Raises: BadRequest.
-        """
-        for made in artifacts:
-            fixed = made.sidecar.inputs[0].shape[0]
-            if isinstance(fixed, int) and set(self.batch) != {fixed}:
-                raise BadRequest(f"{made.path}: runs batches of {fixed} only; say --batch {fixed}")
+    Raises: BadRequest for batch sizes that an artifact cannot run.
+    """
+    fixed = {made.path: size for made in artifacts if isinstance(size := made.sidecar.inputs[0].shape[0], int)}
+    batches = options.batch or tuple(fixed.values())[:1] or (1,)
+    for path, size in fixed.items():
+        if set(batches) != {size}:
+            asked = f"--batch {','.join(map(str, batches))}" if options.batch else f"another artifact {batches[0]}"
+            raise BadRequest(f"{path}: runs batches of {size} only, {asked}; use --batch {size}, or bench it alone")
+    return batches
 
 
 Opener = Callable[[Arm], AbstractContextManager[Session]]

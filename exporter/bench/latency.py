@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
-from exporter import machine
+from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import PEAK_MACS, _cuda
-from exporter.bench import Arm, Cold, Opener, Plan, Timing, TimingOptions, flat, supervisor, turns, worker
+from exporter.bench import Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
 from exporter.errors import BadRequest
 from exporter.progress import step, track
+from exporter.recipe import Bench
+from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.stats import Center, center
-from exporter.verify.checks.parity import LIMITS
 
 EAGER = "eager"
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}
@@ -29,18 +30,17 @@ NOISY_PCT = 5.0
 BUSY_PCT, STEAL_PCT = 10.0, 2.0
 
 
-class BenchOptions(TimingOptions, frozen=True):
-    """What `bench` can be told. `until` is the half-width of the speed-up's 95 % interval, in percent, to go on for;
-    `weights` says where the checkpoint lies now."""
+class BenchOptions(Bench, frozen=True):
+    """Options of `bench`."""
 
-    until: float | None = None
-    also: tuple[Literal["torch.compile", "tf32", "fp16"], ...] = ()
-    weights: str | None = None
+    weights: Annotated[
+        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
+    ] = None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is an NVIDIA GPU that times."""
-        return self.device.startswith(("cuda", "tensorrt"))
+        """Whether the device is an NVIDIA GPU."""
+        return backends.devices().get(self.device, False)
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
@@ -51,7 +51,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     _check(artifacts, options)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if options.on_gpu else None
-    timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in options.batch]
+    timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
     plan = timings[0].plan
@@ -64,6 +64,20 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     return [
         _report(made, arm, timings, cold, environment, options) for made, arm in zip(artifacts, arms[1:], strict=False)
     ]
+
+
+def with_limits(report: Report, limits: Bench) -> Report:
+    """A report judged by limits of latency."""
+    findings = tuple(_limited(finding, limits) for finding in report.findings)
+    return msgspec.structs.replace(report, findings=findings, passed=all(finding.passed for finding in findings))
+
+
+def _limited(finding: Finding, limits: Bench) -> Finding:
+    if finding.check == "latency" and finding.metric == "speedup" and limits.min_speedup is not None:
+        return judged(finding, limits.min_speedup, "high")
+    if finding.check == "latency" and finding.metric == "p50_ms" and limits.max_p50_ms is not None:
+        return judged(finding, limits.max_p50_ms, "low")
+    return finding
 
 
 def _one(_: object) -> int:
@@ -81,7 +95,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             )
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
-    options.check(artifacts)
+    batches_of(options, artifacts)
     for way in {"tf32", "fp16"} & set(options.also):
         if not options.on_gpu:
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
@@ -319,7 +333,7 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
     finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of the timed runs")
-    return judged(finding, LIMITS[made.sidecar.precision].cosine, "high")
+    return judged(finding, precision.of(made.path, made.sidecar.precision).cosine, "high")
 
 
 def _work(made: Artifact) -> list[Finding]:

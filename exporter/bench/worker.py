@@ -38,14 +38,15 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     Raises: what its backend raises.
     """
     artifact = artifacts.load(Path(arm.path))
-    told: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
-    backend = backends.get(artifact.sidecar.backend)
+    options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
+    runtime = backends.runtime(artifact.sidecar.backend)
     if arm.runtime not in ("artifact", "peak"):
-        backend = backends.get("eager")
-        told |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
-        told |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16") else {}
-    opening = backend.peak if arm.runtime == "peak" else backend.session
-    with opening(artifact, backend.options(**told)) as session:
+        runtime = backends.runtime("eager")
+        options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
+        options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16") else {}
+    opening = runtime.peak if arm.runtime == "peak" else runtime.open
+    assert opening is not None
+    with opening(artifact, runtime.options(**options)) as session:
         yield session
 
 

@@ -1,1 +1,73 @@
-"""From weights to an artifact."""
+"""From weights to an artifact: `resolve` validates a recipe, `build` builds it, in every precision."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.artifact import Artifact
+from exporter.bench import Opener, worker
+from exporter.build import int8, tune
+from exporter.build.export import export
+from exporter.build.resolve import Job as Job
+from exporter.build.resolve import check as check
+from exporter.build.resolve import read as read
+from exporter.build.resolve import resolve as resolve
+from exporter.build.resolve import schema as schema
+from exporter.build.resolve import target_options as target_options
+from exporter.progress import step
+from exporter.recipe import Recipe
+from exporter.report import Report
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact, and the report of its build: of quantization, or of an engine's layers; None where there is none."""
+
+    artifact: Artifact
+    report: Report | None = None
+
+
+def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm) -> Built:
+    """Build the artifact of a recipe, from the weights to the file that a runtime loads.
+
+    Args:
+        recipe: what to build.
+        out: the folder to write to.
+        opener: opens models in the timing process, where forms or precisions are timed.
+
+    Raises: ExporterError, with nothing changed on disk.
+    """
+    job = resolve(recipe, out)
+    if job.form == "auto":
+        job = job.in_form(tune.fastest(job, _artifact_of, opener))
+    if job.precision.needs_calibration:
+        return Built(*int8.build(job, _artifact_of, opener))
+    graph = export(job)
+    if recipe.precision != "fp32":
+        step(f"{recipe.precision} for {recipe.backend}")
+    gc.collect()  # networks and graphs have reference cycles; free them before the next is made
+    if job.target.lower is not None:
+        graph = job.target.lower(graph, recipe.precision, out)
+        gc.collect()
+    artifact = job.target.build(graph, recipe.precision, out, job.options)
+    return Built(artifact, _report(job, artifact))
+
+
+def _artifact_of(recipe: Recipe, out: Path) -> Artifact:
+    return build(recipe, out).artifact
+
+
+def _report(job: Job, artifact: Artifact) -> Report | None:
+    """What is known of an artifact without running it."""
+    findings = job.target.findings(artifact, None) if job.target.findings is not None else []
+    if not findings:
+        return None
+    return Report(
+        passed=all(finding.passed for finding in findings),
+        recipe=artifact.sidecar.recipe,
+        artifact=artifact.to_dict(),
+        environment={},
+        findings=tuple(findings),
+    )

@@ -1,4 +1,4 @@
-"""The words a user types. No decisions here, and nothing heavy at import: `--help` answers at once."""
+"""Command-line interface. Commands parse, call and print; heavy libraries are imported inside functions."""
 
 from __future__ import annotations
 
@@ -12,49 +12,66 @@ import click
 from exporter import __version__
 from exporter.errors import ExporterError, nearest
 
-GROUPS = {
+FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
-    "build": ("onnx", "openvino", "trt"),
     "measure": ("calibrate", "verify", "bench"),
     "pipeline": ("run", "compare", "report"),
 }
+"""Commands by the module of this package that has them; commands that build are derived from the targets."""
 
 
-class Verbs(click.Group):
-    """The verbs, in their groups; each is imported when it is asked for."""
+def build_commands() -> dict[str, str]:
+    """The commands that build, each with the name of its backend."""
+    from exporter import backends
+
+    return {backends.target(name).command: name for name in backends.targets()}
+
+
+def groups() -> dict[str, list[str]]:
+    """All commands by group, in the order of `--help`."""
+    files = {group: list(names) for group, names in FILES.items()}
+    return {"discover": files.pop("discover"), "build": list(build_commands()), **files}
+
+
+class Commands(click.Group):
+    """The commands in their groups; each is imported when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every verb, in the order of the groups."""
-        return [verb for verbs in GROUPS.values() for verb in verbs]
+        """Every command, in the order of the groups."""
+        return [name for names in groups().values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The verb, from the file of its group."""
+        """The command of that name."""
         import importlib
 
-        for group, verbs in GROUPS.items():
-            if cmd_name in verbs:
+        for group, names in FILES.items():
+            if cmd_name in names:
                 module = importlib.import_module(f"exporter.cli.{group}")
                 command: click.Command = getattr(module, f"{cmd_name}_command")
                 return command
+        if cmd_name in (backends := build_commands()):
+            from exporter.cli import build
+
+            return build.command(backends[cmd_name])
         return None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The verb of a command line, or the nearest there is."""
+        """The command of a command line; an unknown one is refused with the nearest name."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            ctx.fail(f"no verb {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+            ctx.fail(f"no command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The verbs by group."""
-        for group, verbs in GROUPS.items():
-            rows = [(verb, command.short_help or "") for verb in verbs if (command := self.get_command(ctx, verb))]
+        """The commands by group."""
+        for group, names in groups().items():
+            rows = [(name, command.short_help or "") for name in names if (command := self.get_command(ctx, name))]
             with formatter.section(group.capitalize()):
                 formatter.write_dl(rows)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="convnext-export")
 def cli() -> None:
     """Take a ConvNeXt from PyTorch to ONNX, OpenVINO and TensorRT, and prove that what runs is still the same model.
@@ -70,7 +87,7 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run a command line; every error a user can mend is one line and an exit code."""
+    """Run a command line. An error that the user can fix is one line and an exit code."""
     for name in ("SIGTERM", "SIGHUP"):  # as CI and a closed terminal send them
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
@@ -83,7 +100,7 @@ def main() -> NoReturn:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing is torn; run the same command again", err=True)
+        click.echo("interrupted: no file is incomplete; run the same command again", err=True)
         sys.exit(4)
     except BrokenPipeError:
         sys.exit(0)

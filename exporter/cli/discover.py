@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from exporter.artifact.sidecar import Quantization
     from exporter.backends import Layer
     from exporter.model.variants import Variant
-    from exporter.report import Finding
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
 
@@ -92,21 +91,22 @@ def recipes_command(schema: bool, as_json: bool) -> None:
       convnext-export recipes
       convnext-export recipes --schema > recipe.schema.json
     """
-    from exporter import recipe_file
+    from exporter import build
     from exporter.cli.console import console, plain, print_json, print_table
-    from exporter.run import shipped
+    from exporter.recipe import bundled
 
     if schema:
-        print_json(recipe_file.schema())
+        print_json(build.schema())
         return
-    found = {name: recipe_file.read(path) for name, path in shipped.all_of_them().items()}
+    recipes = {name: build.read(path) for name, path in bundled.names().items()}
     if as_json:
-        print_json({name: {"path": str(shipped.find(name)), "recipe": recipe} for name, recipe in found.items()})
+        print_json({name: {"path": str(bundled.find(name)), "recipe": recipe} for name, recipe in recipes.items()})
         return
     columns = ("recipe", "variant", "task", "backend", "precision")
-    rows = [(name, r.model.variant or "", r.model.task, r.backend, r.precision) for name, r in found.items()]
+    rows = [(name, r.model.variant or "", r.model.task, r.backend, r.precision) for name, r in recipes.items()]
     print_table(columns, rows)
-    console().print(f"they lie in {plain(shipped.folder())}; copy one, or run it by name", style="dim", soft_wrap=True)
+    folder = plain(bundled.folder())
+    console().print(f"folder: {folder}; copy a recipe, or run it by name", style="dim", soft_wrap=True)
 
 
 @click.command("inspect", short_help="What an artifact is: inputs, outputs, precision layer by layer, origin.")
@@ -125,24 +125,14 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
       convnext-export inspect build/tiny_int8.plan --picture plan.svg
     """
     from exporter import artifact as artifacts
-    from exporter import backends
-    from exporter.build.int8 import gain
     from exporter.cli.console import print_findings, print_json
-    from exporter.errors import Unavailable
-    from exporter.verify.checks import structure
+    from exporter.verify.inspect import inspect
 
     if picture:
         artifacts.check_output(picture)
     opened = artifacts.load(artifact)
-    backend = backends.get(opened.sidecar.backend)
-    layers: list[Layer] = []
-    findings: list[Finding] = []
-    reason = ""
-    try:
-        layers = backend.layers(opened, backend.options())
-        findings = [*structure.saturation(layers), *backend.findings(opened, gain.beside(opened))]
-    except Unavailable as error:
-        reason = str(error)
+    inspection = inspect(opened)
+    layers, findings = inspection.layers, inspection.findings
     if as_json:
         print_json({"artifact": opened.to_dict(), "layers": layers, "findings": findings})
     else:
@@ -152,8 +142,8 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
         _print_layers(layers, all_layers)
     if picture and layers:
         _draw(layers, picture)
-    if reason:
-        click.echo(f"note: its layers cannot be told here: {reason}", err=True)
+    if inspection.reason:
+        click.echo(f"note: its layers are unknown here: {inspection.reason}", err=True)
 
 
 def _draw(layers: list[Layer], picture: Path) -> None:
@@ -185,7 +175,7 @@ def _print_facts(artifact: Artifact) -> None:
         ("sha256", sidecar.sha256),
         ("made from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
         ("model", f"{sidecar.variant}, {sidecar.task}, {sidecar.precision}, for {sidecar.backend}"),
-        ("form", str(sidecar.recipe.get("form", "plain"))),
+        ("form", str(sidecar.recipe.get("export", {}).get("form", "plain"))),
         *_quantization(sidecar.quantization),
         ("work", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),

@@ -1,14 +1,15 @@
-"""What an artifact is worth: `verify` and `bench`."""
+"""The commands that measure: `calibrate`, `verify`, `bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from exporter.bench.latency import BenchOptions
+from exporter.cli.options import add, options_of
+from exporter.verify import VerifyOptions
 
 
 @click.command("calibrate", short_help="Choose and freeze a calibration set, or show one.")
@@ -58,23 +59,7 @@ def calibrate_command(source: str, output: Path | None, size: int | None, seed: 
 
 @click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option(
-    "--data", metavar="SRC", default="synthetic", show_default=True,
-    help="A folder with a sub-folder per class, a .tsv or .csv manifest, an .npz file, or synthetic.",
-)  # fmt: skip
-@click.option("--samples", "most", metavar="N", type=click.IntRange(1), help="At most so many images.")
-@click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="What must run it: cpu or cuda on ONNX Runtime, cpu or gpu on OpenVINO.",
-)
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads; by default the runtime's choice.")
-@click.option("--max-drop", metavar="POINTS", type=float, help="Largest loss of top-1, in percentage points.")
-@click.option("--min-cosine", type=float, help="Smallest mean cosine to eager's outputs.")
-@click.option("--atol", type=float, help="Largest absolute error of an output.")
-@click.option("--blocks", is_flag=True, help="Compare the output of every ConvNeXt block too, on the first images.")
+@add(options_of(VerifyOptions))
 @click.option(
     "-o",
     "--output",
@@ -83,114 +68,46 @@ def calibrate_command(source: str, output: Path | None, size: int | None, seed: 
     help="The report; by default ARTIFACT.report.json.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def verify_command(artifact: Path, output: Path | None, as_json: bool, **told: Any) -> None:
-    """Hold an artifact against the eager PyTorch model it was made from, on the same images.
+def verify_command(artifact: Path, output: Path | None, as_json: bool, **values: Any) -> None:
+    """Compare an artifact with the PyTorch model that it was built from, on the same images.
 
-    Without limits of your own, each precision has its own; exit code 5 says that one was not held.
+    Each precision has limits, which options replace. Exit code 5 means that a check failed.
 
     \b
     Example:
       convnext-export verify build/tiny_fp16.xml --data imagenet/val
     """
     from exporter import artifact as artifacts
-    from exporter import report
-    from exporter.build import pipeline
+    from exporter import report, verify
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     path = output or artifact.with_name(f"{artifact.name}.report.json")
     artifacts.check_output(path)
     with drawing():
         opened = artifacts.load(artifact)
-        made = pipeline.verify(opened, pipeline.VerifyOptions(**told))
-    whole = report.save_merged(made, path)
+        verified = verify.verify(opened, VerifyOptions(**values))
+    merged = report.save_merged(verified, path)
     with drawing():
-        pipeline.record_quality(opened, made)
+        verify.record_quality(opened, verified)
     if as_json:
-        print_json(whole)
+        print_json(merged)
     else:
-        print_findings(made.findings)
-        verdict = "[green]passed[/]" if made.passed else "[red]FAILED[/]"
+        print_findings(verified.findings)
+        verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
-    if not made.passed:
+    if not verified.passed:
         raise click.exceptions.Exit(5)
-
-
-def numbers(ctx: click.Context, param: click.Parameter, word: str) -> tuple[int, ...]:
-    """Whole numbers between commas, each once."""
-    del ctx
-    parts = [part.strip() for part in word.split(",")]
-    if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts):
-        raise click.BadParameter(f"{word!r}: expected whole numbers from 1 to 4096, as in --{param.name} 1,8")
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-def percentage(ctx: click.Context, param: click.Parameter, word: str | None) -> float | None:
-    """A percentage, with its sign or without."""
-    del ctx, param
-    if word is None:
-        return None
-    try:
-        value = float(word.removesuffix("%"))
-    except ValueError:
-        value = float("nan")
-    if not 0.05 <= value <= 100:
-        raise click.BadParameter(f"{word!r}: expected a percentage from 0.05% to 100%")
-    return value
-
-
-def timing_options(duration: float, threads: str) -> Callable[[F], F]:
-    """The options of every verb that times, with its own default of seconds."""
-    options = (
-        click.option("--batch", callback=numbers, default="1", show_default=True, help="Batch sizes, as in 1,8."),
-        click.option("--threads", type=click.IntRange(1, 512), help=f"Threads; by default {threads}."),
-        click.option(
-            "--hint",
-            type=click.Choice(["latency", "throughput"]),
-            default="latency",
-            show_default=True,
-            help="One batch at a time, or as many at once as the runtime has streams for.",
-        ),
-        click.option(
-            "--device",
-            default="cpu",
-            show_default=True,
-            help="What must run it: cpu, cuda or tensorrt on ONNX Runtime, cpu or gpu on OpenVINO.",
-        ),
-        click.option(
-            "--duration",
-            metavar="SECONDS",
-            type=click.FloatRange(0.5, 86400),
-            default=duration,
-            show_default=True,
-            help="Of timing, for each batch size and all models together.",
-        ),
-        click.option("--seed", default=0, show_default=True, help="Of the order in which the models take turns."),
-    )
-
-    def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @click.command("bench", short_help="Latency and throughput against eager PyTorch, interleaved.")
 @click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@timing_options(duration=10, threads="each runtime's choice")
-@click.option(
-    "--until", metavar="PCT", callback=percentage,
-    help="Go on until the speed-up is known to ± so much, at most ten times the duration.",
-)  # fmt: skip
-@click.option("--also", multiple=True, type=click.Choice(["torch.compile", "tf32", "fp16"]),
-              help="Another way to run the model; tf32 and fp16 (channels last) on a GPU.")  # fmt: skip
-@click.option("--weights", metavar="SRC", help="Where the weights lie now; other weights are refused.")
+@add(options_of(BenchOptions))
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
     help="A folder for the reports; by default each is beside its artifact.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
-def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **told: Any) -> None:
+def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
     """Time artifacts and the eager PyTorch model they were made from, in turn, in one process.
 
     Each round takes every model once, in random order, and speed-ups are medians over pairs of the same round, with
@@ -209,15 +126,16 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     paths = [(output or path.parent) / f"{path.name}.report.json" for path in artifacts]
     for path in paths:
         artifact.check_output(path)
+    options = BenchOptions(**values)
     with drawing():
         opened = [artifact.load(path) for path in artifacts]
-        made = latency.bench(opened, latency.BenchOptions(**told))
-    whole = [report.save_merged(one, path) for one, path in zip(made, paths, strict=True)]
+        reports = [latency.with_limits(one, options) for one in latency.bench(opened, options)]
+    merged = [report.save_merged(one, path) for one, path in zip(reports, paths, strict=True)]
     if as_json:
-        print_json(whole)
+        print_json(merged)
     else:
-        print_rows(tables.latency(tables.told_apart(made)))
+        print_rows(tables.latency(tables.told_apart(reports)))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
-    if not all(one.passed for one in made):
+    if not all(one.passed for one in reports):
         raise click.exceptions.Exit(5)

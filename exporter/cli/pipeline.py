@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.measure import timing_options
+from exporter.cli.options import add, options_of
+from exporter.compare.gate import GateOptions
 
 if TYPE_CHECKING:
     from exporter.run import Outcome
@@ -39,11 +40,12 @@ def run_command(
     """
     from exporter import run
     from exporter.cli.console import console, drawing, plain, print_json, print_table
-    from exporter.run import pool, shipped
+    from exporter.recipe import bundled
+    from exporter.run import pool
 
-    asked = run.jobs_of([shipped.find(word) for word in recipes], output, overrides)
+    recipe_runs = run.read_all([bundled.find(word) for word in recipes], output, overrides)
     if dry_run:
-        plans = {job.name: run.plan(job) for job in asked}
+        plans = {job.name: run.plan(job) for job in recipe_runs}
         if as_json:
             print_json(plans)
         else:
@@ -51,7 +53,7 @@ def run_command(
             print_table(columns, [(name, *steps.values()) for name, steps in plans.items()])
         return
     with drawing():
-        outcomes = pool.run_all(asked, jobs) if jobs > 1 else run.run_all(asked)
+        outcomes = pool.run_all(recipe_runs, jobs) if jobs > 1 else run.run_all(recipe_runs)
         page = run.report_page(outcomes, output)
     if as_json:
         print_json([run.to_dict(outcome) for outcome in outcomes])
@@ -90,24 +92,13 @@ def _number(value: float | None, digits: int) -> str:
 
 @click.command("compare", short_help="The CI gate: did latency or accuracy regress?")
 @click.argument("sides", metavar="[BASE] HEAD", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--fail-on", metavar="METRIC:LIMIT", multiple=True,
-    help="A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3.",
-)  # fmt: skip
-@click.option("--base-rev", metavar="REV", help="Build the base from this git revision, with --build.")
-@click.option("--build", metavar="CMD", help="The shell command that builds HEAD, here and at --base-rev.")
-@click.option("--data", metavar="SRC", help="Labelled images, for top1_drop.")
-@timing_options(duration=6, threads="all cores but one")
-@click.option(
-    "--across", multiple=True, type=click.Choice(["machine", "model"]),
-    help="Compare reports of two machines, or two models, all the same.",
-)  # fmt: skip
+@add(options_of(GateOptions))
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
     help="The report; by default HEAD.compare.json.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool, **told: Any) -> None:
+def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
     """Did HEAD get worse than BASE? Two artifacts, two reports, or an artifact and a git revision to build it from.
 
     Artifacts are timed in turn on this machine, and BASE twice, so that the noise is known. A regression is
@@ -129,7 +120,7 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
     artifact.check_output(path)
     with drawing():
-        made = gate.compare(sides, gate.GateOptions(**told))
+        made = gate.compare(sides, GateOptions(**values))
     report.save(made, path)
     if as_json:
         print_json(made)

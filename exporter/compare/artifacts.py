@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter import machine
 from exporter.artifact import Artifact
-from exporter.bench import Arm, Launch, Opener, Plan, Timing, TimingOptions, flat, supervisor, worker
+from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
 from exporter.progress import step, track
+from exporter.recipe import Seconds, Threads, TimingOptions
+from exporter.recipe.fields import about
 from exporter.report import Finding
 from exporter.stats import center, is_above
 
@@ -24,11 +27,16 @@ AGAIN = 2  # times as many launches in the second look
 
 
 class CompareOptions(TimingOptions, frozen=True):
-    """How two artifacts are timed. `threads` None leaves one core to the rest of the machine: a regression drowns in
-    the noise of others sooner than in what the last core adds. `across`: "model" compares two models all the same."""
+    """How two artifacts are timed. One core is left to the rest of the machine by default: the noise of other processes
+    hides more regressions than the last core could show."""
 
-    across: tuple[str, ...] = ()
-    duration: float = 6.0
+    across: Annotated[
+        tuple[Literal["machine", "model"], ...], about("Compare reports of two machines, or two models, all the same.")
+    ] = ()
+    threads: Annotated[Threads | None, about("Threads; by default all cores but one.", metavar="N")] = None
+    duration: Annotated[
+        Seconds, about("Seconds of timing for each batch size, all models together.", metavar="SECONDS")
+    ] = 6.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
             "build both with one --imgsz"
         )
-    options.check((pair.base, pair.head))
+    batches_of(options, (pair.base, pair.head))
 
 
 def compare_times(
@@ -67,7 +75,10 @@ def compare_times(
     """
     if not limits:
         return []
-    first = {batch: _changes(pair, limits, batch, options, 1, opener) for batch in options.batch}
+    first = {
+        batch: _changes(pair, limits, batch, options, 1, opener)
+        for batch in batches_of(options, (pair.base, pair.head))
+    }
     findings = judge([change for changes in first.values() for change in changes], confirmed=False)
     suspects = [batch for batch, changes in first.items() if any(change.is_suspicious for change in changes)]
     if not suspects:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -13,23 +13,31 @@ from exporter import artifact as artifacts
 from exporter import backends, machine, report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
-from exporter.build import pipeline
 from exporter.compare import METRICS, Limit, compare_exact, parse_limits
 from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare_times
 from exporter.compare.reports import compare_reports
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
+from exporter.recipe.fields import about
 from exporter.report import Finding, Report
+from exporter.verify import VerifyOptions, verify
 
 
 class GateOptions(CompareOptions, frozen=True):
-    """What `compare` can be told. `base_rev` and `build`: the revision to build the base from, and the shell command
-    that builds it; `data`: labelled images, for limits on answers."""
+    """Options of `compare`."""
 
-    fail_on: tuple[str, ...] = ()
-    base_rev: str | None = None
-    build: str | None = None
-    data: str | None = None
+    fail_on: Annotated[
+        tuple[str, ...],
+        about(
+            "A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3.",
+            metavar="METRIC:LIMIT",
+        ),
+    ] = ()
+    base_rev: Annotated[str | None, about("Build the base from this git revision, with --build.", metavar="REV")] = None
+    build: Annotated[
+        str | None, about("The shell command that builds HEAD, here and at --base-rev.", metavar="CMD")
+    ] = None
+    data: Annotated[str | None, about("Labelled images, for top1_drop.", metavar="SRC")] = None
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:
@@ -78,8 +86,8 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
     if options.data is not None and by_kind["answers"]:
-        told = pipeline.VerifyOptions(data=options.data, device=options.device)
-        both = [pipeline.verify(made, told) for made in (pair.base, pair.head)]
+        verify_options = VerifyOptions(data=options.data, device=options.device)
+        both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
         findings += compare_reports(both[0], both[1], by_kind["answers"], ("model",))
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, machine.environment())
 
@@ -87,8 +95,10 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
 def _exact(artifact: Artifact, metric: str) -> float:
     if metric == "bytes":
         return artifact.sidecar.bytes
-    backend = backends.get(artifact.sidecar.backend)
-    return len(backend.layers(artifact, backend.options()))
+    runtime = backends.runtime(artifact.sidecar.backend)
+    if runtime.layers is None:
+        raise BadRequest(f"--fail-on {metric}: {runtime.name} does not show the layers of {artifact.path}")
+    return len(runtime.layers(artifact, runtime.options()))
 
 
 def _report(

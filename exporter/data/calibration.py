@@ -23,9 +23,9 @@ from exporter.data import Batch, images, samples
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, some
 from exporter.progress import note, track
+from exporter.recipe import SYNTHETIC as SYNTHETIC
 
 SIZE = 256  # images when no number is given
-SYNTHETIC = "synthetic"
 COLUMNS = ("sha256", "path", "label")
 
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from msgspec.structs import replace
 
-from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.artifact import Artifact, file_name, publish
 from exporter.errors import some
 from exporter.graph import files
 from exporter.model import structure
@@ -54,13 +53,9 @@ def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifac
 
     model = ir.load(artifact.path)
     tell(to_half(model, wanted, artifact.sidecar.beyond_fp16))
-    recipe = {**artifact.sidecar.recipe, "precision": wanted}
-    sidecar = replace(artifact.sidecar, precision=wanted, parents=(artifact.sidecar.sha256,), recipe=recipe, quality={})
+    sidecar = artifact.sidecar.derived(precision=wanted)
     target = out / file_name(sidecar, ".onnx", form)
-    with staging(target) as folder:
-        files.save(model, folder / target.name, sidecar.facts())
-        seal(folder, target.name, sidecar)
-    return load(target)
+    return publish(target, sidecar, lambda file: files.save(model, file, sidecar.facts()))
 
 
 def tell(kept: list[str]) -> None:

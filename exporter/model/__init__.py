@@ -1,3 +1,9 @@
-"""ConvNeXt in PyTorch: the network, the table of variants, weights, and the forms it is written in."""
+"""ConvNeXt in PyTorch: the network, the table of variants, weights, and the forms that a network is written in."""
 
-FORMS = ("plain", "linear", "conv", "nchw")  # `forms` says what each is, and imports torch
+from __future__ import annotations
+
+from typing import get_args
+
+from exporter.recipe import Form
+
+FORMS: tuple[str, ...] = get_args(Form)  # described in `forms`, which imports torch

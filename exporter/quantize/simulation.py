@@ -1,4 +1,4 @@
-"""The network as it will be rounded, in PyTorch: what biases are corrected by, and which part does the harm.
+"""Simulation of the quantized network in PyTorch: bias correction, and the sensitivity of each part.
 
 The numbers are those of the Q/DQ graph: inputs and weights are rounded as there, products are of fp32.
 """
@@ -23,7 +23,7 @@ from exporter.quantize.smoothing import Layer, Network, layers
 from exporter.quantize.statistics import Statistics, in_double
 
 CORRECTING = 32  # images at once that the full bias correction looks at
-JUDGING = 32  # images that each part's harm is measured on
+JUDGING = 32  # images that sensitivities are measured on
 
 
 def plan(
@@ -156,21 +156,21 @@ def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
     return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
-def harms(model: Network, made: Plan, images: CalibrationSet) -> dict[str, float]:
-    """What rounding each part alone does to the outputs: the mean square error as a share of their variance, the most
-    harmful part first."""
+def sensitivities(model: Network, plan: Plan, images: CalibrationSet) -> dict[str, float]:
+    """The sensitivity of each part: the mean square error of the outputs, as a share of their variance, with only this
+    part quantized; the most sensitive part first."""
     batch = torch.from_numpy(next(iter(images.batches(min(JUDGING, images.total)))).images)
     parts: dict[str, Plan] = {}
-    for name, rounding in made.items():
+    for name, rounding in plan.items():
         parts.setdefault(part(name), {})[name] = rounding
-    step(f"measuring the harm of each of {len(parts)} parts on {len(batch)} images")
+    step(f"measuring the sensitivity of {len(parts)} parts on {len(batch)} images")
     with torch.inference_mode():
         expected = _outputs(model, batch)
-        found: dict[str, float] = {}
+        errors: dict[str, float] = {}
         for name in track(parts, len(parts), "parts", lambda _: 1):
             with rounded(model, parts[name]):
-                found[name] = _noise(expected, _outputs(model, batch))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+                errors[name] = _noise(expected, _outputs(model, batch))
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
 def _outputs(model: Network, batch: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from exporter.precision import PRECISIONS
 from exporter.report import Finding, Report
 from exporter.report.history import Series, Step
 from exporter.report.tables import name
@@ -89,9 +90,8 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     return drawing.svg
 
 
-PRECISION_COLORS = {
-    "fp32": COLORS[0], "fp16": COLORS[4], "bf16": COLORS[3], "int8": COLORS[1], "uint8": COLORS[1], "fp8": COLORS[5],
-}  # fmt: skip
+PRECISION_COLORS = {name: one.color for name, one in PRECISIONS.items()}
+PRECISION_COLORS["uint8"] = PRECISION_COLORS["int8"]  # the format of some activations
 
 
 def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:

@@ -1,4 +1,4 @@
-"""Recipes run: built, verified, timed and reported, each step only if something it depends on has changed."""
+"""Execution of recipes: each is built, verified, timed and reported; steps whose inputs are unchanged are skipped."""
 
 from __future__ import annotations
 
@@ -11,27 +11,23 @@ from pathlib import Path
 
 import msgspec
 
-from exporter import backends, recipe_file, report
+from exporter import backends, build, report, verify
 from exporter.artifact import Artifact, read_sidecar
 from exporter.artifact.disk import locked, write_file
 from exporter.bench import Opener, latency, worker
-from exporter.build import int8, pipeline
 from exporter.errors import BadRequest, ExporterError, some
 from exporter.progress import note, step
-from exporter.recipe import EIGHT_BITS
-from exporter.recipe_file import RecipeFile
-from exporter.report import Finding, Report, judged, rendering
-from exporter.run.steps import STEPS, Part, Steps
-
-LIMITS = {"min_speedup": ("speedup", "high"), "max_p50_ms": ("p50_ms", "low")}
+from exporter.recipe import Bench, Recipe
+from exporter.report import Finding, Report, rendering
+from exporter.run.steps import STEPS, Part, Steps, bench_options, verify_options
 
 
 @dataclass(frozen=True)
-class Job:
-    """One recipe to run, under a name that no other of the run has."""
+class RecipeRun:
+    """One recipe to run, under a name that is unique in this run."""
 
     path: Path
-    recipe: RecipeFile
+    recipe: Recipe
     out: Path
 
     @property
@@ -41,13 +37,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where what each step gave is kept."""
+        """The folder for the results of its steps."""
         return self.out / "runs" / self.name.replace("/", "_")
 
 
 @dataclass
 class Outcome:
-    """What came of a recipe: each step and whether it was done, there already, or why not."""
+    """The result of a recipe. `steps` says for each step whether it was done, present, or why it was left out."""
 
     name: str
     steps: dict[str, str] = field(default_factory=dict)
@@ -58,40 +54,36 @@ class Outcome:
     exit_code: int = 0
 
 
-def jobs_of(paths: Sequence[Path], out: Path, overrides: Sequence[str] = ()) -> list[Job]:
-    """The recipes of files, all of them read and checked before any work starts.
+def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = ()) -> list[RecipeRun]:
+    """Read and check recipes before any work starts.
 
     Raises: BadRequest with the problems of every file; for recipes that would write the same artifact.
     """
-    jobs, problems = [], []
+    runs, problems = [], []
     for path in paths:
         try:
-            jobs.append(Job(path, recipe_file.read(path, overrides), out))
+            runs.append(RecipeRun(path, build.read(path, overrides), out))
         except BadRequest as error:
             problems.append(str(error))
     if problems:
         raise BadRequest("\n       ".join(problems))
-    for told in (_targets(jobs), {job.path: f"runs/{job.name}" for job in jobs}):
-        for what, times in Counter(told.values()).items():
+    for targets in ({run.path: _target(run.recipe) for run in runs}, {run.path: f"runs/{run.name}" for run in runs}):
+        for target, times in Counter(targets.values()).items():
             if times > 1:
-                same = [str(path) for path, other in told.items() if other == what]
-                raise BadRequest(f"{some(same)} would all write {what}; run them apart, each with its own -o")
-    if len({job.path.resolve() for job in jobs}) < len(paths):
+                same = [str(path) for path, other in targets.items() if other == target]
+                raise BadRequest(f"{some(same)} would all write {target}; run them apart, each with its own -o")
+    if len({run.path.resolve() for run in runs}) < len(paths):
         raise BadRequest("the same recipe is named twice")
-    return jobs
+    return runs
 
 
-def _targets(jobs: Sequence[Job]) -> dict[Path, str]:
-    """What each recipe writes, as far as its words tell."""
-    told = {}
-    for job in jobs:
-        model = job.recipe.model
-        what = model.variant or f"the model of {model.weights}"
-        told[job.path] = f"{what} {model.task} in {job.recipe.precision} for {job.recipe.backend}"
-    return told
+def _target(recipe: Recipe) -> str:
+    """The artifact of a recipe, as far as it is known without the weights."""
+    network = recipe.model.variant or f"the model of {recipe.model.weights}"
+    return f"{network} {recipe.model.task} in {recipe.precision} for {recipe.backend}"
 
 
-def plan(job: Job) -> dict[str, str]:
+def plan(job: RecipeRun) -> dict[str, str]:
     """Every step of a recipe and whether its result is there already; nothing is built."""
     steps = Steps(job.recipe, job.out, job.folder)
     made = steps.artifact()
@@ -104,15 +96,15 @@ def _plan(steps: Steps, name: str, made: Artifact | None) -> str:
     return "already there" if steps.part(name, made) is not None else "to do"
 
 
-def not_timed(recipe: RecipeFile) -> str:
+def not_timed(recipe: Recipe) -> str:
     """Why a recipe is not timed here, or ""."""
     if recipe.bench is None:
         return "not asked for"
-    why = backends.get(recipe.backend).unable()
+    why = backends.runtime(recipe.backend).unable()
     return f"not timed: {why}" if why else ""
 
 
-def run(job: Job, opener: Opener = worker.open_arm) -> Outcome:
+def run(job: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
     """All steps of a recipe; those whose inputs have not changed are skipped.
 
     Two runs of one recipe in one folder take turns.
@@ -127,7 +119,7 @@ def run(job: Job, opener: Opener = worker.open_arm) -> Outcome:
         _bench(job, steps, made, outcome, opener)
         made = Artifact(made.path, read_sidecar(made.path))  # with its quality as it was verified
         outcome.artifact, outcome.path = made, made.path.with_name(f"{made.path.name}.report.json")
-        outcome.report = _whole(job.recipe, steps, made)
+        outcome.report = _merged(job.recipe, steps, made)
         encoded = report.encode(outcome.report)
         if not outcome.path.is_file() or outcome.path.read_bytes() != encoded:
             write_file(outcome.path, encoded)
@@ -136,7 +128,7 @@ def run(job: Job, opener: Opener = worker.open_arm) -> Outcome:
 
 
 @contextmanager
-def _alone(job: Job) -> Iterator[None]:
+def _alone(job: RecipeRun) -> Iterator[None]:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,52 +137,35 @@ def _alone(job: Job) -> Iterator[None]:
         yield
 
 
-def _build(job: Job, steps: Steps, outcome: Outcome) -> Artifact:
-    made = steps.artifact()
-    if made is not None:
-        note(f"{job.name}: {made.path.name} is already there, from the same weights, images and options")
+def _build(job: RecipeRun, steps: Steps, outcome: Outcome) -> Artifact:
+    artifact = steps.artifact()
+    if artifact is not None:
+        note(f"{job.name}: {artifact.path.name} is already there, from the same weights, images and options")
         outcome.steps["build"] = "already there"
-        return made
+        return artifact
     key = steps.key("build")
-    recipe, found = job.recipe.recipe(), None
-    if recipe.precision in EIGHT_BITS:
-        made, found = int8.build(recipe, job.out, job.recipe.budget())
-    else:
-        made = pipeline.build(recipe, job.out)
-        found = _static(made)
-    # Weights that were not in the Hub's cache before are now.
-    steps.keep(
-        "build", Part(key=key or steps.key("build"), file=made.path.name, sha256=made.sidecar.sha256, report=found)
-    )
+    built = build.build(job.recipe, job.out)
+    key = key or steps.key("build")  # weights that were not in the Hub's cache are there now
+    file, sha256 = built.artifact.path.name, built.artifact.sidecar.sha256
+    steps.keep("build", Part(key=key, file=file, sha256=sha256, report=built.report))
     outcome.steps["build"] = "done"
-    return made
+    return built.artifact
 
 
-def _static(made: Artifact) -> Report | None:
-    """What is known of an artifact without running it."""
-    findings = backends.get(made.sidecar.backend).findings(made, None)
-    if not findings:
-        return None
-    return Report(
-        passed=all(finding.passed for finding in findings), recipe=made.sidecar.recipe, artifact=made.to_dict(),
-        environment={}, findings=tuple(findings),
-    )  # fmt: skip
-
-
-def _verify(job: Job, steps: Steps, made: Artifact, outcome: Outcome) -> None:
+def _verify(job: RecipeRun, steps: Steps, made: Artifact, outcome: Outcome) -> None:
     if steps.part("verify", made) is not None:
         note(f"{job.name}: verified already, on the same images")
         outcome.steps["verify"] = "already there"
         return
     key = steps.key("verify", made)
-    found = pipeline.verify(made, job.recipe.verify_options())
-    pipeline.record_quality(made, found)
-    steps.keep("verify", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=found))
+    verified = verify.verify(made, verify_options(job.recipe))
+    verify.record_quality(made, verified)
+    steps.keep("verify", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=verified))
     outcome.steps["verify"] = "done"
 
 
-def _bench(job: Job, steps: Steps, made: Artifact, outcome: Outcome, opener: Opener) -> None:
-    options = job.recipe.bench_options()
+def _bench(job: RecipeRun, steps: Steps, made: Artifact, outcome: Outcome, opener: Opener) -> None:
+    options = bench_options(job.recipe)
     if options is None or (why := not_timed(job.recipe)):
         outcome.steps["bench"] = "not asked for" if options is None else why
         return
@@ -199,13 +174,13 @@ def _bench(job: Job, steps: Steps, made: Artifact, outcome: Outcome, opener: Ope
         outcome.steps["bench"] = "already there"
         return
     key = steps.key("bench", made)
-    (found,) = latency.bench([made], options, opener)
-    steps.keep("bench", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=found))
+    (timed,) = latency.bench([made], options, opener)
+    steps.keep("bench", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=timed))
     outcome.steps["bench"] = "done"
 
 
-def _whole(recipe: RecipeFile, steps: Steps, made: Artifact) -> Report:
-    """What all the steps found, with the limits of the recipe's own."""
+def _merged(recipe: Recipe, steps: Steps, made: Artifact) -> Report:
+    """The reports of all steps as one, judged by the recipe's limits."""
     kept = [steps.part(name, made) for name in STEPS]
     parts = [part.report for part in kept if part is not None and part.report is not None]
     findings: dict[str, list[Finding]] = {}
@@ -213,19 +188,19 @@ def _whole(recipe: RecipeFile, steps: Steps, made: Artifact) -> Report:
         for check in dict.fromkeys(finding.check for finding in part.findings):
             findings[check] = [finding for finding in part.findings if finding.check == check]
     findings["build"] = _reproducible(made)
-    whole = tuple(_limited(finding, recipe) for found in findings.values() for finding in found)
-    return Report(
-        passed=all(finding.passed for finding in whole),
+    merged = Report(
+        passed=True,
         recipe={key: value for part in parts for key, value in part.recipe.items()},
         artifact=made.to_dict(),
         environment={key: value for part in parts for key, value in part.environment.items()},
-        findings=whole,
+        findings=tuple(finding for listed in findings.values() for finding in listed),
     )
+    return latency.with_limits(merged, recipe.bench or Bench())
 
 
 def _reproducible(made: Artifact) -> list[Finding]:
     """Said of an artifact that another build would not give byte for byte."""
-    if backends.get(made.sidecar.backend).reproducible:
+    if backends.target(made.sidecar.backend).reproducible:
         return []
     detail = (
         f"{made.sidecar.backend} chooses anew at each build, so the file may differ; what it was built from does not "
@@ -234,25 +209,17 @@ def _reproducible(made: Artifact) -> list[Finding]:
     return [Finding(check="build", metric="reproducible", value=0, detail=detail)]
 
 
-def _limited(finding: Finding, recipe: RecipeFile) -> Finding:
-    for word, (metric, better) in LIMITS.items():
-        limit = getattr(recipe.bench, word, None)
-        if limit is not None and finding.check == "latency" and finding.metric == metric:
-            return judged(finding, limit, better)  # type: ignore[arg-type]
-    return finding
-
-
-def run_all(jobs: Sequence[Job], opener: Opener = worker.open_arm) -> list[Outcome]:
+def run_all(runs: Sequence[RecipeRun], opener: Opener = worker.open_arm) -> list[Outcome]:
     """Every recipe in turn; one that cannot be run is told of, and the others go on."""
     outcomes = []
-    for index, job in enumerate(jobs, 1):
-        if len(jobs) > 1:
-            step(f"{job.name} ({index} of {len(jobs)})")
+    for index, job in enumerate(runs, 1):
+        if len(runs) > 1:
+            step(f"{job.name} ({index} of {len(runs)})")
         outcomes.append(run_or_tell(job, opener))
     return outcomes
 
 
-def run_or_tell(job: Job, opener: Opener = worker.open_arm) -> Outcome:
+def run_or_tell(job: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
     """A recipe run; why it could not be is its outcome."""
     try:
         return run(job, opener)

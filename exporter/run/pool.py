@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from exporter.bench import turns
 from exporter.progress import REPORTER, Reporter
-from exporter.run import Job, Outcome, run_or_tell
+from exporter.run import Outcome, RecipeRun, run_or_tell
 
 T = TypeVar("T")
 _SHARED: list[Any] = []  # a process's way to the one that draws, and the file that turns are taken over
 
 
-def run_all(jobs: Sequence[Job], count: int) -> list[Outcome]:
+def run_all(jobs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     """Every recipe, `count` at once. What is timed is timed alone: it waits until the others are done or wait too."""
     context = multiprocessing.get_context("spawn")
     lines = context.Queue()
@@ -43,7 +43,7 @@ def run_all(jobs: Sequence[Job], count: int) -> list[Outcome]:
     return outcomes
 
 
-def _result(job: Job, result: Callable[[], Outcome]) -> Outcome:
+def _result(job: RecipeRun, result: Callable[[], Outcome]) -> Outcome:
     try:
         return result()
     except BrokenProcessPool:
@@ -70,7 +70,7 @@ def _begin(lines: Any, turn: Path) -> None:
     _SHARED[:] = [lines, turn]
 
 
-def _run(job: Job) -> Outcome:
+def _run(job: RecipeRun) -> Outcome:
     lines, turn = _SHARED
     token = REPORTER.set(_Sent(job.name, lines))
     try:

@@ -1,4 +1,4 @@
-"""The steps of a recipe, by digest: what each depends on, and what it gave the last time."""
+"""The steps of a recipe: their cache keys, and their stored results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
+from exporter.bench.latency import BenchOptions
 from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import weights
 from exporter.progress import note
-from exporter.recipe import EIGHT_BITS
-from exporter.recipe_file import RecipeFile
+from exporter.recipe import Recipe
+from exporter.recipe.file import NOT_PATHS
 from exporter.report import Report
+from exporter.verify import VerifyOptions
 
 STEPS = ("build", "verify", "bench")
 MAX_PART_BYTES = 512 * 2**20
@@ -37,7 +39,7 @@ class Part(Record, frozen=True):
 class Steps:
     """What was done for a recipe, and whether it still stands."""
 
-    def __init__(self, recipe: RecipeFile, out: Path, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, folder: Path) -> None:
         self.recipe, self.out, self.folder = recipe, out, folder
 
     def key(self, name: str, made: Artifact | None = None) -> str:
@@ -52,33 +54,34 @@ class Steps:
         return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
     def _build(self) -> dict[str, Any] | None:
-        asked = self.recipe
-        model = asked.model
-        of_weights = weights.fingerprint(model.weights, model.variant, Path(model.labels) if model.labels else None)
+        recipe, model = self.recipe, self.recipe.model
+        labels = Path(model.labels) if model.labels else None
+        of_weights = weights.fingerprint(model.weights, model.variant, labels)
         if of_weights is None:
             return None
-        recipe = msgspec.to_builtins(asked.recipe())
-        for word in ("weights", "labels", "calib"):
-            del recipe[word]
-        facts = {"recipe": recipe, "weights": of_weights}
-        if asked.quantization is not None and asked.precision in EIGHT_BITS:
-            budget = asked.budget()
-            facts |= {"calib": fingerprint(asked.quantization.calib), "max_drop": budget.max_drop}
-            facts |= {"data": fingerprint(budget.data) if budget.data else None}
-        if asked.export.form == "auto":
+        fields = recipe.of_build()
+        del fields["model"]["weights"], fields["model"]["labels"]
+        facts: dict[str, Any] = {"recipe": fields, "weights": of_weights}
+        if recipe.quantization is not None:
+            del fields["quantization"]["calib"]
+            quantization = recipe.quantization
+            facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
+            facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
+        if recipe.export.form == "auto":
             facts |= {"machine": _machine()}
         return facts
 
     def _verify(self, made: Artifact) -> dict[str, Any]:
-        told = msgspec.to_builtins(self.recipe.verify_options())
-        images = fingerprint(told.pop("data"))
-        del told["weights"]
-        return {"artifact": made.sidecar.sha256, "options": told, "images": images, "machine": _machine()}
+        options = msgspec.to_builtins(verify_options(self.recipe))
+        images = fingerprint(options.pop("data"))
+        del options["weights"]
+        return {"artifact": made.sidecar.sha256, "options": options, "images": images, "machine": _machine()}
 
     def _bench(self, made: Artifact) -> dict[str, Any]:
-        told = msgspec.to_builtins(self.recipe.bench_options())
-        del told["weights"]
-        return {"artifact": made.sidecar.sha256, "options": told, "machine": _machine()}
+        options = msgspec.to_builtins(bench_options(self.recipe))
+        for name in ("weights", "min_speedup", "max_p50_ms"):  # limits are judged anew each time
+            del options[name]
+        return {"artifact": made.sidecar.sha256, "options": options, "machine": _machine()}
 
     def artifact(self) -> Artifact | None:
         """The artifact of this recipe, if it is whole and all that it was made from is as it was."""
@@ -122,9 +125,26 @@ class Steps:
         return found if Path(found.file).name == found.file else None
 
 
+def verify_options(recipe: Recipe) -> VerifyOptions:
+    """How a recipe's artifact is verified."""
+    return VerifyOptions(weights=_path_of(recipe.model.weights), **msgspec.structs.asdict(recipe.checks))
+
+
+def bench_options(recipe: Recipe) -> BenchOptions | None:
+    """How a recipe's artifact is timed, or None."""
+    if recipe.bench is None:
+        return None
+    return BenchOptions(weights=_path_of(recipe.model.weights), **msgspec.structs.asdict(recipe.bench))
+
+
+def _path_of(weights: str) -> str | None:
+    """Weights that are a file, by their path, for they may have been moved since; others are found by their name."""
+    return None if NOT_PATHS.match(weights) else weights
+
+
 def _version(backend: str) -> str:
     try:
-        return backends.get(backend).probe()
+        return backends.runtime(backend).probe()
     except Unavailable:
         return ""
 

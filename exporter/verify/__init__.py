@@ -1,24 +1,27 @@
-"""An artifact held against eager PyTorch on the same images."""
+"""Accuracy of an artifact, compared with PyTorch on the same images."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends, machine
+from exporter import backends, machine, precision
 from exporter.artifact import Artifact
-from exporter.backends import Array, Layer, Outputs, Session
+from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
 from exporter.progress import step, track
+from exporter.recipe import Checks, Threads
+from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.verify import checks
 from exporter.verify.blocks import block_errors
@@ -27,42 +30,46 @@ BATCH = 16
 MAX_UNREADABLE_PCT = 10
 
 
-class VerifyOptions(checks.Options, frozen=True):
-    """What `verify` can be told. `data` as in `open_samples`; `weights` says where the checkpoint lies now; `blocks`
-    compares the output of every block too, on the first batch."""
+class VerifyOptions(Checks, frozen=True):
+    """Options of `verify`."""
 
-    data: str = "synthetic"
-    most: int | None = None
-    weights: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    blocks: bool = False
+    weights: Annotated[
+        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
+    ] = None
+    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    blocks: Annotated[bool, about("Also compare the output of each ConvNeXt block, on the first images.")] = False
 
 
 def verify(
-    artifact: Artifact, options: VerifyOptions, samples: Samples | None = None, reference: Session | None = None
+    artifact: Artifact,
+    options: VerifyOptions,
+    samples: Samples | None = None,
+    reference_session: Session | None = None,
+    runtime: Runtime[Options] | None = None,
 ) -> Report:
-    """Hold an artifact against eager PyTorch on the same images.
+    """Compare an artifact with PyTorch on the same images.
 
     Args:
         artifact: what to verify.
-        options: the data, the limits, where the weights are now.
-        samples: the images, when they are already open.
-        reference: eager PyTorch, when it is.
+        options: the data, the limits, the path of the weights.
+        samples: the images, if they are already open.
+        reference_session: PyTorch, if it is already open.
+        runtime: opens the artifact; by default the one that its sidecar names.
 
     Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
     """
-    checks.check_options(options)
     sidecar = artifact.sidecar
-    backend = backends.get(sidecar.backend)
+    runtime = runtime or backends.runtime(sidecar.backend)
+    precision.of(artifact.path, sidecar.precision)
     samples = samples or open_samples(
-        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.most
+        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.samples
     )
     if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    layers = backend.layers(artifact, backend.options(device=options.device, threads=options.threads))
-    with _runnable(artifact, backend) as runs:
-        findings, facts = _findings(artifact, runs, layers, options, samples, reference)
+    session_options = runtime.options(device=options.device, threads=options.threads)
+    layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
+    with _runnable(artifact, runtime) as runnable:
+        findings, facts = _findings(artifact, runnable, layers, options, samples, reference_session)
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
@@ -72,82 +79,107 @@ def verify(
     )
 
 
+def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextManager[Session]:
+    """The PyTorch model that an artifact was built from, opened for a comparison.
+
+    Raises: BadRequest when the weights have changed; Unavailable when they are missing.
+    """
+    return eager.RUNTIME.open(artifact, _eager_options(options))
+
+
+def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
+    return eager.EagerOptions(threads=options.threads, weights=options.weights)
+
+
 def _findings(
     artifact: Artifact,
-    runs: Runnable,
+    runnable: Runnable,
     layers: list[Layer],
     options: VerifyOptions,
     samples: Samples,
-    reference: Session | None,
+    reference_session: Session | None,
 ) -> tuple[list[Finding], dict[str, str]]:
-    """What the checks found, and the facts of the session that they looked at."""
-    eager = backends.get("eager")
-    told = runs.backend.options(device=options.device, threads=options.threads)
-    eager_told = eager.options(threads=options.threads, weights=options.weights)  # type: ignore[call-arg]
+    """The findings of all checks, and the facts of the artifact's session."""
+    runtime = runnable.runtime
+    session_options = runtime.options(device=options.device, threads=options.threads)
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
-    held = nullcontext(reference) if reference else eager.session(artifact, eager_told)
+    opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
     fixed = artifact.sidecar.inputs[0].shape[0]
-    seen = 0
-    with held as original, runs.backend.session(runs.artifact, told) as candidate:
+    count = 0
+    with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
         size = fixed if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
-            seen += len(batch.names)
+            count += len(batch.names)
             both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
             for meter in meters:
                 meter.see(checks.Seen(batch.labels, *both))
         facts = candidate.facts
-    if not seen:
+    if not count:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
-    findings += [*runs.simulated, *_data_findings(samples.skipped, seen, options.data)]
+    findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data)]
     if options.blocks:
-        step("comparing block by block")
-        images_seen = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
-        with eager.blocks(artifact, eager_told) as expected, runs.backend.blocks(runs.artifact, told) as given:
-            findings += block_errors(expected, given, layers, images_seen)
+        images = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
+        findings += _compare_blocks(artifact, runnable, layers, options, images)
     return findings, facts
+
+
+def _compare_blocks(
+    artifact: Artifact, runnable: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
+) -> list[Finding]:
+    runtime = runnable.runtime
+    if runtime.blocks is None:
+        raise BadRequest(f"--blocks: {runtime.name} does not show the outputs of blocks; verify without it")
+    step("comparing block by block")
+    assert eager.RUNTIME.blocks is not None
+    session_options = runtime.options(device=options.device, threads=options.threads)
+    with (
+        eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,
+        runtime.blocks(runnable.artifact, session_options) as measured,
+    ):
+        return block_errors(expected, measured, layers, images)
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """What shows the accuracy of an artifact here, and the finding that says so when it is not the artifact itself."""
+    """The artifact that is run to measure accuracy, its runtime, and a finding where it stands in for another one."""
 
     artifact: Artifact
-    backend: backends.Backend[backends.Options]
-    simulated: tuple[Finding, ...] = ()
+    runtime: Runtime[Options]
+    findings: tuple[Finding, ...] = ()
 
 
 @contextmanager
-def _runnable(artifact: Artifact, backend: backends.Backend[backends.Options]) -> Iterator[Runnable]:
-    """An artifact itself; or, where it cannot run, the very graph that it was built from, with every result rounded to
-    its precision.
+def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnable]:
+    """An artifact itself; where it cannot run here, the graph that it was built from, with every result rounded to its
+    precision.
 
-    Raises: Unavailable when it cannot run and that graph is not beside it.
+    Raises: Unavailable when the artifact cannot run and that graph is not beside it.
     """
-    why = backend.unable()
-    if not why:
-        yield Runnable(artifact, backend)
+    reason = runtime.unable()
+    if not reason:
+        yield Runnable(artifact, runtime)
         return
-    beside = [path.with_suffix("") for path in sorted(artifact.path.parent.glob("*.onnx.json"))]
-    parents = [path for path in beside if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents]
+    sidecars = [path.with_suffix("") for path in sorted(artifact.path.parent.glob("*.onnx.json"))]
+    parents = [path for path in sidecars if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents]
     if not parents:
-        raise Unavailable(f"{artifact.path}: {why}, and the graph that it was built from is not beside it")
+        raise Unavailable(f"{artifact.path}: {reason}, and the graph that it was built from is not beside it")
     parent = artifacts.load(parents[0])
-    runtime = backends.get(parent.sidecar.backend)
-    if parent.sidecar.quantization is None and parent.sidecar.precision not in runtime.precisions:
+    stand_in, target = backends.runtime(parent.sidecar.backend), backends.target(parent.sidecar.backend)
+    if parent.sidecar.quantization is None and parent.sidecar.precision not in target.precisions:
         raise Unavailable(
-            f"{artifact.path}: {why}, and {runtime.name} cannot run its graph in {parent.sidecar.precision}"
+            f"{artifact.path}: {reason}, and {stand_in.name} cannot run its graph in {parent.sidecar.precision}"
         )
-    detail = f"{parent.path.name}, which it was built from, ran on {runtime.name}: {why}"
+    detail = f"{parent.path.name}, which it was built from, ran on {stand_in.name}: {reason}"
     if parent.sidecar.precision != "fp32":
         detail += "; every fp16 result was rounded"
-    step(f"not run, but simulated: {detail}")
+    step(f"simulated, not run: {detail}")
     with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
         path = Path(folder) / parent.path.name
         _write_rounding(parent.path, path)
         finding = Finding(check="data", metric="simulated", value=1, detail=detail)
-        yield Runnable(Artifact(path, parent.sidecar), runtime, (finding,))
+        yield Runnable(Artifact(path, parent.sidecar), stand_in, (finding,))
 
 
 def _write_rounding(graph: Path, path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 from exporter import artifact
 from exporter.artifact import disk, sidecar_path
 from exporter.artifact.sidecar import MAX_SIDECAR_BYTES
-from exporter.build import pipeline
+from exporter.build import resolve
+from exporter.build.export import export
 from exporter.errors import BadRequest, Unavailable
-from exporter.recipe import Recipe
-from tests.conftest import ROOT, build, snapshot
+from tests.conftest import ROOT, build, recipe_of, snapshot
 
 
 def test_an_artifact_opens_as_it_was_sealed(onnx_copy):
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_while_a_runtime_writes(backend, share, artifacts, 
         pytest.skip("no mount in this sandbox")
     try:
         if backend == "openvino":  # the graph fits, the IR does not
-            pipeline.export(Recipe(weights=str(tiny), backend="openvino"), disk)
+            export(resolve(recipe_of("openvino", weights=str(tiny)), disk))
         free = shutil.disk_usage(disk).free
         (disk / "ballast").write_bytes(b"0" * (free - int(share * artifacts[backend, "fp32"].sidecar.bytes)))
         before = snapshot(disk)

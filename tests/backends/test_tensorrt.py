@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from exporter import artifact, backends
 from exporter.backends import Options
 from exporter.backends.tensorrt import builder, library, plan, runtime
-from exporter.build import pipeline
 from exporter.errors import BadRequest, ExporterError, Unavailable
+from exporter.verify import VerifyOptions, verify
 from tests.conftest import build, snapshot
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -93,7 +93,7 @@ def test_a_plan_is_the_builders_bytes_and_inspect_shows_its_kernels(tiny, run, t
 @pytest.mark.skipif(not runtime.unable(), reason="a GPU runs the plan itself")
 def test_verify_without_a_gpu_runs_the_graph_behind_the_plan(artifacts, run, tmp_path):
     made = artifacts["tensorrt", "fp16"]
-    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    report = verify(made, VerifyOptions(samples=8))
     assert report.passed
     assert "custom_linear_fp16.onnx" in report.find("simulated").detail
     assert report.environment["session"]["provider"] == "CPUExecutionProvider"
@@ -104,7 +104,7 @@ def test_verify_without_a_gpu_runs_the_graph_behind_the_plan(artifacts, run, tmp
     assert done.code == 3
     assert "the graph that it was built from is not beside it" in done.err
     with pytest.raises(Unavailable, match="onnxruntime cannot run its graph in bf16"):
-        pipeline.verify(artifacts["tensorrt", "bf16"], pipeline.VerifyOptions(most=8))
+        verify(artifacts["tensorrt", "bf16"], VerifyOptions(samples=8))
 
 
 REFUSED = [
@@ -155,7 +155,7 @@ def test_a_scope_says_what_is_rounded(scope, tiny, tmp_path):
     rounded = [node for node in graph if node.op_type == "QuantizeLinear"]
     assert len(rounded) == (0 if scope == "weights" else len(told.layers))
     assert sum(node.op_type == "DequantizeLinear" for node in graph) == len(rounded) + len(told.layers)
-    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    report = verify(made, VerifyOptions(samples=8))
     assert report.find("cosine").value > 0.999
     if scope == "weights":
         assert report.find("quantized_macs_pct").detail == "only the weights of 10 layers are in int8"
@@ -168,7 +168,7 @@ def test_fp8_is_e4m3_and_nearly_the_same_network(artifacts):
     graph = ir.load(made.path.with_name("custom_linear_fp8.onnx")).graph
     types = {node.inputs[2].dtype for node in graph if node.op_type == "QuantizeLinear"}
     assert types == {ir.DataType.FLOAT8E4M3FN}
-    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    report = verify(made, VerifyOptions(samples=8))
     assert report.passed
     assert 1 - report.find("cosine").value > 1e-6, "three bits of mantissa cost something"
     assert "custom_linear_fp8.onnx" in report.find("simulated").detail
@@ -185,7 +185,7 @@ def test_weights_too_small_for_a_scale_in_fp16_are_no_reason_to_refuse(precision
     state["stages.0.0.pwconv2.weight"][:4] *= 1e-7
     save_file(state, source / "model.safetensors")
     made = build(source, tmp_path, "tensorrt", precision)
-    assert pipeline.verify(made, pipeline.VerifyOptions(most=8)).find("cosine").value > 0.999
+    assert verify(made, VerifyOptions(samples=8)).find("cosine").value > 0.999
 
 
 def test_the_share_of_work_in_the_asked_precision_is_told(artifacts):
@@ -214,7 +214,7 @@ def test_a_plan_that_would_not_fit_on_the_disk_is_not_begun(artifacts, tmp_path,
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     made = artifact.load(artifacts["tensorrt", "fp16"].path.with_name("custom_linear_fp16.onnx"))
     with pytest.raises(Unavailable, match=r"MB are needed and 0 MB are free; free some or choose another"):
-        backends.get("tensorrt").build(made, "fp16", tmp_path / "new", library.TensorRtTarget())
+        backends.get("tensorrt").build(made, "fp16", tmp_path / "new", library.TensorRtOptions())
     assert not (tmp_path / "new").exists()
 
 
@@ -292,7 +292,7 @@ def test_what_the_parser_refuses_is_said_with_the_node(artifacts, tmp_path):
     with pytest.raises(
         ExporterError, match=r"odd.onnx: tensorrt-rtx .* cannot read it: stages.0.0, node Gelu \(NoSuchOperator\)"
     ):
-        builder.build(trt, tmp_path / "odd.onnx", sidecar, library.TensorRtTarget())
+        builder.build(trt, tmp_path / "odd.onnx", sidecar, library.TensorRtOptions())
 
 
 def test_ctrl_c_stops_the_builder_and_leaves_nothing(tiny, tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_the_lowered_int8_graph_is_the_same_network(artifacts):
 @pytest.mark.parametrize("flavor", library.here())
 def test_a_plan_runs_and_is_the_same_network(flavor, precision, tiny, tmp_path):
     made = build(tiny, tmp_path, "tensorrt", precision, target={"flavor": flavor})
-    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    report = verify(made, VerifyOptions(samples=8))
     assert report.passed
     assert report.find("simulated") is None
     images = np.random.default_rng(0).normal(size=(4, 3, 64, 64)).astype(np.float32)

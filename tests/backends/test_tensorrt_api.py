@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from exporter import artifact
 from exporter.backends.tensorrt import builder, library, runtime
-from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
+from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions
 from exporter.errors import BadRequest, ExporterError
 from tests.backends.fake_tensorrt import SURFACES, FakeModule
 from tests.backends.surface import surface
@@ -27,8 +27,8 @@ def trt(request):
 def all_that_can_be_asked(trt, cache):
     common = {"profiles": (Profile(1, 2, 4), Profile(8, 8, 8)), "workspace": 0.5, "opt_level": 4, "tf32": True}
     if trt.rtx:
-        return TensorRtTarget(**common, compute_capability=("8.9", "12.0"))
-    return TensorRtTarget(
+        return TensorRtOptions(**common, compute_capability=("8.9", "12.0"))
+    return TensorRtOptions(
         **common, version_compatible=True, strip_weights=True, hardware_compat="ampere+", timing_cache=str(cache)
     )
 
@@ -74,7 +74,7 @@ def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts, tmp_pa
 
 def test_fp32_is_fp32_unless_tf32_is_asked_for(trt, artifacts):
     made = artifacts["onnxruntime", "fp32"]
-    builder.build(trt, made.path, made.sidecar, TensorRtTarget())
+    builder.build(trt, made.path, made.sidecar, TensorRtOptions())
     assert trt.module.asked("IBuilderConfig.clear_flag") == [(trt.module.BuilderFlag.TF32,)]
     assert trt.module.asked("IBuilderConfig.set_flag") == []
 
@@ -82,12 +82,12 @@ def test_fp32_is_fp32_unless_tf32_is_asked_for(trt, artifacts):
 def test_what_a_version_has_not_is_refused(trt):
     if trt.rtx or trt.version.startswith("10.0"):
         with pytest.raises(BadRequest, match="--hardware-compat"):
-            library.check(trt, "fp16", None, TensorRtTarget(hardware_compat="same"))
+            library.check(trt, "fp16", None, TensorRtOptions(hardware_compat="same"))
     else:
-        library.check(trt, "fp16", None, TensorRtTarget(hardware_compat="same"))
+        library.check(trt, "fp16", None, TensorRtOptions(hardware_compat="same"))
     if not trt.rtx:
         with pytest.raises(BadRequest, match="builds for the GPU that it runs on"):
-            library.check(trt, "fp16", None, TensorRtTarget(compute_capability=("8.9",)))
+            library.check(trt, "fp16", None, TensorRtOptions(compute_capability=("8.9",)))
 
 
 def test_a_builder_that_gives_nothing_is_an_error_with_what_it_said(trt, artifacts):
@@ -98,7 +98,7 @@ def test_a_builder_that_gives_nothing_is_an_error_with_what_it_said(trt, artifac
 
     trt.module.answers["Builder.build_serialized_network"] = fail
     with pytest.raises(ExporterError, match="cannot build it: no tactic for this"):
-        builder.build(trt, made.path, made.sidecar, TensorRtTarget())
+        builder.build(trt, made.path, made.sidecar, TensorRtOptions())
 
 
 @pytest.fixture

@@ -7,17 +7,18 @@ import sys
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import artifact, backends
-from exporter.build import int8
-from exporter.build.int8 import gain
-from exporter.build.int8.budget import Choice, search
-from exporter.recipe import Recipe
+from exporter.build import build as build_recipe
+from exporter.build.int8 import speed
+from exporter.build.int8.search import Candidate, search
+from exporter.precision import PRECISIONS
 from exporter.report import Finding, Report
-from exporter.verify.checks import parity
-from tests.conftest import PX, ROOT, snapshot, write_tiny
+from exporter.verify import VerifyOptions, verify
+from tests.conftest import PX, ROOT, recipe_of, snapshot, write_tiny
 
 FRAGILE = ("stages.2.1", "stages.0.0")
 BACKENDS = ("onnxruntime", "openvino")
@@ -25,7 +26,7 @@ BACKENDS = ("onnxruntime", "openvino")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
 
 
 def verb(backend):
@@ -65,7 +66,7 @@ def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
     assert report == done.json["report"]
     found = {f["metric"]: f for f in report["findings"]}
     assert report["findings"][0]["metric"] == "gain"
-    assert found["gain"]["case"] == backends.get(backend).above_int8()
+    assert found["gain"]["case"] == backends.target(backend).above("int8")
     assert found["gain"]["value"] > 0
     assert "dead leaves" in found["calibration"]["detail"]
     share = 100 * sum(told.layers.values()) / made.sidecar.macs
@@ -79,7 +80,7 @@ def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
 def test_inspect_says_how_it_was_calibrated(artifacts, run):
     shown = run("inspect", artifacts["openvino", "int8"].path).out
     assert "16 images of synthetic (made from seeds, no photographs)" in shown
-    assert "kept back: nothing" in shown
+    assert "kept in higher precision: nothing" in shown
 
 
 @pytest.mark.parametrize("told", [{}, {"batch": 2}, {"imgsz": "dynamic"}, {"task": "features"}, {"input": "uint8"}])
@@ -88,15 +89,13 @@ def test_whatever_fp32_can_be_built_as(backend, told, tiny_v2, tmp_path):
     from tests.conftest import build
 
     made = build(tiny_v2, tmp_path, backend, "int8", **told)
-    from exporter.build import pipeline
-
-    report = pipeline.verify(made, pipeline.VerifyOptions(most=8))
+    report = verify(made, VerifyOptions(samples=8))
     assert report.passed, [f for f in report.findings if not f.passed]
     assert report.value("cosine") < 1 - 1e-9, "something was rounded"
     assert report.value("quantized_macs_pct") > 50
 
 
-def test_the_fragile_parts_are_found_and_kept_back(fragile, photographs, run, tmp_path):
+def test_sensitive_parts_are_found_and_kept_in_higher_precision(fragile, photographs, run, tmp_path):
     words = ("--max-drop", 0.05, "--calib", photographs, "--data", photographs)
     done = run("onnx", "--int8", "--weights", fragile, *words, "-o", tmp_path, "--json")
     assert done.code == 0, done.err
@@ -106,17 +105,18 @@ def test_the_fragile_parts_are_found_and_kept_back(fragile, photographs, run, tm
     harms = {f["case"]: f["value"] for f in findings if f["metric"] == "sensitivity"}
     assert set(kept) == set(FRAGILE) == set(list(harms)[:2])
     assert min(harms[block] for block in FRAGILE) > 10 * max(v for block, v in harms.items() if block not in FRAGILE)
-    assert all("% latency" in finding["detail"] for finding in kept.values()), "each was timed kept back alone"
-    assert {f["case"] for f in findings if f["metric"] == "tried_ms"} >= {"0 kept back", "2 kept back"}
-    assert "do not hold" in done.err
+    assert all("% latency" in finding["detail"] for finding in kept.values()), "each was timed alone"
+    assert {f["case"] for f in findings if f["metric"] == "tried_ms"} >= {"0 kept", "2 kept"}
+    assert "fully quantized, it fails" in done.err
     page = run("report", tmp_path / "custom_int8.onnx.report.json", "--format", "html").out
     assert "What int8 loses against latency" in page
-    assert "kept back" in run("report", tmp_path / "custom_int8.onnx.report.json").out
+    assert "kept in fp32" in run("report", tmp_path / "custom_int8.onnx.report.json").out
 
 
 def test_the_cost_of_synthetic_images_is_told_where_there_are_others(tiny, photographs, tmp_path):
-    recipe = Recipe(weights=str(tiny), backend="onnxruntime", precision="int8", calib_size=16)
-    _, report = int8.build(recipe, tmp_path, int8.Budget(max_drop=20, data=str(photographs)))
+    report = build_recipe(
+        recipe_of(precision="int8", weights=str(tiny), max_drop=20, data=str(photographs)), tmp_path
+    ).report
     cost = report.find("synthetic_cost")
     assert "when calibrated on 20 of" in cost.detail
     assert report.find("top1_drop").limit == 20
@@ -130,33 +130,33 @@ def test_data_that_cannot_be_calibrated_with_is_no_reason_to_fail(tiny, photogra
         Image.fromarray(pixels).save(tmp_path / "val" / f"{index}.png")
         lines.append(f"{index}.png\t{label}")
     (tmp_path / "val" / "list.tsv").write_text("\n".join(lines))
-    recipe = Recipe(weights=str(tiny), backend="onnxruntime", precision="int8", calib_size=16)
-    _, report = int8.build(recipe, tmp_path, int8.Budget(max_drop=20, data=str(tmp_path / "val" / "list.tsv")))
-    assert "not known" in report.find("synthetic_cost").detail
+    data = str(tmp_path / "val" / "list.tsv")
+    report = build_recipe(recipe_of(precision="int8", weights=str(tiny), max_drop=20, data=data), tmp_path).report
+    assert "not measured" in report.find("synthetic_cost").detail
     assert "has no sha256" in report.find("synthetic_cost").detail
 
 
 def test_no_choice_that_holds_is_exit_code_5_with_the_best(tiny, photographs, run, tmp_path, monkeypatch):
-    monkeypatch.setitem(parity.LIMITS, "int8", parity.Limits(1.1, 1.0, 97.0))  # no cosine is above one
+    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], cosine=1.1))  # no cosine is above one
     done = run("onnx", "--int8", "--weights", tiny, "--calib", photographs, "-o", tmp_path)
     assert done.code == 5
-    assert "DOES NOT HOLD" in done.out
+    assert "FAILED: the artifact is the best candidate" in done.out
     assert artifact.load(tmp_path / "custom_int8.onnx")
 
 
-def choice(kept, holds, loss=0.0):
+def candidate(kept, holds, loss=0.0):
     finding = Finding(check="accuracy", metric="top1_drop", value=loss, limit=0.5, passed=holds)
-    return Choice(kept, None, Report(passed=holds, recipe={}, artifact={}, environment={}, findings=(finding,)))
+    return Candidate(kept, None, Report(passed=holds, recipe={}, artifact={}, environment={}, findings=(finding,)))
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2, 3, 5, 6, 7])
-def test_the_fewest_parts_are_kept_back(needed):
+def test_the_fewest_parts_are_kept_in_higher_precision(needed):
     order = [f"stages.2.{i}" for i in range(8)]
     asked = []
 
     def judge(work, kept):
         asked.append(len(kept))
-        return choice(kept, len(kept) >= needed)
+        return candidate(kept, len(kept) >= needed)
 
     found = search(None, judge, lambda: dict.fromkeys(order, 0.1))
     assert found.best.kept == tuple(order[:needed])
@@ -167,7 +167,9 @@ def test_the_fewest_parts_are_kept_back(needed):
 def test_when_nothing_holds_the_one_that_loses_least_is_best():
     order = [f"stages.2.{i}" for i in range(5)]
     losses = {0: 4.0, 1: 3.0, 2: 1.0, 4: 2.0}
-    found = search(None, lambda work, kept: choice(kept, False, losses[len(kept)]), lambda: dict.fromkeys(order, 0.1))
+    found = search(
+        None, lambda work, kept: candidate(kept, False, losses[len(kept)]), lambda: dict.fromkeys(order, 0.1)
+    )
     assert found.best.kept == tuple(order[:2])
     assert not found.best.report.passed
 
@@ -179,10 +181,10 @@ def test_when_nothing_holds_the_one_that_loses_least_is_best():
         (("--calib-size", 30, "--calib", "{photographs}"), "20 images, 30 were asked for"),
         (("--form", "plain"), "int8 for onnxruntime is written in the form linear"),
         (("--form", "auto"), "int8 for onnxruntime is written in the form linear"),
-        (("--max-drop", -1), "expected percentage points from 0 to 100"),
-        (("--max-drop", 0.5), "only synthetic images, on which no loss can be seen"),
+        (("--max-drop", -1), "expected a number from 0 to 100"),
+        (("--max-drop", 0.5), "only synthetic images, on which no loss can be measured"),
         (("--max-drop", 0.5, "--data", "{photographs}", "--weights", "random:0"), "the weights are random"),
-        (("--smoothing", 1.5), "expected a share from 0"),
+        (("--smoothing", 1.5), "expected a number from 0 to 1"),
         (("--data", "nowhere"), "no such data"),
         (("--fp16",), "one precision at a time"),
     ],
@@ -213,7 +215,7 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_pat
     assert run(*words).code == 4
     assert not (tmp_path / "out").exists() or snapshot(tmp_path / "out") == {}
     monkeypatch.undo()
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     done = run(*words)
     assert done.code == 0
     assert "statistics of these 17 images are remembered" in done.err
@@ -221,13 +223,13 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_pat
 
 def test_a_gain_that_is_none_is_said_first(tiny, run, tmp_path, monkeypatch):
     """A rival that is the artifact itself cannot be beaten."""
-    monkeypatch.setattr(gain.Timed, "ratio", lambda self, made, over: (0.9, 0.8, 0.95))
+    monkeypatch.setattr(speed.Timed, "ratio", lambda self, made, over: (0.9, 0.8, 0.95))
     done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)
     assert done.code == 0, "it holds; whether it is used is the user's choice"
-    assert "int8 DOES NOT PAY here" in done.out
+    assert "int8 is slower than fp32 here" in done.out
     path = tmp_path / "custom_int8.onnx.report.json"
-    assert "DOES NOT PAY" in run("report", path).out.splitlines()[0]
-    assert "DOES NOT PAY" in run("report", path, "--format", "html").out
+    assert "int8 is slower than fp32" in run("report", path).out.splitlines()[0]
+    assert "int8 is slower than fp32" in run("report", path, "--format", "html").out
     assert "::warning" in run("report", path, "--format", "github").out
 
 
@@ -235,11 +237,11 @@ def test_layers_that_are_not_computed_in_int8_are_named(tiny, tmp_path):
     from tests.conftest import build
 
     made = build(tiny, tmp_path, "onnxruntime", "int8")
-    best = Choice((), made, None)
-    layers = backends.get("onnxruntime").layers(made, backends.Options())
-    assert "all 10 rounded layers are computed in int8" in gain._blame(best, layers)
+    best = Candidate((), made, None)
+    layers = backends.runtime("onnxruntime").layers(made, backends.Options())
+    assert "all 10 quantized layers are computed in int8" in speed._reason(best, layers)
     fewer = [layer for layer in layers if layer.module != "stages.2.0.pwconv1"]
-    assert gain._blame(best, fewer) == "not computed in int8: stages.2.0.pwconv1"
+    assert speed._reason(best, fewer) == "not computed in int8: stages.2.0.pwconv1"
 
 
 INSTRUCTION_SETS = (

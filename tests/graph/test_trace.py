@@ -14,7 +14,7 @@ SPREAD = 1e-4
 
 
 def outputs(made, images):
-    backend = backends.get("onnxruntime")
+    backend = backends.runtime("onnxruntime")
     with backend.session(made, backend.options()) as session:
         return session(images.numpy())
 

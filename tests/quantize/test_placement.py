@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from exporter import backends
-from exporter.build.int8.work import prepare
 from exporter.errors import CheckFailed
 from exporter.model.structure import part
 from exporter.quantize.placement import faults, pair_sums, quantize
 from exporter.quantize.rounding import LARGEST, MAX_PAIR, Rounding, largest_pair, round_weights
-from exporter.recipe import Recipe
+from tests.conftest import prepared, recipe_of
 
 BACKENDS = ("onnxruntime", "openvino")
 OPERATORS = ("QuantizeLinear", "DequantizeLinear")
@@ -26,9 +25,9 @@ OPERATORS = ("QuantizeLinear", "DequantizeLinear")
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def ready(request, tiny):
-    recipe = Recipe(weights=str(tiny), backend=request.param, precision="int8", calib_size=8)
+    recipe = recipe_of(request.param, "int8", weights=str(tiny), calib_size=8)
     with tempfile.TemporaryDirectory() as folder:
-        yield prepare(recipe, Path(folder), Path(folder))
+        yield prepared(recipe, Path(folder))
 
 
 def _is_dequantized(value):
@@ -154,8 +153,7 @@ def test_a_channel_of_zeros_has_a_scale():
 
 
 def test_each_backend_has_its_own_placement():
-    assert all(backends.get(name).placements for name in BACKENDS)
-    assert not backends.get("eager").placements
+    assert all(backends.target(name).placements for name in BACKENDS)
 
 
 def neighbours(whole, axis):

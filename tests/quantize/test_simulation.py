@@ -7,22 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from msgspec.structs import replace
 
 from exporter import backends
-from exporter.build.int8.work import prepare
 from exporter.model.structure import part
 from exporter.quantize import simulation
 from exporter.quantize.statistics import in_double
-from exporter.recipe import Recipe
+from tests.conftest import prepared, recipe_of
 
 BACKENDS = ("onnxruntime", "openvino")
 
 
 def work(source, backend="onnxruntime", **told):
-    recipe = Recipe(weights=str(source), backend=backend, precision="int8", calib_size=32, **told)
+    recipe = recipe_of(backend, "int8", weights=str(source), **{"calib_size": 32, **told})
     with tempfile.TemporaryDirectory() as folder:
-        return prepare(recipe, Path(folder), Path(folder))
+        return prepared(recipe, Path(folder))
 
 
 def noise(expected, got):
@@ -51,8 +49,8 @@ def test_it_gives_what_the_built_graph_gives(source, backend, part_of, request, 
     ready = work(request.getfixturevalue(source), backend)
     ready = dataclasses.replace(ready, plan={name: how for name, how in ready.plan.items() if part(name) == part_of})
     made = ready.make((), tmp_path)
-    runtime = backends.get(backend)
-    with runtime.session(made, runtime.options()) as session:
+    runtime = backends.runtime(backend)
+    with runtime.open(made, runtime.options()) as session:
         got = session(batch)[0].copy()
     model = ready.network.model
     with torch.inference_mode():
@@ -97,7 +95,7 @@ def test_harm_is_found_where_it_was_done(tiny):
     plan = dict(ready.plan)
     bad = plan["stages.2.0.pwconv2"]
     plan["stages.2.0.pwconv2"] = dataclasses.replace(bad, scale=40 * bad.scale)
-    found = simulation.harms(ready.network.model, plan, ready.images)
+    found = simulation.sensitivities(ready.network.model, plan, ready.images)
     assert next(iter(found)) == "stages.2.0"
     assert set(found) == set(map(part, plan))
     assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -113,11 +111,10 @@ def test_nothing_is_rounded_that_was_not_planned(tiny, batch):
 
 def test_the_recipe_is_what_is_done(tiny):
     """Methods and smoothing change the plan; the same recipe gives the same plan."""
-    recipe = Recipe(weights=str(tiny), backend="onnxruntime", precision="int8", calib_size=16)
 
     def scales(**told):
         with tempfile.TemporaryDirectory() as folder:
-            ready = prepare(replace(recipe, **told), Path(folder), Path(folder))
+            ready = prepared(recipe_of("onnxruntime", "int8", weights=str(tiny), **told), Path(folder))
         return [rounding.scale for rounding in ready.plan.values()]
 
     own = scales()

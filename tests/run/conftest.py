@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from exporter.build.int8 import gain
+from exporter.build.int8 import speed
 from exporter.model import hub, variants
 from tests.conftest import tiny_architecture, write_tiny
 
@@ -23,7 +23,7 @@ ONE_EACH = (1, 1, 1, 1)
 def recipe(tmp_path, tiny, monkeypatch):
     """Writes a recipe beside a checkpoint, and gives its path."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
 
     def write(backend="onnxruntime", precision="fp16", name="my", more=""):
         path = tmp_path / f"{name}.yaml"
@@ -49,5 +49,5 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "VARIANTS", known)
     monkeypatch.setattr(hub, "download", folders.__getitem__)
     monkeypatch.setattr(hub, "cached", folders.get)
-    monkeypatch.setattr(gain, "rival", lambda work, folder: None)  # what int8 gains is asked elsewhere
+    monkeypatch.setattr(speed, "baseline", lambda work, folder: None)  # what int8 gains is asked elsewhere
     return known

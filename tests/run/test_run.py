@@ -8,7 +8,7 @@ import time
 import pytest
 
 from exporter import run as running
-from exporter.build.int8 import gain
+from exporter.build.int8 import speed
 from tests.conftest import snapshot, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def test_the_second_run_does_nothing_and_says_so(recipe, run, tmp_path, monkeypa
     path = recipe(more=TIMED)
     assert run("run", path).code == 0
     before = snapshot(tmp_path / "build")
-    for name in ("pipeline.build", "pipeline.verify", "latency.bench"):
+    for name in ("build.build", "verify.verify", "latency.bench"):
         monkeypatch.setattr(f"exporter.run.{name}", None)
     result = run("run", path, "--json")
     assert result.code == 0, result.err
@@ -60,7 +60,7 @@ def test_a_dry_run_tells_what_is_there_and_does_nothing(recipe, run, tmp_path):
 def test_other_limits_rebuild_nothing_and_are_held(recipe, run, monkeypatch):
     path = recipe(more=TIMED)
     assert run("run", path).code == 0
-    monkeypatch.setattr("exporter.run.pipeline.build", None)
+    monkeypatch.setattr("exporter.run.build.build", None)
     failing = run("run", path, "--set", "checks.min_cosine=1.0", "--json")
     assert failing.code == 5
     assert steps(failing) == [{"build": "already there", "verify": "done", "bench": "already there"}]
@@ -174,14 +174,14 @@ def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("backend", "more"), [("onnxruntime", FAST), ("openvino", FAST), ("openvino", "")])
 def test_the_same_recipe_gives_the_same_bytes_anywhere(backend, more, tiny, tmp_path, monkeypatch):
     """In another folder, with the weights in another place, after other things were built in this process."""
-    monkeypatch.setattr(gain, "rival", lambda work, folder: None)
+    monkeypatch.setattr(speed, "baseline", lambda work, folder: None)
     found = []
     for place in ("a", "b"):
         shutil.copytree(tiny, tmp_path / place / f"weights of {place}")
         path = tmp_path / place / f"{place}.yaml"
         precision = "int8" if more else "fp16"
         path.write_text(f"backend: {backend}\nprecision: {precision}\nmodel: {{weights: weights of {place}}}\n{more}\n")
-        (job,) = running.jobs_of([path], tmp_path / place / "out", ["bench=null"])
+        (job,) = running.read_all([path], tmp_path / place / "out", ["bench=null"])
         made = running.run(job).artifact
         found.append({file.name: file.sha256 for file in made.sidecar.files})
     assert found[0] == found[1]
@@ -196,7 +196,7 @@ def test_what_is_not_the_same_bytes_each_time_is_said(recipe, run):
 
 def test_a_saved_build_runs_as_it_was(tiny, run, tmp_path, monkeypatch):
     """From the one who built it to a colleague, with the recipe and the weights and another working folder."""
-    monkeypatch.setattr(gain, "SECONDS_EACH", 0.3)
+    monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     for who in ("mine", "colleague"):
         shutil.copytree(tiny, tmp_path / who / "weights")
     monkeypatch.chdir(tmp_path / "mine")
@@ -222,10 +222,10 @@ def test_a_dry_build_writes_only_the_recipe(tiny, run, tmp_path, monkeypatch, re
 def test_the_same_run_twice_at_once_takes_turns(recipe, tmp_path, monkeypatch):
     import threading
 
-    (job,) = running.jobs_of([recipe()], tmp_path / "out")
+    (job,) = running.read_all([recipe()], tmp_path / "out")
     built = []
-    real = running.pipeline.build
-    monkeypatch.setattr("exporter.run.pipeline.build", lambda *words: built.append(time.sleep(0.2)) or real(*words))
+    real = running.build.build
+    monkeypatch.setattr("exporter.run.build.build", lambda *words: built.append(time.sleep(0.2)) or real(*words))
     both = [threading.Thread(target=running.run, args=(job,)) for _ in range(2)]
     for one in both:
         one.start()

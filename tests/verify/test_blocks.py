@@ -21,9 +21,9 @@ def images():
 
 
 def errors(made, images):
-    backend, eager = backends.get(made.sidecar.backend), backends.get("eager")
-    layers = backend.layers(made, backend.options())
-    with eager.blocks(made, eager.options()) as expected, backend.blocks(made, backend.options()) as given:
+    runtime, eager = backends.runtime(made.sidecar.backend), backends.runtime("eager")
+    layers = runtime.layers(made, runtime.options())
+    with eager.blocks(made, eager.options()) as expected, runtime.blocks(made, runtime.options()) as given:
         return {finding.case: finding for finding in block_errors(expected, given, layers, images)}
 
 

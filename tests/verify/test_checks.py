@@ -5,9 +5,10 @@ import pytest
 from msgspec.structs import replace
 
 from exporter import discover
+from exporter.recipe import Checks
 from exporter.stats import paired_drop, proportion
 from exporter.verify import checks
-from exporter.verify.checks import Options, Seen, Subject
+from exporter.verify.checks import Seen, Subject
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def subject(artifacts):
 
 
 def measure(subject, eager, got, labels=None, options=None, batch=4):
-    meters = checks.start_all(options or Options(), subject)
+    meters = checks.start_all(options or Checks(), subject)
     labels = np.full(len(eager), -1) if labels is None else np.asarray(labels)
     for start in range(0, len(eager), batch):
         part = slice(start, start + batch)
@@ -66,8 +67,8 @@ def test_an_error_in_one_logit_of_one_image_fails(subject, logits):
 def test_limits_of_ones_own_are_used(subject, logits):
     got = logits + np.float32(0.01)
     assert not measure(subject, logits, got)["max_abs"].passed
-    assert measure(subject, logits, got, options=Options(atol=0.02))["max_abs"].passed
-    assert not measure(subject, logits, got, options=Options(min_cosine=0.9999999))["cosine"].passed
+    assert measure(subject, logits, got, options=Checks(atol=0.02))["max_abs"].passed
+    assert not measure(subject, logits, got, options=Checks(min_cosine=0.9999999))["cosine"].passed
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_a_constant_feature_map_is_found(artifacts):
     outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}") for i in (1, 2))
     features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) for i in (0, 1))
-    meters = checks.start_all(Options(), Subject(features, []))
+    meters = checks.start_all(Checks(), Subject(features, []))
     for meter in meters:
         meter.see(Seen(np.array([-1, -1]), maps, (np.zeros_like(maps[0]), maps[1])))
     found = {finding.metric: finding for meter in meters for finding in meter.findings()}
@@ -107,7 +108,7 @@ def test_a_constant_feature_map_is_found(artifacts):
 
 
 def test_a_limit_of_zero_is_a_limit(subject, logits):
-    assert measure(subject, logits, logits.copy(), options=Options(min_cosine=0.0))["cosine"].limit == 0
+    assert measure(subject, logits, logits.copy(), options=Checks(min_cosine=0.0))["cosine"].limit == 0
 
 
 def test_one_value_in_every_logit_is_found(subject, logits):
@@ -161,7 +162,7 @@ def test_few_images_do_not_fail_on_one_disagreement_but_many_do(artifacts, logit
     made = artifacts["onnxruntime", "fp16"]
     got = logits.copy()
     got[0] = np.roll(got[0], 1)
-    loose = Options(atol=1e9, min_cosine=-1)
+    loose = Checks(atol=1e9, min_cosine=-1)
     few = measure(Subject(made, []), logits, got, options=loose)["top1_agreement"]
     assert (few.value, few.passed) == (90, True)
     many = measure(Subject(made, []), np.tile(logits, (50, 1)), np.tile(got, (50, 1)), options=loose)["top1_agreement"]
@@ -180,7 +181,7 @@ def test_features_are_checked_map_by_map(artifacts):
     made = artifacts["onnxruntime", "fp32"]
     outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}") for i in (1, 2))
     features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
-    meters = checks.start_all(Options(), Subject(features, []))
+    meters = checks.start_all(Checks(), Subject(features, []))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) * 10**i for i in (0, 2))
     spoilt = (maps[0] + np.float32(0.01), maps[1])
     for meter in meters:

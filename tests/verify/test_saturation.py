@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from exporter import backends, machine
-from exporter.build import pipeline
 from exporter.build.int8 import work
+from exporter.verify import VerifyOptions, verify
 from exporter.verify.checks.structure import saturation
 from tests.conftest import build
 
@@ -23,7 +23,7 @@ def unbounded(tiny, tmp_path, monkeypatch, request):
 
 
 def layers(made):
-    backend = backends.get(made.sidecar.backend)
+    backend = backends.runtime(made.sidecar.backend)
     return backend.layers(made, backend.options())
 
 
@@ -43,7 +43,7 @@ def test_saturating_layers_are_counted_and_named(unbounded, run, monkeypatch):
     assert set(sums) == set(unbounded.sidecar.quantization.layers)
     beyond = [name for name, value in sums.items() if value > np.iinfo(np.int16).max]
     monkeypatch.setattr(machine, "cpu", lambda: ("of long ago", ["avx2"]))
-    report = pipeline.verify(unbounded, pipeline.VerifyOptions(most=4))
+    report = verify(unbounded, VerifyOptions(samples=4))
     found = report.find("saturation")
     assert found.value == len(beyond) > 5
     assert f"{len(beyond)} of {len(sums)} layers can saturate on x86 CPUs without VNNI" in found.detail
@@ -93,4 +93,4 @@ def test_fp32_and_fp16_have_no_saturation_finding(precision, artifacts):
 
 def test_tensorrt_has_no_saturation_finding(artifacts):
     assert saturation(layers(artifacts["tensorrt", "int8"])) == []
-    assert not any(placement.exact_pairs for placement in backends.get("tensorrt").placements.values())
+    assert not any(placement.exact_pairs for placement in backends.target("tensorrt").placements.values())

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
-from exporter.artifact import Artifact, file_name, load, seal, staging
+from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.disk import check_space
-from exporter.backends import Backend, Blocks, Layer, Options, Product, Target
+from exporter.backends import Layer, Options, Runtime, Target, TargetOptions
 from exporter.backends.tensorrt import builder, library, lint, plan, runtime
-from exporter.backends.tensorrt.library import OS, TensorRtTarget
-from exporter.errors import BadRequest, Unavailable, some
+from exporter.backends.tensorrt.library import OS, TensorRtOptions
+from exporter.errors import BadRequest, some
 from exporter.graph import half
 from exporter.model.structure import KINDS
 from exporter.progress import note, step
@@ -50,16 +49,16 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
     return half.lower(artifact, wanted, out, FORM) if wanted in half.HALVES else artifact
 
 
-def check(wanted: str, batch: int | None, target: Target) -> None:
+def check(wanted: str, batch: int | None, options: TargetOptions) -> None:
     """Refuse what the flavor or the target cannot do, and profiles of a fixed batch.
 
     Raises: BadRequest for that; Unavailable when the flavor is not installed.
     """
-    assert isinstance(target, TensorRtTarget)
-    library.check(library.find(target.flavor), wanted, batch, target)
+    assert isinstance(options, TensorRtOptions)
+    library.check(library.find(options.flavor), wanted, batch, options)
 
 
-def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifact:
+def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) -> Artifact:
     """ONNX to `FILE.plan`.
 
     Raises: BadRequest for Q and DQ where they must not be; Unavailable without a library or the space for a plan;
@@ -67,8 +66,8 @@ def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifac
     """
     import onnx_ir as ir
 
-    assert isinstance(target, TensorRtTarget)
-    trt = library.find(target.flavor)
+    assert isinstance(options, TensorRtOptions)
+    trt = library.find(options.flavor)
     graph = ir.load(artifact.path)
     if found := lint.lint(graph):
         raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {some(found)}")
@@ -76,37 +75,31 @@ def build(artifact: Artifact, wanted: str, out: Path, target: Target) -> Artifac
         note("int8 activations on TensorRT-RTX are outside its support matrix; measure the plan where it will run")
     macs = plan.macs_of(graph)
     del graph  # its weights are not needed twice
-    shapes = builder.profiles(artifact.sidecar, target)
+    shapes = builder.profiles(artifact.sidecar, options)
     check_space(out, artifact.sidecar.bytes)  # a plan is as large as the weights in it
     step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
-    made, listing = builder.build(trt, artifact.path, artifact.sidecar, target)
-    told = {
-        **msgspec.to_builtins(target),
-        "flavor": trt.flavor,
-        "version": trt.version,
-        "os": OS,
-        "profiles": [list(msgspec.to_builtins(profile)) for profile in shapes],
-        "compute_capability": list(target.compute_capability) or _default_capabilities(trt),
-    }
-    sidecar = replace(
-        artifact.sidecar,
+    engine, listing = builder.build(trt, artifact.path, artifact.sidecar, options)
+    sidecar = artifact.sidecar.derived(
+        tools={trt.flavor: trt.version},
         backend="tensorrt",
         precision=wanted,
-        parents=(artifact.sidecar.sha256,),
-        versions={**artifact.sidecar.versions, trt.flavor: trt.version},
-        recipe={
-            **artifact.sidecar.recipe, "backend": "tensorrt", "precision": wanted, "target": msgspec.to_builtins(target)
+        recipe={"target": msgspec.to_builtins(options)},
+        target={
+            **msgspec.to_builtins(options),
+            "flavor": trt.flavor,
+            "version": trt.version,
+            "os": OS,
+            "profiles": [list(msgspec.to_builtins(profile)) for profile in shapes],
+            "compute_capability": list(options.compute_capability) or _default_capabilities(trt),
         },
-        target=told,
-        quality={},
-    )  # fmt: skip
-    place = out / file_name(sidecar, ".plan")
-    with staging(place) as folder:
-        (folder / place.name).write_bytes(made)
+    )
+
+    def write(file: Path) -> None:
+        file.write_bytes(engine)
         if kernels := plan.parse(listing, len(shapes), macs):
-            (folder / f"{place.name}{plan.SUFFIX}").write_bytes(plan.encode(kernels))
-        seal(folder, place.name, sidecar)
-    return load(place)
+            file.with_name(f"{file.name}{plan.SUFFIX}").write_bytes(plan.encode(kernels))
+
+    return publish(out / file_name(sidecar, ".plan"), sidecar, write)
 
 
 def _default_capabilities(trt: library.Library) -> list[str]:
@@ -136,26 +129,11 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     return plan.layers(plan.read(artifact))
 
 
-def findings(artifact: Artifact, rival: Artifact | None) -> list[Finding]:
-    """The plan report."""
-    above = rival.sidecar.precision if rival else ""
-    return plan.findings(plan.read(artifact), artifact.sidecar.precision, plan.read(rival) if rival else (), above)
-
-
-@contextmanager
-def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
-    """A plan cannot be cut open; the graph that it was built from can."""
-    del options
-    raise Unavailable(f"{artifact.path}: a plan shows no block's output; look at the ONNX that it was built from")
-    yield
-
-
-@contextmanager
-def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
-    """Not known: the product would need a plan of its own."""
-    del options
-    raise Unavailable(f"{artifact.path}: the peak of this GPU is not measured")
-    yield
+def findings(artifact: Artifact, baseline: Artifact | None) -> list[Finding]:
+    """The kernels of an engine, compared with those of the next higher precision."""
+    above = baseline.sidecar.precision if baseline else ""
+    kernels = plan.read(baseline) if baseline else ()
+    return plan.findings(plan.read(artifact), artifact.sidecar.precision, kernels, above)
 
 
 def form(precision: str, batch: int | None) -> str:
@@ -164,23 +142,40 @@ def form(precision: str, batch: int | None) -> str:
     return FORM
 
 
-BACKEND = Backend(
+RUNTIME = Runtime(
     name="tensorrt",
-    precisions=frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
     options=Options,
     probe=probe,
+    open=session,
+    devices={"cuda": True},
+    layers=layers,
+    unable=runtime.unable,
+    distributions=("tensorrt", "tensorrt-rtx"),
+)
+
+TARGET = Target(
+    name="tensorrt",
+    command="trt",
+    summary="→ TensorRT engine.",
+    description=(
+        "Build a TensorRT engine, and list its kernels; with TensorRT-RTX also on a machine without a GPU. The file "
+        "suffix is .plan."
+    ),
+    examples=(
+        "convnext-export trt --fp16 --max-batch 32",
+        "convnext-export trt --int8 --calib my_images --data imagenet/val",
+        "convnext-export trt --flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0",
+    ),
+    suffix=".plan",
+    layout="files",
+    precisions=frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
+    computes=lambda: frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
+    options=TensorRtOptions,
+    form=form,
     lower=lower,
     build=build,
-    session=session,
-    layers=layers,
-    blocks=blocks,
-    peak=peak,
-    form=form,
     placements=PLACEMENTS,
-    above_int8=lambda: "fp16",
-    target=TensorRtTarget,
     check=check,
-    unable=runtime.unable,
     findings=findings,
     reproducible=False,
 )

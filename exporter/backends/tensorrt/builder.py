@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Sidecar
-from exporter.backends.tensorrt.library import Library, Profile, TensorRtTarget
+from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions
 from exporter.errors import BadRequest, ExporterError
 from exporter.progress import note, track
 
@@ -46,13 +46,13 @@ def listener(library: Library) -> Any:
     return Listener()
 
 
-def profiles(sidecar: Sidecar, target: TensorRtTarget) -> tuple[Profile, ...]:
+def profiles(sidecar: Sidecar, target: TensorRtOptions) -> tuple[Profile, ...]:
     """The batch sizes that a plan is built for: of a fixed batch only that."""
     fixed = sidecar.inputs[0].shape[0]
     return (Profile(fixed, fixed, fixed),) if isinstance(fixed, int) else target.profiles or (DEFAULT_PROFILE,)
 
 
-def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtTarget) -> tuple[bytes, str]:
+def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtOptions) -> tuple[bytes, str]:
     """Parse a graph and build its plan, always strongly typed.
 
     Returns: the plan, and the builder's list of its kernels ("" when it gave none).
@@ -92,7 +92,7 @@ def _refusal(error: Any) -> str:
     return f"{where} ({error.node_operator()}): {(error.desc().strip() or 'no reason').splitlines()[0]}"
 
 
-def _use_timings(config: Any, target: TensorRtTarget) -> None:
+def _use_timings(config: Any, target: TensorRtOptions) -> None:
     """What kernels took in earlier builds; what cannot be read counts as nothing.
 
     Raises: BadRequest for a folder.
@@ -108,12 +108,12 @@ def _use_timings(config: Any, target: TensorRtTarget) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def _keep_timings(config: Any, target: TensorRtTarget) -> None:
+def _keep_timings(config: Any, target: TensorRtOptions) -> None:
     if target.timing_cache is not None:
         write_file(user_path(target.timing_cache), bytes(config.get_timing_cache().serialize()))
 
 
-def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, target: TensorRtTarget) -> Any:
+def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, target: TensorRtOptions) -> Any:
     trt = library.module
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

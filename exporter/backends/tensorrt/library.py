@@ -7,12 +7,14 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from exporter.backends import Target
+from exporter.backends import TargetOptions
 from exporter.errors import BadRequest, Unavailable, first_line
+from exporter.recipe.fields import about
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -21,26 +23,54 @@ OS = {"linux": "linux", "win32": "windows"}.get(sys.platform, sys.platform)
 
 
 class Profile(msgspec.Struct, frozen=True, array_like=True):
-    """The batch sizes of one optimisation profile: it runs `least` to `most`, and is tuned for `best`."""
+    """The batch sizes of an optimization profile: it runs `least` to `most`, and is tuned for `best`."""
 
-    least: int
-    best: int
-    most: int
+    least: Annotated[
+        int,
+        about("Smallest batch of a profile; may be repeated.", option="min-batch", metavar="N", default="1"),
+    ]
+    best: Annotated[
+        int, about("Batch that a profile is tuned for.", option="opt-batch", metavar="N", default="the smallest")
+    ]
+    most: Annotated[
+        int,
+        about("Largest batch of a profile.", option="max-batch", metavar="N", default="16, or the tuned one if larger"),
+    ]
+
+    @classmethod
+    def of(cls, least: int | None, best: int | None, most: int | None) -> Profile:
+        """A profile from the options that were given."""
+        least = 1 if least is None else least
+        best = least if best is None else best
+        return cls(least, best, max(16, best) if most is None else most)
 
 
-class TensorRtTarget(Target, frozen=True):
-    """What a plan is built for. None for `flavor` is what is installed; for `profiles` 1 to 16 images, best at 1."""
+class TensorRtOptions(TargetOptions, frozen=True):
+    """What an engine is built for. Without `profiles` it is 1 to 16 images, tuned for 1."""
 
-    flavor: Flavor | None = None
+    flavor: Annotated[Flavor | None, about("Library; by default the one that is installed.")] = None
     profiles: tuple[Profile, ...] = ()
-    compute_capability: tuple[str, ...] = ()
-    workspace: float | None = None  # GiB
-    opt_level: int | None = None
-    timing_cache: str | None = None
-    tf32: bool = False
-    version_compatible: bool = False
-    hardware_compat: Literal["none", "ampere+", "same"] = "none"
-    strip_weights: bool = False
+    compute_capability: Annotated[
+        tuple[str, ...],
+        about("tensorrt-rtx: GPUs to build for, like 8.9; may be repeated.", metavar="X.Y", default="8.0 and above"),
+    ] = ()
+    workspace: Annotated[
+        Annotated[float, Meta(gt=0)] | None, about("Memory for intermediate results of kernels.", metavar="GIB")
+    ] = None
+    opt_level: Annotated[
+        Annotated[int, Meta(ge=0, le=5)] | None,
+        about("0 builds fastest, 5 runs fastest.", metavar="N", default="3"),
+    ] = None
+    timing_cache: Annotated[
+        str | None,
+        about("tensorrt: times of kernels from earlier builds, read and written.", metavar="FILE", path=True),
+    ] = None
+    tf32: Annotated[bool, about("Round fp32 inputs of products to 10 bits of mantissa.")] = False
+    version_compatible: Annotated[bool, about("tensorrt: the engine runs on later versions of TensorRT too.")] = False
+    hardware_compat: Annotated[
+        Literal["none", "ampere+", "same"], about("tensorrt: the engine runs on other GPUs too, more slowly.")
+    ] = "none"
+    strip_weights: Annotated[bool, about("tensorrt: an engine without its weights, to be refitted.")] = False
 
 
 @dataclass(frozen=True)
@@ -102,16 +132,12 @@ def _imported(flavor: str) -> Library:
         ) from None
 
 
-def check(library: Library, precision: str, batch: int | None, target: TensorRtTarget) -> None:
+def check(library: Library, precision: str, batch: int | None, target: TensorRtOptions) -> None:
     """Refuse what this flavor or the target cannot do, before anything is done.
 
     Raises: BadRequest.
     """
     _check_profiles(batch, target)
-    if target.opt_level is not None and not 0 <= target.opt_level <= 5:
-        raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest plan)")
-    if target.workspace is not None and not target.workspace > 0:
-        raise BadRequest(f"--workspace {target.workspace:g}: expected GiB above 0")
     _check_capabilities(library, precision, target)
     levels = library.module.HardwareCompatibilityLevel
     if target.hardware_compat == "same" and not library.rtx and not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
@@ -120,7 +146,7 @@ def check(library: Library, precision: str, batch: int | None, target: TensorRtT
         _check_rtx(target)
 
 
-def _check_profiles(batch: int | None, target: TensorRtTarget) -> None:
+def _check_profiles(batch: int | None, target: TensorRtOptions) -> None:
     for profile in target.profiles:
         if not 1 <= profile.least <= profile.best <= profile.most:
             raise BadRequest(
@@ -134,7 +160,7 @@ def _check_profiles(batch: int | None, target: TensorRtTarget) -> None:
             )
 
 
-def _check_capabilities(library: Library, precision: str, target: TensorRtTarget) -> None:
+def _check_capabilities(library: Library, precision: str, target: TensorRtOptions) -> None:
     known = library.capabilities()
     for wanted in target.compute_capability:
         if not known:
@@ -174,7 +200,7 @@ def _number(capability: str) -> tuple[int, ...]:
     return tuple(map(int, capability.split(".")))
 
 
-def _check_rtx(target: TensorRtTarget) -> None:
+def _check_rtx(target: TensorRtOptions) -> None:
     reasons = {
         "--version-compatible": (target.version_compatible, "its plans run on the version that built them only"),
         "--hardware-compat": (target.hardware_compat != "none", "name the GPUs with --compute-capability instead"),

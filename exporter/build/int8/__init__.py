@@ -1,122 +1,101 @@
-"""INT8 and FP8, from a recipe to an artifact and a report that says what it costs, what it gains, and why."""
+"""Quantization to INT8 and FP8: the artifact that keeps its accuracy, and a report of what it loses and gains."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from exporter import backends
 from exporter.artifact import Artifact
-from exporter.bench import Opener, worker
-from exporter.build import pipeline
-from exporter.build.int8 import gain
-from exporter.build.int8.budget import Budget as Budget
-from exporter.build.int8.budget import Choice, Judge, Search, judging, search
-from exporter.build.int8.work import Work, check_form, placement_of, prepare
+from exporter.bench import Opener
+from exporter.build.int8 import speed
+from exporter.build.int8.search import Candidate, Judge, Search, judging, search
+from exporter.build.int8.work import Work, prepare
+from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import SIZE, SYNTHETIC
-from exporter.errors import BadRequest, ExporterError, first_line
+from exporter.errors import ExporterError, first_line
 from exporter.progress import step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
+from exporter.verify import record_quality
 
-DEFAULT = Budget()
+Build = Callable[[Recipe, Path], Artifact]
 
 
-def build(
-    recipe: Recipe, out: Path, budget: Budget = DEFAULT, opener: Opener = worker.open_arm
-) -> tuple[Artifact, Report]:
-    """Build the int8 or fp8 artifact that holds the budget with the fewest parts kept back.
+def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Report]:
+    """Build the artifact that stays within its budget with the fewest parts in higher precision.
 
     Args:
-        recipe: what to build; its precision is int8 or fp8.
-        out: the folder to write to.
-        budget: what it may lose, and on which images.
-        opener: opens a model, in the timing process.
+        job: of precision int8 or fp8.
+        build_recipe: builds the artifact of another recipe, for the next higher precision.
+        opener: opens a model in the timing process.
 
-    Returns: the artifact, and its report: passed when the budget and the limits of int8 hold. If no choice holds, the
-        artifact is the best that was found.
+    Returns: the artifact, and its report, which passes where the budget and the limits of the precision hold. If no
+        candidate passes, the artifact is the one that loses least.
 
     Raises: ExporterError, with nothing changed on disk.
     """
-    check(recipe, budget)
-    backend = backends.get(recipe.backend)
-    backend.probe()
-    backend.check(recipe.precision, pipeline.batch_of(recipe), pipeline.target_of(recipe))
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
-        work = prepare(recipe, out, folder)
-        with judging(work, budget, folder) as judge:
-            found = search(work, judge, lambda: _harms(work))
-            cost = _cost_of_synthetic(work, budget, found.best, judge) if _is_to_be_costed(work, budget) else []
-        layers = backend.layers(found.best.artifact, backend.options())
-        rival = gain.rival(work, folder)
-        timed = gain.time(work, found, rival, folder, opener)
-        first = gain.findings(timed, found, layers)
-        made = work.make(found.best.kept, out)
-        looked = backend.findings(made, rival)
-    report = _report(made, found, [*first, *looked, *_calibration(work), *cost])
-    pipeline.record_quality(made, report)
-    return made, report
+        work = prepare(job, folder)
+        with judging(work, folder) as judge:
+            result = search(work, judge, lambda: _sensitivities(work))
+            cost = _cost_of_synthetic(work, result.best, judge, folder) if _has_real_data(work) else []
+        best = result.best.artifact
+        layers = job.runtime.layers(best, job.runtime.options()) if job.runtime.layers is not None else []
+        baseline = speed.baseline(work, build_recipe, folder)
+        timed = speed.time(work, result, baseline, folder, opener)
+        speeds = speed.findings(timed, result, layers)
+        artifact = work.make(result.best.kept, job.out)
+        static = job.target.findings(artifact, baseline) if job.target.findings is not None else []
+    report = _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])
+    record_quality(artifact, report)
+    return artifact, report
 
 
-def check(recipe: Recipe, budget: Budget) -> None:
-    """Refuse what can be seen to be wrong without reading anything.
-
-    Raises: BadRequest.
-    """
-    pipeline.check_precision(recipe)
-    check_form(recipe, placement_of(recipe))
-    if recipe.precision == "fp8" and recipe.calib_method not in ("minmax", "percentile"):
-        raise BadRequest(
-            f"--calib-method {recipe.calib_method}: it is for int8's equal steps; fp8 takes minmax or percentile"
-        )
-    if budget.max_drop is not None and not 0 <= budget.max_drop <= 100:
-        raise BadRequest(f"--max-drop {budget.max_drop:g}: expected percentage points from 0 to 100")
-    budget.on(budget.data or recipe.calib, recipe.weights)
-    if not 0 <= recipe.smoothing <= 1:
-        raise BadRequest(f"--smoothing {recipe.smoothing:g}: expected a share from 0 (none) to 1")
-
-
-def _harms(work: Work) -> dict[str, float]:
+def _sensitivities(work: Work) -> dict[str, float]:
     from exporter.quantize import simulation
 
-    return simulation.harms(work.network.model, work.plan, work.images)
+    return simulation.sensitivities(work.network.model, work.plan, work.images)
 
 
-def _is_to_be_costed(work: Work, budget: Budget) -> bool:
-    return work.images.synthetic and budget.data not in (None, SYNTHETIC)
+def _has_real_data(work: Work) -> bool:
+    """Whether calibration on synthetic images can be compared with calibration on real ones."""
+    return work.images.synthetic and work.quantization.data not in (None, SYNTHETIC)
 
 
-def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -> list[Finding]:
-    """What synthetic images cost against real ones: the same choice, calibrated on the user's own data.
+def _cost_of_synthetic(work: Work, best: Candidate, judge: Judge, folder: Path) -> list[Finding]:
+    """The loss from calibrating on synthetic images instead of the user's data, with the same parts quantized.
 
-    What can be measured on may not do for calibrating (duplicates, a manifest without digests): then it is not known.
+    The data may be unfit for calibration (duplicates, a manifest without digests); then the loss is unknown.
     """
-    about = work.recipe.precision
-    step("calibrating on real images too, to see what synthetic ones cost")
-    recipe = msgspec.structs.replace(work.recipe, calib=str(budget.data), calib_size=None)
+    check = work.job.recipe.precision
+    step("calibrating on real images too, to measure what synthetic ones cost")
+    quantization = msgspec.structs.replace(work.quantization, calib=str(work.quantization.data), calib_size=None)
+    recipe = msgspec.structs.replace(work.job.recipe, quantization=quantization)
     try:
-        with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as folder:
-            real = prepare(recipe, Path(folder), Path(folder))
-            other = judge(real, best.kept)
+        real = prepare(resolve(recipe, folder), folder)
+        other = judge(real, best.kept)
     except ExporterError as error:
-        return [Finding(check=about, metric="synthetic_cost", value=None, detail=f"not known: {first_line(error)}")]
-    detail = f"{best.loss:.2f} points lost, {other.loss:.2f} when calibrated on {real.images.total} of {budget.data}"
-    return [Finding(check=about, metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
+        detail = f"not measured: {first_line(error)}"
+        return [Finding(check=check, metric="synthetic_cost", value=None, detail=detail)]
+    images = f"{real.images.total} of {quantization.calib}"
+    detail = f"{best.loss:.2f} points lost, {other.loss:.2f} when calibrated on {images}"
+    return [Finding(check=check, metric="synthetic_cost", value=best.loss - other.loss, unit="points", detail=detail)]
 
 
 def _calibration(work: Work) -> list[Finding]:
-    images = work.images
-    what = "images made from seeds (dead leaves), no photographs" if images.synthetic else f"of {images.source}"
+    images, quantization = work.images, work.quantization
+    source = "synthetic images (dead leaves), no photographs" if images.synthetic else f"of {images.source}"
     few = f"; {SIZE} or more are better" if images.total < SIZE else ""
-    recipe = work.recipe
-    how = f"{recipe.calib_method}, smoothing {recipe.smoothing:g}, bias correction {recipe.bias_correction}"
-    detail = f"{what}{few}; {how}"
-    return [Finding(check=recipe.precision, metric="calibration", value=images.total, unit="images", detail=detail)]
+    method = f"{quantization.calib_method}, smoothing {quantization.smoothing:g}"
+    detail = f"{source}{few}; {method}, bias correction {quantization.bias_correction}"
+    check = work.job.recipe.precision
+    return [Finding(check=check, metric="calibration", value=images.total, unit="images", detail=detail)]
 
 
-def _report(made: Artifact, found: Search, first: list[Finding]) -> Report:
-    judged = found.best.report
-    return msgspec.structs.replace(judged, artifact=made.to_dict(), findings=(*first, *judged.findings))
+def _report(artifact: Artifact, result: Search, first: list[Finding]) -> Report:
+    judged = result.best.report
+    return msgspec.structs.replace(judged, artifact=artifact.to_dict(), findings=(*first, *judged.findings))

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from exporter import discover
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Record
 from exporter.backends import Layer, Outputs
-from exporter.errors import BadRequest
+from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import proportion
 
@@ -49,20 +48,11 @@ class Meter(Protocol):
         """What was measured, judged."""
 
 
-class Options(Record, frozen=True):
-    """The limits a user may set; None is the check's own for the artifact's precision."""
-
-    min_cosine: float | None = None
-    atol: float | None = None
-    min_agreement: float | None = None
-    max_drop: float | None = None
-
-
 @dataclass(frozen=True)
 class Check:
     """A check: how it starts, given the limits and what is checked."""
 
-    start: Callable[[Options, Subject], Meter]
+    start: Callable[[Checks, Subject], Meter]
 
 
 def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
@@ -80,23 +70,7 @@ def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
     )
 
 
-def check_options(options: Options) -> None:
-    """Refuse limits that no number can be held against.
-
-    Raises: BadRequest.
-    """
-    for name, low, high in (
-        ("min_cosine", -1, 1),
-        ("atol", 0, float("inf")),
-        ("min_agreement", 0, 100),
-        ("max_drop", -100, 100),
-    ):
-        limit = getattr(options, name)
-        if limit is not None and not low <= limit <= high:
-            raise BadRequest(f"--{name.replace('_', '-')} {limit}: expected a number from {low} to {high}")
-
-
-def start_all(options: Options, subject: Subject) -> list[Meter]:
+def start_all(options: Checks, subject: Subject) -> list[Meter]:
     """Every check of this folder, started."""
     checks = [discover.load(__name__, name, "CHECK") for name in discover.names(__name__)]
     return [check.start(options, subject) for check in checks]

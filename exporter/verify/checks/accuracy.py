@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter import precision
+from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.stats import paired_drop
-from exporter.verify.checks import Check, Options, Seen, Subject, share
-
-MAX_DROP_POINTS = {"fp32": 0.1, "fp16": 0.2, "bf16": 0.5, "int8": 0.5, "fp8": 0.5}
+from exporter.verify.checks import Check, Seen, Subject, share
 
 
 class Accuracy:
     """Keeps one bit per image and question."""
 
-    def __init__(self, options: Options, subject: Subject) -> None:
+    def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        self.max_drop = MAX_DROP_POINTS[sidecar.precision] if options.max_drop is None else options.max_drop
+        own = precision.of(subject.artifact.path, sidecar.precision).max_drop
+        self.max_drop = own if options.max_drop is None else options.max_drop
         self.classify = sidecar.task == "classify"
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}

@@ -7,28 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
+from exporter import precision
+from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
-from exporter.verify.checks import Check, Options, Seen, Subject, share
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a precision must hold: cosine, largest error as a share of the outputs' standard deviation, agreement."""
-
-    cosine: float
-    share: float
-    agreement_pct: float
-
-
-# Measured on trained and random weights: fp32 2e-6, fp16 2e-3 … 6e-3, bf16 2e-2 … 6e-2 of the spread, int8
-# and fp8 4e-2 … 3e-1.
-LIMITS = {
-    "fp32": Limits(0.99999, 1e-4, 99.9),
-    "fp16": Limits(0.9999, 0.05, 99.0),
-    "bf16": Limits(0.999, 0.4, 97.0),
-    "int8": Limits(0.998, 1.0, 97.0),
-    "fp8": Limits(0.998, 1.0, 97.0),
-}
+from exporter.verify.checks import Check, Seen, Subject, share
 
 
 @dataclass
@@ -52,9 +34,9 @@ class Output:
 class Parity:
     """Keeps sums and one number per image."""
 
-    def __init__(self, options: Options, subject: Subject) -> None:
+    def __init__(self, options: Checks, subject: Subject) -> None:
         self.options = options
-        self.limits = LIMITS[subject.artifact.sidecar.precision]
+        self.limits = precision.of(subject.artifact.path, subject.artifact.sidecar.precision)
         self.names = [tensor.name for tensor in subject.artifact.sidecar.outputs]
         self.classify = subject.artifact.sidecar.task == "classify"
         self.outputs = [Output() for _ in self.names]

@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.backends import Array
+from exporter.recipe import Checks
 from exporter.report import Finding, judged
-from exporter.verify.checks import Check, Options, Seen, Subject
+from exporter.verify.checks import Check, Seen, Subject
 
 
 class Sanity:
     """Counts images."""
 
-    def __init__(self, options: Options, subject: Subject) -> None:
+    def __init__(self, options: Checks, subject: Subject) -> None:
         del options, subject
         self.images = self.nan = self.infinite = self.constant = 0
         self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager

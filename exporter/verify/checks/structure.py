@@ -8,15 +8,16 @@ from exporter import machine
 from exporter.backends import NARROW, Layer
 from exporter.errors import some
 from exporter.quantize.rounding import MAX_SUM
+from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.verify.blocks import PRODUCTS
-from exporter.verify.checks import Check, Options, Seen, Subject
+from exporter.verify.checks import Check, Seen, Subject
 
 
 class Structure:
     """Looks at the artifact, not at what it gives."""
 
-    def __init__(self, options: Options, subject: Subject) -> None:
+    def __init__(self, options: Checks, subject: Subject) -> None:
         del options
         self.subject = subject
 

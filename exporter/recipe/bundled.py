@@ -1,4 +1,4 @@
-"""The recipes that ship with the tool, by name."""
+"""Bundled recipes, by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def folder() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "recipes"
 
 
-def all_of_them() -> dict[str, Path]:
+def names() -> dict[str, Path]:
     """Their names, `onnxruntime/tiny_int8`, and their files."""
     root = folder()
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
@@ -26,7 +26,7 @@ def find(word: str) -> Path:
     Raises: BadRequest when there is neither, with the nearest name.
     """
     path = user_path(word)
-    known = all_of_them()
+    known = names()
     if path.is_file() or word not in known:
         if not path.is_file():
             raise BadRequest(f"{word}: no such recipe; {nearest(word, known) if known else 'give a file'}")

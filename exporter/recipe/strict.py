@@ -1,22 +1,22 @@
-"""Strict YAML to a record: every problem of a file at once, each with its line and column.
+"""Strict YAML reader: every problem of a file at once, each with its line and column.
 
-What a plain word means is decided by the type that is expected, never guessed: `8.10` where text is expected is text.
-Tags, anchors and aliases are refused, so nothing in a file can be run, and a small file stays small.
+A scalar is read as the type of its field, never guessed: `8.10` in a text field is text. Tags, anchors and aliases are
+refused, so that a file can neither run code nor expand.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import msgspec
 import yaml
 
 from exporter.errors import BadRequest, nearest
+from exporter.recipe.fields import Field, choices, expected, fields_of, kinds
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -66,9 +66,9 @@ class Marks:
         """Raises: BadRequest with all the problems, if there are any."""
         if not self.problems:
             return
-        told = [str(problem) for problem in sorted(self.problems)]
-        more = [f"and {len(told) - MOST_SHOWN} more"] if len(told) > MOST_SHOWN else []
-        raise BadRequest("\n       ".join([*told[:MOST_SHOWN], *more]))
+        lines = [str(problem) for problem in sorted(self.problems)]
+        more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+        raise BadRequest("\n       ".join([*lines[:MOST_SHOWN], *more]))
 
 
 def parse(text: str, source: str, overrides: Iterable[str] = ()) -> tuple[yaml.Node | None, Marks]:
@@ -143,48 +143,49 @@ def _override(root: yaml.Node, override: str, marks: Marks) -> None:
 
 
 def read(root: yaml.Node, kind: type[Any], marks: Marks, path: Path = ()) -> dict[str, Any]:
-    """The keys of a section that are right, checked against a record; what is wrong goes into the marks."""
-    known = hints(kind)
-    found: dict[str, Any] = {}
+    """The keys of a section whose values fit the fields of a record; every problem goes into the marks."""
+    known = fields_of(kind)
+    values: dict[str, Any] = {}
     if not isinstance(root, yaml.MappingNode) or root.tag not in _PLAIN_TAGS:
-        marks.add(root.start_mark, f"{'.'.join(path) or 'a recipe'}: expected keys with values, found {_said(root)}")
-        return found
+        marks.add(root.start_mark, f"{'.'.join(path) or 'a recipe'}: expected keys with values, found {_text_of(root)}")
+        return values
     for key, node in root.value:
-        word = key.value if isinstance(key, yaml.ScalarNode) and key.tag in _PLAIN_TAGS else None
-        if word is None:
-            marks.add(key.start_mark, f"expected a key, found {_said(key)}")
-        elif word in found or (*path, word) in marks.places:
-            marks.add(key.start_mark, f"{word} stands here twice")
-        elif word not in known:
+        name = key.value if isinstance(key, yaml.ScalarNode) and key.tag in _PLAIN_TAGS else None
+        if name is None:
+            marks.add(key.start_mark, f"expected a key, found {_text_of(key)}")
+        elif name in values or (*path, name) in marks.places:
+            marks.add(key.start_mark, f"{name} is given twice")
+        elif name not in known:
             where = f" in {'.'.join(path)}" if path else ""
-            hint = nearest(word, known) if known else "none is taken here"
-            marks.add(key.start_mark, f"unknown key {word!r}{where}; {hint}")
+            hint = nearest(name, known) if known else "no key is known here"
+            marks.add(key.start_mark, f"unknown key {name!r}{where}; {hint}")
         else:
-            marks.places[(*path, word)] = key.start_mark
-            _field(found, word, node, known[word], marks, (*path, word))
-    return found
+            marks.places[(*path, name)] = key.start_mark
+            _read_field(values, node, known[name], marks, (*path, name))
+    return values
 
 
-def _field(found: dict[str, Any], word: str, node: yaml.Node, hint: Any, marks: Marks, path: Path) -> None:
-    section = section_of(hint)
-    if section is not None and _is_null(node) and type(None) not in _kinds(hint):
-        found[word] = {}  # a section without keys
+def _read_field(values: dict[str, Any], node: yaml.Node, field: Field, marks: Marks, path: Path) -> None:
+    name, hint = field.name, field.hint
+    if field.section is not None and _is_null(node) and type(None) not in kinds(hint):
+        values[name] = {}  # a section without keys
         return
-    if section is not None and not _is_null(node):
-        found[word] = read(node, section, marks, path)
+    if field.section is not None and not _is_null(node):
+        values[name] = read(node, field.section, marks, path)
         return
-    if dict in [get_origin(kind) for kind in _kinds(hint)] and isinstance(node, yaml.MappingNode):
-        found[word] = node  # whose record depends on another key
+    if dict in [get_origin(kind) for kind in kinds(hint)] and isinstance(node, yaml.MappingNode):
+        values[name] = node  # its record depends on another key
         return
     for value, strict in _readings(node):
         try:
-            found[word] = msgspec.convert(value, hint, strict=strict)
+            converted = msgspec.convert(value, hint, strict=strict)
         except msgspec.ValidationError:
             continue
-        if not isinstance(found[word], float) or math.isfinite(found[word]):
+        if not isinstance(converted, float) or math.isfinite(converted):
+            values[name] = converted
             return
-        del found[word]
-    marks.add(node.start_mark, f"{'.'.join(path)}: expected {expected(hint)}, found {_said(node)}{_near(node, hint)}")
+    problem = f"{'.'.join(path)}: expected {expected(hint)}, found {_text_of(node)}{_near(node, hint)}"
+    marks.add(node.start_mark, problem)
 
 
 def _readings(node: yaml.Node) -> list[tuple[Any, bool]]:
@@ -220,52 +221,13 @@ def _numbers(node: yaml.Node) -> Any:
         return node.value
 
 
-def hints(kind: type[Any]) -> Mapping[str, Any]:
-    """The types of a record's fields by name."""
-    return {name: hint for name, hint in get_type_hints(kind).items() if name in kind.__struct_fields__}
-
-
-def section_of(hint: Any) -> type[msgspec.Struct] | None:
-    """The record that a field holds, if it is a section of its own."""
-    for kind in _kinds(hint):
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not kind.__struct_config__.array_like:
-            return kind
-    return None
-
-
-def _kinds(hint: Any) -> Sequence[Any]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-_WORDS: dict[Any, str] = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"
-}  # fmt: skip
-
-
-def expected(hint: Any) -> str:
-    """A type in words."""
-    words = []
-    for kind in _kinds(hint):
-        if get_origin(kind) is Literal:
-            words += [str(word) for word in get_args(kind)]
-        elif get_origin(kind) is tuple:
-            words.append(f"a list, each {expected(get_args(kind)[0])}")
-        elif (fields := getattr(kind, "__struct_fields__", ())) and kind.__struct_config__.array_like:
-            words.append(f"[{', '.join(fields)}]")
-        elif get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
-            words.append("keys with values")
-        else:
-            words.append(_WORDS.get(kind, str(kind)))
-    return " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
-
-
 def _near(node: yaml.Node, hint: Any) -> str:
-    choices = [word for kind in _kinds(hint) if get_origin(kind) is Literal for word in map(str, get_args(kind))]
-    said = nearest(str(node.value), choices) if choices and isinstance(node, yaml.ScalarNode) else ""
-    return f"; {said}" if said.startswith("did") else ""
+    words = choices(hint)
+    clause = nearest(str(node.value), words) if words and isinstance(node, yaml.ScalarNode) else ""
+    return f"; {clause}" if clause.startswith("did") else ""
 
 
-def _said(node: yaml.Node) -> str:
+def _text_of(node: yaml.Node) -> str:
     if node.tag not in _PLAIN_TAGS:
         return f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')[:60]}, and tags are not taken"
     if isinstance(node, yaml.ScalarNode):

@@ -1,0 +1,189 @@
+"""The fp32 ONNX graph of a job: the network in its form, traced, simplified and compared with PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from exporter import artifact as artifacts
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing, Sidecar
+from exporter.backends import Array, Outputs
+from exporter.build.resolve import Job
+from exporter.data import images, synthetic
+from exporter.errors import BadRequest, CheckFailed
+from exporter.graph import files, simplify, trace
+from exporter.graph.trace import TraceOptions
+from exporter.progress import note, step
+from exporter.verify import run_batch
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch.nn import Module
+
+    from exporter.model.convnext import ConvNeXt, Features
+
+FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
+TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
+
+
+def export(job: Job) -> Artifact:
+    """The fp32 ONNX artifact of a job: the one on disk if it has the same inputs, else a new one.
+
+    Raises: CheckFailed when the traced graph differs from the network, with nothing written.
+    """
+    target = job.file("fp32")
+    if (present := _present(target, job.sidecar)) is not None:
+        note(f"{target.name} is already there, from the same weights and options")
+        return present
+    network = write(job)
+    with artifacts.staging(target) as folder:
+        _, sidecar = graph_of(job, network, folder / target.name)
+        artifacts.seal(folder, target.name, sidecar)
+    _free(network.model)
+    return artifacts.load(target)
+
+
+def _present(target: Path, sidecar: Sidecar) -> Artifact | None:
+    """The artifact at `target`, if it is whole and was built from the same facts."""
+    if not artifacts.sidecar_path(target).exists():
+        return None
+    try:
+        artifact = artifacts.load(target)
+    except BadRequest as error:
+        note(f"{error} – doing so")
+        return None
+    return artifact if _cache_key(artifact.sidecar) == _cache_key(sidecar) else None
+
+
+def _cache_key(sidecar: Sidecar) -> dict[str, str]:
+    """Cache key of a graph: every input that determines it, and the path of its weights."""
+    facts = msgspec.structs.replace(sidecar, inputs=(), outputs=(), beyond_fp16=()).facts()
+    return {**facts, "source": sidecar.weights.source}
+
+
+def _free(model: Module) -> None:
+    """Free the weights of a network: PyTorch's exporter keeps the last graph it wrote, which holds them."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network written in a form, a few images, and its outputs for them in the plain form."""
+
+    model: ConvNeXt | Features
+    stride: int
+    probe: Array
+    expected: Outputs
+
+
+def write(job: Job) -> Network:
+    """The network of a job in its form; the checkpoint's tensors move into it."""
+    from exporter.model import forms
+
+    checkpoint = job.checkpoint
+    model = checkpoint.model(job.trace.task)
+    probe = _probe_images(job.trace, job.sidecar.preprocessing)
+    expected = _expected(model, probe)
+    checkpoint.state.clear()  # else every weight that a form changes would be in memory twice
+    forms.rewrite(model, job.form)
+    return Network(model, checkpoint.variant.architecture.stride, probe, expected)
+
+
+def graph_of(job: Job, network: Network, file: Path) -> tuple[ir.Model, Sidecar]:
+    """The graph of a network, simplified, written to a file and compared with the network.
+
+    Returns: the graph, and the sidecar with its inputs and outputs.
+
+    Raises: CheckFailed when the graph differs from the network by more than `TRACE_SHARE`.
+    """
+    step(f"tracing to ONNX in the form {job.form}")
+    graph = _traced(network, job.trace, job.sidecar.preprocessing)
+    inputs, outputs = files.signature(graph)
+    sidecar = msgspec.structs.replace(job.sidecar, inputs=inputs, outputs=outputs, beyond_fp16=_beyond_fp16(network))
+    candidate, reason = graph, ""
+    if job.recipe.export.simplify:
+        step("simplifying with onnxsim")
+        candidate, reason = simplify.simplify(graph)
+    files.save(candidate, file, sidecar.facts())
+    difference = _difference(job, file, sidecar, network)
+    if difference and candidate is not graph:
+        candidate, reason = graph, difference
+        files.save(graph, file, sidecar.facts())
+        difference = _difference(job, file, sidecar, network)
+    if difference:
+        raise CheckFailed(f"{file.name}: the traced graph is not the model: {difference}; nothing was written")
+    if reason:
+        note(f"onnxsim: {reason}; the graph stays as it was")
+    return candidate, sidecar
+
+
+def _beyond_fp16(network: Network) -> tuple[str, ...]:
+    """The modules whose inputs or outputs come near the end of fp16's range on the few images."""
+    import torch
+
+    names: dict[str, None] = {}
+
+    def see(name: str, module: Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = (*inputs, *(output if isinstance(output, tuple) else (output,)))
+        if any(float(tensor.abs().max()) > FP16_REACH for tensor in tensors if isinstance(tensor, torch.Tensor)):
+            names[name] = None
+
+    handles = [module.register_forward_hook(partial(see, name)) for name, module in network.model.named_modules()]
+    try:
+        with torch.inference_mode():
+            network.model(torch.from_numpy(network.probe))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(names)
+
+
+def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessing) -> ir.Model:
+    """The graph, whose input is the artifact's; the input of the network itself stays normalized."""
+    from exporter.model import forms
+
+    first = network.model.downsample_layers[0]
+    try:
+        forms.take_pixels(network.model, preprocessing)
+        return trace.trace(network.model, options, network.stride)
+    finally:
+        network.model.downsample_layers[0] = first
+
+
+def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
+    """A few images (N, 3, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
+    resized = preprocessing if options.imgsz else preprocessing.at(96)
+    count = min(3, options.batch or 3)
+    return np.stack([images.normalise(synthetic.dead_leaves(resized.size, 1000 + i), resized) for i in range(count)])
+
+
+def _expected(model: Module, probe: Array) -> Outputs:
+    """The outputs of PyTorch for these images."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(probe))
+    return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str:
+    """How the graph in a file differs from the network, or "" where it does not."""
+    checker = job.checker
+    with checker.open(Artifact(file, sidecar), checker.options()) as session:
+        outputs = run_batch(session, network.probe, sidecar.inputs[0].shape[0])
+    for tensor, a, b in zip(sidecar.outputs, network.expected, outputs, strict=True):
+        if a.shape != b.shape:
+            return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
+        share = float(np.abs(a - b).max() / (a.std() or np.abs(a).max() or 1))
+        if not share <= TRACE_SHARE:
+            return f"{tensor.name} differs by {share:.2g} of its spread"
+    return ""

@@ -1,0 +1,186 @@
+"""The search for the fewest parts that stay in higher precision so that the artifact keeps its accuracy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from exporter import verify
+from exporter.artifact import Artifact
+from exporter.backends import Array, Bound, Outputs, Session
+from exporter.build import budget
+from exporter.build.int8.work import Work
+from exporter.data.samples import Samples, open_samples
+from exporter.progress import note, step
+from exporter.report import Report
+from exporter.verify import VerifyOptions
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An artifact that was tried: the parts kept in higher precision, and its report."""
+
+    kept: tuple[str, ...]
+    artifact: Artifact
+    report: Report
+
+    @property
+    def passed(self) -> bool:
+        """Whether accuracy, parity and sanity pass; other failures cannot be helped by keeping parts."""
+        return all(f.passed for f in self.report.findings if f.check in ("accuracy", "parity", "sanity"))
+
+    @property
+    def loss(self) -> float:
+        """Percentage points of top-1 lost; else of agreement with PyTorch; else 100 × (1 − cosine)."""
+        drop, agreement = self.report.value("top1_drop"), self.report.value("top1_agreement")
+        if drop is not None:
+            return drop
+        if agreement is not None:
+            return 100 - agreement
+        return 100 * (1 - (self.report.value("cosine") or -1.0))
+
+
+class CachedReference:
+    """A reference session that runs once over the images and repeats its outputs afterwards."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.facts = session, session.facts
+        self.outputs: list[Outputs] = []
+        self.position = 0
+
+    def __call__(self, images: Array) -> Outputs:
+        """Outputs (N, …) for images (N, 3, H, W), computed or from the cache by the number of the call."""
+        if self.position == len(self.outputs):
+            self.outputs.append(self.session(images))
+        self.position += 1
+        return self.outputs[self.position - 1]
+
+    def bind(self, batches: Sequence[Array]) -> Bound:
+        """As the session does, without the cache."""
+        return self.session.bind(batches)
+
+    def rewind(self) -> None:
+        """Start again with the first batch."""
+        self.position = 0
+
+
+Judge = Callable[[Work, tuple[str, ...]], Candidate]
+
+
+@contextmanager
+def judging(work: Work, folder: Path) -> Iterator[Judge]:
+    """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
+
+    Raises: BadRequest for data that cannot be used.
+    """
+    recipe, sidecar = work.job.recipe, work.sidecar
+    samples = _samples(work)
+    options = VerifyOptions(data=samples.source, weights=recipe.model.weights)
+    points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
+    if points is None:
+        note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
+    elif samples.labelled and sidecar.task == "classify":
+        options = msgspec.structs.replace(options, max_drop=points)
+    else:
+        options = msgspec.structs.replace(options, min_agreement=100 - points)
+    with verify.reference(Artifact(folder / "reference", sidecar), options) as session:
+        # The outputs of a backbone are too large to keep.
+        reference = CachedReference(session) if sidecar.task == "classify" else session
+
+        def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
+            artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
+            if isinstance(reference, CachedReference):
+                reference.rewind()
+            samples.skipped.clear()
+            return Candidate(kept, artifact, verify.verify(artifact, options, samples, reference, work.job.runtime))
+
+        yield judge
+
+
+def _samples(work: Work) -> Samples:
+    data, sidecar = work.quantization.data, work.sidecar
+    if data is None:
+        return work.images.samples
+    return open_samples(data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
+
+
+@dataclass(frozen=True)
+class Search:
+    """The candidates, the best one last, and the sensitivity of each part where it was measured."""
+
+    tried: tuple[Candidate, ...]
+    sensitivities: dict[str, float]
+
+    @property
+    def limit(self) -> float | None:
+        """The budget, in the points of `Candidate.loss`; None where the cosine is judged."""
+        drop, agreement = (self.best.report.find(metric) for metric in ("top1_drop", "top1_agreement"))
+        if drop:
+            return drop.limit
+        return None if agreement is None or agreement.limit is None else 100 - agreement.limit
+
+    @property
+    def precision(self) -> str:
+        """int8 or fp8."""
+        return self.best.artifact.sidecar.precision
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate to build."""
+        return self.tried[-1]
+
+
+def search(work: Work, judge: Judge, sensitivities: Callable[[], dict[str, float]]) -> Search:
+    """Keep as few parts as possible in higher precision, the most sensitive first.
+
+    The first candidate quantizes everything. If it fails, 1, 2, 4 … parts are kept until one passes, and the fewest
+    that pass are found by bisection. If none passes, the best is the one that loses least.
+    """
+    first = judge(work, ())
+    if first.passed:
+        return Search((first,), {})
+    note(f"fully quantized, it fails: {_failures(first)}")
+    measured = sensitivities()
+    order = list(measured)
+    tried = {0: first}
+
+    def passes(count: int) -> bool:
+        if count not in tried:
+            step(f"keeping {', '.join(order[:count][:4])}{' …' if count > 4 else ''} in higher precision")
+            tried[count] = judge(work, tuple(order[:count]))
+        return tried[count].passed
+
+    enough = _fewest(passes, len(order) - 1)
+    if enough is None:
+        enough = min(tried, key=lambda count: (tried[count].loss, count))
+    others = [tried[count] for count in sorted(tried) if count != enough]
+    return Search((*others, tried[enough]), measured)
+
+
+def _fewest(passes: Callable[[int], bool], most: int) -> int | None:
+    """The smallest count that passes, found by doubling and bisection; None when not even `most` does."""
+    high = 1
+    while high < most and not passes(high):
+        high *= 2
+    high = min(high, most)
+    if high < 1 or not passes(high):
+        return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+def _failures(candidate: Candidate) -> str:
+    failed: Sequence[str] = [
+        f"{f.metric} {f.value:.6g}, limit {f.limit:.6g}" if f.value is not None else f"{f.metric} is no number"
+        for f in candidate.report.findings
+        if not f.passed and f.limit is not None
+    ]
+    return "; ".join(failed)

@@ -1,0 +1,325 @@
+"""A recipe, validated once, and everything that its build needs, looked up once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from exporter import artifact as artifacts
+from exporter import backends, machine, precision
+from exporter.artifact.sidecar import Record, Sidecar
+from exporter.backends import Options, Runtime, Target, TargetOptions
+from exporter.build import budget
+from exporter.errors import BadRequest, Unavailable, nearest
+from exporter.graph.trace import TraceOptions
+from exporter.model import variants, weights
+from exporter.model.weights import Checkpoint
+from exporter.precision import Precision
+from exporter.progress import step
+from exporter.quantize.placement import Placement
+from exporter.recipe import SYNTHETIC, Recipe, file, strict
+from exporter.recipe.fields import problems
+from exporter.recipe.strict import Marks
+
+
+@dataclass(frozen=True)
+class Job:
+    """A valid recipe with everything that its build needs.
+
+    recipe: as it was asked for.
+    out: the folder for the artifact and its intermediate files.
+    precision: limits and number format of the recipe's precision.
+    target: builds the artifact; `options` are its options.
+    runtime: opens the artifact.
+    checker: runs the traced fp32 graph, to compare it with PyTorch.
+    form: the form that the network is written in, or `auto`.
+    scope, placement: which layers are quantized and where Q and DQ go; "" and None without quantization.
+    checkpoint: the weights. A network takes its tensors, so a job is built once.
+    trace: options of the traced graph.
+    sidecar: facts of the fp32 graph, without its inputs and outputs.
+    """
+
+    recipe: Recipe
+    out: Path
+    precision: Precision
+    target: Target
+    options: TargetOptions
+    runtime: Runtime[Options]
+    checker: Runtime[Options]
+    form: str
+    scope: str
+    placement: Placement | None
+    checkpoint: Checkpoint
+    trace: TraceOptions
+    sidecar: Sidecar
+
+    def file(self, precision: str) -> Path:
+        """The ONNX file of this job's graph at a precision; intermediate files carry the form in their name."""
+        form = "" if self.target.name == backends.ONNX else self.form
+        return self.out / artifacts.file_name(replace(self.sidecar, precision=precision), ".onnx", form)
+
+    def in_form(self, form: str) -> Job:
+        """The same job with the network written in another form."""
+        sidecar = replace(self.sidecar, recipe=_with_form(self.sidecar.recipe, form))
+        return dataclasses.replace(self, form=form, sidecar=sidecar)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe's file and check it.
+
+    Raises: BadRequest with every problem, each on a line of its own with line and column.
+    """
+    recipe, marks = file.read(path, overrides, target_options)
+    if recipe is not None:
+        find_problems(recipe, marks)
+    marks.refuse()
+    assert recipe is not None
+    return recipe
+
+
+def target_options(backend: str) -> type[Record]:
+    """The record of a backend's target options.
+
+    Raises: BadRequest for an unknown backend.
+    """
+    return backends.target(backend).options
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    targets = {name: backends.target(name) for name in backends.targets()}
+    precisions = {word for target in targets.values() for word in target.precisions}
+    return file.schema({name: target.options for name, target in targets.items()}, precisions)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be built; no weights or images are read.
+
+    Raises: BadRequest with every problem.
+    """
+    marks = Marks("")
+    for path, text in problems(recipe):
+        marks.at(path, text)
+    marks.refuse()
+    find_problems(recipe, marks)
+    marks.refuse()
+
+
+def resolve(recipe: Recipe, out: Path) -> Job:
+    """Validate a recipe and look up everything that its build needs; the weights are read.
+
+    Raises: BadRequest with every problem of the recipe, or for weights that cannot be used; Unavailable when a runtime
+        or weights are missing on this machine.
+    """
+    check(recipe)
+    target, runtime = backends.target(recipe.backend), backends.runtime(recipe.backend)
+    runtime.probe()
+    options = msgspec.convert(recipe.target, target.options)
+    if target.check is not None:
+        target.check(recipe.precision, recipe.fixed_batch, options)
+    checker = _checker()
+    scope = scope_of(recipe, target)
+    placement = target.placements[scope] if scope else None
+    own_form = placement.forms[0] if placement else target.form(recipe.precision, recipe.fixed_batch)
+    step(f"reading weights {recipe.model.weights}")
+    labels = Path(recipe.model.labels) if recipe.model.labels else None
+    checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels)
+    if recipe.model.task == "features" and checkpoint.variant.architecture.isotropic:
+        raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
+    trace = _trace_options(recipe, checkpoint.preprocessing.size)
+    return Job(
+        recipe=recipe,
+        out=out,
+        precision=precision.get(recipe.precision),
+        target=target,
+        options=options,
+        runtime=runtime,
+        checker=checker,
+        form=recipe.export.form or own_form,
+        scope=scope,
+        placement=placement,
+        checkpoint=checkpoint,
+        trace=trace,
+        sidecar=_sidecar(recipe, recipe.export.form or own_form, checkpoint, trace, out),
+    )
+
+
+def _trace_options(recipe: Recipe, published_size: int) -> TraceOptions:
+    size = recipe.export.imgsz or published_size
+    return TraceOptions(
+        task=recipe.model.task,
+        imgsz=None if size == "dynamic" else size,
+        batch=recipe.fixed_batch,
+        opset=recipe.export.opset,
+        uint8=recipe.export.input == "uint8",
+    )
+
+
+def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOptions, out: Path) -> Sidecar:
+    """Facts of the fp32 graph that are known before it is traced."""
+    preprocessing = checkpoint.preprocessing.at(trace.imgsz) if trace.imgsz else checkpoint.preprocessing
+    classes = checkpoint.weights.num_classes if trace.task == "classify" else 0
+    source = weights.relative(checkpoint.weights.source, out)
+    fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={})
+    return Sidecar(
+        backend=backends.ONNX,
+        precision="fp32",
+        variant=checkpoint.variant.name,
+        task=trace.task,
+        weights=replace(checkpoint.weights, source=source),
+        inputs=(),
+        outputs=(),
+        preprocessing=replace(preprocessing, input=recipe.export.input),
+        macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
+        labels=checkpoint.labels,
+        versions=machine.versions(),
+        recipe=_with_form(fp32.of_build(), form),
+    )
+
+
+def _with_form(recipe: dict[str, object], form: str) -> dict[str, object]:
+    export = recipe["export"]
+    assert isinstance(export, dict)
+    return {**recipe, "export": {**export, "form": form}}
+
+
+def _checker() -> Runtime[Options]:
+    """The runtime that checks a traced graph: the first that opens ONNX and is installed.
+
+    Raises: Unavailable when there is none.
+    """
+    missing = []
+    for runtime in map(backends.runtime, backends.runtimes()):
+        try:
+            if runtime.opens_onnx:
+                runtime.probe()
+                return runtime
+        except Unavailable as error:
+            missing.append(str(error))
+    raise Unavailable(f"no runtime is installed that can check the traced graph: {'; or '.join(missing)}")
+
+
+def scope_of(recipe: Recipe, target: Target) -> str:
+    """The layers that are quantized: the recipe's choice or the target's; "" without quantization."""
+    if recipe.quantization is None:
+        return ""
+    return recipe.quantization.int8_scope or next(iter(target.placements))
+
+
+def find_problems(recipe: Recipe, marks: Marks) -> None:
+    """Add every contradiction in a recipe to the marks; each of its fields fits its type."""
+    if _refused(marks, ("backend",), lambda: _check_backend(recipe.backend)):
+        return
+    target = backends.target(recipe.backend)
+    checks: list[tuple[strict.Path, Callable[[], object]]] = [
+        (("precision",), lambda: _check_precision(recipe, target)),
+        (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
+        (("target",), lambda: _options(recipe, target)),
+        (("quantization",), lambda: _check_quantization(recipe, target)),
+        (("checks",), lambda: _check_checks(recipe)),
+        (("bench",), lambda: _check_bench(recipe)),
+    ]
+    refused = [_refused(marks, path, look) for path, look in checks]  # a list: every check runs
+    if not any(refused) and target.check is not None:
+        with suppress(Unavailable):  # the recipe may be built on another machine
+            options = _options(recipe, target)
+            _refused(marks, ("target",), partial(target.check, recipe.precision, recipe.fixed_batch, options))
+
+
+def _refused(marks: Marks, path: strict.Path, look: Callable[[], object]) -> bool:
+    """Whether a check fails. Its problem is placed at the first key of this section that the message names."""
+    try:
+        look()
+    except BadRequest as error:
+        text = str(error)
+        if marks.source:  # a file has keys, not options
+            text = re.sub(r"--([a-z][a-z0-9-]+)", lambda match: match[1].replace("-", "_"), text)
+        names = re.findall(r"[a-z0-9_]+", text.replace("--", "").replace("-", "_"))
+        known = {place[-1]: place for place in marks.places if place[: len(path)] == path}
+        marks.at(next((known[name] for name in names if name in known), path), text)
+        return True
+    return False
+
+
+def _check_backend(name: str) -> None:
+    if name not in backends.targets():
+        raise BadRequest(f"backend {name!r}: {nearest(name, backends.targets())}")
+
+
+def _check_precision(recipe: Recipe, target: Target) -> None:
+    if recipe.precision not in target.precisions:
+        others = [name for name in backends.targets() if recipe.precision in backends.target(name).precisions]
+        hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, target.precisions)
+        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
+
+
+def _options(recipe: Recipe, target: Target) -> TargetOptions:
+    try:
+        return msgspec.convert(recipe.target, target.options)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"target of {recipe.backend}: {error}") from None
+
+
+def _check_quantization(recipe: Recipe, target: Target) -> None:
+    if recipe.precision not in target.precisions:
+        return  # reported already
+    needed = precision.get(recipe.precision).needs_calibration
+    if recipe.quantization is None and needed:
+        raise BadRequest(
+            f"precision {recipe.precision} needs calibration; add 'quantization:' with 'calib:', a manifest, a folder, "
+            "an .npz file or 'synthetic'"
+        )
+    if recipe.quantization is not None and not needed:
+        raise BadRequest(f"quantization is for int8 and fp8, and precision is {recipe.precision}; remove one of them")
+    if recipe.quantization is not None:
+        _check_placement(recipe, target)
+        if recipe.precision == "fp8" and recipe.quantization.calib_method not in ("minmax", "percentile"):
+            raise BadRequest(
+                f"--calib-method {recipe.quantization.calib_method}: it is for int8's equal steps; fp8 takes minmax or "
+                "percentile"
+            )
+        source = recipe.quantization.data or recipe.quantization.calib
+        budget.points(recipe.quantization, recipe.precision, source, recipe.model.weights)
+
+
+def _check_placement(recipe: Recipe, target: Target) -> None:
+    """The scope is one of the target's, and the form one of its placement's."""
+    scope, form = scope_of(recipe, target), recipe.export.form
+    if scope not in target.placements:
+        raise BadRequest(f"--int8-scope {scope}: {recipe.backend} takes {', '.join(target.placements)}")
+    if recipe.precision == "fp8" and scope != next(iter(target.placements)):
+        raise BadRequest(f"--int8-scope {scope} is for int8: only the pointwise layers gain by fp8; leave it out")
+    forms = target.placements[scope].forms
+    if form not in (None, *forms):
+        known = " or ".join(forms)
+        raise BadRequest(
+            f"--form {form}: {recipe.precision} for {recipe.backend} is written in the form {known}; leave --form out"
+        )
+
+
+def _check_checks(recipe: Recipe) -> None:
+    checks = recipe.checks
+    if checks.max_drop is not None and (checks.data == SYNTHETIC or recipe.model.task == "features"):
+        raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
+
+
+def _check_bench(recipe: Recipe) -> None:
+    """The batch sizes that are timed can be run."""
+    if recipe.bench is None or recipe.bench.batch is None:
+        return
+    fixed, batches = recipe.fixed_batch, recipe.bench.batch
+    if fixed is not None and set(batches) != {fixed}:
+        raise BadRequest(f"batch {fixed} is the only one that is exported, and bench asks for {list(batches)}")
+    profiles = recipe.target.get("profiles") or []
+    beyond = [size for size in batches if not any(least <= size <= most for least, _, most in profiles)]
+    if profiles and beyond:
+        raise BadRequest(f"profiles {profiles} do not hold a batch of {beyond[0]}, which bench asks for")

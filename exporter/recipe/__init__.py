@@ -1,0 +1,210 @@
+"""A recipe: one build and its checks, as a nested frozen record.
+
+The command line, the YAML reader, the JSON schema and docs/recipes.md are derived from these fields: a field, its
+default, its bounds and its help stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from exporter.artifact.sidecar import Record
+from exporter.recipe.fields import about
+
+SYNTHETIC = "synthetic"
+
+Form = Literal["plain", "linear", "conv", "nchw"]
+Count = Annotated[int, Meta(ge=1)]
+Threads = Annotated[int, Meta(ge=1, le=512)]
+Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
+BatchSize = Annotated[int, Meta(ge=1, le=4096)]
+
+
+class Model(Record, frozen=True):
+    """The network, its weights and its outputs."""
+
+    variant: Annotated[
+        str | None, about("ConvNeXt variant; by default the variant of the weights, or tiny.", metavar="NAME")
+    ] = None
+    weights: Annotated[
+        str,
+        about(
+            "hub, hf-hub:owner/name, a file or folder in any public key layout, or random[:SEED].",
+            metavar="SRC",
+            path=True,
+        ),
+    ] = "hub"
+    labels: Annotated[str | None, about("Class names, one a line.", metavar="FILE", path=True)] = None
+    task: Annotated[
+        Literal["classify", "features"], about("Outputs: logits, or the feature maps of the four stages.")
+    ] = "classify"
+
+
+class Export(Record, frozen=True):
+    """The graph: input size, batch, opset, form."""
+
+    imgsz: Annotated[
+        Annotated[int, Meta(ge=32, le=4096)] | Literal["dynamic"] | None,
+        about("Input size in pixels, or 'dynamic'; by default the published size.", metavar="N"),
+    ] = None
+    batch: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | Literal["dynamic"], about("Batch size, or 'dynamic'.", metavar="N")
+    ] = "dynamic"
+    opset: Annotated[Annotated[int, Meta(ge=18, le=23)], about("ONNX operator set.", metavar="N")] = 20
+    simplify: Annotated[bool, about("Simplify with onnxsim; the result is kept only if it is equivalent.")] = True
+    form: Annotated[
+        Form | Literal["auto"] | None,
+        about("How the network is written; by default as the runtime runs it fastest, 'auto' measures on this CPU."),
+    ] = None
+    input: Annotated[
+        Literal["normalized", "float01", "uint8"],
+        about("Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255."),
+    ] = "normalized"
+
+
+class Quantization(Record, frozen=True):
+    """Calibration and quantization of int8 and fp8, and the accuracy that may be lost."""
+
+    calib: Annotated[
+        str, about("Calibration images: a manifest, a folder, an .npz file, or synthetic.", metavar="SRC", path=True)
+    ] = SYNTHETIC
+    calib_size: Annotated[
+        Count | None, about("Number of images; by default all of a manifest, else 256.", metavar="N")
+    ] = None
+    calib_seed: Annotated[int, about("Seed of the draw from a folder.", metavar="N")] = 0
+    calib_method: Annotated[Literal["minmax", "entropy", "percentile", "mse"], about("How ranges are chosen.")] = (
+        "minmax"
+    )
+    smoothing: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        about("Share of the activations' spread that moves into the weights; 0 is none.", metavar="SHARE"),
+    ] = 0.5
+    bias_correction: Annotated[
+        Literal["none", "fast", "full"],
+        about("Correct biases for the error of quantized weights (fast), or layer by layer with images (full)."),
+    ] = "fast"
+    int8_scope: Annotated[
+        str | None,
+        about("Layers to quantize: pointwise, also downsampling, all, or weights alone.", metavar="SCOPE"),
+    ] = None
+    max_drop: Annotated[
+        Annotated[float, Meta(ge=0, le=100)] | None,
+        about(
+            "Largest loss of top-1 on --data; without labels, of agreement with PyTorch.",
+            metavar="POINTS",
+            default="0.5 where real images are given",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        about("Images to measure the loss on; by default the calibration images.", metavar="SRC", path=True),
+    ] = None
+
+
+class Checks(Record, frozen=True):
+    """Images and limits of `verify`. Where a limit is None, the precision's own limit holds."""
+
+    data: Annotated[
+        str,
+        about(
+            "A folder with a sub-folder per class, a .tsv or .csv manifest, an .npz file, or synthetic.",
+            metavar="SRC",
+            path=True,
+        ),
+    ] = SYNTHETIC
+    samples: Annotated[Count | None, about("Largest number of images; by default all.", metavar="N")] = None
+    max_drop: Annotated[
+        Annotated[float, Meta(ge=-100, le=100)] | None,
+        about("Largest loss of top-1, in percentage points.", metavar="POINTS"),
+    ] = None
+    min_agreement: Annotated[
+        Annotated[float, Meta(ge=0, le=100)] | None,
+        about("Smallest share of images with the same top-1 as PyTorch, in percent.", metavar="PCT"),
+    ] = None
+    min_cosine: Annotated[
+        Annotated[float, Meta(ge=-1, le=1)] | None,
+        about("Smallest mean cosine to the outputs of PyTorch.", metavar="X"),
+    ] = None
+    atol: Annotated[Annotated[float, Meta(ge=0)] | None, about("Largest absolute error of an output.", metavar="X")] = (
+        None
+    )
+    device: Annotated[str, about("Device that runs the artifact.", metavar="NAME")] = "cpu"
+
+
+class TimingOptions(Record, frozen=True):
+    """How artifacts are timed, in `bench` and `compare`."""
+
+    batch: Annotated[
+        tuple[BatchSize, ...] | None,
+        about("Batch sizes, as in 1,8.", metavar="N,…", commas=True, default="the artifact's own batch, or 1"),
+    ] = None
+    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    hint: Annotated[
+        Literal["latency", "throughput"],
+        about("One batch at a time, or as many at once as the runtime has streams for."),
+    ] = "latency"
+    device: Annotated[str, about("Device that runs the artifact.", metavar="NAME")] = "cpu"
+    duration: Annotated[
+        Seconds,
+        about("Seconds of timing for each batch size, all models together.", metavar="SECONDS"),
+    ] = 10.0
+    seed: Annotated[int, about("Seed of the order in which models are timed.", metavar="N")] = 0
+
+
+class Bench(TimingOptions, frozen=True):
+    """How an artifact is timed beside PyTorch, and limits of its latency. Limits hold for each batch size."""
+
+    until: Annotated[
+        Annotated[float, Meta(ge=0.05, le=100)] | None,
+        about(
+            "Go on until the speed-up is known to ± so many percent, at most ten times the duration.",
+            metavar="PCT",
+            percent=True,
+        ),
+    ] = None
+    also: Annotated[
+        tuple[Literal["torch.compile", "tf32", "fp16"], ...],
+        about("Also time PyTorch this way; tf32 and fp16 (channels last) on a GPU."),
+    ] = ()
+    min_speedup: Annotated[
+        Annotated[float, Meta(ge=0)] | None, about("Smallest speed-up over PyTorch.", metavar="X")
+    ] = None
+    max_p50_ms: Annotated[
+        Annotated[float, Meta(ge=0)] | None, about("Largest median latency in milliseconds.", metavar="MS")
+    ] = None
+
+
+class Recipe(Record, frozen=True):
+    """One build and its checks.
+
+    `quantization` is for int8 and fp8, and None for other precisions; `target` has the options of the backend's
+    target, by the names of its own record; an artifact is not timed where `bench` is None.
+    """
+
+    backend: str
+    precision: str
+    schema: Literal[1] = 1
+    model: Model = Model()
+    export: Export = Export()
+    quantization: Quantization | None = None
+    target: dict[str, Any] = msgspec.field(default_factory=dict)
+    checks: Checks = Checks()
+    bench: Bench | None = Bench()
+
+    def of_build(self) -> dict[str, Any]:
+        """What determines the artifact, as builtins: all but checks, bench and the budget of quantization."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        for name in ("schema", "checks", "bench"):
+            del fields[name]
+        if fields["quantization"] is not None:
+            for name in ("max_drop", "data"):
+                del fields["quantization"][name]
+        return fields
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size of the artifact, or None for any."""
+        return self.export.batch if isinstance(self.export.batch, int) else None

@@ -1,0 +1,53 @@
+"""The layers of an artifact, and what is known of it without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exporter import backends, precision
+from exporter.artifact import Artifact, load
+from exporter.backends import Layer, Target
+from exporter.errors import BadRequest, Unavailable
+from exporter.report import Finding
+from exporter.verify.checks import structure
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Layers and findings; `reason` says why the layers are unknown, or ""."""
+
+    layers: list[Layer]
+    findings: list[Finding]
+    reason: str = ""
+
+
+def inspect(artifact: Artifact) -> Inspection:
+    """Look at an artifact; nothing of it is run.
+
+    Raises: BadRequest for a backend or precision that is not known.
+    """
+    sidecar = artifact.sidecar
+    runtime, target = backends.runtime(sidecar.backend), backends.target(sidecar.backend)
+    precision.of(artifact.path, sidecar.precision)
+    if runtime.layers is None:
+        return Inspection([], [], f"{runtime.name} does not show layers")
+    try:
+        layers = runtime.layers(artifact, runtime.options())
+        findings = target.findings(artifact, _baseline(artifact, target)) if target.findings is not None else []
+    except Unavailable as error:
+        return Inspection([], [], str(error))
+    return Inspection(layers, [*structure.saturation(layers), *findings])
+
+
+def _baseline(artifact: Artifact, target: Target) -> Artifact | None:
+    """The same network in the next higher precision, if it is in the folder of a quantized artifact."""
+    sidecar = artifact.sidecar
+    if sidecar.quantization is None:
+        return None
+    above = target.above(sidecar.precision)
+    name = artifact.path.name.replace(f"_{sidecar.precision}.", f"_{above}.")
+    try:
+        baseline = load(artifact.path.with_name(name))
+    except BadRequest:
+        return None
+    return baseline if baseline.sidecar.weights.digest == sidecar.weights.digest else None
