@@ -13,7 +13,7 @@ The Python API is what the commands call:
     quantization = Quantization(calib="photos/train", data="photos/val", max_drop=0.3)
     recipe = Recipe(backend="openvino", precision="int8", model=model, quantization=quantization)
     built = build(recipe, Path("build"))
-    print(built.report.passed)
+    assert built.report.passed
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks import recipes as bundled
 from exporter import backends, build
 from exporter.errors import BadRequest, ExporterError
 from exporter.recipe import Bench, Checks, Export, Model, Quantization, Recipe, fields, file
-from exporter.recipe.fields import fields_of, fits, kinds
+from exporter.recipe.fields import bare, fields_of, fits, kinds
 
 GOOD = """\
 schema: 1
@@ -168,11 +168,11 @@ def values(field):
     """Any value of a field's type, falsy ones included."""
     choices = []
     for kind in kinds(field.hint):
-        base = getattr(kind, "__origin__", kind)
+        base = bare(kind)
         if base is str:
             choices.append(TEXTS)
         elif base in (int, float):
-            choices.append(NUMBERS.filter(lambda number, kind=kind: fits(number, kind)))
+            choices.append(NUMBERS.map(base).filter(lambda number, kind=kind: fits(number, kind)))
         elif base is bool:
             choices.append(st.booleans())
         elif kind is type(None):
