@@ -15,11 +15,11 @@ RUNTIMES = ("onnxruntime", "openvino")
 
 
 @pytest.fixture
-def unbounded(tiny, tmp_path, monkeypatch, request):
+def unbounded(tiny, tmp_path, request):
     """An int8 artifact as it was built before adjacent weights had a bound."""
-    ours = work.placement_of
-    monkeypatch.setattr(work, "placement_of", lambda recipe: dataclasses.replace(ours(recipe), exact_pairs=False))
-    return build(tiny, tmp_path, request.param, "int8")
+    job = resolve(recipe_of(request.param, "int8", weights=str(tiny)), tmp_path)
+    job = dataclasses.replace(job, placement=dataclasses.replace(job.placement, exact_pairs=False))
+    return prepare(job, tmp_path).make((), tmp_path)
 
 
 def layers(made):
