@@ -1,4 +1,4 @@
-"""What this machine can build, run and measure, and what to install for the rest."""
+"""What this machine can build, run and measure; for what it cannot, the line that changes that."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exporter import backends, machine
 from exporter.artifact.sidecar import Record
+from exporter.backends import Options, Runtime
 from exporter.errors import ExporterError, Unavailable
 
 
@@ -28,10 +29,9 @@ def examine() -> list[Fact]:
         Fact(mark="·", what="memory", found=f"{machine.memory_gib():.1f} GiB"),
         Fact(mark="·", what="free disk", found=f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"),
         *(_package(tool) for tool in ("torch", "onnx", "onnxscript", "onnxsim", "huggingface_hub")),
-        *(_runtime(name) for name in backends.runtimes()),
-        *_devices(),
     ]
-    return [*facts, _hub_cache()]
+    runtimes = [backends.runtime(name) for name in backends.runtimes()]
+    return [*facts, *map(_runtime, runtimes), *(fact for one in runtimes for fact in _devices(one)), _hub_cache()]
 
 
 def _package(tool: str) -> Fact:
@@ -41,26 +41,29 @@ def _package(tool: str) -> Fact:
     return Fact(mark="✓", what=tool, found=version)
 
 
-def _runtime(name: str) -> Fact:
-    runtime = backends.runtime(name)
+def _runtime(runtime: Runtime[Options]) -> Fact:
+    what = f"backend {runtime.name}"
     try:
         version = runtime.probe()
     except Unavailable as error:
-        found, _, mend = str(error).partition("; ")
-        return Fact(mark="✗", what=f"runtime {name}", found=found, mend=mend)
-    precisions = sorted(backends.target(name).precisions) if name in backends.targets() else ["fp32"]
-    return Fact(mark="✓", what=f"runtime {name}", found=f"{version}, for {', '.join(precisions)}")
+        return _missing("✗", what, error)
+    precisions = backends.target(runtime.name).precisions if runtime.name in backends.targets() else ()
+    return Fact(mark="✓", what=what, found=version + (f", for {', '.join(sorted(precisions))}" if precisions else ""))
 
 
-def _devices() -> list[Fact]:
-    facts = []
-    for what, look in [item for name in backends.runtimes() for item in backends.runtime(name).describe.items()]:
-        try:
-            facts.append(Fact(mark="✓", what=what, found=look()))
-        except ExporterError as error:
-            found, _, mend = str(error).partition("; ")
-            facts.append(Fact(mark="·", what=what, found=found, mend=mend))
-    return facts
+def _devices(runtime: Runtime[Options]) -> list[Fact]:
+    if runtime.devices_here is None:
+        return []
+    what = f"devices of {runtime.name}"
+    try:
+        return [Fact(mark="✓", what=what, found=runtime.devices_here())]
+    except ExporterError as error:
+        return [_missing("·", what, error)]
+
+
+def _missing(mark: str, what: str, error: ExporterError) -> Fact:
+    reason, _, mend = str(error).partition("; ")
+    return Fact(mark=mark, what=what, found=reason, mend=mend)
 
 
 def _hub_cache() -> Fact:

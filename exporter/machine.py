@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ _ISA = (
     "avx2",
     "asimd",
 )
-_TOOLS = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+TOOLS = ("convnext-export", "torch", "onnx", "onnxscript", "onnxsim", "numpy")
 
 
 @lru_cache(maxsize=1)
@@ -59,10 +60,10 @@ def memory_gib() -> float:
     return float(psutil.virtual_memory().total) / 2**30
 
 
-def versions() -> dict[str, str]:
-    """Of the tools that had a hand in it."""
+def versions(runtimes: Iterable[str] = ()) -> dict[str, str]:
+    """The versions of the tools, and of these distributions of runtimes, as far as they are installed."""
     found = {}
-    for tool in ("convnext-export", *_TOOLS):
+    for tool in (*TOOLS, *runtimes):
         try:
             found[tool] = metadata.version(tool)
         except metadata.PackageNotFoundError:
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment() -> dict[str, object]:
+def environment(runtimes: Iterable[str] = ()) -> dict[str, object]:
     """All of it, for a report."""
     name, isa = cpu()
     return {
@@ -81,7 +82,7 @@ def environment() -> dict[str, object]:
         "memory_gib": round(memory_gib(), 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions(runtimes),
     }
 
 

@@ -46,9 +46,9 @@ def test_below_cli_nobody_prints():
 
 
 def test_a_vendor_is_named_in_its_backend_only():
-    """A runtime is imported in its own file, and looked at by doctor."""
+    """A runtime is imported in its own file."""
     vendors = re.compile(r"^\s*(import|from) (onnxruntime|openvino|tensorrt)\b", re.M)
-    allowed = {"onnxruntime.py", "openvino.py", "doctor.py"}
+    allowed = {"onnxruntime.py", "openvino.py"}
     assert {path.name for path in SOURCES if vendors.search(path.read_text())} <= allowed
 
 

@@ -251,12 +251,11 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write a report or table over what is none: an artifact, its sidecar, a folder, a device.
+    """Refuse to write a report or table over something else: an artifact, its sidecar, a folder, a device.
 
     Raises: BadRequest.
     """
-    described = path.with_name(path.name.removesuffix(".json"))
-    is_sidecar = path.name.endswith(".json") and described.is_file() and described.suffix in (".onnx", ".xml", ".plan")
+    is_sidecar = path.name.endswith(".json") and path.with_name(path.name.removesuffix(".json")).is_file()
     if is_sidecar or sidecar_path(path).exists():
         raise BadRequest(f"{path}: an artifact or its sidecar stands there; write the report elsewhere with -o")
     if path.exists() and not path.is_file():

@@ -1,7 +1,7 @@
-"""Runtimes, one module each, which ends in `RUNTIME = Runtime(...)` and, where something is built for it,
-`TARGET = Target(...)`. Adding one is adding one file; `null.py` is a worked example.
+"""What runs a model, and what is built for it. Each module of this folder is one runtime, and ends in
+`RUNTIME = Runtime(...)` and, where artifacts are built for it, `TARGET = Target(...)`.
 
-Checks see only a `Session`; backends never see each other.
+A check sees only `Session`; runtimes never see each other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import discover, precision
+from exporter import discover, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import BadRequest, Unavailable, nearest
+from exporter.precision import PRECISIONS
 from exporter.quantize.placement import Placement
 from exporter.report import Finding
 
@@ -115,8 +116,8 @@ class Layer(Record, frozen=True):
 
 
 class Options(Record, frozen=True):
-    """Options of a session: the device; the number of threads, None for the runtime's choice; and whether one batch is
-    run at a time, or as many at once as the runtime has streams for."""
+    """What every runtime can be told: the device, how many threads (None is the runtime's own choice), and the way
+    of using the machine: one batch at a time as fast as can be, or as many at once as it has streams for."""
 
     device: str = "cpu"
     threads: int | None = None
@@ -124,64 +125,69 @@ class Options(Record, frozen=True):
 
 
 class TargetOptions(Record, frozen=True):
-    """Options of a target. Most targets have none."""
+    """What a target can be told about where its artifacts will run. Most need to be told nothing."""
 
 
 Opt = TypeVar("Opt", bound=Options)
+DeviceKind = Literal["CPU", "NVIDIA GPU", "Intel GPU", "NPU"]
+CPU_ONLY: Mapping[str, DeviceKind] = {"cpu": "CPU"}
 
 
 @dataclass(frozen=True)
 class Runtime(Generic[Opt]):
-    """A library that runs models. Functions that are None are not offered by the runtime.
+    """What runs a model. A part that a runtime has not is None.
 
-    name: of the module.
-    options: the record of a session's options.
-    probe: the installed version; raises Unavailable with the line that installs it.
-    open: opens an artifact as a session.
-    devices: what `--device` takes, each with whether it is an NVIDIA GPU.
-    layers: the layers of an artifact, with the precision that each is computed in.
-    blocks: opens an artifact so that it gives the output of every block.
-    peak: a large matrix product on this runtime in the arithmetic of an artifact.
-    unable: why no artifact can run on this machine, or "".
-    describe: a line for `doctor` about each kind of device; raises Unavailable where there is none.
-    distributions: packages whose versions are recorded.
-    opens_onnx: whether it opens fp32 ONNX graphs, so that a traced graph can be compared with PyTorch.
+    name: of its module, of its target, and in the sidecars of the artifacts that it opens.
+    options: the record that `open` takes.
+    probe: the installed version, or raises Unavailable with the line that installs it.
+    open: opens an artifact.
+    distributions: the packages whose versions are recorded beside every artifact and number.
+    devices: the words of `--device` that it takes, each with the kind of device that it names.
+    devices_here: what it sees on this machine, for `doctor`, or raises Unavailable with what to do.
+    unable: why it can open nothing on this machine, or "".
+    opens_onnx: whether `open` takes the fp32 ONNX graph of any target, so that a traced graph can be checked with it.
+    layers: what an artifact is made of, layer by layer.
+    blocks: opens an artifact so that every block's output can be seen.
+    peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
     """
 
     name: str
     options: type[Opt]
     probe: Callable[[], str]
     open: Callable[[Artifact, Opt], AbstractContextManager[Session]]
-    devices: Mapping[str, bool]
+    distributions: tuple[str, ...]
+    devices: Mapping[str, DeviceKind] = field(default_factory=lambda: CPU_ONLY)
+    devices_here: Callable[[], str] | None = None
+    unable: Callable[[], str] = lambda: ""
+    opens_onnx: bool = False
     layers: Callable[[Artifact, Opt], list[Layer]] | None = None
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]] | None = None
     peak: Callable[[Artifact, Opt], AbstractContextManager[Product]] | None = None
-    unable: Callable[[], str] = lambda: ""
-    describe: Mapping[str, Callable[[], str]] = field(default_factory=dict)
-    distributions: tuple[str, ...] = ()
-    opens_onnx: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """What artifacts are built for. Functions that are None are not needed by the target.
+    """What artifacts are built for: a runtime, and how it wants them. A part that a target has not is None.
 
-    name: of the module, whose runtime opens the artifacts.
-    command, summary, description, examples: the command that builds, and its help.
-    suffix: of the file that the runtime opens.
-    layout: whether an artifact is one file, several files, or a directory.
-    source: whether it is built from an ONNX graph or from the PyTorch network.
-    precisions: that it can build.
-    computes: the precisions that this machine's device computes in.
-    options: the record of target options.
-    form: (precision, batch size or None for any) to the form that the runtime runs fastest.
-    build: (graph at the precision, precision, folder, options) to the artifact.
-    lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision.
-    placements: where Q and DQ go, by the scope of the quantized layers; the first is the default.
+    name: of the runtime that opens its artifacts.
+    command: the word that a user types to build for it.
+    summary, description, examples: its help, in the list of commands and on its own page; examples without the name of
+        the program.
+    suffix: of its artifacts' file names.
+    layout: what an artifact is: one file, a file with others beside it, or a directory.
+    source: what `build` starts from: the ONNX graph, or the PyTorch network.
+    precisions: that it is built in, with the help of each one's flag.
+    options: the record that `build` and `check` take.
+    form: (precision, batch size or None for any) to the form that the runtime runs best.
+    placements: where it wants Q and DQ, if it runs int8, by the scope of what is quantized, its own choice first.
+    lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision; None where `build` takes that one.
+    build: (that graph, precision, folder, options) to what the runtime opens.
+    above_int8: the next higher precision that this machine computes in, which int8 and fp8 have to beat.
+    reproducible: whether the same graph gives the same bytes every time.
     check: (precision, batch size or None for any, options): raises BadRequest for what cannot be built, Unavailable for
         what is not installed.
-    findings: what is known of an artifact without running it, compared with that of the next higher precision.
-    reproducible: whether the same graph gives the same bytes every time.
+    findings: what is known of an artifact without running it, beside the same network in the next higher precision
+        if that is there.
     """
 
     name: str
@@ -190,30 +196,26 @@ class Target:
     description: str
     examples: tuple[str, ...]
     suffix: str
-    precisions: frozenset[str]
+    precisions: Mapping[str, str]
     form: Callable[[str, int | None], str]
     build: Callable[[Artifact, str, Path, TargetOptions], Artifact]
-    computes: Callable[[], frozenset[str]] = lambda: frozenset({"fp32"})
     layout: Literal["file", "files", "directory"] = "file"
     source: Literal["onnx", "torch"] = "onnx"
     options: type[TargetOptions] = TargetOptions
-    lower: Callable[[Artifact, str, Path], Artifact] | None = None
     placements: Mapping[str, Placement] = field(default_factory=dict)
+    above_int8: Callable[[], str] = lambda: PRECISIONS["int8"].higher
+    reproducible: bool = True
+    lower: Callable[[Artifact, str, Path], Artifact] | None = None
     check: Callable[[str, int | None, TargetOptions], None] | None = None
     findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None
-    reproducible: bool = True
-
-    def above(self, name: str) -> str:
-        """The next higher precision that this machine's device computes in."""
-        return precision.next_higher(name, self.computes())
 
 
 ONNX = "onnxruntime"
-"""The backend under which fp32 ONNX graphs are recorded, intermediate ones included."""
+"""The backend that fp32 ONNX graphs are recorded under, intermediate ones included."""
 
 
 def runtimes() -> list[str]:
-    """The names of all runtimes."""
+    """The names of all runtimes: the modules of this folder."""
     return discover.names(__name__)
 
 
@@ -225,7 +227,7 @@ def targets() -> list[str]:
 def runtime(name: str) -> Runtime[Options]:
     """The runtime of that name.
 
-    Raises: BadRequest for an unknown one.
+    Raises: BadRequest for an unknown one, with the nearest.
     """
     found: Runtime[Options] = discover.load(__name__, name, "RUNTIME")
     return found
@@ -234,17 +236,43 @@ def runtime(name: str) -> Runtime[Options]:
 def target(name: str) -> Target:
     """The target of that name.
 
-    Raises: BadRequest for an unknown one, or a runtime that nothing is built for.
+    Raises: BadRequest for an unknown one, or a runtime that nothing is built for, with the nearest.
     """
-    if name not in (names := targets()):
-        raise BadRequest(f"backend {name!r}: {nearest(name, names)}")
+    known = targets()
+    if name not in known:
+        what = "nothing is built for" if name in runtimes() else "unknown"
+        raise BadRequest(f"{what} backend {name!r}; {nearest(name, known)}")
     found: Target = discover.load(__name__, name, "TARGET")
     return found
 
 
-def devices() -> dict[str, bool]:
-    """The devices of all runtimes, each with whether it is an NVIDIA GPU."""
-    return {name: is_gpu for one in runtimes() for name, is_gpu in runtime(one).devices.items()}
+def runtime_of(artifact: Artifact) -> Runtime[Options]:
+    """The runtime that opens an artifact.
+
+    Raises: BadRequest for a runtime or precision that this version does not know, with the file.
+    """
+    name, known = artifact.sidecar.backend, targets()
+    if name not in known:
+        raise BadRequest(
+            f"{artifact.path}: built for {name!r}, which is not known to this version; {nearest(name, known)}"
+        )
+    precision.get(artifact.sidecar.precision, artifact.path)
+    return runtime(name)
+
+
+def distributions() -> list[str]:
+    """The packages of all runtimes whose versions are recorded."""
+    return sorted({distribution for name in runtimes() for distribution in runtime(name).distributions})
+
+
+def versions() -> dict[str, str]:
+    """The versions of the tools and runtimes that are installed here."""
+    return machine.versions(distributions())
+
+
+def environment() -> dict[str, object]:
+    """The machine, with the versions of the tools and runtimes, for a report."""
+    return machine.environment(distributions())
 
 
 def installed(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The three parts of one inference on an NVIDIA GPU, by the GPU's own clock."""
+"""The NVIDIA GPU of this machine, and the three parts of one inference on it by its own clock."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from exporter.errors import Unavailable
+
 if TYPE_CHECKING:
     import torch
 
 PARTS = ("h2d_ms", "compute_ms", "d2h_ms")
+
+
+def name() -> str:
+    """The name of the NVIDIA GPU.
+
+    Raises: Unavailable when torch sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Unavailable("no CUDA device, or a CPU build of torch; on a GPU machine: pip install torch")
+    return str(torch.cuda.get_device_name())
 
 
 def parts(

@@ -1,4 +1,4 @@
-"""Eager PyTorch: the reference that artifacts are compared with."""
+"""Eager PyTorch: the model that every artifact is held against."""
 
 from __future__ import annotations
 
@@ -108,18 +108,6 @@ def probe() -> str:
     return require("torch", "cpu")
 
 
-def device_name() -> str:
-    """The name of the CUDA device.
-
-    Raises: Unavailable without one.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise Unavailable("no CUDA device, or a CPU build of torch; on a GPU machine: pip install torch")
-    return str(torch.cuda.get_device_name())
-
-
 @contextmanager
 def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]:
     """The network that an artifact was made from, found through its sidecar.
@@ -185,10 +173,10 @@ RUNTIME = Runtime(
     options=EagerOptions,
     probe=probe,
     open=session,
-    devices={"cpu": False, "cuda": True},
+    distributions=("torch",),
+    devices={"cpu": "CPU", "cuda": "NVIDIA GPU"},
+    devices_here=_cuda.name,
     layers=layers,
     blocks=blocks,
     peak=peak,
-    describe={"CUDA through torch": device_name},
-    distributions=("torch",),
 )

@@ -28,6 +28,7 @@ from exporter.backends import (
     Runtime,
     Target,
     TargetOptions,
+    _cuda,
     as_taken,
     installed,
     peak_matrix,
@@ -120,6 +121,22 @@ class OrtSession:
         return binding
 
 
+def devices_here() -> str:
+    """The providers that can be asked for; whether CUDA's really loads is seen when a session is opened.
+
+    Raises: Unavailable for a build or machine without CUDA.
+    """
+    probe()
+    import onnxruntime as ort
+
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise Unavailable(
+            "cpu alone, for this build has no CUDA; on a GPU machine: pip uninstall -y onnxruntime && "
+            "pip install onnxruntime-gpu"
+        )
+    return f"cpu, cuda ({_cuda.name()}; `verify --device cuda` proves it)"
+
+
 @contextmanager
 def session(artifact: Artifact, options: Options, optimized: Path | None = None) -> Iterator[OrtSession]:
     """Load an ONNX artifact on the device that was asked for, and on no other; write what it was optimised to.
@@ -174,24 +191,6 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
     """ONNX Runtime loads the graph itself: nothing is left to build."""
     del wanted, out, options
     return artifact
-
-
-def cuda() -> str:
-    """Whether this build has the CUDA provider; whether it loads is shown by running it.
-
-    Raises: Unavailable without the provider or a GPU.
-    """
-    probe()
-    import onnxruntime as ort
-    import torch
-
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        raise Unavailable(
-            "this build has none; on a GPU machine: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
-        )
-    if not torch.cuda.is_available():
-        raise Unavailable("no CUDA device; see `CUDA through torch`")
-    return "listed; `verify --device cuda` proves it"
 
 
 def layers(artifact: Artifact, options: Options) -> list[Layer]:
@@ -295,30 +294,34 @@ RUNTIME = Runtime(
     options=Options,
     probe=probe,
     open=session,
-    devices={name: name != "cpu" for name in PROVIDERS},
+    distributions=("onnxruntime", "onnxruntime-gpu"),
+    devices={"cpu": "CPU", "cuda": "NVIDIA GPU", "tensorrt": "NVIDIA GPU"},
+    devices_here=devices_here,
+    opens_onnx=True,
     layers=layers,
     blocks=blocks,
     peak=peak,
-    describe={"CUDA through ONNX Runtime": cuda},
-    distributions=("onnxruntime", "onnxruntime-gpu"),
-    opens_onnx=True,
 )
 
 TARGET = Target(
     name="onnxruntime",
     command="onnx",
     summary="PyTorch → ONNX, simplified; runs on ONNX Runtime.",
-    description="Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that records what it is.",
+    description="Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that says what it is.",
     examples=(
-        "convnext-export onnx --variant base",
-        "convnext-export onnx --weights my_convnext.pth --imgsz dynamic --task features",
-        "convnext-export onnx --int8 --calib calibration/mine.tsv --data imagenet/val",
+        "onnx --variant base",
+        "onnx --weights my_convnext.pth --imgsz dynamic --task features",
+        "onnx --int8 --calib calibration/mine.tsv --data imagenet/val",
     ),
     suffix=".onnx",
-    precisions=frozenset({"fp32", "fp16", "int8"}),
-    computes=lambda: frozenset({"fp32", "int8"}),
+    precisions={
+        "fp32": "As the weights are.",
+        "fp16": "Half the size; statistics stay in fp32.",
+        "int8": "8 bits, where they are faster and lose nothing that matters.",
+    },
     form=form,
-    lower=lower,
     build=build,
     placements={"linear": PLACEMENT},
+    above_int8=lambda: "fp32",  # a CPU computes fp16 in it
+    lower=lower,
 )

@@ -93,6 +93,19 @@ class OpenVinoSession:
         return Bound(run if self.streams == 1 else run_all, outputs, self.streams)
 
 
+def devices_here() -> str:
+    """The devices that OpenVINO sees, each with the arithmetic that it is optimized for."""
+    probe()
+    import openvino as ov
+
+    core = ov.Core()
+    seen = []
+    for device in core.available_devices:
+        abilities = [a for a in core.get_property(device, "OPTIMIZATION_CAPABILITIES") if a in ("BF16", "FP16", "INT8")]
+        seen.append(f"{device.lower()} ({', '.join(sorted(abilities)).lower()})")
+    return ", ".join(seen)
+
+
 @contextmanager
 def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
     """Compile an IR for the device that was asked for, at the precision of the artifact.
@@ -285,25 +298,11 @@ def form(precision: str, batch: int | None) -> str:
     return "nchw"
 
 
-def computes() -> frozenset[str]:
+def above_int8() -> str:
     """bf16 where the CPU has it."""
     import openvino as ov
 
-    has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return frozenset({"fp32", "int8", *(["bf16"] if has_bf16 else [])})
-
-
-def devices() -> str:
-    """The devices of this machine and their number formats."""
-    probe()
-    import openvino as ov
-
-    core = ov.Core()
-    lines = []
-    for device in core.available_devices:
-        formats = [a for a in core.get_property(device, "OPTIMIZATION_CAPABILITIES") if a in ("BF16", "FP16", "INT8")]
-        lines.append(f"{device} ({', '.join(sorted(formats)).lower()})")
-    return ", ".join(lines)
+    return "bf16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
 
 
 # Pointwise and downsampling layers, which are 97 % of ConvNeXt-T. Depthwise convolutions are no faster in int8 and
@@ -318,30 +317,35 @@ RUNTIME = Runtime(
     options=Options,
     probe=probe,
     open=session,
-    devices={"cpu": False, "gpu": False},
+    distributions=("openvino",),
+    devices={"cpu": "CPU", "gpu": "Intel GPU", "npu": "NPU"},
+    devices_here=devices_here,
+    opens_onnx=True,
     layers=layers,
     blocks=blocks,
     peak=peak,
-    describe={"OpenVINO devices": devices},
-    distributions=("openvino",),
-    opens_onnx=True,
 )
 
 TARGET = Target(
     name="openvino",
     command="openvino",
     summary="→ OpenVINO IR.",
-    description="Build an OpenVINO IR; the intermediate ONNX file stays beside it.",
+    description="Build an OpenVINO IR; the ONNX it is made from is kept beside it.",
     examples=(
-        "convnext-export openvino --variant tiny --fp16",
-        "convnext-export openvino --weights my_convnext.safetensors --bf16",
-        "convnext-export openvino --int8 --calib my_images --data imagenet/val --max-drop 0.3",
+        "openvino --variant tiny --fp16",
+        "openvino --weights my_convnext.safetensors --bf16",
+        "openvino --int8 --calib my_images --data imagenet/val --max-drop 0.3",
     ),
     suffix=".xml",
     layout="files",
-    precisions=frozenset({"fp32", "fp16", "bf16", "int8"}),
-    computes=computes,
+    precisions={
+        "fp32": "As the weights are.",
+        "fp16": "Half the size; on a CPU computed in fp32.",
+        "bf16": "Half the size, computed in bf16 where the CPU has it.",
+        "int8": "8 bits, where they are faster and lose nothing that matters.",
+    },
     form=form,
     build=build,
     placements={"linear+conv": PLACEMENT},
+    above_int8=above_int8,
 )

@@ -37,11 +37,6 @@ class BenchOptions(Bench, frozen=True):
         str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
     ] = None
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the device is an NVIDIA GPU."""
-        return backends.devices().get(self.device, False)
-
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
     """Time artifacts and the eager model they were made from, interleaved; a report for each.
@@ -50,7 +45,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     """
     _check(artifacts, options)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
-    gpu = machine.gpu() if options.on_gpu else None
+    gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
@@ -58,7 +53,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     with turns.alone():
         models = track(alone, len(alone), "models", _one)
         cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
-    environment = {**machine.environment(), "timing": _circumstances(timings)}
+    environment = {**backends.environment(), "timing": _circumstances(timings)}
     if gpu is not None:
         environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
     return [
@@ -87,6 +82,7 @@ def _one(_: object) -> int:
 def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     first = artifacts[0].sidecar
     for made in artifacts:
+        backends.runtime_of(made)
         sidecar = made.sidecar
         if (sidecar.weights.digest, sidecar.task) != (first.weights.digest, first.task):
             raise BadRequest(
@@ -97,7 +93,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
     batches_of(options, artifacts)
     for way in {"tf32", "fp16"} & set(options.also):
-        if not options.on_gpu:
+        if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
@@ -109,10 +105,16 @@ def _pixels(recipe: Preprocessing) -> Preprocessing:
     return msgspec.structs.replace(recipe, input="normalized")
 
 
+def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
+    """Whether `--device` names an NVIDIA GPU to a runtime of these artifacts; PyTorch is then timed on it too."""
+    kind = options.device.partition(":")[0]
+    return any(backends.runtime_of(artifact).devices.get(kind) == "NVIDIA GPU" for artifact in artifacts)
+
+
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """Eager first, then the artifacts, then what else was asked for."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    torch = {**told, "device": "cuda" if options.on_gpu else "cpu", "weights": options.weights}
+    torch = {**told, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
     arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]
@@ -120,10 +122,12 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """For each runtime and precision a matrix product, to say what the machine could do."""
+    """A matrix product for each precision and runtime that has one: what the machine could reach."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
     arms = {
-        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told) for made in artifacts
+        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told)
+        for made in artifacts
+        if backends.runtime_of(made).peak is not None
     }
     return list(arms.values())
 
@@ -333,7 +337,7 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
     finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of the timed runs")
-    return judged(finding, precision.of(made.path, made.sidecar.precision).cosine, "high")
+    return judged(finding, precision.get(made.sidecar.precision, made.path).limits.cosine, "high")
 
 
 def _work(made: Artifact) -> list[Finding]:

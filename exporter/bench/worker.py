@@ -39,7 +39,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     """
     artifact = artifacts.load(Path(arm.path))
     options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
-    runtime = backends.runtime(artifact.sidecar.backend)
+    runtime = backends.runtime_of(artifact)
     if arm.runtime not in ("artifact", "peak"):
         runtime = backends.runtime("eager")
         options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}

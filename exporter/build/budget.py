@@ -23,7 +23,7 @@ def points(quantization: Quantization, precision_name: str, source: str, weights
     """
     limit = quantization.max_drop
     if source != SYNTHETIC and not weights.startswith("random"):
-        return precision.get(precision_name).max_drop if limit is None else limit
+        return precision.get(precision_name).max_drop_points if limit is None else limit
     if limit is not None:
         reason = "the weights are random" if source != SYNTHETIC else "there are only synthetic images"
         raise BadRequest(

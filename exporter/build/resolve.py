@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter import artifact as artifacts
-from exporter import backends, machine, precision
+from exporter import backends, precision
 from exporter.artifact.sidecar import Record, Sidecar
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build import budget
@@ -181,7 +181,7 @@ def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOpti
         preprocessing=replace(preprocessing, input=recipe.export.input),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
-        versions=machine.versions(),
+        versions=backends.versions(),
         recipe=_with_form(fp32.of_build(), form),
     )
 

@@ -149,7 +149,7 @@ def _failure(job: Job, timing: Timing, name: str) -> str:
     if name in timing.failures:
         return timing.failures[name]
     cosines = [launch.cosine[name] for launch in timing.launches if name in launch.cosine]
-    least = job.precision.cosine
+    least = job.precision.limits.cosine
     if not cosines or not min(cosines) >= least:
         return f"cosine {min(cosines, default=float('nan')):.6f} to eager, expected {least}"
     return ""

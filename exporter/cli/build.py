@@ -40,7 +40,7 @@ def command(name: str) -> click.Command:
     target = backends.target(name)
     flags = [flag for flag in precision.PRECISIONS if flag in target.precisions and flag != "fp32"]
     groups: list[list[Callable[[F], F]]] = [
-        [click.option(f"--{flag}", is_flag=True, help=precision.get(flag).help) for flag in flags]
+        [click.option(f"--{flag}", is_flag=True, help=target.precisions[flag]) for flag in flags]
     ]
     if quantizes(target):
         scopes = list(target.placements)
@@ -52,7 +52,7 @@ def command(name: str) -> click.Command:
         _build(name, target, {flag: values.pop(flag) for flag in flags}, values)
 
     run.__doc__ = "\n\n".join(
-        [target.description, "\b\nExamples:\n" + "\n".join(f"  {line}" for line in target.examples)]
+        [target.description, "\b\nExamples:\n" + "\n".join(f"  convnext-export {line}" for line in target.examples)]
     )
     options = [option for group in groups for option in group]
     return click.command(target.command, short_help=target.summary)(add(options)(run))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from exporter.bench.latency import BenchOptions
-from exporter.cli.options import add, options_of
+from exporter.cli.options import add, devices, options_of
 from exporter.verify import VerifyOptions
 
 
@@ -59,7 +59,7 @@ def calibrate_command(source: str, output: Path | None, size: int | None, seed: 
 
 @click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@add(options_of(VerifyOptions))
+@add(options_of(VerifyOptions, more={"device": devices()}))
 @click.option(
     "-o",
     "--output",
@@ -101,7 +101,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
 
 @click.command("bench", short_help="Latency and throughput against eager PyTorch, interleaved.")
 @click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@add(options_of(BenchOptions))
+@add(options_of(BenchOptions, more={"device": devices()}))
 @click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
     help="A folder for the reports; by default each is beside its artifact.",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 import msgspec
 
+from exporter import backends
 from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, kinds
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,6 +58,7 @@ def options_of(
     *,
     skip: Sequence[str] = (),
     words: Mapping[str, Sequence[str]] | None = None,
+    more: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> list[Callable[[F], F]]:
     """The options of a record, one for each field.
@@ -64,11 +67,18 @@ def options_of(
         record: its fields carry the metadata of `about`.
         skip: fields that are no options.
         words: the choices of text fields, where they are known.
+        more: sentences that go after the help texts of fields.
         prefix: goes before each help text.
     """
     return [
-        _option(field, (words or {}).get(field.name, ()), prefix) for field in _fields(record) if field.name not in skip
+        _option(_with(field, (more or {}).get(field.name, "")), (words or {}).get(field.name, ()), prefix)
+        for field in _fields(record)
+        if field.name not in skip
     ]
+
+
+def _with(field: Field, sentence: str) -> Field:
+    return replace(field, help=f"{field.help} {sentence}") if sentence else field
 
 
 def _fields(record: type[msgspec.Struct]) -> Iterator[Field]:
@@ -159,3 +169,10 @@ def _arrays(field: Field, array: type[msgspec.Struct], values: dict[str, Any]) -
         raise click.UsageError(f"{listed}: give each of them once for every profile, or leave it out")
     rows = [[column[index] if column else None for column in columns] for index in range(count)]
     return tuple(array.of(*row) for row in rows)  # type: ignore[attr-defined]
+
+
+def devices() -> str:
+    """The words of `--device`, for each runtime that has a choice."""
+    words = {name: list(backends.runtime(name).devices) for name in backends.targets()}
+    listed = [f"{', '.join(some[:-1])} or {some[-1]} on {name}" for name, some in words.items() if len(some) > 1]
+    return f"{'; '.join(listed)}."

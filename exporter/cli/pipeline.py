@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.options import add, options_of
+from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _number(value: float | None, digits: int) -> str:
 
 @click.command("compare", short_help="The CI gate: did latency or accuracy regress?")
 @click.argument("sides", metavar="[BASE] HEAD", nargs=-1, required=True, type=click.Path(path_type=Path))
-@add(options_of(GateOptions))
+@add(options_of(GateOptions, more={"device": devices()}))
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
     help="The report; by default HEAD.compare.json.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from exporter import artifact as artifacts
-from exporter import backends, machine, report
+from exporter import backends, report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.compare import METRICS, Limit, compare_exact, parse_limits
@@ -89,13 +89,13 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
         verify_options = VerifyOptions(data=options.data, device=options.device)
         both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
         findings += compare_reports(both[0], both[1], by_kind["answers"], ("model",))
-    return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, machine.environment())
+    return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())
 
 
 def _exact(artifact: Artifact, metric: str) -> float:
     if metric == "bytes":
         return artifact.sidecar.bytes
-    runtime = backends.runtime(artifact.sidecar.backend)
+    runtime = backends.runtime_of(artifact)
     if runtime.layers is None:
         raise BadRequest(f"--fail-on {metric}: {runtime.name} does not show the layers of {artifact.path}")
     return len(runtime.layers(artifact, runtime.options()))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from exporter import precision
 from exporter.artifact import read_sidecar, sidecar_path
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
@@ -97,7 +98,8 @@ def save(report: Report, path: Path) -> None:
 def load(path: Path) -> Report:
     """Read a report.
 
-    Raises: BadRequest for a file that is missing, no report, truncated or of another schema.
+    Raises: BadRequest for a file that is missing, no report, truncated or of another schema, or of an artifact in a
+        precision that this version does not know.
     """
     if not path.is_file():
         raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
@@ -108,9 +110,12 @@ def load(path: Path) -> Report:
         schema = msgspec.json.decode(content, type=dict[str, Any]).get("schema")
         if schema != SCHEMA:
             raise BadRequest(f"{path}: report of schema {schema}, this version reads {SCHEMA}; measure again")
-        return msgspec.json.decode(content, type=Report)
+        report = msgspec.json.decode(content, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None
+    if "precision" in report.artifact:  # a report of `compare` may speak of none
+        precision.get(str(report.artifact["precision"])[:40], path)
+    return report
 
 
 def machine_of(report: Report) -> tuple[object, ...]:

@@ -90,10 +90,6 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     return drawing.svg
 
 
-PRECISION_COLORS = {name: one.color for name, one in PRECISIONS.items()}
-PRECISION_COLORS["uint8"] = PRECISION_COLORS["int8"]  # the format of some activations
-
-
 def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The network from left to right, a cell for each layer, coloured by its precision.
 
@@ -103,8 +99,9 @@ def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     with _figure("Layers by precision", 4.5) as (axes, drawing):
         for x, cells in enumerate(columns.values()):
             for y, (operator, precision) in enumerate(cells):
-                known = precision if precision in PRECISION_COLORS else "other"
-                axes.bar(x, 0.9, 0.9, bottom=y, color=PRECISION_COLORS.get(known, COLORS[7]), label=known)
+                known = PRECISIONS.get(precision.removeprefix("u"))  # uint8 is int8 of another range
+                color, label = (known.color, precision) if known else (COLORS[7], "other")
+                axes.bar(x, 0.9, 0.9, bottom=y, color=color, label=label)
                 axes.annotate(operator[:9], (x, y + 0.45), ha="center", va="center", fontsize=4, color="black")
         axes.grid(False)
         axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=8)

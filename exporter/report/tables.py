@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from exporter.machine import TOOLS
 from exporter.report import Finding, Report
 
 
@@ -199,10 +200,10 @@ def number(finding: Finding | None, form: str = "{:.4g}") -> str:
 
 
 def machine(report: Report) -> str:
-    """The machine a report was made on, and the runtimes."""
+    """The machine a report was made on, PyTorch and the runtimes."""
     versions = report.environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
-    tools = [f"{tool} {versions[tool]}" for tool in ("torch", "onnxruntime", "openvino") if tool in versions]
+    tools = [f"{tool} {versions[tool]}" for tool in versions if tool == "torch" or tool not in TOOLS]
     cores = report.environment.get("cores")
     cpu = str(report.environment.get("cpu", "?"))
     return "; ".join(filter(None, [f"{cpu}, {cores} cores" if cores else cpu, ", ".join(tools)]))

@@ -50,7 +50,7 @@ class Steps:
         facts = getattr(self, f"_{name}")() if made is None else getattr(self, f"_{name}")(made)
         if facts is None:
             return ""
-        facts |= {"versions": {**machine.versions(), "backend": _version(self.recipe.backend)}}
+        facts |= {"versions": {**backends.versions(), "backend": _version(self.recipe.backend)}}
         return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
     def _build(self) -> dict[str, Any] | None:

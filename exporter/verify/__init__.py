@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from exporter import artifact as artifacts
-from exporter import backends, machine, precision
+from exporter import backends
 from exporter.artifact import Artifact
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
 from exporter.data.samples import Samples, open_samples
@@ -59,8 +59,7 @@ def verify(
     Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
     """
     sidecar = artifact.sidecar
-    runtime = runtime or backends.runtime(sidecar.backend)
-    precision.of(artifact.path, sidecar.precision)
+    runtime = runtime or backends.runtime_of(artifact)
     samples = samples or open_samples(
         options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.samples
     )
@@ -74,7 +73,7 @@ def verify(
         passed=all(finding.passed for finding in findings),
         recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
         artifact=artifact.to_dict(),
-        environment={**machine.environment(), "session": facts},
+        environment={**backends.environment(), "session": facts},
         findings=tuple(findings),
     )
 
@@ -166,7 +165,8 @@ def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnabl
     if not parents:
         raise Unavailable(f"{artifact.path}: {reason}, and the graph that it was built from is not beside it")
     parent = artifacts.load(parents[0])
-    stand_in, target = backends.runtime(parent.sidecar.backend), backends.target(parent.sidecar.backend)
+    stand_in = backends.runtime_of(parent)
+    target = backends.target(stand_in.name)
     if parent.sidecar.quantization is None and parent.sidecar.precision not in target.precisions:
         raise Unavailable(
             f"{artifact.path}: {reason}, and {stand_in.name} cannot run its graph in {parent.sidecar.precision}"

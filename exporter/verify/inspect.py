@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exporter import backends, precision
+from exporter import backends
 from exporter.artifact import Artifact, load
 from exporter.backends import Layer, Target
 from exporter.errors import BadRequest, Unavailable
@@ -26,9 +26,8 @@ def inspect(artifact: Artifact) -> Inspection:
 
     Raises: BadRequest for a backend or precision that is not known.
     """
-    sidecar = artifact.sidecar
-    runtime, target = backends.runtime(sidecar.backend), backends.target(sidecar.backend)
-    precision.of(artifact.path, sidecar.precision)
+    runtime = backends.runtime_of(artifact)
+    target = backends.target(runtime.name)
     if runtime.layers is None:
         return Inspection([], [], f"{runtime.name} does not show layers")
     try:
@@ -44,7 +43,7 @@ def _baseline(artifact: Artifact, target: Target) -> Artifact | None:
     sidecar = artifact.sidecar
     if sidecar.quantization is None:
         return None
-    above = target.above(sidecar.precision)
+    above = target.above_int8()
     name = artifact.path.name.replace(f"_{sidecar.precision}.", f"_{above}.")
     try:
         baseline = load(artifact.path.with_name(name))

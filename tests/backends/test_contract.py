@@ -1,16 +1,16 @@
-"""What every backend must hold, whichever there are."""
+"""What every runtime and target must hold, whichever there are."""
 
 from importlib import metadata
 
 import numpy as np
 import pytest
 
-from exporter import artifact, backends, discover
-from exporter.backends import Options
+from exporter import artifact, backends
+from exporter.backends import Options, TargetOptions
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import FORMS
-from exporter.verify.checks.parity import LIMITS
+from exporter.precision import PRECISIONS
 from tests.conftest import PX, build, needs_bf16
 
 # What another backend's artifact was made from has its form in its name.
@@ -19,10 +19,13 @@ PARENTS = {
     "openvino": lambda precision: f"custom_nchw_{'int8' if precision == 'int8' else 'fp32'}.onnx",
     "tensorrt": lambda precision: f"custom_linear_{precision}.onnx",
 }
-NAMES = discover.names("exporter.backends")
-BUILT = [(n, p) for n in NAMES for p in sorted(backends.get(n).precisions) if n != "eager"]
-HERE = [name for name in NAMES if not backends.get(name).unable()]  # without a GPU no plan runs
+NAMES = backends.runtimes()
+TARGETS = backends.targets()
+BUILT = [(name, precision) for name in TARGETS for precision in sorted(backends.target(name).precisions)]
+HERE = [name for name in NAMES if not backends.runtime(name).unable()]  # without a GPU no plan runs
 RUN = [(name, precision) for name, precision in BUILT if name in HERE]
+LAYERED = [(name, precision) for name, precision in BUILT if backends.runtime(name).layers]
+PEAKS = [(name, precision) for name, precision in [("eager", "fp32"), *RUN] if backends.runtime(name).peak]
 
 
 @pytest.fixture
@@ -33,13 +36,13 @@ def images():
 def opened(artifacts, name, precision, options=None):
     needs_bf16(name, precision)
     made = artifacts[name, precision]
-    backend = backends.get(name)
-    return backend.session(made, options or backend.options())
+    runtime = backends.runtime(name)
+    return runtime.open(made, options or runtime.options())
 
 
 def eager(artifacts, images):
     made = artifacts["onnxruntime", "fp32"]
-    with backends.get("eager").session(made, backends.get("eager").options()) as session:
+    with backends.runtime("eager").open(made, backends.runtime("eager").options()) as session:
         return session(images)
 
 
@@ -48,12 +51,36 @@ def test_those_of_this_release_are_found():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_backend_is_a_record_named_like_its_file(name):
-    backend = backends.get(name)
-    assert backend.name == name
-    assert backend.precisions <= set(LIMITS)
-    assert isinstance(backend.options(), Options)
-    assert backend.probe().split()[-1].split(".")[0].isdecimal()
+def test_a_runtime_is_a_record_named_like_its_file(name):
+    runtime = backends.runtime(name)
+    assert runtime.name == name
+    assert isinstance(runtime.options(), Options)
+    assert runtime.probe().split()[-1].split(".")[0].isdecimal()
+    assert runtime.distributions
+    assert runtime.devices
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_is_a_record_named_like_its_runtime(name):
+    target = backends.target(name)
+    assert target.name == name
+    assert set(target.precisions) <= set(PRECISIONS)
+    assert target.above_int8() in PRECISIONS
+    assert isinstance(target.options(), TargetOptions)
+    assert target.summary.endswith(".")
+    assert all(f"{example} ".startswith(f"{target.command} ") for example in target.examples)
+
+
+def test_no_two_targets_share_a_command_or_a_suffix():
+    targets = [backends.target(name) for name in TARGETS]
+    assert len({target.command for target in targets}) == len(targets)
+    assert len({target.suffix for target in targets}) == len(targets)
+
+
+def test_nothing_is_built_for_a_runtime_without_a_target():
+    assert set(NAMES) - set(TARGETS) == {"eager"}
+    with pytest.raises(BadRequest, match="nothing is built for backend 'eager'; known: "):
+        backends.target("eager")
 
 
 @pytest.mark.parametrize(("name", "precision"), RUN)
@@ -63,21 +90,21 @@ def test_it_gives_what_eager_gives(name, precision, artifacts, images):
     (expected,) = eager(artifacts, images)
     assert got.dtype == np.float32
     assert got.shape == (3, 10)
-    assert np.abs(got - expected).max() <= LIMITS[precision].share * expected.std()
+    assert np.abs(got - expected).max() <= PRECISIONS[precision].limits.share * expected.std()
     if precision != "fp32":
         assert np.abs(got - expected).max() > 1e-6 * expected.std(), "nothing was lowered"
 
 
 @pytest.mark.parametrize("source", ["tiny", "tiny_v2"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in HERE if name != "eager"])
+@pytest.mark.parametrize("name", [name for name in TARGETS if name in HERE])
 def test_it_gives_the_same_in_every_form(name, form, source, request, images, tmp_path):
     made = build(request.getfixturevalue(source), tmp_path, name, form=form)
-    assert made.sidecar.recipe["form"] == form
-    eager = backends.get("eager")
-    with backends.get(name).session(made, Options()) as session, eager.session(made, eager.options()) as reference:
+    assert made.sidecar.recipe["export"]["form"] == form
+    eager = backends.runtime("eager")
+    with backends.runtime(name).open(made, Options()) as session, eager.open(made, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
-    assert np.abs(got - expected).max() <= LIMITS["fp32"].share * expected.std()
+    assert np.abs(got - expected).max() <= PRECISIONS["fp32"].limits.share * expected.std()
 
 
 @pytest.mark.parametrize(("name", "precision"), [(n, p) for n, p in RUN if p != "bf16"])
@@ -91,31 +118,31 @@ def test_it_takes_pixels_as_they_are(name, precision, word, tiny, tmp_path):
     images = normalise(pixels, recipe)
     taken = backends.as_taken(images, recipe)
     assert np.allclose(taken, np.moveaxis(pixels, -1, 1) / (1 if word == "uint8" else 255), atol=1e-6)
-    eager = backends.get("eager")
-    with backends.get(name).session(made, Options()) as session, eager.session(made, eager.options()) as reference:
+    eager = backends.runtime("eager")
+    with backends.runtime(name).open(made, Options()) as session, eager.open(made, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
         got = got.copy()
         bound = session.bind([images])
         bound.run()
         assert np.array_equal(bound.outputs()[0], got)
-    assert np.abs(got - expected).max() <= LIMITS[precision].share * expected.std()
+    assert np.abs(got - expected).max() <= PRECISIONS[precision].limits.share * expected.std()
 
 
-@pytest.mark.parametrize("precision", sorted(LIMITS))
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
 @pytest.mark.parametrize("batch", [None, 1, 8])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_its_own_form_is_one_of_the_forms(name, batch, precision):
-    assert backends.get(name).form(precision, batch) in FORMS
+    assert backends.target(name).form(precision, batch) in FORMS
 
 
 @pytest.mark.parametrize("hint", ["latency", "throughput"])
-@pytest.mark.parametrize(("name", "precision"), [("eager", "fp32"), *RUN])
+@pytest.mark.parametrize(("name", "precision"), PEAKS)
 def test_its_peak_is_a_large_matrix_product(name, precision, hint, artifacts):
     needs_bf16(name, precision)
     made = artifacts["onnxruntime" if name == "eager" else name, precision]
-    backend = backends.get(name)
+    runtime = backends.runtime(name)
     matrix = backends.peak_matrix()
-    with backend.peak(made, backend.options(hint=hint)) as product:
+    with runtime.peak(made, runtime.options(hint=hint)) as product:
         bound = product.bind([])
         bound.run()
         (got,) = bound.outputs()
@@ -132,7 +159,7 @@ def test_the_order_of_images_and_their_batch_do_not_matter(name, precision, arti
         (together,) = session(images)
         together = together.copy()
         alone = [session(images[i : i + 1])[0].copy() for i in (2, 0, 1)]
-    spread = together.std() * (1e-5 if precision == "fp32" else LIMITS[precision].share)
+    spread = together.std() * (1e-5 if precision == "fp32" else PRECISIONS[precision].limits.share)
     assert np.abs(np.concatenate([alone[1], alone[2], alone[0]]) - together).max() <= spread
 
 
@@ -150,9 +177,9 @@ def test_outputs_are_the_callers_own(name, precision, artifacts, images):
 @pytest.mark.parametrize("name", HERE)
 def test_bound_inputs_run_in_turn(name, hint, artifacts, images):
     made = artifacts["onnxruntime" if name == "eager" else name, "fp32"]
-    backend = backends.get(name)
+    runtime = backends.runtime(name)
     batches = [images, images[::-1] * 0.5, images * 2]
-    with backend.session(made, backend.options(threads=2, hint=hint)) as session:
+    with runtime.open(made, runtime.options(threads=2, hint=hint)) as session:
         expected = [session(batch)[0] for batch in batches]
         bound = session.bind(batches)
         given = []
@@ -166,10 +193,10 @@ def test_bound_inputs_run_in_turn(name, hint, artifacts, images):
             assert given == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize(("name", "precision"), BUILT)
+@pytest.mark.parametrize(("name", "precision"), LAYERED)
 def test_layers_have_modules_and_precisions(name, precision, artifacts):
     needs_bf16(name, precision)
-    layers = backends.get(name).layers(artifacts[name, precision], Options())
+    layers = backends.runtime(name).layers(artifacts[name, precision], Options())
     blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
     assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
     found = {
@@ -190,14 +217,14 @@ def test_the_sidecar_tells_what_was_built(name, precision, artifacts):
     made = artifacts[name, precision]
     sidecar = made.sidecar
     assert (sidecar.backend, sidecar.precision, sidecar.variant) == (name, precision, "custom")
-    assert made.path.stem == f"custom_{precision}"
+    assert made.path.name == f"custom_{precision}{backends.target(name).suffix}"
     assert sidecar.labels[0] == "class 0"
     if (name, precision) == ("onnxruntime", "int8"):
         assert sidecar.parents == (), "made from the weights: scales are folded before it is traced"
     elif (name, precision) != ("onnxruntime", "fp32"):
         parent = artifact.load(made.path.with_name(PARENTS[name](precision)))
         assert sidecar.parents == (parent.sidecar.sha256,)
-        assert parent.sidecar.recipe["form"] == sidecar.recipe["form"]
+        assert parent.sidecar.recipe["export"]["form"] == sidecar.recipe["export"]["form"]
 
 
 def test_an_unknown_precision_is_refused_with_the_nearest(tiny, tmp_path):
@@ -239,14 +266,14 @@ def test_arithmetic_other_than_asked_for_is_found_out(artifacts):
     """Left alone the CPU plugin computes an fp32 IR in bf16 where it can; ours must not."""
     with opened(artifacts, "openvino", "fp32") as session:
         assert session.facts["arithmetic"] == "fp32"
-    layers = backends.get("openvino").layers(artifacts["openvino", "fp32"], Options())
+    layers = backends.runtime("openvino").layers(artifacts["openvino", "fp32"], Options())
     assert {layer.precision for layer in layers} == {"fp32"}
 
 
 def test_bf16_is_computed_in_bf16(artifacts):
     with opened(artifacts, "openvino", "bf16") as session:
         assert session.facts["arithmetic"] == "bf16"
-    layers = backends.get("openvino").layers(artifacts["openvino", "bf16"], Options())
+    layers = backends.runtime("openvino").layers(artifacts["openvino", "bf16"], Options())
     assert sum(layer.precision == "bf16" for layer in layers) > len(layers) / 2
 
 
@@ -257,13 +284,13 @@ def test_a_runtime_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(metadata, "version", nothing)
     for name, extra in (("onnxruntime", "cpu"), ("openvino", "openvino")):
         with pytest.raises(Unavailable, match=rf"pip install 'convnext-export\[{extra}\]'"):
-            backends.get(name).probe()
+            backends.runtime(name).probe()
 
 
 def test_both_builds_of_onnxruntime_at_once_are_refused(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "1.31")
     with pytest.raises(Unavailable, match="both installed"):
-        backends.get("onnxruntime").probe()
+        backends.runtime("onnxruntime").probe()
 
 
 @pytest.mark.gpu

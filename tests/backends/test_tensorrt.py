@@ -34,7 +34,7 @@ def test_every_pointwise_product_is_computed_in_what_was_asked_for(precision, ar
 
 def test_int8_adds_no_kernel_and_leaves_the_residual_in_fp16(artifacts):
     made, rival = artifacts["tensorrt", "int8"], artifacts["tensorrt", "fp16"]
-    found = {f.metric: f for f in backends.get("tensorrt").findings(made, rival)}
+    found = {f.metric: f for f in backends.target("tensorrt").findings(made, rival)}
     assert found["extra_kernels"].value <= 0
     assert found["pointwise"].detail == "10 of 10 in int8"
     assert found["residual"].detail == f"fp16 after {found['residual'].value} blocks"
@@ -190,7 +190,7 @@ def test_weights_too_small_for_a_scale_in_fp16_are_no_reason_to_refuse(precision
 
 def test_the_share_of_work_in_the_asked_precision_is_told(artifacts):
     for precision, least, most in (("fp16", 100, 100), ("int8", 60, 99)):
-        found = backends.get("tensorrt").findings(artifacts["tensorrt", precision], None)
+        found = backends.target("tensorrt").findings(artifacts["tensorrt", precision], None)
         share = next(f for f in found if f.metric == "macs_pct")
         assert least <= share.value <= most, share
 
@@ -214,7 +214,7 @@ def test_a_plan_that_would_not_fit_on_the_disk_is_not_begun(artifacts, tmp_path,
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     made = artifact.load(artifacts["tensorrt", "fp16"].path.with_name("custom_linear_fp16.onnx"))
     with pytest.raises(Unavailable, match=r"MB are needed and 0 MB are free; free some or choose another"):
-        backends.get("tensorrt").build(made, "fp16", tmp_path / "new", library.TensorRtOptions())
+        backends.target("tensorrt").build(made, "fp16", tmp_path / "new", library.TensorRtOptions())
     assert not (tmp_path / "new").exists()
 
 
@@ -268,7 +268,7 @@ def test_a_plan_of_something_else_is_refused_before_it_is_opened(fact, value, ar
 def test_without_a_gpu_no_plan_is_opened(artifacts):
     with (
         pytest.raises(Unavailable, match="a plan runs on a GPU only"),
-        backends.get("tensorrt").session(artifacts["tensorrt", "fp16"], Options()),
+        backends.runtime("tensorrt").open(artifacts["tensorrt", "fp16"], Options()),
     ):
         pass
 
@@ -321,8 +321,8 @@ def test_the_kernels_of_a_plan_are_sealed_like_the_plan(tiny, tmp_path):
 def test_the_lowered_int8_graph_is_the_same_network(artifacts):
     parent = artifact.load(artifacts["tensorrt", "int8"].path.with_name("custom_linear_int8.onnx"))
     images = np.random.default_rng(0).normal(size=(4, 3, 64, 64)).astype(np.float32)
-    eager, ort = backends.get("eager"), backends.get("onnxruntime")
-    with ort.session(parent, Options()) as session, eager.session(parent, eager.options()) as reference:
+    eager, ort = backends.runtime("eager"), backends.runtime("onnxruntime")
+    with ort.open(parent, Options()) as session, eager.open(parent, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
     assert 1e-4 * expected.std() < np.abs(got - expected).max() < 0.5 * expected.std()
     rounding = [node for node in ir.load(parent.path).graph if node.op_type == "QuantizeLinear"]
@@ -340,7 +340,7 @@ def test_a_plan_runs_and_is_the_same_network(flavor, precision, tiny, tmp_path):
     assert report.passed
     assert report.find("simulated") is None
     images = np.random.default_rng(0).normal(size=(4, 3, 64, 64)).astype(np.float32)
-    with backends.get("tensorrt").session(made, Options()) as session:
+    with backends.runtime("tensorrt").open(made, Options()) as session:
         bound = session.bind([images])
         bound.run()
         assert np.abs(bound.outputs()[0] - session(images)[0]).max() < 1e-3

@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +15,7 @@ from exporter import artifact, backends
 from exporter.build import build as build_recipe
 from exporter.build.int8 import speed
 from exporter.build.int8.search import Candidate, search
-from exporter.precision import PRECISIONS
+from exporter.precision import PRECISIONS, Limits
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, verify
 from tests.conftest import PX, ROOT, recipe_of, snapshot, write_tiny
@@ -66,7 +66,7 @@ def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
     assert report == done.json["report"]
     found = {f["metric"]: f for f in report["findings"]}
     assert report["findings"][0]["metric"] == "gain"
-    assert found["gain"]["case"] == backends.target(backend).above("int8")
+    assert found["gain"]["case"] == backends.target(backend).above_int8()
     assert found["gain"]["value"] > 0
     assert "dead leaves" in found["calibration"]["detail"]
     share = 100 * sum(told.layers.values()) / made.sidecar.macs
@@ -137,7 +137,9 @@ def test_data_that_cannot_be_calibrated_with_is_no_reason_to_fail(tiny, photogra
 
 
 def test_no_choice_that_holds_is_exit_code_5_with_the_best(tiny, photographs, run, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], cosine=1.1))  # no cosine is above one
+    monkeypatch.setitem(
+        PRECISIONS, "int8", replace(PRECISIONS["int8"], limits=Limits(1.1, 1.0, 97.0))
+    )  # no cosine is above one
     done = run("onnx", "--int8", "--weights", tiny, "--calib", photographs, "-o", tmp_path)
     assert done.code == 5
     assert "FAILED: the artifact is the best candidate" in done.out

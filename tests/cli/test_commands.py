@@ -173,10 +173,10 @@ def test_inspect_tells_what_is_done_inside(run, tiny, tmp_path):
 
 def test_doctor_tells_what_is_there_and_what_is_not(run):
     facts = {fact["what"]: fact for fact in run("doctor", "--json").json}
-    assert facts["runtime onnxruntime"]["mark"] == "✓"
+    assert facts["backend onnxruntime"]["mark"] == "✓"
     assert facts["torch"]["found"].startswith("2.")
-    assert "CPU" in facts["OpenVINO devices"]["found"]
-    assert "runtime openvino" in run("doctor").out
+    assert facts["devices of openvino"]["found"].startswith("cpu (")
+    assert "backend openvino" in run("doctor").out
 
 
 def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
@@ -184,9 +184,9 @@ def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
 
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     facts = {fact["what"]: fact for fact in run("doctor", "--json").json}
-    assert facts["runtime onnxruntime"]["mark"] == "✗"
-    assert "fill the same folder" in facts["runtime onnxruntime"]["found"]
-    assert facts["runtime onnxruntime"]["mend"].startswith("pip uninstall")
+    assert facts["backend onnxruntime"]["mark"] == "✗"
+    assert "fill the same folder" in facts["backend onnxruntime"]["found"]
+    assert facts["backend onnxruntime"]["mend"].startswith("pip uninstall")
 
 
 @pytest.mark.parametrize(

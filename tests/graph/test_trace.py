@@ -15,7 +15,7 @@ SPREAD = 1e-4
 
 def outputs(made, images):
     backend = backends.runtime("onnxruntime")
-    with backend.session(made, backend.options()) as session:
+    with backend.open(made, backend.options()) as session:
         return session(images.numpy())
 
 

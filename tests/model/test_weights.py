@@ -262,7 +262,7 @@ def test_a_project_can_be_moved_whole(state, tmp_path, monkeypatch):
 
     assert same(weights.reload(artifact.load(tmp_path / "moved" / "build" / made.path.name)), state)
     opened = artifact.load(tmp_path / "moved" / "build" / made.path.name)
-    assert len(eager.BACKEND.layers(opened, eager.EagerOptions())) > 20
+    assert len(eager.RUNTIME.layers(opened, eager.EagerOptions())) > 20
 
 
 def test_nan_in_a_checkpoint_is_refused_by_name(state, tmp_path):

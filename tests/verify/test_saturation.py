@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from exporter import backends, machine
-from exporter.build.int8 import work
+from exporter.build import resolve
+from exporter.build.int8.work import prepare
 from exporter.verify import VerifyOptions, verify
 from exporter.verify.checks.structure import saturation
-from tests.conftest import build
+from tests.conftest import recipe_of
 
 RUNTIMES = ("onnxruntime", "openvino")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.disk import check_space
@@ -50,7 +51,7 @@ def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
 
 
 def check(wanted: str, batch: int | None, options: TargetOptions) -> None:
-    """Refuse what the flavor or the target cannot do, and profiles of a fixed batch.
+    """Refuse what the flavor or the options cannot do, and profiles of a fixed batch.
 
     Raises: BadRequest for that; Unavailable when the flavor is not installed.
     """
@@ -129,11 +130,10 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     return plan.layers(plan.read(artifact))
 
 
-def findings(artifact: Artifact, baseline: Artifact | None) -> list[Finding]:
-    """The kernels of an engine, compared with those of the next higher precision."""
-    above = baseline.sidecar.precision if baseline else ""
-    kernels = plan.read(baseline) if baseline else ()
-    return plan.findings(plan.read(artifact), artifact.sidecar.precision, kernels, above)
+def findings(artifact: Artifact, rival: Artifact | None) -> list[Finding]:
+    """The plan report."""
+    above = rival.sidecar.precision if rival else ""
+    return plan.findings(plan.read(artifact), artifact.sidecar.precision, plan.read(rival) if rival else (), above)
 
 
 def form(precision: str, batch: int | None) -> str:
@@ -142,40 +142,45 @@ def form(precision: str, batch: int | None) -> str:
     return FORM
 
 
+# A plan shows no block's output, and a matrix product would need a plan of its own.
 RUNTIME = Runtime(
     name="tensorrt",
     options=Options,
     probe=probe,
     open=session,
-    devices={"cuda": True},
-    layers=layers,
+    distributions=tuple(library.MODULES),
+    devices={"cuda": "NVIDIA GPU"},
     unable=runtime.unable,
-    distributions=("tensorrt", "tensorrt-rtx"),
+    layers=layers,
 )
 
 TARGET = Target(
     name="tensorrt",
     command="trt",
-    summary="→ TensorRT engine.",
+    summary="→ TensorRT plan.",
     description=(
-        "Build a TensorRT engine, and list its kernels; with TensorRT-RTX also on a machine without a GPU. The file "
-        "suffix is .plan."
+        "Build a TensorRT plan, and say which kernels it is made of; with TensorRT-RTX on a machine without a GPU too."
     ),
     examples=(
-        "convnext-export trt --fp16 --max-batch 32",
-        "convnext-export trt --int8 --calib my_images --data imagenet/val",
-        "convnext-export trt --flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0",
+        "trt --fp16 --max-batch 32",
+        "trt --int8 --calib my_images --data imagenet/val",
+        "trt --flavor tensorrt-rtx --compute-capability 8.9 --compute-capability 12.0",
     ),
     suffix=".plan",
     layout="files",
-    precisions=frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
-    computes=lambda: frozenset({"fp32", "fp16", "bf16", "int8", "fp8"}),
+    precisions={
+        "fp32": "As the weights are.",
+        "fp16": "Half the size, computed in fp16; statistics stay in fp32.",
+        "bf16": "Half the size, computed in bf16; statistics stay in fp32.",
+        "int8": "8 bits, where they are faster and lose nothing that matters.",
+        "fp8": "8 bits with an exponent (E4M3), for GPUs of 8.9 and above.",
+    },
     options=TensorRtOptions,
     form=form,
-    lower=lower,
     build=build,
     placements=PLACEMENTS,
+    reproducible=False,
+    lower=lower,
     check=check,
     findings=findings,
-    reproducible=False,
 )

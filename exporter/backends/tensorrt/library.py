@@ -138,6 +138,10 @@ def check(library: Library, precision: str, batch: int | None, target: TensorRtO
     Raises: BadRequest.
     """
     _check_profiles(batch, target)
+    if target.opt_level is not None and not 0 <= target.opt_level <= 5:
+        raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest plan)")
+    if target.workspace is not None and not target.workspace > 0:
+        raise BadRequest(f"--workspace {target.workspace:g}: expected GiB above 0")
     _check_capabilities(library, precision, target)
     levels = library.module.HardwareCompatibilityLevel
     if target.hardware_compat == "same" and not library.rtx and not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):

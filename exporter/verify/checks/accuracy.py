@@ -17,8 +17,8 @@ class Accuracy:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        own = precision.of(subject.artifact.path, sidecar.precision).max_drop
-        self.max_drop = own if options.max_drop is None else options.max_drop
+        default = precision.get(sidecar.precision).max_drop_points
+        self.max_drop = default if options.max_drop is None else options.max_drop
         self.classify = sidecar.task == "classify"
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}

@@ -36,7 +36,7 @@ class Parity:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         self.options = options
-        self.limits = precision.of(subject.artifact.path, subject.artifact.sidecar.precision)
+        self.limits = precision.get(subject.artifact.sidecar.precision).limits
         self.names = [tensor.name for tensor in subject.artifact.sidecar.outputs]
         self.classify = subject.artifact.sidecar.task == "classify"
         self.outputs = [Output() for _ in self.names]

@@ -25,19 +25,20 @@ class Structure:
         """Take no notice of images."""
 
     def findings(self) -> list[Finding]:
-        """Nodes and bytes; of int8 and fp8 the share of multiply-accumulates that really are computed in it."""
-        sidecar = self.subject.artifact.sidecar
+        """Bytes; and where the runtime lists layers their number, and of int8 and fp8 the share of multiply-accumulates
+        that really are computed in it."""
+        sidecar, layers = self.subject.artifact.sidecar, self.subject.layers
         files = ", ".join(file.name for file in sidecar.files)
         return [
             *self._quantized(),
-            *saturation(self.subject.layers),
-            Finding(check="structure", metric="nodes", value=len(self.subject.layers)),
+            *saturation(layers),
+            *([Finding(check="structure", metric="nodes", value=len(layers))] if layers else []),
             Finding(check="structure", metric="bytes", value=sidecar.bytes, unit="bytes", detail=files),
         ]
 
     def _quantized(self) -> list[Finding]:
         sidecar = self.subject.artifact.sidecar
-        if sidecar.quantization is None or not sidecar.macs:
+        if sidecar.quantization is None or not sidecar.macs or not self.subject.layers:
             return []
         narrow = {layer.module for layer in self.subject.layers if layer.precision in NARROW}
         macs = sidecar.quantization.layers
