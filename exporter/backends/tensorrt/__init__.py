@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.disk import check_space
