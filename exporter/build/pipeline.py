@@ -130,6 +130,7 @@ def read(recipe: Recipe, out: Path) -> tuple[Checkpoint, TraceOptions, Sidecar]:
     _checker()
     step(f"reading weights {recipe.weights}")
     checkpoint = weights.load(recipe.weights, recipe.variant, Path(recipe.labels) if recipe.labels else None)
+    weights.tell_license(checkpoint.weights)
     options = recipe.trace_options(checkpoint.preprocessing.size)
     if options.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
