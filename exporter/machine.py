@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib import metadata
@@ -60,6 +62,22 @@ def memory_gib() -> float:
     return float(psutil.virtual_memory().total) / 2**30
 
 
+def peak_memory_bytes() -> int:
+    """The most physical memory that this process has had. Linux counts its parent's into `ru_maxrss` when it starts a
+    program, and not into `VmHWM`."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M)):
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def versions(runtimes: Iterable[str] = ()) -> dict[str, str]:
     """The versions of the tools, and of these distributions of runtimes, as far as they are installed."""
     found = {}
@@ -104,13 +122,15 @@ class Watch:
 
     def conditions(self) -> Conditions:
         """What the machine was like since this watch was made."""
+        import psutil
+
         before, now = self.before, _counters()
         passed = {key: now[key] - before[key] for key in now}
         capacity = max(passed["total"], 1e-9)
         others = passed["busy"] - passed["own"]
         throttles = _throttles()
         return Conditions(
-            load=round(os.getloadavg()[0], 2),
+            load=round(psutil.getloadavg()[0], 2),
             others_pct=round(100 * max(others, 0.0) / capacity, 2),
             steal_pct=round(100 * passed["steal"] / capacity, 2),
             throttled=None if throttles is None or self.throttles is None else throttles - self.throttles,

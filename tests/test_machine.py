@@ -67,3 +67,11 @@ def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
     assert found["name"] == "NVIDIA H200"
     assert found["clocks.sm"] == "1980 MHz"
     assert found["temperature.gpu"] == "31"
+
+
+def test_peak_memory_grows_with_what_is_taken():
+    code = "from exporter import machine; before = machine.peak_memory_bytes(); held = b'x' * 200_000_000; "
+    code += "print(before, machine.peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 150e6 < after - before < 300e6

@@ -174,7 +174,7 @@ def staging(target: Path) -> Iterator[Path]:
             _sweep(target)
             _refuse_foreign(target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=out))
-            alive = lock(folder)
+            release = lock(folder, file=folder.with_suffix(".lock"))
     except OSError as error:
         raise write_error(error, out) from None
     try:
@@ -189,7 +189,7 @@ def staging(target: Path) -> Iterator[Path]:
         raise write_error(error, out) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(alive)
+        release()
 
 
 def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> Artifact:
@@ -217,11 +217,15 @@ def _refuse_foreign(target: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove the staging folders of processes that are no more: nobody holds their locks."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+    staged = f".{glob.escape(target.name)}.*"
+    left = [*target.parent.glob(f"{staged}.new"), *target.parent.glob(f"{staged}.lock")]
+    for folder in {path.with_suffix(".new") for path in left}:
         with suppress(OSError):
-            handle = lock(folder, wait=False)
+            release = lock(folder, wait=False, file=folder.with_suffix(".lock"))
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+            if folder.is_file():  # of a process that ended while it made its lock file
+                folder.unlink()
+            release()
 
 
 def seal(folder: Path, name: str, sidecar: Sidecar) -> None:

@@ -3,43 +3,81 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from exporter.artifact import lockfile
 from exporter.errors import BadRequest, ExporterError, Unavailable
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# EBADF is what NFS gives for the handle of a folder, which cannot be opened to be written to.
+NO_FOLDER_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+LOCK_WAIT_S = 600
 
 
-def lock(folder: Path, wait: bool = True) -> int:
-    """A lock on a folder, held until the handle is closed or the process ends.
+def lock(folder: Path, wait: bool = True, file: Path | None = None) -> Callable[[], None]:
+    """Lock a folder; the lock ends when the returned function is called, or with the process.
 
-    Raises: BlockingIOError when another holds it and `wait` is false.
+    Where no folder can be locked (Windows, some network file systems) a lock file is held instead: `file`, or `.lock`
+    in the folder. It names its process, and does not count when that process is gone. A process that may not write
+    there gets no lock and needs none: it cannot change an artifact.
+
+    Raises: BlockingIOError when another holds it and `wait` is false; Unavailable when another holds a lock file for
+        longer than `LOCK_WAIT_S`.
     """
+    return _lock_folder(folder, wait) or _hold_lock_file(file or folder / ".lock", wait)
+
+
+def _lock_folder(folder: Path, wait: bool) -> Callable[[], None] | None:
+    """Lock a folder itself; None where that cannot be done."""
+    if fcntl is None or not folder.is_dir():
+        return None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(handle)
+        if error.errno in NO_FOLDER_LOCKS:
+            return None
         raise
-    except OSError:  # a file system without locks: one writer at a time is then up to the user
-        pass
-    return handle
+    return partial(os.close, handle)
+
+
+def _hold_lock_file(file: Path, wait: bool) -> Callable[[], None]:
+    try:
+        return lockfile.hold(file, LOCK_WAIT_S if wait else 0)
+    except lockfile.Held as error:
+        if not wait:
+            raise BlockingIOError(errno.EWOULDBLOCK, str(error)) from None
+        raise Unavailable(
+            f"{error} and has been for {LOCK_WAIT_S} s; wait until it is done, or remove the file if that process is "
+            "no more"
+        ) from None
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+    return lambda: None
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One at a time: readers and writers of the artifacts of a folder."""
-    handle = lock(folder) if folder.is_dir() else None
+    release = lock(folder) if folder.is_dir() else None
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        if release is not None:
+            release()
 
 
 def cache_folder() -> Path:
@@ -67,7 +105,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # which opens no folders, and flushes a file only through a handle that may write
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

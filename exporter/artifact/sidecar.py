@@ -66,7 +66,8 @@ class Weights(Record, frozen=True):
     """Where the weights came from and what they are.
 
     `digest` is the sha256 of the tensors in our own layout, so the same weights have one digest in every
-    file format; `file_sha256` is that of the file they were read from.
+    file format; `file_sha256` is that of the file they were read from; `license` is that of weights from the Hub, as
+    their model card has it (`apache-2.0`), None where it is not known.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Weights(Record, frozen=True):
     layout: str
     num_classes: int
     file_sha256: str | None = None
+    license: str | None = None
 
 
 class File(Record, frozen=True):

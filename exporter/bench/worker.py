@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -197,7 +196,7 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
                 cold_ms=1e3 * cold,
                 load_ms=1e3 * (loaded - begin),
                 first_ms=1e3 * (first - loaded),
-                peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                peak_bytes=machine.peak_memory_bytes(),
             ),
         )
 

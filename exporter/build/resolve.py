@@ -133,6 +133,7 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     step(f"reading weights {recipe.model.weights}")
     labels = Path(recipe.model.labels) if recipe.model.labels else None
     checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels)
+    weights.note_license(checkpoint.weights)
     if recipe.model.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
     trace = _trace_options(recipe, checkpoint.preprocessing.size)

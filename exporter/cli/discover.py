@@ -19,7 +19,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on s
 @click.command("variants", short_help="Every ConvNeXt known: size, cost, published accuracy, weights.")
 @JSON
 def variants_command(as_json: bool) -> None:
-    """Print every ConvNeXt known, with parameters, GMACs, published top-1 and default weights.
+    """Print every ConvNeXt known, with parameters, GMACs, published top-1, default weights and their license.
 
     \b
     Example:
@@ -39,11 +39,12 @@ def variants_command(as_json: bool) -> None:
             f"{row['gmacs']:.2f}",
             str(row["size"]),
             "–" if row["top1"] is None else f"{row['top1']:.1f}",
+            str(row["license"] or "–"),
             str(row["weights"] or "none published on the Hub"),
         )
         for row in rows
     ]
-    columns = ("variant", "params (M)", "GMACs", "size", "top-1 (%)", "default weights")
+    columns = ("variant", "params (M)", "GMACs", "size", "top-1 (%)", "license", "default weights")
     print_table(columns, cells, right=columns[1:5])
 
 
@@ -56,6 +57,7 @@ def _variant_row(variant: Variant) -> dict[str, object]:
         "size": variant.preprocessing.size,
         "top1": variant.top1,
         "weights": variant.hub and f"hf-hub:{variant.hub}",
+        "license": variant.license,
         "depths": variant.architecture.depths,
         "dims": variant.architecture.dims,
     }
@@ -179,6 +181,7 @@ def _print_facts(artifact: Artifact) -> None:
         *_quantization(sidecar.quantization),
         ("work", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
+        ("license", f"{sidecar.weights.license or 'not known'} (of the weights)"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
         *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
         (

@@ -14,6 +14,7 @@ from exporter.errors import BadRequest
 
 T = TypeVar("T")
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+MAX_LICENSE = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Config:
 
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    license: str | None = None
 
 
 def read_config(folder: Path) -> Config:
@@ -34,7 +36,7 @@ def read_config(folder: Path) -> Config:
     if (act := config.get("hidden_act", "gelu")) != "gelu":
         raise BadRequest(f"{path}: hidden_act is {act!r}; a ConvNeXt has 'gelu', and no other is supported")
     if "pretrained_cfg" in config:
-        return _understood(path, lambda: Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"])))
+        return _understood(path, lambda: _timm_config(config))
     labels = _understood(path, lambda: _hf_labels(config))
     recipe = _understood(beside, lambda: _hf_preprocessing(_read(beside))) if beside.is_file() else None
     return Config(labels, recipe)
@@ -80,6 +82,12 @@ def _hf_preprocessing(config: dict[str, Any]) -> Preprocessing:
         mean=config["image_mean"],
         std=config["image_std"],
     )
+
+
+def _timm_config(config: dict[str, Any]) -> Config:
+    words = config["pretrained_cfg"].get("license")
+    license_id = words.lower() if isinstance(words, str) and len(words) <= MAX_LICENSE else None
+    return Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"]), license_id)
 
 
 def _timm_labels(config: dict[str, Any]) -> tuple[str, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from exporter.artifact.disk import NO_SPACE
 from exporter.errors import BadRequest, Unavailable
 from exporter.progress import step
 
-_FILES = ["model.safetensors", "pytorch_model.bin", "config.json", "preprocessor_config.json"]
+_FILES = ["model.safetensors", "pytorch_model.bin", "config.json", "preprocessor_config.json", "README.md"]
+MAX_CARD_BYTES = 1 << 20
 
 
 def download(repository: str) -> Path:
@@ -46,3 +48,14 @@ def cached(repository: str) -> Path | None:
     except (OSError, ValueError):  # not there, or no name that a repository can have
         return None
     return folder if any((folder / name).is_file() for name in _FILES[:2]) else None
+
+
+def license_in(folder: Path) -> str | None:
+    """The license that the model card (`README.md`) of a downloaded repository names in its header, in lower case."""
+    card = folder / "README.md"
+    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+        return None
+    opening, _, rest = card.read_text("utf-8", "replace").partition("---")
+    header = rest.partition("\n---")[0] if not opening.strip() else ""
+    found = re.search(r"^license:[ \t]*[\"']?([A-Za-z0-9][A-Za-z0-9.+-]{0,59})[\"']?[ \t]*$", header, re.M)
+    return found[1].lower() if found else None

@@ -48,14 +48,16 @@ class Architecture(Record, frozen=True):
 class Variant(Record, frozen=True):
     """One row of the table.
 
-    `hub` is the repository of the default weights on the Hugging Face Hub; `top1` the published ImageNet-1k
-    accuracy of these at the size of `preprocessing`, in percent.
+    `hub` is the repository of the default weights on the Hugging Face Hub; `license` what its model card says, as an
+    SPDX identifier in lower case; `top1` the published ImageNet-1k accuracy of these at the size of `preprocessing`,
+    in percent.
     """
 
     name: str
     architecture: Architecture
     preprocessing: Preprocessing = Preprocessing()
     hub: str | None = None
+    license: str | None = None
     top1: float | None = None
 
     @property
@@ -163,6 +165,7 @@ def _variant(
         architecture=msgspec.structs.replace(arch, **differences),
         preprocessing=recipe or Preprocessing(),
         hub=f"timm/{_published(name)}.{tag}" if tag else None,
+        license=("cc-by-nc-4.0" if v2 else "apache-2.0") if tag else None,
         top1=top1,
     )
 
@@ -218,6 +221,11 @@ VARIANTS: dict[str, Variant] = {
         _isotropic("large", 36, 1024, 82.6),
     )
 }
+
+
+def published_license(repository: str) -> str | None:
+    """The license of a repository whose weights are a variant's default; None for any other."""
+    return next((variant.license for variant in VARIANTS.values() if variant.hub == repository), None)
 
 
 def resolve(name: str) -> tuple[Variant, str | None]:

@@ -22,7 +22,8 @@ from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
 from exporter.model.layouts import architecture, to_ours
-from exporter.model.variants import Architecture, Variant, named, resolve
+from exporter.model.variants import Architecture, Variant, named, published_license, resolve
+from exporter.progress import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
+PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
 
@@ -110,7 +112,8 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
         path, part = found.path, found.part
     beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
     files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
-    return " ".join([part, *map(_content, files)])
+    license_id = _license(path.parent, read_config(path.parent), repository) if repository else None
+    return " ".join([part, *map(_content, files), license_id or ""])
 
 
 def _content(file: Path) -> str:
@@ -131,6 +134,7 @@ class _Found:
     path: Path
     part: str
     config: Config
+    license: str | None = None
 
 
 def _default_repository(variant: Variant) -> str:
@@ -143,7 +147,20 @@ def _default_repository(variant: Variant) -> str:
 
 def _from_hub(repository: str) -> _Found:
     folder = hub.download(repository)
-    return _Found(f"hf-hub:{repository}", _weights_in(folder), "", read_config(folder))
+    config = read_config(folder)
+    return _Found(f"hf-hub:{repository}", _weights_in(folder), "", config, _license(folder, config, repository))
+
+
+def _license(folder: Path, config: Config, repository: str) -> str | None:
+    """The license of a repository: its model card's, its `config.json`'s, or for default weights the table's."""
+    return hub.license_in(folder) or config.license or published_license(repository)
+
+
+def note_license(record: Weights) -> None:
+    """Note a license that does not allow every use."""
+    if record.license is not None and record.license not in PERMISSIVE:
+        limit = "no commercial use" if "-nc" in record.license else "read it before you pass them on"
+        note(f"the weights {record.source.removeprefix('hf-hub:')} have the license {record.license}: {limit}")
 
 
 def _from_disk(source: str) -> _Found:
@@ -191,6 +208,7 @@ def _fit(found: _Found, wanted: Variant | None) -> Checkpoint:
         layout=layout,
         num_classes=classes,
         file_sha256=sha256_file(found.path),
+        license=found.license,
     )
     return Checkpoint(state, variant, record, _preprocessing(found.config, layout, variant), ())
 

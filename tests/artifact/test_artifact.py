@@ -118,9 +118,9 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_holds_is_not(o
     (folder / f".{name}.dead.new").mkdir()
     (folder / f".{name}.dead.new" / "half").write_bytes(b"x")
     (folder / f".{name}.alive.new").mkdir()
-    handle = disk.lock(folder / f".{name}.alive.new")
+    release = disk.lock(folder / f".{name}.alive.new")
     rewrite(onnx_copy, b"new")
-    os.close(handle)
+    release()
     assert sorted(path.name for path in folder.iterdir() if path.suffix == ".new") == [f".{name}.alive.new"]
 
 
