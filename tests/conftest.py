@@ -187,6 +187,15 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
     return Recipe(backend=backend, precision=precision, model=model, export=export, quantization=quantization, **fields)
 
 
+def trace_options(**fields: Any):
+    """Options of a trace, those of a recipe's defaults where nothing is said."""
+    from exporter.graph.trace import TraceOptions
+    from exporter.recipe import Export, Model
+
+    defaults = {"task": Model().task, "imgsz": None, "batch": None, "opset": Export().opset, "uint8": False}
+    return TraceOptions(**{**defaults, **fields})
+
+
 def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
     """An artifact; int8 and fp8 neither judged nor timed."""
     from exporter.build import build

@@ -82,3 +82,12 @@ def test_no_path_of_this_machine_is_in_the_product():
             text = path.read_text(errors="ignore")
             assert not re.search(r"(?<![\w.])/(root|work|home)/", text), path
     assert Path(ROOT / "README.md").exists()
+
+
+def test_a_build_looks_nothing_up_below_resolve():
+    """Targets and runtimes come from the job."""
+    lookups = re.compile(r"\bbackends\.(runtime|target|runtime_of)\(")
+    below = [path for path in SOURCES if "build" in path.parent.parts and path.name != "resolve.py"]
+    below = [path for path in below if "cli" not in path.parts]
+    assert len(below) >= 7
+    assert [path.name for path in below if lookups.search(path.read_text())] == []

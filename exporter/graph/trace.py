@@ -12,40 +12,23 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from exporter.artifact.sidecar import Record
-from exporter.errors import BadRequest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-MIN_OPSET = 18  # the dynamo exporter's own; LayerNormalization needs 17
-MAX_OPSET = 23
-MAX_SIZE, MAX_BATCH = 4096, 1024  # a fixed shape is run once while it is checked
 INPUT = "images"
 
 
 class TraceOptions(Record, frozen=True):
-    """How the graph is cut: what it gives out, for which sizes, in which opset, and whether it takes bytes. None is a
-    dynamic axis."""
+    """Options of a trace: the outputs, the input size and batch (None for a dynamic axis), the opset, and whether the
+    input is bytes."""
 
-    task: Literal["classify", "features"] = "classify"
-    imgsz: int | None = 224
-    batch: int | None = None
-    opset: int = 20
-    uint8: bool = False
-
-
-def check_options(options: TraceOptions) -> None:
-    """Refuse what cannot be traced, before any work starts.
-
-    Raises: BadRequest.
-    """
-    if not MIN_OPSET <= options.opset <= MAX_OPSET:
-        raise BadRequest(f"--opset {options.opset}: expected {MIN_OPSET} to {MAX_OPSET}")
-    if options.imgsz is not None and not 32 <= options.imgsz <= MAX_SIZE:
-        raise BadRequest(f"--imgsz {options.imgsz}: expected 32 to {MAX_SIZE} pixels, or 'dynamic'")
-    if options.batch is not None and not 1 <= options.batch <= MAX_BATCH:
-        raise BadRequest(f"--batch {options.batch}: expected 1 to {MAX_BATCH}, or 'dynamic'")
+    task: Literal["classify", "features"]
+    imgsz: int | None
+    batch: int | None
+    opset: int
+    uint8: bool
 
 
 def output_names(options: TraceOptions) -> list[str]:
@@ -58,7 +41,7 @@ def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Mode
 
     Args:
         model: in eval mode; its outputs are those of the task.
-        options: checked by `check_options`.
+        options: within the bounds of a recipe.
         stride: of the last feature map; a dynamic height and width are multiples of it.
 
     Returns: a graph from `images` (N, 3, H, W), float32 or uint8, to `logits` (N, classes), or to the stages' outputs.

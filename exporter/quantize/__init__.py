@@ -7,13 +7,9 @@ activations into weights, `simulation` runs the network as it will be rounded. W
 
 from __future__ import annotations
 
-from typing import Literal
-
 from exporter.artifact.sidecar import Record
 from exporter.quantize.rounding import Grid
-
-Method = Literal["minmax", "entropy", "percentile", "mse"]
-Correction = Literal["none", "fast", "full"]
+from exporter.recipe import BiasCorrection, CalibMethod
 
 
 class QuantizeOptions(Record, frozen=True):
@@ -24,14 +20,12 @@ class QuantizeOptions(Record, frozen=True):
     half: whether scales have to be representable in fp16.
     exact_pairs: whether adjacent weights are bounded against saturation in 16 bits.
     method: how ranges are chosen.
-    smoothing: the share of the activations' spread that moves into the weights, from 0 (none) to 1.
     bias_correction: what biases make up for: nothing, the weights' mean error, or the whole mean error.
     """
 
-    grid: Grid = "int8"
-    inputs: bool = True
-    half: bool = False
-    exact_pairs: bool = False
-    method: Method = "minmax"
-    smoothing: float = 0.5
-    bias_correction: Correction = "fast"
+    grid: Grid
+    inputs: bool
+    half: bool
+    exact_pairs: bool
+    method: CalibMethod
+    bias_correction: BiasCorrection

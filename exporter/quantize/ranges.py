@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.quantize import Method
+from exporter.recipe import CalibMethod
 
 Counts = NDArray[np.float64]
 PERCENTILE = 99.99
@@ -15,7 +15,7 @@ SHRINKINGS: list[float] = np.linspace(0.2, 1.0, 81).tolist()  # of each end of t
 _TINY = 1e-12
 
 
-def choose(counts: Counts, low: float, high: float, method: Method, symmetric: bool) -> tuple[float, float]:
+def choose(counts: Counts, low: float, high: float, method: CalibMethod, symmetric: bool) -> tuple[float, float]:
     """The range that is worth its steps: inside what was seen, and always with zero in it.
 
     Args:

@@ -17,6 +17,8 @@ from exporter.recipe.fields import about
 SYNTHETIC = "synthetic"
 
 Form = Literal["plain", "linear", "conv", "nchw"]
+CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
+BiasCorrection = Literal["none", "fast", "full"]
 Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
 Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
@@ -75,15 +77,13 @@ class Quantization(Record, frozen=True):
         Count | None, about("Number of images; by default all of a manifest, else 256.", metavar="N")
     ] = None
     calib_seed: Annotated[int, about("Seed of the draw from a folder.", metavar="N")] = 0
-    calib_method: Annotated[Literal["minmax", "entropy", "percentile", "mse"], about("How ranges are chosen.")] = (
-        "minmax"
-    )
+    calib_method: Annotated[CalibMethod, about("How ranges are chosen.")] = "minmax"
     smoothing: Annotated[
         Annotated[float, Meta(ge=0, le=1)],
         about("Share of the activations' spread that moves into the weights; 0 is none.", metavar="SHARE"),
     ] = 0.5
     bias_correction: Annotated[
-        Literal["none", "fast", "full"],
+        BiasCorrection,
         about("Correct biases for the error of quantized weights (fast), or layer by layer with images (full)."),
     ] = "fast"
     int8_scope: Annotated[

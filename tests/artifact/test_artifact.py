@@ -19,6 +19,21 @@ from exporter.errors import BadRequest, Unavailable
 from tests.conftest import ROOT, build, recipe_of, snapshot
 
 
+def test_a_sidecar_of_an_older_schema_is_refused_with_the_command_that_rebuilds(onnx_copy, refused):
+    path = sidecar_path(onnx_copy.path)
+    older = {**json.loads(path.read_text()), "schema": 4, "recipe": {"form": "conv"}}
+    path.write_text(json.dumps(older))
+    message = refused(2, "inspect", onnx_copy.path, folder=onnx_copy.path.parent)
+    assert "sidecar schema 4, this version reads schema 5; build the artifact again: convnext-export onnx" in message
+    assert f"--weights {older['weights']['source']} --precision fp32 -o {onnx_copy.path.parent}" in message
+
+
+def test_a_sidecar_of_a_later_schema_asks_for_an_upgrade(onnx_copy, refused):
+    path = sidecar_path(onnx_copy.path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 6}))
+    assert "pip install --upgrade" in refused(2, "inspect", onnx_copy.path)
+
+
 def test_an_artifact_opens_as_it_was_sealed(onnx_copy):
     again = artifact.load(onnx_copy.path)
     assert again == onnx_copy

@@ -88,7 +88,7 @@ def test_activations_beyond_fp16_in_grn_do_not_overflow(form, tmp_path):
     from exporter.graph import trace
     from exporter.model import forms
     from exporter.model.convnext import ConvNeXt
-    from tests.conftest import tiny_architecture, tiny_state
+    from tests.conftest import tiny_architecture, tiny_state, trace_options
 
     differences = {"grn": True, "layer_scale": False}
     state = tiny_state(**differences)
@@ -96,7 +96,7 @@ def test_activations_beyond_fp16_in_grn_do_not_overflow(form, tmp_path):
     model = ConvNeXt(tiny_architecture(**differences), 10)
     model.load_state_dict(state)
     model.eval().requires_grad_(False)
-    graph = trace.trace(forms.rewrite(model, form), trace.TraceOptions(imgsz=64), 32)
+    graph = trace.trace(forms.rewrite(model, form), trace_options(imgsz=64), 32)
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     before = run_graph(graph, images, tmp_path)
     half.to_half(graph)

@@ -8,7 +8,7 @@ import torch
 
 from exporter import artifact, backends
 from exporter.model import weights
-from tests.conftest import build, write_tiny
+from tests.conftest import build, trace_options, write_tiny
 
 SPREAD = 1e-4
 
@@ -47,7 +47,6 @@ VARIETIES = {
 @pytest.mark.parametrize("variety", VARIETIES)
 def test_every_published_difference_survives_tracing(variety, tmp_path):
     from exporter.graph import trace
-    from exporter.graph.trace import TraceOptions
     from exporter.model.convnext import ConvNeXt
     from tests.conftest import tiny_architecture, tiny_state
 
@@ -55,7 +54,7 @@ def test_every_published_difference_survives_tracing(variety, tmp_path):
     model = ConvNeXt(arch, 10)
     model.load_state_dict(tiny_state(**VARIETIES[variety]))
     model.eval().requires_grad_(False)
-    graph = trace.trace(model, TraceOptions(imgsz=None), arch.stride)
+    graph = trace.trace(model, trace_options(imgsz=None), arch.stride)
     ir.save(graph, tmp_path / "graph.onnx")
     import onnxruntime
 

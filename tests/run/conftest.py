@@ -49,5 +49,5 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "VARIANTS", known)
     monkeypatch.setattr(hub, "download", folders.__getitem__)
     monkeypatch.setattr(hub, "cached", folders.get)
-    monkeypatch.setattr(speed, "baseline", lambda work, folder: None)  # what int8 gains is asked elsewhere
+    monkeypatch.setattr(speed, "baseline", lambda work, build, folder: None)  # what int8 gains is asked elsewhere
     return known

@@ -120,7 +120,6 @@ def prepare(job: Job, folder: Path) -> Work:
         half=placement.rest == "fp16",
         exact_pairs=placement.exact_pairs,
         method=quantization.calib_method,
-        smoothing=quantization.smoothing,
         bias_correction=quantization.bias_correction,
     )
     plan = simulation.plan(network.model, placement.kinds, placement.symmetric, measured, images, options)
