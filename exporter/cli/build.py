@@ -54,7 +54,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 QUANTIZING = (
     click.option("--int8", is_flag=True, help="8 bits, where they are faster and lose nothing that matters."),
     click.option("--calib", metavar="SRC", default="synthetic", show_default=True,
-                 help="int8: images to calibrate with; a manifest, a folder, an .npz file, or synthetic."),
+                 help="int8: images to calibrate with; a manifest, folder, .npz file, bundled set, or synthetic."),
     click.option("--calib-size", metavar="N", type=click.IntRange(1),
                  help="int8: how many; by default all of a manifest, else 256."),
     click.option("--calib-seed", metavar="N", type=int, default=0, show_default=True,

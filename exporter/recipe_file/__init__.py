@@ -19,6 +19,7 @@ from exporter import backends, strict
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Record
 from exporter.build import int8
+from exporter.data import bundled
 from exporter.data.calibration import SYNTHETIC
 from exporter.errors import BadRequest
 from exporter.recipe import EIGHT_BITS, Recipe
@@ -102,7 +103,9 @@ def _placed(found: dict[str, Any], marks: strict.Marks, folder: Path) -> dict[st
     for name, section in found.items():
         for word in PATHS if isinstance(section, dict) else ():
             value, mark = section.get(word), marks.places.get((name, word))
-            if isinstance(value, str) and not WORDS.match(value) and mark is not None and mark.name == marks.source:
+            if not isinstance(value, str) or WORDS.match(value) or bundled.is_name(value, folder):
+                continue
+            if mark is not None and mark.name == marks.source:
                 section[word] = os.path.normpath(folder / user_path(value))
     return msgspec.json.decode(msgspec.json.encode(found), type=dict[str, Any])
 
@@ -148,10 +151,15 @@ def write(made: RecipeFile, path: Path) -> bytes:
         for word in list(section) if isinstance(section, dict) else ():
             if section[word] is None:
                 del section[word]
-            elif word in PATHS and not WORDS.match(section[word]) and not user_path(section[word]).is_absolute():
+            elif word in PATHS and not _is_word(section[word]) and not user_path(section[word]).is_absolute():
                 section[word] = os.path.relpath(section[word], path.parent)
     text = yaml.dump(whole, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return f"# convnext-export run {path.name}\n{text}".encode()
+
+
+def _is_word(value: str) -> bool:
+    """Whether a value is no path: one of the words, or the name of a calibration set that ships."""
+    return bool(WORDS.match(value)) or bundled.is_name(value, Path())
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

@@ -15,7 +15,8 @@ from exporter.build.int8 import gain
 from exporter.build.int8.budget import Budget as Budget
 from exporter.build.int8.budget import Choice, Judge, Search, judging, search
 from exporter.build.int8.work import Work, check_form, placement_of, prepare
-from exporter.data.calibration import SIZE, SYNTHETIC
+from exporter.data.calibration import SIZE
+from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.progress import step
 from exporter.recipe import Recipe
@@ -86,7 +87,7 @@ def _harms(work: Work) -> dict[str, float]:
 
 
 def _is_to_be_costed(work: Work, budget: Budget) -> bool:
-    return work.images.synthetic and budget.data not in (None, SYNTHETIC)
+    return work.images.synthetic and budget.data is not None and not is_synthetic(budget.data)
 
 
 def _cost_of_synthetic(work: Work, budget: Budget, best: Choice, judge: Judge) -> list[Finding]:

@@ -16,8 +16,7 @@ from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Outputs, Session
 from exporter.build import pipeline
 from exporter.build.int8.work import Work
-from exporter.data.calibration import SYNTHETIC
-from exporter.data.samples import Samples, open_samples
+from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest
 from exporter.progress import note, step
 from exporter.report import Report
@@ -40,10 +39,11 @@ class Budget(Record, frozen=True):
 
         Raises: BadRequest when points were asked for all the same.
         """
-        if source != SYNTHETIC and not weights.startswith("random"):
+        synthetic = is_synthetic(source)
+        if not synthetic and not weights.startswith("random"):
             return MAX_DROP if self.max_drop is None else self.max_drop
         if self.max_drop is not None:
-            what = "the weights are random" if source != SYNTHETIC else "there are only synthetic images"
+            what = "the weights are random" if not synthetic else "there are only synthetic images"
             raise BadRequest(
                 f"--max-drop {self.max_drop:g}: {what}, on which no loss can be seen; give real images with --data and "
                 "trained weights, or leave --max-drop out"
