@@ -12,7 +12,7 @@ from exporter.machine import has_bf16
 ROOT = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("convnext-export")
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "trt": "plan"}
-WEIGHTS, DATA, CALIBRATION = ROOT / "model", ROOT / "val", ROOT / "calibration.tsv"
+WEIGHTS, DATA, CALIBRATION = ROOT / "model", ROOT / "val", "digits-256"
 
 
 def builds() -> list[list[str]]:
@@ -39,9 +39,9 @@ def run(*words: str) -> None:
 def main() -> None:
     """Train once, build, verify on 500 held-out digits, time, print the table and draw the page."""
     digits.prepare(ROOT)
-    run("calibrate", str(ROOT / "train"), "--calib-size", "256", "-o", str(CALIBRATION))
+    run("calibrate", CALIBRATION)
     for words in builds():
-        judged = ["--calib", str(CALIBRATION), "--data", str(DATA)] if "--int8" in words else []
+        judged = ["--calib", CALIBRATION, "--data", str(DATA)] if "--int8" in words else []
         run(*words, *judged, "--weights", str(WEIGHTS), "-o", str(ROOT))
     made = [artifact(words) for words in builds()]
     for path in made:

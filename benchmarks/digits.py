@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporter.artifact.sidecar import Preprocessing
+from exporter.data.generators import digits
 from exporter.data.images import preprocess
 from exporter.model.convnext import ConvNeXt, Norm
 from exporter.model.variants import Architecture
@@ -35,12 +36,13 @@ RECIPE = Preprocessing(
 
 def load() -> tuple[list[Image.Image], NDArray[np.int64]]:
     """The digits as grey images, shuffled by a fixed seed, and their classes."""
-    from sklearn.datasets import load_digits
+    scans, labels = digits()
+    return [Image.fromarray(scans[row]) for row in order()], labels[order()]
 
-    scans, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(scans))
-    pixels = np.rint(scans[order].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return [Image.fromarray(scan) for scan in pixels], labels[order].astype(np.int64)
+
+def order() -> NDArray[np.int64]:
+    """The rows of scikit-learn's table, shuffled; the last `HELD_OUT` are held out."""
+    return np.random.default_rng(0).permutation(len(digits()[0]))
 
 
 def write_images(folder: Path, held_out: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from exporter import precision
+from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest
-from exporter.recipe import SYNTHETIC, Quantization
+from exporter.recipe import Quantization
 
 
 def points(quantization: Quantization, precision_name: str, source: str, weights: str) -> float | None:
@@ -22,10 +23,11 @@ def points(quantization: Quantization, precision_name: str, source: str, weights
     Raises: BadRequest where `max_drop` is given and no loss can be measured.
     """
     limit = quantization.max_drop
-    if source != SYNTHETIC and not weights.startswith("random"):
+    synthetic = is_synthetic(source)
+    if not synthetic and not weights.startswith("random"):
         return precision.get(precision_name).max_drop_points if limit is None else limit
     if limit is not None:
-        reason = "the weights are random" if source != SYNTHETIC else "there are only synthetic images"
+        reason = "the weights are random" if not synthetic else "there are only synthetic images"
         raise BadRequest(
             f"--max-drop {limit:g}: {reason}, on which no loss can be measured; give real images with --data and "
             "trained weights, or leave --max-drop out"

@@ -19,6 +19,7 @@ from exporter import backends, precision
 from exporter.artifact.sidecar import Record, Sidecar
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build import budget
+from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph.trace import TraceOptions
 from exporter.model import variants, weights
@@ -26,7 +27,7 @@ from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
 from exporter.progress import step
 from exporter.quantize.placement import Placement
-from exporter.recipe import SYNTHETIC, Recipe, file, strict
+from exporter.recipe import Recipe, file, strict
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
 
@@ -309,7 +310,7 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
 
 def _check_checks(recipe: Recipe) -> None:
     checks = recipe.checks
-    if checks.max_drop is not None and (checks.data == SYNTHETIC or recipe.model.task == "features"):
+    if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task == "features"):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
 
 

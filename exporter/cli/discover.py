@@ -100,14 +100,16 @@ def recipes_command(schema: bool, as_json: bool) -> None:
     if schema:
         print_json(build.schema())
         return
-    recipes = {name: build.read(path) for name, path in bundled.names().items()}
+    recipes = {name: build.read(path) for name, path in bundled.recipes().items()}
     if as_json:
-        print_json({name: {"path": str(bundled.find(name)), "recipe": recipe} for name, recipe in recipes.items()})
+        print_json(
+            {name: {"path": str(bundled.find_recipe(name)), "recipe": recipe} for name, recipe in recipes.items()}
+        )
         return
     columns = ("recipe", "variant", "task", "backend", "precision")
     rows = [(name, r.model.variant or "", r.model.task, r.backend, r.precision) for name, r in recipes.items()]
     print_table(columns, rows)
-    folder = plain(bundled.folder())
+    folder = plain(bundled.folder("recipes"))
     console().print(f"folder: {folder}; copy a recipe, or run it by name", style="dim", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from exporter.verify import VerifyOptions
 
 
 @click.command("calibrate", short_help="Choose and freeze a calibration set, or show one.")
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="[SRC]", required=False)
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
     help="The manifest; by default calibration/NAME.tsv, after the folder.",
@@ -23,22 +23,30 @@ from exporter.verify import VerifyOptions
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-def calibrate_command(source: str, output: Path | None, size: int | None, seed: int, as_json: bool) -> None:
+def calibrate_command(source: str | None, output: Path | None, size: int | None, seed: int, as_json: bool) -> None:
     """Draw images from a folder, equally from its sub-folders, and list them in a manifest with their digests.
 
     Of a manifest it shows what is in it, after holding every image against its digest. The images stay where they are.
+    Without SRC it lists the sets that ship, which `--calib` takes by name.
 
     \b
     Examples:
       convnext-export calibrate imagenet/train -o calibration/imagenet.tsv --calib-size 512 --seed 1
       convnext-export calibrate calibration/imagenet.tsv
+      convnext-export calibrate
     """
     from exporter import artifact
     from exporter.cli.console import console, drawing, plain, print_json, print_table
     from exporter.data import calibration
     from exporter.errors import BadRequest
+    from exporter.recipe import bundled
 
-    given = Path(source).expanduser()
+    if source is None:
+        if output or size:
+            raise BadRequest("-o and --calib-size are for freezing a set; give the folder of images too")
+        _print_sets(as_json)
+        return
+    given = bundled.find_images(source)
     listed = given.suffix.lower() in (".tsv", ".csv") and given.is_file()
     if listed and (output or size):
         raise BadRequest(f"{source} is a frozen set already; give the folder to freeze another")
@@ -47,6 +55,7 @@ def calibrate_command(source: str, output: Path | None, size: int | None, seed: 
         if not listed:
             artifact.check_output(path)
         manifest = calibration.read(given) if listed else calibration.freeze(source, size, seed)
+        calibration.check(manifest, source)
     if not listed:
         calibration.write(manifest, path)
     if as_json:
@@ -54,7 +63,30 @@ def calibrate_command(source: str, output: Path | None, size: int | None, seed: 
         return
     print_table(("class", "images"), [(k or "–", str(v)) for k, v in manifest.classes().items()], right=("images",))
     console().print(f"[bold]{plain(path)}[/]  {plain(manifest.rule)}, seed {manifest.seed}", soft_wrap=True)
-    console().print(f"digest {manifest.digest}; images in {plain(manifest.source)}", style="dim", soft_wrap=True)
+    where = f"made by {manifest.generator}" if manifest.generator else f"in {manifest.source}"
+    console().print(f"digest {manifest.digest}; images {plain(where)}", style="dim", soft_wrap=True)
+
+
+def _print_sets(as_json: bool) -> None:
+    from exporter.cli.console import console, plain, print_json, print_table
+    from exporter.data import calibration
+    from exporter.recipe import bundled
+
+    found = {name: calibration.read(path) for name, path in bundled.sets().items()}
+    if as_json:
+        print_json(
+            [
+                {"name": name, "path": str(bundled.sets()[name]), "images": len(one.entries), "digest": one.digest,
+                 "generator": one.generator, "source": one.source, "license": one.license, "rule": one.rule}
+                for name, one in found.items()
+            ]
+        )  # fmt: skip
+        return
+    rows = [(name, str(len(one.entries)), one.generator, one.license) for name, one in found.items()]
+    print_table(("set", "images", "made by", "license"), rows, right=("images",))
+    console().print(
+        f"they lie in {plain(bundled.folder('calibration'))}; `--calib NAME` takes one", style="dim", soft_wrap=True
+    )
 
 
 @click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")

@@ -43,7 +43,7 @@ def run_command(
     from exporter.recipe import bundled
     from exporter.run import pool
 
-    recipe_runs = run.read_all([bundled.find(word) for word in recipes], output, overrides)
+    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], output, overrides)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}
         if as_json:

@@ -2,6 +2,8 @@
 
 A manifest lists them: a header (source, seed, rule), then sha256, path and label, an image a line. Paths are relative
 to the source, the source to the manifest. What is frozen is what is used: a file that changed is refused by name.
+A manifest with a `generator` lists images that are made (`exporter.data.generators`): sha256 of the pixels at the size
+`pixels`, and a number in place of a path.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import msgspec
+
 from exporter.artifact import sha256_file
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Preprocessing, Record
-from exporter.data import Batch, images, samples
+from exporter.data import Batch, generators, images, samples, synthetic
 from exporter.data.samples import Samples, open_samples
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note, track
 from exporter.recipe import SYNTHETIC as SYNTHETIC
+from exporter.recipe import bundled
 
 SIZE = 256  # images when no number is given
 COLUMNS = ("sha256", "path", "label")
@@ -38,12 +43,16 @@ class Entry(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """A frozen choice of images below the folder `source`."""
+    """A frozen choice of images: of files below the folder `source`, or of those that a `generator` makes; then
+    `source` says where they are from, and digests are those of images of `pixels` pixels."""
 
     source: str
     rule: str
     entries: tuple[Entry, ...]
     seed: int = 0
+    generator: str = ""
+    pixels: int = 0
+    license: str = ""
 
     @property
     def digest(self) -> str:
@@ -75,7 +84,7 @@ class CalibrationSet:
     @property
     def synthetic(self) -> bool:
         """Whether nobody ever photographed them."""
-        return self.source == SYNTHETIC
+        return self.samples.synthetic
 
     def batches(self, size: int, skip: int = 0) -> Iterator[Batch]:
         """All images after the first `skip`, in batches.
@@ -105,11 +114,11 @@ def freeze(source: str, size: int | None, seed: int) -> Manifest:
     if source == SYNTHETIC:
         raise BadRequest("synthetic images are made from seeds: they need no manifest; say --calib synthetic")
     if not folder.is_dir():
-        raise BadRequest(f"{folder}: no such folder of images")
+        raise BadRequest(f"{folder}: no such folder of images{_hint(source)}")
     found = _by_class(folder)
     count = sum(map(len, found.values()))
     wanted = _wanted(size, count, source)
-    chosen = _stratified(found, wanted, random.Random(seed))
+    chosen = stratified(found, wanted, random.Random(seed))
     entries = tuple(
         track((_entry(folder, name, label) for name, label in chosen), len(chosen), "images", lambda entry: 1)
     )
@@ -117,6 +126,12 @@ def freeze(source: str, size: int | None, seed: int) -> Manifest:
     classes = len(found)
     rule = f"{wanted} of {count} images, " + (f"equally from {classes} classes" if classes > 1 else "at random")
     return Manifest(source=str(folder), seed=seed, rule=rule, entries=entries)
+
+
+def _hint(source: str) -> str:
+    """The set that ships whose name is near, if one is."""
+    near = nearest(source, bundled.sets())
+    return f"; {near}" if near.startswith("did") else ""
 
 
 def _by_class(folder: Path) -> dict[str, list[str]]:
@@ -136,7 +151,7 @@ def _wanted(size: int | None, count: int, source: str) -> int:
     return size or min(SIZE, count)
 
 
-def _stratified(found: dict[str, list[str]], wanted: int, draw: random.Random) -> list[tuple[str, str]]:
+def stratified(found: dict[str, list[str]], wanted: int, draw: random.Random) -> list[tuple[str, str]]:
     """So many (path, class), the smallest classes first, so that what they lack falls to the larger ones."""
     left, chosen = wanted, []
     order = sorted(found, key=lambda label: (len(found[label]), draw.random()))
@@ -175,20 +190,16 @@ def write(manifest: Manifest, path: Path) -> None:
     odd = [e.path for e in manifest.entries if any(c in e.path + e.label for c in "\t\r\n")]
     if odd:
         raise BadRequest(f"{some(map(repr, odd))}: a name with a tab or line break cannot be listed; rename it")
-    source = os.path.relpath(manifest.source, path.parent)
-    head = [
-        samples.CALIBRATION,
-        f"# source: {source}",
-        f"# seed: {manifest.seed}",
-        f"# rule: {manifest.rule}",
-        "\t".join(COLUMNS),
-    ]
+    source = manifest.source if manifest.generator else os.path.relpath(manifest.source, path.parent)
+    made = {"generator": manifest.generator, "pixels": manifest.pixels, "license": manifest.license}
+    facts = {"source": source, **(made if manifest.generator else {}), "seed": manifest.seed, "rule": manifest.rule}
+    head = [samples.CALIBRATION, *(f"# {key}: {value}" for key, value in facts.items()), "\t".join(COLUMNS)]
     rows = ["\t".join((entry.sha256, entry.path, entry.label)) for entry in manifest.entries]
     write_file(path, "\n".join([*head, *rows, ""]).encode("utf-8", "surrogateescape"))
 
 
 def read(path: Path) -> Manifest:
-    """Read a manifest and hold every file that it lists against its digest.
+    """Read a manifest and hold every file that it lists against its digest; images that are made are left to `check`.
 
     Raises: BadRequest for what is no manifest, and for files that changed or are missing, by name.
     """
@@ -197,15 +208,40 @@ def read(path: Path) -> Manifest:
     bare = [entry.path for entry in rows if len(entry.sha256) != 64]
     if bare:
         raise BadRequest(f"{path}: {bare[0]} has no sha256; freeze the set with `convnext-export calibrate FOLDER`")
-    _check_files(path, listed.root, rows)
+    header, made = listed.header, bool(listed.generator)
+    if not made:
+        _check_files(path, listed.root, rows)
     _refuse_duplicates(str(path), rows)
-    seed = listed.header.get("seed", "0")
+    seed, pixels, most = header.get("seed", "0"), header.get("pixels", ""), generators.MAX_PIXELS
+    if made and not (pixels.isdecimal() and len(pixels) < 9 and 1 <= int(pixels) <= most):
+        raise BadRequest(f"{path}: '# pixels:' must say at which size the digests were taken, from 1 to {most}")
     return Manifest(
-        source=str(listed.root),
-        rule=listed.header.get("rule", f"{len(rows)} images"),
+        source=header.get("source", "") if made else str(listed.root),
+        rule=header.get("rule", f"{len(rows)} images"),
         seed=int(seed) if seed.lstrip("-").isdecimal() else 0,
         entries=tuple(rows),
+        generator=listed.generator,
+        pixels=int(pixels) if made else 0,
+        license=header.get("license", ""),
     )
+
+
+def check(manifest: Manifest, where: object) -> None:
+    """Make the images of a generated set and compare each with its digest.
+
+    Raises: BadRequest for images that are others now; Unavailable without what makes them.
+    """
+    if not manifest.generator:
+        return
+    maker = generators.find(manifest.generator, where)
+    numbers = [generators.number(entry.path, where) for entry in manifest.entries]
+    digests = track((maker.digest(n, manifest.pixels) for n in numbers), len(numbers), "images", lambda digest: 1)
+    changed = [e.path for e, digest in zip(manifest.entries, digests, strict=True) if e.sha256 != digest]
+    if changed:
+        raise BadRequest(
+            f"{where}: {len(changed)} of {len(numbers)} images of {manifest.generator} are not those that were frozen "
+            f"({some(changed)}); another version of the generator or of NumPy makes others: freeze images of your own"
+        )
 
 
 def _check_files(path: Path, root: Path, entries: Sequence[Entry]) -> None:
@@ -227,7 +263,7 @@ def open_calibration(
     """The calibration set that a user means.
 
     Args:
-        source: a manifest, a folder (frozen on the spot), an `.npz` file, or `synthetic`.
+        source: a manifest, a folder (frozen on the spot), an `.npz` file, the name of a set that ships, or `synthetic`.
         recipe: how each image becomes an input.
         classes: how many the model has, for an `.npz` file with labels.
         size: how many images; None is all of a manifest, else 256 or what there is.
@@ -237,8 +273,8 @@ def open_calibration(
     """
     if source == SYNTHETIC:
         opened = open_samples(SYNTHETIC, recipe, (), classes, size or SIZE)
-        return CalibrationSet(source, hashlib.sha256(f"dead leaves 1, {opened.total}".encode()).hexdigest(), opened)
-    path = user_path(source)
+        return CalibrationSet(source, hashlib.sha256(f"{synthetic.NAME}, {opened.total}".encode()).hexdigest(), opened)
+    path = bundled.find_images(source)
     if path.suffix.lower() == ".npz" and path.is_file():
         total = open_samples(source, recipe, (), classes).total
         opened = open_samples(source, recipe, (), classes, _wanted(size, total, source))
@@ -248,10 +284,15 @@ def open_calibration(
         manifest = read(path)
         wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source)
         kept = [manifest.entries[index] for index in samples.spread(len(manifest.entries), wanted)]
-        manifest = Manifest(source=manifest.source, rule=manifest.rule, entries=tuple(kept))
+        manifest = msgspec.structs.replace(manifest, entries=tuple(kept))
+        check(manifest, source)
     elif path.is_dir():
         manifest = freeze(source, size, seed)
     else:
-        raise BadRequest(f"--calib {source}: no such data; give a manifest, a folder, an .npz file or 'synthetic'")
+        raise BadRequest(f"--calib {samples.no_such_data(source)}")
     found = [(entry.path, -1) for entry in manifest.entries]
-    return CalibrationSet(source, manifest.digest, samples.of_files(source, Path(manifest.source), found, recipe))
+    if manifest.generator:
+        opened = samples.of_generator(source, manifest.generator, found, recipe)
+    else:
+        opened = samples.of_files(source, Path(manifest.source), found, recipe)
+    return CalibrationSet(source, manifest.digest, opened)

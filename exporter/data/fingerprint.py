@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from exporter.artifact import sha256_file
-from exporter.artifact.disk import user_path
 from exporter.data import samples
 from exporter.errors import BadRequest
+from exporter.recipe import bundled
 
 
 def fingerprint(source: str) -> str:
@@ -19,14 +19,16 @@ def fingerprint(source: str) -> str:
     """
     if source == "synthetic":
         return source
-    path = user_path(source)
+    path = bundled.find_images(source)
     if path.is_dir():
         return _of_files(path, samples.images_in(path))
     if not path.is_file():
-        raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+        raise BadRequest(samples.no_such_data(source))
     if path.suffix.lower() not in (".tsv", ".csv"):
         return sha256_file(path)
     listed = samples.read_manifest(path)
+    if listed.generator:  # whose version is in its name, and its images' digests are in the file
+        return sha256_file(path)
     return sha256_file(path) + _of_files(listed.root, [row["path"] for row in listed.rows])
 
 

@@ -20,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter import machine
-from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing
-from exporter.data import Batch, images, synthetic
+from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.errors import BadRequest, nearest, some
+from exporter.recipe import bundled
 
 MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems take
 SYNTHETIC = 16  # images, when no number is given
+SYNTHETIC_NAME = "synthetic"
 CALIBRATION = "# convnext-export calibration set"
 COLUMNS = {"path", "label", "sha256"}
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
@@ -48,6 +49,7 @@ class Samples:
     items: Callable[[], Iterator[Item]]
     labelled: bool
     skipped: list[str] = field(default_factory=list)
+    synthetic: bool = False
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller."""
@@ -82,7 +84,7 @@ def open_samples(
 
     Args:
         source: a folder with a sub-folder per class (or none: images without labels), a `.tsv`/`.csv` manifest,
-            an `.npz` file, or `synthetic`.
+            an `.npz` file, the name of a set that ships, or `synthetic`.
         recipe: how each becomes an input.
         labels: the model's; sub-folders are matched to them.
         classes: how many the model has.
@@ -92,21 +94,44 @@ def open_samples(
     """
     if source == "synthetic":
         return _synthetic(recipe, most or SYNTHETIC)
-    path = user_path(source)
+    path = bundled.find_images(source)
     if not path.exists():
-        raise BadRequest(f"{path}: no such data; give a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+        raise BadRequest(no_such_data(source))
     if path.suffix.lower() == ".npz":
         return _npz(path, recipe, classes, most)
-    root = path
+    root, generator = path, ""
     if path.is_dir():
         found = _folder(path, labels, classes)
     elif path.suffix.lower() in (".tsv", ".csv"):
-        root, found = _manifest(path, labels, classes)
+        root, generator, found = _manifest(path, labels, classes)
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
         found = [found[index] for index in spread(len(found), most)]
+    if generator:
+        return of_generator(source, generator, found, recipe)
     return of_files(source, root, found, recipe)
+
+
+def no_such_data(source: str) -> str:
+    """What to say of a source that is neither there nor the name of a set."""
+    near = nearest(source, [SYNTHETIC_NAME, *bundled.sets()])
+    forms = "give a folder, a .tsv or .csv manifest, an .npz file, 'synthetic' or a bundled set"
+    return f"{source}: no such data; {near if near.startswith('did') else forms}"
+
+
+def is_synthetic(source: str) -> bool:
+    """Whether a source is of images that show nothing real.
+
+    Raises: BadRequest for a manifest that cannot be read.
+    """
+    if source == SYNTHETIC_NAME:
+        return True
+    path = bundled.find_images(source)
+    if path.suffix.lower() not in (".tsv", ".csv") or not path.is_file():
+        return False
+    generator = read_manifest(path).generator
+    return bool(generator) and generators.find(generator, path).synthetic
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -127,12 +152,23 @@ def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Prep
     )
 
 
+def of_generator(source: str, generator: str, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
+    """Images that a generator makes, by number, each with its class or −1."""
+    maker = generators.find(generator, source)
+
+    def items() -> Iterator[Item]:
+        for path, label in found:
+            yield f"{generator} {path}", label, partial(maker.input, generators.number(path, source), recipe)
+
+    return Samples(source, len(found), items, found[0][1] >= 0, synthetic=maker.synthetic)
+
+
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
     def items() -> Iterator[Item]:
         for seed in range(count):
             yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
 
-    return Samples("synthetic", count, items, labelled=False)
+    return Samples("synthetic", count, items, labelled=False, synthetic=True)
 
 
 def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
@@ -221,6 +257,11 @@ class Listed(NamedTuple):
     header: dict[str, str]
     rows: list[dict[str, str]]
 
+    @property
+    def generator(self) -> str:
+        """What makes the images; "" where they are files."""
+        return self.header.get("generator", "")
+
 
 def read_manifest(path: Path) -> Listed:
     """Columns `path` and, if known, `label` and `sha256`; above them a header of lines `# key: value`.
@@ -246,8 +287,9 @@ def read_manifest(path: Path) -> Listed:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     if not rows or "path" not in names or not set(names) <= COLUMNS:
         raise BadRequest(f"{path}: expected a line of column names out of path, label, sha256, then one image a line")
-    root = path.parent / header.get("source", ".") if frozen else path.parent
-    _check_names(path, root, header.get("source", ""), [row["path"] or "" for row in rows])
+    made = "generator" in header
+    root = path.parent / header.get("source", ".") if frozen and not made else path.parent
+    _check_names(path, root, "" if made else header.get("source", ""), [row["path"] or "" for row in rows])
     return Listed(root, header, rows)
 
 
@@ -274,13 +316,14 @@ def _leads_out(inside: str, name: str) -> bool:
         return False
 
 
-def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, list[tuple[str, int]]]:
-    root, _, rows = read_manifest(path)
+def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, str, list[tuple[str, int]]]:
+    listed = read_manifest(path)
+    root, rows = listed.root, listed.rows
     words = [row.get("label") or "" for row in rows]
     if not any(words):
-        return root, [(row["path"], -1) for row in rows]
+        return root, listed.generator, [(row["path"], -1) for row in rows]
     numbers = match_classes(sorted(set(words)), labels, classes, str(path))
-    return root, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
+    return root, listed.generator, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
 
 
 def _is_too_long(name: str) -> bool:

@@ -71,7 +71,12 @@ class Quantization(Record, frozen=True):
     """Calibration and quantization of int8 and fp8, and the accuracy that may be lost."""
 
     calib: Annotated[
-        str, about("Calibration images: a manifest, a folder, an .npz file, or synthetic.", metavar="SRC", path=True)
+        str,
+        about(
+            "Calibration images: a manifest, a folder, an .npz file, a bundled set, or synthetic.",
+            metavar="SRC",
+            path=True,
+        ),
     ] = SYNTHETIC
     calib_size: Annotated[
         Count | None, about("Number of images; by default all of a manifest, else 256.", metavar="N")

@@ -1,4 +1,4 @@
-"""Bundled recipes, by name."""
+"""Bundled recipes and calibration sets, by name."""
 
 from __future__ import annotations
 
@@ -8,27 +8,42 @@ from exporter.artifact.disk import user_path
 from exporter.errors import BadRequest, nearest
 
 
-def folder() -> Path:
-    """Where they lie: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent.parent / "recipes"
-    return inside if inside.is_dir() else inside.parent.parent / "recipes"
+def folder(name: str) -> Path:
+    """The folder `recipes` or `calibration`: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent.parent / name
+    return inside if inside.is_dir() else inside.parent.parent / name
 
 
-def names() -> dict[str, Path]:
-    """Their names, `onnxruntime/tiny_int8`, and their files."""
-    root = folder()
+def recipes() -> dict[str, Path]:
+    """The files of the bundled recipes by name, as in `onnxruntime/tiny_int8`."""
+    root = folder("recipes")
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
 
-def find(word: str) -> Path:
-    """The file of a recipe: one of the user's own, or one that ships.
+def find_recipe(word: str) -> Path:
+    """The file of a recipe: a path, or the name of a bundled one.
 
     Raises: BadRequest when there is neither, with the nearest name.
     """
-    path = user_path(word)
-    known = names()
-    if path.is_file() or word not in known:
-        if not path.is_file():
-            raise BadRequest(f"{word}: no such recipe; {nearest(word, known) if known else 'give a file'}")
+    path, known = user_path(word), recipes()
+    if path.is_file():
         return path
+    if word not in known:
+        raise BadRequest(f"{word}: no such recipe; {nearest(word, known) if known else 'give a file'}")
     return known[word]
+
+
+def sets() -> dict[str, Path]:
+    """The manifests of the bundled calibration sets by name, as in `digits-256`."""
+    return {path.stem: path for path in sorted(folder("calibration").glob("*.tsv"))}
+
+
+def find_images(source: str) -> Path:
+    """The path of a source of images: a path that exists, else the bundled set of that name."""
+    path = user_path(source)
+    return path if path.exists() else sets().get(source, path)
+
+
+def is_set(source: str, beside: Path) -> bool:
+    """Whether a source names a bundled set, and no file or folder in the folder `beside`."""
+    return source in sets() and not (beside / source).exists()

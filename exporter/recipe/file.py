@@ -15,7 +15,7 @@ import yaml
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.recipe import Bench, Checks, Recipe, strict
+from exporter.recipe import Bench, Checks, Recipe, bundled, strict
 from exporter.recipe.fields import differing, fields_of
 from exporter.recipe.strict import Marks
 
@@ -82,9 +82,14 @@ def _placed(values: dict[str, Any], marks: Marks, folder: Path, options: type[Re
     """The values as builtins, with the file's own paths relative to its folder."""
     for section, name in _path_fields(options):
         value, mark = (values.get(section) or {}).get(name), marks.places.get((section, name))
-        if isinstance(value, str) and not NOT_PATHS.match(value) and mark is not None and mark.name == marks.source:
+        if isinstance(value, str) and _is_path(value, folder) and mark is not None and mark.name == marks.source:
             values[section][name] = os.path.normpath(folder / user_path(value))
     return msgspec.json.decode(msgspec.json.encode(values), type=dict[str, Any])
+
+
+def _is_path(value: str, folder: Path) -> bool:
+    """Whether a value is a path: no reserved word, and no name of a bundled calibration set."""
+    return not NOT_PATHS.match(value) and not bundled.is_set(value, folder)
 
 
 def save(recipe: Recipe, path: Path, options: type[Record]) -> None:
@@ -114,7 +119,7 @@ def write(recipe: Recipe, path: Path, options: type[Record]) -> bytes:
             del fields["bench"]
     for section, name in _path_fields(options):
         value = (fields.get(section) or {}).get(name)
-        if value is not None and not NOT_PATHS.match(value) and not user_path(value).is_absolute():
+        if value is not None and _is_path(value, Path()) and not user_path(value).is_absolute():
             fields[section][name] = os.path.relpath(value, path.parent)
     for section, values in fields.items():
         if section != "target":

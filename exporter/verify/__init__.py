@@ -16,7 +16,7 @@ from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
-from exporter.data.samples import Samples, open_samples
+from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
 from exporter.progress import step, track
@@ -201,7 +201,7 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
 def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
     """How many images were measured, and how many could not be read, by name; too many of these is a failure."""
     detail = f"{seen} of {source}"
-    if source == "synthetic":
+    if is_synthetic(source):
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
     found = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]
     if skipped:

@@ -6,7 +6,7 @@ from exporter import run as running
 from exporter.recipe import bundled
 
 pytestmark = pytest.mark.slow
-NAMES = sorted(bundled.names())
+NAMES = sorted(bundled.recipes())
 
 
 def test_all_of_them_are_found():
@@ -24,7 +24,7 @@ def test_all_of_them_are_found():
 def test_it_runs(name, stand_ins, tmp_path):
     """Built and verified; timed it is elsewhere."""
     overrides = ["bench=null"] + (["quantization.calib_size=4"] if name.endswith("int8") else [])
-    (job,) = running.read_all([bundled.find(name)], tmp_path / "out", overrides)
+    (job,) = running.read_all([bundled.find_recipe(name)], tmp_path / "out", overrides)
     outcome = running.run(job)
     assert outcome.artifact.path.name.startswith(f"{job.path.stem}.")
     assert outcome.steps == {"build": "done", "verify": "done", "bench": "not asked for"}

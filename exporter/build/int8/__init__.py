@@ -14,7 +14,8 @@ from exporter.build.int8 import speed
 from exporter.build.int8.search import Candidate, Judge, Search, judging, search
 from exporter.build.int8.work import Work, prepare
 from exporter.build.resolve import Job, resolve
-from exporter.data.calibration import SIZE, SYNTHETIC
+from exporter.data.calibration import SIZE
+from exporter.data.samples import is_synthetic
 from exporter.errors import ExporterError, first_line
 from exporter.progress import step
 from exporter.recipe import Recipe
@@ -63,7 +64,8 @@ def _sensitivities(work: Work) -> dict[str, float]:
 
 def _has_real_data(work: Work) -> bool:
     """Whether calibration on synthetic images can be compared with calibration on real ones."""
-    return work.images.synthetic and work.quantization.data not in (None, SYNTHETIC)
+    data = work.quantization.data
+    return work.images.synthetic and data is not None and not is_synthetic(data)
 
 
 def _cost_of_synthetic(work: Work, best: Candidate, judge: Judge, folder: Path) -> list[Finding]:

@@ -1,0 +1,91 @@
+"""Images that are made instead of stored. A manifest names the generator, and each row the image and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data import images, synthetic
+from exporter.errors import BadRequest, Unavailable, nearest
+
+MAX_PIXELS = 1024  # of a side; a manifest may be a stranger's
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """`image` makes pixels (H, W, 3) of a number and a size. Where it is `sized` they have that size, else one of their
+    own; `synthetic` says that they show nothing real."""
+
+    image: Callable[[int, int], Pixels]
+    sized: bool
+    synthetic: bool
+
+    def input(self, number: int, recipe: Preprocessing) -> NDArray[np.float32]:
+        """An image as an input (3, size, size) float32."""
+        from PIL import Image
+
+        pixels = self.image(number, recipe.size)
+        return images.normalise(pixels, recipe) if self.sized else images.preprocess(Image.fromarray(pixels), recipe)
+
+    def digest(self, number: int, size: int) -> str:
+        """The sha256 of the pixels of an image, row by row, three bytes each."""
+        return hashlib.sha256(self.image(number, size).tobytes()).hexdigest()
+
+
+@lru_cache(1)
+def digits() -> tuple[Pixels, NDArray[np.int64]]:
+    """scikit-learn's 1,797 handwritten digits (N, 8, 8) of 0…255, and their classes.
+
+    Raises: Unavailable without scikit-learn.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise Unavailable("these images are part of scikit-learn, which is missing; pip install scikit-learn") from None
+    scans, labels = load_digits(return_X_y=True)
+    return np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels.astype(np.int64)
+
+
+def _digit(number: int, size: int) -> Pixels:
+    del size
+    scans = digits()[0]
+    if number >= len(scans):
+        raise BadRequest(f"digit {number}: there are {len(scans)}, counted from 0")
+    return np.repeat(scans[number][..., None], 3, axis=2)
+
+
+def _dead_leaves(number: int, size: int) -> Pixels:
+    return synthetic.dead_leaves(size, number)
+
+
+GENERATORS = {
+    "sklearn.datasets.load_digits": Generator(_digit, sized=False, synthetic=False),
+    synthetic.NAME: Generator(_dead_leaves, sized=True, synthetic=True),
+}
+
+
+def find(name: str, where: object) -> Generator:
+    """The generator that a manifest names.
+
+    Raises: BadRequest for one that there is not.
+    """
+    if name not in GENERATORS:
+        raise BadRequest(f"{where}: no generator {name[:80]!r}; {nearest(name, GENERATORS)}")
+    return GENERATORS[name]
+
+
+def number(path: str, where: object) -> int:
+    """The number of an image, from its row.
+
+    Raises: BadRequest for what is none.
+    """
+    if not path.isdecimal() or not path.isascii() or len(path) > 9:
+        raise BadRequest(f"{where}: {path[:40]!r} is no number of an image")
+    return int(path)
