@@ -166,7 +166,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     if as_json:
         print_json(merged)
     else:
-        print_rows(tables.latency(tables.told_apart(reports)))
+        print_rows(tables.latency(tables.disambiguated(reports)))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in reports):

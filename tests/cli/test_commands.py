@@ -348,7 +348,7 @@ def test_a_report_of_an_older_build_is_pointed_out(run, tiny, tmp_path):
     run("verify", tmp_path / "custom_fp32.onnx", "--samples", 2)
     assert run("report", tmp_path / "custom_fp32.onnx.report.json").err == ""
     run("onnx", "--weights", tiny, "-o", tmp_path, "--imgsz", 96)
-    assert "was built again since" in run("report", tmp_path / "custom_fp32.onnx.report.json").err
+    assert "was rebuilt after this report" in run("report", tmp_path / "custom_fp32.onnx.report.json").err
 
 
 def test_a_folder_where_the_artifact_should_go_is_refused(refused, tiny, tmp_path):
