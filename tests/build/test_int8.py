@@ -220,7 +220,7 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_pat
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     done = run(*words)
     assert done.code == 0
-    assert "statistics of these 17 images are remembered" in done.err
+    assert "statistics of these 17 images are cached" in done.err
 
 
 def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypatch):
