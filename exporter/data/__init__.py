@@ -1,4 +1,4 @@
-"""Images: folders, manifests, arrays or synthetic ones, as preprocessed batches in constant memory."""
+"""Images from folders, manifests, arrays or generators, as preprocessed batches in constant memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.npz` files, read row by row: `images` and, if known, `labels`."""
+"""`.npz` files with arrays `images` and optionally `labels`, read row by row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXPECTED = "expected 'images' (and 'labels') as uint8 (N, H, W, 3), or float32 
 
 @dataclass(frozen=True)
 class Arrays:
-    """An open `.npz`; its images are never in memory at once."""
+    """An open `.npz`. Only one row of images is in memory at a time."""
 
     path: Path
     recipe: Preprocessing
@@ -32,7 +32,7 @@ class Arrays:
 
     @property
     def count(self) -> int:
-        """How many images."""
+        """The number of images."""
         return self.shape[0]
 
     def rows(self) -> Iterator[NDArray[np.float32]]:
@@ -62,9 +62,9 @@ def _read(file: IO[bytes], count: int) -> bytes:
 
 
 def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
-    """Look into an `.npz` without reading its images.
+    """Open an `.npz` and check its arrays without reading the images.
 
-    Raises: BadRequest when it is damaged, or its arrays are not of the shapes named in the message.
+    Raises: BadRequest when it is damaged, or when its arrays have wrong names, types or shapes.
     """
     expected = _EXPECTED.format(recipe.size)
     try:

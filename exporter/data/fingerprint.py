@@ -1,4 +1,4 @@
-"""What a source of images is, told fast enough to be asked before every run."""
+"""Cache key of a source of images, fast enough to compute before every run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from exporter.recipe import bundled
 
 
 def fingerprint(source: str) -> str:
-    """A digest of what a source of images holds: of a file its content, of images their names, sizes and times.
+    """A digest of a source of images: the content of a file, or the names, sizes and mtimes of a folder's images.
 
-    Raises: BadRequest for a source that is not there.
+    Raises: BadRequest for a source that does not exist.
     """
     if source == "synthetic":
         return source

@@ -1,4 +1,4 @@
-"""Images that are made instead of stored. A manifest names the generator, and each row the image and its digest."""
+"""Generators of images. A manifest names the generator; each row has the number of an image and its digest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Generator:
-    """`image` makes pixels (H, W, 3) of a number and a size. Where it is `sized` they have that size, else one of their
-    own; `synthetic` says that they show nothing real."""
+    """`image` returns the pixels (H, W, 3) of an image, by its number and size.
+
+    Images of a generator that is not `sized` have a fixed size. `synthetic` images show no real scene.
+    """
 
     image: Callable[[int, int], Pixels]
     sized: bool
@@ -35,7 +37,7 @@ class Generator:
         return images.normalise(pixels, recipe) if self.sized else images.preprocess(Image.fromarray(pixels), recipe)
 
     def digest(self, number: int, size: int) -> str:
-        """The sha256 of the pixels of an image, row by row, three bytes each."""
+        """The sha256 of the pixels of an image, row by row, three bytes for each pixel."""
         return hashlib.sha256(self.image(number, size).tobytes()).hexdigest()
 
 
@@ -72,9 +74,9 @@ GENERATORS = {
 
 
 def find(name: str, where: object) -> Generator:
-    """The generator that a manifest names.
+    """The generator with the name in a manifest.
 
-    Raises: BadRequest for one that there is not.
+    Raises: BadRequest for an unknown name.
     """
     if name not in GENERATORS:
         raise BadRequest(f"{where}: no generator {name[:80]!r}; {nearest(name, GENERATORS)}")
@@ -84,7 +86,7 @@ def find(name: str, where: object) -> Generator:
 def number(path: str, where: object) -> int:
     """The number of an image, from its row.
 
-    Raises: BadRequest for what is none.
+    Raises: BadRequest when it is not a number.
     """
     if not path.isdecimal() or not path.isascii() or len(path) > 9:
         raise BadRequest(f"{where}: {path[:40]!r} is no number of an image")

@@ -1,4 +1,4 @@
-"""One image file to one input array, as the published recipes do it."""
+"""Decoding and preprocessing of one image file, as in the published evaluations of ConvNeXt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DAMAGE = (
 
 
 class Unreadable(Exception):
-    """An image that cannot be used; the message says why."""
+    """An image that cannot be used; the message has the reason."""
 
 
 def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
@@ -88,7 +88,7 @@ def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]
 
 
 def normalise(pixels: NDArray[np.uint8], recipe: Preprocessing) -> NDArray[np.float32]:
-    """Pixels (…, H, W, 3) of 0…255 to (…, 3, H, W) float32, per channel (x / 255 − mean) / std."""
+    """Normalize pixels (…, H, W, 3) from 0…255 to (…, 3, H, W) float32: (x / 255 − mean) / std for each channel."""
     scale = np.float32(1 / 255) / np.asarray(recipe.std, np.float32)
     shift = np.asarray(recipe.mean, np.float32) / np.asarray(recipe.std, np.float32)
     return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) * scale - shift, -1, -3))

@@ -1,1 +1,1 @@
-"""ConvNeXt in ONNX: traced, simplified, lowered to a precision. Knows no runtime."""
+"""ONNX graphs of ConvNeXt: tracing, simplification, conversion to a precision. Needs no runtime."""

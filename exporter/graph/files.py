@@ -1,4 +1,4 @@
-"""An ONNX graph and its file: facts in its metadata, external data above 2 GB, checked when written."""
+"""Writes ONNX graphs: metadata, external data above 2 GB, and a check of the graph."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MAX_PROTO_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the graph itself need
 
 
 def save(model: ir.Model, path: Path, facts: Mapping[str, str]) -> None:
-    """Check the graph, and write it with these facts in its metadata.
+    """Check a graph, and write it with metadata.
 
-    Above 2 GB the weights go into `FILE.data` beside it. Either way they are written piece by piece, so that no second
-    copy of them is in memory.
+    Above 2 GB the weights are written to `FILE.data`. Weights are written one at a time, so there is no second copy of
+    them in memory.
 
-    Raises: ExporterError when it is no valid ONNX.
+    Raises: ExporterError when the graph is not valid ONNX.
     """
     import onnx
     import onnx_ir as ir
@@ -45,7 +45,7 @@ def save(model: ir.Model, path: Path, facts: Mapping[str, str]) -> None:
 
 
 def _write(skeleton: onnx.ModelProto, weights: Mapping[str, ir.Value], path: Path) -> None:
-    """A graph without its large weights, and these behind its other fields, one in memory at a time.
+    """Write a graph, then its large weights after the other fields, one in memory at a time.
 
     Source of the encoding: protobuf.dev/programming-guides/encoding, length-delimited records.
     """
@@ -106,14 +106,14 @@ def _large(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def drop_unused(graph: ir.Graph) -> None:
-    """Forget the weights that no node uses any more."""
+    """Remove weights that no node uses."""
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             graph.initializers.pop(name)
 
 
 def signature(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs and outputs, as a sidecar says them."""
+    """Inputs and outputs, as a sidecar stores them."""
     inputs, outputs = model.graph.inputs, model.graph.outputs
     return tuple(map(_tensor, inputs)), tuple(map(_tensor, outputs))
 

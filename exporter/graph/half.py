@@ -1,9 +1,8 @@
-"""A graph at a lower precision.
+"""Converts a graph to fp16 or bf16.
 
-Both halves follow what breaks in ConvNeXt: statistics. A LayerNormalization or RMSNormalization node keeps its own in
-fp32 (its `stash_type`); norms written out in parts, GRN and the pooling sum squares or whole images, pass 65,504 and
-turn every output into one constant, so these modules stay in fp32 between two casts. Inputs and outputs stay what they
-are.
+Statistics stay in fp32. A LayerNormalization or RMSNormalization node computes its own in fp32 (its `stash_type`).
+Norms made of elementary operators, GRN and the pooling sum squares or whole images; such sums exceed 65,504 and would
+make every output constant, so these modules stay in fp32 between two casts. Inputs and outputs keep their types.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_FP16_ERROR = 0.01  # of a weight's norm: ordinary rounding is 0.0002, and wh
 
 @dataclass
 class _Halving:
-    """The work in hand: what was already cast, so that nothing is cast twice."""
+    """State of one conversion: the values already cast, so that none is cast twice."""
 
     graph: ir.Graph
     half: ir.DataType
@@ -41,13 +40,13 @@ class _Halving:
 
 
 def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifact:
-    """An fp32 ONNX artifact at another precision, as an artifact of its own.
+    """Convert an fp32 ONNX artifact to another precision, as a new artifact.
 
     Args:
         artifact: fp32 ONNX.
         wanted: fp16 or bf16.
         out: the folder to write to.
-        form: for the file's name, where the graph is but a step on the way.
+        form: name of the form, for intermediate ONNX files (`custom_nchw_fp16.onnx`).
     """
     import onnx_ir as ir
 
@@ -59,21 +58,21 @@ def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifac
 
 
 def tell(kept: list[str]) -> None:
-    """Say what stays in fp32, if anything does."""
+    """Print a note with the weights and modules that stay in fp32."""
     if kept:
         note(f"{len(kept)} weights or modules do not fit fp16 (65,504; lost below 6e-8) and stay in fp32: {some(kept)}")
 
 
 def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ()) -> list[str]:
-    """Lower a graph from fp32 to fp16 or bf16, in place; Q and DQ in it go on giving and taking what they do.
+    """Convert a graph from fp32 to fp16 or bf16, in place. Q and DQ nodes keep their types.
 
     Args:
         model: in fp32.
         wanted: fp16 or bf16.
         beyond: modules whose activations fp16 cannot hold, which stay in fp32 there.
 
-    Returns: what does not fit fp16 and stays in fp32 with the nodes that use it: these modules, weights beyond ±65,504,
-        and those so small that more than `MAX_FP16_ERROR` of them would be lost.
+    Returns: names of what stays in fp32, with the nodes that use it: the modules of `beyond`, weights beyond ±65,504,
+        and weights so small that their relative error in fp16 exceeds `MAX_FP16_ERROR`.
     """
     import onnx_ir as ir
 
@@ -99,8 +98,11 @@ def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ())
 
 
 def round_results(model: ir.Model) -> None:
-    """Make a runtime that computes fp16 in fp32, as ONNX Runtime does on CPUs, round every result to fp16 all the same:
-    it drops casts between two operators, but keeps a Max of one value, which does nothing, in fp16. In place."""
+    """Insert nodes, in place, so that a runtime which computes fp16 in fp32 rounds every result to fp16.
+
+    ONNX Runtime on CPUs is such a runtime. It removes casts between two operators, but keeps a Max of one value, which
+    returns its input, in fp16.
+    """
     import onnx_ir as ir
 
     for node in list(model.graph):
@@ -124,7 +126,7 @@ def _is_float(value: ir.Value) -> bool:
 
 
 def _touches(node: ir.Node, modules: Collection[str]) -> bool:
-    """Whether a node is of these modules, or stands next to one: functions between modules are of no module."""
+    """Whether a node belongs to these modules or is next to one; functions between modules belong to none."""
     givers = (value.producer() for value in node.inputs if value is not None)
     takers = (use.node for value in node.outputs for use in value.uses())
     near = (one.metadata_props.get("module", "") for one in (node, *givers, *takers) if one is not None)
@@ -156,7 +158,7 @@ def _fits(value: ir.Value, half: str) -> bool:
 
 
 def _as(work: _Halving, value: ir.Value, target: ir.DataType, before: ir.Node) -> ir.Value:
-    """The value at another precision: a converted weight, or a Cast in front of the node that wants it."""
+    """The value at another precision: a converted weight, or a Cast in front of the node that uses it."""
     import onnx_ir as ir
 
     key = (value.name or "", target.name)

@@ -1,4 +1,4 @@
-"""onnxsim, guarded: simplification can make a graph bigger and slower, so the result has to earn its place."""
+"""onnxsim with checks: simplification can make a graph larger and slower, so the result is compared with the input."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ _HARMFUL_PASSES = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_
 
 
 def simplify(model: ir.Model) -> tuple[ir.Model, str]:
-    """The simplified graph, or the graph as it was with the reason for keeping it.
+    """Simplify a graph, or keep it and give the reason.
 
     Large weights stay out of onnxsim, so a model above 2 GB takes no more memory than a small one.
 
-    Returns: (model, ""), or (the same model, why it was kept). Whether the numbers are still the same is for
-        the caller to see, who has a runtime.
+    Returns: (simplified model, ""), or (the same model, reason). The caller, which has a runtime, compares the outputs.
     """
     import onnx_ir as ir
     import onnxsim
@@ -38,7 +37,7 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
 
 
 def _put_back(candidate: ir.Model, model: ir.Model) -> None:
-    """Give the simplified graph its large weights, and the modules its nodes came from."""
+    """Restore large weights and module names in the simplified graph."""
     for value in list(candidate.graph.inputs):
         original = model.graph.initializers.get(value.name or "")
         if original is not None:

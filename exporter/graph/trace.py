@@ -1,4 +1,4 @@
-"""PyTorch to ONNX, in the model's own names."""
+"""Traces PyTorch models to ONNX graphs, with nodes and weights named as in the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def output_names(options: TraceOptions) -> list[str]:
 
 
 def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Model:
-    """The network as an ONNX graph; its tensors are those of the model, not copies.
+    """Trace the network to an ONNX graph. Its tensors share memory with the model.
 
     Args:
         model: in eval mode; its outputs are those of the task.
@@ -70,8 +70,7 @@ def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Mode
 
 
 def _taken(model: ir.Model) -> ir.Model:
-    """A copy that shares the weights, and the original without them: the exporter's rewriter goes on holding the graph
-    that it saw last."""
+    """Move the weights to a copy of the graph, because the exporter's rewriter keeps a reference to the original."""
     copy = model.clone()
     for value in model.graph.initializers.values():
         value.const_value = None
@@ -92,7 +91,7 @@ def _dynamic_axes(options: TraceOptions, stride: int) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks of torchvision operators and its own internals; none of it is for our user."""
+    """Silence the exporter's messages about torchvision operators and internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     before = [logger.level for logger in loggers]
     try:
@@ -107,7 +106,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_axes(model: ir.Model, options: TraceOptions) -> None:
-    """Axes in words: batch, height, width, and height/4 … of a feature map."""
+    """Name the dynamic axes: batch, height, width, and height/4 … of a feature map."""
     import onnx_ir as ir
 
     for value in [*model.graph.inputs, *model.graph.outputs]:
@@ -120,7 +119,7 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
 
 
 def _name_after_modules(model: ir.Model) -> None:
-    """Name every node and weight as the PyTorch model does, and keep of the exporter's notes only that."""
+    """Name every node and weight as in the PyTorch model, and drop the exporter's other metadata."""
     used: Counter[str] = Counter()
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
@@ -140,7 +139,7 @@ def _name_after_modules(model: ir.Model) -> None:
 
 
 def _name_weight(model: ir.Model, node: ir.Node, module: str) -> None:
-    """The exporter transposes the weights of a Linear and calls them val_7."""
+    """Name the transposed weights of a Linear after their module; the exporter names them val_7."""
     if node.op_type != "MatMul" or node.inputs[1] is None or not node.inputs[1].is_initializer():
         return
     weight, name = node.inputs[1], f"{module}.weight"

@@ -1,4 +1,4 @@
-"""ConvNeXt in PyTorch: the network, the table of variants, weights, and the forms that a network is written in."""
+"""ConvNeXt in PyTorch: the network, the table of variants, weights, and the forms of a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading one file of weights: safetensors, or a PyTorch file whose code is never run."""
+"""Reads one file of weights: safetensors, or a PyTorch file, whose code never runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DAMAGE = (
 
 
 def read(path: Path, part: str = "") -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, out of the wrappers that occur.
+    """Read the tensors of a checkpoint by name, without the usual wrappers (`model`, `state_dict`, …).
 
     Args:
         path: a `.safetensors`, `.pth`, `.pt` or `.bin` file.
@@ -62,7 +62,7 @@ def _torch(path: Path) -> Any:
 
     _refuse_bomb(path)
     try:
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_allowed_types()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -78,7 +78,7 @@ def _torch(path: Path) -> Any:
 
 
 def _refuse_bomb(path: Path) -> None:
-    """PyTorch stores tensors as they are: an archive that unpacks to more than it is was packed to harm.
+    """Refuse an archive that unpacks to more than its size: PyTorch does not compress tensors.
 
     Raises: BadRequest.
     """
@@ -92,8 +92,8 @@ def _refuse_bomb(path: Path) -> None:
         raise BadRequest(f"{path}: refused, {size} bytes that unpack to {whole}; a checkpoint is not compressed")
 
 
-def _harmless() -> list[Any]:
-    """What training checkpoints hold beside tensors, and which only holds values: a command line, numpy numbers."""
+def _allowed_types() -> list[Any]:
+    """Types without code that training checkpoints hold beside tensors: parsed arguments, numpy numbers."""
     import numpy as np
 
     kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]

@@ -19,7 +19,7 @@ MAX_LICENSE = 60  # characters
 
 @dataclass(frozen=True)
 class Config:
-    """What the files beside the weights say; empty where they say nothing."""
+    """Labels, preprocessing and license from the files beside the weights; empty where they are not given."""
 
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> Config:
 
 
 def _understood(path: Path, reading: Callable[[], T]) -> T:
-    """What a reading gives, or one clear error that names the file."""
+    """The result of a reader, or one error that names the file."""
     try:
         return reading()
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:

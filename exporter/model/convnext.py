@@ -1,4 +1,4 @@
-"""ConvNeXt as the papers write it.
+"""ConvNeXt as in the papers.
 
 V1: Liu et al., "A ConvNet for the 2020s", arXiv 2201.03545, section 2 and appendix A.
 V2: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", arXiv 2301.00808.
@@ -15,7 +15,7 @@ from exporter.model.variants import Architecture
 
 
 class Norm(nn.Module):
-    """Normalise over the last axis, channels: LayerNorm, RMSNorm, or the `simple` norm of zepto.
+    """Normalize over the last axis, the channels: LayerNorm, RMSNorm, or the `simple` norm of zepto.
 
     `rms` divides by the root of the mean square (arXiv 1910.07467); `simple` divides by the standard deviation
     and, like RMSNorm, does not subtract the mean.

@@ -1,12 +1,12 @@
-"""Exact rewrites of the network before it is traced: the same function, written as a runtime runs it best.
+"""Exact rewrites of the network before tracing: the same function in a form that a runtime runs faster.
 
-Each rewrite changes modules and makes new weights; the old weights stay as they were. A form is a set of them:
+Each rewrite replaces modules and creates new weights; the old weights are not changed. A form is a set of rewrites:
 
-* `plain` is the network as the papers write it;
+* `plain` is the network as in the papers;
 * `linear` folds what can be folded (see `fold_norms`, `fold_layer_scale`, `fold_response`) and leaves the pointwise
   layers matrix products over the last axis;
-* `conv` folds too and writes them as 1×1 convolutions, the norm between two transposes as one operator;
-* `nchw` writes the norm in parts over the channels as well, so that nothing is ever transposed.
+* `conv` folds too, and replaces them by 1×1 convolutions; the norm is one operator between two transposes;
+* `nchw` does the same, and computes the norm over the channels by elementary operators, without transposes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
 
 
 class Standardise(nn.Module):
-    """A norm without its scale and shift, over the channels; or with a scale that quantisation asks for (C,).
+    """A norm without its scale and shift, over the channels; or with the scale (C,) of smoothing.
 
     `layout` says where these are: `last`; or axis 1, to be `transposed` to the last and back, so that LayerNorm is
     one operator; or axis 1, and the norm written in parts there (`first`).
@@ -63,7 +63,7 @@ class Standardise(nn.Module):
 
 
 class ScaledNorm(Standardise):
-    """A norm over axis 1 with the scale and shift that nothing behind it can take in: the stem's."""
+    """A norm over axis 1 that keeps its scale and shift: the stem's, which no layer behind it can absorb."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__(norm, "first")
@@ -80,7 +80,7 @@ class ResponseScale(nn.Module):
     """Global Response Normalisation as one factor per channel and image: 1 + γ·share (or a scale s: s + s·γ·share).
 
     y·(1 + γ·share) + β is GRN with two operators over the image instead of four; β goes into the next layer. Only
-    this module squares and sums an image, and gives (N, C) numbers: it alone has to stay in fp32.
+    this module computes squares and sums over an image, and it returns (N, C) values: it alone has to stay in fp32.
     """
 
     def __init__(self, grn: GRN, layout: Layout) -> None:
@@ -130,10 +130,10 @@ class FoldedBlock(nn.Module):
 
 
 class PixelConv(nn.Conv2d):
-    """The first convolution, given pixels from 0 to `top` instead of normalised ones.
+    """The first convolution, on pixels from 0 to `top` instead of normalized ones.
 
-    Scale and, where no zeros are put around the image, the mean are in its weights; else the mean is subtracted
-    first, for around the image there must stay what normalised images have there.
+    The scale is folded into its weights, and so is the mean if the convolution does not pad. With padding the mean is
+    subtracted first, because the padding must be zero after normalization.
     """
 
     def __init__(self, conv: nn.Conv2d, recipe: Preprocessing, top: int) -> None:
@@ -157,7 +157,7 @@ class PixelConv(nn.Conv2d):
 
 
 def rewrite(model: Network, form: str) -> Network:
-    """Write a network, or a backbone, in a form, in place.
+    """Rewrite a network or a backbone to a form, in place.
 
     Args:
         model: a ConvNeXt or Features, in eval mode.
@@ -199,7 +199,7 @@ def fold_norms(model: Network, layout: Layout) -> None:
 def folded(norm: Norm, layer: Pointwise) -> Pointwise:
     """A layer that takes in the scale w and shift b of the norm in front of it: W·(w∘x + b) + c = (W∘w)·x + (W·b + c).
 
-    A convolution must not pad: around the image the shift would be missing.
+    The layer must not be a padded convolution: the padding would lack the shift.
     """
     assert layer.bias is not None
     shape = (1, -1, *[1] * (layer.weight.ndim - 2))
@@ -210,7 +210,7 @@ def folded(norm: Norm, layer: Pointwise) -> Pointwise:
 
 
 def fold_layer_scale(block: Block) -> None:
-    """Layer scale into the second pointwise layer: γ∘(W·x + c) = (γ∘W)·x + γ∘c."""
+    """Fold layer scale into the second pointwise layer: γ∘(W·x + c) = (γ∘W)·x + γ∘c."""
     if block.gamma is not None:
         layer = block.pwconv2
         block.pwconv2 = _with(layer, layer.weight * block.gamma[:, None], layer.bias * block.gamma)
@@ -218,7 +218,7 @@ def fold_layer_scale(block: Block) -> None:
 
 
 def fold_response(block: Block) -> None:
-    """GRN's shift into the second pointwise layer: W·(y + β) + c = W·y + (W·β + c)."""
+    """Fold GRN's shift into the second pointwise layer: W·(y + β) + c = W·y + (W·β + c)."""
     if block.grn is not None:
         layer = block.pwconv2
         bias = (layer.bias.double() + _exact_sum(layer.weight * block.grn.beta)).to(layer.bias.dtype)
@@ -234,7 +234,7 @@ def as_conv(layer: nn.Linear) -> nn.Conv2d:
 
 
 def take_pixels(model: Network, recipe: Preprocessing) -> None:
-    """Let a network take pixels as `recipe.input` says (`uint8` 0…255, `float01` 0…1), in place."""
+    """Change a network, in place, to take pixels as in `recipe.input`: `uint8` (0…255) or `float01` (0…1)."""
     if recipe.input != "normalized":
         first, *others = _parts(model.downsample_layers[0], nn.Module)
         assert isinstance(first, nn.Conv2d)
@@ -243,7 +243,7 @@ def take_pixels(model: Network, recipe: Preprocessing) -> None:
 
 
 def _parts(sequence: nn.Module, kind: type[M]) -> list[M]:
-    """The modules of a sequence, all of one kind."""
+    """The modules of a sequence, which all have one type."""
     parts = list(sequence.children())
     assert all(isinstance(part, kind) for part in parts)
     return cast("list[M]", parts)
@@ -254,7 +254,7 @@ def _sequence(parts: Iterable[nn.Module]) -> nn.Sequential:
 
 
 def _with(layer: Pointwise, weight: Tensor, bias: Tensor) -> Pointwise:
-    """A layer like this one with other numbers."""
+    """A copy of a layer with other weights."""
     with torch.device("meta"):
         made = (
             nn.Linear(layer.in_features, layer.out_features)
@@ -266,7 +266,7 @@ def _with(layer: Pointwise, weight: Tensor, bias: Tensor) -> Pointwise:
 
 
 def _exact_sum(products: Tensor) -> Tensor:
-    """The sum over all axes but the first, in double precision: it is rounded once."""
+    """The sum over all axes but the first, in double precision, rounded once at the end."""
     return products.flatten(1).sum(1, dtype=torch.float64)
 
 

@@ -40,7 +40,7 @@ def download(repository: str) -> Path:
 
 
 def cached(repository: str) -> Path | None:
-    """The folder in the Hub's cache, without asking the Hub; None when the repository is not in it."""
+    """The folder in the Hub's cache, without network access; None when the repository is not in it."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,6 +1,6 @@
-"""The four public layouts of ConvNeXt weights, told apart by their keys, and what the shapes say of the network.
+"""The four public key layouts of ConvNeXt weights, and detection of layout and architecture from keys and shapes.
 
-Our own layout is facebookresearch's, with GRN's vectors flat, `norm_pre` for a norm before the pooling and
+The layout of this tool is facebookresearch's, with flat vectors in GRN, `norm_pre` for a norm before the pooling and
 `head_hidden` for the hidden layer of a head.
 """
 
@@ -71,9 +71,9 @@ LAYOUTS: dict[str, tuple[str, Rules]] = {
 
 
 def recognise(keys: list[str]) -> str:
-    """The layout that these keys are of.
+    """Detect the layout of these keys.
 
-    Raises: BadRequest when they are of none, with the first few.
+    Raises: BadRequest, with the first keys, when they match no layout.
     """
     for layout, (mark, _) in LAYOUTS.items():
         if any(re.fullmatch(mark, key) for key in keys):
@@ -85,9 +85,9 @@ def recognise(keys: list[str]) -> str:
 
 
 def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The state dict in our layout, and the name of the layout it came in. Tensors are viewed, not copied.
+    """Convert a state dict to the layout of this tool; return it with the name of its old layout. Tensors are views.
 
-    Raises: BadRequest for keys that no layout has.
+    Raises: BadRequest for unexpected keys.
     """
     layout = recognise(list(state))
     ours: dict[str, Tensor] = {}
@@ -129,9 +129,9 @@ def _reshape(name: str, tensor: Tensor) -> Tensor:
 
 
 def architecture(state: Mapping[str, Tensor]) -> Architecture:
-    """The network that these weights, in our layout, belong to: read off their names and shapes.
+    """Derive the architecture from names and shapes of weights in the layout of this tool.
 
-    Raises: BadRequest when they are too few to say.
+    Raises: BadRequest when required weights are missing.
     """
     try:
         depths = _depths(state)
@@ -176,7 +176,7 @@ def _stem(state: Mapping[str, Tensor]) -> str:
 
 
 def _with_published_norm(arch: Architecture) -> Architecture:
-    """What shapes cannot say (the kind of a norm with no bias, its epsilon) is taken from the table."""
+    """Take the kind of a norm without bias and its epsilon from the table of variants: shapes do not show them."""
     from msgspec.structs import replace
 
     for variant in VARIANTS.values():

@@ -1,8 +1,8 @@
-"""The names of a ConvNeXt's modules, and what they say: kind, part of the network, order.
+"""Names of ConvNeXt's modules: the kind, part and order of a layer are derived from its name.
 
 Modules are named as in the paper's code (facebookresearch/ConvNeXt, `models/convnext.py`): `downsample_layers.K` stands
 in front of stage K and is the stem for K = 0; `stages.I.J` is block J of stage I. An operator of a graph is named
-`MODULE/OPERATOR`. No other file takes such a name apart.
+`MODULE/OPERATOR`. Only this file parses such names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OUTERMOST = r"(?:stages|downsample_layers|norm_pre|norm|head_hidden|head)[\w.]*
 
 
 def kind(module: str) -> str | None:
-    """Which of `KINDS` the layer of a module is of, or None for another module."""
+    """The kind of a layer, one of `KINDS`, or None for another module."""
     return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, module)), None)
 
 
@@ -69,7 +69,7 @@ def is_response_norm(module: str) -> bool:
 def module_of(operators: str) -> str:
     """The module of the first operator in a text of one or more names, or "".
 
-    The operator that gives an output is named after it, so `logits` is the head's.
+    The operator that computes an output has the name of the output, so `logits` belongs to the head.
     """
     if operators.startswith("logits"):
         return "head"
@@ -78,7 +78,7 @@ def module_of(operators: str) -> str:
 
 
 def last_operators(operators: Iterable[str]) -> dict[str, str]:
-    """The last operator of each downsampling layer (`downsample_layers.1`) and block (`stages.2.0`), which gives its
+    """The last operator of each downsampling layer (`downsample_layers.1`) and block (`stages.2.0`), which computes its
     output.
 
     Args:

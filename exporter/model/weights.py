@@ -1,4 +1,4 @@
-"""Weights: from what a user types to a checkpoint in our layout, with its labels and preprocessing.
+"""Loads weights from a source (SRC) as a checkpoint in the layout of this tool, with labels and preprocessing.
 
 SRC is `hub`, `hf-hub:owner/name`, a file, a folder in Hugging Face's form, or `random[:SEED]`.
 """
@@ -38,7 +38,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that fit a variant: tensors in our layout, fp32, and what was found beside them."""
+    """Weights that fit a variant: fp32 tensors in the layout of this tool, with labels and preprocessing if known."""
 
     state: dict[str, Tensor]
     variant: Variant
@@ -60,12 +60,12 @@ class Checkpoint:
 
 
 def load(source: str, variant: str | None = None, labels: Path | None = None) -> Checkpoint:
-    """Weights from anywhere, checked against the variant that was asked for.
+    """Load weights from any source, and check them for a variant.
 
     Args:
         source: `hub`, `hf-hub:owner/name`, a file (`FILE#model_ema` takes one part of it), a folder with
             `config.json`, or `random[:SEED]`.
-        variant: a name from the table; None takes what the weights are, or `tiny` where they do not say.
+        variant: a name from the table; None detects the variant from the weights, or takes `tiny` where they have none.
         labels: a text file with one label a line, in place of those in `config.json`.
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
@@ -75,7 +75,7 @@ def load(source: str, variant: str | None = None, labels: Path | None = None) ->
 
 
 def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint without labels, and the labels that its `config.json` has."""
+    """The checkpoint without labels, and the labels from its `config.json`."""
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "random" or source.startswith("random:"):
         return _random(source, wanted or resolve("tiny")[0]), ()
@@ -89,9 +89,9 @@ def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]
 
 
 def fingerprint(source: str, variant: str | None = None, labels: Path | None = None) -> str | None:
-    """A digest of all that `load` would read, told without reading tensors; None for weights still on the Hub.
+    """Cache key of weights: a digest of the files that `load` reads; None for weights that are not downloaded yet.
 
-    Raises: BadRequest for files that are not there.
+    Raises: BadRequest for files that do not exist.
     """
     if source == "random" or source.startswith("random:"):
         return f"{source} {variant}"
@@ -117,7 +117,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
 
 
 def _content(file: Path) -> str:
-    """The sha256 of a file, read once for as long as it stays as it is."""
+    """The sha256 of a file, cached until the file changes."""
     stat = file.stat()
     return _sha256(file, stat.st_size, stat.st_mtime_ns)
 
@@ -152,12 +152,12 @@ def _from_hub(repository: str) -> _Found:
 
 
 def _license(folder: Path, config: Config, repository: str) -> str | None:
-    """The license of a repository: its model card's, its `config.json`'s, or for default weights the table's."""
+    """The license from the model card, from `config.json`, or, for default weights, from the table of variants."""
     return hub.license_in(folder) or config.license or published_license(repository)
 
 
 def note_license(record: Weights) -> None:
-    """Note a license that does not allow every use."""
+    """Print a note for a license that restricts use."""
     if record.license is not None and record.license not in PERMISSIVE:
         limit = "no commercial use" if "-nc" in record.license else "read it before you pass them on"
         note(f"the weights {record.source.removeprefix('hf-hub:')} have the license {record.license}: {limit}")
@@ -214,7 +214,7 @@ def _fit(found: _Found, wanted: Variant | None) -> Checkpoint:
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
-    """The number of classes (0 for a backbone), once every key and shape is as the network has it."""
+    """Check every key and shape; return the number of classes (0 for a backbone)."""
     head = state.get("head.weight")
     classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 0
     expected = {key: tensor.shape for key, tensor in _empty(arch, max(classes, 1)).state_dict().items()}
@@ -295,7 +295,7 @@ def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
 
 
 def _empty(arch: Architecture, classes: int) -> ConvNeXt:
-    """The network with no memory behind its parameters."""
+    """The network with parameters on the meta device, without memory."""
     import torch
 
     from exporter.model.convnext import ConvNeXt
@@ -314,9 +314,9 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
-    """The checkpoint that an artifact was made from, wherever it lies now.
+    """Load the weights that an artifact was built from.
 
-    Raises: BadRequest when these are other weights; Unavailable when they are gone.
+    Raises: BadRequest when their digest differs; Unavailable when they do not exist.
     """
     expected, variant = artifact.sidecar.weights, artifact.sidecar.variant
     where = source or absolute(expected.source, artifact.path.parent)
@@ -336,18 +336,21 @@ def _is_path(source: str) -> bool:
 
 
 def _exists(source: str) -> bool:
-    """Whether a source can still be read, as far as that can be told without the network."""
+    """Whether a source exists, checked without network access."""
     return not _is_path(source) or Path(source).exists() or Path(source.rpartition("#")[0]).is_file()
 
 
 def relative(source: str, folder: Path) -> str:
-    """How an artifact in `folder` remembers a source: relative to itself where both lie below the working folder,
-    so that a project can be moved whole; else as it is."""
+    """The path of a source as stored in an artifact in `folder`.
+
+    It is relative to the artifact if both are below the working folder, so that a project can be moved; otherwise it
+    is unchanged.
+    """
     here = Path.cwd()
     inside = _is_path(source) and Path(source).is_relative_to(here) and folder.resolve().is_relative_to(here)
     return os.path.relpath(source, folder.resolve()) if inside else source
 
 
 def absolute(source: str, folder: Path) -> str:
-    """The source that an artifact in `folder` remembers."""
+    """The path of a source from the one stored in an artifact in `folder`: the inverse of `relative`."""
     return os.path.normpath(folder.resolve() / source) if _is_path(source) else source
