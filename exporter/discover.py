@@ -1,4 +1,4 @@
-"""A folder is a registry: its modules are the names, and each holds one object.
+"""A folder is a registry: each module defines one object, and its name is the name of the object.
 
 A new backend, check or report format is one new file; nothing else changes.
 """
@@ -27,7 +27,7 @@ def module(package: str, name: str) -> ModuleType:
 def load(package: str, name: str, attribute: str) -> Any:
     """The object called `attribute` in the module `name` of a package.
 
-    Raises: BadRequest when the package has no such module, with the nearest that it has.
+    Raises: BadRequest when the package has no such module, with the nearest name.
     """
     known = names(package)
     if name not in known:

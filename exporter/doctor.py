@@ -21,7 +21,7 @@ class Fact(Record, frozen=True):
 
 
 def examine() -> list[Fact]:
-    """Everything there is to say about this machine."""
+    """Examine this machine."""
     name, isa = machine.cpu()
     facts = [
         Fact(mark="·", what="processor", found=f"{name}, {machine.cores()} cores"),

@@ -1,12 +1,12 @@
-"""What can go wrong that a user can mend.
+"""Errors that a user can fix.
 
 ExporterError            one line, an exit code, and what to do
 ├── BadRequest           2  a word, recipe or file that cannot be used
 ├── Unavailable          3  something is missing on this machine
 └── CheckFailed          5  built, but a check did not pass
 
-Ctrl-C is exit code 4; what `compare` found to have got worse is 6, and no error. Anything else that escapes is a bug
-of ours (exit code 1, with its traceback).
+Ctrl-C is exit code 4. A regression found by `compare` is exit code 6, and no error. Any other exception is a bug of
+this tool (exit code 1, with its traceback).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class ExporterError(Exception):
-    """Bad news the user can act on. The message says what was found, what was expected and what to do."""
+    """An error that the user can fix. The message has the cause, the expected value and the next step."""
 
     exit_code = 2
 
@@ -34,13 +34,13 @@ class Unavailable(ExporterError):
 
 
 class CheckFailed(ExporterError):
-    """What was built does not hold what it must."""
+    """The result of a build did not pass a check."""
 
     exit_code = 5
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause that offers the nearest of the known words, or lists them when none is near."""
+    """A clause that suggests the nearest known word, or lists all when none is near."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:
@@ -56,10 +56,10 @@ def some(names: Iterable[str], most: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library said, or the kind of its error if it said nothing."""
+    """The first line of a library's error message, or the type of the error if the message is empty."""
     return ([*str(error).strip().splitlines(), type(error).__name__][0] or type(error).__name__)[:200]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of what a library said: C++ puts the reason at the end."""
+    """The last line of a library's error message, where C++ libraries put the reason."""
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]

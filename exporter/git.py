@@ -9,7 +9,7 @@ from exporter.errors import BadRequest, Unavailable
 
 
 def git(*words: str, failed: str) -> str:
-    """What git says.
+    """Run git and return its output.
 
     Raises: Unavailable when it is not there; BadRequest, beginning with `failed`, when it refuses.
     """

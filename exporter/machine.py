@@ -1,4 +1,4 @@
-"""The machine a number was taken on."""
+"""Facts about the machine: processor, memory, versions, and its load during timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The precisions, in one table: what each is, and what an artifact in it must hold."""
+"""The table of precisions, with the default limits of artifacts in each."""
 
 from __future__ import annotations
 

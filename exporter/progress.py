@@ -1,4 +1,4 @@
-"""One small reporter: code below `cli` says what it is doing here, and `cli` draws it.
+"""Progress reports: code below `cli` reports its steps to a reporter, which `cli` draws.
 
 With no reporter set nothing is drawn, so the library is silent.
 """

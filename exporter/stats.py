@@ -1,4 +1,4 @@
-"""Intervals for what was counted, and for what was timed."""
+"""Estimates, intervals and rank tests for counts and for times."""
 
 from __future__ import annotations
 

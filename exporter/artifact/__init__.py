@@ -1,9 +1,9 @@
-"""An artifact: one file that a stock runtime loads, and a sidecar that says what it is.
+"""An artifact: one file that a stock runtime loads, and a sidecar that describes it.
 
-The sidecar `FILE.json` is checked before anything is loaded: it carries the digest of every file, and a
-seal over itself. Files are written to a staging folder, flushed, and moved into place by one rename that
-decides (the folder becomes `.NAME.commit`); whoever comes next finishes a move that was cut short. So at any
-moment there is the old artifact or the new one, never a mixture.
+The sidecar `FILE.json` is checked before anything is loaded: it has the digest of every file, and a seal over itself.
+Files are written to a staging folder and flushed. Renaming that folder to `.NAME.commit` commits the artifact; then the
+files are moved into place. The next process completes an interrupted move. So at any moment there is either the old
+artifact or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def file_name(sidecar: Sidecar, suffix: str, form: str = "") -> str:
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the sidecar of a file lies."""
+    """The path of the sidecar of a file."""
     return path.with_name(path.name + ".json")
 
 
@@ -98,9 +98,9 @@ def _load(path: Path) -> Artifact:
 
 
 def _external(path: Path) -> set[str]:
-    """The files that the tensors of an ONNX graph say they lie in; none of them is opened.
+    """The external data files of an ONNX graph, without opening them.
 
-    Raises: BadRequest for what is no ONNX.
+    Raises: BadRequest for a file that is not ONNX.
     """
     if not _holds(path, b"location"):  # the key that every external tensor has; looking is quick, parsing is not
         return set()
@@ -115,7 +115,7 @@ def _external(path: Path) -> set[str]:
 
 
 def _holds(path: Path, word: bytes) -> bool:
-    """Whether a file holds a word, without taking it into memory."""
+    """Whether a file contains a word, without reading it into memory."""
     if path.stat().st_size == 0:  # which cannot be mapped
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -149,7 +149,7 @@ def _check(path: Path, file: File) -> None:
 
 
 def read_sidecar(path: Path) -> Sidecar:
-    """What the sidecar of a file says, without looking at the file.
+    """Read the sidecar of a file, without reading the file.
 
     Raises: BadRequest when it is damaged or was changed.
     """
@@ -158,10 +158,10 @@ def read_sidecar(path: Path) -> Sidecar:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A folder to write the files of `target` into; they move into place when the block ends well.
+    """A folder to write the files of `target` into. They move into place when the block ends without an error.
 
-    If it does not, by an error or Ctrl-C, the folder is removed and what stood there before still stands. What a
-    killed process left is removed by the next one.
+    After an error or Ctrl-C the folder is removed, and the old files are unchanged. The next process removes the folder
+    of a killed one.
 
     Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is
         not ours stands at `target`.
@@ -214,7 +214,7 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the staging folders of processes that are no more: nobody holds their locks."""
+    """Remove the staging folders of dead processes, whose locks are free."""
     staged = f".{glob.escape(target.name)}.*"
     left = [*target.parent.glob(f"{staged}.new"), *target.parent.glob(f"{staged}.lock")]
     for folder in {path.with_suffix(".new") for path in left}:
@@ -238,7 +238,7 @@ def seal(folder: Path, name: str, sidecar: Sidecar) -> None:
 def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> None:
     """Write the quality of an artifact, as just verified, into its sidecar.
 
-    When it was built again meanwhile, or cannot be written to, a note says so.
+    If the artifact was rebuilt meanwhile, or the sidecar cannot be written, a note is printed.
     """
     try:
         with locked(artifact.path.parent):
@@ -253,7 +253,7 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write a report or table over something else: an artifact, its sidecar, a folder, a device.
+    """Refuse to write a report or table over an artifact, its sidecar, a folder or a device.
 
     Raises: BadRequest.
     """
@@ -269,7 +269,7 @@ def _commit_folder(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Finish the move of a staged artifact that was cut short after it was decided."""
+    """Complete the interrupted move of a committed artifact."""
     commit = _commit_folder(target)
     if not commit.is_dir():
         return
@@ -284,7 +284,7 @@ def _recover(target: Path) -> None:
 
 
 def _drop_old_files(target: Path) -> None:
-    """Remove the files of the artifact that stood here before which the new one does not replace."""
+    """Remove the files of the old artifact that the new one does not replace."""
     commit, old = _commit_folder(target), sidecar_path(target)
     new = sidecar_path(commit / target.name)
     if not (old.is_file() and new.is_file()):

@@ -1,4 +1,4 @@
-"""Sidecars: the facts about an artifact, and how they are written, sealed and read."""
+"""Sidecars: the facts about an artifact, written as sealed JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOCATIONS = (
     ("recipe", "model", "labels"),
     ("recipe", "quantization", "calib"),
 )
-"""Facts that say where something was when an artifact was built; digests say what it was."""
+"""Paths at the time of the build; digests identify the content."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,8 +35,8 @@ class Preprocessing(Record, frozen=True):
     """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
 
     `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
-    `size` and cuts nothing, as published for inputs of 384 pixels and more. `input` says how far to go: an artifact
-    takes `normalized` pixels, or `float01` (0…1) or `uint8` (0…255) and does the rest itself.
+    `size` and cuts nothing, as published for inputs of 384 pixels and more. `input` is the type of pixels that the
+    artifact takes: `normalized`, `float01` (0…1) or `uint8` (0…255); the artifact contains the remaining steps.
     """
 
     size: int = 224
@@ -50,7 +50,7 @@ class Preprocessing(Record, frozen=True):
     input: Literal["normalized", "float01", "uint8"] = "normalized"
 
     def at(self, size: int) -> Preprocessing:
-        """The same recipe for another input size in pixels, keeping the share that the crop leaves."""
+        """The same preprocessing for another input size in pixels, with the same ratio of crop to resize."""
         return msgspec.structs.replace(self, size=size, resize=round(size * self.resize / self.size))
 
 
@@ -63,9 +63,9 @@ class Tensor(Record, frozen=True):
 
 
 class Weights(Record, frozen=True):
-    """Where the weights came from and what they are.
+    """Source and digest of the weights.
 
-    `digest` is the sha256 of the tensors in our own layout, so the same weights have one digest in every
+    `digest` is the sha256 of the tensors in the layout of this tool, so the same weights have one digest in every
     file format; `file_sha256` is that of the file they were read from; `license` is that of weights from the Hub, as
     their model card has it (`apache-2.0`), None where it is not known.
     """
@@ -79,7 +79,7 @@ class Weights(Record, frozen=True):
 
 
 class File(Record, frozen=True):
-    """One file of an artifact, beside the others."""
+    """One file of an artifact."""
 
     name: str
     bytes: int
@@ -87,8 +87,8 @@ class File(Record, frozen=True):
 
 
 class Quantization(Record, frozen=True):
-    """How an artifact came to eight bits: the calibration set and its digest, how ranges were chosen, and the layers
-    that were rounded, each with its multiply-accumulates for one image. `kept` are the parts that were kept back."""
+    """The quantization of an artifact: calibration set and digest, method, and the quantized layers, each with its
+    multiply-accumulates for one image. `kept` are the parts in higher precision."""
 
     calib: str
     digest: str
@@ -103,9 +103,11 @@ class Quantization(Record, frozen=True):
 
 
 class Sidecar(Record, frozen=True):
-    """All that is known of an artifact. The first of `files` is the one a runtime opens; `macs` are the
-    multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` the modules whose activations fp16 cannot
-    hold; `target` is what it was built for, where it runs on nothing else."""
+    """The facts about an artifact. The runtime opens the first of `files`.
+
+    `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` are the modules whose
+    activations exceed fp16; `target` has the hardware and versions that the artifact is restricted to.
+    """
 
     backend: str
     precision: str
@@ -157,7 +159,7 @@ class Sidecar(Record, frozen=True):
             backend, precision: of the new artifact, where they differ.
             tools: versions of the tools that build it, added to those of this artifact.
             recipe: other fields of the recipe that differ.
-            target: what it is built for.
+            target: hardware and versions that it is restricted to.
         """
         backend, precision = backend or self.backend, precision or self.precision
         return msgspec.structs.replace(
@@ -178,7 +180,7 @@ def _seal(sidecar: Sidecar) -> str:
 
 
 def encode(sidecar: Sidecar) -> bytes:
-    """As the file beside an artifact, sealed."""
+    """The sealed content of a sidecar file."""
     sealed = msgspec.structs.replace(sidecar, seal=_seal(sidecar))
     return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
 
@@ -207,7 +209,7 @@ def _refuse_other_schema(path: Path, head: _Head) -> None:
 
 
 def decode(path: Path) -> Sidecar:
-    """A sidecar from its file.
+    """Decode and check the content of a sidecar file.
 
     Raises: BadRequest when it is damaged, too large, of another schema, or was changed after it was sealed.
     """

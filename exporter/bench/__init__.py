@@ -1,7 +1,7 @@
-"""Timing models side by side: any number of arms, taken in turn in one process that a second one watches over.
+"""Times any number of models (arms) in turn in one process, which a second process supervises.
 
-`worker` runs in that process, `supervisor` starts it and outlives its crashes, `latency` makes findings of what was
-timed. An arm that crashes or hangs is taken out, and the others are timed on.
+`worker` runs in the timing process, `supervisor` starts it and handles its crashes, `latency` creates the findings. An
+arm that crashes or hangs is removed, and timing continues with the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from exporter.recipe import TimingOptions
 
 
 class Arm(Record, frozen=True):
-    """One model to time: an artifact, or the PyTorch network it was made from, eager, compiled, or on a GPU in TF32 or
+    """One model to time: an artifact; the PyTorch network it was built from, eager, compiled, or on a GPU in TF32 or
     fp16; or a large matrix product on the artifact's runtime, `peak`.
 
-    `path` is the artifact in every case; `weights` says where the network's weights lie now.
+    `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved.
     """
 
     name: str
@@ -55,9 +55,9 @@ Opener = Callable[[Arm], AbstractContextManager[Session]]
 
 
 class Plan(Record, frozen=True):
-    """What to time and how: the first arm is the one that all others are held against.
+    """The schedule of a timing. All other arms are compared with the first one.
 
-    `seconds` are those of one launch, without opening and warming up.
+    `seconds` is the duration of one launch, without loading and warm-up.
     """
 
     arms: tuple[Arm, ...]
@@ -69,9 +69,9 @@ class Plan(Record, frozen=True):
 
 
 class Launch(Record, frozen=True):
-    """One opening of all arms: per arm a list of blocks of milliseconds (one block a round), the cosine of its
-    outputs to those of the first arm, how many batches it runs at once, how the machine was, and milliseconds of the
-    parts of a run where the arm tells them."""
+    """One launch of all arms: for each arm a list of blocks of milliseconds (one block a round), the cosine of its
+    outputs to those of the first arm, the number of batches it runs at once, the state of the machine, and, if the arm
+    reports them, milliseconds of the parts of a run."""
 
     blocks: dict[str, list[list[float]]]
     cosine: dict[str, float]
@@ -85,20 +85,23 @@ class Launch(Record, frozen=True):
 
 @dataclass
 class Timing:
-    """All launches of a plan, and why an arm fell out, by its name."""
+    """All launches of a plan, and the reason of each failed arm, by its name."""
 
     plan: Plan
     launches: list[Launch] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
     def standing(self) -> list[Arm]:
-        """The arms that did not fall out."""
+        """The arms that have not failed."""
         return [arm for arm in self.plan.arms if arm.name not in self.failures]
 
 
 class Cold(Record, frozen=True):
-    """An arm alone in a new process: milliseconds from nothing in memory to the first answer (importing the runtime
-    included), of loading it again, of the first inference after that, and the peak of resident memory in bytes."""
+    """Cold start of an arm alone in a new process.
+
+    It has milliseconds to the first output (including import of the runtime), of loading it again, and of the first
+    inference after that, and the peak of resident memory in bytes.
+    """
 
     cold_ms: float
     load_ms: float

@@ -1,4 +1,4 @@
-"""What was timed, as findings: latency, throughput, speed-up over eager, and whether the machine was quiet enough."""
+"""Findings of a timing: latency, throughput, speed-up over eager, and the noise of the machine."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class BenchOptions(Bench, frozen=True):
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
-    """Time artifacts and the eager model they were made from, interleaved; a report for each.
+    """Time artifacts in turn with the eager model that they were built from; return a report for each.
 
-    Raises: BadRequest for artifacts that cannot be timed together, or not at such a batch.
+    Raises: BadRequest for artifacts that cannot be timed together, or not at a batch size.
     """
     _check(artifacts, options)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
@@ -62,7 +62,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
 
 
 def with_limits(report: Report, limits: Bench) -> Report:
-    """A report judged by limits of latency."""
+    """The report with the limits of latency applied."""
     findings = tuple(_limited(finding, limits) for finding in report.findings)
     return msgspec.structs.replace(report, findings=findings, passed=all(finding.passed for finding in findings))
 
@@ -101,7 +101,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
 
 
 def _pixels(recipe: Preprocessing) -> Preprocessing:
-    """What an image becomes before it is scaled: artifacts that take it in other units are still given the same."""
+    """The preprocessing without its scaling, which may differ between artifacts that are timed together."""
     return msgspec.structs.replace(recipe, input="normalized")
 
 
@@ -112,7 +112,7 @@ def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
 
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """Eager first, then the artifacts, then what else was asked for."""
+    """The arms: eager first, then the artifacts, then those of `--also`."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads}
     torch = {**told, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
     path = str(artifacts[0].path)
@@ -122,7 +122,7 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """A matrix product for each precision and runtime that has one: what the machine could reach."""
+    """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
     told: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
     arms = {
         peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told)
@@ -133,12 +133,12 @@ def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 
 
 def peak_name(made: Artifact) -> str:
-    """What the matrix product is called that an artifact is held against."""
+    """The name of the matrix product with which an artifact is compared."""
     return f"peak of {made.sidecar.backend} {made.sidecar.precision}"
 
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
-    """Launches of all arms at one batch size, until the duration is over or the speed-ups are known well enough."""
+    """Launches of all arms at one batch size, until the duration is over or the intervals are narrow enough."""
     step(f"timing {len(arms)} models in turn, batch {batch}")
     plan = Plan(
         arms=tuple(arms),
@@ -166,7 +166,7 @@ def _widest(timing: Timing) -> float:
 
 
 def speedups(timing: Timing, name: str, over: str) -> list[float]:
-    """Per launch the logarithm of how many times faster an arm is, from the blocks of the same rounds."""
+    """The logarithm of the speed-up of an arm for each launch, from the blocks of the same rounds."""
     per_launch = []
     for launch in timing.launches:
         if name in launch.blocks and over in launch.blocks:
@@ -211,7 +211,7 @@ def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
 
 
 def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
-    """Upload, computing and download apart, where a GPU's clock told them."""
+    """Upload, computation and download separately, where a GPU measured them."""
     told = [launch.parts[name] for launch in timing.launches if name in launch.parts]
     return [
         Finding(
@@ -263,7 +263,7 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
 
 
 def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
-    """The other model's own latency and how much faster this one is, in pairs of the same rounds."""
+    """The latency of another model, and the speed-up over it, in pairs of the same rounds."""
     if other in timing.failures:
         reason = timing.failures[other]
         return [Finding(check="latency", metric=f"{prefix}_p50_ms", case=case, value=None, detail=reason)]
@@ -287,7 +287,7 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
 
 
 def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list[Finding]:
-    """How much of what the same runtime reaches with a large matrix product, timed in turn, the model reaches."""
+    """The share of the speed that the same runtime reaches with a large matrix product, timed in turn."""
     macs, peak = made.sidecar.macs, peak_name(made)
     ratios = speedups(timing, name, peak)
     if macs is None or len(ratios) < 2:
@@ -307,7 +307,7 @@ def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list
 
 
 def _computed(timing: Timing, name: str) -> str:
-    """What an arm is really computed in, as far as its session says."""
+    """The arithmetic of an arm, if its session reports it."""
     arithmetic = next(
         (launch.facts[name].get("arithmetic") for launch in timing.launches if name in launch.facts), None
     )
@@ -315,7 +315,7 @@ def _computed(timing: Timing, name: str) -> str:
 
 
 def _noise(timing: Timing, found: Center) -> str:
-    """What a reader must know before believing it."""
+    """Sources of noise during the timing, as text."""
     reasons = []
     conditions = [launch.conditions for launch in timing.launches]
     if 100 * found.half_width > NOISY_PCT:
@@ -332,7 +332,7 @@ def _noise(timing: Timing, found: Center) -> str:
 
 
 def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
-    """That what was timed is the model: the worst cosine to eager's answers to the timed inputs."""
+    """The smallest cosine to eager's outputs on the timed inputs, which shows that the timed model is the right one."""
     if EAGER in timing.failures:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
@@ -362,7 +362,7 @@ def _cold_findings(cold: dict[str, Cold | str], arm: Arm) -> list[Finding]:
 
 
 def _circumstances(timings: list[Timing]) -> dict[str, object]:
-    """How the machine was while it timed: medians over the launches."""
+    """The state of the machine during the timing: medians over the launches."""
     seen = [msgspec.to_builtins(launch.conditions) for timing in timings for launch in timing.launches]
     dropped = sum(launch.dropped for timing in timings for launch in timing.launches)
     fields = seen[0] if seen else {}

@@ -1,9 +1,9 @@
-"""Timing: callables taken in turn, and a clock. Knows no model, no process and no file.
+"""Times callables in turn. Independent of models, processes and files.
 
-A *launch* is one opening of everything that is measured; a *round* takes every arm once, in random order; a *block*
-is a handful of back-to-back runs of one arm, each timed. Arms of one round meet the same moods of the machine, so
-their blocks are compared in pairs. What differs between two openings of the same model (where its memory came to
-lie) is seen only by opening it anew, so launches are what intervals are made of.
+In a *launch* all models are loaded once; a *round* runs every arm once, in random order; a *block* is a few timed
+back-to-back runs of one arm. The arms of a round see the same state of the machine, so their blocks are compared in
+pairs. The place of a model in memory changes its speed and is fixed when it is loaded, so intervals are computed over
+launches.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Clock = Callable[[], int]
 
 
 class ClockError(ExporterError):
-    """The clock of this machine cannot be measured with."""
+    """The clock of this machine cannot be used for timing."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How an arm runs once it is warm: untimed runs that lead into a block, timed runs in it; whether it settled."""
+    """The schedule of a warm arm: untimed and timed runs of a block, and whether the latency had settled."""
 
     lead: int
     block: int
@@ -44,7 +44,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What was timed: per arm a list of blocks of milliseconds, one block a round, and how many rounds were dropped
+    """Timed rounds: for each arm a list of blocks of milliseconds, one block a round, and the number of rounds dropped
     because the clock went backwards or stood still."""
 
     blocks: dict[str, list[list[float]]]
@@ -53,7 +53,7 @@ class Rounds:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, the garbage collector keeps still."""
+    """Disable the garbage collector inside the `with` block."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()
@@ -65,12 +65,12 @@ def undisturbed() -> Iterator[None]:
 
 
 def settle(run: Callable[[], None], least_s: float, most_s: float, clock: Clock = time.perf_counter_ns) -> Pace:
-    """Run until the pace no longer changes, and say what the pace is.
+    """Run until the latency no longer changes; return the pace.
 
     Args:
         run: one inference.
-        least_s: at least so many seconds.
-        most_s: at most so many; it may then not have settled.
+        least_s: minimum duration in seconds.
+        most_s: maximum duration; the latency may then not have settled.
         clock: nanoseconds.
     """
     taken: list[float] = []
@@ -95,12 +95,12 @@ def interleave(
     starting: Callable[[str], None],
     clock: Clock = time.perf_counter_ns,
 ) -> Rounds:
-    """Take all arms in turn, in random order, for so many seconds and at least `LEAST_ROUNDS` rounds.
+    """Run all arms in turn, in random order, for a number of seconds and at least `LEAST_ROUNDS` rounds.
 
-    `starting` is told the name of each arm before its block. A round in which the clock did not go forwards is
-    dropped whole, so that pairs stay pairs.
+    `starting` is called with the name of each arm before its block. A round in which the clock did not go forwards is
+    dropped for all arms, so that pairs stay complete.
 
-    Raises: ClockError when it does so all the time.
+    Raises: ClockError when this happens all the time.
     """
     blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
     elapsed = dropped = kept = 0

@@ -1,5 +1,6 @@
-"""What runs in the timing process. It says what it is about to do before it does it, so that whoever watches knows
-whose fault a crash was, and stands still until a message was taken in: nobody draws progress while it times."""
+"""The timing process. It reports the active arm before running it, so that the supervisor can attribute a crash.
+
+It waits until each message is acknowledged, so the supervisor draws no progress during timing."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched
 
 @contextmanager
 def open_arm(arm: Arm) -> Iterator[Session]:
-    """The session that an arm stands for.
+    """Open the session of an arm.
 
-    Raises: what its backend raises.
+    Raises: the errors of its runtime.
     """
     artifact = artifacts.load(Path(arm.path))
     options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
@@ -50,7 +51,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
 
 
 class Line:
-    """The worker's end of the line to its supervisor: which arm is at work, and messages that wait for an answer."""
+    """The worker's end of the connection to its supervisor: the active arm, and messages that wait for an answer."""
 
     def __init__(self, connection: Connection, active: Any, plan: Plan) -> None:
         self.connection, self.active = connection, active
@@ -58,20 +59,20 @@ class Line:
         self.heard = time.monotonic()
 
     def starting(self, name: str) -> None:
-        """Say which arm is at work: one store to shared memory, and now and then a sign of life."""
+        """Report the active arm by one store to shared memory, and from time to time by a message."""
         self.active.value = self.index[name]
         if time.monotonic() - self.heard > HEARTBEAT_S:
             self.tell("alive", None)
 
     def tell(self, kind: str, content: Any) -> None:
-        """Send a message and wait until it was taken in."""
+        """Send a message and wait for its acknowledgement."""
         self.connection.send((kind, content))
         self.connection.recv()
         self.heard = time.monotonic()
 
 
 def work(task: Callable[..., None], connection: Connection, active: Any, plan: Plan, opener: Opener) -> None:
-    """The body of the timing process: do the task; what is raised is told, with the arm that was at work."""
+    """The body of the timing process: run the task, and send the message of an error to the supervisor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what an interrupt means
     try:
         task(Line(connection, active, plan), plan, opener)
@@ -84,7 +85,7 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
 
 
 def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
-    """Launch after launch, until the supervisor hangs up."""
+    """Time one launch after another, until the supervisor closes the connection."""
     batches = inputs(plan)
     shuffle = random.Random(plan.seed)
     with ExitStack() as kept:
@@ -143,7 +144,7 @@ def _parts(measured: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def inputs(plan: Plan) -> list[Array]:
-    """Batches with natural statistics, no two alike."""
+    """Different batches of images with the statistics of photographs."""
     scenes = [images.normalise(synthetic.dead_leaves(plan.preprocessing.size, i), plan.preprocessing) for i in range(4)]
     return [
         np.ascontiguousarray(np.stack([np.roll(scenes[(turn + i) % 4], i, axis=-1) for i in range(plan.batch)]))
@@ -152,9 +153,9 @@ def inputs(plan: Plan) -> list[Array]:
 
 
 def _cosines(bounds: dict[str, Bound], names: list[str], line: Line) -> dict[str, float]:
-    """The worst cosine between what an arm gave, timed inputs and all, and the nearest answer of the first arm.
+    """The smallest cosine between outputs of an arm and the nearest output of the first arm.
 
-    The nearest, since the arms stand at different places in their rotation of the inputs.
+    The nearest is taken because arms are at different places in the rotation of inputs.
     """
     answers = {name: [_answer(bounds[name], name, line) for _ in range(INPUTS)] for name in names}
     reference = answers[names[0]]
@@ -176,7 +177,7 @@ def _cosine(first: Outputs, second: Outputs) -> float:
 
 
 def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
-    """The only arm of the plan, from nothing in memory; then again, warm."""
+    """Time the only arm of the plan from a cold start, then warm."""
     (arm,) = plan.arms
     line.starting(arm.name)
     batches = inputs(plan)

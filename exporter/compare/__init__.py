@@ -1,8 +1,8 @@
-"""Did it regress? Limits as a user gives them, and the only place that says yes.
+"""Decides whether a change is a regression, by the limits of `--fail-on`.
 
 A regression of time must be significant by a rank test over launches, corrected for the number of comparisons, and
-larger than its limit by more than the noise floor: what the base differed by from itself in the same run. Whatever
-looks like one is measured again, longer, and only the second measurement counts.
+larger than its limit by more than the noise floor, which is the difference of the base from itself in the same run. A
+suspected regression is measured again, longer, and only the second measurement counts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _none(blocks: Blocks) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is compared. For times, `of` is one number of a launch's blocks, in the unit where more is worse;
-    `kind` says what else there is: exact numbers, and answers to the same images."""
+    """How a metric is compared. For times, `of` computes one number from the blocks of a launch, where more is worse.
+    The other values of `kind` are exact numbers, and answers to the same images."""
 
     kind: Literal["time", "exact", "answers"]
     of: Callable[[Blocks], float] = _none
@@ -93,7 +93,7 @@ def parse_limit(word: str) -> Limit:
 
 
 def parse_limits(words: Sequence[str]) -> tuple[Limit, ...]:
-    """Every `--fail-on`, at most one for each metric.
+    """Parse every `--fail-on`, at most one for each metric.
 
     Raises: BadRequest.
     """
@@ -107,11 +107,11 @@ def parse_limits(words: Sequence[str]) -> tuple[Limit, ...]:
 
 @dataclass(frozen=True)
 class Change:
-    """One comparison of times. Everything but the medians is the logarithm of a ratio in which more is worse.
+    """One comparison of times. Except for the medians, values are logarithms of ratios in which more is worse.
 
-    found: head against base, with its 95 % interval; effects: the same launch by launch.
-    chance: how probable this is when nothing changed.
-    floor: the noise floor, what base differs by from itself.
+    found: head compared with base, with its 95 % interval; effects: the same for each launch.
+    chance: the p-value, if nothing had changed.
+    floor: the noise floor, the difference of base from itself.
     base, head: the metric itself, in its unit.
     """
 
@@ -132,7 +132,7 @@ class Change:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether this has to be looked at again."""
+        """Whether the change has to be measured again."""
         return self.found.value > self.most
 
     def detectable(self) -> float:
@@ -141,7 +141,7 @@ class Change:
 
 
 def judge(changes: Sequence[Change], confirmed: bool) -> list[Finding]:
-    """A finding for each change; `confirmed` says that these numbers are the last look, and may fail."""
+    """A finding for each change; only numbers that are `confirmed`, by a second measurement, can fail."""
     chances = holm([change.chance for change in changes])
     return [_finding(change, chance, confirmed) for change, chance in zip(changes, chances, strict=True)]
 
@@ -179,7 +179,7 @@ def _verdict(change: Change, regressed: bool) -> str:
 
 
 def compare_exact(limit: Limit, base: float, head: float) -> Finding:
-    """A number that has no noise."""
+    """A finding for a number without noise."""
     grown = head - base
     value = 100 * grown / max(base, 1.0) if limit.relative else grown
     return judged(
@@ -196,9 +196,9 @@ def compare_exact(limit: Limit, base: float, head: float) -> Finding:
 
 
 def compare_answers(limit: Limit, base: Sequence[float], head: Sequence[float]) -> Finding:
-    """The top-1 that head loses against base on the same images, in points; a loss within its interval passes.
+    """The top-1 loss of head compared with base on the same images, in points; a loss within its interval passes.
 
-    Raises: BadRequest when these were not the same images.
+    Raises: BadRequest when the images differ.
     """
     if len(base) != len(head) or not base:
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""Two artifacts, measured in turn on this machine: base, head, and the base once more as its own control."""
+"""Times two artifacts in turn on this machine: base, head, and the base again to measure the noise."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ AGAIN = 2  # times as many launches in the second look
 
 
 class CompareOptions(TimingOptions, frozen=True):
-    """How two artifacts are timed. One core is left to the rest of the machine by default: the noise of other processes
-    hides more regressions than the last core could show."""
+    """Options of timing two artifacts. By default one core is left to other processes, whose noise would otherwise hide
+    regressions."""
 
     across: Annotated[
         tuple[Literal["machine", "model"], ...], about("Compare reports of two machines, or of two models, anyway.")
@@ -48,7 +48,7 @@ class Pair:
 
 
 def check_pair(pair: Pair, options: CompareOptions) -> None:
-    """Refuse what cannot be told apart by time alone: two models, two inputs, a batch that one cannot run.
+    """Refuse pairs with different models or inputs, or with a batch size that one cannot run.
 
     Raises: BadRequest.
     """
@@ -150,7 +150,7 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
 
 
 def _logs(launch: Launch, name: str, metric: str) -> NDArray[np.float64]:
-    """Of one launch: for the median one number a round, so that rounds are compared in pairs; else one number."""
+    """Logarithms of one launch: for the median one for each round, to compare rounds in pairs; else a single one."""
     blocks = launch.blocks[name]
     groups = [[block] for block in blocks] if metric == "p50_ms" else [blocks]
     return np.log([METRICS[metric].of(group) for group in groups])

@@ -1,4 +1,4 @@
-"""The CI gate: what is compared with what, and the one report that comes of it."""
+"""The CI gate: compares two artifacts, two reports or two revisions, and returns one report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     wanted = 1 if options.base_rev else 2
     if len(sides) != wanted:
         expected = "HEAD alone, with --base-rev" if options.base_rev else "BASE and HEAD, or HEAD and --base-rev"
-        raise BadRequest(f"compare: {len(sides)} paths; expected {expected}")
+        raise BadRequest(f"compare: {len(sides)} given; expected {expected}")
     if (options.base_rev is None) != (options.build is None):
         raise BadRequest("--base-rev REV and --build CMD go together: the command builds HEAD at both revisions")
     are_reports = [_is_report(side) for side in sides]

@@ -1,7 +1,7 @@
-"""Two reports of separate runs: what can still be said of them.
+"""Compares two reports of separate runs.
 
-Where both timed eager PyTorch beside the artifact, each launch is held against eager in that launch, so that a
-machine that was slower on the second day is not taken for a regression. Nothing can be measured again here.
+If both timed eager PyTorch with the artifact, each launch is compared with eager in that launch, so a machine that was
+slower in one run causes no regression. Nothing can be measured again here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from exporter.stats import center, is_larger, shift
 def compare_reports(base: Report, head: Report, limits: Sequence[Limit], across: Sequence[str]) -> list[Finding]:
     """A finding for every limit and case.
 
-    Raises: BadRequest for reports of two machines or models, unless `across` says so, and for those that lack what
-        a limit speaks of.
+    Raises: BadRequest for reports of two machines or models, unless `across` allows it, and for reports without the
+        metric of a limit.
     """
     check_same(base, head, across)
     times = [limit for limit in limits if METRICS[limit.metric].kind == "time"]
@@ -35,7 +35,7 @@ def compare_reports(base: Report, head: Report, limits: Sequence[Limit], across:
 
 
 def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
-    """Refuse to compare what was not meant to be.
+    """Refuse reports of two machines or models, unless `across` allows it.
 
     Raises: BadRequest.
     """
@@ -55,7 +55,7 @@ def _words(model: Sequence[object]) -> str:
 
 
 def _way(report: Report) -> list[str]:
-    """How a report was timed, as far as that changes what a number means."""
+    """The timing options of a report that change the meaning of its numbers."""
     told = report.recipe.get("bench")
     told = told if isinstance(told, dict) else {}
     return [f"{key} {told[key]}" for key in ("device", "threads", "hint") if key in told]
@@ -125,7 +125,7 @@ def _launches(report: Report, metric: str, case: str, side: str) -> list[tuple[f
 
 
 def _eager(report: Report, case: str, count: int) -> np.ndarray | None:
-    """Per launch the logarithm of eager's median, or None where eager was not timed in each."""
+    """The logarithm of eager's median for each launch, or None if eager was not timed in every launch."""
     found = report.find("eager_p50_ms", case)
     if found is None or len(found.launches) != count or not found.samples:
         return None

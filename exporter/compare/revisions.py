@@ -1,4 +1,4 @@
-"""An artifact as a git revision would build it."""
+"""Builds an artifact at a git revision."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from exporter.progress import step
 
 @contextmanager
 def built_at(revision: str, command: str, path: Path) -> Iterator[Artifact]:
-    """What `command` leaves at `path` in a checkout of the revision, for as long as the block lasts.
+    """The artifact that `command` builds at `path` in a checkout of the revision, which is removed after the block.
 
     Args:
         revision: a commit, branch or tag.
-        command: a shell command, run where the user stands in the repository.
-        path: the artifact, relative to there.
+        command: a shell command, run in the user's working folder of the checkout.
+        path: the artifact, relative to that folder.
 
     Raises: Unavailable without git; BadRequest outside a repository or for an unknown revision; CheckFailed when the
         command fails.
@@ -50,9 +50,9 @@ def _unknown(revision: str) -> str:
 
 
 def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
-    """Run a build command in a folder and open the artifact that it leaves.
+    """Run a build command in a folder and open the artifact that it builds.
 
-    Raises: CheckFailed when the command fails; BadRequest when it leaves no artifact there.
+    Raises: CheckFailed when the command fails; BadRequest when it builds no artifact there.
     """
     step(f"building {what}: {command}")
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)

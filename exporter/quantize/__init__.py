@@ -1,8 +1,8 @@
-"""Eight bits for ConvNeXt: what is measured on images, which ranges follow, what is folded first, what it costs.
+"""Quantization of ConvNeXt: statistics of activations, ranges, smoothing, simulation, and Q/DQ nodes.
 
-`statistics` watches the network's layers, `ranges` chooses what eight bits stand for, `smoothing` moves scale from
-activations into weights, `simulation` runs the network as it will be rounded. Where Q and DQ go is a backend's
-`Placement`, and `graph.quantize` puts them there. All numbers here are of one network in one of the folded forms.
+`statistics` records the inputs of layers, `ranges` chooses the range of the quantized type, `smoothing` moves scale
+from activations into weights, and `simulation` runs the quantized network in PyTorch. A backend's `Placement` names the
+layers to quantize; `placement` inserts Q and DQ around them. The network is always in one of the folded forms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class QuantizeOptions(Record, frozen=True):
     half: whether scales have to be representable in fp16.
     exact_pairs: whether adjacent weights are bounded against saturation in 16 bits.
     method: how ranges are chosen.
-    bias_correction: what biases make up for: nothing, the weights' mean error, or the whole mean error.
+    bias_correction: the error that biases correct: none, the mean error of the weights, or the whole mean error.
     """
 
     grid: Grid

@@ -1,4 +1,4 @@
-"""Eight bits in the graph: Q and DQ around the layers that a placement names, and what must hold of the result."""
+"""Inserts Q and DQ around the layers of a placement, and checks the quantized graph."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a backend wants Q and DQ.
+    """The layers that a backend quantizes, and how.
 
-    kinds: of the layers whose input and weights are rounded (`structure.KINDS`).
-    forms: in which a network must be written, the best first.
-    symmetric: activations around zero as int8, else uint8 with a zero point.
-    rest: the precision of what is not rounded.
-    inputs: whether the inputs of these layers are rounded, or their weights alone.
+    kinds: kinds of the layers whose input and weights are quantized (`structure.KINDS`).
+    forms: the forms that a network may have, the best first.
+    symmetric: activations are int8 around zero, else uint8 with a zero point.
+    rest: the precision of all other layers.
+    inputs: whether the inputs of these layers are quantized, or their weights alone.
     exact_pairs: whether adjacent weights are bounded, so that sums of two products fit 16 bits.
     """
 
@@ -41,15 +41,15 @@ class Placement:
 
 
 def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:
-    """A copy of an fp32 graph with Q and DQ in it; the graph stays as it was, and weights are shared.
+    """A copy of an fp32 graph with Q and DQ. The graph itself is not changed, and weights are shared.
 
     Args:
         model: in one of the placement's forms, its nodes named after modules.
-        plan: how each layer is rounded.
+        plan: the quantization of each layer.
         placement: the backend's.
-        kept: parts (`stages.2.0`) that stay as they are.
+        kept: parts (`stages.2.0`) that are not quantized.
 
-    Raises: CheckFailed when the graph has not the layers that the plan has.
+    Raises: CheckFailed when the graph lacks a layer of the plan.
     """
     copy = model.clone()
     left = {name for name in plan if part(name) not in kept}
@@ -67,19 +67,19 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
 
 
 def round_product(graph: ir.Graph, node: ir.Node, largest: float) -> None:
-    """Q and DQ around one matrix product without a bias, in place."""
+    """Insert Q and DQ around one matrix product without a bias, in place."""
     rounding = Rounding(2 * largest / 255, 128, False, np.zeros(0, np.float32), exact_pairs=True)
     _Rounded(graph, node, "product", rounding).put()
 
 
 class _Rounded:
-    """One layer being rounded."""
+    """One layer during quantization."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node, name: str, rounding: Rounding) -> None:
         self.graph, self.node, self.name, self.rounding = graph, node, name, rounding
 
     def put(self) -> None:
-        """Q and DQ on the input, and DQ on the weights."""
+        """Insert Q and DQ on the input, and DQ on the weights."""
         if self.rounding.inputs:
             self._put_on_input()
         weight = self.node.inputs[1]
@@ -106,15 +106,15 @@ class _Rounded:
         )
 
     def _output_axis(self) -> int:
-        """The axis of the weights that the output channels are on."""
+        """The axis of the output channels in the weights."""
         transposed = self.node.op_type == "Gemm" and self.node.attributes.get_int("transB", False)
         return 0 if self.node.op_type == "Conv" or transposed else 1
 
     def shift_bias(self) -> None:
-        """The bias with what is added to it, in fp32.
+        """Add the shift of the bias correction to the bias, in fp32.
 
-        Of a matrix product it has four axes: one of a single axis ONNX Runtime would fuse into a Gemm, which in int8
-        is slower than the product with an Add behind it.
+        The bias of a matrix product gets four axes: ONNX Runtime would fuse a bias of one axis into a Gemm, which in
+        int8 is slower than the product followed by an Add.
         """
         node, index = _bias_of(self.node)
         bias = node.inputs[index]
@@ -159,9 +159,9 @@ def _bias_of(node: ir.Node) -> tuple[ir.Node, int]:
 
 
 def faults(model: ir.Model, placement: Placement, grid: Grid = "int8") -> list[str]:
-    """What is wrong with a quantised graph, in words; an empty list when nothing is.
+    """Errors of a quantized graph, as messages.
 
-    Every Q must feed a DQ and every DQ a node, scales be finite and positive, and types those of the placement.
+    Every Q must feed a DQ and every DQ a node. Scales must be finite and positive, and types those of the placement.
     """
     return [said for node in model.graph for said in _faults(node, placement, grid)]
 

@@ -1,4 +1,4 @@
-"""From a histogram of activations to what eight bits stand for."""
+"""Chooses the range of a quantized type from a histogram of activations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TINY = 1e-12
 
 
 def choose(counts: Counts, low: float, high: float, method: CalibMethod, symmetric: bool) -> tuple[float, float]:
-    """The range that is worth its steps: inside what was seen, and always with zero in it.
+    """Choose the quantized range: within the observed values, and including zero.
 
     Args:
-        counts: (bins,) how many activations fell into each of equal bins from `low` to `high`; empty for `minmax`.
-        low, high: the smallest and the largest that was seen, zero included.
+        counts: (bins,) number of activations in each of equal bins from `low` to `high`; empty for `minmax`.
+        low, high: the smallest and the largest observed value, zero included.
         method: `minmax` takes these; `percentile` leaves out 0.005 % at each end; `mse` has the least mean square
             error of rounding and clipping; `entropy` loses the least information, by the Kullback–Leibler divergence
             between the histogram before and after (Migacz, "8-bit inference with TensorRT", GTC 2017).
@@ -41,7 +41,7 @@ def choose(counts: Counts, low: float, high: float, method: CalibMethod, symmetr
 
 
 def _mirrored(counts: Counts, low: float, high: float, most: float) -> Counts:
-    """The same histogram over −most … most."""
+    """The histogram extended to −most … most."""
     centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
     return np.histogram(centers, bins=len(counts), range=(-most, most), weights=counts)[0] if most > 0 else counts
 
@@ -57,7 +57,7 @@ def _percentile(counts: Counts, centers: Counts, low: float, high: float, symmet
 
 
 def _least(loss: Callable[[float, float], float], low: float, high: float, symmetric: bool) -> tuple[float, float]:
-    """The shrunken range of least loss; where it may be lopsided, one end after the other."""
+    """The smaller range with the least loss. In an asymmetric range the ends are moved one after the other."""
     if symmetric:
         best = min(SHRINKINGS, key=lambda t: loss(t * low, t * high))
         return best * low, best * high
@@ -73,7 +73,7 @@ def _square_error(counts: Counts, centers: Counts, low: float, high: float) -> f
 
 
 def _divergence(counts: Counts, centers: Counts, low: float, high: float) -> float:
-    """Of the clipped histogram from itself in 256 levels, spread evenly over the bins of a level that are not empty."""
+    """Divergence of the clipped histogram from its version in 256 levels, each spread over its non-empty bins."""
     inside = (centers >= low) & (centers <= high)
     clipped = counts[inside].copy()
     if not clipped.sum():

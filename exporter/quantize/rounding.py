@@ -1,4 +1,4 @@
-"""How the layers of a ConvNeXt are rounded to eight bits: which there are, and the numbers."""
+"""Quantization of one layer: scales, rounding of weights, and the bound on sums of adjacent products."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_SUM = 2**15 - 1
 
 @dataclass(frozen=True)
 class Rounding:
-    """How one layer is rounded.
+    """The quantization of one layer.
 
     scale, zero_point: of its input: x ≈ scale · (q − zero_point), with q from 0 to 255, or −127 to 127 where
     `symmetric`, or ±448 in fp8.
-    shift: what is added to its bias (out,).
-    inputs: whether its input is rounded at all, or its weights alone.
+    shift: added to its bias (out,).
+    inputs: whether its input is quantized, or its weights alone.
     half: whether scales are held in fp16.
     exact_pairs: whether |sum| ≤ `MAX_PAIR` holds for adjacent weights.
     """

@@ -1,6 +1,6 @@
 """Simulation of the quantized network in PyTorch: bias correction, and the sensitivity of each part.
 
-The numbers are those of the Q/DQ graph: inputs and weights are rounded as there, products are of fp32.
+Inputs and weights are quantized as in the Q/DQ graph; products are computed in fp32.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def plan(
     images: CalibrationSet,
     options: QuantizeOptions,
 ) -> Plan:
-    """How every layer of these kinds is rounded.
+    """Compute the quantization of every layer of these kinds.
 
     Args:
-        model: smoothed by the statistics' factors.
-        kinds: of the layers that are.
-        symmetric: whether activations are rounded around zero.
+        model: smoothed with the factors of the statistics.
+        kinds: of the layers to quantize.
+        symmetric: whether activations are quantized around zero.
         found: the statistics.
         images: for the full bias correction.
         options: the grid, the method and the bias correction.
@@ -60,7 +60,7 @@ def plan(
 
 
 def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
-    """What rounding the weights takes from the mean output: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
+    """The change of the mean output by quantizing the weights: (W − Ŵ)·E[x] (Nagel et al., "Data-free quantization
     through weight equalization and bias correction", ICCV 2019, section 4.2, with E[x] as measured)."""
     lost = layer.weight.detach().double() - rounded_weight(layer, rounding)
     taps: Tensor = lost.flatten(2).sum(2) if lost.ndim > 2 else lost
@@ -72,9 +72,9 @@ def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
 
 
 def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
-    """One layer after the other takes on what its mean output lacks, with everything before it rounded and corrected.
+    """Correct the mean output of one layer after the other, with all earlier layers quantized and corrected.
 
-    Both runs look at one and the same batch, so memory does not grow with the set.
+    The fp32 and the quantized network run on the same batch, so memory does not grow with the set.
     """
     batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images).double()
     step(f"correcting biases on {len(batch)} images")
@@ -114,7 +114,7 @@ def _hooked(model: Network, names: Iterable[str], hook: Callable[..., Tensor | N
 
 @contextmanager
 def rounded(model: Network, made: Plan) -> Iterator[None]:
-    """Within, the layers of a plan work with rounded inputs and weights, and shifted biases."""
+    """Quantize the inputs and weights, and shift the biases, of a plan's layers inside the `with` block."""
     kept: list[tuple[Layer, Tensor, Tensor]] = []
     handles = []
     try:
@@ -150,7 +150,7 @@ def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...
 
 
 def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
-    """The weights that eight bits have for these, in fp32."""
+    """The quantized weights, dequantized to fp32."""
     weight = layer.weight.detach().numpy()
     whole, scale = round_weights(weight, 0, rounding.grid, rounding.half, rounding.exact_pairs)
     return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))

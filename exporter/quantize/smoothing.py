@@ -1,8 +1,8 @@
-"""Moving scale from activations into weights, exactly: x·W = (x∘1/s)·(s∘W).
+"""Moves scale from activations into weights, exactly: x·W = (x∘1/s)·(s∘W).
 
 SmoothQuant (Xiao et al., ICML 2023, eq. 4) balances the largest of each channel: s = max|x|^α / max|w|^(1−α). In a
 folded ConvNeXt 1/s costs nothing: in front of `pwconv1` and of a downsampling convolution it becomes the scale of the
-norm, in front of a V2 block's `pwconv2` it goes into GRN. V1 has only GELU there, which no scale passes.
+norm, in front of a V2 block's `pwconv2` it is folded into GRN. In V1 GELU precedes `pwconv2`; no scale passes it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
 
 
 def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
-    """What can take in the scale of a layer's input, or None."""
+    """The module that can absorb the scale of a layer's input, or None."""
     if kind(name) not in ("pwconv1", "pwconv2", "downsampling"):
         return None
     parent = model.get_submodule(part(name))
@@ -50,7 +50,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
     Args:
         model: in a folded form.
         largest: of each layer, the largest |x| of every input channel (C,).
-        alpha: how much of the spread goes over; 0 gives no factors.
+        alpha: share of the spread that moves into the weights; 0 gives no factors.
     """
     found: dict[str, Floats] = {}
     for name, seen in largest.items():
@@ -65,7 +65,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
 
 
 def smooth(model: Network, scales: Mapping[str, Floats]) -> None:
-    """Fold these factors into a network in place; the function stays the same."""
+    """Fold the factors into a network, in place; its function does not change."""
     for name, s in scales.items():
         layer, factor = _layer(model, name), torch.from_numpy(s).to(_layer(model, name).weight.dtype)
         layer.weight = nn.Parameter(layer.weight * factor.view(1, -1, *[1] * (layer.weight.ndim - 2)), False)

@@ -38,8 +38,11 @@ See = Callable[[str, torch.Tensor], None]
 
 @dataclass
 class Statistics:
-    """Of each layer's input, by the layer's name: smallest, largest and mean of each channel (C,), the factors that
-    the channels were divided by, and how often each value occurs then, in equal bins from `range(name)`."""
+    """Statistics of each layer's input, by the name of the layer.
+
+    They are smallest, largest and mean of each channel (C,), the factors by which the channels were divided, and a
+    histogram of the divided values in equal bins over `range(name)`.
+    """
 
     low: dict[str, Floats] = field(default_factory=dict)
     high: dict[str, Floats] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class Statistics:
         return positions * weight.numel()
 
     def done(self, which: str) -> int:
-        """How many images a pass has seen."""
+        """The number of images that a pass has counted."""
         return int(self.images.get(which, 0))
 
 
@@ -161,8 +164,10 @@ def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str, store: Store) -> None:
-    """Run the images that this pass has not seen yet, and write down now and then what was seen: only between
-    batches, so that none is counted twice."""
+    """Run the images that this pass has not counted yet, and save the statistics from time to time.
+
+    They are saved between batches only, so that no image is counted twice.
+    """
     left = images.total - found.done(which)
     if not left:
         return
@@ -179,7 +184,7 @@ def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str,
 
 @contextmanager
 def watching(watched: Mapping[str, Layer], see: See) -> Iterator[None]:
-    """Within, `see` is told the input of each layer, channels last (…, C)."""
+    """Call `see` with the input of each layer, channels last (…, C), inside the `with` block."""
 
     def told(name: str, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         x = given[0]
@@ -214,7 +219,7 @@ def _histogram(found: Statistics, name: str, x: torch.Tensor) -> None:
 
 
 class Store:
-    """Where statistics are kept: a file for everything that they depend on, which it also says itself."""
+    """The cache of statistics: one file for each cache key. The file also contains its key."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = msgspec.json.encode(facts, order="deterministic")
@@ -222,14 +227,14 @@ class Store:
         self.path = cache_folder() / "statistics" / f"{key}.npz"
 
     def read(self) -> Statistics:
-        """What is kept there; nothing, when the file is damaged or of something else."""
+        """The cached statistics; empty when the file is damaged or has another key."""
         found = Statistics()
         try:
             if not self.path.is_file():
                 return found
             with np.load(self.path, allow_pickle=False) as stored:
                 if bytes(stored["facts"]) != self.facts or str(stored["seal"]) != _seal(stored):
-                    raise ValueError("of something else")
+                    raise ValueError("another key")
                 for key in set(stored.files) - {"facts", "seal"}:
                     kind, _, name = key.partition("|")
                     getattr(found, kind)[name] = stored[key]
@@ -239,7 +244,7 @@ class Store:
         return found
 
     def write(self, found: Statistics) -> None:
-        """Keep what was measured; a cache that cannot be written is no reason to stop."""
+        """Write the statistics to the cache; an error is ignored, because the cache is optional."""
         kinds = ("low", "high", "total", "count", "histogram", "images")  # factors are derived from low and high
         arrays = {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(found, kind).items()}
         arrays["facts"] = np.frombuffer(self.facts, np.uint8)

@@ -142,7 +142,7 @@ def _compare_blocks(
 
 @dataclass(frozen=True)
 class Runnable:
-    """The artifact that is run to measure accuracy, its runtime, and a finding where it stands in for another one."""
+    """The artifact that is run to measure accuracy, its runtime, and a finding if it replaces another artifact."""
 
     artifact: Artifact
     runtime: Runtime[Options]
@@ -151,10 +151,10 @@ class Runnable:
 
 @contextmanager
 def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnable]:
-    """An artifact itself; where it cannot run here, the graph that it was built from, with every result rounded to its
+    """The artifact, or, if it cannot run here, the ONNX graph that it was built from, with every result rounded to its
     precision.
 
-    Raises: Unavailable when the artifact cannot run and that graph is not beside it.
+    Raises: Unavailable when the artifact cannot run and its ONNX graph is missing.
     """
     reason = runtime.unable()
     if not reason:
@@ -191,7 +191,7 @@ def _write_rounding(graph: Path, path: Path) -> None:
 
 
 def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
-    """One batch; for an artifact of a fixed batch the last one is filled up and cut again."""
+    """Run one batch. For an artifact with a fixed batch size, the last batch is padded, and its outputs are cut."""
     count = len(pixels)
     if isinstance(fixed, int) and count < fixed:
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], fixed - count, axis=0)])
@@ -199,7 +199,7 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
 
 
 def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
-    """How many images were measured, and how many could not be read, by name; too many of these is a failure."""
+    """The number of images that were measured, and the unreadable ones by name; too many unreadable images fail."""
     detail = f"{seen} of {source}"
     if is_synthetic(source):
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
@@ -215,7 +215,7 @@ def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
 
 
 def record_quality(artifact: Artifact, report: Report) -> None:
-    """Write what a report found into the artifact's sidecar."""
+    """Write the accuracy from a report to the artifact's sidecar."""
     metrics = ("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
     values = {metric: report.value(metric) for metric in metrics}
     known = {metric: float(value) for metric, value in values.items() if value is not None}

@@ -13,12 +13,12 @@ PRODUCTS = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
 
 
 def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array) -> list[Finding]:
-    """For each block that both have, in the order they run, the root mean square error as a share of the standard
-    deviation of what eager gives.
+    """Root mean square error of each common block, in execution order, as a share of the standard deviation of eager's
+    output.
 
     Args:
-        eager: the network, cut open.
-        artifact: what was built from it, cut open.
+        eager: the network with the outputs of its blocks.
+        artifact: the artifact with the outputs of its blocks.
         layers: of the artifact, with their precisions.
         images: (N, 3, H, W), a few.
     """

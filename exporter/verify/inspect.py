@@ -1,4 +1,4 @@
-"""The layers of an artifact, and what is known of it without running it."""
+"""Layers and findings of an artifact, without running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exporter.verify.checks import structure
 
 @dataclass(frozen=True)
 class Inspection:
-    """Layers and findings; `reason` says why the layers are unknown, or ""."""
+    """Layers and findings; `reason` is why the layers are not known, or ""."""
 
     layers: list[Layer]
     findings: list[Finding]
@@ -22,9 +22,9 @@ class Inspection:
 
 
 def inspect(artifact: Artifact) -> Inspection:
-    """Look at an artifact; nothing of it is run.
+    """Inspect an artifact without running it.
 
-    Raises: BadRequest for a backend or precision that is not known.
+    Raises: BadRequest for an unknown backend or precision.
     """
     runtime = backends.runtime_of(artifact)
     target = backends.target(runtime.name)

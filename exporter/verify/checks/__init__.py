@@ -1,7 +1,7 @@
-"""What is asked of an artifact. Each module of this folder is one check, and ends in `CHECK = Check(...)`.
+"""Checks of an artifact. Each module of this folder is one check, and ends in `CHECK = Check(...)`.
 
-A check measures: it watches batches go by, keeps what it needs in constant memory, and makes findings. It sees
-outputs, never a backend.
+A check gets the outputs of one batch after another, accumulates numbers in constant memory, and returns findings. It
+is independent of backends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from exporter.stats import proportion
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: the artifact and the layers it is made of."""
+    """The artifact that is checked, and its layers."""
 
     artifact: Artifact
     layers: Sequence[Layer]
@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch: the classes (N,), −1 where unknown, and what eager and the artifact gave for it."""
+    """One batch: the classes (N,), −1 where unknown, and the outputs of eager and of the artifact."""
 
     labels: NDArray[np.int64]
     eager: Outputs
@@ -39,24 +39,24 @@ class Seen:
 
 
 class Meter(Protocol):
-    """A check at work."""
+    """A running check."""
 
     def see(self, seen: Seen) -> None:
-        """Take in one batch."""
+        """Accumulate one batch."""
 
     def findings(self) -> list[Finding]:
-        """What was measured, judged."""
+        """The findings, with their limits."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check: how it starts, given the limits and what is checked."""
+    """A check: `start` creates its meter from the limits and the subject."""
 
     start: Callable[[Checks, Subject], Meter]
 
 
 def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
-    """How many of the images, in percent with its interval; one sample per image."""
+    """A share of the images, in percent with its interval; one sample per image."""
     counted = proportion(sum(hits), len(hits))
     return Finding(
         check=check,
@@ -71,6 +71,6 @@ def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
 
 
 def start_all(options: Checks, subject: Subject) -> list[Meter]:
-    """Every check of this folder, started."""
+    """Start every check of this folder."""
     checks = [discover.load(__name__, name, "CHECK") for name in discover.names(__name__)]
     return [check.start(options, subject) for check in checks]

@@ -13,7 +13,7 @@ from exporter.verify.checks import Check, Seen, Subject, share
 
 
 class Accuracy:
-    """Keeps one bit per image and question."""
+    """Keeps one bit per image for each of top-1 and top-5."""
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
@@ -24,7 +24,7 @@ class Accuracy:
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
 
     def see(self, seen: Seen) -> None:
-        """Take in one batch; images without a label are passed over."""
+        """Accumulate one batch; images without a label are skipped."""
         known = seen.labels >= 0
         if not self.classify or not known.any():
             return
@@ -58,7 +58,7 @@ class Accuracy:
 def _within(logits: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
     """Whether the label is among the k highest logits.
 
-    Of equal logits the first counts as the higher, as argmax has it: a bf16 model gives many. A row with NaN or
+    Of equal logits, which are frequent in bf16, the first counts as the higher, as in argmax. A row with NaN or
     infinity is never right.
     """
     own = np.take_along_axis(logits, labels[:, None], axis=1)

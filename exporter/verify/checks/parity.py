@@ -1,4 +1,4 @@
-"""Parity: does the artifact give the numbers that eager PyTorch gives?"""
+"""Parity: differences between the outputs of the artifact and of eager PyTorch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Output:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of what eager gave."""
+        """Standard deviation of eager's output."""
         mean = self.total / self.count
         return float(np.sqrt(max(self.squares / self.count - mean**2, 0.0))) or 1.0
 
 
 class Parity:
-    """Keeps sums and one number per image."""
+    """Accumulates sums and one number per image."""
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         self.options = options
@@ -44,7 +44,7 @@ class Parity:
         self.agree: list[bool] = []
 
     def see(self, seen: Seen) -> None:
-        """Take in one batch."""
+        """Accumulate one batch."""
         cosines = []
         for output, eager, got in zip(self.outputs, seen.eager, seen.outputs, strict=True):
             a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (eager, got))
@@ -96,7 +96,7 @@ class Parity:
         return Finding(check="parity", metric="mean_abs", value=number(value))
 
     def _sqnr(self) -> Finding:
-        """Signal to quantisation noise, 10·log10(Σ eager² / Σ error²); 200 dB stands for no error at all."""
+        """Signal to quantization noise, 10·log10(Σ eager² / Σ error²); 200 dB stands for no error at all."""
         noise = max(sum(output.error_squares for output in self.outputs), 1e-300)
         with np.errstate(divide="ignore"):
             value = 10 * np.log10(sum(output.squares for output in self.outputs) / noise)

@@ -1,6 +1,6 @@
-"""Sanity: no NaN, no infinity, and not the same answer to everything.
+"""Sanity: NaN, infinity, and the same output for every image.
 
-An fp16 ConvNeXt whose LayerNorm overflows gives one constant for every image, and looks healthy until it is used.
+An fp16 ConvNeXt whose LayerNorm overflows returns one constant for every image, without NaN or an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Sanity:
         self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager
 
     def see(self, seen: Seen) -> None:
-        """Take in one batch."""
+        """Accumulate one batch."""
         self.images += len(seen.labels)
         self.nan += self._count(seen, np.isnan)
         self.infinite += self._count(seen, np.isinf)
@@ -41,7 +41,7 @@ class Sanity:
         return int(np.any(bad, axis=0).sum())
 
     def findings(self) -> list[Finding]:
-        """nan_outputs, inf_outputs and constant_outputs: images, none of which may be."""
+        """nan_outputs, inf_outputs and constant_outputs: numbers of images, which must be 0."""
         counts = {"nan_outputs": self.nan, "inf_outputs": self.infinite, "constant_outputs": self.constant}
         return [
             judged(
@@ -59,7 +59,7 @@ def _flat(output: Array) -> Array:
 
 
 def _constant(got: Array, eager: Array) -> NDArray[np.bool_]:
-    """Which images got one value throughout, or the answer of the image before, where eager gave another."""
+    """Whether each output is one constant, or equals the output before, where eager's outputs differ."""
     throughout = (np.ptp(got, axis=1) == 0) & (np.ptp(eager, axis=1) > 0)
     again = np.zeros(len(got), bool)
     again[1:] = (got[1:] == got[:-1]).all(1) & (eager[1:] != eager[:-1]).any(1)
