@@ -270,17 +270,17 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
     ratios = speedups(timing, name, other)
     if len(ratios) < 2:
         return []
-    found = center(ratios)
+    estimate = center(ratios)
     metric = "speedup" if other == EAGER else f"speedup_over_{prefix}"
     speedup = Finding(
         check="latency",
         metric=metric,
         case=case,
-        value=float(np.exp(found.value)),
+        value=float(np.exp(estimate.value)),
         unit="×",
-        low=float(np.exp(found.low)),
-        high=float(np.exp(found.high)),
-        detail=f"{other} ÷ artifact in pairs, ±{100 * found.half_width:.1f} %{_noise(timing, found)}",
+        low=float(np.exp(estimate.low)),
+        high=float(np.exp(estimate.high)),
+        detail=f"{other} ÷ artifact in pairs, ±{100 * estimate.half_width:.1f} %{_noise(timing, estimate)}",
         samples=tuple(round(float(np.exp(ratio)), 5) for ratio in ratios),
     )
     return [speedup, *_latency(timing, other, case, f"{prefix}_")[:1]]
@@ -314,11 +314,11 @@ def _computed(timing: Timing, name: str) -> str:
     return f", computed in {arithmetic}" if arithmetic else ""
 
 
-def _noise(timing: Timing, found: Center) -> str:
+def _noise(timing: Timing, ratio: Center) -> str:
     """Sources of noise during the timing, as text."""
     reasons = []
     conditions = [launch.conditions for launch in timing.launches]
-    if 100 * found.half_width > NOISY_PCT:
+    if 100 * ratio.half_width > NOISY_PCT:
         reasons.append(f"interval wider than ±{NOISY_PCT:g} %")
     if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
         reasons.append(f"other processes used {others:.0f} % of the machine")

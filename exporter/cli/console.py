@@ -1,4 +1,4 @@
-"""Drawing for a person: progress on stderr, tables on stdout, JSON alone on stdout when it is asked for."""
+"""Console output: progress on stderr, tables on stdout, and with `--json` only JSON on stdout."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ UNITS = ("B", "kB", "MB", "GB")
 
 
 def console(stderr: bool = False) -> Console:
-    """A console; where nobody is looking (a pipe, CI) lines are wide enough for any table."""
+    """A console. In a pipe or CI its lines are wide enough for any table."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    terminal = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return terminal if terminal.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
 class Drawn:
-    """Steps as lines and loops as bars, on stderr."""
+    """Draws steps as lines and loops as bars, on stderr."""
 
     def __init__(self) -> None:
         self.console = console(stderr=True)
         self.noted: set[str] = set()
 
     def step(self, text: str) -> None:
-        """A new step of the work begins."""
+        """Print the name of a step that begins."""
         self.console.print(f"[dim]·[/] {plain(text)}")
 
     def note(self, text: str) -> None:
-        """Something worth reading that is not an error."""
-        if text not in self.noted:  # one that is true of every try is read once
+        """Print a note, once for each text."""
+        if text not in self.noted:
             self.noted.add(text)
             self.console.print(f"[yellow]note:[/] {plain(text)}")
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
-        """Yield the items, drawing a bar; each moves it by its count.
+        """Yield the items, and advance a progress bar by the count of each.
 
-        Nothing is drawn while the next item is made: it may be a measurement.
+        Nothing is drawn while the next item is computed, because it may be a measurement.
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -70,7 +70,7 @@ class Drawn:
 
 
 def plain(text: object) -> str:
-    """The text with no markup in it: names of files and labels are anybody's."""
+    """The text with its markup escaped: file names and labels may contain any text."""
     from rich.markup import escape
 
     return escape(str(text))
@@ -78,7 +78,7 @@ def plain(text: object) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within, progress is drawn."""
+    """Draw progress inside the `with` block."""
     token = REPORTER.set(Drawn())
     try:
         yield
@@ -87,14 +87,14 @@ def drawing() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table on stdout; the columns named in `right` are numbers."""
+    """Print a table on stdout; columns in `right` are aligned right."""
     from rich import box
     from rich.table import Table
 
@@ -107,11 +107,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
-    """What was measured, with its limits and verdicts."""
+    """Print findings with their limits and verdicts."""
+    from exporter.report import tables
+
     rows = [
         (
             f.check,
-            f"{f.metric} {f.case}".strip(),
+            f"{tables.metric(f)} {f.case}".strip(),
             value(f),
             limit(f),
             ("pass" if f.passed else "FAIL") if f.limit is not None else "",
@@ -123,7 +125,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
 
 
 def print_rows(table: Table) -> None:
-    """One of a report's tables, on stdout."""
+    """Print a table of a report on stdout."""
     print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows], right=table.right)
 
 
@@ -143,7 +145,7 @@ def limit(finding: Finding) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """A number of bytes with a unit."""
     number, unit = float(count), 0
     while number >= 1000 and unit < len(UNITS) - 1:
         number, unit = number / 1000, unit + 1

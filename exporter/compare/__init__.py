@@ -73,12 +73,12 @@ def parse_limit(word: str) -> Limit:
 
     Raises: BadRequest.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)(%?)", word.strip())
-    if found is None:
+    match = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)(%?)", word.strip())
+    if match is None:
         raise BadRequest(
             f"--fail-on {word}: expected METRIC:NUMBER or METRIC:NUMBER%, as in p50_ms:5% or top1_drop:0.3"
         )
-    name, most, sign = found.groups()
+    name, most, sign = match.groups()
     if name not in METRICS:
         raise BadRequest(f"--fail-on {word}: unknown metric {name!r}; {nearest(name, METRICS)}")
     kind = METRICS[name].kind
@@ -216,5 +216,5 @@ def compare_answers(limit: Limit, base: Sequence[float], head: Sequence[float]) 
         detail=f"{drop.lost} images lost and {drop.won} won of {len(base)}"
         + ("" if significant or drop.value <= limit.most else "; above the limit, but within the noise of few images"),
     )
-    found = judged(finding, limit.most, "low")
-    return found if significant else replace(found, passed=True)
+    result = judged(finding, limit.most, "low")
+    return result if significant else replace(result, passed=True)

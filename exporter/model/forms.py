@@ -256,13 +256,13 @@ def _sequence(parts: Iterable[nn.Module]) -> nn.Sequential:
 def _with(layer: Pointwise, weight: Tensor, bias: Tensor) -> Pointwise:
     """A copy of a layer with other weights."""
     with torch.device("meta"):
-        made = (
+        copy = (
             nn.Linear(layer.in_features, layer.out_features)
             if isinstance(layer, nn.Linear)
             else nn.Conv2d(layer.in_channels, layer.out_channels, _pair(layer.kernel_size), _pair(layer.stride))
         )
-    made.weight, made.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return made
+    copy.weight, copy.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return copy
 
 
 def _exact_sum(products: Tensor) -> Tensor:

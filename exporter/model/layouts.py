@@ -181,7 +181,7 @@ def _with_published_norm(arch: Architecture) -> Architecture:
 
     for variant in VARIANTS.values():
         known = variant.architecture
-        told = {"norm": arch.norm, "norm_eps": arch.norm_eps, "layer_scale": arch.layer_scale}
-        if replace(known, **told) == arch and (known.norm == "layer") == (arch.norm == "layer"):
+        hidden = {"norm": arch.norm, "norm_eps": arch.norm_eps, "layer_scale": arch.layer_scale}
+        if replace(known, **hidden) == arch and (known.norm == "layer") == (arch.norm == "layer"):
             return replace(arch, norm=known.norm, norm_eps=known.norm_eps)
     return arch

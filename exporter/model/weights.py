@@ -70,8 +70,8 @@ def load(source: str, variant: str | None = None, labels: Path | None = None) ->
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
     """
-    found, in_config = _load(source, variant)
-    return replace(found, labels=_labels(in_config, labels, found.weights.num_classes))
+    loaded, in_config = _load(source, variant)
+    return replace(loaded, labels=_labels(in_config, labels, loaded.weights.num_classes))
 
 
 def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -80,12 +80,12 @@ def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]
     if source == "random" or source.startswith("random:"):
         return _random(source, wanted or resolve("tiny")[0]), ()
     if source == "hub":
-        found = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
+        files = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
     elif source.startswith("hf-hub:"):
-        found = _from_hub(source.removeprefix("hf-hub:"))
+        files = _from_hub(source.removeprefix("hf-hub:"))
     else:
-        found = _from_disk(source)
-    return _fit(found, wanted), found.config.labels
+        files = _from_disk(source)
+    return _fit(files, wanted), files.config.labels
 
 
 def fingerprint(source: str, variant: str | None = None, labels: Path | None = None) -> str | None:
@@ -184,33 +184,33 @@ def _weights_in(folder: Path) -> Path:
     raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
 
 
-def _fit(found: _Found, wanted: Variant | None) -> Checkpoint:
+def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
     import torch
 
-    raw = checkpoint.read(found.path, found.part)
+    raw = checkpoint.read(files.path, files.part)
     try:
         state, layout = to_ours(raw)
         arch = architecture(state)
     except BadRequest as error:
-        raise BadRequest(f"{found.path}: {error}") from None
+        raise BadRequest(f"{files.path}: {error}") from None
     variant = named(arch)
     if wanted and wanted.name != variant.name:
         raise BadRequest(
-            f"{found.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}"
+            f"{files.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}"
         )
     state = {key: tensor.to(torch.float32) for key, tensor in state.items()}
-    classes = _check_keys(found.path, state, arch)
+    classes = _check_keys(files.path, state, arch)
     if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
-        raise BadRequest(f"{found.path}: NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
+        raise BadRequest(f"{files.path}: NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
     record = Weights(
-        source=found.source,
+        source=files.source,
         digest=_digest(state),
         layout=layout,
         num_classes=classes,
-        file_sha256=sha256_file(found.path),
-        license=found.license,
+        file_sha256=sha256_file(files.path),
+        license=files.license,
     )
-    return Checkpoint(state, variant, record, _preprocessing(found.config, layout, variant), ())
+    return Checkpoint(state, variant, record, _preprocessing(files.config, layout, variant), ())
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
@@ -244,21 +244,21 @@ def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessi
     return variant.preprocessing
 
 
-def _labels(found: tuple[str, ...], file: Path | None, classes: int) -> tuple[str, ...]:
+def _labels(labels: tuple[str, ...], file: Path | None, classes: int) -> tuple[str, ...]:
     origin = "config.json"
     if file is not None:
         origin = str(file)
         try:
-            found = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
+            labels = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
-        if not found:
+        if not labels:
             raise BadRequest(f"{file}: no labels in it; expected one a line")
-    if found and classes and len(found) != classes:
+    if labels and classes and len(labels) != classes:
         raise BadRequest(
-            f"{origin}: {len(found)} labels, but the head has {classes} classes; give --labels FILE that fits"
+            f"{origin}: {len(labels)} labels, but the head has {classes} classes; give --labels FILE that fits"
         )
-    return found
+    return labels
 
 
 def _random(source: str, variant: Variant) -> Checkpoint:
@@ -322,13 +322,13 @@ def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
     where = source or absolute(expected.source, artifact.path.parent)
     if not source and not _exists(where):
         raise Unavailable(f"{where}: the weights are no longer there; say where with --weights")
-    found, _ = _load(where, None if variant.endswith("custom") else variant)
-    if found.weights.digest != expected.digest:
+    loaded, _ = _load(where, None if variant.endswith("custom") else variant)
+    if loaded.weights.digest != expected.digest:
         raise BadRequest(
             f"{where}: other weights than the artifact was made from (digest "
-            f"{found.weights.digest[:12]}…, expected {expected.digest[:12]}…); give those with --weights"
+            f"{loaded.weights.digest[:12]}…, expected {expected.digest[:12]}…); give those with --weights"
         )
-    return found
+    return loaded
 
 
 def _is_path(source: str) -> bool:

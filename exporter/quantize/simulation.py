@@ -30,7 +30,7 @@ def plan(
     model: Network,
     kinds: frozenset[str],
     symmetric: bool,
-    found: Statistics,
+    statistics: Statistics,
     images: CalibrationSet,
     options: QuantizeOptions,
 ) -> Plan:
@@ -40,23 +40,23 @@ def plan(
         model: smoothed with the factors of the statistics.
         kinds: of the layers to quantize.
         symmetric: whether activations are quantized around zero.
-        found: the statistics.
+        statistics: the statistics.
         images: for the full bias correction.
         options: the grid, the method and the bias correction.
     """
-    made: Plan = {}
+    roundings: Plan = {}
     watched = layers(model, kinds)
     for name, layer in watched.items():
-        counts = found.histogram.get(name, np.zeros(0))
-        low, high = ranges.choose(counts, *found.range(name), options.method, symmetric)
+        counts = statistics.histogram.get(name, np.zeros(0))
+        low, high = ranges.choose(counts, *statistics.range(name), options.method, symmetric)
         scale, zero_point = ranges.scale_of(low, high, symmetric, LARGEST[options.grid])
         shift = np.zeros(layer.weight.shape[0], np.float32)
-        made[name] = Rounding(
+        roundings[name] = Rounding(
             scale, zero_point, symmetric, shift, options.grid, options.inputs, options.half, options.exact_pairs
         )
         if options.bias_correction == "fast":
-            made[name] = replace(made[name], shift=_fast_shift(layer, found.mean(name), made[name]))
-    return _full(model, made, images) if options.bias_correction == "full" else made
+            roundings[name] = replace(roundings[name], shift=_fast_shift(layer, statistics.mean(name), roundings[name]))
+    return _full(model, roundings, images) if options.bias_correction == "full" else roundings
 
 
 def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
@@ -71,7 +71,7 @@ def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
     return shift
 
 
-def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
+def _full(model: Network, roundings: Plan, images: CalibrationSet) -> Plan:
     """Correct the mean output of one layer after the other, with all earlier layers quantized and corrected.
 
     The fp32 and the quantized network run on the same batch, so memory does not grow with the set.
@@ -79,20 +79,20 @@ def _full(model: Network, made: Plan, images: CalibrationSet) -> Plan:
     batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images).double()
     step(f"correcting biases on {len(batch)} images")
     expected: dict[str, Tensor] = {}
-    corrected = dict(made)
+    corrected = dict(roundings)
 
-    def remember(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def remember(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         expected[name] = _channel_means(module, output)
 
-    def correct(name: str, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def correct(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shift = expected[name] - _channel_means(module, output)
-        corrected[name] = replace(made[name], shift=shift.float().numpy())
+        corrected[name] = replace(roundings[name], shift=shift.float().numpy())
         return output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
 
     with torch.no_grad():
-        with in_double(model), _hooked(model, made, remember):
+        with in_double(model), _hooked(model, roundings, remember):
             model(batch)
-        with rounded(model, made), in_double(model), _hooked(model, made, correct):
+        with rounded(model, roundings), in_double(model), _hooked(model, roundings, correct):
             model(batch)
     return corrected
 
@@ -113,12 +113,12 @@ def _hooked(model: Network, names: Iterable[str], hook: Callable[..., Tensor | N
 
 
 @contextmanager
-def rounded(model: Network, made: Plan) -> Iterator[None]:
+def rounded(model: Network, roundings: Plan) -> Iterator[None]:
     """Quantize the inputs and weights, and shift the biases, of a plan's layers inside the `with` block."""
     kept: list[tuple[Layer, Tensor, Tensor]] = []
     handles = []
     try:
-        for name, rounding in made.items():
+        for name, rounding in roundings.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             assert layer.bias is not None
@@ -135,16 +135,16 @@ def rounded(model: Network, made: Plan) -> Iterator[None]:
             layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
 
 
-def _round_input(rounding: Rounding, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _round_input(rounding: Rounding, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     del module
     if rounding.grid == "fp8":
         largest = LARGEST["fp8"]
-        steps = (given[0] / rounding.scale).clamp(-largest, largest)  # beyond it PyTorch gives NaN, ONNX the largest
-        return (steps.to(torch.float8_e4m3fn).to(given[0].dtype) * rounding.scale,)
+        steps = (inputs[0] / rounding.scale).clamp(-largest, largest)  # beyond it PyTorch gives NaN, ONNX the largest
+        return (steps.to(torch.float8_e4m3fn).to(inputs[0].dtype) * rounding.scale,)
     low, high = (-127, 127) if rounding.symmetric else (0, 255)
     return (
         torch.fake_quantize_per_tensor_affine(
-            given[0], rounding.scale, rounding.zero_point, low, high
+            inputs[0], rounding.scale, rounding.zero_point, low, high
         ),
     )  # fmt: skip
 
@@ -174,11 +174,11 @@ def sensitivities(model: Network, plan: Plan, images: CalibrationSet) -> dict[st
 
 
 def _outputs(model: Network, batch: Tensor) -> tuple[Tensor, ...]:
-    given = [model(batch[start : start + 8]) for start in range(0, len(batch), 8)]
-    columns = zip(*(one if isinstance(one, tuple) else (one,) for one in given), strict=True)
+    outputs = [model(batch[start : start + 8]) for start in range(0, len(batch), 8)]
+    columns = zip(*(one if isinstance(one, tuple) else (one,) for one in outputs), strict=True)
     return tuple(torch.cat(column) for column in columns)
 
 
-def _noise(expected: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> float:
-    shares = [float(((b - a) ** 2).mean() / a.var().clamp(min=1e-20)) for a, b in zip(expected, given, strict=True)]
+def _noise(expected: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> float:
+    shares = [float(((b - a) ** 2).mean() / a.var().clamp(min=1e-20)) for a, b in zip(expected, outputs, strict=True)]
     return sum(shares) / len(shares)

@@ -25,12 +25,12 @@ Layer = nn.Linear | nn.Conv2d
 
 def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
     """The layers of these kinds, by name, in the order they run."""
-    found = {
+    by_name = {
         name: module
         for name, module in model.named_modules()
         if kind(name) in kinds and isinstance(module, nn.Linear | nn.Conv2d)
     }
-    return {name: found[name] for name in sorted(found, key=order)}
+    return {name: by_name[name] for name in sorted(by_name, key=order)}
 
 
 def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
@@ -52,7 +52,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
         largest: of each layer, the largest |x| of every input channel (C,).
         alpha: share of the spread that moves into the weights; 0 gives no factors.
     """
-    found: dict[str, Floats] = {}
+    result: dict[str, Floats] = {}
     for name, seen in largest.items():
         if not alpha or in_front(model, name) is None:
             continue
@@ -60,8 +60,8 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
         heavy = weight.abs().amax(dim=[0, *range(2, weight.ndim)]).numpy()
         log_s = alpha * np.log(np.maximum(seen, LEAST, dtype=np.float64))
         log_s -= (1 - alpha) * np.log(np.maximum(heavy, LEAST))
-        found[name] = np.exp(log_s - log_s.mean()).astype(np.float32)
-    return found
+        result[name] = np.exp(log_s - log_s.mean()).astype(np.float32)
+    return result
 
 
 def smooth(model: Network, scales: Mapping[str, Floats]) -> None:

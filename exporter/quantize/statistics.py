@@ -106,19 +106,19 @@ def collect(
     facts = {**about, "kinds": sorted(kinds), "alpha": alpha, "images": images.digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
-    found = store.read()
+    statistics = store.read()
     watched = layers(model, kinds)
-    if found.done("histogram" if histogram else "extremes") == images.total:
+    if statistics.done("histogram" if histogram else "extremes") == images.total:
         note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
         step(f"calibrating on {images.total} images of {images.source}")
-    with watching(watched, partial(_extremes, found)):
-        _pass(model, images, found, "extremes", store)
-    found.factor = factors(model, found.largest(), alpha)
+    with watching(watched, partial(_extremes, statistics)):
+        _pass(model, images, statistics, "extremes", store)
+    statistics.factor = factors(model, statistics.largest(), alpha)
     if histogram:
-        with watching(watched, partial(_histogram, found)):
-            _pass(model, images, found, "histogram", store)
-    return found
+        with watching(watched, partial(_histogram, statistics)):
+            _pass(model, images, statistics, "histogram", store)
+    return statistics
 
 
 @contextmanager
@@ -163,34 +163,34 @@ def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _pass(model: Network, images: CalibrationSet, found: Statistics, which: str, store: Store) -> None:
+def _pass(model: Network, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:
     """Run the images that this pass has not counted yet, and save the statistics from time to time.
 
     They are saved between batches only, so that no image is counted twice.
     """
-    left = images.total - found.done(which)
+    left = images.total - statistics.done(which)
     if not left:
         return
     saved = time.monotonic()
     with in_double(model), torch.inference_mode():
-        for batch in track(images.batches(BATCH, found.done(which)), left, which, lambda batch: len(batch.names)):
+        for batch in track(images.batches(BATCH, statistics.done(which)), left, which, lambda batch: len(batch.names)):
             model(torch.from_numpy(batch.images).double())
-            found.images[which] = np.asarray(found.done(which) + len(batch.names))
+            statistics.images[which] = np.asarray(statistics.done(which) + len(batch.names))
             if time.monotonic() - saved > SAVE_S:
-                store.write(found)
+                store.write(statistics)
                 saved = time.monotonic()
-    store.write(found)
+    store.write(statistics)
 
 
 @contextmanager
 def watching(watched: Mapping[str, Layer], see: See) -> Iterator[None]:
     """Call `see` with the input of each layer, channels last (…, C), inside the `with` block."""
 
-    def told(name: str, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        x = given[0]
+    def before_forward(name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
         see(name, x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x)
 
-    hooks = [module.register_forward_pre_hook(partial(told, name)) for name, module in watched.items()]
+    hooks = [module.register_forward_pre_hook(partial(before_forward, name)) for name, module in watched.items()]
     try:
         yield
     finally:
@@ -198,24 +198,24 @@ def watching(watched: Mapping[str, Layer], see: See) -> Iterator[None]:
             hook.remove()
 
 
-def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
+def _extremes(statistics: Statistics, name: str, x: torch.Tensor) -> None:
     flat = x.reshape(-1, x.shape[-1])
     low, high = (end.float().numpy() for end in torch.aminmax(flat, dim=0))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantized; verify its fp32 export")
     total = flat.sum(0, dtype=torch.float64).numpy()
-    before = name in found.low
-    found.low[name] = np.minimum(found.low[name], low) if before else low.copy()
-    found.high[name] = np.maximum(found.high[name], high) if before else high.copy()
-    found.total[name] = found.total[name] + total if before else total
-    found.count[name] = found.count.get(name, np.asarray(0)) + len(flat)
+    before = name in statistics.low
+    statistics.low[name] = np.minimum(statistics.low[name], low) if before else low.copy()
+    statistics.high[name] = np.maximum(statistics.high[name], high) if before else high.copy()
+    statistics.total[name] = statistics.total[name] + total if before else total
+    statistics.count[name] = statistics.count.get(name, np.asarray(0)) + len(flat)
 
 
-def _histogram(found: Statistics, name: str, x: torch.Tensor) -> None:
-    low, high = found.range(name)
-    scaled = x / torch.from_numpy(found.factor[name]) if name in found.factor else x
+def _histogram(statistics: Statistics, name: str, x: torch.Tensor) -> None:
+    low, high = statistics.range(name)
+    scaled = x / torch.from_numpy(statistics.factor[name]) if name in statistics.factor else x
     counts = torch.histc(scaled.clamp(low, high), BINS, low, high).numpy() if high > low else np.zeros(BINS)
-    found.histogram[name] = found.histogram.get(name, np.zeros(BINS)) + counts
+    statistics.histogram[name] = statistics.histogram.get(name, np.zeros(BINS)) + counts
 
 
 class Store:
@@ -228,25 +228,27 @@ class Store:
 
     def read(self) -> Statistics:
         """The cached statistics; empty when the file is damaged or has another key."""
-        found = Statistics()
+        statistics = Statistics()
         try:
             if not self.path.is_file():
-                return found
+                return statistics
             with np.load(self.path, allow_pickle=False) as stored:
                 if bytes(stored["facts"]) != self.facts or str(stored["seal"]) != _seal(stored):
                     raise ValueError("another key")
                 for key in set(stored.files) - {"facts", "seal"}:
                     kind, _, name = key.partition("|")
-                    getattr(found, kind)[name] = stored[key]
+                    getattr(statistics, kind)[name] = stored[key]
         except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
             note(f"{self.path} is damaged or has another key; the statistics are measured again")
             return Statistics()
-        return found
+        return statistics
 
-    def write(self, found: Statistics) -> None:
+    def write(self, statistics: Statistics) -> None:
         """Write the statistics to the cache; an error is ignored, because the cache is optional."""
         kinds = ("low", "high", "total", "count", "histogram", "images")  # factors are derived from low and high
-        arrays = {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(found, kind).items()}
+        arrays = {
+            f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(statistics, kind).items()
+        }
         arrays["facts"] = np.frombuffer(self.facts, np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, seal=np.asarray(_seal(arrays)), **arrays)  # type: ignore[arg-type]

@@ -186,12 +186,12 @@ def changes(findings: Sequence[Finding]) -> str:
     return drawing.svg
 
 
-def trend(one: Series, found: Sequence[Step]) -> str:
+def trend(one: Series, steps: Sequence[Step]) -> str:
     """A series by commit, with its steps."""
     with _figure(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
         axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]
-        for step in found:
+        for step in steps:
             axes.axvline(commits.index(step.commit) - 0.5, color=COLORS[5], linestyle="--")
             axes.annotate(
                 f"{step.commit[:7]} {step.change_pct:+.1f} %",

@@ -34,6 +34,15 @@ def name(report: Report) -> str:
     return str(report.artifact.get("label") or Path(str(report.artifact.get("path", "?"))).name)
 
 
+METRICS = {"gain": "speed-up", "kept_back": "kept in higher precision", "tried_loss": "loss", "tried_ms": "latency"}
+"""Displayed names of metrics whose name in stored reports is another one."""
+
+
+def metric(finding: Finding) -> str:
+    """The displayed name of a finding's metric."""
+    return METRICS.get(finding.metric, finding.metric)
+
+
 def disambiguated(reports: Sequence[Report]) -> list[Report]:
     """The reports; artifacts that share a file name get their whole path as label."""
     paths = dict.fromkeys(str(report.artifact.get("path", "?")) for report in reports)

@@ -203,15 +203,15 @@ def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
     detail = f"{seen} of {source}"
     if is_synthetic(source):
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
-    found = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]
+    findings = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]
     if skipped:
         shown = "; ".join(skipped[:20]) + (f"; and {len(skipped) - 20} more" if len(skipped) > 20 else "")
         share = 100 * len(skipped) / (seen + len(skipped))
         unreadable = Finding(
             check="data", metric="unreadable", value=share, unit="%", detail=f"{len(skipped)}: {shown}"
         )
-        found.append(judged(unreadable, MAX_UNREADABLE_PCT, "low"))
-    return found
+        findings.append(judged(unreadable, MAX_UNREADABLE_PCT, "low"))
+    return findings
 
 
 def record_quality(artifact: Artifact, report: Report) -> None:

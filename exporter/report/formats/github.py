@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exporter.report import Finding, Report
-from exporter.report.tables import name, not_faster
+from exporter.report.tables import metric, name, not_faster
 
 
 def render(reports: Sequence[Report]) -> str:
@@ -16,7 +16,7 @@ def render(reports: Sequence[Report]) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     for finding in report.findings:
-        title = f"{name(report)}: {finding.metric}" + (f", {finding.case}" if finding.case else "")
+        title = f"{name(report)}: {metric(finding)}" + (f", {finding.case}" if finding.case else "")
         if not finding.passed:
             yield _command("error", title, _message(finding))
         elif not_faster(finding) or "noisy" in finding.detail or "noise of" in finding.detail:

@@ -27,18 +27,18 @@ def render(reports: Sequence[Report]) -> str:
     bad = [name(report) for report in reports if not report.passed]
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
     compared = [finding for report in reports for finding in report.findings]
-    found = [chart("Change from the base", charts.changes(compared))]
-    found += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
-    found += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
-    found += [chart("Error of each block", charts.blocks(reports))]
-    found += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
+    drawn = [chart("Change from the base", charts.changes(compared))]
+    drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
+    drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
+    drawn += [chart("Error of each block", charts.blocks(reports))]
+    drawn += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
     return page(
         "convnext-export report",
         verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
         lead=warnings(reports),
         tables=tables(reports),
         appendix=_blocks(reports),
-        charts=[one for one in found if one.svg],
+        charts=[one for one in drawn if one.svg],
         environments=_environments(reports),
         provenance=[(name(report), _provenance(report)) for report in reports],
     )

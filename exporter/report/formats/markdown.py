@@ -11,8 +11,8 @@ from exporter.report.tables import Table, data, machine, tables, warnings
 
 def render(reports: Sequence[Report]) -> str:
     """All tables with rows, and the machines. Tables have titles if there are several."""
-    found = tables(reports)
-    parts = [_table(table, len(found) > 1) for table in found]
+    shown = tables(reports)
+    parts = [_table(table, len(shown) > 1) for table in shown]
     lead = [f"{_escape(line)}\n" for line in warnings(reports)]
     return "\n".join([*lead, *parts, _footer(reports)]) + "\n"
 
