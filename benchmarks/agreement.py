@@ -179,7 +179,7 @@ def overhead_pct() -> float:
 
 def table(result: Result) -> str:
     """Markdown: a row for each other way."""
-    lines = ["| against | p50 of `bench` | the other's median | ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
+    lines = ["| tool | p50 of `bench` | median of the tool | ratio | 95 % interval |", "|---|--:|--:|--:|--:|"]
     for one in result.agreements:
         found = center(one.ratios)
         ours, theirs = (f"{statistics.median(values):.3f} ms" for values in (one.bench_ms, one.other_ms))

@@ -1,7 +1,7 @@
-"""`make docs`: the parts of the documents that are generated, so that none can say what is not so.
+"""`make docs`: writes the generated parts of the documents.
 
-`docs/cli.md` is the help of every verb; between the marks in the other documents stand tables rendered from what is in
-`benchmarks/results`. A test holds the files against what this module would write.
+`docs/cli.md` is the help of every command. The tables between the marks in the other documents are rendered from
+`benchmarks/results`. A test compares the files with the output of this module.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Result(Record, frozen=True):
 
     def table(self) -> str:
         """The counts, for people."""
-        rows = ["| what | files read | taken for sound | faults |", "|---|--:|--:|--:|"]
+        rows = ["| kind of file | files read | accepted | faults |", "|---|--:|--:|--:|"]
         for name in self.read:
             faults = sum(fault.target == name for fault in self.faults)
             rows.append(f"| {name} | {self.read[name]:,} | {self.sound[name]:,} | {faults} |")

@@ -209,7 +209,7 @@ def plain_alarms(experiment: Experiment, kind: Kind) -> list[bool]:
 def table(experiment: Experiment) -> str:
     """Markdown: a row for each kind of trial."""
     lines = [
-        "| what is compared | limit | alarms of the gate | alarms of a plain threshold | seconds (median, longest) |",
+        "| comparison | limit | alarms of the gate | alarms of a plain threshold | seconds (median, longest) |",
         "|---|--:|--:|--:|--:|",
     ]
     for kind in experiment.kinds:

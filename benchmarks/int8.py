@@ -95,7 +95,7 @@ def accuracy_table(result: Result) -> str:
     """A row for each command."""
     head = (
         "| model | runtime | calibrated on | top-1 of eager | lost, points | agreement | cosine | MACs in int8 "
-        "| gain | kept back |\n|---|---|---|--:|--:|--:|--:|--:|--:|---|"
+        "| speed-up | kept in higher precision |\n|---|---|---|--:|--:|--:|--:|--:|--:|---|"
     )
     return "\n".join([head, *(_accuracy(row) for row in result.rows)]) + "\n"
 

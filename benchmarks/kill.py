@@ -59,7 +59,10 @@ class Result(Record, frozen=True):
 
     def table(self) -> str:
         """What was tried, and how often something was wrong."""
-        rows = ["| what | trials | with two writers | artifacts looked at | torn or stale |", "|---|--:|--:|--:|--:|"]
+        rows = [
+            "| interruption | trials | with two writers | artifacts checked | torn or stale |",
+            "|---|--:|--:|--:|--:|",
+        ]
         for what in dict.fromkeys(trial.what for trial in self.trials):
             mine = [trial for trial in self.trials if trial.what == what]
             two, looked = sum(t.writers > 1 for t in mine), sum(t.artifacts for t in mine)

@@ -101,7 +101,7 @@ def target_table(result: Result) -> str:
 
 def network_table(result: Result) -> str:
     """Networks by size: peak memory of the whole command, and the plan."""
-    head = "| network | precision | peak memory | plan | kernels | pointwise layers |\n"
+    head = "| network | precision | peak memory | engine | kernels | pointwise layers |\n"
     head += "|---|---|--:|--:|--:|---|"
     lines = [
         f"| {one.network} | {one.precision} | {one.peak_bytes / 1e9:.1f} GB "

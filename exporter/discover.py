@@ -32,6 +32,6 @@ def load(package: str, name: str, attribute: str) -> Any:
     known = names(package)
     if name not in known:
         folder = package.rpartition(".")[2]
-        kind = "report format" if folder == "report" else folder.removesuffix("s")
+        kind = "report format" if folder == "formats" else folder.removesuffix("s")
         raise BadRequest(f"unknown {kind} {name!r}; {nearest(name, known)}")
     return getattr(module(package, name), attribute)

@@ -128,7 +128,7 @@ def test_the_workflow_passes_what_is_harmless_and_stops_what_is_slower(origin, t
     told = {"install": "no", "duration": "1", "fail-on": LIMITS}
     harmless = Runner(origin, tmp_path / "harmless", "main", "harmless")
     assert harmless.run(WORKFLOW, **told) == 0, harmless.log
-    assert "::notice title=custom_fp16.xml::all 2 limits hold" in harmless.log
+    assert "::notice title=custom_fp16.xml::all 2 checks passed" in harmless.log
     assert harmless.uploaded == ["compare.json", "junit.xml", "report.html"]
 
     larger = Runner(origin, tmp_path / "larger", "main", "larger")

@@ -86,7 +86,7 @@ def _load(path: Path) -> Artifact:
         raise BadRequest(f"{path}: no sidecar {sidecar_path(path).name} beside it; build it with this tool")
     sidecar = decode(sidecar_path(path))
     if not sidecar.files or sidecar.files[0].name != path.name:
-        raise BadRequest(f"{path}: its sidecar speaks of another file; build the artifact again")
+        raise BadRequest(f"{path}: its sidecar describes another file; build the artifact again")
     for file in sidecar.files:
         _check(path.parent / file.name, file)
     if path.suffix == ".onnx" and (stray := _external(path) - {file.name for file in sidecar.files}):
@@ -210,9 +210,7 @@ def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> 
 
 def _refuse_foreign(target: Path) -> None:
     if target.is_dir() or sidecar_path(target).is_dir() or (target.exists() and not sidecar_path(target).exists()):
-        raise BadRequest(
-            f"{target}: something that this tool did not write stands there; choose another folder with -o"
-        )
+        raise BadRequest(f"{target}: not written by this tool; choose another folder with -o")
 
 
 def _sweep(target: Path) -> None:
@@ -246,12 +244,12 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
         with locked(artifact.path.parent):
             now = _load(artifact.path).sidecar
             if now.sha256 != artifact.sidecar.sha256:
-                note(f"{artifact.path.name} was built again meanwhile; its sidecar is left as it is")
+                note(f"{artifact.path.name} was rebuilt meanwhile; its sidecar is not changed")
                 return
             fresh = msgspec.structs.replace(now, quality=dict(quality))
             write_file(sidecar_path(artifact.path), encode(fresh))
     except ExporterError as error:
-        note(f"the sidecar keeps its old quality: {error}")
+        note(f"the results are not recorded in the sidecar: {error}")
 
 
 def check_output(path: Path) -> None:
@@ -261,9 +259,9 @@ def check_output(path: Path) -> None:
     """
     is_sidecar = path.name.endswith(".json") and path.with_name(path.name.removesuffix(".json")).is_file()
     if is_sidecar or sidecar_path(path).exists():
-        raise BadRequest(f"{path}: an artifact or its sidecar stands there; write the report elsewhere with -o")
+        raise BadRequest(f"{path}: an artifact or its sidecar has this name; write the report elsewhere with -o")
     if path.exists() and not path.is_file():
-        raise BadRequest(f"{path}: no file that a report could replace; give -o a file name")
+        raise BadRequest(f"{path}: not a regular file; give -o a file name")
 
 
 def _commit_folder(target: Path) -> Path:

@@ -213,7 +213,7 @@ def decode(path: Path) -> Sidecar:
     """
     mend = "build the artifact again"
     if path.stat().st_size > MAX_SIDECAR_BYTES:
-        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no sidecar of ours; {mend}")
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a sidecar of this tool has; {mend}")
     content = path.read_bytes()
     try:
         _refuse_other_schema(path, msgspec.json.decode(content, type=_Head))

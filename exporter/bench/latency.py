@@ -86,18 +86,18 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         sidecar = made.sidecar
         if (sidecar.weights.digest, sidecar.task) != (first.weights.digest, first.task):
             raise BadRequest(
-                f"{made.path}: made from other weights than {artifacts[0].path}; what is timed together has one eager "
-                "model: bench them apart"
+                f"{made.path}: built from other weights than {artifacts[0].path}; models timed together share one "
+                "eager model, so bench them separately"
             )
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
-            raise BadRequest(f"{made.path}: another input than {artifacts[0].path} has; bench them apart")
+            raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
     for way in {"tf32", "fp16"} & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
-        raise BadRequest("the same artifact is named twice; `compare` holds one against itself")
+        raise BadRequest("the same artifact is named twice; use `compare` to compare an artifact with itself")
 
 
 def _pixels(recipe: Preprocessing) -> Preprocessing:
@@ -321,7 +321,7 @@ def _noise(timing: Timing, found: Center) -> str:
     if 100 * found.half_width > NOISY_PCT:
         reasons.append(f"interval wider than ±{NOISY_PCT:g} %")
     if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
-        reasons.append(f"others used {others:.0f} % of the machine")
+        reasons.append(f"other processes used {others:.0f} % of the machine")
     if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
         reasons.append(f"the hypervisor took {steal:.0f} %")
     if any(one.throttled for one in conditions):

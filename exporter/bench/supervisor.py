@@ -1,4 +1,4 @@
-"""Starts the timing process, listens, and starts another without the arm that brought it down."""
+"""Supervises the timing process, and restarts it without the arm that crashed it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from exporter.progress import note
 HANG_S = 300.0
 
 
-class _Fell(Exception):
-    """The arm at work crashed, hung or raised."""
+class _Failed(Exception):
+    """The active arm crashed, hung or raised."""
 
     def __init__(self, arm: str, reason: str) -> None:
         super().__init__(reason)
@@ -28,68 +28,68 @@ class _Fell(Exception):
 
 
 def launches(timing: Timing, opener: Opener = worker.open_arm, hang_s: float = HANG_S) -> Iterator[Launch]:
-    """Time the arms of a plan, launch after launch, for as long as the caller asks for more.
+    """Time the arms of a plan, launch after launch, until the caller stops the iteration.
 
-    Each launch is kept in `timing`, as is why an arm fell out. While the caller has the launch in hand the worker
-    stands still: progress may be drawn.
+    Launches and the failures of arms are stored in `timing`. The worker waits while the caller handles a launch, so
+    the caller may draw progress.
 
     Args:
         timing: what to time, and where to keep it.
-        opener: opens an arm; a function of a module, since another process calls it.
-        hang_s: seconds of silence after which an arm is taken to hang.
+        opener: opens an arm; a module-level function, because another process calls it.
+        hang_s: seconds without a message after which an arm counts as hung.
     """
     while any(arm.runtime != "peak" for arm in timing.standing()):
-        fallen = len(timing.failures)
-        left = replace(timing.plan, arms=tuple(timing.standing()), seed=timing.plan.seed + fallen)
+        failures = len(timing.failures)
+        left = replace(timing.plan, arms=tuple(timing.standing()), seed=timing.plan.seed + failures)
         try:
             for kind, content in _events(worker.time_arms, left, opener, hang_s):
                 if kind == "launch":
                     timing.launches.append(content)
                     yield content
-        except _Fell as fell:
-            timing.failures[fell.arm] = fell.reason
-            note(f"{fell.arm} {fell.reason}{'; the others are timed on' if timing.standing() else ''}")
+        except _Failed as failure:
+            timing.failures[failure.arm] = failure.reason
+            note(f"{failure.arm} {failure.reason}{'; timing continues without it' if timing.standing() else ''}")
 
 
 def measure_cold(arm: Arm, plan: Plan, opener: Opener = worker.open_arm, hang_s: float = HANG_S) -> Cold | str:
-    """An arm alone in a process of its own, from nothing in memory; or why it fell."""
+    """Time the cold start of one arm in a new process; return the times, or the reason of a failure."""
     try:
         for kind, content in _events(worker.time_cold, replace(plan, arms=(arm,)), opener, hang_s):
             if kind == "cold":
-                found: Cold = content
-    except _Fell as fell:
-        return fell.reason
-    return found
+                cold: Cold = content
+    except _Failed as failure:
+        return failure.reason
+    return cold
 
 
 def _events(task: Callable[..., None], plan: Plan, opener: Opener, hang_s: float) -> Iterator[tuple[str, Any]]:
-    """What a worker tells, one message after another; each is answered once its reader comes back for the next.
+    """Messages of a worker. Each is acknowledged when the caller asks for the next one.
 
-    Raises: _Fell with the arm at work when the worker raises, dies or says nothing for too long.
+    Raises: _Failed with the active arm when the worker raises, dies or sends no message for `hang_s`.
     """
     with _worker(task, plan, opener) as (process, connection, active):
         while True:
             kind, content = _hear(process, connection, hang_s)
             if kind == "done":
                 return
-            if kind == "fell":
-                raise _Fell(plan.arms[active.value].name, content)
+            if kind == "failed":
+                raise _Failed(plan.arms[active.value].name, content)
             yield kind, content
             connection.send(None)
 
 
 def _hear(process: BaseProcess, connection: Connection, hang_s: float) -> tuple[str, Any]:
-    """The next message, or ("fell", why)."""
+    """The next message, or ("failed", reason)."""
     until = time.monotonic() + hang_s
     while not connection.poll(min(1.0, hang_s)):
         if time.monotonic() > until:
-            return "fell", f"gave no sign of life for {hang_s:.0f} s"
+            return "failed", f"did not respond for {hang_s:.0f} s"
     try:
         kind, content = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join(5)
-        return "fell", f"brought its process down ({_ending(process.exitcode)})"
-    return ("fell", f"failed: {content}") if kind == "failed" else (kind, content)
+        return "failed", f"crashed its process ({_ending(process.exitcode)})"
+    return ("failed", f"failed: {content}") if kind == "failed" else (kind, content)
 
 
 def _ending(code: int | None) -> str:
@@ -100,7 +100,7 @@ def _ending(code: int | None) -> str:
 
 @contextmanager
 def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[tuple[BaseProcess, Connection, Any]]:
-    """A new process at work, gone when the block ends."""
+    """Run a task in a new process, which ends with the block."""
     fresh = multiprocessing.get_context("spawn")
     ours, theirs = fresh.Pipe()
     active = fresh.Value("i", 0, lock=False)

@@ -21,7 +21,7 @@ FILES = {
 
 
 def build_commands() -> dict[str, str]:
-    """The commands that build, each with the name of its backend."""
+    """Names of the build commands, each with the name of its backend."""
     from exporter import backends
 
     return {backends.target(name).command: name for name in backends.targets()}
@@ -74,7 +74,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="convnext-export")
 def cli() -> None:
-    """Take a ConvNeXt from PyTorch to ONNX, OpenVINO and TensorRT, and prove that what runs is still the same model.
+    """Export ConvNeXt models from PyTorch to ONNX, OpenVINO and TensorRT, and compare the result with PyTorch.
 
     \b
     convnext-export onnx --variant base

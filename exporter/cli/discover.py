@@ -1,4 +1,4 @@
-"""What there is: `variants`, `doctor`, `recipes`, `inspect`."""
+"""The commands that list and show: `variants`, `doctor`, `recipes`, `inspect`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on s
 @click.command("variants", short_help="Every ConvNeXt known: size, cost, published accuracy, weights.")
 @JSON
 def variants_command(as_json: bool) -> None:
-    """Print every ConvNeXt known, with parameters, GMACs, published top-1, default weights and their license.
+    """Print all known ConvNeXt variants, with parameters, GMACs, published top-1, default weights and their license.
 
     \b
     Example:
@@ -66,7 +66,7 @@ def _variant_row(variant: Variant) -> dict[str, object]:
 @click.command("doctor", short_help="What this machine can build, run and measure.")
 @JSON
 def doctor_command(as_json: bool) -> None:
-    """Print what this machine can build, run and measure, and the line that changes what it cannot.
+    """Print what this machine can build, run and measure, and the commands that install the rest.
 
     \b
     Example:
@@ -82,11 +82,11 @@ def doctor_command(as_json: bool) -> None:
         print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.mend) for f in facts])
 
 
-@click.command("recipes", short_help="The recipes that ship.")
-@click.option("--schema", is_flag=True, help="The JSON schema of a recipe instead, for editors.")
+@click.command("recipes", short_help="List the bundled recipes.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes instead, for editors.")
 @JSON
 def recipes_command(schema: bool, as_json: bool) -> None:
-    """Print the recipes that ship, one line each; `run` takes them by name.
+    """Print the bundled recipes, one line each; `run` takes them by name.
 
     \b
     Examples:
@@ -113,20 +113,20 @@ def recipes_command(schema: bool, as_json: bool) -> None:
     console().print(f"folder: {folder}; copy a recipe, or run it by name", style="dim", soft_wrap=True)
 
 
-@click.command("inspect", short_help="What an artifact is: inputs, outputs, precision layer by layer, origin.")
+@click.command("inspect", short_help="Show an artifact: inputs, outputs, precision of each layer, origin.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--layers", "all_layers", is_flag=True, help="Every layer, not only a line per block.")
+@click.option("--layers", "all_layers", is_flag=True, help="Print every layer instead of a line per block.")
 @click.option("--picture", metavar="FILE.svg", type=click.Path(path_type=Path),
-              help="Draw the network too, a cell for each layer, coloured by its precision.")  # fmt: skip
+              help="Also draw the network, a cell for each layer, coloured by its precision.")  # fmt: skip
 @JSON
 def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_json: bool) -> None:
-    """Print what an artifact is: inputs, outputs, precision layer by layer, preprocessing, labels, parents; of a
-    TensorRT plan, what was fused and which kernels crept in.
+    """Print inputs, outputs, precision of each layer, preprocessing, labels and parents of an artifact; for a TensorRT
+    engine, also its fused layers and the kernels that quantization added.
 
     \b
     Examples:
       convnext-export inspect build/tiny_fp16.xml
-      convnext-export inspect build/tiny_int8.plan --picture plan.svg
+      convnext-export inspect build/tiny_int8.plan --picture engine.svg
     """
     from exporter import artifact as artifacts
     from exporter.cli.console import print_findings, print_json
@@ -147,7 +147,7 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     if picture and layers:
         _draw(layers, picture)
     if inspection.reason:
-        click.echo(f"note: its layers are unknown here: {inspection.reason}", err=True)
+        click.echo(f"note: its layers are not known: {inspection.reason}", err=True)
 
 
 def _draw(layers: list[Layer], picture: Path) -> None:
@@ -164,33 +164,34 @@ def _draw(layers: list[Layer], picture: Path) -> None:
 
 _INPUTS = {
     "normalized": "",
-    "float01": ": done inside; it takes pixels from 0 to 1",
-    "uint8": ": done inside; it takes pixels from 0 to 255, as bytes",
+    "float01": ", applied inside the artifact; it takes pixels from 0 to 1",
+    "uint8": ", applied inside the artifact; it takes uint8 pixels from 0 to 255",
 }
 
 
 def _print_facts(artifact: Artifact) -> None:
     from exporter.cli.console import print_table, size
 
-    sidecar, recipe = artifact.sidecar, artifact.sidecar.preprocessing
+    sidecar, preprocessing = artifact.sidecar, artifact.sidecar.preprocessing
     labels = ", ".join(sidecar.labels[:4]) + (" …" if len(sidecar.labels) > 4 else "")
     rows = [
         ("file", f"{artifact.path} ({size(sidecar.bytes)} in {', '.join(f.name for f in sidecar.files)})"),
         ("sha256", sidecar.sha256),
-        ("made from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
+        ("built from", ", ".join(sidecar.parents) or f"{sidecar.weights.layout} weights"),
         ("model", f"{sidecar.variant}, {sidecar.task}, {sidecar.precision}, for {sidecar.backend}"),
         ("form", str(sidecar.recipe.get("export", {}).get("form", "plain"))),
         *_quantization(sidecar.quantization),
-        ("work", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
+        ("compute", f"{sidecar.macs / 1e9:.3g} GMAC an image" if sidecar.macs else "unknown"),
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
         ("license", f"{sidecar.weights.license or 'not known'} (of the weights)"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
         *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
         (
             "preprocessing",
-            f"{recipe.interpolation} to {recipe.resize}, {recipe.crop} {recipe.size}, {recipe.color}",
+            f"{preprocessing.interpolation} to {preprocessing.resize}, {preprocessing.crop} {preprocessing.size}, "
+            f"{preprocessing.color}",
         ),
-        ("", f"mean {recipe.mean}, std {recipe.std}{_INPUTS[recipe.input]}"),
+        ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
         ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
@@ -198,15 +199,17 @@ def _print_facts(artifact: Artifact) -> None:
     print_table(("fact", "value"), rows)
 
 
-def _quantization(told: Quantization | None) -> list[tuple[str, str]]:
-    if told is None:
+def _quantization(quantization: Quantization | None) -> list[tuple[str, str]]:
+    if quantization is None:
         return []
-    what = f"{told.images} images of {told.calib}" + (" (made from seeds, no photographs)" if told.synthetic else "")
-    how = f"{told.scope}, {told.method}, smoothing {told.smoothing:g}, bias correction {told.bias_correction}"
-    kept = ", ".join(told.kept) or "nothing"
+    images = f"{quantization.images} images of {quantization.calib}"
+    images += " (made from seeds, no photographs)" if quantization.synthetic else ""
+    smoothing, bias = quantization.smoothing, quantization.bias_correction
+    method = f"{quantization.scope}, {quantization.method}, smoothing {smoothing:g}, bias correction {bias}"
+    kept = ", ".join(quantization.kept) or "nothing"
     return [
-        ("calibrated on", f"{what} (digest {told.digest})"),
-        ("rounded", f"{len(told.layers)} layers; {how}; kept back: {kept}"),
+        ("calibrated on", f"{images} (digest {quantization.digest})"),
+        ("quantized", f"{len(quantization.layers)} layers; {method}; kept in higher precision: {kept}"),
     ]
 
 

@@ -12,22 +12,22 @@ from exporter.cli.options import add, devices, options_of
 from exporter.verify import VerifyOptions
 
 
-@click.command("calibrate", short_help="Choose and freeze a calibration set, or show one.")
+@click.command("calibrate", short_help="Create a calibration set, or show one.")
 @click.argument("source", metavar="[SRC]", required=False)
 @click.option(
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
-    help="The manifest; by default calibration/NAME.tsv, after the folder.",
+    help="The manifest; by default calibration/NAME.tsv, NAME being that of the folder.",
 )  # fmt: skip
 @click.option(
-    "--calib-size", "size", metavar="N", type=click.IntRange(1), help="How many images; by default 256, or all."
+    "--calib-size", "size", metavar="N", type=click.IntRange(1), help="Number of images; by default 256, or all."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 def calibrate_command(source: str | None, output: Path | None, size: int | None, seed: int, as_json: bool) -> None:
-    """Draw images from a folder, equally from its sub-folders, and list them in a manifest with their digests.
+    """Draw the same number of images from every sub-folder of SRC, and write a manifest with their digests.
 
-    Of a manifest it shows what is in it, after holding every image against its digest. The images stay where they are.
-    Without SRC it lists the sets that ship, which `--calib` takes by name.
+    If SRC is a manifest, print its content after comparing every image with its digest. Images are not copied. Without
+    SRC, list the bundled sets, which `--calib` takes by name.
 
     \b
     Examples:
@@ -43,13 +43,13 @@ def calibrate_command(source: str | None, output: Path | None, size: int | None,
 
     if source is None:
         if output or size:
-            raise BadRequest("-o and --calib-size are for freezing a set; give the folder of images too")
+            raise BadRequest("-o and --calib-size are for a new set; give the folder of images too")
         _print_sets(as_json)
         return
     given = bundled.find_images(source)
     listed = given.suffix.lower() in (".tsv", ".csv") and given.is_file()
     if listed and (output or size):
-        raise BadRequest(f"{source} is a frozen set already; give the folder to freeze another")
+        raise BadRequest(f"{source} is a manifest already; give a folder to create another")
     path = given if listed else output or Path("calibration") / f"{given.resolve().name}.tsv"
     with drawing():
         if not listed:
@@ -85,11 +85,11 @@ def _print_sets(as_json: bool) -> None:
     rows = [(name, str(len(one.entries)), one.generator, one.license) for name, one in found.items()]
     print_table(("set", "images", "made by", "license"), rows, right=("images",))
     console().print(
-        f"they lie in {plain(bundled.folder('calibration'))}; `--calib NAME` takes one", style="dim", soft_wrap=True
+        f"folder: {plain(bundled.folder('calibration'))}; use one with `--calib NAME`", style="dim", soft_wrap=True
     )
 
 
-@click.command("verify", short_help="Accuracy against eager PyTorch: parity, agreement, top-1 and top-5.")
+@click.command("verify", short_help="Compare with eager PyTorch: parity, agreement, top-1 and top-5.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @add(options_of(VerifyOptions, more={"device": devices()}))
 @click.option(
@@ -131,7 +131,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
         raise click.exceptions.Exit(5)
 
 
-@click.command("bench", short_help="Latency and throughput against eager PyTorch, interleaved.")
+@click.command("bench", short_help="Latency and throughput, compared with eager PyTorch.")
 @click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @add(options_of(BenchOptions, more={"device": devices()}))
 @click.option(
@@ -140,11 +140,11 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
 def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
-    """Time artifacts and the eager PyTorch model they were made from, in turn, in one process.
+    """Time artifacts and the eager PyTorch model they were built from, in turn, in one process.
 
-    Each round takes every model once, in random order, and speed-ups are medians over pairs of the same round, with
-    a 95 % interval over eight openings of the models. Every sample goes into ARTIFACT.report.json, beside what verify
-    found. A model that crashes or hangs fails alone (exit code 5).
+    Each round runs every model once, in random order. Speed-ups are medians over pairs of the same round, with a 95 %
+    interval over eight launches of the models. All samples are written to ARTIFACT.report.json, next to the findings
+    of verify. If a model crashes or hangs, only this model fails (exit code 5).
 
     \b
     Example:
@@ -166,7 +166,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     if as_json:
         print_json(merged)
     else:
-        print_rows(tables.latency(tables.told_apart(reports)))
+        print_rows(tables.latency(tables.disambiguated(reports)))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in reports):

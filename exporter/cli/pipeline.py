@@ -1,4 +1,4 @@
-"""A recipe from beginning to end, and what was measured, judged and for others to read: `run`, `compare`, `report`."""
+"""The commands that run recipes, compare artifacts and write reports: `run`, `compare`, `report`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from exporter.run import Outcome
 
 
-@click.command("run", short_help="All of it from recipes: built, verified, timed, reported; what is done is skipped.")
+@click.command("run", short_help="Build, verify, time and report recipes; finished steps are skipped.")
 @click.argument("recipes", metavar="RECIPE…", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
-              show_default=True, help="Where artifacts and reports go.")  # fmt: skip
+              show_default=True, help="Folder for artifacts and reports.")  # fmt: skip
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True,
-              help="Another value than the recipes have, as in quantization.calib_size=512.")  # fmt: skip
+              help="Override a value of the recipes, as in quantization.calib_size=512.")  # fmt: skip
 @click.option("--jobs", metavar="N", type=click.IntRange(1, 64), default=1, show_default=True,
-              help="So many recipes at once; what is timed is timed alone all the same.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be done and what is there already, and do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="What came of each recipe, as a JSON list on stdout.")
+              help="Number of recipes built at once; timing always runs alone.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print which steps would run and which results exist, and run no step.")
+@click.option("--json", "as_json", is_flag=True, help="The result of each recipe, as a JSON list on stdout.")
 def run_command(
     recipes: tuple[str, ...], output: Path, overrides: tuple[str, ...], jobs: int, dry_run: bool, as_json: bool
 ) -> None:
-    """Build, verify, time and report what recipes ask for. RECIPE is a file, or the name of one that ships.
+    """Build, verify, time and report recipes. RECIPE is a file, or the name of a bundled recipe.
 
-    A step whose inputs have not changed (weights, images, options, versions) is skipped, and says so; what was
-    interrupted goes on where it stopped.
+    A step whose inputs have not changed (weights, images, options, versions) is skipped with a note. An interrupted
+    run continues after the last finished step.
 
     \b
     Examples:
@@ -70,27 +70,27 @@ def run_command(
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
-    """A line of the summary."""
+    """A row of the summary."""
     from exporter.cli.console import size
 
-    made, found = outcome.artifact, outcome.report
-    if made is None or found is None:
+    artifact, report = outcome.artifact, outcome.report
+    if artifact is None or report is None:
         return (outcome.name, "", "", "", "", "", "", "", "FAILED")
     numbers = (
-        _number(found.value(metric), digits)
+        _number(report.value(metric), digits)
         for metric, digits in (("cosine", 6), ("top1", 2), ("top1_drop", 2), ("p50_ms", 3), ("speedup", 2))
     )
-    verdict = "passes" if found.passed else "FAILS"
+    verdict = "passes" if report.passed else "FAILS"
     if not any(step == "done" for step in outcome.steps.values()):
-        verdict += ", all there already"
-    return (outcome.name, str(made.path), size(made.sidecar.bytes), *numbers, verdict)
+        verdict += ", all steps skipped"
+    return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, verdict)
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-@click.command("compare", short_help="The CI gate: did latency or accuracy regress?")
+@click.command("compare", short_help="The CI gate: fail if latency or accuracy regressed.")
 @click.argument("sides", metavar="[BASE] HEAD", nargs=-1, required=True, type=click.Path(path_type=Path))
 @add(options_of(GateOptions, more={"device": devices()}))
 @click.option(
@@ -99,12 +99,12 @@ def _number(value: float | None, digits: int) -> str:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
-    """Did HEAD get worse than BASE? Two artifacts, two reports, or an artifact and a git revision to build it from.
+    """Compare HEAD with BASE: two artifacts, two reports, or one artifact and the git revision to build its base from.
 
-    Artifacts are timed in turn on this machine, and BASE twice, so that the noise is known. A regression is
-    significant by a rank test (p < 0.01, corrected for all that is compared) and above its limit by more than that
-    noise; what looks like one is measured again, twice as long, before it fails. Unless told, one core is left to
-    the rest of the machine. Exit code 6 says that a regression was found.
+    Artifacts are timed in turn on this machine, and BASE twice, to measure the noise. A regression is significant by
+    a rank test (p < 0.01, corrected for the number of comparisons) and exceeds its limit by more than that noise. It
+    is measured again, twice as long, before the command fails. By default, one core is left to other processes. Exit
+    code 6 means that a regression was found.
 
     \b
     Examples:
@@ -120,19 +120,19 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
     artifact.check_output(path)
     with drawing():
-        made = gate.compare(sides, GateOptions(**values))
-    report.save(made, path)
+        comparison = gate.compare(sides, GateOptions(**values))
+    report.save(comparison, path)
     if as_json:
-        print_json(made)
+        print_json(comparison)
     else:
-        print_rows(tables.regressions([made]))
-        verdict = "[green]no regression[/]" if made.passed else "[red]REGRESSION[/]"
+        print_rows(tables.regressions([comparison]))
+        verdict = "[green]no regression[/]" if comparison.passed else "[red]REGRESSION[/]"
         console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
-    if not made.passed:
+    if not comparison.passed:
         raise click.exceptions.Exit(6)
 
 
-@click.command("report", short_help="Reports for people and for a CI; a history as a trend page.")
+@click.command("report", short_help="Render reports for people or a CI, or a history as a trend page.")
 @click.argument("reports", metavar="REPORT.json…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -141,15 +141,15 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     show_default=True,
     help="html, markdown, junit, github (annotations) or csv.",
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="A file; else stdout.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Output file; by default stdout.")
 @click.option(
-    "--history", metavar="FILE", type=click.Path(path_type=Path), help="Append what was measured to this .jsonl too."
+    "--history", metavar="FILE", type=click.Path(path_type=Path), help="Also append the reports to this .jsonl file."
 )
-@click.option("--commit", metavar="SHA", help="Whose numbers these are; by default git's HEAD.")
+@click.option("--commit", metavar="SHA", help="Commit of the reports in the history; by default git's HEAD.")
 def report_command(
     reports: tuple[Path, ...], form: str, output: Path | None, history: Path | None, commit: str | None
 ) -> None:
-    """Write one or more reports in a form for people or a CI, or a history as a page that finds its steps.
+    """Render one or more reports for people or a CI, or a history as a page with its steps.
 
     \b
     Examples:

@@ -88,7 +88,7 @@ def parse_limit(word: str) -> Limit:
             f"--fail-on {word}: {name} is compared in {'percent' if kind == 'time' else 'points'}: {expected}"
         )
     if sign and float(most) >= 100 and METRICS[name].higher_is_better:
-        raise BadRequest(f"--fail-on {word}: {name} cannot fall by {most} %; give less than 100")
+        raise BadRequest(f"--fail-on {word}: {name} cannot decrease by {most} %; give less than 100")
     return Limit(metric=name, most=float(most), relative=bool(sign))
 
 
@@ -136,7 +136,7 @@ class Change:
         return self.found.value > self.most
 
     def detectable(self) -> float:
-        """The change that would have been found nine times in ten: beyond limit and floor by 1.28 standard errors."""
+        """The change that is detected with 90 % probability: above limit plus floor by 1.28 standard errors."""
         return self.most + self.floor + 1.2816 * self.found.half_width / 1.96
 
 
@@ -153,7 +153,7 @@ def _finding(change: Change, chance: float, confirmed: bool) -> Finding:
     detail = (
         f"{_verdict(change, regressed)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
         f"{len(change.effects)} launches; the base differs from itself by up to {percent(change.floor):.1f} %; "
-        f"a change of {percent(change.detectable()):.1f} % would have been found"
+        f"a change of {percent(change.detectable()):.1f} % would have been detected"
     )
     return Finding(
         check="regression",
@@ -214,7 +214,7 @@ def compare_answers(limit: Limit, base: Sequence[float], head: Sequence[float]) 
         low=drop.low,
         high=drop.high,
         detail=f"{drop.lost} images lost and {drop.won} won of {len(base)}"
-        + ("" if significant or drop.value <= limit.most else "; above the limit, but within the noise of so few"),
+        + ("" if significant or drop.value <= limit.most else "; above the limit, but within the noise of few images"),
     )
     found = judged(finding, limit.most, "low")
     return found if significant else replace(found, passed=True)

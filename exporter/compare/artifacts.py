@@ -31,7 +31,7 @@ class CompareOptions(TimingOptions, frozen=True):
     hides more regressions than the last core could show."""
 
     across: Annotated[
-        tuple[Literal["machine", "model"], ...], about("Compare reports of two machines, or two models, all the same.")
+        tuple[Literal["machine", "model"], ...], about("Compare reports of two machines, or of two models, anyway.")
     ] = ()
     threads: Annotated[Threads | None, about("Threads; by default all cores but one.", metavar="N")] = None
     duration: Annotated[
@@ -56,7 +56,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
     if (base.variant, base.task) != (head.variant, head.task) and "model" not in options.across:
         raise BadRequest(
             f"{pair.head.path} is {head.variant} {head.task}, {pair.base.path} is {base.variant} {base.task}: two "
-            "models; say --across model if that is meant"
+            "models; add --across model to compare them anyway"
         )
     if base.preprocessing.size != head.preprocessing.size:
         raise BadRequest(
@@ -83,7 +83,7 @@ def compare_times(
     suspects = [batch for batch, changes in first.items() if any(change.is_suspicious for change in changes)]
     if not suspects:
         return findings
-    step("above the limit at first sight: measuring again, longer")
+    step("above the limit: measuring again, longer")
     second = {batch: _changes(pair, limits, batch, options, AGAIN, opener) for batch in suspects}
     findings = [finding for finding in findings if finding.case not in {_case(batch) for batch in suspects}]
     # Corrected for all that was looked at first, not only for what is looked at again.
@@ -109,7 +109,9 @@ def _changes(
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")
     if "model" not in options.across and min(min(launch.cosine.values()) for launch in timing.launches) <= -1:
-        raise CheckFailed(f"{pair.head.path} and {pair.base.path}: not both give numbers of one shape; `verify` them")
+        raise CheckFailed(
+            f"{pair.head.path} and {pair.base.path}: their outputs are not finite or differ in shape; `verify` them"
+        )
     return [_change(limit, _case(batch), timing) for limit in limits]
 
 

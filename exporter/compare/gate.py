@@ -37,24 +37,24 @@ class GateOptions(CompareOptions, frozen=True):
     build: Annotated[
         str | None, about("The shell command that builds HEAD, here and at --base-rev.", metavar="CMD")
     ] = None
-    data: Annotated[str | None, about("Labelled images, for top1_drop.", metavar="SRC")] = None
+    data: Annotated[str | None, about("Labelled images, needed for top1_drop.", metavar="SRC")] = None
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:
-    """Hold the last of the sides against the first: two artifacts, two reports, or one artifact and `base_rev`.
+    """Compare the last side with the first: two artifacts, two reports, or one artifact and `base_rev`.
 
-    Raises: BadRequest for sides that cannot be compared; what building and measuring raise.
+    Raises: BadRequest for sides that cannot be compared, and the errors of building and measuring.
     """
     limits = parse_limits(options.fail_on)
     wanted = 1 if options.base_rev else 2
     if len(sides) != wanted:
-        what = "HEAD alone, its base being --base-rev" if options.base_rev else "BASE and HEAD, or HEAD and --base-rev"
-        raise BadRequest(f"compare: {len(sides)} given; expected {what}")
+        expected = "HEAD alone, with --base-rev" if options.base_rev else "BASE and HEAD, or HEAD and --base-rev"
+        raise BadRequest(f"compare: {len(sides)} paths; expected {expected}")
     if (options.base_rev is None) != (options.build is None):
         raise BadRequest("--base-rev REV and --build CMD go together: the command builds HEAD at both revisions")
     are_reports = [_is_report(side) for side in sides]
     if any(are_reports) and (not all(are_reports) or options.base_rev):
-        raise BadRequest("compare: a report and an artifact; compare two of a kind")
+        raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
         return _compare_reports(report.load(sides[0]), report.load(sides[1]), limits, options)
     with ExitStack() as stack:
@@ -109,10 +109,10 @@ def _report(
     options: Record,
     environment: dict[str, Any],
 ) -> Report:
-    told = {"base": base, "limits": [str(limit) for limit in limits], "options": msgspec.to_builtins(options)}
+    recipe = {"base": base, "limits": [str(limit) for limit in limits], "options": msgspec.to_builtins(options)}
     return Report(
         passed=all(finding.passed for finding in findings),
-        recipe={"compare": told},
+        recipe={"compare": recipe},
         artifact=head,
         environment=environment,
         findings=tuple(findings),

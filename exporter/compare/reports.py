@@ -42,11 +42,11 @@ def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
     first, second = machine_of(base), machine_of(head)
     if first != second and "machine" not in across:
         differ = next((a, b) for a, b in zip(first, second, strict=True) if a != b)
-        raise BadRequest(f"two machines: {differ[0]} and {differ[1]}; measure both on one, or say --across machine")
+        raise BadRequest(f"two machines: {differ[0]} and {differ[1]}; measure both on one, or add --across machine")
     models = [(one.artifact.get("variant"), one.artifact.get("task")) for one in (base, head)]
     if models[0] != models[1] and "model" not in across:
         raise BadRequest(
-            f"two models: {_words(models[0])} and {_words(models[1])}; say --across model if that is meant"
+            f"two models: {_words(models[0])} and {_words(models[1])}; add --across model to compare them anyway"
         )
 
 
@@ -78,10 +78,12 @@ def _answers(report: Report, side: str) -> tuple[float, ...]:
 def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
     ways = [_way(base), _way(head)]
     if ways[0] != ways[1]:
-        raise BadRequest(f"timed in two ways: {_words(ways[0])} and {_words(ways[1])}; `bench` both alike")
+        raise BadRequest(
+            f"timed with different options: {_words(ways[0])} and {_words(ways[1])}; `bench` both with the same options"
+        )
     cases = [f.case for f in head.findings if f.metric == "p50_ms" and base.find("p50_ms", f.case) is not None]
     if not cases:
-        raise BadRequest(f"--fail-on {limit}: base and head were not timed alike; `bench` both with the same --batch")
+        raise BadRequest(f"--fail-on {limit}: no batch size in common; `bench` both with the same --batch")
     return [_change(base, head, limit, case) for case in cases]
 
 
@@ -115,8 +117,8 @@ def _launches(report: Report, metric: str, case: str, side: str) -> list[tuple[f
         raise BadRequest(f"the {side} report's samples of {metric} ({case}) are damaged; `bench` it again")
     if len(found.launches) < LEAST_LAUNCHES:
         raise BadRequest(
-            f"the {side} report has {len(found.launches)} launches of {case}, and no test says anything about fewer "
-            f"than {LEAST_LAUNCHES}; `bench` it again"
+            f"the {side} report has {len(found.launches)} launches of {case}, and a rank test needs at least "
+            f"{LEAST_LAUNCHES}; `bench` it again"
         )
     ends = [0, *accumulate(found.launches)]
     return [found.samples[a:b] for a, b in pairwise(ends)]

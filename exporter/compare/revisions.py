@@ -44,7 +44,7 @@ def built_at(revision: str, command: str, path: Path) -> Iterator[Artifact]:
 
 def _unknown(revision: str) -> str:
     return (
-        f"--base-rev {revision}: git knows no such commit here; in a shallow clone fetch it first: "
+        f"--base-rev {revision}: no such commit in this repository; in a shallow clone fetch it first: "
         f"git fetch --depth=1 origin {revision.removeprefix('origin/')}"
     )
 
@@ -57,7 +57,7 @@ def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
     step(f"building {what}: {command}")
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
         raise CheckFailed(f"{what}: the build command ended with exit code {done.returncode}: {last[0][:300]}")
     if not (folder / path).is_file():
         raise BadRequest(f"{what}: the build command left no {path}; name what it builds, relative to here")

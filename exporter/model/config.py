@@ -68,7 +68,7 @@ def _hf_preprocessing(config: dict[str, Any]) -> Preprocessing:
     """ConvNextImageProcessor: below 384 pixels it resizes to size / crop_pct and crops, from 384 on it squashes."""
     off = [step for step in ("do_resize", "do_rescale", "do_normalize") if config.get(step, True) is not True]
     if off or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-        raise ValueError(f"{', '.join(off) or 'rescale_factor'} is not as ConvNeXt's recipe has it")
+        raise ValueError(f"{', '.join(off) or 'rescale_factor'} differs from ConvNeXt's preprocessing")
     size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
     edge = int(size["shortest_edge"] if "shortest_edge" in size else size["height"])
     if size.get("width", edge) != edge:

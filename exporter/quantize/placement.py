@@ -61,7 +61,7 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
             rounded.shift_bias()
             left.discard(name)
     if left:
-        raise CheckFailed(f"the graph has no layer {', '.join(sorted(left))} to quantise")
+        raise CheckFailed(f"the graph has no layer {', '.join(sorted(left))} to quantize")
     files.drop_unused(copy.graph)
     return copy
 
@@ -181,7 +181,7 @@ def _faults(node: ir.Node, placement: Placement, grid: Grid) -> Iterator[str]:
         zero = _number(node, 2)
         expected = element(grid, placement.symmetric)
         if zero is None or zero.dtype != expected or (placement.symmetric and zero.any()):
-            yield f"{node.name} does not round to {expected.name}, which this target wants"
+            yield f"{node.name} does not quantize to {expected.name}, which this target needs"
 
 
 def _number(node: ir.Node, index: int) -> NDArray[Any] | None:

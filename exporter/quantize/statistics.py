@@ -106,7 +106,7 @@ def collect(
     found = store.read()
     watched = layers(model, kinds)
     if found.done("histogram" if histogram else "extremes") == images.total:
-        note(f"statistics of these {images.total} images are remembered ({store.path})")
+        note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
         step(f"calibrating on {images.total} images of {images.source}")
     with watching(watched, partial(_extremes, found)):
@@ -197,7 +197,7 @@ def _extremes(found: Statistics, name: str, x: torch.Tensor) -> None:
     flat = x.reshape(-1, x.shape[-1])
     low, high = (end.float().numpy() for end in torch.aminmax(flat, dim=0))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantised; verify its fp32 export")
+        raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantized; verify its fp32 export")
     total = flat.sum(0, dtype=torch.float64).numpy()
     before = name in found.low
     found.low[name] = np.minimum(found.low[name], low) if before else low.copy()
@@ -234,7 +234,7 @@ class Store:
                     kind, _, name = key.partition("|")
                     getattr(found, kind)[name] = stored[key]
         except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
-            note(f"{self.path} is damaged or of something else; the statistics are measured again")
+            note(f"{self.path} is damaged or has another key; the statistics are measured again")
             return Statistics()
         return found
 

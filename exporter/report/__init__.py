@@ -1,7 +1,7 @@
-"""What was measured: findings, and the report that keeps them with the machine they came from.
+"""Findings, which hold measured numbers, and reports, which hold the findings about one artifact on one machine.
 
-A check measures and makes findings; `Finding.judged` holds the only comparison with a limit; words and tables
-are made elsewhere. The modules of this folder are the formats of `convnext-export report`.
+Checks create findings. `judged` is the only place that compares a number with its limit. `tables` and `formats` turn
+reports into text.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ MAX_REPORT_BYTES = 512 * 2**20
 
 
 class Finding(Record, frozen=True):
-    """One number: which check measured what, the limit it was judged by, and the raw samples behind it.
+    """One measured number, with its check, its limit and its raw samples.
 
-    `case` tells numbers of one metric apart ("batch 8"). `launches` says how many of the samples belong to each
-    opening of the model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high`
-    are the ends of a 95 % interval. A finding without a limit informs and always passes; a value that is no number
-    (NaN, Inf) is None and passes no limit.
+    `case` distinguishes numbers of one metric ("batch 8"). `launches` is the number of samples of each launch of the
+    model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of
+    a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
     """
 
     check: str
@@ -52,7 +51,7 @@ class Finding(Record, frozen=True):
 
 
 class Report(Record, frozen=True):
-    """All findings about one artifact, with what it was built from and where it was measured."""
+    """All findings about one artifact, with its recipe and the machine."""
 
     passed: bool
     recipe: dict[str, Any]
@@ -63,17 +62,17 @@ class Report(Record, frozen=True):
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None when it was not measured."""
-        found = self.find(metric)
-        return found.value if found else None
+        finding = self.find(metric)
+        return finding.value if finding else None
 
     def find(self, metric: str, case: str | None = None) -> Finding | None:
-        """The finding of a metric: of this case, or the first there is. What `compare` says of it is another thing."""
+        """The first finding of a metric and, if given, of a case. Findings of `compare` are not searched."""
         known = (f for f in self.findings if f.metric == metric and f.check != "regression")
         return next((f for f in known if case in (None, f.case)), None)
 
 
 def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:
-    """The finding with a limit: its value must not be above it (`low` is better) or below it (`high`)."""
+    """The finding with a limit. If `better` is "low" the value may not exceed it, if "high" it may not be below it."""
     value = finding.value
     passed = value is not None and (value <= limit if better == "low" else value >= limit)
     return msgspec.structs.replace(finding, limit=limit, passed=passed)
@@ -85,26 +84,26 @@ def number(value: float) -> float | None:
 
 
 def encode(report: Report) -> bytes:
-    """The report as JSON for people: a list of numbers, however long, is one line."""
+    """The report as indented JSON; a list of numbers is one line, however long."""
     text = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
-    return re.sub(rb"\[\s+([-+.\deE,\s]+?)\s+\]", lambda found: b"[" + b"".join(found[1].split()) + b"]", text)
+    return re.sub(rb"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: b"[" + b"".join(match[1].split()) + b"]", text)
 
 
 def save(report: Report, path: Path) -> None:
-    """Write `report.json` in one step."""
+    """Write a report atomically."""
     write_file(path, encode(report))
 
 
 def load(path: Path) -> Report:
     """Read a report.
 
-    Raises: BadRequest for a file that is missing, no report, truncated or of another schema, or of an artifact in a
-        precision that this version does not know.
+    Raises: BadRequest for a file that is missing, truncated, no report or of another schema, and for an artifact in an
+        unknown precision.
     """
     if not path.is_file():
         raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
     if path.stat().st_size > MAX_REPORT_BYTES:
-        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no report of ours")
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a report of this tool has")
     content = path.read_bytes()
     try:
         schema = msgspec.json.decode(content, type=dict[str, Any]).get("schema")
@@ -112,14 +111,14 @@ def load(path: Path) -> Report:
             raise BadRequest(f"{path}: report of schema {schema}, this version reads {SCHEMA}; measure again")
         report = msgspec.json.decode(content, type=Report)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"{path}: no report of ours, or truncated ({error}); measure again") from None
-    if "precision" in report.artifact:  # a report of `compare` may speak of none
+        raise BadRequest(f"{path}: not a report of this tool, or truncated ({error}); measure again") from None
+    if "precision" in report.artifact:  # a report of `compare` may have none
         precision.get(str(report.artifact["precision"])[:40], path)
     return report
 
 
 def machine_of(report: Report) -> tuple[object, ...]:
-    """What makes a machine another: processor, instruction sets, cores, system."""
+    """The facts that identify a machine: processor, instruction sets, cores, system."""
     facts = report.environment
     isa = facts.get("isa")
     system = str(facts.get("system", "?")).split(" ")
@@ -127,9 +126,10 @@ def machine_of(report: Report) -> tuple[object, ...]:
 
 
 def save_merged(report: Report, path: Path) -> Report:
-    """Write a report beside what other checks found of the same artifact on the same machine, and give the whole.
+    """Write a report, merged with the file at `path` if that is of the same artifact and machine; return the result.
 
-    Findings of the checks that the report has itself are replaced; those of another artifact or machine go.
+    The old file keeps its findings of checks that the new report does not have. If it is of another artifact or
+    machine, it is replaced.
     """
     try:
         old = load(path) if path.exists() else None
@@ -150,7 +150,7 @@ def save_merged(report: Report, path: Path) -> Report:
 
 
 def is_stale(report: Report) -> bool:
-    """Whether the artifact that a report speaks of has been built again since."""
+    """Whether the artifact was rebuilt after the report."""
     path = Path(str(report.artifact.get("path", "")))
     if not sidecar_path(path).is_file():
         return False

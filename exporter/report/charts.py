@@ -1,4 +1,4 @@
-"""Charts as SVG that follows the page it stands in: light or dark, and no script."""
+"""Charts as SVG without scripts. They take the text colour of their page, light or dark."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from exporter.report.tables import name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart by people who see colours differently, on white and on black (Okabe and Ito, 2008).
+# Distinguishable with colour blindness, on white and on black (Okabe and Ito, 2008).
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c00", "#7f7f7f")
-INK, FAINT = "#123456", "#654321"  # stand-ins, replaced by what the page has
+INK, FAINT = "#123456", "#654321"  # placeholders, replaced by colours of the page
 
 
 MOST_DRAWN = 4000
 
 
 class Drawing:
-    """An SVG once its block has ended."""
+    """Holds the SVG after the `with` block of `_figure` has ended."""
 
     def __init__(self) -> None:
         self.svg = ""
@@ -40,7 +40,7 @@ def _figure(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # Names of files are no formulas, whatever signs they have.
+    # File names may contain signs that matplotlib would parse as a formula.
     style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False, "font.size": 10}
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
     drawing = Drawing()
@@ -51,7 +51,7 @@ def _figure(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
         axes.grid(True, linewidth=0.5)
         yield axes, drawing
         out = io.StringIO()
-        with warnings.catch_warnings():  # text is left to the reader's fonts: what ours lack does not matter
+        with warnings.catch_warnings():  # the page renders the text, so glyphs missing here do not matter
             warnings.simplefilter("ignore", UserWarning)
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -66,13 +66,13 @@ def _colors(reports: Sequence[Report]) -> dict[str, str]:
 
 
 def accuracy_against_latency(reports: Sequence[Report]) -> str:
-    """A point for each artifact, and eager's: median latency at the smallest batch, and the best accuracy known."""
+    """A point for each artifact and for eager: median latency at the smallest batch, and accuracy."""
     known = [(r, r.find("p50_ms"), _accuracy(r)) for r in reports]
     points = [(r, p50.value, found) for r, p50, found in known if p50 and p50.value and found]
     if not points:
         return ""
     words = {"top1": "top-1, %", "top1_agreement": "agreement with eager, %", "cosine": "cosine to eager"}
-    with _figure("Accuracy against latency", 3.6) as (axes, drawing):
+    with _figure("Accuracy by latency", 3.6) as (axes, drawing):
         for report, p50, found in points:
             ends = [abs(end - found.value) for end in found.interval or (found.value, found.value)]
             style: dict[str, Any] = {"color": _colors(reports)[name(report)], "label": name(report)}
@@ -94,7 +94,7 @@ def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     """The network from left to right, a cell for each layer, coloured by its precision.
 
     Args:
-        columns: of each part of the network, in order, the operator and precision of its layers.
+        columns: operator and precision of each layer, by part of the network, in order.
     """
     with _figure("Layers by precision", 4.5) as (axes, drawing):
         for x, cells in enumerate(columns.values()):
@@ -113,7 +113,7 @@ def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
 
 
 def tried(report: Report) -> str:
-    """A point for each number of parts that was kept back: what is lost, and the latency."""
+    """A point for each candidate of the INT8 search: accuracy loss and latency, by the number of parts kept."""
     known = [f for f in report.findings if f.value is not None]
     losses = {f.case: float(f.value or 0) for f in known if f.metric == "tried_loss"}
     times = {f.case: float(f.value or 0) for f in known if f.metric == "tried_ms"}
@@ -121,7 +121,7 @@ def tried(report: Report) -> str:
     if len(points) < 2:
         return ""
     limit = report.value("budget")
-    with _figure("What int8 loses against latency", 3.2) as (axes, drawing):
+    with _figure("Accuracy loss of int8 by latency", 3.2) as (axes, drawing):
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=COLORS[0], markersize=8)
         for x, y, case in points:
             axes.annotate(case, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
@@ -130,7 +130,7 @@ def tried(report: Report) -> str:
             axes.annotate("budget", (points[0][0], limit), xytext=(0, 3), textcoords="offset points", fontsize=9)
         axes.margins(x=0.2, y=0.2)
         axes.set_xlabel("median latency, ms (left is better)")
-        axes.set_ylabel("lost, points (lower is better)")
+        axes.set_ylabel("accuracy loss, points (lower is better)")
     return drawing.svg
 
 
@@ -140,7 +140,7 @@ def _accuracy(report: Report) -> Any:
 
 
 def distributions(reports: Sequence[Report], case: str) -> str:
-    """How the runs of each model spread, with the median and the 90th and 99th percentile."""
+    """The distribution of each model's latencies, with the median and the 90th and 99th percentile."""
     eager = next((f for r in reports if (f := r.find("eager_p50_ms", case)) and f.samples), None)
     rows = [("eager PyTorch", eager, INK)] if eager else []
     shades = _colors(reports)
@@ -169,11 +169,11 @@ def _violin(axes: Axes, samples: Any, row: int, shade: str) -> None:
 
 
 def changes(findings: Sequence[Finding]) -> str:
-    """What `compare` saw: each change with its interval, and the limit it was held to."""
+    """Each change measured by `compare`, with its interval and its limit."""
     shown = [f for f in findings if f.check == "regression" and f.value is not None and f.interval]
     if not shown:
         return ""
-    with _figure("Change against the base", 0.9 + 0.45 * len(shown)) as (axes, drawing):
+    with _figure("Change from the base", 0.9 + 0.45 * len(shown)) as (axes, drawing):
         for row, f in enumerate(shown):
             shade = COLORS[2] if f.passed else COLORS[5]
             axes.plot(f.interval or (0, 0), [row, row], color=shade, linewidth=3, solid_capstyle="round")
@@ -187,7 +187,7 @@ def changes(findings: Sequence[Finding]) -> str:
 
 
 def trend(one: Series, found: Sequence[Step]) -> str:
-    """A series commit by commit, with its steps."""
+    """A series by commit, with its steps."""
     with _figure(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
         axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]

@@ -1,6 +1,6 @@
-"""What was measured commit by commit, one JSON line each, and where it stepped.
+"""The history of metrics by commit, one JSON line for each report, and detection of steps.
 
-A history is appended to, never rewritten; series of two machines or of two artifacts are never mixed.
+Lines are only appended. Numbers of two machines or two artifacts are never in one series.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_STEP_PCT = 1.0
 
 
 class Entry(Record, frozen=True):
-    """One report at one commit: the value of each metric, under `metric` or `metric, case`."""
+    """The values of one report at one commit. Keys of `values` are `metric` or `metric, case`."""
 
     commit: str
     time: str
@@ -40,7 +40,7 @@ class Entry(Record, frozen=True):
 
 @dataclass(frozen=True)
 class Step:
-    """Where a series stepped: the first commit of the new level, and the medians on either side."""
+    """A step of a series: the first commit of the new level, and the medians before and after."""
 
     artifact: str
     machine: str
@@ -52,13 +52,13 @@ class Step:
 
     @property
     def change_pct(self) -> float:
-        """How far, in percent of the level before."""
+        """The change in percent of the level before."""
         return 100 * (self.after / self.before - 1)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one artifact on one machine, commit by commit."""
+    """One metric of one artifact on one machine, ordered by commit."""
 
     artifact: str
     machine: str
@@ -74,7 +74,7 @@ class Series:
 def append(path: Path, reports: Sequence[Report], commit: str) -> None:
     """Add a line for each report.
 
-    Raises: BadRequest when the file is no history of ours.
+    Raises: BadRequest when the file is no history of this tool.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
@@ -98,20 +98,20 @@ def _entry(report: Report, commit: str, now: str) -> Entry:
 
 
 def load(path: Path) -> list[Entry]:
-    """Every line of a history.
+    """Read every line of a history.
 
-    Raises: BadRequest for a line that is none of ours, with its number.
+    Raises: BadRequest for a line that is no entry of this tool, with its number.
     """
     if not path.exists():
         return []
     if path.stat().st_size > MAX_BYTES:
-        raise BadRequest(f"{path}: {path.stat().st_size} bytes is no history of ours")
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a history of this tool has")
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = msgspec.json.decode(line, type=Entry)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest(f"{path}, line {number}: no line of a history ({error}); remove it") from None
+            raise BadRequest(f"{path}, line {number}: not an entry of a history ({error}); remove the line") from None
         if entry.schema != SCHEMA:
             raise BadRequest(f"{path}, line {number}: schema {entry.schema}, this version reads {SCHEMA}")
         entries.append(entry)
@@ -128,11 +128,11 @@ def series(entries: Sequence[Entry]) -> list[Series]:
 
 
 def steps(one: Series) -> list[Step]:
-    """Where the level of a series changed for good.
+    """The commits at which the level of a series changed.
 
     Change points by PELT on the logarithms (Killick, Fearnhead and Eckley, "Optimal detection of changepoints with a
     linear computational cost", 2012), the penalty being 3 ln(n) times the variance of the noise, which is taken from
-    successive differences, as a step spoils only one of them. Steps below 1 % or three times the noise are not told.
+    successive differences, since a step changes only one of them. Steps below 1 % or three times the noise are dropped.
     """
     from ruptures import Pelt
 
@@ -142,19 +142,19 @@ def steps(one: Series) -> list[Step]:
     logs = np.log(values)
     differences = np.diff(logs)
     noise = max(float(np.median(np.abs(differences - np.median(differences)))) * 1.4826 / np.sqrt(2), 1e-6)
-    found = Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(logs).predict(3 * np.log(len(logs)) * noise**2)
-    edges = [0, *found]
-    told = []
+    breaks = Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(logs).predict(3 * np.log(len(logs)) * noise**2)
+    edges = [0, *breaks]
+    result = []
     for start, middle, end in zip(edges, edges[1:], edges[2:], strict=False):
         before, after = float(np.median(values[start:middle])), float(np.median(values[middle:end]))
         if abs(np.log(after / before)) > max(LEAST_STEP_PCT / 100, 3 * noise):
             at = one.entries[middle]
-            told.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, before, after))
-    return told
+            result.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, before, after))
+    return result
 
 
 def step_table(entries: Sequence[Entry]) -> Table:
-    """Every step, the latest first."""
+    """A row for each step, the latest first."""
     columns = ("commit", "since", "artifact", "metric", "before", "after", "change", "machine")
     found = sorted((step for one in series(entries) for step in steps(one)), key=lambda step: step.time, reverse=True)
     rows = [

@@ -1,4 +1,4 @@
-"""From files of reports, or a history, to a text in a format."""
+"""Renders report files, or a history file, as text in one of the formats."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from exporter import discover, report
 from exporter.errors import BadRequest
 from exporter.git import git
 from exporter.report import history
-from exporter.report.tables import told_apart
+from exporter.report.tables import disambiguated
 
 COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
 
 
 def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
-    """The text, and notes about reports that are out of date.
+    """Render reports or a history; return the text and notes about outdated reports.
 
     Raises: BadRequest for files or formats that cannot be used.
     """
@@ -27,22 +27,22 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
         if form not in with_trend:
             raise BadRequest(f"--format {form}: a history is written as {' or '.join(with_trend)}")
         if len(paths) > 1:
-            raise BadRequest("a history is rendered alone; name one .jsonl file")
+            raise BadRequest("a history cannot be combined with other files; name one .jsonl file")
         if not (entries := history.load(paths[0])):
-            raise BadRequest(f"{paths[0]}: no history there; `report REPORT.json --history {paths[0]}` begins one")
+            raise BadRequest(f"{paths[0]}: no entries; `report REPORT.json --history {paths[0]}` appends one")
         return str(discover.load(package, form, "TREND")(entries)), []
     loaded = [report.load(path) for path in paths]
-    stale = [path for path, made in zip(paths, loaded, strict=True) if report.is_stale(made)]
-    return str(render(told_apart(loaded))), [
-        f"{path}: its artifact was built again since; measure it again" for path in stale
+    stale = [path for path, one in zip(paths, loaded, strict=True) if report.is_stale(one)]
+    return str(render(disambiguated(loaded))), [
+        f"{path}: the artifact was rebuilt after this report; measure it again" for path in stale
     ]
 
 
 def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:
-    """Append reports to a history, under a commit: the one that is given, the CI's, or git's HEAD.
+    """Append reports to a history under a commit: the argument, the variable of the CI, or git's HEAD.
 
-    Raises: BadRequest when there is none, or the history is not ours.
+    Raises: BadRequest when no commit is known, or the file is no history of this tool.
     """
-    told = commit or next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
-    told = told or git("rev-parse", "HEAD", failed="--history: which commit is this? say so with --commit")
-    history.append(file, [report.load(path) for path in paths], told)
+    commit = commit or next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
+    commit = commit or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
+    history.append(file, [report.load(path) for path in paths], commit)

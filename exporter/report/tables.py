@@ -1,4 +1,4 @@
-"""What reports say, as tables of words: the same for a terminal, Markdown and HTML."""
+"""Tables of reports, with cells as text. The terminal, Markdown and HTML show the same tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exporter.report import Finding, Report
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people: the columns in `right` are numbers."""
+    """A table with cells as text. The columns in `right` hold numbers and are aligned right."""
 
     title: str
     columns: tuple[str, ...]
@@ -24,18 +24,18 @@ class Table:
 
 
 def tables(reports: Sequence[Report]) -> list[Table]:
-    """Every table that these reports have rows for: regressions first, for they are what was asked."""
-    found = (regressions(reports), accuracy(reports), int8(reports), sensitivity(reports), latency(reports))
-    return [table for table in found if table.rows]
+    """All tables with at least one row, regressions first."""
+    every = (regressions(reports), accuracy(reports), int8(reports), sensitivity(reports), latency(reports))
+    return [table for table in every if table.rows]
 
 
 def name(report: Report) -> str:
-    """What a report's artifact is called: its file name, or what `told_apart` said."""
+    """The displayed name of a report's artifact: its file name, or the label from `disambiguated`."""
     return str(report.artifact.get("label") or Path(str(report.artifact.get("path", "?"))).name)
 
 
-def told_apart(reports: Sequence[Report]) -> list[Report]:
-    """The reports, with whole paths for those artifacts whose file names are the same."""
+def disambiguated(reports: Sequence[Report]) -> list[Report]:
+    """The reports; artifacts that share a file name get their whole path as label."""
     paths = dict.fromkeys(str(report.artifact.get("path", "?")) for report in reports)
     times = Counter(Path(path).name for path in paths)
     clash = {path for path in paths if times[Path(path).name] > 1}
@@ -47,7 +47,7 @@ def told_apart(reports: Sequence[Report]) -> list[Report]:
 
 
 def runs_on(report: Report) -> str:
-    """Backend and precision, and the arithmetic where that is another."""
+    """Backend and precision, and the arithmetic if it differs from the precision."""
     where = f"{report.artifact.get('backend', '?')} {report.artifact.get('precision', '?')}"
     if report.find("simulated"):
         return f"{where}, simulated"
@@ -57,16 +57,16 @@ def runs_on(report: Report) -> str:
 
 
 def verdict(report: Report, checks: Sequence[str]) -> str:
-    """Whether what these checks measured passes, and what does not."""
+    """'passes', or the metrics of these checks that failed."""
     bad = [finding.metric for finding in report.findings if not finding.passed and finding.check in checks]
     return f"**fails** {', '.join(dict.fromkeys(bad))}" if bad else "passes"
 
 
 def regressions(reports: Sequence[Report]) -> Table:
-    """A row for each limit that `compare` held."""
+    """A row for each limit that `compare` checked."""
     columns = ("artifact", "metric", "case", "change", "95 % interval", "limit", "", "detail")
     rows = [_regression(report, f) for report in reports for f in report.findings if f.check == "regression"]
-    return Table("Against the base", columns, columns[3:6], rows)
+    return Table("Change from the base", columns, columns[3:6], rows)
 
 
 def _regression(report: Report, f: Finding) -> tuple[str, ...]:
@@ -103,20 +103,20 @@ def accuracy(reports: Sequence[Report]) -> Table:
 
 
 def int8(reports: Sequence[Report]) -> Table:
-    """A row for each artifact that was quantised."""
+    """A row for each quantized artifact."""
     columns = (
-        *("artifact", "calibrated on", "in eight bits", "gain", "95 % interval"),
-        *("over", "× eager", "kept back", ""),
+        *("artifact", "calibrated on", "in int8", "speed-up", "95 % interval"),
+        *("baseline", "× eager", "kept in higher precision", ""),
     )
     rows = []
     for report in reports:
-        found, gain = report.find("calibration"), report.find("gain")
-        if found and gain:
+        calibration, gain = report.find("calibration"), report.find("gain")
+        if calibration and gain:
             kept = [f.case for f in report.findings if f.metric == "kept_back"]
             rows.append(
                 (
                     name(report),
-                    f"{number(found)} images {found.detail.partition(';')[0]}",
+                    f"{number(calibration)} images {calibration.detail.partition(';')[0]}",
                     number(report.find("quantized_macs_pct"), "{:.1f} % of MACs"),
                     number(gain, "{:.2f} ×"),
                     "{:.2f}–{:.2f}".format(*gain.interval) if gain.interval else "",
@@ -126,53 +126,58 @@ def int8(reports: Sequence[Report]) -> Table:
                     verdict(report, ("int8", "fp8")),
                 )
             )
-    return Table("INT8 against the next higher precision", columns, columns[2:7], rows)
+    return Table("INT8 compared with the next higher precision", columns, columns[2:7], rows)
 
 
 def sensitivity(reports: Sequence[Report]) -> Table:
-    """Where the budget was searched: every part of the network, the most harmful first, and what became of it."""
-    columns = ("artifact", "part", "error", "became", "cost")
+    """A row for each part of the network with a measured sensitivity, the most sensitive first, with its precision."""
+    columns = ("artifact", "part", "error", "precision", "cost")
     rows = []
     for report in reports:
         kept = {f.case: f for f in report.findings if f.metric == "kept_back"}
         for f in report.findings:
             if f.metric == "sensitivity":
-                back = kept.get(f.case)
-                became = "kept back" if back else f.check
-                rows.append((name(report), f.case, number(f, "{:.2g}"), became, back.detail if back else ""))
+                kept_back = kept.get(f.case)
+                precision = "higher" if kept_back else f.check
+                rows.append(
+                    (name(report), f.case, number(f, "{:.2g}"), precision, kept_back.detail if kept_back else "")
+                )
     return Table(
-        "Error of the outputs when a part alone is int8, as a share of their variance", columns, ("error",), rows
+        "Sensitivity: error of the outputs when one part alone is int8, as a share of their variance",
+        columns,
+        ("error",),
+        rows,
     )
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """What a reader has to know before any table: where int8 does not pay."""
-    found = ((name(report), report.find("gain")) for report in reports)
-    return [f"{one}: {gain.detail}" for one, gain in found if gain and not_paying(gain)]
+    """The lines above all tables: artifacts whose int8 layers are not faster than the baseline."""
+    gains = ((name(report), report.find("gain")) for report in reports)
+    return [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
 
 
-def not_paying(gain: Finding) -> bool:
-    """Whether a gain is none, or not shown to be one."""
+def not_faster(gain: Finding) -> bool:
+    """Whether the 95 % interval of a speed-up is missing or reaches down to 1."""
     return gain.metric == "gain" and (gain.low is None or gain.low <= 1)
 
 
 def latency(reports: Sequence[Report]) -> Table:
-    """Eager first, then a row for each artifact, batch size by batch size."""
+    """For each batch size, a row for eager PyTorch, then a row for each artifact."""
     columns = (
         *("model", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
         *("× eager", "95 % interval", "of peak", "load ms", ""),
     )
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.check == "latency" and f.case)
     rows = [row for case in cases for row in _latency_rows(reports, case)]
-    return Table("Latency, interleaved with eager PyTorch", columns, columns[1:10], rows)
+    return Table("Latency, timed in turn with eager PyTorch", columns, columns[1:10], rows)
 
 
 def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
     batch = case.removeprefix("batch ")
     for prefix, words in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
-        found = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
-        if found:
-            yield (words, batch, number(found), *[""] * 7, found.detail if found.value is None else "")
+        p50 = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
+        if p50:
+            yield (words, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
     for report in reports:
         if report.find("p50_ms", case):
             yield (name(report), batch, *_latency(report, case))
@@ -195,12 +200,12 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
 
 
 def number(finding: Finding | None, form: str = "{:.4g}") -> str:
-    """A finding's value, a dash where it was not measured."""
+    """The value of a finding, or a dash if it was not measured."""
     return "–" if finding is None or finding.value is None else form.format(finding.value)
 
 
 def machine(report: Report) -> str:
-    """The machine a report was made on, PyTorch and the runtimes."""
+    """The machine of a report, with the versions of PyTorch and the runtimes."""
     versions = report.environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     tools = [f"{tool} {versions[tool]}" for tool in versions if tool == "torch" or tool not in TOOLS]
@@ -210,6 +215,6 @@ def machine(report: Report) -> str:
 
 
 def data(report: Report) -> str:
-    """The images it was verified on."""
-    found = report.find("images")
-    return found.detail if found else ""
+    """The images that an artifact was verified on."""
+    images = report.find("images")
+    return images.detail if images else ""

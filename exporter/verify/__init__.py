@@ -163,7 +163,7 @@ def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnabl
     sidecars = [path.with_suffix("") for path in sorted(artifact.path.parent.glob("*.onnx.json"))]
     parents = [path for path in sidecars if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents]
     if not parents:
-        raise Unavailable(f"{artifact.path}: {reason}, and the graph that it was built from is not beside it")
+        raise Unavailable(f"{artifact.path}: {reason}, and the ONNX graph that it was built from is missing")
     parent = artifacts.load(parents[0])
     stand_in = backends.runtime_of(parent)
     target = backends.target(stand_in.name)

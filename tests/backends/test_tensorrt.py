@@ -69,7 +69,7 @@ def test_one_command_builds_int8_and_says_what_was_simulated(tiny, run, tmp_path
         assert (found["gain"]["value"], found["gain"]["detail"]) == (None, f"not timed: {runtime.unable()}")
         assert "custom_linear_int8.onnx, which it was built from, ran on onnxruntime" in found["simulated"]["detail"]
     assert found["cosine"]["value"] > 0.998
-    assert found["quantized_macs_pct"]["detail"] == "10 of 10 rounded layers are computed in int8"
+    assert found["quantized_macs_pct"]["detail"] == "10 of 10 quantized layers are computed in int8"
     assert found["extra_kernels"]["value"] <= 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "custom_int8.plan", "custom_int8.plan.json", "custom_int8.plan.kernels.json", "custom_int8.plan.report.json",
@@ -102,7 +102,7 @@ def test_verify_without_a_gpu_runs_the_graph_behind_the_plan(artifacts, run, tmp
     alone = copy_artifact(made, tmp_path)
     done = run("verify", alone.path)
     assert done.code == 3
-    assert "the graph that it was built from is not beside it" in done.err
+    assert "the ONNX graph that it was built from is missing" in done.err
     with pytest.raises(Unavailable, match="onnxruntime cannot run its graph in bf16"):
         verify(artifacts["tensorrt", "bf16"], VerifyOptions(samples=8))
 

@@ -35,7 +35,7 @@ def test_what_is_torn_is_seen(onnx_copy):
     assert "expected" in kill.faults(folder)[1]
     onnx_copy.path.write_bytes(whole)
     (folder / "x.report.json").write_text("{")
-    assert "no report of ours" in kill.faults(folder)[1]
+    assert "not a report of this tool" in kill.faults(folder)[1]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_sensitive_parts_are_found_and_kept_in_higher_precision(fragile, photogr
     assert {f["case"] for f in findings if f["metric"] == "tried_ms"} >= {"0 kept", "2 kept"}
     assert "fully quantized, it fails" in done.err
     page = run("report", tmp_path / "custom_int8.onnx.report.json", "--format", "html").out
-    assert "What int8 loses against latency" in page
+    assert "Accuracy loss of int8 by latency" in page
     assert "kept in fp32" in run("report", tmp_path / "custom_int8.onnx.report.json").out
 
 
@@ -220,10 +220,10 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_pat
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     done = run(*words)
     assert done.code == 0
-    assert "statistics of these 17 images are remembered" in done.err
+    assert "statistics of these 17 images are cached" in done.err
 
 
-def test_a_gain_that_is_none_is_said_first(tiny, run, tmp_path, monkeypatch):
+def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypatch):
     """A rival that is the artifact itself cannot be beaten."""
     monkeypatch.setattr(speed.Timed, "ratio", lambda self, made, over: (0.9, 0.8, 0.95))
     done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)

@@ -106,7 +106,7 @@ def test_a_fast_form_that_fails_is_not_taken_and_the_choice_not_kept(opener, bui
     notes = []
     monkeypatch.setattr(tune, "note", notes.append)
     assert tune.fastest(job, builder, opener) == "conv"
-    assert "nchw failed: cosine" in notes[-1] or "nchw failed: brought its process down" in notes[-1]
+    assert "nchw failed: cosine" in notes[-1] or "nchw failed: crashed its process" in notes[-1]
     assert "nchw 2" not in notes[-1]
     assert not (tmp_path / "cache").exists()
 

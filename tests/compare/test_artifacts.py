@@ -58,12 +58,12 @@ def test_every_batch_is_a_case_of_its_own(pair):
 
 
 def test_a_head_that_crashes_is_named(pair):
-    with pytest.raises(CheckFailed, match=r"custom_fp32.onnx: brought its process down \(SIGSEGV\)"):
+    with pytest.raises(CheckFailed, match=r"custom_fp32.onnx: crashed its process \(SIGSEGV\)"):
         comparing.compare_times(pair, parse_limits([]), QUICK, fakes.crashing_head)
 
 
 def test_a_head_that_gives_no_numbers_is_not_fast(pair):
-    with pytest.raises(CheckFailed, match="numbers of one shape"):
+    with pytest.raises(CheckFailed, match="differ in shape"):
         comparing.compare_times(pair, parse_limits([]), QUICK, fakes.nan_head)
 
 

@@ -85,7 +85,7 @@ def test_answers_and_sizes_are_compared_too(typed):
         (timed(environment={"cores": 4}), (), "two machines: 4 and 2"),
         (timed(variant="base"), (), "two models: base classify and tiny classify"),
         (timed(launches=1), (), "1 launches"),
-        (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed in two ways: threads 2"),
+        (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
         (timed(), ("--base-rev", "main", "--build", "true"), "expected HEAD alone"),
         (timed(), ("--base-rev", "main"), "expected HEAD alone"),
@@ -121,7 +121,7 @@ def test_a_baseline_without_samples_or_with_damaged_ones_is_refused(tmp_path, re
 
 def test_a_report_and_an_artifact_are_not_compared(onnx_copy, tmp_path, refused):
     report.save(timed(), tmp_path / "head.json")
-    assert "two of a kind" in refused(2, "compare", onnx_copy.path, tmp_path / "head.json")
+    assert "give two reports or two artifacts" in refused(2, "compare", onnx_copy.path, tmp_path / "head.json")
     assert "1 given" in refused(2, "compare", onnx_copy.path)
     assert "--data" in refused(2, "compare", onnx_copy.path, onnx_copy.path, "--fail-on", "top1_drop:0.3")
 

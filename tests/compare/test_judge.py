@@ -107,7 +107,7 @@ def test_a_drop_must_be_significant_too():
     few = compare_answers(limit, [1.0] * 10, [1.0] * 9 + [0.0])
     assert few.passed
     assert few.value == pytest.approx(10)
-    assert "within the noise of so few" in few.detail
+    assert "within the noise of few images" in few.detail
     with pytest.raises(BadRequest, match="same --data"):
         compare_answers(limit, base, base[:-1])
 

@@ -169,7 +169,7 @@ def test_the_command_checks_a_set_by_name(run, refused):
     shown = run("calibrate", "digits-256")
     assert shown.code == 0, shown.err
     assert "made by sklearn.datasets.load_digits" in shown.out
-    assert "frozen set already" in refused(2, "calibrate", "digits-256", "-o", "x.tsv")
+    assert "is a manifest already" in refused(2, "calibrate", "digits-256", "-o", "x.tsv")
     assert "did you mean 'digits-256'" in refused(2, "calibrate", "digit-256")
 
 

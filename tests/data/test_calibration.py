@@ -169,7 +169,7 @@ def test_the_verb_freezes_and_shows(folder, run):
 
 @pytest.mark.parametrize("words", [("--calib-size", 3), ("-o", "other.tsv")])
 def test_a_frozen_set_is_not_frozen_again(folder, refused, words):
-    assert "frozen set already" in refused(2, "calibrate", frozen(folder), *words)
+    assert "is a manifest already" in refused(2, "calibrate", frozen(folder), *words)
 
 
 def test_synthetic_images_need_no_manifest(refused):

@@ -91,7 +91,7 @@ def test_stock_onnx_runtime_runs_it(ready, tmp_path):
     [
         (lambda q, dq: setattr(q.inputs[1], "const_value", ir.tensor(np.float32(np.nan))), "no scale that is finite"),
         (lambda q, dq: setattr(q.inputs[1], "const_value", ir.tensor(np.float32(-1))), "no scale that is finite"),
-        (lambda q, dq: setattr(q.inputs[2], "const_value", ir.tensor(np.int8(3))), "does not round to uint8"),
+        (lambda q, dq: setattr(q.inputs[2], "const_value", ir.tensor(np.int8(3))), "does not quantize to uint8"),
         (lambda q, dq: dq.outputs[0].replace_all_uses_with(q.inputs[0]), "feeds nothing"),
         (lambda q, dq: dq.outputs[0].replace_all_uses_with(q.outputs[0]), "expected DequantizeLinear"),
     ],

@@ -205,10 +205,14 @@ def test_html_in_a_browser_asks_for_nothing_and_complains_of_nothing(tmp_path):
     assert not [url for url in asked if not url.startswith(("file:", "data:", "chrome")) and "google" not in url], asked
 
 
-def test_artifacts_of_one_name_are_told_apart_by_their_paths():
+def test_artifacts_of_one_name_are_labelled_with_their_paths():
     one, same, other, third = (
         replace(made("a.onnx"), artifact={"path": p}) for p in ("x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx")
     )
-    names = [tables.name(report) for report in tables.told_apart([one, same, other, third])]
+    names = [tables.name(report) for report in tables.disambiguated([one, same, other, third])]
     assert names == ["x/a.onnx", "x/a.onnx", "y/a.onnx", "b.onnx"]
-    assert [tables.name(report) for report in tables.told_apart([one, same, third])] == ["a.onnx", "a.onnx", "b.onnx"]
+    assert [tables.name(report) for report in tables.disambiguated([one, same, third])] == [
+        "a.onnx",
+        "a.onnx",
+        "b.onnx",
+    ]

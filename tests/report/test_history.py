@@ -112,4 +112,4 @@ def test_what_is_no_history_is_left_as_it_was(tmp_path, refused):
     told = ("report", tmp_path / "a.report.json", "--history", tmp_path / "h.jsonl", "--commit", "c")
     assert "line 1" in refused(2, *told, folder=tmp_path)
     assert "written as html or markdown" in refused(2, "report", tmp_path / "h.jsonl", "--format", "csv")
-    assert "no history there" in refused(2, "report", tmp_path / "none.jsonl")
+    assert "no entries" in refused(2, "report", tmp_path / "none.jsonl")

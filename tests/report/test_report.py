@@ -42,7 +42,7 @@ def test_a_truncated_report_is_refused(example, tmp_path):
     path = tmp_path / "report.json"
     report.save(example, path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(BadRequest, match="no report of ours, or truncated"):
+    with pytest.raises(BadRequest, match="not a report of this tool, or truncated"):
         report.load(path)
 
 

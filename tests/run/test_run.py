@@ -133,7 +133,7 @@ def test_recipes_share_one_trace_and_one_calibration(recipe, run):
     result = run("run", recipe("onnxruntime", "int8", "c", FAST), recipe("tensorrt", "int8", "d", FAST))
     assert result.code == 0, result.err
     assert result.err.count("calibrating on 8 images") == 1
-    assert "statistics of these 8 images are remembered" in result.err
+    assert "statistics of these 8 images are cached" in result.err
 
 
 def test_one_that_cannot_be_run_does_not_stop_the_others(recipe, run, tmp_path, monkeypatch):

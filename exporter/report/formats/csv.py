@@ -14,7 +14,7 @@ FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "
 
 
 def render(reports: Sequence[Report]) -> str:
-    """The header and the rows. A cell that a spreadsheet would take for a formula begins with an apostrophe."""
+    """The header and the rows. An apostrophe is put before cells that a spreadsheet would take for a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("artifact", *ARTIFACT, "cpu", *FINDING))
@@ -22,11 +22,11 @@ def render(reports: Sequence[Report]) -> str:
         about = [name(report), *(report.artifact.get(key, "") for key in ARTIFACT), report.environment.get("cpu", "")]
         for finding in report.findings:
             cells = [*about, *(getattr(finding, key) for key in FINDING)]
-            writer.writerow([_harmless(cell) for cell in cells])
+            writer.writerow([_escaped(cell) for cell in cells])
     return out.getvalue()
 
 
-def _harmless(cell: object) -> object:
+def _escaped(cell: object) -> object:
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 

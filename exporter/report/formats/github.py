@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exporter.report import Finding, Report
-from exporter.report.tables import name, not_paying
+from exporter.report.tables import name, not_faster
 
 
 def render(reports: Sequence[Report]) -> str:
-    """A line for each annotation: an error for what fails, a warning for what is too noisy or not sure, and a notice
-    for each report that passes."""
+    """A line for each annotation: an error for a failed finding, a warning for a noisy one or for int8 that is not
+    faster, and a notice for each report that passes."""
     return "".join(f"{line}\n" for report in reports for line in _lines(report))
 
 
@@ -18,15 +18,15 @@ def _lines(report: Report) -> Iterator[str]:
     for finding in report.findings:
         title = f"{name(report)}: {finding.metric}" + (f", {finding.case}" if finding.case else "")
         if not finding.passed:
-            yield _command("error", title, _said(finding))
-        elif not_paying(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
-            yield _command("warning", title, _said(finding))
+            yield _command("error", title, _message(finding))
+        elif not_faster(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
+            yield _command("warning", title, _message(finding))
     if report.passed:
         judged = sum(finding.limit is not None for finding in report.findings)
-        yield _command("notice", name(report), f"all {judged} limits hold")
+        yield _command("notice", name(report), f"all {judged} checks passed")
 
 
-def _said(finding: Finding) -> str:
+def _message(finding: Finding) -> str:
     value = "no number" if finding.value is None else f"{finding.value:.4g} {finding.unit}".strip()
     limit = "" if finding.limit is None else f" (limit {finding.limit:g})"
     return f"{value}{limit} {finding.detail}".strip()

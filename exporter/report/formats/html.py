@@ -1,4 +1,4 @@
-"""Reports as one HTML page that needs nothing else: no script, no request, light or dark as the reader's system is."""
+"""Reports as one self-contained HTML page: no script, no request, light or dark as the reader's system is."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def render(reports: Sequence[Report]) -> str:
     bad = [name(report) for report in reports if not report.passed]
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
     compared = [finding for report in reports for finding in report.findings]
-    found = [chart("Change against the base", charts.changes(compared))]
-    found += [chart("Accuracy against latency", charts.accuracy_against_latency(reports))]
-    found += [chart(f"What int8 loses against latency, {name(r)}", charts.tried(r)) for r in reports]
+    found = [chart("Change from the base", charts.changes(compared))]
+    found += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
+    found += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
     found += [chart("Error of each block", charts.blocks(reports))]
     found += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
     return page(
@@ -45,7 +45,7 @@ def render(reports: Sequence[Report]) -> str:
 
 
 def chart(title: str, svg: str) -> Chart:
-    """An SVG of ours, to be put into the page as it is."""
+    """A chart whose SVG is put into the page without escaping."""
     from markupsafe import Markup
 
     return Chart(title, Markup(svg))
@@ -77,7 +77,7 @@ def _block(finding: Any) -> str:
 
 
 def _environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
-    """The machines, each said once; what a session was, and how the machine was while timing, is the artifact's."""
+    """The facts of each machine, once. Facts of a session or of its timing belong to the artifact."""
     own = ("session", "timing", "gpu_before", "gpu_after")
     facts = [tuple(_facts({k: v for k, v in r.environment.items() if k not in own})) for r in reports]
     return [list(one) for one in dict.fromkeys(facts)]
@@ -105,7 +105,7 @@ def _words(value: Any) -> str:
 
 
 def render_trend(entries: Sequence[Entry]) -> str:
-    """The page of a history: a chart for each series that has stepped, then the others."""
+    """The page of a history: the charts of series with a step first, then the others."""
     known = [(one, steps(one)) for one in series(entries) if len(one.entries) > 1]
     known.sort(key=lambda pair: not pair[1])
     return page(

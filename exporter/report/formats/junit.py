@@ -31,7 +31,7 @@ def _suite(report: Report) -> xml.Element:
 def _case(report: Report, finding: Finding) -> xml.Element:
     title = f"{finding.metric} ({finding.case})" if finding.case else finding.metric
     case = xml.Element("testcase", classname=_text(f"{name(report)}.{finding.check}"), name=_text(title), time="0")
-    said = _said(finding)
+    said = _message(finding)
     if finding.passed:
         xml.SubElement(case, "system-out").text = _text(said)
     else:
@@ -39,7 +39,7 @@ def _case(report: Report, finding: Finding) -> xml.Element:
     return case
 
 
-def _said(finding: Finding) -> str:
+def _message(finding: Finding) -> str:
     value = "no number" if finding.value is None else f"{finding.value:.6g} {finding.unit}".strip()
     limit = "" if finding.limit is None else f", limit {finding.limit:.6g}"
     return f"{value}{limit}" + (f": {finding.detail}" if finding.detail else "")

@@ -10,7 +10,7 @@ from exporter.report.tables import Table, data, machine, tables, warnings
 
 
 def render(reports: Sequence[Report]) -> str:
-    """Every table the reports have rows for, and where they were measured; a heading each where there are several."""
+    """All tables with rows, and the machines. Tables have titles if there are several."""
     found = tables(reports)
     parts = [_table(table, len(found) > 1) for table in found]
     lead = [f"{_escape(line)}\n" for line in warnings(reports)]
@@ -27,12 +27,12 @@ def _line(cells: Sequence[str] | map[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# Names come from files and labels: no table, link, tag or emphasis may come out of them.
+# Names come from files and labels, so their markup is escaped.
 _SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*"} | {ord("\n"): " "}
 
 
 def _escape(text: str) -> str:
-    """The text with no mark-up in it but our own bold words at its beginning."""
+    """The text with its markup escaped, except the bold words of this tool at the start."""
     for word in ("**fails**", "**regressed**"):
         if text.startswith(word):
             return word + text.removeprefix(word).translate(_SIGNS)
@@ -40,7 +40,7 @@ def _escape(text: str) -> str:
 
 
 def _footer(reports: Sequence[Report]) -> str:
-    """The data and the machines, each said once."""
+    """The data and the machines, each once."""
     lines = []
     for report in reports:
         images = f"Images: {_escape(data(report))}. " if data(report) else ""
@@ -49,7 +49,7 @@ def _footer(reports: Sequence[Report]) -> str:
 
 
 def render_trend(entries: Sequence[Entry]) -> str:
-    """The steps of a history."""
+    """The table of steps of a history."""
     table = step_table(entries)
     return _table(table, False) if table.rows else "No step in this history.\n"
 

@@ -15,18 +15,18 @@ from exporter.verify.checks import Check, Seen, Subject
 
 
 class Structure:
-    """Looks at the artifact, not at what it gives."""
+    """Checks of the artifact itself, not of its outputs."""
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         del options
         self.subject = subject
 
     def see(self, seen: Seen) -> None:
-        """Take no notice of images."""
+        """Do nothing: these checks need no images."""
 
     def findings(self) -> list[Finding]:
-        """Bytes; and where the runtime lists layers their number, and of int8 and fp8 the share of multiply-accumulates
-        that really are computed in it."""
+        """Size in bytes; if the runtime lists layers, also their number, saturation, and the multiply-accumulates
+        computed in int8 or fp8, in percent."""
         sidecar, layers = self.subject.artifact.sidecar, self.subject.layers
         files = ", ".join(file.name for file in sidecar.files)
         return [
@@ -44,7 +44,7 @@ class Structure:
         macs = sidecar.quantization.layers
         not_so = [module for module in macs if module not in narrow]
         value = 100 * sum(count for module, count in macs.items() if module in narrow) / sidecar.macs
-        detail = f"{len(macs) - len(not_so)} of {len(macs)} rounded layers are computed in {sidecar.precision}"
+        detail = f"{len(macs) - len(not_so)} of {len(macs)} quantized layers are computed in {sidecar.precision}"
         if sidecar.quantization.scope == "weights":
             detail = f"only the weights of {len(macs)} layers are in {sidecar.precision}"
         elif not_so:
