@@ -223,15 +223,20 @@ def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):
 
 @pytest.fixture(scope="session")
 def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The tiny model at every precision of every backend that builds: {(backend, precision): artifact}."""
-    from exporter import backends
+    """The tiny model at every precision of every target, each built when it is first asked for."""
+    return Artifacts(tiny, tmp_path_factory.mktemp("artifacts"))
 
-    out = tmp_path_factory.mktemp("artifacts")
-    found = {}
-    for name in backends.targets():
-        for precision in sorted(backends.target(name).precisions):
-            found[name, precision] = build(tiny, out, name, precision)
-    return found
+
+class Artifacts(dict):
+    """{(backend, precision): artifact}."""
+
+    def __init__(self, source: Path, out: Path):
+        super().__init__()
+        self.source, self.out = source, out
+
+    def __missing__(self, key: tuple[str, str]):
+        self[key] = build(self.source, self.out, *key)
+        return self[key]
 
 
 def needs_bf16(name: str, precision: str) -> None:

@@ -163,7 +163,7 @@ def build(artifact: Artifact, precision: str, out: Path, options: TargetOptions)
         raise ExporterError(f"{artifact.path}: OpenVINO cannot convert it: {last_line(error)}") from error
     for key, value in sidecar.facts().items():
         model.set_rt_info(value, ["convnext_export", key])
-    target = out / file_name(sidecar, ".xml")
+    target = out / file_name(sidecar, TARGET.suffix)
     return publish(target, sidecar, lambda file: _write(model, file, compress=precision in ("fp16", "bf16")))
 
 

@@ -1,4 +1,4 @@
-"""The commands that build, one for each target: `onnx`, `openvino`, `trt`."""
+"""The commands that build, one for each target."""
 
 from __future__ import annotations
 

@@ -83,17 +83,17 @@ def _target(recipe: Recipe) -> str:
     return f"{network} {recipe.model.task} in {recipe.precision} for {recipe.backend}"
 
 
-def plan(job: RecipeRun) -> dict[str, str]:
-    """Every step of a recipe and whether its result is there already; nothing is built."""
-    steps = Steps(job.recipe, job.out, job.folder)
-    made = steps.artifact()
-    return {name: _plan(steps, name, made) for name in STEPS}
+def plan(recipe_run: RecipeRun) -> dict[str, str]:
+    """Each step of a recipe, and whether its result is present; nothing is built."""
+    steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder)
+    artifact = steps.artifact()
+    return {name: _plan(steps, name, artifact) for name in STEPS}
 
 
-def _plan(steps: Steps, name: str, made: Artifact | None) -> str:
+def _plan(steps: Steps, name: str, artifact: Artifact | None) -> str:
     if name == "bench" and (why := not_timed(steps.recipe)):
         return why
-    return "already there" if steps.part(name, made) is not None else "to do"
+    return "already there" if steps.part(name, artifact) is not None else "to do"
 
 
 def not_timed(recipe: Recipe) -> str:
@@ -104,22 +104,22 @@ def not_timed(recipe: Recipe) -> str:
     return f"not timed: {why}" if why else ""
 
 
-def run(job: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
-    """All steps of a recipe; those whose inputs have not changed are skipped.
+def run(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+    """Run the steps of a recipe; steps whose inputs are unchanged are skipped.
 
     Two runs of one recipe in one folder take turns.
 
     Raises: ExporterError, with what was finished kept, so that the next run goes on there.
     """
-    outcome = Outcome(job.name)
-    with _alone(job):
-        steps = Steps(job.recipe, job.out, job.folder)
-        made = _build(job, steps, outcome)
-        _verify(job, steps, made, outcome)
-        _bench(job, steps, made, outcome, opener)
-        made = Artifact(made.path, read_sidecar(made.path))  # with its quality as it was verified
-        outcome.artifact, outcome.path = made, made.path.with_name(f"{made.path.name}.report.json")
-        outcome.report = _merged(job.recipe, steps, made)
+    outcome = Outcome(recipe_run.name)
+    with _alone(recipe_run):
+        steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder)
+        artifact = _build(recipe_run, steps, outcome)
+        _verify(recipe_run, steps, artifact, outcome)
+        _bench(recipe_run, steps, artifact, outcome, opener)
+        artifact = Artifact(artifact.path, read_sidecar(artifact.path))  # with its quality as it was verified
+        outcome.artifact, outcome.path = artifact, artifact.path.with_name(f"{artifact.path.name}.report.json")
+        outcome.report = _merged(recipe_run.recipe, steps, artifact)
         encoded = report.encode(outcome.report)
         if not outcome.path.is_file() or outcome.path.read_bytes() != encoded:
             write_file(outcome.path, encoded)
@@ -128,23 +128,25 @@ def run(job: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
 
 
 @contextmanager
-def _alone(job: RecipeRun) -> Iterator[None]:
+def _alone(recipe_run: RecipeRun) -> Iterator[None]:
     try:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        recipe_run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadRequest(f"{job.out}: cannot be written ({error.strerror}); choose another folder with -o") from None
-    with locked(job.folder):
+        raise BadRequest(
+            f"{recipe_run.out}: cannot be written ({error.strerror}); choose another folder with -o"
+        ) from None
+    with locked(recipe_run.folder):
         yield
 
 
-def _build(job: RecipeRun, steps: Steps, outcome: Outcome) -> Artifact:
+def _build(recipe_run: RecipeRun, steps: Steps, outcome: Outcome) -> Artifact:
     artifact = steps.artifact()
     if artifact is not None:
-        note(f"{job.name}: {artifact.path.name} is already there, from the same weights, images and options")
+        note(f"{recipe_run.name}: {artifact.path.name} is already there, from the same weights, images and options")
         outcome.steps["build"] = "already there"
         return artifact
     key = steps.key("build")
-    built = build.build(job.recipe, job.out)
+    built = build.build(recipe_run.recipe, recipe_run.out)
     key = key or steps.key("build")  # weights that were not in the Hub's cache are there now
     file, sha256 = built.artifact.path.name, built.artifact.sidecar.sha256
     steps.keep("build", Part(key=key, file=file, sha256=sha256, report=built.report))
@@ -152,83 +154,83 @@ def _build(job: RecipeRun, steps: Steps, outcome: Outcome) -> Artifact:
     return built.artifact
 
 
-def _verify(job: RecipeRun, steps: Steps, made: Artifact, outcome: Outcome) -> None:
-    if steps.part("verify", made) is not None:
-        note(f"{job.name}: verified already, on the same images")
+def _verify(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome) -> None:
+    if steps.part("verify", artifact) is not None:
+        note(f"{recipe_run.name}: verified already, on the same images")
         outcome.steps["verify"] = "already there"
         return
-    key = steps.key("verify", made)
-    verified = verify.verify(made, verify_options(job.recipe))
-    verify.record_quality(made, verified)
-    steps.keep("verify", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=verified))
+    key = steps.key("verify", artifact)
+    verified = verify.verify(artifact, verify_options(recipe_run.recipe))
+    verify.record_quality(artifact, verified)
+    steps.keep("verify", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=verified))
     outcome.steps["verify"] = "done"
 
 
-def _bench(job: RecipeRun, steps: Steps, made: Artifact, outcome: Outcome, opener: Opener) -> None:
-    options = bench_options(job.recipe)
-    if options is None or (why := not_timed(job.recipe)):
+def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome, opener: Opener) -> None:
+    options = bench_options(recipe_run.recipe)
+    if options is None or (why := not_timed(recipe_run.recipe)):
         outcome.steps["bench"] = "not asked for" if options is None else why
         return
-    if steps.part("bench", made) is not None:
-        note(f"{job.name}: timed already, on this machine")
+    if steps.part("bench", artifact) is not None:
+        note(f"{recipe_run.name}: timed already, on this machine")
         outcome.steps["bench"] = "already there"
         return
-    key = steps.key("bench", made)
-    (timed,) = latency.bench([made], options, opener)
-    steps.keep("bench", Part(key=key, file=made.path.name, sha256=made.sidecar.sha256, report=timed))
+    key = steps.key("bench", artifact)
+    (timed,) = latency.bench([artifact], options, opener)
+    steps.keep("bench", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=timed))
     outcome.steps["bench"] = "done"
 
 
-def _merged(recipe: Recipe, steps: Steps, made: Artifact) -> Report:
+def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
     """The reports of all steps as one, judged by the recipe's limits."""
-    kept = [steps.part(name, made) for name in STEPS]
+    kept = [steps.part(name, artifact) for name in STEPS]
     parts = [part.report for part in kept if part is not None and part.report is not None]
     findings: dict[str, list[Finding]] = {}
     for part in parts:
         for check in dict.fromkeys(finding.check for finding in part.findings):
             findings[check] = [finding for finding in part.findings if finding.check == check]
-    findings["build"] = _reproducible(made)
+    findings["build"] = _reproducible(artifact)
     merged = Report(
         passed=True,
         recipe={key: value for part in parts for key, value in part.recipe.items()},
-        artifact=made.to_dict(),
+        artifact=artifact.to_dict(),
         environment={key: value for part in parts for key, value in part.environment.items()},
         findings=tuple(finding for listed in findings.values() for finding in listed),
     )
     return latency.with_limits(merged, recipe.bench or Bench())
 
 
-def _reproducible(made: Artifact) -> list[Finding]:
-    """Said of an artifact that another build would not give byte for byte."""
-    if backends.target(made.sidecar.backend).reproducible:
+def _reproducible(artifact: Artifact) -> list[Finding]:
+    """A finding for an artifact whose build is not reproducible byte for byte."""
+    if backends.target(artifact.sidecar.backend).reproducible:
         return []
     detail = (
-        f"{made.sidecar.backend} chooses anew at each build, so the file may differ; what it was built from does not "
-        f"(sha256 {', '.join(parent[:12] for parent in made.sidecar.parents)})"
+        f"{artifact.sidecar.backend} chooses kernels at each build, so the file may differ; its graph does not (sha256 "
+        f"{', '.join(parent[:12] for parent in artifact.sidecar.parents)})"
     )
     return [Finding(check="build", metric="reproducible", value=0, detail=detail)]
 
 
 def run_all(runs: Sequence[RecipeRun], opener: Opener = worker.open_arm) -> list[Outcome]:
-    """Every recipe in turn; one that cannot be run is told of, and the others go on."""
+    """Run recipes in turn. Where one cannot be run, its outcome says why, and the others go on."""
     outcomes = []
-    for index, job in enumerate(runs, 1):
+    for index, recipe_run in enumerate(runs, 1):
         if len(runs) > 1:
-            step(f"{job.name} ({index} of {len(runs)})")
-        outcomes.append(run_or_tell(job, opener))
+            step(f"{recipe_run.name} ({index} of {len(runs)})")
+        outcomes.append(run_or_explain(recipe_run, opener))
     return outcomes
 
 
-def run_or_tell(job: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
-    """A recipe run; why it could not be is its outcome."""
+def run_or_explain(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+    """Run a recipe. Where it cannot be run, its outcome says why."""
     try:
-        return run(job, opener)
+        return run(recipe_run, opener)
     except ExporterError as error:
-        return Outcome(job.name, error=str(error), exit_code=error.exit_code)
+        return Outcome(recipe_run.name, error=str(error), exit_code=error.exit_code)
 
 
 def report_page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
-    """One page for the lot, if there is anything to show."""
+    """Write one page for all reports, if there are any."""
     paths = [outcome.path for outcome in outcomes if outcome.path is not None]
     if not paths:
         return None

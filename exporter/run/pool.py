@@ -1,4 +1,4 @@
-"""Several recipes at once, each in a process of its own, drawn as one."""
+"""Several recipes at once, each in its own process, with one display of their progress."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 
 from exporter.bench import turns
 from exporter.progress import REPORTER, Reporter
-from exporter.run import Outcome, RecipeRun, run_or_tell
+from exporter.run import Outcome, RecipeRun, run_or_explain
 
 T = TypeVar("T")
-_SHARED: list[Any] = []  # a process's way to the one that draws, and the file that turns are taken over
+_SHARED: list[Any] = []  # in a child process: the queue to the display, and the lock file of timing
 
 
-def run_all(jobs: Sequence[RecipeRun], count: int) -> list[Outcome]:
-    """Every recipe, `count` at once. What is timed is timed alone: it waits until the others are done or wait too."""
+def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
+    """Run recipes, `count` at once. Timing waits until the other processes are done or wait too."""
     context = multiprocessing.get_context("spawn")
     lines = context.Queue()
     drawing = threading.Thread(target=_draw, args=(lines, REPORTER.get()), daemon=True)
@@ -30,10 +30,12 @@ def run_all(jobs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory(prefix="convnext-export-run-") as folder:
         turn = Path(folder) / "turn"
         turn.touch()
-        with ProcessPoolExecutor(min(count, len(jobs)), context, _begin, (lines, turn)) as pool:
-            waiting = [pool.submit(_run, job) for job in jobs]
+        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, (lines, turn)) as pool:
+            waiting = [pool.submit(_run, recipe_run) for recipe_run in runs]
             try:
-                outcomes = [_result(job, future.result) for job, future in zip(jobs, waiting, strict=True)]
+                outcomes = [
+                    _result(recipe_run, future.result) for recipe_run, future in zip(runs, waiting, strict=True)
+                ]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 _stop()
@@ -43,16 +45,16 @@ def run_all(jobs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     return outcomes
 
 
-def _result(job: RecipeRun, result: Callable[[], Outcome]) -> Outcome:
+def _result(recipe_run: RecipeRun, result: Callable[[], Outcome]) -> Outcome:
     try:
         return result()
     except BrokenProcessPool:
         why = "its process, or one beside it, was killed: memory may have run out; use fewer --jobs"
-        return Outcome(job.name, error=why, exit_code=3)
+        return Outcome(recipe_run.name, error=why, exit_code=3)
 
 
 def _stop() -> None:
-    """End all that was begun, and what that began: nothing that it writes can be torn."""
+    """Terminate all child processes; each of their writes is atomic."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):
@@ -70,20 +72,20 @@ def _begin(lines: Any, turn: Path) -> None:
     _SHARED[:] = [lines, turn]
 
 
-def _run(job: RecipeRun) -> Outcome:
+def _run(recipe_run: RecipeRun) -> Outcome:
     lines, turn = _SHARED
-    token = REPORTER.set(_Sent(job.name, lines))
+    token = REPORTER.set(_Sent(recipe_run.name, lines))
     try:
         with turns.sharing(turn):
-            return run_or_tell(job)
-    except KeyboardInterrupt:  # the process that waits for this one tells of it
+            return run_or_explain(recipe_run)
+    except KeyboardInterrupt:  # reported by the process that waits for this one
         os._exit(4)
     finally:
         REPORTER.reset(token)
 
 
 class _Sent:
-    """Progress, sent to the process that draws, with the recipe's name before it."""
+    """Progress, sent to the process that displays it, after the recipe's name."""
 
     def __init__(self, name: str, lines: Any) -> None:
         self.name, self.lines = name, lines
@@ -97,6 +99,6 @@ class _Sent:
         self.lines.put(("note", text if text.startswith(self.name) else f"{self.name}: {text}"))
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
-        """The items; bars of several processes would be drawn over each other."""
+        """The items, without a bar: bars of several processes would overwrite each other."""
         del total, text, count
         yield from items

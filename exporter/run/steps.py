@@ -28,7 +28,7 @@ MAX_PART_BYTES = 512 * 2**20
 
 
 class Part(Record, frozen=True):
-    """What a step gave: for which inputs (a digest), the artifact that it was about, and what it found."""
+    """The result of a step: its cache key, the artifact's file and digest, and the report."""
 
     key: str
     file: str
@@ -37,17 +37,17 @@ class Part(Record, frozen=True):
 
 
 class Steps:
-    """What was done for a recipe, and whether it still stands."""
+    """The stored results of a recipe's steps."""
 
     def __init__(self, recipe: Recipe, out: Path, folder: Path) -> None:
         self.recipe, self.out, self.folder = recipe, out, folder
 
-    def key(self, name: str, made: Artifact | None = None) -> str:
-        """A digest of all that a step depends on; "" when that cannot be told before it is done.
+    def key(self, name: str, artifact: Artifact | None = None) -> str:
+        """The cache key of a step: a digest of all its inputs; "" where it is unknown before the step is done.
 
         Raises: BadRequest for weights or images that are not there.
         """
-        facts = getattr(self, f"_{name}")() if made is None else getattr(self, f"_{name}")(made)
+        facts = getattr(self, f"_{name}")() if artifact is None else getattr(self, f"_{name}")(artifact)
         if facts is None:
             return ""
         facts |= {"versions": {**backends.versions(), "backend": _version(self.recipe.backend)}}
@@ -71,58 +71,58 @@ class Steps:
             facts |= {"machine": _machine()}
         return facts
 
-    def _verify(self, made: Artifact) -> dict[str, Any]:
+    def _verify(self, artifact: Artifact) -> dict[str, Any]:
         options = msgspec.to_builtins(verify_options(self.recipe))
         images = fingerprint(options.pop("data"))
         del options["weights"]
-        return {"artifact": made.sidecar.sha256, "options": options, "images": images, "machine": _machine()}
+        return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": _machine()}
 
-    def _bench(self, made: Artifact) -> dict[str, Any]:
+    def _bench(self, artifact: Artifact) -> dict[str, Any]:
         options = msgspec.to_builtins(bench_options(self.recipe))
         for name in ("weights", "min_speedup", "max_p50_ms"):  # limits are judged anew each time
             del options[name]
-        return {"artifact": made.sidecar.sha256, "options": options, "machine": _machine()}
+        return {"artifact": artifact.sidecar.sha256, "options": options, "machine": _machine()}
 
     def artifact(self) -> Artifact | None:
-        """The artifact of this recipe, if it is whole and all that it was made from is as it was."""
-        found = self._read("build")
-        if found is None or not found.key or found.key != self.key("build"):
+        """The artifact of this recipe, if it is whole and its inputs are unchanged."""
+        part = self._read("build")
+        if part is None or not part.key or part.key != self.key("build"):
             return None
-        path = self.out / found.file
+        path = self.out / part.file
         if not path.exists():
             return None
         try:
-            made = artifacts.load(path)
+            artifact = artifacts.load(path)
         except BadRequest as error:
             note(f"{error} – doing so")
             return None
-        return made if made.sidecar.sha256 == found.sha256 else None
+        return artifact if artifact.sidecar.sha256 == part.sha256 else None
 
-    def part(self, name: str, made: Artifact | None) -> Part | None:
-        """What a step gave for this artifact, if all that it depends on is as it was."""
-        if made is None:
+    def part(self, name: str, artifact: Artifact | None) -> Part | None:
+        """The result of a step for this artifact, if the step's inputs are unchanged."""
+        if artifact is None:
             return None
-        found = self._read(name)
-        if found is None or found.sha256 != made.sidecar.sha256:
+        part = self._read(name)
+        if part is None or part.sha256 != artifact.sidecar.sha256:
             return None
-        key = self.key(name) if name == "build" else self.key(name, made)
-        return found if found.key and found.key == key else None
+        key = self.key(name) if name == "build" else self.key(name, artifact)
+        return part if part.key and part.key == key else None
 
     def keep(self, name: str, part: Part) -> None:
-        """Write down what a step gave."""
+        """Store the result of a step."""
         write_file(self.folder / f"{name}.json", msgspec.json.encode(part))
 
     def _read(self, name: str) -> Part | None:
-        """What was written down; nothing, when it cannot be read: it is done again."""
+        """The stored result of a step; None where it cannot be read, so that the step is done again."""
         path = self.folder / f"{name}.json"
         try:
             if not path.is_file() or path.stat().st_size > MAX_PART_BYTES:
                 return None
-            found = msgspec.json.decode(path.read_bytes(), type=Part)
+            part = msgspec.json.decode(path.read_bytes(), type=Part)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError):
             note(f"{path} cannot be read; the step is done again")
             return None
-        return found if Path(found.file).name == found.file else None
+        return part if Path(part.file).name == part.file else None
 
 
 def verify_options(recipe: Recipe) -> VerifyOptions:

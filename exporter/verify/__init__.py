@@ -98,8 +98,13 @@ def _findings(
     samples: Samples,
     reference_session: Session | None,
 ) -> tuple[list[Finding], dict[str, str]]:
-    """The findings of all checks, and the facts of the artifact's session."""
+    """The findings of all checks, and the facts of the artifact's session.
+
+    Raises: BadRequest for blocks of a runtime that does not show them.
+    """
     runtime = runnable.runtime
+    if options.blocks and runtime.blocks is None:
+        raise BadRequest(f"--blocks: {artifact.path}: {runtime.name} does not show the outputs of blocks; leave it out")
     session_options = runtime.options(device=options.device, threads=options.threads)
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
@@ -128,10 +133,9 @@ def _compare_blocks(
     artifact: Artifact, runnable: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
 ) -> list[Finding]:
     runtime = runnable.runtime
-    if runtime.blocks is None:
-        raise BadRequest(f"--blocks: {runtime.name} does not show the outputs of blocks; verify without it")
     step("comparing block by block")
     assert eager.RUNTIME.blocks is not None
+    assert runtime.blocks is not None
     session_options = runtime.options(device=options.device, threads=options.threads)
     with (
         eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,

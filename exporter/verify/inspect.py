@@ -28,14 +28,13 @@ def inspect(artifact: Artifact) -> Inspection:
     """
     runtime = backends.runtime_of(artifact)
     target = backends.target(runtime.name)
-    if runtime.layers is None:
-        return Inspection([], [], f"{runtime.name} does not show layers")
+    reason = f"{runtime.name} does not show layers" if runtime.layers is None else ""
     try:
-        layers = runtime.layers(artifact, runtime.options())
+        layers = [] if runtime.layers is None else runtime.layers(artifact, runtime.options())
         findings = target.findings(artifact, _baseline(artifact, target)) if target.findings is not None else []
     except Unavailable as error:
         return Inspection([], [], str(error))
-    return Inspection(layers, [*structure.saturation(layers), *findings])
+    return Inspection(layers, [*structure.saturation(layers), *findings], reason)
 
 
 def _baseline(artifact: Artifact, target: Target) -> Artifact | None:

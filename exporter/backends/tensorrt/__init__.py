@@ -99,7 +99,7 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
         if kernels := plan.parse(listing, len(shapes), macs):
             file.with_name(f"{file.name}{plan.SUFFIX}").write_bytes(plan.encode(kernels))
 
-    return publish(out / file_name(sidecar, ".plan"), sidecar, write)
+    return publish(out / file_name(sidecar, TARGET.suffix), sidecar, write)
 
 
 def _default_capabilities(trt: library.Library) -> list[str]:
