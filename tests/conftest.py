@@ -181,7 +181,7 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
 
     model, export = section(Model), section(Export)
     quantization = None
-    if PRECISIONS[precision].needs_calibration:
+    if precision in PRECISIONS and PRECISIONS[precision].needs_calibration:
         fields.setdefault("calib_size", 16)
         quantization = section(Quantization)
     return Recipe(backend=backend, precision=precision, model=model, export=export, quantization=quantization, **fields)
@@ -199,10 +199,9 @@ def trace_options(**fields: Any):
 def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
     """An artifact; int8 and fp8 neither judged nor timed."""
     from exporter.build import build
-    from exporter.precision import PRECISIONS
 
     recipe = recipe_of(backend, precision, weights=str(source), **fields)
-    return build_int8(recipe, out) if PRECISIONS[precision].needs_calibration else build(recipe, out).artifact
+    return build(recipe, out).artifact if recipe.quantization is None else build_int8(recipe, out)
 
 
 def prepared(recipe, folder: Path):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import machine
+from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
@@ -48,7 +48,8 @@ class Pair:
 
 
 def check_pair(pair: Pair, options: CompareOptions) -> None:
-    """Refuse what cannot be told apart by time alone: two models, two inputs, a batch that one cannot run.
+    """Refuse what cannot be told apart by time alone: two models, two inputs, a batch that one cannot run, a runtime or
+    precision that is not known.
 
     Raises: BadRequest.
     """
@@ -63,6 +64,8 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
             "build both with one --imgsz"
         )
+    for side in (pair.base, pair.head):
+        backends.runtime_of(side)
     batches_of(options, (pair.base, pair.head))
 
 
