@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import pytest
 
 PRELOADED = (
-    "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops", "onnxsim",
+    "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
+    "onnxsim",
     "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure", "jinja2",
     "exporter.bench.worker",
 )  # fmt: skip
