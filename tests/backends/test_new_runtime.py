@@ -176,6 +176,7 @@ def test_its_command_builds_a_file_of_its_own_that_inspect_reads(copy, built):
     assert "fp32, for mine" in copy.run("inspect", built)
 
 
+@pytest.mark.slow
 def test_a_recipe_builds_verifies_and_times_it_and_report_shows_it(copy):
     copy.run("run", "tiny.yaml", "-o", "runs")
     report = json.loads((copy.folder / "runs" / "custom_fp32.mine.report.json").read_text())
@@ -188,6 +189,7 @@ def test_a_recipe_builds_verifies_and_times_it_and_report_shows_it(copy):
     assert "mine fp32" in page
 
 
+@pytest.mark.slow
 def test_bench_has_a_row_of_it_beside_another(copy, built):
     copy.run("onnx", "--weights", "weights", "-o", "out")
     shown = copy.run("bench", built, "out/custom_fp32.onnx", "--duration", 0.5)
