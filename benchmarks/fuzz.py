@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,7 +22,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +215,15 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _WRITTEN.append(event)
 
 
-def work(name: str, folder: Path, seconds: float, seed: int, line: Any) -> None:
-    """Spoil and read files of one kind; the counts go down the line."""
+def work(name: str, folder: Path, seconds: float, seed: int, line: Any, most: float) -> None:
+    """Spoil and read files of one kind, until the time is up or so many were read; the counts go down the line."""
     seeds, read = TARGETS[name][0](folder), TARGETS[name][1]
     read_sound(folder, seeds, read)
     sys.addaudithook(_watch)
     draw, count, sound = random.Random(seed), 0, 0
     contents = [content for _, content in seeds]
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while time.monotonic() < until and count < most:
         file, content = draw.choice(seeds)
         path = folder / file
         path.write_bytes(spoil(content, contents, draw))
@@ -259,13 +260,20 @@ def _fault(read: Callable[[Path], None], path: Path) -> str:
     return ""
 
 
-def fuzz(seconds: float, kept: Path, seed: int = 0, names: tuple[str, ...] = tuple(TARGETS)) -> Result:
-    """Fuzz every target for its share of the seconds; what did harm is kept in a folder."""
+def fuzz(
+    seconds: float,
+    kept: Path,
+    seed: int = 0,
+    names: tuple[str, ...] = tuple(TARGETS),
+    most: Mapping[str, int] | None = None,
+) -> Result:
+    """Fuzz every target for its share of the seconds, or for `most` files of its kind; what did harm is kept in a
+    folder."""
     read, sound, peak = dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0
     faults: list[Fault] = []
     began = time.monotonic()
     for name in names:
-        for event in _events(name, seconds / len(names), seed):
+        for event in _events(name, seconds / len(names), seed, (most or {}).get(name, math.inf)):
             if event[0] == "count":
                 read[name], sound[name] = event[1], event[2]
             elif event[0] == "done":
@@ -283,11 +291,11 @@ def fuzz(seconds: float, kept: Path, seed: int = 0, names: tuple[str, ...] = tup
     )  # fmt: skip
 
 
-def _events(name: str, seconds: float, seed: int) -> Iterator[tuple[Any, ...]]:
+def _events(name: str, seconds: float, seed: int, most: float) -> Iterator[tuple[Any, ...]]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="convnext-export-fuzz-") as folder:
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, Path(folder), seconds, seed, theirs))
+        process = context.Process(target=work, args=(name, Path(folder), seconds, seed, theirs, most))
         process.start()
         theirs.close()
         with contextlib.suppress(EOFError):

@@ -20,9 +20,8 @@ import pytest
 
 PRELOADED = (
     "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
-    "onnxsim",
-    "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure", "jinja2",
-    "exporter.bench.worker",
+    "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure",
+    "jinja2", "exporter.bench.worker",
 )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _run() -> int:
         main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:  # noqa: BLE001  (printed as Python would)
+    except BaseException:  # noqa: BLE001  (a program that ends with a traceback)
         sys.excepthook(*sys.exc_info())
         return 1
     return 0

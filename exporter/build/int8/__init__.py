@@ -11,7 +11,7 @@ import msgspec
 from exporter.artifact import Artifact
 from exporter.bench import Opener
 from exporter.build.int8 import speed
-from exporter.build.int8.search import Candidate, Judge, Search, judging, search
+from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search
 from exporter.build.int8.work import Work, prepare
 from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import SIZE
@@ -40,8 +40,9 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
     """
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
+        data = open_data(job)  # before the calibration, which takes long
         work = prepare(job, folder)
-        with judging(work, folder) as judge:
+        with judging(work, folder, data) as judge:
             result = search(work, judge, lambda: _sensitivities(work))
             cost = _cost_of_synthetic(work, result.best, judge, folder) if _has_real_data(work) else []
         best = result.best.artifact

@@ -15,6 +15,7 @@ from exporter.artifact import Artifact
 from exporter.backends import Array, Bound, Outputs, Session
 from exporter.build import budget
 from exporter.build.int8.work import Work
+from exporter.build.resolve import Job
 from exporter.data.samples import Samples, open_samples
 from exporter.progress import note, step
 from exporter.report import Report
@@ -72,14 +73,28 @@ class CachedReference:
 Judge = Callable[[Work, tuple[str, ...]], Candidate]
 
 
-@contextmanager
-def judging(work: Work, folder: Path) -> Iterator[Judge]:
-    """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
+def open_data(job: Job) -> Samples | None:
+    """The images that the loss is measured on; None for the calibration images.
 
     Raises: BadRequest for data that cannot be used.
     """
+    quantization, sidecar = job.recipe.quantization, job.sidecar
+    if quantization is None or quantization.data is None:
+        return None
+    return open_samples(quantization.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
+
+
+@contextmanager
+def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
+    """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
+
+    Args:
+        work: the calibrated network.
+        folder: for the candidates.
+        data: the images to compare on; None for the calibration images.
+    """
     recipe, sidecar = work.job.recipe, work.sidecar
-    samples = _samples(work)
+    samples = data or work.images.samples
     options = VerifyOptions(data=samples.source, weights=recipe.model.weights)
     points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
     if points is None:
@@ -100,13 +115,6 @@ def judging(work: Work, folder: Path) -> Iterator[Judge]:
             return Candidate(kept, artifact, verify.verify(artifact, options, samples, reference, work.job.runtime))
 
         yield judge
-
-
-def _samples(work: Work) -> Samples:
-    data, sidecar = work.quantization.data, work.sidecar
-    if data is None:
-        return work.images.samples
-    return open_samples(data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
 
 
 @dataclass(frozen=True)
