@@ -61,7 +61,7 @@ def test_a_truncated_file_is_refused(onnx_copy):
         (lambda s: s.update(precision="fp16"), "changed after it was written"),
         (lambda s: s["preprocessing"].update(mean=[0, 0, 0]), "changed after it was written"),
         (lambda s: s.update(colour="red"), "unknown field `colour`"),
-        (lambda s: s.update(schema=99), "sidecar of schema 99, this version reads 4"),
+        (lambda s: s.update(schema=99), "sidecar schema 99, this version reads schema 5"),
         (lambda s: s.update(bytes="many"), "Expected `int`, got `str`"),
         (lambda s: s.pop("variant"), "missing required field `variant`"),
     ],

@@ -167,9 +167,9 @@ def test_a_fallen_artifact_fails_its_own_row(artifacts, run, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--batch", "0"), "whole numbers"),
-        (("--batch", "1,x"), "whole numbers"),
-        (("--until", "0%"), "percentage"),
+        (("--batch", "0"), "a whole number from 1 to 4096"),
+        (("--batch", "1,x"), "a whole number from 1 to 4096"),
+        (("--until", "0%"), "a number from 0.05 to 100"),
         (("--hint", "speed"), "latency"),
         (("--also", "fp16"), "on a GPU only; add --device cuda"),
         (("--also", "tf32"), "on a GPU only; add --device cuda"),
@@ -183,8 +183,19 @@ def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, 
     other = build(tiny_v2, tmp_path / "v2")
     assert "other weights" in refused(2, "bench", onnx_copy.path, other.path)
     assert "twice" in refused(2, "bench", onnx_copy.path, onnx_copy.path)
-    fixed = build(artifacts["onnxruntime", "fp32"].sidecar.recipe["weights"], tmp_path / "fixed", batch=2)
-    assert "--batch 2" in refused(2, "bench", fixed.path)
+    weights = artifacts["onnxruntime", "fp32"].sidecar.recipe["model"]["weights"]
+    two = build(weights, tmp_path / "two", batch=2)
+    three = build(weights, tmp_path / "three", batch=3)
+    assert "--batch 2" in refused(2, "bench", two.path, "--batch", 1)
+    assert "bench it alone" in refused(2, "bench", two.path, three.path)
+
+
+def test_a_fixed_batch_is_timed_without_being_named(artifacts, tmp_path, run):
+    weights = artifacts["onnxruntime", "fp32"].sidecar.recipe["model"]["weights"]
+    two = build(weights, tmp_path, batch=2)
+    done = run("bench", two.path, "--duration", 0.5, "--json")
+    assert done.code == 0, done.err
+    assert {f["case"] for f in done.json[0]["findings"] if f["metric"] == "p50_ms"} == {"batch 2"}
 
 
 def test_no_report_is_written_over_an_artifact(onnx_copy, tmp_path, refused):

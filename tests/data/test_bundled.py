@@ -107,7 +107,7 @@ def test_a_file_of_the_users_own_is_taken_before_a_set_of_that_name(tmp_path, mo
 def test_the_cache_key_of_a_set_does_not_depend_on_where_the_package_lies(tmp_path, monkeypatch):
     before = fingerprint("digits-256")
     shutil.copytree(bundled.folder("calibration"), tmp_path / "elsewhere")
-    monkeypatch.setattr(bundled, "folder", lambda: tmp_path / "elsewhere")
+    monkeypatch.setattr(bundled, "folder", lambda name: tmp_path / "elsewhere")
     assert fingerprint("digits-256") == before
     path = tmp_path / "elsewhere" / "digits-256.tsv"
     path.write_text(path.read_text("utf-8").replace("# seed: 0", "# seed: 1"), "utf-8")
