@@ -18,12 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 
-PRELOADED = (
-    "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
-    "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure",
-    "jinja2", "exporter.bench.worker",
-)  # fmt: skip
-
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
     """A temporary folder that all of pytest's processes share."""
@@ -99,8 +93,13 @@ def _digest(content: object) -> str:
     return hashlib.sha256(pickled.getvalue()).hexdigest()[:32]
 
 
-def fork_processes_of(module: object, patch: pytest.MonkeyPatch) -> None:
-    """Fork the processes that a module spawns from one that has imported the libraries: that takes three seconds."""
+def forking():
+    """A multiprocessing context whose processes are forked from one that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
+def fork_processes_of(module: object, patch: pytest.MonkeyPatch) -> None:
+    """Fork the processes that a module spawns."""
+    patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda method: forking()))

@@ -6,22 +6,20 @@ What a shell runs is a small client, which sends its words, folder, environment 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exporter.bench import supervisor
 from tests import once
 
-ROOT = Path(__file__).parent.parent
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 line = socket.socket(socket.AF_UNIX)
@@ -35,29 +33,39 @@ sys.exit(int(line.recv(16) or 1))
 @contextlib.contextmanager
 def installed(folder: Path, graphs: Path) -> Iterator[Path]:
     """The path of a `convnext-export` in a folder, whose traced graphs are remembered in another."""
-    path, address = folder / "convnext-export", folder / "socket"
-    path.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    path, address = folder / "convnext-export", str(folder / "socket")
+    path.write_text(CLIENT.format(python=sys.executable, address=address))
     path.chmod(0o755)
-    words = [sys.executable, "-m", "tests.program", address, graphs]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as server:
-        assert server.stdout.readline() == b"ready\n"
-        yield path
-        server.terminate()
+    context = once.forking()
+    forkserver.ensure_running()
+    ready = context.Event()
+    server = context.Process(target=serve, args=(address, graphs, forkserver._forkserver._forkserver_address, ready))
+    server.start()
+    assert ready.wait(60)
+    yield path
+    server.terminate()
+    server.join()
 
 
-def serve(address: str, graphs: Path) -> None:
-    """Fork for each command that comes, and wait for none of them."""
-    for module in once.PRELOADED:
-        importlib.import_module(module)
+def serve(address: str, graphs: Path, forks: str, ready: Any) -> None:
+    """Fork for each command that comes, and wait for none of them.
+
+    Args:
+        address: of the socket that clients connect to.
+        graphs: the folder of traced graphs.
+        forks: the address of the process that forks, for what commands time.
+        ready: set when clients may connect.
+    """
+    forkserver._forkserver._forkserver_address = forks
+    forkserver._forkserver.ensure_running = lambda: None  # else each command would start its own
     patch = pytest.MonkeyPatch()
     once.keep_the_exporters_functions(patch)
     once.remember_traces(graphs, patch)
     once.fork_processes_of(supervisor, patch)
-    forkserver.ensure_running()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
-        print("ready", flush=True)
+        ready.set()
         while True:
             line, _ = server.accept()
             with contextlib.suppress(ChildProcessError):
@@ -74,7 +82,6 @@ def answer(line: socket.socket) -> int:
     while not content.endswith(b"\n"):
         content += line.recv(1 << 20)
     command = json.loads(content)
-    forkserver._forkserver.ensure_running = lambda: None  # it runs, as a child of the parent of this process
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -100,7 +107,3 @@ def _run() -> int:
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,12 @@
+"""Imported by the process that others are forked from, so that none of them has to import the libraries: seconds."""
+
+import gc
+import importlib
+
+for name in (
+    "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
+    "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure",
+    "jinja2", "exporter.bench.worker", "exporter.cli",
+):  # fmt: skip
+    importlib.import_module(name)
+gc.freeze()  # all of it lasts: a collection in a forked process, as before each timing, need not look at it
