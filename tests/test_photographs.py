@@ -2,25 +2,30 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 
 from exporter.backends import eager
+from tests import once
 from tests.conftest import needs_bf16, shared, type_command
 
 EAGER_TOP1 = {"convnext_atto": 70.6, "convnextv2_atto": 71.25}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def eager_answers_once():
-    """The same network gives the same answers to the same images: they are computed for the first test that asks."""
-    real, known = eager.EagerSession.__call__, {}
+def eager_answers_once(tmp_path_factory):
+    """The same network gives the same answers to the same images: they are computed for the first test that asks, in
+    whichever process."""
+    real, folder = eager.EagerSession.__call__, once.shared_folder(tmp_path_factory, "answers")
 
     def remembered(session, images):
         weights = b"".join(value[:1].numpy().tobytes() for value in session.model.state_dict().values())
-        key = hashlib.sha256(weights + images.tobytes()).digest()
-        if key not in known:
-            known[key] = real(session, images)
-        return known[key]
+        path = folder / f"{hashlib.sha256(weights + images.tobytes()).hexdigest()}.npz"
+        with once.locked(path):
+            if not path.exists():
+                np.savez(path, *real(session, images))
+        with np.load(path) as answers:
+            return tuple(answers.values())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager.EagerSession, "__call__", remembered)
