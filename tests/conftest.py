@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import once, program
+
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -72,6 +74,43 @@ def three_launches_are_enough():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "LAUNCHES", 3)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory):
+    """Each network is traced once; this is the folder of the graphs."""
+    folder = once.shared_folder(tmp_path_factory, "graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        once.keep_the_exporters_functions(patch)
+        once.remember_traces(folder, patch)
+        yield folder
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch):
+    """For tests of tracing itself: every network is traced, each time."""
+    from exporter.graph import trace
+
+    monkeypatch.setattr(trace, "trace", trace.trace.__wrapped__)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_are_forked():
+    """What times, and what runs several recipes at once, need not import the libraries first."""
+    from exporter.bench import supervisor
+    from exporter.run import pool
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (supervisor, pool):
+            once.fork_processes_of(module, patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def installed(graphs: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The path of a `convnext-export` for shells, which starts at once."""
+    with program.installed(tmp_path_factory.mktemp("bin"), graphs) as path:
+        yield path
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -181,7 +220,7 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
 
     model, export = section(Model), section(Export)
     quantization = None
-    if PRECISIONS[precision].needs_calibration:
+    if precision in PRECISIONS and PRECISIONS[precision].needs_calibration:
         fields.setdefault("calib_size", 16)
         quantization = section(Quantization)
     return Recipe(backend=backend, precision=precision, model=model, export=export, quantization=quantization, **fields)
@@ -199,10 +238,9 @@ def trace_options(**fields: Any):
 def build(source: Path | str, out: Path, backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
     """An artifact; int8 and fp8 neither judged nor timed."""
     from exporter.build import build
-    from exporter.precision import PRECISIONS
 
     recipe = recipe_of(backend, precision, weights=str(source), **fields)
-    return build_int8(recipe, out) if PRECISIONS[precision].needs_calibration else build(recipe, out).artifact
+    return build(recipe, out).artifact if recipe.quantization is None else build_int8(recipe, out)
 
 
 def prepared(recipe, folder: Path):

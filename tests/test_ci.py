@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,9 @@ ACTION = "convnext-export/convnext-export@main"
 class Runner:
     """What GitHub does with a job, as far as this workflow needs it: checkout, inputs, steps, outputs, expressions."""
 
-    def __init__(self, origin: Path, folder: Path, base: str, head: str):
+    def __init__(self, origin: Path, folder: Path, program: Path, base: str, head: str):
         self.origin, self.folder, self.base, self.head = origin, folder, base, head
+        self.program = program
         self.work, self.summary, self.log = folder / "work", folder / "summary.md", ""
         self.outputs, self.uploaded = {}, []
         folder.mkdir()
@@ -77,7 +77,7 @@ class Runner:
             "GITHUB_ACTION_PATH": str(ROOT),
             "GITHUB_STEP_SUMMARY": str(self.summary),
             "GITHUB_OUTPUT": str(file),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.program.parent}:{os.environ['PATH']}",
         }
         words = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", script]
         done = subprocess.run(
@@ -114,7 +114,7 @@ def origin(tmp_path):
     git(path, "commit", "-q", "-m", "a note")
     git(path, "checkout", "-q", "-b", "larger", "main")
     shutil.rmtree(path / "model.safetensors", ignore_errors=True)
-    write_tiny(path, depths=(3, 3, 9, 3), dims=(32, 48, 64, 96))
+    write_tiny(path, dims=(64, 96, 128, 192))
     git(path, "add", "-A")
     git(path, "commit", "-q", "-m", "a larger network")
     return path
@@ -124,22 +124,22 @@ LIMITS = "p50_ms:20%\nbytes:1%"
 
 
 @pytest.mark.slow
-def test_the_workflow_passes_what_is_harmless_and_stops_what_is_slower(origin, tmp_path):
+def test_the_workflow_passes_what_is_harmless_and_stops_what_is_slower(origin, installed, tmp_path):
     told = {"install": "no", "duration": "1", "fail-on": LIMITS}
-    harmless = Runner(origin, tmp_path / "harmless", "main", "harmless")
+    harmless = Runner(origin, tmp_path / "harmless", installed, "main", "harmless")
     assert harmless.run(WORKFLOW, **told) == 0, harmless.log
     assert "::notice title=custom_fp16.xml::all 2 checks passed" in harmless.log
     assert harmless.uploaded == ["compare.json", "junit.xml", "report.html"]
 
-    larger = Runner(origin, tmp_path / "larger", "main", "larger")
+    larger = Runner(origin, tmp_path / "larger", installed, "main", "larger")
     assert larger.run(WORKFLOW, **told) == 6, larger.log
     assert "::error title=custom_fp16.xml%3A p50_ms%2C batch 1::" in larger.log
     assert "**regressed**" in larger.summary.read_text()
     assert larger.uploaded == ["compare.json", "junit.xml", "report.html"], "a report of a failure is worth most"
 
 
-def test_a_build_that_fails_is_no_regression(origin, tmp_path):
-    runner = Runner(origin, tmp_path / "broken", "main", "harmless")
+def test_a_build_that_fails_is_no_regression(origin, installed, tmp_path):
+    runner = Runner(origin, tmp_path / "broken", installed, "main", "harmless")
     assert runner.run(WORKFLOW, install="no", build="echo no weights; exit 3") == 5
     assert "the build command ended with exit code 3: no weights" in runner.log
 

@@ -219,7 +219,7 @@ def scope_of(recipe: Recipe, target: Target) -> str:
 
 def find_problems(recipe: Recipe, marks: Marks) -> None:
     """Add every contradiction in a recipe to the marks; each of its fields fits its type."""
-    if _refused(marks, ("backend",), lambda: _check_backend(recipe.backend)):
+    if _refused(marks, ("backend",), lambda: backends.target(recipe.backend)):
         return
     target = backends.target(recipe.backend)
     checks: list[tuple[strict.Path, Callable[[], object]]] = [
@@ -250,11 +250,6 @@ def _refused(marks: Marks, path: strict.Path, look: Callable[[], object]) -> boo
         marks.at(next((known[name] for name in names if name in known), path), text)
         return True
     return False
-
-
-def _check_backend(name: str) -> None:
-    if name not in backends.targets():
-        raise BadRequest(f"backend {name!r}: {nearest(name, backends.targets())}")
 
 
 def _check_precision(recipe: Recipe, target: Target) -> None:

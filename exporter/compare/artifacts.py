@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import machine
+from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
@@ -48,7 +48,8 @@ class Pair:
 
 
 def check_pair(pair: Pair, options: CompareOptions) -> None:
-    """Refuse pairs with different models or inputs, or with a batch size that one cannot run.
+    """Refuse pairs with different models or inputs, a batch size that one cannot run, or an unknown runtime or
+    precision.
 
     Raises: BadRequest.
     """
@@ -63,6 +64,8 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
             "build both with one --imgsz"
         )
+    for side in (pair.base, pair.head):
+        backends.runtime_of(side)
     batches_of(options, (pair.base, pair.head))
 
 

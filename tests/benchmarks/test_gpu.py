@@ -10,7 +10,8 @@ from exporter.backends.tensorrt import library
 
 
 @pytest.mark.slow
-def test_the_rehearsal_types_everything_and_is_no_result(tiny, tmp_path, monkeypatch, capsys):
+def test_the_rehearsal_types_everything_and_is_no_result(tiny, installed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "COMMAND", installed)
     monkeypatch.setattr(gpu, "PRECISIONS", ("int8",))  # which fp16 is built for too, to be held against
     gpu.main(["--rehearse", "--weights", str(tiny), "-o", str(tmp_path)])
     session = msgspec.json.decode((tmp_path / "session.json").read_bytes(), type=gpu.Session)

@@ -69,8 +69,8 @@ def test_what_is_not_said_is_the_default_of_the_command_line(read):
             "my.yaml:9:10: export.batch: expected a whole number from 1 to 1024 or dynamic",
         ),
         (GOOD.replace("fp16", "fp61"), "my.yaml:3:1: onnxruntime cannot run fp61; did you mean 'fp16'?"),
-        (GOOD.replace("onnxruntime", "onnxruntme"), "my.yaml:2:1: backend 'onnxruntme': did you mean 'onnxruntime'?"),
-        (GOOD.replace("onnxruntime", "eager"), "my.yaml:2:1: backend 'eager': known: onnxruntime, openvino, tensorrt"),
+        (GOOD.replace("onnxruntime", "onxruntime"), "my.yaml:2:1: unknown backend 'onxruntime'; did you mean 'onnx"),
+        (GOOD.replace("onnxruntime", "eager"), "my.yaml:2:1: nothing is built for backend 'eager'; known: null, onnx"),
         (GOOD.replace("fp16", "int8"), "precision int8 needs calibration"),
         (GOOD + "quantization:\n  calib: synthetic\n", "my.yaml:10:1: quantization is for int8 and fp8, and prec"),
         (
