@@ -307,7 +307,7 @@ TARGET = Target(
     name="onnxruntime",
     command="onnx",
     summary="PyTorch → ONNX, simplified; runs on ONNX Runtime.",
-    description="Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that says what it is.",
+    description="Trace a ConvNeXt to ONNX, simplify it, and write it with a sidecar that describes it.",
     examples=(
         "onnx --variant base",
         "onnx --weights my_convnext.pth --imgsz dynamic --task features",
@@ -315,9 +315,9 @@ TARGET = Target(
     ),
     suffix=".onnx",
     precisions={
-        "fp32": "As the weights are.",
-        "fp16": "Half the size; statistics stay in fp32.",
-        "int8": "8 bits, where they are faster and lose nothing that matters.",
+        "fp32": "Weights and arithmetic in fp32.",
+        "fp16": "Half the size; statistics of norms stay in fp32, and CPUs compute in fp32.",
+        "int8": "8-bit integers in the layers that keep their accuracy; needs calibration images.",
     },
     form=form,
     build=build,

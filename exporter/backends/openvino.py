@@ -330,7 +330,7 @@ TARGET = Target(
     name="openvino",
     command="openvino",
     summary="→ OpenVINO IR.",
-    description="Build an OpenVINO IR; the ONNX it is made from is kept beside it.",
+    description="Build an OpenVINO IR; the intermediate ONNX file is kept in the same folder.",
     examples=(
         "openvino --variant tiny --fp16",
         "openvino --weights my_convnext.safetensors --bf16",
@@ -339,10 +339,10 @@ TARGET = Target(
     suffix=".xml",
     layout="files",
     precisions={
-        "fp32": "As the weights are.",
-        "fp16": "Half the size; on a CPU computed in fp32.",
-        "bf16": "Half the size, computed in bf16 where the CPU has it.",
-        "int8": "8 bits, where they are faster and lose nothing that matters.",
+        "fp32": "Weights and arithmetic in fp32.",
+        "fp16": "Half the size; statistics of norms stay in fp32, and CPUs compute in fp32.",
+        "bf16": "Half the size, computed in bf16 where the device has it; statistics of norms stay in fp32.",
+        "int8": "8-bit integers in the layers that keep their accuracy; needs calibration images.",
     },
     form=form,
     build=build,

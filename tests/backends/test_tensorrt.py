@@ -199,7 +199,7 @@ def test_inspect_holds_eight_bits_against_fp16_beside_and_draws_the_network(arti
     done = run("inspect", artifacts["tensorrt", "int8"].path, "--picture", tmp_path / "plan.svg", "--json")
     assert done.code == 0, done.err
     found = {f["metric"]: f for f in done.json["findings"]}
-    assert re.fullmatch(r"\d+ against \d+ in fp16", found["extra_kernels"]["detail"])
+    assert re.fullmatch(r"\d+ kernels, \d+ in fp16", found["extra_kernels"]["detail"])
     svg = (tmp_path / "plan.svg").read_text()
     for word in ("stages.2.1", "int8", "fp16", "gemm"):
         assert word in svg, word
@@ -267,7 +267,7 @@ def test_a_plan_of_something_else_is_refused_before_it_is_opened(fact, value, ar
 @pytest.mark.skipif(not runtime.unable(), reason="there is a GPU")
 def test_without_a_gpu_no_plan_is_opened(artifacts):
     with (
-        pytest.raises(Unavailable, match="a plan runs on a GPU only"),
+        pytest.raises(Unavailable, match="an engine runs only on a GPU"),
         backends.runtime("tensorrt").open(artifacts["tensorrt", "fp16"], Options()),
     ):
         pass

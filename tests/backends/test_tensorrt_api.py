@@ -209,5 +209,5 @@ def test_a_batch_outside_the_profile_is_refused(opened):
 
 
 def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):
-    with pytest.raises(ExporterError, match="cannot open it"):
+    with pytest.raises(ExporterError, match="cannot load it"):
         runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)

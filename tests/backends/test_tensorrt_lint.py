@@ -32,7 +32,8 @@ def test_the_graph_that_is_built_has_no_faults(lowered):
 
 
 @pytest.mark.parametrize(
-    ("zero", "said"), [(np.uint8(128), "uint8: TensorRT rounds to int8 only"), (np.int8(3), "a zero point other than")]
+    ("zero", "said"),
+    [(np.uint8(128), "uint8: TensorRT quantizes to int8 only"), (np.int8(3), "a zero point other than")],
 )
 def test_rounding_that_is_not_symmetric(lowered, zero, said):
     constant(lowered, rounding(lowered), 2, np.asarray(zero))

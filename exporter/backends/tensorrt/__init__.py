@@ -70,14 +70,14 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
     trt = library.find(options.flavor)
     graph = ir.load(artifact.path)
     if found := lint.lint(graph):
-        raise BadRequest(f"{artifact.path.name}: TensorRT would not run it well: {some(found)}")
+        raise BadRequest(f"{artifact.path.name}: not suitable for TensorRT: {some(found)}")
     if trt.rtx and wanted == "int8" and any(node.op_type == "QuantizeLinear" for node in graph.graph):
-        note("int8 activations on TensorRT-RTX are outside its support matrix; measure the plan where it will run")
+        note("int8 activations on TensorRT-RTX are outside its support matrix; measure the engine on its GPU")
     macs = plan.macs_of(graph)
     del graph  # its weights are not needed twice
     shapes = builder.profiles(artifact.sidecar, options)
     check_space(out, artifact.sidecar.bytes)  # a plan is as large as the weights in it
-    step(f"building a {trt.flavor} {trt.version} plan of {artifact.path.name}")
+    step(f"building a {trt.flavor} {trt.version} engine of {artifact.path.name}")
     engine, listing = builder.build(trt, artifact.path, artifact.sidecar, options)
     sidecar = artifact.sidecar.derived(
         tools={trt.flavor: trt.version},
@@ -129,10 +129,12 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     return plan.layers(plan.read(artifact))
 
 
-def findings(artifact: Artifact, rival: Artifact | None) -> list[Finding]:
+def findings(artifact: Artifact, baseline: Artifact | None) -> list[Finding]:
     """The plan report."""
-    above = rival.sidecar.precision if rival else ""
-    return plan.findings(plan.read(artifact), artifact.sidecar.precision, plan.read(rival) if rival else (), above)
+    above = baseline.sidecar.precision if baseline else ""
+    return plan.findings(
+        plan.read(artifact), artifact.sidecar.precision, plan.read(baseline) if baseline else (), above
+    )
 
 
 def form(precision: str, batch: int | None) -> str:
@@ -156,9 +158,10 @@ RUNTIME = Runtime(
 TARGET = Target(
     name="tensorrt",
     command="trt",
-    summary="→ TensorRT plan.",
+    summary="→ TensorRT engine.",
     description=(
-        "Build a TensorRT plan, and say which kernels it is made of; with TensorRT-RTX on a machine without a GPU too."
+        "Build a TensorRT engine, and list its kernels; with TensorRT-RTX also on a machine without a GPU. "
+        "The file suffix is .plan."
     ),
     examples=(
         "trt --fp16 --max-batch 32",
@@ -168,11 +171,11 @@ TARGET = Target(
     suffix=".plan",
     layout="files",
     precisions={
-        "fp32": "As the weights are.",
-        "fp16": "Half the size, computed in fp16; statistics stay in fp32.",
-        "bf16": "Half the size, computed in bf16; statistics stay in fp32.",
-        "int8": "8 bits, where they are faster and lose nothing that matters.",
-        "fp8": "8 bits with an exponent (E4M3), for GPUs of 8.9 and above.",
+        "fp32": "Weights and arithmetic in fp32.",
+        "fp16": "Half the size, computed in fp16; statistics of norms stay in fp32.",
+        "bf16": "Half the size, computed in bf16; statistics of norms stay in fp32.",
+        "int8": "8-bit integers in the layers that keep their accuracy; needs calibration images.",
+        "fp8": "8-bit floats (E4M3), for GPUs of compute capability 8.9 and above; needs calibration images.",
     },
     options=TensorRtOptions,
     form=form,

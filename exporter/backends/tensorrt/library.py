@@ -139,7 +139,7 @@ def check(library: Library, precision: str, batch: int | None, target: TensorRtO
     """
     _check_profiles(batch, target)
     if target.opt_level is not None and not 0 <= target.opt_level <= 5:
-        raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest plan)")
+        raise BadRequest(f"--opt-level {target.opt_level}: expected 0 (fastest build) to 5 (fastest engine)")
     if target.workspace is not None and not target.workspace > 0:
         raise BadRequest(f"--workspace {target.workspace:g}: expected GiB above 0")
     _check_capabilities(library, precision, target)
@@ -206,11 +206,11 @@ def _number(capability: str) -> tuple[int, ...]:
 
 def _check_rtx(target: TensorRtOptions) -> None:
     reasons = {
-        "--version-compatible": (target.version_compatible, "its plans run on the version that built them only"),
+        "--version-compatible": (target.version_compatible, "its engines run only on the version that built them"),
         "--hardware-compat": (target.hardware_compat != "none", "name the GPUs with --compute-capability instead"),
-        "--timing-cache": (target.timing_cache is not None, "its kernels are finished where the plan runs"),
-        "--strip-weights": (target.strip_weights, "it needs a GPU to build such a plan, and cannot refit it without"),
+        "--timing-cache": (target.timing_cache is not None, "its kernels are compiled on the GPU that runs the engine"),
+        "--strip-weights": (target.strip_weights, "it needs a GPU to build and to refit such an engine"),
     }
     for option, (asked, why) in reasons.items():
         if asked:
-            raise BadRequest(f"{option}: TensorRT-RTX has none of it: {why}; leave it out, or use --flavor tensorrt")
+            raise BadRequest(f"{option}: not available in TensorRT-RTX: {why}; leave it out, or use --flavor tensorrt")

@@ -34,8 +34,8 @@ def _of_node(node: ir.Node, opset: int) -> Iterator[str]:
             if use.node.op_type not in _TAKES_DQ:
                 what = {"Add": "the residual or a bias", "LayerNormalization": "LayerNorm"}.get(use.node.op_type)
                 yield (
-                    f"{where}: DQ in front of {what or use.node.op_type}: TensorRT runs it as a kernel of its own; "
-                    "round only what convolutions and matrix products read"
+                    f"{where}: DQ in front of {what or use.node.op_type}: TensorRT runs it as a separate kernel; "
+                    "quantize only inputs of convolutions and matrix products"
                 )
 
 
@@ -43,11 +43,11 @@ def _types(node: ir.Node, where: str) -> Iterator[str]:
     zero = _number(node, 2)
     whole = _number(node, 0) if node.op_type == "DequantizeLinear" else None
     if whole is not None and whole.dtype == np.int32:
-        yield f"{where}: an int32 bias: TensorRT takes biases as they are; leave the bias unrounded"
+        yield f"{where}: an int32 bias: TensorRT does not quantize biases; keep the bias in fp32 or fp16"
     elif zero is not None and zero.dtype == np.uint8:
-        yield f"{where}: uint8: TensorRT rounds to int8 only; round symmetrically to int8"
+        yield f"{where}: uint8: TensorRT quantizes to int8 only; quantize symmetrically to int8"
     elif zero is not None and zero.any():
-        yield f"{where}: a zero point other than 0: TensorRT rounds around zero only; round symmetrically"
+        yield f"{where}: a zero point other than 0: TensorRT quantizes around zero only; quantize symmetrically"
 
 
 def _number(node: ir.Node, index: int) -> NDArray[Any] | None:

@@ -138,7 +138,7 @@ def layers(kernels: Sequence[Kernel]) -> list[Layer]:
     ]
 
 
-def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = (), above: str = "") -> list[Finding]:
+def findings(kernels: Sequence[Kernel], asked: str, baseline: Sequence[Kernel] = (), above: str = "") -> list[Finding]:
     """What the list says: kernels by kind and type, the pointwise layers' precision, the residual stream's, kernels
     that compute nothing, and the difference from the plan of the next higher precision."""
     if not kernels:
@@ -146,9 +146,9 @@ def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = ()
     counts = Counter(f"{kernel.kind} {kernel.precision}" for kernel in kernels)
     said = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     found = [Finding(check="plan", metric="kernels", value=len(kernels), detail=said)]
-    if rival:
-        detail = f"{len(kernels)} against {len(rival)} in {above}{_where_more(kernels, rival)}"
-        found.append(Finding(check="plan", metric="extra_kernels", value=len(kernels) - len(rival), detail=detail))
+    if baseline:
+        detail = f"{len(kernels)} kernels, {len(baseline)} in {above}{_where_more(kernels, baseline)}"
+        found.append(Finding(check="plan", metric="extra_kernels", value=len(kernels) - len(baseline), detail=detail))
     found += _shares(kernels, asked)
     products = [kernel for kernel in kernels if kind(kernel.module) in ("pwconv1", "pwconv2")]
     products = [kernel for kernel in products if kernel.kind in PRODUCTS]
@@ -167,11 +167,11 @@ def findings(kernels: Sequence[Kernel], asked: str, rival: Sequence[Kernel] = ()
     return found
 
 
-def _where_more(kernels: Sequence[Kernel], rival: Sequence[Kernel]) -> str:
+def _where_more(kernels: Sequence[Kernel], baseline: Sequence[Kernel]) -> str:
     """The modules that a plan of more kernels has more of them in."""
-    if len(kernels) <= len(rival):
+    if len(kernels) <= len(baseline):
         return ""
-    ours, theirs = (Counter(kernel.module for kernel in one) for one in (kernels, rival))
+    ours, theirs = (Counter(kernel.module for kernel in one) for one in (kernels, baseline))
     return f": {some(f'{name} {count:+}' for name, count in (ours - theirs).most_common())}"
 
 

@@ -32,23 +32,23 @@ def check(artifact: Artifact, library: Library) -> None:
 
     Raises: BadRequest for such a plan; Unavailable without a GPU.
     """
-    told = artifact.sidecar.target
+    target = artifact.sidecar.target
     here = {"flavor": library.flavor, "version": library.version, "os": OS}
     for fact, value in here.items():
-        if told.get(fact) != value:
+        if target.get(fact) != value:
             raise BadRequest(
-                f"{artifact.path}: built for {fact} {told.get(fact, 'unknown')}, and this is {value}; build it again "
-                "here, or install what it was built for"
+                f"{artifact.path}: built for {fact} {target.get(fact, 'unknown')}, and this is {value}; build it again "
+                "here, or install the library that it was built for"
             )
     if why := unable():
-        raise Unavailable(f"{artifact.path}: a plan runs on a GPU only, and {why}")
+        raise Unavailable(f"{artifact.path}: an engine runs only on a GPU, and {why}")
     import torch
 
     found = "{}.{}".format(*torch.cuda.get_device_capability())
-    if found not in told["compute_capability"]:
+    if found not in target["compute_capability"]:
         raise BadRequest(
-            f"{artifact.path}: built for compute capability {', '.join(told['compute_capability'])}, and this GPU has "
-            f"{found}; build it for this one"
+            f"{artifact.path}: built for compute capability {', '.join(target['compute_capability'])}, and this GPU "
+            f"has {found}; build it for this one"
         )
 
 
@@ -64,7 +64,7 @@ class PlanSession:
         if self.engine is None:
             said = listener(library).errors
             raise ExporterError(
-                f"{artifact.path}: {library.flavor} cannot open it: {said[-1] if said else 'no reason'}"
+                f"{artifact.path}: {library.flavor} cannot load it: {said[-1] if said else 'no reason'}"
             )
         name = f"{artifact.sidecar.sha256}-{torch.cuda.get_device_name()}-{library.version}".replace(" ", "_")
         self.kept = cache_folder() / "kernels" / name
@@ -160,7 +160,7 @@ class PlanSession:
         if not self.context.set_input_shape(self.input, tuple(given.shape)):
             least, _, most = self.engine.get_tensor_profile_shape(self.input, 0)
             raise BadRequest(
-                f"a batch of {tuple(given.shape)}: the plan takes {tuple(least)} to {tuple(most)}; build it with "
+                f"a batch of {tuple(given.shape)}: the engine takes {tuple(least)} to {tuple(most)}; build it with "
                 "--max-batch"
             )
         self.context.set_tensor_address(self.input, given.data_ptr())
@@ -174,4 +174,4 @@ class PlanSession:
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.cuda_stream):
-            raise ExporterError("the plan could not be run; see what TensorRT says with -v")
+            raise ExporterError("the engine could not be run; see the messages of TensorRT with -v")
