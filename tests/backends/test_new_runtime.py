@@ -108,7 +108,8 @@ class Copy:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "exporter", folder / "exporter", ignore=ignore)
         (folder / "exporter" / "backends" / "mine.py").write_text(MINE)
-        for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/backends/__init__.py",
+        for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/once.py", "tests/preloaded.py",
+                     "tests/program.py", "tests/backends/__init__.py",
                      "tests/backends/test_contract.py"):  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)

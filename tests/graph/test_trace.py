@@ -176,11 +176,11 @@ def test_a_graph_that_is_not_the_model_is_refused(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"opset": 17}, "--opset 17: expected 18 to"),
-        ({"imgsz": 31}, "--imgsz 31: expected 32 to 4096"),
-        ({"imgsz": 99999}, "--imgsz 99999: expected 32 to 4096"),
-        ({"batch": 0}, "--batch 0: expected 1 to 1024"),
-        ({"batch": 1_000_000}, "--batch 1000000: expected 1 to 1024"),
+        ({"opset": 17}, "export.opset: expected a whole number from 18 to 23, found 17"),
+        ({"imgsz": 31}, "export.imgsz: expected a whole number from 32 to 4096, dynamic or null, found 31"),
+        ({"imgsz": 99999}, "export.imgsz: expected a whole number from 32 to 4096, dynamic or null, found 99999"),
+        ({"batch": 0}, "export.batch: expected a whole number from 1 to 1024 or dynamic, found 0"),
+        ({"batch": 1_000_000}, "export.batch: expected a whole number from 1 to 1024 or dynamic, found 1000000"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_before_weights_are_read(told, message, tmp_path):

@@ -217,7 +217,9 @@ def test_a_dry_build_writes_only_the_recipe(tiny, run, tmp_path, monkeypatch, re
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
     refused(2, "onnx", "--weights", tiny, "--opset", 9, "--save-config", "b.yaml", folder=tmp_path)
     (tmp_path / "other.yaml").write_text("services: {}\n")
-    assert "no recipe stands there" in refused(2, "onnx", "--save-config", "other.yaml", folder=tmp_path)
+    assert "another file than a recipe stands there" in refused(
+        2, "onnx", "--save-config", "other.yaml", folder=tmp_path
+    )
     assert "is a .yaml file" in refused(2, "onnx", "--save-config", "b.json", folder=tmp_path)
 
 
