@@ -40,6 +40,7 @@ def export(job: Job) -> Artifact:
     target = job.file("fp32")
     if (present := _present(target, job.sidecar)) is not None:
         note(f"{target.name} is already there, from the same weights and options")
+        job.checkpoint.state.clear()  # the weights are not needed any more
         return present
     network = write(job)
     with artifacts.staging(target) as folder:
