@@ -31,8 +31,8 @@ import msgspec
 from exporter import artifact as artifacts
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
+from exporter.backends import environment
 from exporter.bench import timing
-from exporter.machine import environment
 from exporter.stats import center
 
 BIN = Path(sys.executable).parent

@@ -21,8 +21,8 @@ from PIL import Image
 
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
+from exporter.backends import environment
 from exporter.data.synthetic import dead_leaves
-from exporter.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 FEW, MANY = 400, 4000

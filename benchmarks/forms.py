@@ -22,12 +22,12 @@ from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import Session
+from exporter.backends import Session, environment
 from exporter.backends.onnxruntime import OrtSession
 from exporter.backends.openvino import OpenVinoSession
 from exporter.bench import Arm, Timing, worker
 from exporter.build import build
-from exporter.machine import environment, has_bf16
+from exporter.machine import has_bf16
 from exporter.model import FORMS
 from exporter.recipe import Export, Model, Recipe
 

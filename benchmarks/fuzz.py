@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from exporter import artifact, build, discover, machine, report
+from exporter import artifact, backends, build, discover, report
 from exporter.artifact import sidecar
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
@@ -287,7 +287,7 @@ def fuzz(
         faults.append(Fault(target="all", what=f"{peak} bytes of memory", file=""))
     return Result(
         seconds=time.monotonic() - began, read=read, sound=sound, peak_bytes=peak, faults=tuple(faults),
-        environment=machine.environment(),
+        environment=backends.environment(),
     )  # fmt: skip
 
 

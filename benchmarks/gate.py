@@ -28,11 +28,10 @@ from exporter import artifact as artifacts
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import Array, Bound, Session
+from exporter.backends import Array, Bound, Session, environment
 from exporter.bench import Arm, Plan, worker
 from exporter.compare import parse_limits
 from exporter.compare.artifacts import HEAD, LAUNCHES, CompareOptions, Pair, compare_times
-from exporter.machine import environment
 from exporter.stats import proportion
 
 SLOWER = (0.0, 5.0, 10.0)

@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 
 from exporter.artifact.disk import write_file
+from exporter.backends import environment
 from exporter.backends.tensorrt import library
-from exporter.machine import environment, gpu
+from exporter.machine import gpu
 
 BUDGET_S = 480.0
 COMMAND = Path(sys.executable).with_name("convnext-export")

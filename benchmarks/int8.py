@@ -23,7 +23,7 @@ import msgspec
 
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.machine import environment
+from exporter.backends import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 VERBS = ("onnx", "openvino")

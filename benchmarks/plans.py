@@ -20,8 +20,8 @@ import msgspec
 
 from exporter import artifact
 from exporter.artifact.disk import write_file
+from exporter.backends import environment
 from exporter.backends.tensorrt import plan
-from exporter.machine import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")

@@ -73,7 +73,7 @@ def time_case(variant: str, batch: int, root: Path, seconds: float) -> Case:
         batch=batch,
         threads=THREADS,
         rows=rows,
-        environment=machine.environment(),
+        environment=backends.environment(),
         peers={name: build.versions(name) for name in dict.fromkeys(build.ENVIRONMENTS.values())},
         peaks_gflops=rates,
     )
