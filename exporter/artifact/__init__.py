@@ -198,13 +198,14 @@ def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> 
     Args:
         target: the file that a runtime opens.
         sidecar: without files and digests, which are added.
-        write: writes the file, and other files beside it; called with the path in the staging folder.
+        write: writes the file, and other files beside it; called with the path in the staging folder. It may return
+            the sidecar with facts that are known only now.
 
     Raises: as `staging` and `write` do, with nothing changed at `target`.
     """
     with staging(target) as folder:
-        write(folder / target.name)
-        seal(folder, target.name, sidecar)
+        completed = write(folder / target.name)
+        seal(folder, target.name, completed if isinstance(completed, Sidecar) else sidecar)
     return load(target)
 
 

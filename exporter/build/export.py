@@ -43,11 +43,9 @@ def export(job: Job) -> Artifact:
         job.checkpoint.state.clear()  # the weights are not needed any more
         return present
     network = write(job)
-    with artifacts.staging(target) as folder:
-        _, sidecar = graph_of(job, network, folder / target.name)
-        artifacts.seal(folder, target.name, sidecar)
+    artifact = artifacts.publish(target, job.sidecar, lambda file: graph_of(job, network, file)[1])
     _free(network.model)
-    return artifacts.load(target)
+    return artifact
 
 
 def _present(target: Path, sidecar: Sidecar) -> Artifact | None:
