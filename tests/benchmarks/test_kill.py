@@ -1,6 +1,5 @@
 """Runs killed and disks filled: a few here, many in the results."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from tests import once
 def work(recipes, out, log, most):
     """`kill.work` that reads the graphs of the desk's two networks where they were traced before."""
     with pytest.MonkeyPatch.context() as patch:
-        once.remember_traces(Path(os.environ["GRAPHS"]), patch)
+        graphs = (log.parent.parent / "graphs").read_text()  # a forked process has the environment of its server
+        once.remember_traces(Path(graphs), patch)
         kill_work(recipes, out, log, most)
 
 
@@ -22,8 +22,8 @@ kill_work = kill.work
 
 
 @pytest.fixture
-def one_recipe(monkeypatch, graphs):
-    monkeypatch.setenv("GRAPHS", str(graphs))
+def one_recipe(monkeypatch, graphs, tmp_path):
+    (tmp_path / "graphs").write_text(str(graphs))
     monkeypatch.setattr(kill, "work", work)
     monkeypatch.setattr(kill, "RECIPES", {"custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: null\n"})
     monkeypatch.setattr(kill.shutil, "which", lambda name: None)  # nothing is mounted in a test
