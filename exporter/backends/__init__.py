@@ -116,8 +116,8 @@ class Layer(Record, frozen=True):
 
 
 class Options(Record, frozen=True):
-    """What every runtime can be told: the device, how many threads (None is the runtime's own choice), and the way
-    of using the machine: one batch at a time as fast as can be, or as many at once as it has streams for."""
+    """Options of a session: the device; the number of threads, None for the runtime's choice; and whether one batch
+    runs at a time, or as many at once as the runtime has streams for."""
 
     device: str = "cpu"
     threads: int | None = None
@@ -125,7 +125,7 @@ class Options(Record, frozen=True):
 
 
 class TargetOptions(Record, frozen=True):
-    """What a target can be told about where its artifacts will run. Most need to be told nothing."""
+    """Options of a target. Most targets have none."""
 
 
 Opt = TypeVar("Opt", bound=Options)

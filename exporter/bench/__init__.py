@@ -46,8 +46,12 @@ def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[i
     batches = options.batch or tuple(fixed.values())[:1] or (1,)
     for path, size in fixed.items():
         if set(batches) != {size}:
-            asked = f"--batch {','.join(map(str, batches))}" if options.batch else f"another artifact {batches[0]}"
-            raise BadRequest(f"{path}: runs batches of {size} only, {asked}; use --batch {size}, or bench it alone")
+            other = (
+                f"--batch {','.join(map(str, batches))}"
+                if options.batch
+                else f"another artifact batches of {batches[0]}"
+            )
+            raise BadRequest(f"{path}: runs batches of {size} only, {other}; use --batch {size}, or bench it alone")
     return batches
 
 

@@ -113,19 +113,19 @@ def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """The arms: eager first, then the artifacts, then those of `--also`."""
-    told: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    torch = {**told, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
+    session: dict[str, Any] = {"device": options.device, "threads": options.threads}
+    torch = {**session, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
-    arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **told) for made in artifacts]
+    arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **session) for made in artifacts]
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
-    told: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
+    session: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
     arms = {
-        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **told)
+        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **session)
         for made in artifacts
         if backends.runtime_of(made).peak is not None
     }
@@ -212,13 +212,13 @@ def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
 
 def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
     """Upload, computation and download separately, where a GPU measured them."""
-    told = [launch.parts[name] for launch in timing.launches if name in launch.parts]
+    launches = [launch.parts[name] for launch in timing.launches if name in launch.parts]
     return [
         Finding(
-            check="latency", metric=part, case=case, value=median(one[part] for one in told), unit="ms",
-            detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in told),
+            check="latency", metric=part, case=case, value=median(one[part] for one in launches), unit="ms",
+            detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in launches),
         )
-        for part in (_cuda.PARTS if told else ())
+        for part in (_cuda.PARTS if launches else ())
     ]  # fmt: skip
 
 
