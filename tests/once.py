@@ -45,14 +45,14 @@ def remember_traces(folder: Path, patch: pytest.MonkeyPatch) -> None:
     real = trace.trace
 
     @functools.wraps(real)
-    def traced_once(model, options, stride):
+    def traced_once(model, options):
         import onnx
         import onnx_ir as ir
 
-        path = folder / f"{_digest((model, options, stride))}.onnx"
+        path = folder / f"{_digest((model, options))}.onnx"
         with locked(path):
             if not path.exists():
-                graph = real(model, options, stride)
+                graph = real(model, options)
                 gc.collect()
                 gc.freeze()  # PyTorch's exporter leaves so much that lasts that every later collection takes 0.3 s
                 whole = path.with_suffix(f".{os.getpid()}")

@@ -12,7 +12,7 @@ import msgspec
 
 from exporter.errors import BadRequest
 
-SCHEMA = 5
+SCHEMA = 6
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
 _COMMANDS = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}  # that wrote sidecars of schema 1 to 4
@@ -105,8 +105,9 @@ class Quantization(Record, frozen=True):
 class Sidecar(Record, frozen=True):
     """The facts about an artifact. The runtime opens the first of `files`.
 
-    `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` are the modules whose
-    activations exceed fp16; `target` has the hardware and versions that the artifact is restricted to.
+    `architecture` are the fields of `exporter.model.variants.Architecture`; `macs` are the multiply-accumulates of one
+    image of `preprocessing.size`; `beyond_fp16` are the modules whose activations exceed fp16; `target` has the
+    hardware and versions that the artifact is restricted to.
     """
 
     backend: str
@@ -114,6 +115,7 @@ class Sidecar(Record, frozen=True):
     variant: str
     task: str
     weights: Weights
+    architecture: dict[str, Any]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing

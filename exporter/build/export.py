@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch.nn import Module
 
-    from exporter.model.convnext import ConvNeXt, Features
+    from exporter.model.convnext import ConvNeXt, Embedding, Features
 
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
@@ -78,8 +78,7 @@ def _free(model: Module) -> None:
 class Network:
     """A network written in a form, a few images, and its outputs for them in the plain form."""
 
-    model: ConvNeXt | Features
-    stride: int
+    model: ConvNeXt | Embedding | Features
     probe: Array
     expected: Outputs
 
@@ -94,7 +93,7 @@ def write(job: Job) -> Network:
     expected = _expected(model, probe)
     checkpoint.state.clear()  # else every weight that a form changes would be in memory twice
     forms.rewrite(model, job.form)
-    return Network(model, checkpoint.variant.architecture.stride, probe, expected)
+    return Network(model, probe, expected)
 
 
 def graph_of(job: Job, network: Network, file: Path) -> tuple[ir.Model, Sidecar]:
@@ -153,7 +152,7 @@ def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessin
     first = network.model.downsample_layers[0]
     try:
         forms.take_pixels(network.model, preprocessing)
-        return trace.trace(network.model, options, network.stride)
+        return trace.trace(network.model, options)
     finally:
         network.model.downsample_layers[0] = first
 

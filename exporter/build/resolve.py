@@ -133,11 +133,11 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     own_form = placement.forms[0] if placement else target.form(recipe.precision, recipe.fixed_batch)
     step(f"reading weights {recipe.model.weights}")
     labels = Path(recipe.model.labels) if recipe.model.labels else None
-    checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels)
+    choices = weights.choices_of(msgspec.to_builtins(recipe.model))
+    checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels, choices)
     weights.note_license(checkpoint.weights)
-    if recipe.model.task == "features" and checkpoint.variant.architecture.isotropic:
-        raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
-    trace = _trace_options(recipe, checkpoint.preprocessing.size)
+    checkpoint.check(recipe.model.task or checkpoint.task)
+    trace = _trace_options(recipe, checkpoint)
     return Job(
         recipe=recipe,
         out=out,
@@ -155,10 +155,13 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     )
 
 
-def _trace_options(recipe: Recipe, published_size: int) -> TraceOptions:
-    size = recipe.export.imgsz or published_size
+def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
+    size = recipe.export.imgsz or checkpoint.preprocessing.size
+    architecture = checkpoint.variant.architecture
     return TraceOptions(
-        task=recipe.model.task,
+        task=recipe.model.task or checkpoint.task,
+        strides=architecture.strides,
+        channels=architecture.in_chans,
         imgsz=None if size == "dynamic" else size,
         batch=recipe.fixed_batch,
         opset=recipe.export.opset,
@@ -180,6 +183,7 @@ def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOpti
         weights=replace(checkpoint.weights, source=source),
         inputs=(),
         outputs=(),
+        architecture=msgspec.to_builtins(checkpoint.variant.architecture),
         preprocessing=replace(preprocessing, input=recipe.export.input),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
@@ -305,7 +309,7 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
 
 def _check_checks(recipe: Recipe) -> None:
     checks = recipe.checks
-    if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task == "features"):
+    if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task in ("embed", "features")):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
 
 

@@ -107,7 +107,7 @@ def recipes_command(schema: bool, as_json: bool) -> None:
         )
         return
     columns = ("recipe", "variant", "task", "backend", "precision")
-    rows = [(name, r.model.variant or "", r.model.task, r.backend, r.precision) for name, r in recipes.items()]
+    rows = [(name, r.model.variant or "", r.model.task or "", r.backend, r.precision) for name, r in recipes.items()]
     print_table(columns, rows)
     folder = plain(bundled.folder("recipes"))
     console().print(f"folder: {folder}; copy a recipe, or run it by name", style="dim", soft_wrap=True)

@@ -9,9 +9,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.sidecar import Record
+from exporter.recipe import Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,10 +22,12 @@ INPUT = "images"
 
 
 class TraceOptions(Record, frozen=True):
-    """Options of a trace: the outputs, the input size and batch (None for a dynamic axis), the opset, and whether the
-    input is bytes."""
+    """Options of a trace: the outputs, the strides of the stages, the input's channels, its size and batch (None for a
+    dynamic axis), the opset, and whether the input is bytes."""
 
-    task: Literal["classify", "features"]
+    task: Task
+    strides: tuple[int, ...]
+    channels: int
     imgsz: int | None
     batch: int | None
     opset: int
@@ -32,25 +35,29 @@ class TraceOptions(Record, frozen=True):
 
 
 def output_names(options: TraceOptions) -> list[str]:
-    """`logits`, or `stage1` … `stage4` of strides 4, 8, 16, 32."""
-    return ["logits"] if options.task == "classify" else [f"stage{i}" for i in (1, 2, 3, 4)]
+    """`logits`, `embedding`, or `stage1`, `stage2`, …"""
+    if options.task == "features":
+        return [f"stage{number}" for number, _ in enumerate(options.strides, 1)]
+    return ["logits" if options.task == "classify" else "embedding"]
 
 
-def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Model:
+def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     """Trace the network to an ONNX graph. Its tensors share memory with the model.
 
     Args:
         model: in eval mode; its outputs are those of the task.
-        options: within the bounds of a recipe.
-        stride: of the last feature map; a dynamic height and width are multiples of it.
+        options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
 
-    Returns: a graph from `images` (N, 3, H, W), float32 or uint8, to `logits` (N, classes), or to the stages' outputs.
+    Returns: a graph from `images` (N, C, H, W), float32 or uint8, to `logits` (N, classes), `embedding` (N, C) or the
+        stages' outputs.
     """
     import torch
 
     size = options.imgsz or 64
     # A batch of one would be taken for a constant.
-    example = torch.zeros(options.batch or 2, 3, size, size, dtype=torch.uint8 if options.uint8 else torch.float32)
+    example = torch.zeros(
+        options.batch or 2, options.channels, size, size, dtype=torch.uint8 if options.uint8 else torch.float32
+    )
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             model,
@@ -59,7 +66,7 @@ def trace(model: torch.nn.Module, options: TraceOptions, stride: int) -> ir.Mode
             opset_version=options.opset,
             input_names=[INPUT],
             output_names=output_names(options),
-            dynamic_shapes=(_dynamic_axes(options, stride),),
+            dynamic_shapes=(_dynamic_axes(options),),
             verbose=False,
         )
     assert program is not None
@@ -77,15 +84,15 @@ def _taken(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _dynamic_axes(options: TraceOptions, stride: int) -> dict[int, Any]:
+def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
     import torch
 
     axes: dict[int, Any] = {}
     if options.batch is None:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
-        axes[2] = stride * torch.export.Dim("rows")
-        axes[3] = stride * torch.export.Dim("columns")
+        axes[2] = options.strides[-1] * torch.export.Dim("rows")
+        axes[3] = options.strides[-1] * torch.export.Dim("columns")
     return axes
 
 
@@ -111,7 +118,7 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
 
     for value in [*model.graph.inputs, *model.graph.outputs]:
         assert value.shape is not None
-        stride = 4 * 2 ** (int(value.name[5:]) - 1) if value.name and value.name.startswith("stage") else 1
+        stride = options.strides[int(value.name[5:]) - 1] if value.name and value.name.startswith("stage") else 1
         over = f"/{stride}" if stride > 1 else ""
         words = {0: "batch", 2: f"height{over}", 3: f"width{over}"}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]

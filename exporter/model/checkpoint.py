@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,16 @@ _DAMAGE = (
 )
 
 
-def read(path: Path, part: str = "") -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Content:
+    """What one checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    beside: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read(path: Path, part: str = "") -> Content:
     """Read the tensors of a checkpoint by name, without the usual wrappers (`model`, `state_dict`, …).
 
     Args:
@@ -42,7 +52,7 @@ def read(path: Path, part: str = "") -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise BadRequest(f"{path}: expected a file of weights ({', '.join(SUFFIXES)})")
     content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
-    return _tensors(path, _unwrap(path, content, part))
+    return Content(_tensors(path, _unwrap(path, content, part)))
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -128,9 +138,7 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     odd = [str(key) for key, value in content.items() if not _is_plain(value)]
     if odd:
         raise BadRequest(f"{path}: {len(odd)} tensors are empty, sparse or not floating point ({some(odd)})")
-    tensors = {
-        re.sub(r"^((module|_orig_mod|model)\.)+", "", str(key)): value.detach() for key, value in content.items()
-    }
+    tensors = {str(key): value.detach() for key, value in content.items()}
     if len(tensors) < len(content):
         raise BadRequest(
             f"{path}: {len(content) - len(tensors)} tensors have the name of another one but for 'module.'"

@@ -7,11 +7,14 @@ Names are those of the original code (`dwconv`, `pwconv1`, `gamma`), and so are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.model.variants import Architecture
+from exporter.model.variants import Architecture, head_layer
 
 
 class Norm(nn.Module):
@@ -61,14 +64,50 @@ class GRN(nn.Module):
         return self.gamma * (x * share) + self.beta + x
 
 
-class Block(nn.Module):
-    """Depthwise 7×7, norm, pointwise up, GELU, (GRN,) pointwise down, layer scale, residual."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
-    def __init__(self, dim: int, arch: Architecture) -> None:
+
+class Activation(nn.Module):
+    """An activation by its name in `ACTIVATIONS`."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.function = ACTIVATIONS[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        return self.function(x)
+
+
+class Affine(nn.Module):
+    """A factor and a shift for each channel: batch norm as it is at inference."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) to (N, C)."""
+        return x * self.weight + self.bias
+
+
+class Block(nn.Module):
+    """Depthwise convolution, norm, pointwise up, activation, (GRN,) pointwise down, layer scale, residual."""
+
+    def __init__(self, arch: Architecture, stage: int) -> None:
+        super().__init__()
+        dim, kernel, dilation = arch.dims[stage], arch.kernel_sizes[stage], arch.steps[stage].block_dilation
+        padding = dilation * (kernel // 2)
+        self.dwconv = nn.Conv2d(dim, dim, kernel, padding=padding, dilation=dilation, groups=dim)
         self.norm = Norm(dim, arch.norm, arch.norm_eps)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = ACTIVATIONS[arch.act]
         self.grn = GRN(4 * dim) if arch.grn else None
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.empty(dim)) if arch.layer_scale else None
@@ -76,7 +115,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        y = F.gelu(self.pwconv1(y))
+        y = self.act(self.pwconv1(y))
         if self.grn is not None:
             y = self.grn(y)
         y = self.pwconv2(y)
@@ -86,18 +125,54 @@ class Block(nn.Module):
 
 
 def stem(arch: Architecture) -> nn.Sequential:
-    """The first layers: a patch of 4×4 (16×16 for isotropic), or two overlapping 3×3 of stride 2 (`_ols`)."""
+    """The first layers: one convolution of a patch, or two overlapping 3×3 of stride 2 (`_ols`)."""
     dim = arch.dims[0]
-    if arch.isotropic:
-        return nn.Sequential(nn.Conv2d(3, dim, kernel_size=16, stride=16))
-    norm = Norm2d(dim, arch.norm, arch.norm_eps)
     if arch.stem == "patch":
-        return nn.Sequential(nn.Conv2d(3, dim, kernel_size=4, stride=4), norm)
-    middle = arch.stem_width
-    first = nn.Conv2d(3, middle, kernel_size=3, stride=2, padding=1)
-    second = nn.Conv2d(middle, dim, kernel_size=3, stride=2, padding=1)
-    between = [nn.GELU()] if arch.stem == "overlap_act" else []
-    return nn.Sequential(first, *between, second, norm)
+        layers: list[nn.Module] = [nn.Conv2d(arch.in_chans, dim, kernel_size=arch.patch, stride=arch.patch)]
+    else:
+        middle = arch.stem_width
+        first = nn.Conv2d(arch.in_chans, middle, kernel_size=3, stride=2, padding=1)
+        second = nn.Conv2d(middle, dim, kernel_size=3, stride=2, padding=1)
+        layers = [first, *([Activation(arch.act)] if arch.stem == "overlap_act" else []), second]
+    if arch.stem_norm:
+        layers.append(Norm2d(dim, arch.norm, arch.norm_eps))
+    if arch.stem_downsample:
+        layers += [Norm2d(dim, arch.norm, arch.norm_eps), nn.Conv2d(dim, dim, 2, stride=2)]
+    return nn.Sequential(*layers)
+
+
+def downsampling(arch: Architecture, stage: int) -> nn.Sequential:
+    """A norm, and a convolution of 2×2 of stride 2, or a dilated one of stride 1."""
+    before, after, step = arch.dims[stage - 1], arch.dims[stage], arch.steps[stage]
+    padding = "same" if step.block_dilation > 1 else 0
+    conv = nn.Conv2d(before, after, 2, stride=step.stride, dilation=step.dilation, padding=padding)
+    return nn.Sequential(Norm2d(before, arch.norm, arch.norm_eps), conv)
+
+
+def pooling(x: Tensor, kind: str) -> Tensor:
+    """(N, C, H, W) to (N, C), or (N, 2C) for `catavgmax`."""
+    if kind == "avg":
+        return x.mean((-2, -1))
+    if kind == "max":
+        return x.amax((-2, -1))
+    mean, largest = x.mean((-2, -1)), x.amax((-2, -1))
+    return 0.5 * (mean + largest) if kind == "avgmax" else torch.cat([mean, largest], 1)
+
+
+def head_layers(arch: Architecture, width: int) -> tuple[nn.Sequential, int]:
+    """The layers between the last norm and the head, and the width behind them."""
+    layers: list[nn.Module] = []
+    for kind, size in map(head_layer, arch.head_layers):
+        if kind == "linear":
+            layers.append(nn.Linear(width, size))
+            width = size
+        elif kind == "affine":
+            layers.append(Affine(size))
+        elif kind == "layer":
+            layers.append(Norm(size, "layer", 1e-5))  # what PyTorch's own LayerNorm has
+        else:
+            layers.append(nn.Tanh() if kind == "tanh" else Activation(kind))
+    return nn.Sequential(*layers), width
 
 
 class ConvNeXt(nn.Module):
@@ -110,23 +185,24 @@ class ConvNeXt(nn.Module):
 
     def __init__(self, arch: Architecture, num_classes: int = 1000) -> None:
         super().__init__()
-        downsample = [
-            nn.Sequential(Norm2d(before, arch.norm, arch.norm_eps), nn.Conv2d(before, after, 2, stride=2))
-            for before, after in zip(arch.dims, arch.dims[1:], strict=False)
-        ]
-        self.downsample_layers = nn.ModuleList([stem(arch), *downsample])
+        stages = range(len(arch.depths))
+        self.downsample_layers = nn.ModuleList([stem(arch), *(downsampling(arch, stage) for stage in stages[1:])])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, arch) for _ in range(depth)))
-            for dim, depth in zip(arch.dims, arch.depths, strict=True)
+            nn.Sequential(*(Block(arch, stage) for _ in range(arch.depths[stage]))) for stage in stages
         )
-        last = arch.dims[-1]
-        self.norm_pre = Norm2d(last, arch.norm, arch.norm_eps) if arch.head_norm_first else None
-        self.norm = None if arch.head_norm_first else Norm(last, arch.norm, arch.norm_eps)
-        self.head_hidden = nn.Linear(last, arch.head_hidden) if arch.head_hidden else None
-        self.head = nn.Linear(arch.head_hidden or last, num_classes)
+        self.stage_norms = nn.ModuleDict(
+            {str(stage): Norm2d(arch.dims[stage], "layer", arch.stage_eps or 1e-6) for stage in arch.stage_norms}
+        )
+        last, eps = arch.dims[-1], arch.head_eps or arch.norm_eps
+        first = arch.head_norm_first
+        self.norm_pre = Norm2d(last, arch.norm, eps) if arch.head_norm and first else None
+        self.norm = Norm(last, arch.norm, eps) if arch.head_norm and not first else None
+        self.pool, self.projection = arch.pool, arch.projection
+        self.head_layers, width = head_layers(arch, last * (2 if arch.pool == "catavgmax" else 1))
+        self.head = nn.Linear(width, num_classes)
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to the output of every stage, (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
+        """(N, C, H, W) to the output of every stage, (N, C, H/s, W/s) for the strides s of the architecture."""
         maps = []
         x = images
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
@@ -134,17 +210,17 @@ class ConvNeXt(nn.Module):
             maps.append(x)
         return tuple(maps)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, classes)."""
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to pooled and normalized features (N, C)."""
         x = self.forward_features(images)[-1]
         if self.norm_pre is not None:
             x = self.norm_pre(x)
-        x = x.mean((-2, -1))
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.head_hidden is not None:
-            x = F.gelu(self.head_hidden(x))
-        return self.head(x)
+        x = pooling(x, self.pool)
+        return x if self.norm is None else self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to logits (N, classes)."""
+        return self.head(self.head_layers(self.embed(images)))
 
 
 class Features(nn.Module):
@@ -152,8 +228,33 @@ class Features(nn.Module):
 
     def __init__(self, model: ConvNeXt) -> None:
         super().__init__()
-        self.downsample_layers, self.stages = model.downsample_layers, model.stages
+        self.downsample_layers, self.stages, self.stage_norms = model.downsample_layers, model.stages, model.stage_norms
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
+        """(N, C, H, W) to (N, C, H/s, W/s) for the strides s of the architecture, through the stage's norm if any."""
+        maps = ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]
+        norms = self.stage_norms
+        return tuple(norms[str(i)](x) if str(i) in norms else x for i, x in enumerate(maps))
+
+
+class Embedding(nn.Module):
+    """The network without its classifier: pooled and normalized features, projected where it is a CLIP tower."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.downsample_layers, self.stages = model.downsample_layers, model.stages
+        self.norm_pre, self.norm, self.pool = model.norm_pre, model.norm, model.pool
+        self.head_layers = model.head_layers if model.projection else None
+        self.head = model.head if model.projection else None
+
+    def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, C, H, W) to the output of every stage."""
         return ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C), or (N, E) of a projection."""
+        x = ConvNeXt.embed(self, images)  # type: ignore[arg-type]
+        if self.head is None:
+            return x
+        assert self.head_layers is not None
+        return self.head(self.head_layers(x))

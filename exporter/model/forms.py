@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS
-from exporter.model.convnext import GRN, Block, ConvNeXt, Features, Norm
+from exporter.model.convnext import GRN, Block, ConvNeXt, Embedding, Features, Norm
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
-Network = ConvNeXt | Features
+Network = ConvNeXt | Features | Embedding
 M = TypeVar("M", bound=nn.Module)
 Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
 
@@ -103,7 +103,8 @@ class ResponseScale(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """A block whose scales and shifts are folded: depthwise, norm, pointwise, GELU, (response,) pointwise, residual."""
+    """A block whose scales and shifts are folded: depthwise, norm, pointwise, activation, (response,) pointwise,
+    residual."""
 
     def __init__(self, block: Block, layout: Layout) -> None:
         super().__init__()
@@ -114,6 +115,7 @@ class FoldedBlock(nn.Module):
         pwconv1 = folded(block.norm, block.pwconv1)
         self.norm = Standardise(block.norm, layout)
         self.pwconv1 = pwconv1 if self.channels_last else as_conv(pwconv1)
+        self.act = block.act
         self.grn = None if block.grn is None else ResponseScale(block.grn, layout)
         self.pwconv2 = block.pwconv2 if self.channels_last else as_conv(block.pwconv2)
 
@@ -122,7 +124,7 @@ class FoldedBlock(nn.Module):
         y = self.dwconv(x)
         if self.channels_last:
             y = y.permute(0, 2, 3, 1)
-        y = F.gelu(self.pwconv1(self.norm(y)))
+        y = self.act(self.pwconv1(self.norm(y)))
         if self.grn is not None:
             y = y * self.grn(y)
         y = self.pwconv2(y)
@@ -160,7 +162,7 @@ def rewrite(model: Network, form: str) -> Network:
     """Rewrite a network or a backbone to a form, in place.
 
     Args:
-        model: a ConvNeXt or Features, in eval mode.
+        model: a ConvNeXt, Embedding or Features, in eval mode.
         form: one of `FORMS`.
 
     Raises: BadRequest for another form.
@@ -177,23 +179,41 @@ def rewrite(model: Network, form: str) -> Network:
 
 def fold_norms(model: Network, layout: Layout) -> None:
     """Fold scale and shift of the norms outside the blocks into the layers behind them: of each downsampling layer
-    into its convolution, of the last norm into the head. What stands before the pooling may go behind it, for a mean
-    is linear. The stem's is in front of a residual, and stays.
+    into its convolution, of the last norm into the head. What stands before a mean over the image may go behind it.
+    The stem's norm is in front of a residual, and stays; so does one in front of a padded convolution.
     """
     around: Layout = "first" if layout == "first" else "transposed"
     for index, layer in enumerate(model.downsample_layers):
         parts = _parts(layer, nn.Module)
-        if index == 0 and layout == "first" and isinstance(parts[-1], Norm):
-            model.downsample_layers[0] = _sequence([*parts[:-1], ScaledNorm(parts[-1])])
-        elif isinstance(parts[0], Norm) and isinstance(parts[1], nn.Conv2d):
-            folded_conv = folded(parts[0], parts[1])
-            model.downsample_layers[index] = _sequence([Standardise(parts[0], around), folded_conv])
-    if isinstance(model, ConvNeXt):
-        behind = "head" if model.head_hidden is None else "head_hidden"
-        name = "norm" if model.norm_pre is None else "norm_pre"
-        norm = getattr(model, name)
-        setattr(model, behind, folded(norm, getattr(model, behind)))
+        for at, part in enumerate(parts):
+            behind = parts[at + 1] if at + 1 < len(parts) else None
+            if isinstance(part, Norm) and isinstance(behind, nn.Conv2d) and behind.padding == (0, 0):
+                parts[at : at + 2] = [Standardise(part, around), folded(part, behind)]
+            elif isinstance(part, Norm) and layout == "first":
+                parts[at] = ScaledNorm(part)
+        model.downsample_layers[index] = _sequence(parts)
+    if isinstance(model, Features):
+        if layout == "first":
+            for name, norm in model.stage_norms.items():
+                model.stage_norms[name] = ScaledNorm(cast("Norm", norm))
+        return
+    _fold_last_norm(model, layout, around)
+
+
+def _fold_last_norm(model: ConvNeXt | Embedding, layout: Layout, around: Layout) -> None:
+    """Fold the last norm into the first linear layer behind it, if there is one."""
+    name = "norm" if model.norm_pre is None else "norm_pre"
+    norm = getattr(model, name)
+    layers = model.head_layers
+    first = layers[0] if layers else model.head
+    if norm is not None and isinstance(first, nn.Linear) and (name == "norm" or model.pool == "avg"):
+        if layers:
+            layers[0] = folded(norm, first)
+        else:
+            model.head = folded(norm, first)
         setattr(model, name, Standardise(norm, "last" if name == "norm" else around))
+    elif name == "norm_pre" and layout == "first":
+        setattr(model, name, ScaledNorm(norm))
 
 
 def folded(norm: Norm, layer: Pointwise) -> Pointwise:

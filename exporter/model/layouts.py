@@ -1,41 +1,50 @@
-"""The four public key layouts of ConvNeXt weights, and detection of layout and architecture from keys and shapes.
+"""The public key layouts of ConvNeXt weights, and their conversion to the layout of this tool.
 
-The layout of this tool is facebookresearch's, with flat vectors in GRN, `norm_pre` for a norm before the pooling and
-`head_hidden` for the hidden layer of a head.
+The layout of this tool is facebookresearch's, with flat vectors in GRN, `norm_pre` for a norm before the pooling,
+`head_layers.N` for what stands between norm and head, and `stage_norms.I` for the norm of a stage's feature map.
+
+A layout is found by its structure: the depthwise convolution of the first block, behind any prefix. What stands in
+front of it (`module.`, `backbone.`, `visual.trunk.`) is the prefix; what does not begin with it and is no head belongs
+to something else than the network, and is dropped by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from exporter.errors import BadRequest, some
-from exporter.model.variants import VARIANTS, Architecture
+from exporter.errors import BadRequest, nearest, some
+from exporter.model import head as heads
+from exporter.model.head import Head
+from exporter.model.shapes import block_counts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]
 
+_STAGE_BLOCK = r"stages\.(\d+)\.(\d+)\."
 _FACEBOOK: Rules = (
     (r"stem\.", r"downsample_layers.0.0."),
     (r"blocks\.", r"stages.0."),
-    (r"(downsample_layers|stages|norm|norm_pre|head|head_hidden)\.", r"\1."),
+    (r"(downsample_layers|stages|norm|norm_pre|stage_norms|head_layers)\.", r"\1."),
+    (r"norm(\d)\.", r"stage_norms.\1."),
 )
+_TIMM_BLOCK = r"stages[._](\d+)\.blocks\.(\d+)\."
 _TIMM: Rules = (
-    (r"stem\.", r"downsample_layers.0."),
-    (r"stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc([12])\.", r"stages.\1.\2.pwconv\3."),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.weight$", r"stages.\1.\2.grn.gamma"),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.bias$", r"stages.\1.\2.grn.beta"),
-    (r"stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
+    (r"stem[._]", r"downsample_layers.0."),
+    (r"stages[._]0\.downsample\.0\.", r"downsample_layers.0.2."),
+    (r"stages[._]0\.downsample\.1\.", r"downsample_layers.0.3."),
+    (r"stages[._](\d+)\.downsample\.", r"downsample_layers.\1."),
+    (_TIMM_BLOCK + r"conv_dw\.", r"stages.\1.\2.dwconv."),
+    (_TIMM_BLOCK + r"mlp\.fc([12])\.", r"stages.\1.\2.pwconv\3."),
+    (_TIMM_BLOCK + r"mlp\.grn\.weight$", r"stages.\1.\2.grn.gamma"),
+    (_TIMM_BLOCK + r"mlp\.grn\.bias$", r"stages.\1.\2.grn.beta"),
+    (_TIMM_BLOCK, r"stages.\1.\2."),
     (r"norm_pre\.", r"norm_pre."),
     (r"head\.norm\.", r"norm."),
-    (r"head\.pre_logits\.fc\.", r"head_hidden."),
-    (r"head\.fc\.", r"head."),
 )
 _TORCHVISION: Rules = (
     (r"features\.0\.", r"downsample_layers.0."),
@@ -45,8 +54,6 @@ _TORCHVISION: Rules = (
     (r"features\.(\d+)\.(\d+)\.block\.5\.", r"@stages.\1.\2.pwconv2."),
     (r"features\.(\d+)\.(\d+)\.layer_scale$", r"@stages.\1.\2.gamma"),
     (r"features\.(\d+)\.", r"@downsample_layers.\1."),
-    (r"classifier\.0\.", r"norm."),
-    (r"classifier\.2\.", r"head."),
 )
 _HF_BLOCK = r"(?:encoder\.)?stages\.(\d+)\.layers\.(\d+)\."
 _HUGGINGFACE: Rules = (
@@ -58,130 +65,256 @@ _HUGGINGFACE: Rules = (
     (_HF_BLOCK + r"grn\.bias$", r"stages.\1.\2.grn.beta"),
     (_HF_BLOCK, r"stages.\1.\2."),
     (r"(?:encoder\.)?stages\.(\d+)\.downsampling_layer\.", r"downsample_layers.\1."),
+    (r"hidden_states_norms\.stage(\d+)\.", r"-stage_norms.\1."),
     (r"layernorm\.", r"norm."),
-    (r"classifier\.", r"head."),
 )
-# The key that only this layout has, and how its keys become ours.
-LAYOUTS: dict[str, tuple[str, Rules]] = {
-    "huggingface": (r"(convnext(v2)?\.)?embeddings\.patch_embeddings\.weight", _HUGGINGFACE),
-    "torchvision": (r"features\.0\.0\.weight", _TORCHVISION),
-    "timm": (r"stages\.0\.blocks\.0\.conv_dw\.weight", _TIMM),
-    "facebookresearch": (r"(stages\.0\.0|blocks\.0)\.dwconv\.weight", _FACEBOOK),
+_DINOV3_BLOCK = r"stages\.(\d+)\.layers\.(\d+)\."
+_DINOV3: Rules = (
+    (r"stages\.(\d+)\.downsample_layers\.", r"downsample_layers.\1."),
+    (_DINOV3_BLOCK + r"depthwise_conv\.", r"stages.\1.\2.dwconv."),
+    (_DINOV3_BLOCK + r"layer_norm\.", r"stages.\1.\2.norm."),
+    (_DINOV3_BLOCK + r"pointwise_conv([12])\.", r"stages.\1.\2.pwconv\3."),
+    (_DINOV3_BLOCK + r"gamma$", r"stages.\1.\2.gamma"),
+    (r"layer_norm\.", r"norm."),
+)
+_OPENMMLAB: Rules = (
+    (_STAGE_BLOCK + r"depthwise_conv\.", r"stages.\1.\2.dwconv."),
+    (_STAGE_BLOCK + r"pointwise_conv([12])\.", r"stages.\1.\2.pwconv\3."),
+    *_FACEBOOK[2:],
+)
+_FCMAE: Rules = (
+    (_STAGE_BLOCK + r"dwconv\.", r"stages.\1.\2.dwconv."),
+    (_STAGE_BLOCK + r"norm\.ln\.", r"stages.\1.\2.norm."),
+    (_STAGE_BLOCK + r"(pwconv[12])\.linear\.", r"stages.\1.\2.\3."),
+    (r"downsample_layers\.(\d+)\.(\d+)\.ln\.", r"downsample_layers.\1.\2."),
+    (r"(downsample_layers|stages|norm)\.", r"\1."),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a library names the tensors of a ConvNeXt.
+
+    block: the first block's depthwise weight, as an expression.
+    rules: names of the network behind the prefix, and ours.
+    outer: what the library puts in front of the network itself, outside of which the last norm may stand.
+    dropped: names behind the prefix that have no effect on the outputs.
+    """
+
+    block: str
+    rules: Rules
+    outer: str = ""
+    dropped: str = r"(?!)"
+
+
+LAYOUTS: dict[str, Layout] = {
+    "huggingface": Layout(r"(?:encoder\.)?stages\.0\.layers\.0\.dwconv\.weight", _HUGGINGFACE),
+    "dinov3": Layout(r"stages\.0\.layers\.0\.depthwise_conv\.weight", _DINOV3, outer="model."),
+    "torchvision": Layout(r"features\.1\.0\.block\.0\.weight", _TORCHVISION),
+    "timm": Layout(r"stages[._]0\.blocks\.0\.conv_dw\.weight", _TIMM),
+    "openmmlab": Layout(r"stages\.0\.0\.depthwise_conv\.weight", _OPENMMLAB),
+    "fcmae": Layout(r"stages\.0\.0\.dwconv\.kernel", _FCMAE),
+    "facebookresearch": Layout(
+        r"(?:stages\.0\.0|blocks\.0)\.dwconv\.weight", _FACEBOOK, dropped=r"(norms|projectors)\."
+    ),
 }
+# Copies of a network that training keeps beside it.
+_COPIES = re.compile(r"(^|[._])(ema|teacher|momentum|target|key|avg|shadow|averaged)([._]|$|_?(encoder|model|network))")
 
 
-def recognise(keys: list[str]) -> str:
-    """Detect the layout of these keys.
+@dataclass(frozen=True)
+class Choices:
+    """What the user says where weights leave a choice; "" for none.
 
-    Raises: BadRequest, with the first keys, when they match no layout.
+    prefix: in front of the network's names.
+    head: name of the module that is the classifier.
+    head_act: activation between two layers of a head.
+    norm: kind of the norms that have no bias.
     """
-    for layout, (mark, _) in LAYOUTS.items():
-        if any(re.fullmatch(mark, key) for key in keys):
-            return layout
-    raise BadRequest(
-        f"no ConvNeXt weights: {len(keys)} keys ({some(keys)}), none of the layouts {', '.join(sorted(LAYOUTS))}; "
-        "convert the checkpoint or check the file"
-    )
+
+    prefix: str = ""
+    head: str = ""
+    head_act: str = ""
+    norm: str = ""
 
 
-def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Convert a state dict to the layout of this tool; return it with the name of its old layout. Tensors are views.
+@dataclass
+class Converted:
+    """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user."""
 
-    Raises: BadRequest for unexpected keys.
+    state: dict[str, Tensor]
+    layout: str
+    prefix: str
+    head: Head = field(default_factory=Head)
+    notes: list[str] = field(default_factory=list)
+
+
+def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices()) -> Converted:
+    """Convert weights to the layout of this tool.
+
+    Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
-    layout = recognise(list(state))
-    ours: dict[str, Tensor] = {}
+    layout, prefix, notes = _recognise(list(tensors), choices.prefix)
+    converted = Converted({}, layout, prefix, notes=notes)
+    rest: dict[str, Tensor] = {}
     unknown = []
-    for key, tensor in state.items():
-        name = _rename(key, LAYOUTS[layout][1], layout)
-        if name is None or name in ours:
+    for key, tensor in tensors.items():
+        name = _name(key, LAYOUTS[layout], prefix)
+        if name is None:
+            rest[key] = tensor
+        elif name in converted.state:
             unknown.append(key)
         else:
-            ours[name] = _reshape(name, tensor)
+            converted.state[name] = _reshape(name, tensor, layout)
+    _sort_norms(converted.state, len(block_counts(converted.state)))
+    _take_head(converted, rest, choices)
+    inside: list[str] = []
+    outside: list[str] = []
+    for key in rest:
+        belongs = key.startswith(prefix) and (prefix or _root(key) in _roots(layout))
+        (inside if belongs else outside).append(key)
+    dropped = [key for key in inside if re.match(LAYOUTS[layout].dropped, key.removeprefix(prefix))]
+    unknown += [key for key in inside if key not in dropped]
     if unknown:
         raise BadRequest(f"unexpected keys in {layout} weights: {len(unknown)} ({some(unknown)})")
-    return ours, layout
+    if dropped or outside:
+        groups = sorted({_group(key) for key in (*dropped, *outside)})
+        converted.notes.append(f"{len(dropped) + len(outside)} tensors are not part of the network: {some(groups, 8)}")
+    return converted
 
 
-def _rename(key: str, rules: Rules, layout: str) -> str | None:
-    if layout == "huggingface":
-        key = re.sub(r"^convnext(v2)?\.", "", key)
-    for pattern, ours in rules:
-        if re.match(pattern, key):
-            return _halve(re.sub("^" + pattern, ours, key))
+def _recognise(keys: list[str], wanted: str) -> tuple[str, str, list[str]]:
+    """The layout and prefix of these names, and notes about the choice.
+
+    Raises: BadRequest, with the first names, when they match no layout, or several networks lie beside each other.
+    """
+    places = [(name, match[1]) for name, layout in LAYOUTS.items() for match in _blocks(layout, keys)]
+    prefixes = sorted({prefix for _, prefix in places})
+    if not places:
+        raise BadRequest(
+            f"no ConvNeXt weights: {len(keys)} keys ({some(keys)}), none of the layouts {', '.join(sorted(LAYOUTS))}; "
+            "convert the checkpoint or check the file"
+        )
+    if wanted:
+        chosen = [prefix for prefix in prefixes if prefix.rstrip(".") == wanted.rstrip(".")]
+        if not chosen:
+            raise BadRequest(f"--prefix {wanted}: no network behind it; {nearest(wanted, prefixes)}")
+    else:
+        chosen = [prefix for prefix in prefixes if not _COPIES.search(prefix)] or prefixes
+    if len(chosen) > 1:
+        raise BadRequest(f"{len(chosen)} networks lie in these weights; choose one: --prefix {' or '.join(chosen)}")
+    layout, prefix = next(place for place in places if place[1] == chosen[0])
+    notes = [f"the network's names begin with {prefix!r}"] if prefix else []
+    if others := [other for other in prefixes if other != prefix]:
+        notes.append(f"left out {' and '.join(map(repr, others))}: --prefix takes one of them")
+    return layout, prefix, notes
+
+
+def _blocks(layout: Layout, keys: Iterable[str]) -> Iterable[re.Match[str]]:
+    pattern = re.compile(rf"((?:[^.]+\.)*?){layout.block}")
+    return filter(None, map(pattern.fullmatch, keys))
+
+
+def _name(key: str, layout: Layout, prefix: str) -> str | None:
+    """Our name of a tensor of the network, or None."""
+    outer = prefix.removesuffix(layout.outer) if layout.outer else prefix
+    for front in (prefix, outer):
+        if key.startswith(front):
+            name = _renamed(key.removeprefix(front), layout.rules)
+            if name is not None and (front == prefix or name.startswith("norm.")):
+                return name
     return None
 
 
-def _halve(key: str) -> str:
-    """Torchvision counts stages and downsampling in one row: stage s is features[2s+1], downsampling s [2s]."""
-    if not key.startswith("@"):
+def _renamed(key: str, rules: Rules) -> str | None:
+    for pattern, ours in rules:
+        if re.match(pattern, key):
+            return _count(re.sub("^" + pattern, ours, key)).replace(".kernel", ".weight")
+    return None
+
+
+def _count(key: str) -> str:
+    """Torchvision counts stages and downsampling in one row: stage s is features[2s+1], downsampling s [2s]. Hugging
+    Face counts the norms of stages from 1."""
+    if key[:1] not in "@-":
         return key
     kind, index, rest = key[1:].split(".", 2)
-    return f"{kind}.{int(index) // 2}.{rest}"
+    return f"{kind}.{int(index) // 2 if key[0] == '@' else int(index) - 1}.{rest}"
 
 
-def _reshape(name: str, tensor: Tensor) -> Tensor:
+def _reshape(name: str, tensor: Tensor, layout: str) -> Tensor:
+    if layout == "fcmae":
+        tensor = _dense(name, tensor)
     if name.endswith((".gamma", ".beta")):  # (1, 1, 1, C) and (C, 1, 1) in some layouts
         return tensor.reshape(-1)
-    if re.search(r"(pwconv[12]|head|head_hidden)\.weight$", name) and tensor.shape[2:] == (1, 1):
+    if re.search(r"pwconv[12]\.weight$", name) and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]  # a 1×1 convolution in some
     return tensor
 
 
-def architecture(state: Mapping[str, Tensor]) -> Architecture:
-    """Derive the architecture from names and shapes of weights in the layout of this tool.
+def _dense(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of FCMAE's sparse convolutions as that of a dense one: kernels (k·k, in, out) or (k·k, C) hold their
+    positions column by column, and vectors are (1, C)."""
+    if tensor.ndim == 3:
+        side = round(tensor.shape[0] ** 0.5)
+        return tensor.permute(2, 1, 0).reshape(tensor.shape[2], tensor.shape[1], side, side).transpose(3, 2)
+    if name.endswith("dwconv.weight") and tensor.ndim == 2:
+        side = round(tensor.shape[0] ** 0.5)
+        return tensor.permute(1, 0).reshape(tensor.shape[1], 1, side, side).transpose(3, 2)
+    return tensor.reshape(-1) if name.endswith(".bias") else tensor
 
-    Raises: BadRequest when required weights are missing.
+
+def _sort_norms(state: dict[str, Tensor], stages: int) -> None:
+    """A norm of the last stage alone is the last norm: OpenMMLab's classifiers call it `norm3`."""
+    norms = {key.split(".")[1] for key in state if key.startswith("stage_norms.")}
+    if norms == {str(stages - 1)} and "norm.weight" not in state:
+        for leaf in ("weight", "bias"):
+            if (norm := state.pop(f"stage_norms.{stages - 1}.{leaf}", None)) is not None:
+                state[f"norm.{leaf}"] = norm
+
+
+def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) -> None:
+    """Move the classifier's tensors from the rest into the head.
+
+    Raises: BadRequest for a head that cannot be understood, or a name that is none.
     """
-    try:
-        depths = _depths(state)
-        dims = tuple(int(state[f"stages.{stage}.0.dwconv.weight"].shape[0]) for stage in range(len(depths)))
-        hidden = state.get("head_hidden.weight")
-        arch = Architecture(
-            depths=depths,
-            dims=dims,
-            stem=_stem(state),  # type: ignore[arg-type]
-            layer_scale="stages.0.0.gamma" in state,
-            grn="stages.0.0.grn.gamma" in state,
-            norm="layer" if "stages.0.0.norm.bias" in state else "rms",
-            head_norm_first="norm_pre.weight" in state,
-            head_hidden=None if hidden is None else int(hidden.shape[0]),
-        )
-    except (KeyError, IndexError) as error:
-        raise BadRequest(f"incomplete ConvNeXt weights: no {error.args[0]}") from None
-    return _with_published_norm(arch)
+    place = _head_place(rest, converted.prefix, choices.head)
+    if place is None:
+        return
+    tensors = {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
+    if converted.layout == "timm" and place.endswith("visual.head."):
+        converted.head = heads.projection(tensors)
+    else:
+        has_norm = {"norm.weight", "norm_pre.weight"} & converted.state.keys()
+        converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
+    converted.state |= converted.head.state
+    if converted.layout != "timm" or place != f"{converted.prefix}head.":
+        converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
 
 
-def _depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Blocks of each stage.
-
-    Raises: BadRequest when stages or blocks are missing, or there are not four stages (or one, isotropic).
-    """
-    blocks = {(int(m[1]), int(m[2])) for key in state if (m := re.match(r"stages\.(\d{1,4})\.(\d{1,4})\.", key))}
-    counts = Counter(stage for stage, _ in blocks)
-    depths = tuple(counts[stage] for stage in range(len(counts)))
-    whole = {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}
-    if blocks != whole or len(depths) not in (1, 4):
-        raise BadRequest(f"a ConvNeXt has four whole stages, or one if isotropic; found blocks {depths}, some missing")
-    return depths
-
-
-def _stem(state: Mapping[str, Tensor]) -> str:
-    first = state["downsample_layers.0.0.weight"]
-    if first.shape[-1] != 3:
-        return "patch"
-    if "downsample_layers.0.3.weight" in state:
-        return "overlap_act"
-    return "overlap" if first.shape[0] == state["stages.0.0.dwconv.weight"].shape[0] else "overlap_tiered"
+def _head_place(rest: Mapping[str, Tensor], prefix: str, wanted: str) -> str | None:
+    """What the names of the classifier's tensors begin with, or None for a backbone."""
+    parts = prefix.split(".")[:-1]
+    parents = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts), -1, -1)]
+    for parent in parents:
+        for name in [wanted.rstrip(".")] if wanted else heads.CLASSIFIERS:
+            if any(key.startswith(f"{parent}{name}.") for key in rest):
+                return f"{parent}{name}."
+    if wanted:
+        known = sorted({key.rpartition(".")[0] for key, tensor in rest.items() if tensor.ndim == 2})
+        raise BadRequest(f"--head {wanted}: no such module in these weights; {nearest(wanted, known)}")
+    return None
 
 
-def _with_published_norm(arch: Architecture) -> Architecture:
-    """Take the kind of a norm without bias and its epsilon from the table of variants: shapes do not show them."""
-    from msgspec.structs import replace
+def _roots(layout: str) -> set[str]:
+    """First words of a layout's names."""
+    return {re.split(r"[^a-z]", pattern)[0] for pattern, _ in LAYOUTS[layout].rules} | {"features", *heads.CLASSIFIERS}
 
-    for variant in VARIANTS.values():
-        known = variant.architecture
-        hidden = {"norm": arch.norm, "norm_eps": arch.norm_eps, "layer_scale": arch.layer_scale}
-        if replace(known, **hidden) == arch and (known.norm == "layer") == (arch.norm == "layer"):
-            return replace(arch, norm=known.norm, norm_eps=known.norm_eps)
-    return arch
+
+def _root(key: str) -> str:
+    return re.split(r"[^a-z]", key)[0]
+
+
+def _group(key: str) -> str:
+    """The first two words of a name: `optimizer.state`, `decode_head.conv_seg`."""
+    return ".".join(key.split(".")[:2]).removesuffix(".weight").removesuffix(".bias")

@@ -22,7 +22,7 @@ KINDS = {
 """Kinds of layers with weights, each with the pattern of its modules' names."""
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
-_OUTERMOST = r"(?:stages|downsample_layers|norm_pre|norm|head_hidden|head)[\w.]*(?=/)"
+_OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head)[\w.]*(?=/)"
 
 
 def kind(module: str) -> str | None:
@@ -50,12 +50,14 @@ def group(module: str) -> str:
 def order(module: str) -> tuple[float, int, int, str]:
     """A key that sorts layers in the order they run: downsampling layer K before stage K, the head last."""
     first, *rest = module.split(".")
-    return (int(rest[0]), int(first == "stages"), int(rest[1]), module) if rest else (math.inf, 0, 0, module)
+    if first not in ("stages", "downsample_layers"):
+        return math.inf, int(first == "head"), 0, module
+    return int(rest[0]), int(first == "stages"), int(rest[1]), module
 
 
 def is_norm(module: str) -> bool:
     """Whether a module is a norm: by its name, or the first of a downsampling layer, the last of the stem."""
-    if module.rpartition(".")[2].startswith("norm"):
+    if module.rpartition(".")[2].startswith("norm") or module.startswith("stage_norms."):
         return True
     found = re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module)
     return found is not None and (found[1] == "0") == (found[2] != "0")
@@ -71,8 +73,8 @@ def module_of(operators: str) -> str:
 
     The operator that computes an output has the name of the output, so `logits` belongs to the head.
     """
-    if operators.startswith("logits"):
-        return "head"
+    if operators.startswith(("logits", "embedding")):
+        return "head" if operators.startswith("logits") else "norm"
     found = re.search(_OUTERMOST, operators)
     return found[0] if found else ""
 

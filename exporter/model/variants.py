@@ -4,40 +4,97 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import BadRequest, nearest
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+
+class Step(NamedTuple):
+    """The downsampling in front of a stage: its stride and dilation, the dilation of the blocks behind it, and the
+    stride from the input."""
+
+    stride: int
+    dilation: int
+    block_dilation: int
+    total: int
+
 
 class Architecture(Record, frozen=True):
     """What distinguishes one ConvNeXt from another.
 
-    `stem`: `patch` is 4×4 of stride 4 (16×16 for isotropic); the three overlaps are two 3×3 of stride 2, the
-    first of them narrower (`overlap_tiered`) or followed by GELU (`overlap_act`).
+    depths, dims: blocks and channels of each stage.
+    in_chans: channels of the input.
+    stem: `patch` is one convolution of `patch`×`patch` pixels; the three overlaps are two 3×3 of stride 2, the first of
+        them narrower (`overlap_tiered`) or followed by an activation (`overlap_act`).
+    stem_norm: a norm follows the stem; the isotropic networks have none.
+    stem_downsample: a downsampling layer follows the stem, as in timm where `patch` is 2.
+    kernels: side of the depthwise convolutions of each stage; () for 7 in all.
+    act: activation of the blocks and of `overlap_act`.
+    norm, norm_eps: of every norm; `head_eps` and `stage_eps` are those of the last norm and of the stages' norms.
+    grn: Global Response Normalization in the blocks (V2).
+    output_stride: largest stride; stages beyond it are dilated, as in timm. None for no limit.
+    pool: pooling in front of the head; `catavgmax` concatenates both.
+    head_norm: a norm between pooling and head; with `head_norm_first` in front of the pooling.
+    head_layers: layers between norm and head: `linear:WIDTH`, `affine:WIDTH`, `layer:WIDTH` or an activation.
+    projection: the head is the projection of a CLIP tower, part of the embedding.
+    stage_norms: stages whose feature map has a norm of its own.
     """
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
+    in_chans: int = 3
     stem: Literal["patch", "overlap", "overlap_tiered", "overlap_act"] = "patch"
+    patch: int = 4
+    stem_norm: bool = True
+    stem_downsample: bool = False
+    kernels: tuple[int, ...] = ()
+    act: Activation = "gelu"
     norm: Literal["layer", "rms", "simple"] = "layer"
     norm_eps: float = 1e-6
+    head_eps: float | None = None
+    stage_eps: float | None = None
     layer_scale: bool = True
     grn: bool = False
+    output_stride: int | None = None
+    pool: Literal["avg", "max", "avgmax", "catavgmax"] = "avg"
+    head_norm: bool = True
     head_norm_first: bool = False
-    head_hidden: int | None = None
+    head_layers: tuple[str, ...] = ()
+    projection: bool = False
+    stage_norms: tuple[int, ...] = ()
 
     @property
-    def isotropic(self) -> bool:
-        """One stage at stride 16 (V1 paper, section 3.3)."""
-        return len(self.depths) == 1
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels per pixel of each stage's feature map."""
+        return tuple(step.total for step in self.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What each stage's downsampling does; the rule for dilation is that of timm's ConvNeXt."""
+        total = (self.patch if self.stem == "patch" else 4) * (2 if self.stem_downsample else 1)
+        steps, dilation = [Step(1, 1, 1, total)], 1
+        for _ in self.depths[1:]:
+            dilates = self.output_stride is not None and total >= self.output_stride
+            dilation, stride = (dilation * 2, 1) if dilates else (dilation, 2)
+            total *= stride
+            steps.append(Step(stride, 1 if dilation <= 2 else 2, dilation, total))
+        return tuple(steps)
+
+    @property
+    def kernel_sizes(self) -> tuple[int, ...]:
+        """Side of the depthwise convolutions of each stage."""
+        return self.kernels or (7,) * len(self.depths)
 
     @property
     def stride(self) -> int:
         """Input pixels per pixel of the last feature map."""
-        return 16 if self.isotropic else 4 * 2 ** (len(self.depths) - 1)
+        return self.strides[-1]
 
     @property
     def stem_width(self) -> int:
@@ -74,25 +131,32 @@ class Variant(Record, frozen=True):
 def _layers(arch: Architecture, classes: int) -> Iterator[tuple[int, int, int, int]]:
     """Each convolution and linear layer as (weights, outputs per position, layers alike, stride)."""
     dims, first = arch.dims, arch.dims[0]
-    if arch.isotropic:
-        yield 16 * 16 * 3 * first, first, 1, 16
-    elif arch.stem == "patch":
-        yield 4 * 4 * 3 * first, first, 1, 4
+    if arch.stem == "patch":
+        yield arch.patch**2 * arch.in_chans * first, first, 1, arch.patch
     else:
-        yield 9 * 3 * arch.stem_width, arch.stem_width, 1, 2
+        yield 9 * arch.in_chans * arch.stem_width, arch.stem_width, 1, 2
         yield 9 * arch.stem_width * first, first, 1, 4
-    stride = 16 if arch.isotropic else 4
-    for stage, (dim, depth) in enumerate(zip(dims, arch.depths, strict=True)):
+    if arch.stem_downsample:
+        yield 4 * first * first, first, 1, arch.strides[0]
+    for stage, (dim, depth, kernel) in enumerate(zip(dims, arch.depths, arch.kernel_sizes, strict=True)):
+        stride = arch.strides[stage]
         if stage:
-            stride *= 2
             yield 4 * dims[stage - 1] * dim, dim, 1, stride
-        yield 49 * dim, dim, depth, stride
+        yield kernel**2 * dim, dim, depth, stride
         yield 4 * dim * dim, 4 * dim, depth, stride
         yield 4 * dim * dim, dim, depth, stride
-    hidden = arch.head_hidden or dims[-1]
-    if arch.head_hidden:
-        yield dims[-1] * hidden, hidden, 1, 0
-    yield hidden * classes, classes, 1, 0
+    width = dims[-1] * (2 if arch.pool == "catavgmax" else 1)
+    for kind, size in map(head_layer, arch.head_layers):
+        if kind == "linear":
+            yield width * size, size, 1, 0
+            width = size
+    yield width * classes, classes, 1, 0
+
+
+def head_layer(layer: str) -> tuple[str, int]:
+    """Kind and width of one of `head_layers`; width 0 for an activation."""
+    kind, _, width = layer.partition(":")
+    return kind, int(width or 0)
 
 
 def count_params(arch: Architecture, classes: int) -> int:
@@ -101,7 +165,8 @@ def count_params(arch: Architecture, classes: int) -> int:
     per_norm = 2 if arch.norm == "layer" else 1
     blocks = sum(depth * dim for dim, depth in zip(arch.dims, arch.depths, strict=True))
     total += per_norm * blocks + arch.layer_scale * blocks + arch.grn * 8 * blocks
-    norms = arch.dims[-1] if arch.isotropic else arch.dims[0] + sum(arch.dims[:-1]) + arch.dims[-1]
+    norms = sum(arch.dims[:-1]) + arch.dims[0] * (arch.stem_norm + arch.stem_downsample)
+    norms += arch.dims[-1] * arch.head_norm + sum(arch.dims[stage] for stage in arch.stage_norms)
     return total + per_norm * norms
 
 
@@ -172,7 +237,7 @@ def _variant(
 
 def _isotropic(size: str, depth: int, dim: int, top1: float) -> Variant:
     # V1 paper, table 2; small and base were trained without layer scale.
-    arch = Architecture(depths=(depth,), dims=(dim,), layer_scale=size == "large")
+    arch = Architecture(depths=(depth,), dims=(dim,), patch=16, stem_norm=False, layer_scale=size == "large")
     return Variant(name=f"isotropic_{size}", architecture=arch, top1=top1)
 
 
@@ -204,7 +269,13 @@ VARIANTS: dict[str, Variant] = {
         _variant("small", "fb_in1k", 83.142),
         _variant("base", "fb_in1k", 83.82),
         _variant("large", "fb_in1k", 84.282),
-        _variant("large_mlp", "clip_laion2b_augreg_ft_in1k", 87.344, _crop(1.0, 256, _CLIP), head_hidden=1536),
+        _variant(
+            "large_mlp",
+            "clip_laion2b_augreg_ft_in1k",
+            87.344,
+            _crop(1.0, 256, _CLIP),
+            head_layers=("linear:1536", "gelu"),
+        ),
         _variant("xlarge", "fb_in22k_ft_in1k", 87.002),
         _variant("xxlarge", "clip_laion2b_soup_ft_in1k", 88.612, _crop(1.0, 256, _CLIP), norm_eps=1e-5),
         _variant("v2_atto", "fcmae_ft_in1k", 76.664),
@@ -242,12 +313,26 @@ def resolve(name: str) -> tuple[Variant, str | None]:
     return VARIANTS[short], f"timm/{_published(short)}.{tag}" if tag else None
 
 
-def named(arch: Architecture) -> Variant:
-    """The variant of this architecture, or `custom` (`v2_custom` with GRN) when no published one has it.
+_LOOSE = frozenset(
+    {"layer_scale", "in_chans", "act", "norm_eps", "head_eps", "stage_eps", "output_stride", "pool", "head_norm",
+     "head_layers", "projection", "stage_norms"}
+)  # fmt: skip
+"""Fields in which a network may differ from a published variant and still have its name."""
 
-    Layer scale is left out of the comparison: every size has been trained with and without.
+
+def named(arch: Architecture) -> Variant:
+    """The variant of this architecture, or `custom` (`v2_custom` with GRN) when no published one has its shape.
+
+    Layer scale is left out of the comparison: every size has been trained with and without. A variant that differs in
+    activation, input, pooling or head alone is the one that is nearest.
     """
-    for variant in VARIANTS.values():
-        if msgspec.structs.replace(variant.architecture, layer_scale=arch.layer_scale) == arch:
-            return msgspec.structs.replace(variant, architecture=arch)
+    for loose in (frozenset({"layer_scale"}), _LOOSE):
+        wanted = _without(arch, loose)
+        for variant in VARIANTS.values():
+            if _without(variant.architecture, loose) == wanted:
+                return msgspec.structs.replace(variant, architecture=arch)
     return Variant(name="v2_custom" if arch.grn else "custom", architecture=arch)
+
+
+def _without(arch: Architecture, names: frozenset[str]) -> dict[str, object]:
+    return {name: getattr(arch, name) for name in arch.__struct_fields__ if name not in names}

@@ -10,25 +10,27 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact, sha256_file
 from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing, Weights
-from exporter.errors import BadRequest, Unavailable, some
+from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
-from exporter.model.layouts import architecture, to_ours
-from exporter.model.variants import Architecture, Variant, named, published_license, resolve
+from exporter.model.fit import empty, fit
+from exporter.model.layouts import Choices
+from exporter.model.variants import Architecture, Variant, published_license, resolve
 from exporter.progress import note
+from exporter.recipe import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from exporter.model.convnext import ConvNeXt, Features
+    from exporter.model.convnext import ConvNeXt, Embedding, Features
 
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
@@ -38,28 +40,60 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights that fit a variant: fp32 tensors in the layout of this tool, with labels and preprocessing if known."""
+    """Weights that fit a variant: fp32 tensors in the layout of this tool, with labels and preprocessing if known.
+
+    `origins` says where values of architecture and preprocessing come from, by the name of the field.
+    """
 
     state: dict[str, Tensor]
     variant: Variant
     weights: Weights
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    origins: dict[str, str] = field(default_factory=dict)
 
-    def model(self, task: str = "classify") -> ConvNeXt | Features:
-        """The network in eval mode, or for `features` its backbone. It shares memory with `state`."""
-        from exporter.model.convnext import Features
+    @property
+    def task(self) -> Task:
+        """The outputs that these weights are for: `classify`, `embed` without a classifier, `features` without a last
+        norm either."""
+        if self.weights.num_classes:
+            return "classify"
+        arch = self.variant.architecture
+        return "embed" if arch.head_norm or arch.projection else "features"
 
-        classes = self.weights.num_classes
-        if task == "classify" and not classes:
-            raise BadRequest(f"{self.weights.source}: a backbone, without the keys head.*; --task features takes it")
-        model = _empty(self.variant.architecture, max(classes, 1))
-        model.load_state_dict(self.state, assign=True, strict=bool(classes))
+    def model(self, task: str | None = None) -> ConvNeXt | Embedding | Features:
+        """The network in eval mode, or the part of it that a task needs. It shares memory with `state`.
+
+        Raises: BadRequest when these weights have no classifier, or no last norm for an embedding.
+        """
+        from exporter.model.convnext import Embedding, Features
+
+        self.check(task or self.task)
+        head = self.state.get("head.weight")
+        model = empty(self.variant.architecture, 1 if head is None else head.shape[0])
+        model.load_state_dict(self.state, assign=True, strict=head is not None)
         model.eval().requires_grad_(False)
-        return Features(model) if task == "features" else model
+        if (task or self.task) == "classify":
+            return model
+        return Embedding(model) if (task or self.task) == "embed" else Features(model)
+
+    def check(self, task: str) -> None:
+        """Refuse a task that these weights are not for.
+
+        Raises: BadRequest.
+        """
+        if task == "classify" and not self.weights.num_classes:
+            raise BadRequest(f"{self.weights.source}: no classifier in these weights; --task {self.task} takes them")
+        if task == "embed" and self.task == "features":
+            raise BadRequest(f"{self.weights.source}: no norm behind the last stage; --task features takes them")
 
 
-def load(source: str, variant: str | None = None, labels: Path | None = None) -> Checkpoint:
+def load(
+    source: str,
+    variant: str | None = None,
+    labels: Path | None = None,
+    choices: Choices = Choices(),  # noqa: B008
+) -> Checkpoint:
     """Load weights from any source, and check them for a variant.
 
     Args:
@@ -67,14 +101,15 @@ def load(source: str, variant: str | None = None, labels: Path | None = None) ->
             `config.json`, or `random[:SEED]`.
         variant: a name from the table; None detects the variant from the weights, or takes `tiny` where they have none.
         labels: a text file with one label a line, in place of those in `config.json`.
+        choices: what weights cannot say.
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
     """
-    loaded, in_config = _load(source, variant)
+    loaded, in_config = _load(source, variant, choices)
     return replace(loaded, labels=_labels(in_config, labels, loaded.weights.num_classes))
 
 
-def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
+def _load(source: str, variant: str | None, choices: Choices) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint without labels, and the labels from its `config.json`."""
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "random" or source.startswith("random:"):
@@ -85,7 +120,7 @@ def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]
         files = _from_hub(source.removeprefix("hf-hub:"))
     else:
         files = _from_disk(source)
-    return _fit(files, wanted), files.config.labels
+    return _checkpoint(files, wanted, choices), files.config.labels
 
 
 def fingerprint(source: str, variant: str | None = None, labels: Path | None = None) -> str | None:
@@ -184,56 +219,31 @@ def _weights_in(folder: Path) -> Path:
     raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
 
 
-def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
-    import torch
-
-    raw = checkpoint.read(files.path, files.part)
+def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Checkpoint:
+    content = checkpoint.read(files.path, files.part)
+    for sentence in content.notes:
+        note(f"{files.path.name}: {sentence}")
     try:
-        state, layout = to_ours(raw)
-        arch = architecture(state)
+        fitted = fit(content.tensors, files.config.network, choices)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
-    variant = named(arch)
+    for sentence in fitted.notes:
+        note(f"{files.path.name}: {sentence}")
+    variant = fitted.variant
     if wanted and wanted.name != variant.name:
         raise BadRequest(
             f"{files.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}"
         )
-    state = {key: tensor.to(torch.float32) for key, tensor in state.items()}
-    classes = _check_keys(files.path, state, arch)
-    if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
-        raise BadRequest(f"{files.path}: NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
     record = Weights(
         source=files.source,
-        digest=_digest(state),
-        layout=layout,
-        num_classes=classes,
+        digest=digest(fitted.state),
+        layout=fitted.layout,
+        num_classes=fitted.num_classes,
         file_sha256=sha256_file(files.path),
         license=files.license,
     )
-    return Checkpoint(state, variant, record, _preprocessing(files.config, layout, variant), ())
-
-
-def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
-    """Check every key and shape; return the number of classes (0 for a backbone)."""
-    head = state.get("head.weight")
-    classes = int(head.shape[0]) if head is not None and head.ndim == 2 else 0
-    expected = {key: tensor.shape for key, tensor in _empty(arch, max(classes, 1)).state_dict().items()}
-    if head is None:  # a backbone
-        expected = {
-            key: shape for key, shape in expected.items() if not key.startswith(("head", "norm")) or key in state
-        }
-    problems = []
-    if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"{len(missing)} missing keys ({some(missing)})")
-    if unexpected := sorted(state.keys() - expected.keys()):
-        problems.append(f"{len(unexpected)} unexpected keys ({some(unexpected)})")
-    wrong = [key for key in sorted(expected.keys() & state.keys()) if state[key].shape != expected[key]]
-    if wrong:
-        shapes = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, expected {tuple(expected[wrong[0]])}"
-        problems.append(f"{len(wrong)} wrong shapes ({shapes})")
-    if problems:
-        raise BadRequest(f"{path}: not the weights of {named(arch).name}: {'; '.join(problems)}")
-    return classes
+    preprocessing = _preprocessing(files.config, fitted.layout, variant)
+    return Checkpoint(fitted.state, variant, record, preprocessing, (), files.config.origins)
 
 
 def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessing:
@@ -266,7 +276,7 @@ def _random(source: str, variant: Variant) -> Checkpoint:
     if not seed.isdecimal() or len(seed) > 9:
         raise BadRequest(f"--weights {source}: the seed must be a whole number below 10⁹, as in random:0")
     state = _random_state(variant.architecture, int(seed))
-    record = Weights(source=f"random:{int(seed)}", digest=_digest(state), layout="random", num_classes=1000)
+    record = Weights(source=f"random:{int(seed)}", digest=digest(state), layout="random", num_classes=1000)
     return Checkpoint(state, variant, record, variant.preprocessing, ())
 
 
@@ -276,9 +286,9 @@ def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
     import torch
 
     state = {}
-    for key, empty in _empty(arch, 1000).state_dict().items():
+    for key, parameter in empty(arch, 1000).state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)
-        tensor = torch.empty(empty.shape).normal_(generator=generator)
+        tensor = torch.empty(parameter.shape).normal_(generator=generator)
         last = key.rpartition(".")[2]
         if ".grn." in key:
             tensor.mul_(0.3)
@@ -294,17 +304,8 @@ def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def _empty(arch: Architecture, classes: int) -> ConvNeXt:
-    """The network with parameters on the meta device, without memory."""
-    import torch
-
-    from exporter.model.convnext import ConvNeXt
-
-    with torch.device("meta"):
-        return ConvNeXt(arch, classes)
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
+def digest(state: Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors by name, of any memory layout."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].contiguous()
@@ -322,13 +323,20 @@ def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
     where = source or absolute(expected.source, artifact.path.parent)
     if not source and not _exists(where):
         raise Unavailable(f"{where}: the weights are no longer there; say where with --weights")
-    loaded, _ = _load(where, None if variant.endswith("custom") else variant)
+    loaded, _ = _load(
+        where, None if variant.endswith("custom") else variant, choices_of(artifact.sidecar.recipe["model"])
+    )
     if loaded.weights.digest != expected.digest:
         raise BadRequest(
             f"{where}: other weights than the artifact was made from (digest "
             f"{loaded.weights.digest[:12]}…, expected {expected.digest[:12]}…); give those with --weights"
         )
     return loaded
+
+
+def choices_of(model: Mapping[str, Any]) -> Choices:
+    """The choices in the fields of a recipe's model."""
+    return Choices(**{name: model.get(name) or "" for name in ("prefix", "head", "head_act", "norm")})
 
 
 def _is_path(source: str) -> bool:

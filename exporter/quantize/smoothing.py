@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.model.convnext import ConvNeXt, Features
+from exporter.model.convnext import ConvNeXt, Embedding, Features
 from exporter.model.forms import FoldedBlock, ResponseScale, Standardise
 from exporter.model.structure import kind, order, part
 from exporter.quantize.rounding import Floats
 
 LEAST = 1e-5
-Network = ConvNeXt | Features
+Network = ConvNeXt | Embedding | Features
 Layer = nn.Linear | nn.Conv2d
 
 

@@ -16,6 +16,7 @@ from exporter.recipe.fields import about
 
 SYNTHETIC = "synthetic"
 
+Task = Literal["classify", "embed", "features"]
 Form = Literal["plain", "linear", "conv", "nchw"]
 CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
 BiasCorrection = Literal["none", "fast", "full"]
@@ -41,8 +42,23 @@ class Model(Record, frozen=True):
     ] = "hub"
     labels: Annotated[str | None, about("Class names, one a line.", metavar="FILE", path=True)] = None
     task: Annotated[
-        Literal["classify", "features"], about("Outputs: logits, or the feature maps of the four stages.")
-    ] = "classify"
+        Task | None,
+        about(
+            "Outputs: logits, one feature vector an image, or the feature map of each stage.",
+            default="classify, or embed for weights without a classifier",
+        ),
+    ] = None
+    prefix: Annotated[
+        str | None, about("What the names of the network's weights begin with, where several fit.", metavar="NAME")
+    ] = None
+    head: Annotated[str | None, about("Name of the module that is the classifier.", metavar="NAME")] = None
+    head_act: Annotated[
+        Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "none"] | None,
+        about("Activation between two linear layers of a head; weights do not show it."),
+    ] = None
+    norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norms without bias; weights do not show it.")] = (
+        None
+    )
 
 
 class Export(Record, frozen=True):

@@ -96,7 +96,7 @@ def test_activations_beyond_fp16_in_grn_do_not_overflow(form, tmp_path):
     model = ConvNeXt(tiny_architecture(**differences), 10)
     model.load_state_dict(state)
     model.eval().requires_grad_(False)
-    graph = trace.trace(forms.rewrite(model, form), trace_options(imgsz=64), 32)
+    graph = trace.trace(forms.rewrite(model, form), trace_options(imgsz=64))
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     before = run_graph(graph, images, tmp_path)
     half.to_half(graph)

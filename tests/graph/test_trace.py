@@ -40,7 +40,7 @@ VARIETIES = {
     "overlap": {"stem": "overlap"},
     "overlap_tiered": {"stem": "overlap_tiered"},
     "head_norm_first": {"head_norm_first": True},
-    "head_hidden": {"head_hidden": 40},
+    "head_hidden": {"head_layers": ("linear:40", "gelu")},
 }
 
 
@@ -54,7 +54,7 @@ def test_every_published_difference_survives_tracing(variety, tmp_path):
     model = ConvNeXt(arch, 10)
     model.load_state_dict(tiny_state(**VARIETIES[variety]))
     model.eval().requires_grad_(False)
-    graph = trace.trace(model, trace_options(imgsz=None), arch.stride)
+    graph = trace.trace(model, trace_options(imgsz=None, strides=arch.strides))
     ir.save(graph, tmp_path / "graph.onnx")
     import onnxruntime
 

@@ -29,8 +29,8 @@ DIFFERENCES = {
     "overlap_act with simple norm": {"stem": "overlap_act", "norm": "simple"},
     "rms": {"norm": "rms", "grn": True},
     "norm before pooling": {"head_norm_first": True},
-    "hidden layer in the head": {"head_hidden": 40},
-    "all at the head": {"head_norm_first": True, "head_hidden": 40, "norm_eps": 1e-3},
+    "hidden layer in the head": {"head_layers": ("linear:40", "gelu")},
+    "all at the head": {"head_norm_first": True, "head_layers": ("linear:40", "gelu"), "norm_eps": 1e-3},
 }
 FOLDED = [form for form in FORMS if form != "plain"]
 
@@ -160,7 +160,7 @@ def test_an_unknown_form_is_refused_with_the_nearest():
 
 def operators(form, **differences):
     model = forms.rewrite(network(dtype=torch.float32, **differences), form)
-    return Counter(node.op_type for node in trace.trace(model, trace_options(imgsz=64), 32).graph)
+    return Counter(node.op_type for node in trace.trace(model, trace_options(imgsz=64)).graph)
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -188,7 +188,7 @@ def test_what_a_form_is_made_of(kind):
 @pytest.mark.parametrize("form", FORMS)
 def test_backbones_and_open_sizes_are_traced_in_every_form(form):
     model = forms.rewrite(network("features", dtype=torch.float32, grn=True), form)
-    graph = trace.trace(model, trace_options(task="features", imgsz=None), 32).graph
+    graph = trace.trace(model, trace_options(task="features", imgsz=None)).graph
     assert [str(dim) for dim in graph.inputs[0].shape] == ["batch", "3", "height", "width"]
     assert [value.name for value in graph.outputs] == ["stage1", "stage2", "stage3", "stage4"]
 
@@ -196,5 +196,5 @@ def test_backbones_and_open_sizes_are_traced_in_every_form(form):
 def test_bytes_are_the_type_of_the_graphs_input():
     model = network(dtype=torch.float32)
     forms.take_pixels(model, Preprocessing(input="uint8"))
-    graph = trace.trace(model, trace_options(imgsz=64, uint8=True), 32).graph
+    graph = trace.trace(model, trace_options(imgsz=64, uint8=True)).graph
     assert graph.inputs[0].dtype.numpy() == np.uint8

@@ -62,7 +62,7 @@ def test_a_module_has_a_part_a_block_and_a_group(name, part, block, group):
     ("operators", "module"),
     [
         ("stages.0.0.pwconv1/Conv,stages.0.0/Gelu", "stages.0.0.pwconv1"),
-        ("Reorder_7,head_hidden/Gemm", "head_hidden"),
+        ("Reorder_7,head_layers.0/Gemm", "head_layers.0"),
         ("logits", "head"),
         ("images", ""),
     ],

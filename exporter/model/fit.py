@@ -1,0 +1,122 @@
+"""Fits tensors of a checkpoint to a network: names, architecture, and what a config says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from exporter.errors import BadRequest, some
+from exporter.model.layouts import Choices, to_ours
+from exporter.model.shapes import architecture
+from exporter.model.variants import Architecture, Variant, head_layer, named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exporter.model.convnext import ConvNeXt
+
+_SETTINGS = ("act", "norm_eps", "head_eps", "stage_eps", "pool", "output_stride")
+"""What weights do not show; everything else that a config says is compared with them."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """fp32 weights in the layout of this tool that fit a variant; `num_classes` is 0 for a backbone."""
+
+    state: dict[str, Tensor]
+    variant: Variant
+    layout: str
+    num_classes: int
+    notes: tuple[str, ...] = ()
+
+
+def fit(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], choices: Choices) -> Fitted:
+    """Convert the tensors of a checkpoint, and check every name, shape and value.
+
+    Args:
+        tensors: by the names of the file.
+        stated: what a config says about the network, by the names of `Architecture`, and `num_classes`.
+        choices: what the user says.
+
+    Raises: BadRequest for weights that are no ConvNeXt, or that differ from what is stated.
+    """
+    import torch
+
+    converted = to_ours(tensors, choices)
+    state = {key: tensor.to(torch.float32) for key, tensor in converted.state.items()}
+    _fill_biases(state)
+    arch = configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
+    _check_keys(state, arch)
+    if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
+        raise BadRequest(f"NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
+    head = state.get("head.weight")
+    classes = 0 if head is None or arch.projection else int(head.shape[0])
+    notes = list(converted.notes)
+    if classes and stated.get("num_classes", classes) != classes:
+        notes.append(f"the config says {stated['num_classes']} classes, the weights have {classes}")
+    return Fitted(state, named(arch), converted.layout, classes, tuple(notes))
+
+
+def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:
+    """An architecture with the settings that a config states.
+
+    Raises: BadRequest where the config and the weights differ.
+    """
+    shown = {name: getattr(arch, name) for name in arch.__struct_fields__ if name not in _SETTINGS}
+    widths = [width for kind, width in map(head_layer, arch.head_layers) if kind == "linear"]
+    shown |= {"head_hidden": widths[0] if widths else None, "kernels": arch.kernel_sizes}
+    for name, value in stated.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in shown and shown[name] != value:
+            raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; mend one of them")
+    settings = {name: stated[name] for name in _SETTINGS if name in stated}
+    if settings.get("pool") == "none":
+        raise BadRequest("global_pool is none: the outputs are maps; --task features takes a network without pooling")
+    if settings.get("head_eps") == settings.get("norm_eps", arch.norm_eps):
+        settings["head_eps"] = None
+    changed: Architecture = replace(arch, **settings)
+    if changed.output_stride is not None and changed.output_stride >= replace(changed, output_stride=None).stride:
+        changed = replace(changed, output_stride=None)
+    return changed
+
+
+def empty(arch: Architecture, classes: int) -> ConvNeXt:
+    """The network with parameters on the meta device, without memory."""
+    import torch
+
+    from exporter.model.convnext import ConvNeXt
+
+    with torch.device("meta"):
+        return ConvNeXt(arch, classes)
+
+
+def _fill_biases(state: dict[str, Tensor]) -> None:
+    """Convolutions without bias (timm's `conv_bias=False`) get one of zeros."""
+    if "downsample_layers.0.0.bias" not in state:
+        for key in [key for key, tensor in state.items() if tensor.ndim == 4 and key.endswith(".weight")]:
+            state.setdefault(f"{key.removesuffix('weight')}bias", state[key].new_zeros(state[key].shape[0]))
+
+
+def _check_keys(state: Mapping[str, Tensor], arch: Architecture) -> None:
+    """Check every name and shape.
+
+    Raises: BadRequest.
+    """
+    head = state.get("head.weight")
+    expected = {key: tensor.shape for key, tensor in empty(arch, 1 if head is None else len(head)).state_dict().items()}
+    if head is None:  # a backbone
+        expected = {key: shape for key, shape in expected.items() if not key.startswith("head.") or key in state}
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"{len(missing)} missing keys ({some(missing)})")
+    if unexpected := sorted(state.keys() - expected.keys()):
+        problems.append(f"{len(unexpected)} unexpected keys ({some(unexpected)})")
+    wrong = [key for key in sorted(expected.keys() & state.keys()) if state[key].shape != expected[key]]
+    if wrong:
+        shapes = f"{wrong[0]} is {tuple(state[wrong[0]].shape)}, expected {tuple(expected[wrong[0]])}"
+        problems.append(f"{len(wrong)} wrong shapes ({shapes})")
+    if problems:
+        raise BadRequest(f"not the weights of {named(arch).name}: {'; '.join(problems)}")
