@@ -1,6 +1,12 @@
 """convnext-export: ConvNeXt from PyTorch to what runs in production, proven to be still the same model.
 
-The Python API is what the commands call:
+After training, one line builds an artifact and holds it against the live model:
+
+    from exporter import Recipe, export
+
+    export(model, "build", Recipe(backend="openvino", precision="fp16"))
+
+The rest of the Python API is what the commands call:
 
     from exporter.build import build
     from exporter.recipe import Model, Quantization, Recipe
@@ -23,6 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from exporter.artifact import Artifact as Artifact
     from exporter.artifact import load as load
+    from exporter.build.live import export as export
     from exporter.recipe import Recipe as Recipe
     from exporter.report import Report as Report
 
@@ -30,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "artifact",
+    "export": "build.live",
     "load": "artifact",
     "Recipe": "recipe",
     "Report": "report",

@@ -105,9 +105,10 @@ class Quantization(Record, frozen=True):
 class Sidecar(Record, frozen=True):
     """The facts about an artifact. The runtime opens the first of `files`.
 
-    `architecture` are the fields of `exporter.model.variants.Architecture`; `macs` are the multiply-accumulates of one
-    image of `preprocessing.size`; `beyond_fp16` are the modules whose activations exceed fp16; `target` has the
-    hardware and versions that the artifact is restricted to.
+    `architecture` are the fields of `exporter.model.variants.Architecture`; `reference` names the model that the
+    network was compared with; `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16`
+    are the modules whose activations exceed fp16; `target` has the hardware and versions that the artifact is
+    restricted to.
     """
 
     backend: str
@@ -116,6 +117,7 @@ class Sidecar(Record, frozen=True):
     task: str
     weights: Weights
     architecture: dict[str, Any]
+    reference: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing

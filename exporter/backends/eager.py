@@ -32,11 +32,17 @@ if TYPE_CHECKING:
 
 
 class EagerOptions(Options, frozen=True):
-    """`weights` says where the checkpoint lies now, None being where the artifact was made from; `compiled` runs the
-    network through torch.compile. On a GPU `tf32` rounds what products read to 10 bits of mantissa, and `fp16` runs all
-    in it with channels last."""
+    """Options of PyTorch.
+
+    weights: path of the checkpoint if it was moved; None for the path in the sidecar.
+    reference: another model to run in place of this tool's own network; see `exporter.model.reference`.
+    compiled: run through torch.compile.
+    arithmetic: on a GPU, `tf32` rounds the inputs of products to 10 bits of mantissa; `fp16` runs everything in fp16
+        with channels last.
+    """
 
     weights: str | None = None
+    reference: str | None = None
     compiled: bool = False
     arithmetic: Literal["fp32", "tf32", "fp16"] = "fp32"
 
@@ -116,18 +122,26 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     """
     import torch
 
-    from exporter.model import weights
-
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.arithmetic != "fp32" and not options.device.startswith("cuda"):
         raise BadRequest(f"eager PyTorch in {options.arithmetic} is for a GPU; use --device cuda")
-    model: Any = weights.reload(artifact, options.weights).model(artifact.sidecar.task).to(options.device)
+    model = _network(artifact, options).to(options.device)
     if options.arithmetic == "fp16":
         model = model.half().to(memory_format=torch.channels_last)
     yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
+
+
+def _network(artifact: Artifact, options: EagerOptions) -> Any:
+    from exporter.model import reference, weights
+
+    checkpoint = weights.reload(artifact, options.weights)
+    task = artifact.sidecar.task
+    if options.reference is None:
+        return checkpoint.model(task)
+    return reference.load(options.reference, checkpoint, checkpoint.weights.source).for_task(task)
 
 
 def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:

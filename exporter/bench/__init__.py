@@ -25,13 +25,15 @@ class Arm(Record, frozen=True):
     """One model to time: an artifact; the PyTorch network it was built from, eager, compiled, or on a GPU in TF32 or
     fp16; or a large matrix product on the artifact's runtime, `peak`.
 
-    `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved.
+    `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved;
+    `reference` names the model that runs in place of this tool's own network.
     """
 
     name: str
     path: str
     runtime: Literal["artifact", "eager", "torch.compile", "tf32", "fp16", "peak"] = "artifact"
     weights: str | None = None
+    reference: str | None = None
     device: str = "cpu"
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"

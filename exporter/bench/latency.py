@@ -36,6 +36,10 @@ class BenchOptions(Bench, frozen=True):
     weights: Annotated[
         str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
     ] = None
+    reference: Annotated[
+        str | None,
+        about("Time this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"),
+    ] = None
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
@@ -115,6 +119,7 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """The arms: eager first, then the artifacts, then those of `--also`."""
     session: dict[str, Any] = {"device": options.device, "threads": options.threads}
     torch = {**session, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
+    torch["reference"] = options.reference
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
     arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **session) for made in artifacts]

@@ -42,7 +42,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     runtime = backends.runtime_of(artifact)
     if arm.runtime not in ("artifact", "peak"):
         runtime = backends.runtime("eager")
-        options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile"}
+        options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile", "reference": arm.reference}
         options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16") else {}
     opening = runtime.peak if arm.runtime == "peak" else runtime.open
     assert opening is not None

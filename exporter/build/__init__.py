@@ -16,6 +16,7 @@ from exporter.build.resolve import read as read
 from exporter.build.resolve import resolve as resolve
 from exporter.build.resolve import schema as schema
 from exporter.build.resolve import target_options as target_options
+from exporter.model.reference import Reference
 from exporter.progress import step
 from exporter.recipe import Recipe
 from exporter.report import Report
@@ -29,17 +30,18 @@ class Built:
     report: Report | None = None
 
 
-def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm) -> Built:
+def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference: Reference | None = None) -> Built:
     """Build the artifact of a recipe, from the weights to the file that a runtime loads.
 
     Args:
         recipe: what to build.
         out: the folder to write to.
         opener: opens models in the timing process, where forms or precisions are timed.
+        reference: the model that the network is compared with; by default the one that the recipe names.
 
     Raises: ExporterError, with nothing changed on disk.
     """
-    job = resolve(recipe, out)
+    job = resolve(recipe, out, reference)
     if job.form == "auto":
         job = job.in_form(tune.fastest(job, _artifact_of, opener))
     if job.precision.needs_calibration:

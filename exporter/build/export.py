@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from exporter.model.convnext import ConvNeXt, Embedding, Features
+    from exporter.model.reference import Reference
 
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
@@ -84,16 +85,50 @@ class Network:
 
 
 def write(job: Job) -> Network:
-    """The network of a job in its form; the checkpoint's tensors move into it."""
+    """The network of a job in its form; the checkpoint's tensors move into it.
+
+    Raises: CheckFailed when the network differs from the job's reference.
+    """
     from exporter.model import forms
 
     checkpoint = job.checkpoint
     model = checkpoint.model(job.trace.task)
     probe = _probe_images(job.trace, job.sidecar.preprocessing)
     expected = _expected(model, probe)
+    if job.reference is not None:
+        expected = _compared(model, job.reference, job.trace.task, probe, expected)
     checkpoint.state.clear()  # else every weight that a form changes would be in memory twice
     forms.rewrite(model, job.form)
     return Network(model, probe, expected)
+
+
+def _compared(model: Module, reference: Reference, task: str, probe: Array, expected: Outputs) -> Outputs:
+    """The outputs of the reference for a few images, which those of the network must equal.
+
+    Raises: CheckFailed with the first module that differs; BadRequest for a reference with other outputs.
+    """
+    import torch
+
+    from exporter.model.reference import first_difference
+
+    step(f"comparing with {reference.name}")
+    answers = _expected(reference.for_task(task), probe)
+    shapes = [[output.shape for output in outputs] for outputs in (answers, expected)]
+    if shapes[0] != shapes[1]:
+        raise BadRequest(f"the reference {reference.name} returns {shapes[0]}, task {task} has {shapes[1]}")
+    shares = [_share(a, b) for a, b in zip(answers, expected, strict=True)]
+    if not max(shares) <= TRACE_SHARE:
+        where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE) or "the outputs alone"
+        raise CheckFailed(
+            f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
+            f"spread; the first module that differs is {where}; nothing was written"
+        )
+    return answers
+
+
+def _share(expected: Array, outputs: Array) -> float:
+    """Largest difference as a share of the spread of what is expected."""
+    return float(np.abs(expected - outputs).max() / (expected.std() or np.abs(expected).max() or 1))
 
 
 def graph_of(job: Job, network: Network, file: Path) -> tuple[ir.Model, Sidecar]:
@@ -181,7 +216,7 @@ def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str
     for tensor, a, b in zip(sidecar.outputs, network.expected, outputs, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
-        share = float(np.abs(a - b).max() / (a.std() or np.abs(a).max() or 1))
+        share = _share(a, b)
         if not share <= TRACE_SHARE:
             return f"{tensor.name} differs by {share:.2g} of its spread"
     return ""

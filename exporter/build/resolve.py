@@ -22,7 +22,9 @@ from exporter.build import budget
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph.trace import TraceOptions
+from exporter.model import reference as references
 from exporter.model import variants, weights
+from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
 from exporter.progress import step
@@ -44,6 +46,7 @@ class Job:
     checker: runs the traced fp32 graph, to compare it with PyTorch.
     form: the form that the network is written in, or `auto`.
     scope, placement: which layers are quantized and where Q and DQ go; "" and None without quantization.
+    reference: the model that the network is compared with; None for none.
     checkpoint: the weights. A network takes its tensors, so a job is built once.
     trace: options of the traced graph.
     sidecar: facts of the fp32 graph, without its inputs and outputs.
@@ -59,6 +62,7 @@ class Job:
     form: str
     scope: str
     placement: Placement | None
+    reference: Reference | None
     checkpoint: Checkpoint
     trace: TraceOptions
     sidecar: Sidecar
@@ -115,8 +119,13 @@ def check(recipe: Recipe) -> None:
     marks.refuse()
 
 
-def resolve(recipe: Recipe, out: Path) -> Job:
+def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Job:
     """Validate a recipe and look up everything that its build needs; the weights are read.
+
+    Args:
+        recipe: what to build.
+        out: the folder to write to.
+        reference: the model that the network is compared with; by default the one that the recipe names.
 
     Raises: BadRequest with every problem of the recipe, or for weights that cannot be used; Unavailable when a runtime
         or weights are missing on this machine.
@@ -138,6 +147,9 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     weights.note_license(checkpoint.weights)
     checkpoint.check(recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
+    if reference is None and recipe.model.reference is not None:
+        step(f"loading the reference {recipe.model.reference}")
+        reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source)
     return Job(
         recipe=recipe,
         out=out,
@@ -149,9 +161,10 @@ def resolve(recipe: Recipe, out: Path) -> Job:
         form=recipe.export.form or own_form,
         scope=scope,
         placement=placement,
+        reference=reference,
         checkpoint=checkpoint,
         trace=trace,
-        sidecar=_sidecar(recipe, recipe.export.form or own_form, checkpoint, trace, out),
+        sidecar=_sidecar(recipe, recipe.export.form or own_form, checkpoint, trace, out, reference),
     )
 
 
@@ -169,7 +182,9 @@ def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     )
 
 
-def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOptions, out: Path) -> Sidecar:
+def _sidecar(
+    recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOptions, out: Path, reference: Reference | None
+) -> Sidecar:
     """Facts of the fp32 graph that are known before it is traced."""
     preprocessing = checkpoint.preprocessing.at(trace.imgsz) if trace.imgsz else checkpoint.preprocessing
     classes = checkpoint.weights.num_classes if trace.task == "classify" else 0
@@ -183,6 +198,7 @@ def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOpti
         weights=replace(checkpoint.weights, source=source),
         inputs=(),
         outputs=(),
+        reference=reference.name if reference is not None else references.OURS,
         architecture=msgspec.to_builtins(checkpoint.variant.architecture),
         preprocessing=replace(preprocessing, input=recipe.export.input),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),

@@ -24,31 +24,38 @@ _SETTINGS = ("act", "norm_eps", "head_eps", "stage_eps", "pool", "output_stride"
 
 @dataclass(frozen=True)
 class Fitted:
-    """fp32 weights in the layout of this tool that fit a variant; `num_classes` is 0 for a backbone."""
+    """fp32 weights in the layout of this tool that fit a variant; `num_classes` is 0 for a backbone, `modules` are the
+    names of the modules in the file by ours."""
 
     state: dict[str, Tensor]
     variant: Variant
     layout: str
     num_classes: int
+    modules: dict[str, str]
     notes: tuple[str, ...] = ()
 
 
-def fit(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], choices: Choices) -> Fitted:
+def fit(
+    tensors: Mapping[str, Tensor], stated: Mapping[str, Any], choices: Choices, known: Architecture | None = None
+) -> Fitted:
     """Convert the tensors of a checkpoint, and check every name, shape and value.
 
     Args:
         tensors: by the names of the file.
         stated: what a config says about the network, by the names of `Architecture`, and `num_classes`.
         choices: what the user says.
+        known: the whole architecture, where the file says it.
 
     Raises: BadRequest for weights that are no ConvNeXt, or that differ from what is stated.
     """
     import torch
 
     converted = to_ours(tensors, choices)
+    if converted.layout == "timm":  # beyond stride 32 its networks are dilated
+        stated = {"output_stride": 32, **stated}
     state = {key: tensor.to(torch.float32) for key, tensor in converted.state.items()}
     _fill_biases(state)
-    arch = configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
+    arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
     _check_keys(state, arch)
     if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
         raise BadRequest(f"NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
@@ -57,7 +64,7 @@ def fit(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], choices: Choic
     notes = list(converted.notes)
     if classes and stated.get("num_classes", classes) != classes:
         notes.append(f"the config says {stated['num_classes']} classes, the weights have {classes}")
-    return Fitted(state, named(arch), converted.layout, classes, tuple(notes))
+    return Fitted(state, named(arch), converted.layout, classes, converted.modules, tuple(notes))
 
 
 def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, some
@@ -19,11 +19,15 @@ BATCH_NORM_EPS = 1e-5  # PyTorch's default
 
 @dataclass(frozen=True)
 class Head:
-    """Layers in front of the last linear one (see `Architecture.head_layers`), and the tensors, by our names."""
+    """Layers in front of the last linear one (see `Architecture.head_layers`), and the tensors, by our names.
+
+    `modules` are the names of the modules in the file, below the head's own, by ours.
+    """
 
     layers: tuple[str, ...] = ()
     projection: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
     """
     modules = [_layer(path, leaves) for path, leaves in _modules(tensors).items()]
     state: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     if len(modules) > 1 and modules[0].kind == "layer" and not has_norm:
         first = modules.pop(0)
         state |= {"norm.weight": first.weight, "norm.bias": first.bias}
+        names["norm"] = first.path
     *inner, last = modules
     if last.kind != "linear":
         raise BadRequest(f"the head ({some(sorted(tensors))}) does not end in a linear layer; give --reference")
@@ -59,16 +65,18 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
     for layer, behind in zip(inner, modules[1:], strict=True):
         name = f"head_layers.{len(layers)}"
         state |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+        names[name] = layer.path
         layers.append(f"{layer.kind}:{layer.weight.shape[0]}")
         if layer.kind == "linear" and (between := _activation(layer, behind, modules, act)) != "none":
             layers.append(between)
-    return Head(tuple(layers), False, {**state, "head.weight": last.weight, "head.bias": last.bias})
+    names["head"] = last.path
+    return Head(tuple(layers), False, {**state, "head.weight": last.weight, "head.bias": last.bias}, names)
 
 
 def projection(tensors: Mapping[str, Tensor]) -> Head:
     """The projection of an OpenCLIP tower: `proj`, or `mlp` with GELU (open_clip's `TimmModel`)."""
     head = classifier(tensors, "gelu", has_norm=True)
-    return Head(head.layers, True, head.state)
+    return replace(head, projection=True)
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

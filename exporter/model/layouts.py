@@ -140,12 +140,16 @@ class Choices:
 
 @dataclass
 class Converted:
-    """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user."""
+    """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user.
+
+    `modules` are the names of the modules in the file by ours.
+    """
 
     state: dict[str, Tensor]
     layout: str
     prefix: str
     head: Head = field(default_factory=Head)
+    modules: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -166,7 +170,8 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices()) -> Conv
             unknown.append(key)
         else:
             converted.state[name] = _reshape(name, tensor, layout)
-    _sort_norms(converted.state, len(block_counts(converted.state)))
+            converted.modules[name.rpartition(".")[0]] = key.rpartition(".")[0]
+    _sort_norms(converted)
     _take_head(converted, rest, choices)
     inside: list[str] = []
     outside: list[str] = []
@@ -264,13 +269,15 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1) if name.endswith(".bias") else tensor
 
 
-def _sort_norms(state: dict[str, Tensor], stages: int) -> None:
+def _sort_norms(converted: Converted) -> None:
     """A norm of the last stage alone is the last norm: OpenMMLab's classifiers call it `norm3`."""
+    state, stages = converted.state, len(block_counts(converted.state))
     norms = {key.split(".")[1] for key in state if key.startswith("stage_norms.")}
     if norms == {str(stages - 1)} and "norm.weight" not in state:
         for leaf in ("weight", "bias"):
             if (norm := state.pop(f"stage_norms.{stages - 1}.{leaf}", None)) is not None:
                 state[f"norm.{leaf}"] = norm
+        converted.modules["norm"] = converted.modules.pop(f"stage_norms.{stages - 1}")
 
 
 def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) -> None:
@@ -288,6 +295,7 @@ def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) 
         has_norm = {"norm.weight", "norm_pre.weight"} & converted.state.keys()
         converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
     converted.state |= converted.head.state
+    converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
     if converted.layout != "timm" or place != f"{converted.prefix}head.":
         converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
 

@@ -213,8 +213,8 @@ _DEPTHS = {
 }
 
 
-def _published(name: str) -> str:
-    """What timm calls a variant."""
+def published_name(name: str) -> str:
+    """The name that timm and torchvision have for a variant."""
     return f"convnextv2_{name[3:]}" if name.startswith("v2_") else f"convnext_{name}"
 
 
@@ -229,7 +229,7 @@ def _variant(
         name=name,
         architecture=msgspec.structs.replace(arch, **differences),
         preprocessing=recipe or Preprocessing(),
-        hub=f"timm/{_published(name)}.{tag}" if tag else None,
+        hub=f"timm/{published_name(name)}.{tag}" if tag else None,
         license=("cc-by-nc-4.0" if v2 else "apache-2.0") if tag else None,
         top1=top1,
     )
@@ -310,7 +310,7 @@ def resolve(name: str) -> tuple[Variant, str | None]:
     short = re.sub(r"^convnext_?", "", word.replace("-", "_").lower())
     if short not in VARIANTS:
         raise BadRequest(f"unknown variant {name!r}; {nearest(short, VARIANTS)}")
-    return VARIANTS[short], f"timm/{_published(short)}.{tag}" if tag else None
+    return VARIANTS[short], f"timm/{published_name(short)}.{tag}" if tag else None
 
 
 _LOOSE = frozenset(

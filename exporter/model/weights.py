@@ -15,13 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from exporter.artifact import Artifact, sha256_file
-from exporter.artifact.disk import user_path
+from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
-from exporter.model.fit import empty, fit
+from exporter.model.fit import Fitted, empty, fit
 from exporter.model.layouts import Choices
 from exporter.model.variants import Architecture, Variant, published_license, resolve
 from exporter.progress import note
@@ -224,7 +226,7 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
     for sentence in content.notes:
         note(f"{files.path.name}: {sentence}")
     try:
-        fitted = fit(content.tensors, files.config.network, choices)
+        fitted = fit(content.tensors, files.config.network, choices, _own_architecture(files.path))
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:
@@ -244,6 +246,42 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
     )
     preprocessing = _preprocessing(files.config, fitted.layout, variant)
     return Checkpoint(fitted.state, variant, record, preprocessing, (), files.config.origins)
+
+
+def write(folder: Path, fitted: Fitted, config: Mapping[str, Any]) -> None:
+    """Write weights with their architecture, and a config, to a folder that `load` reads.
+
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    metadata = {METADATA: msgspec.json.encode(fitted.variant.architecture).decode()}
+    tensors = {key: tensor.contiguous() for key, tensor in fitted.state.items()}
+    write_file(folder / "model.safetensors", save(tensors, metadata))
+    write_file(folder / "config.json", msgspec.json.format(msgspec.json.encode(config), indent=2))
+
+
+METADATA = "convnext-export"
+"""Key of the architecture in the metadata of weights that this tool wrote."""
+
+
+def _own_architecture(path: Path) -> Architecture | None:
+    """The architecture in the metadata of weights that this tool wrote; None for other files.
+
+    Raises: BadRequest when it cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=Architecture)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"{path}: its metadata cannot be read ({error}); write the weights again") from None
 
 
 def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessing:
@@ -312,6 +350,17 @@ def digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
+
+
+def file_of(source: str) -> tuple[Path, str]:
+    """The file of weights that a source names, and the part of it.
+
+    Raises: BadRequest for random weights, or a source that does not exist; Unavailable when the Hub cannot be reached.
+    """
+    if source.startswith("random"):
+        raise BadRequest(f"{source}: random weights are of no library")
+    files = _from_hub(source.removeprefix("hf-hub:")) if source.startswith("hf-hub:") else _from_disk(source)
+    return files.path, files.part
 
 
 def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:

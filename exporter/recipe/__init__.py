@@ -56,6 +56,14 @@ class Model(Record, frozen=True):
         Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "none"] | None,
         about("Activation between two linear layers of a head; weights do not show it."),
     ] = None
+    reference: Annotated[
+        str | None,
+        about(
+            "The model that artifacts are held against: module:callable, or timm, transformers or torchvision.",
+            metavar="NAME",
+            default="this tool's own network",
+        ),
+    ] = None
     norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norms without bias; weights do not show it.")] = (
         None
     )

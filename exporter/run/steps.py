@@ -127,14 +127,20 @@ class Steps:
 
 def verify_options(recipe: Recipe) -> VerifyOptions:
     """How a recipe's artifact is verified."""
-    return VerifyOptions(weights=_path_of(recipe.model.weights), **msgspec.structs.asdict(recipe.checks))
+    model = recipe.model
+    return VerifyOptions(
+        weights=_path_of(model.weights), reference=model.reference, **msgspec.structs.asdict(recipe.checks)
+    )
 
 
 def bench_options(recipe: Recipe) -> BenchOptions | None:
     """How a recipe's artifact is timed, or None."""
     if recipe.bench is None:
         return None
-    return BenchOptions(weights=_path_of(recipe.model.weights), **msgspec.structs.asdict(recipe.bench))
+    model = recipe.model
+    return BenchOptions(
+        weights=_path_of(model.weights), reference=model.reference, **msgspec.structs.asdict(recipe.bench)
+    )
 
 
 def _path_of(weights: str) -> str | None:

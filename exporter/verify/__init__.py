@@ -36,6 +36,12 @@ class VerifyOptions(Checks, frozen=True):
     weights: Annotated[
         str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
     ] = None
+    reference: Annotated[
+        str | None,
+        about(
+            "Compare with this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"
+        ),
+    ] = None
     threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
     blocks: Annotated[bool, about("Also compare the output of each ConvNeXt block, on the first images.")] = False
 
@@ -87,7 +93,7 @@ def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextMana
 
 
 def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
-    return eager.EagerOptions(threads=options.threads, weights=options.weights)
+    return eager.EagerOptions(threads=options.threads, weights=options.weights, reference=options.reference)
 
 
 def _findings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import msgspec
 
 from exporter import verify
 from exporter.artifact import Artifact
-from exporter.backends import Array, Bound, Outputs, Session
+from exporter.backends import Array, Bound, Outputs, Session, eager
 from exporter.build import budget
 from exporter.build.int8.work import Work
 from exporter.build.resolve import Job
@@ -103,7 +103,7 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
         options = msgspec.structs.replace(options, max_drop=points)
     else:
         options = msgspec.structs.replace(options, min_agreement=100 - points)
-    with verify.reference(Artifact(folder / "reference", sidecar), options) as session:
+    with _reference(work, options, folder) as session:
         # The outputs of a backbone are too large to keep.
         reference = CachedReference(session) if sidecar.task == "classify" else session
 
@@ -115,6 +115,13 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
             return Candidate(kept, artifact, verify.verify(artifact, options, samples, reference, work.job.runtime))
 
         yield judge
+
+
+def _reference(work: Work, options: VerifyOptions, folder: Path) -> AbstractContextManager[Session]:
+    """The job's reference, or else this tool's own network."""
+    if (reference := work.job.reference) is not None:
+        return nullcontext(eager.EagerSession(reference.for_task(work.sidecar.task), "cpu"))
+    return verify.reference(Artifact(folder / "reference", work.sidecar), options)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,204 @@
+"""The model that artifacts are held against: the user's own, or a library's, instead of this tool's network."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import BadRequest, Unavailable, first_line
+from exporter.model import checkpoint, weights
+from exporter.model.layouts import to_ours
+from exporter.model.live import tensors_of
+from exporter.model.variants import published_name
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LIBRARIES = ("timm", "transformers", "torchvision")
+OURS = "this tool's own network"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model by its name and version; `names` are its modules' names by ours, where they are known."""
+
+    name: str
+    module: nn.Module
+    names: Mapping[str, str]
+
+    def for_task(self, task: str) -> nn.Module:
+        """A module that returns the outputs of a task as a tuple."""
+        from torch import nn
+
+        class Outputs(nn.Module):
+            def __init__(self, module: nn.Module) -> None:
+                super().__init__()
+                self.module = module
+
+            def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+                return tensors_of(self.module(images), task)
+
+        return Outputs(self.module).eval()
+
+
+def load(spec: str, loaded: weights.Checkpoint, source: str) -> Reference:
+    """The reference that a spec names.
+
+    Args:
+        spec: `module:callable`, a function without arguments that returns the model with its weights, or one of
+            `LIBRARIES`, which then builds it from `config.json` or the variant, and loads the same file.
+        loaded: the weights as this tool reads them.
+        source: where they were read from.
+
+    Raises: BadRequest for a spec that names nothing, or a model that cannot load the weights; Unavailable for a
+        library that is not installed.
+    """
+    if spec in LIBRARIES:
+        module = _of_library(spec, loaded, source)
+    elif ":" in spec:
+        module = _of_callable(spec)
+    else:
+        raise BadRequest(f"--reference {spec}: expected module:callable or one of {', '.join(LIBRARIES)}")
+    return of_module(module)
+
+
+def of_module(module: nn.Module) -> Reference:
+    """A live module as a reference, in eval mode."""
+    kind = type(module)
+    package = kind.__module__.partition(".")[0]
+    version = getattr(sys.modules.get(package), "__version__", "")
+    return Reference(f"{kind.__module__}.{kind.__qualname__}" + (f" ({package} {version})" if version else ""),
+                     module.eval(), _names(module))  # fmt: skip
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """The names of a module's parts by ours, as far as its state dict is one of the layouts."""
+    try:
+        return to_ours({key: value for key, value in module.state_dict().items() if value.is_floating_point()}).modules
+    except BadRequest:
+        return {}
+
+
+def _of_callable(spec: str) -> nn.Module:
+    from torch import nn
+
+    name, _, function = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = inspect.getattr_static(importlib.import_module(name), function)
+        module = factory()
+    except (ImportError, AttributeError) as error:
+        raise BadRequest(f"--reference {spec}: cannot be imported ({first_line(error)})") from None
+    except Exception as error:  # noqa: BLE001  (the user's own code)
+        raise BadRequest(f"--reference {spec}: it raised {type(error).__name__}: {first_line(error)}") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(module, nn.Module):
+        raise BadRequest(f"--reference {spec}: it returned {type(module).__name__}, expected a torch.nn.Module")
+    return module
+
+
+def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        raise Unavailable(f"--reference {name}: not installed; pip install {name}") from None
+    path, part = weights.file_of(source)
+    config = _config(path.parent)
+    try:
+        if name == "transformers":
+            return _transformers(path.parent, config)
+        tensors = checkpoint.read(path, part).tensors
+        prefix = to_ours(tensors).prefix
+        state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise BadRequest(f"--reference {name}: it cannot load {path} ({first_line(error)})") from None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _timm(config: Mapping[str, Any], loaded: weights.Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:
+    import timm
+    from timm.models.convnext import checkpoint_filter_fn
+
+    name = config.get("architecture") or published_name(loaded.variant.name)
+    arguments = {"num_classes": loaded.weights.num_classes, "in_chans": loaded.variant.architecture.in_chans}
+    arguments |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
+    model: nn.Module = timm.create_model(name, pretrained=False, **{**arguments, **config.get("model_args", {})})
+    model.load_state_dict(checkpoint_filter_fn(dict(state), model))
+    return model
+
+
+def _torchvision(loaded: weights.Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:
+    from torchvision import models
+
+    build = getattr(models, published_name(loaded.variant.name))
+    model: nn.Module = build(num_classes=loaded.weights.num_classes)
+    model.load_state_dict(dict(state))
+    return model
+
+
+def _transformers(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    import transformers
+
+    kind = next(iter(config.get("architectures") or ()), "")
+    model_class = getattr(transformers, kind, None) or transformers.AutoModelForImageClassification
+    model: nn.Module = model_class.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def first_difference(ours: nn.Module, reference: Reference, images: Tensor, limit: float) -> str:
+    """The first module, in the order they run, whose output differs from the reference's, and by how much; "" where
+    none does.
+
+    Args:
+        ours: this tool's network in the plain form.
+        reference: the model that it is compared with.
+        images: (N, C, H, W).
+        limit: largest difference that counts as rounding, as a share of the spread of the module's output.
+    """
+    ordered, mine = _outputs(ours, {name: name for name in reference.names}, images)
+    _, theirs = _outputs(reference.module, dict(reference.names), images)
+    for name in ordered:
+        if name in theirs and (share := _share(mine[name], theirs[name])) > limit:
+            return f"{name} ({reference.names[name]} there) differs by {share:.2g} of its spread"
+    return ""
+
+
+def _outputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -> tuple[list[str], dict[str, Tensor]]:
+    """The output of each named module, by our name, and the order in which they ran."""
+    import torch
+
+    modules = dict(model.named_modules())
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Any:
+        return lambda module, inputs, output: seen.setdefault(name, output)
+
+    handles = [
+        modules[theirs].register_forward_hook(record(ours)) for ours, theirs in names.items() if theirs in modules
+    ]
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen), seen
+
+
+def _share(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference as a share of the spread, channels first or last; 0 where the shapes are of other things."""
+    placed = [theirs, theirs.movedim(1, -1), theirs.movedim(-1, 1), theirs.flatten(1)]
+    shares = [(ours - other).abs().max() / (ours.std() + 1e-12) for other in placed if other.shape == ours.shape]
+    return float(min(shares, default=0.0))
