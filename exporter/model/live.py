@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.errors import BadRequest
 from exporter.model.fit import Fitted, fit
 from exporter.model.layouts import Choices
+from exporter.model.structure import is_response_norm
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +32,7 @@ def read(module: nn.Module) -> Fitted:
     ]
     norm = next((kind for part in norms if (kind := _kind_of_norm(part)) in ("rms", "simple")), "")
     choices = Choices(head_act=head_act, norm=norm)
-    fitted = fit(tensors, {}, choices)
+    fitted = fit(tensors, {"pool": _pooling(module)}, choices)
     parts = {ours: modules[name] for ours, name in fitted.modules.items() if name in modules}
     return fit(tensors, _settings(module, fitted, parts), choices)
 
@@ -48,7 +49,7 @@ def _settings(module: nn.Module, fitted: Fitted, parts: Mapping[str, nn.Module])
     if len(acts) > 1:
         raise BadRequest(f"the blocks have several activations ({', '.join(sorted(acts))}); one is supported")
     settings["act"] = acts.pop() or "gelu"
-    eps = {name: value for name, part in parts.items() if (value := _eps(part)) is not None}
+    eps = {name: value for name, part in parts.items() if not is_response_norm(name) and (value := _eps(part))}
     inner = {value for name, value in eps.items() if not name.startswith(("norm", "stage_norms", "head"))}
     if len(inner) > 1:
         raise BadRequest(f"the norms have several eps ({', '.join(map(str, sorted(inner)))}); one is supported")

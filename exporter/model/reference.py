@@ -119,7 +119,7 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise BadRequest(f"--reference {name}: it cannot load {path} ({first_line(error)})") from None
+        raise BadRequest(f"--reference {name}: it cannot load {path} ({' '.join(str(error).split())[:200]})") from None
 
 
 def _config(folder: Path) -> dict[str, Any]:

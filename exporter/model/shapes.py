@@ -50,6 +50,7 @@ def architecture(state: Mapping[str, Tensor], head: Head, norm: str = "") -> Arc
             head_norm_first="norm_pre.weight" in state,
             head_layers=head.layers,
             projection=head.projection,
+            pool="catavgmax" if _head_width(state, head) == 2 * blocks[-1].shape[0] else "avg",
             stage_norms=tuple(stage for stage in stages if f"stage_norms.{stage}.weight" in state),
         )
     except (KeyError, IndexError) as error:
@@ -71,6 +72,12 @@ def block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     if blocks != whole or not depths:
         raise BadRequest(f"a ConvNeXt has whole stages from 0 on; found blocks {depths}, some missing")
     return depths
+
+
+def _head_width(state: Mapping[str, Tensor], head: Head) -> int:
+    """Inputs of the head, 0 for a backbone."""
+    name = "head_layers.0.weight" if head.layers else "head.weight"
+    return int(state[name].shape[-1]) if name in state else 0
 
 
 def _stem(state: Mapping[str, Tensor]) -> str:

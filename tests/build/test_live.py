@@ -1,0 +1,181 @@
+"""Export of live modules, and artifacts that are held against the user's own model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+from exporter import export
+from exporter.errors import BadRequest, CheckFailed
+from exporter.model import live, reference
+from exporter.model.fit import empty
+from exporter.recipe import Export, Quantization, Recipe
+from tests import libraries
+from tests.conftest import ROOT
+from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
+
+SMALL = Recipe(backend="onnxruntime", precision="fp32", export=Export(imgsz=64))
+
+
+def rebuilt(module):
+    """The product's network with what is read from a live module."""
+    fitted = live.read(module)
+    network = empty(fitted.variant.architecture, len(fitted.state["head.weight"]))
+    network.load_state_dict(fitted.state, assign=True)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_live_network_of_timm_is_read_from_the_module_alone(name):
+    model = libraries.timm_model(**TIMM[name])
+    pixels = libraries.images(model.in_chans)
+    got = libraries.outputs(rebuilt(model), pixels)
+    assert libraries.largest_difference(got, libraries.outputs(model, pixels)) < NOISE
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in HUGGINGFACE.items() if kind.endswith("Classification")])
+def test_a_live_model_of_transformers_is_read_from_the_module_alone(name):
+    kind, settings = HUGGINGFACE[name]
+    model = libraries.huggingface_model(kind, **settings)
+    pixels = libraries.images(settings.get("num_channels", 3))
+    got = libraries.outputs(rebuilt(model), pixels)
+    assert libraries.largest_difference(got, libraries.outputs(model, pixels)) < NOISE
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_of_a_live_model_of_torchvision_is_read_with_its_activation(name):
+    model = libraries.torchvision_model()
+    model.classifier[2] = HEADS[name][0](model.classifier[2])
+    libraries.randomize(model)
+    got = libraries.outputs(rebuilt(model), libraries.images())
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
+def test_an_activation_that_is_not_known_is_refused_by_name():
+    with pytest.raises(BadRequest, match="activation LeakyReLU is not supported"):
+        live.read(libraries.timm_model(act_layer="leaky_relu"))
+
+
+def test_a_live_model_is_exported_and_compared_and_left_as_it_was(tmp_path):
+    model = libraries.timm_model(act_layer="silu", global_pool="max").train()
+    model.stages[1].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    built = export(model, tmp_path, SMALL, labels=[f"c{i}" for i in range(10)])
+    sidecar = built.artifact.sidecar
+    assert built.report.passed
+    assert "timm.models.convnext.ConvNeXt (timm" in sidecar.reference
+    assert sidecar.architecture["act"] == "silu"
+    assert sidecar.labels[3] == "c3"
+    assert model.training
+    assert not model.stages[1].training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_exported_model_is_verified_later_from_its_weights(tmp_path, run):
+    built = export(libraries.timm_model(global_pool="max"), tmp_path, SMALL)
+    result = run("verify", built.artifact.path, "--samples", 4, "--json")
+    assert result.code == 0, result.err
+
+
+def test_int8_is_judged_against_the_live_model(tmp_path):
+    quantization = Quantization(calib_size=4)
+    recipe = Recipe(backend="onnxruntime", precision="int8", export=Export(imgsz=64), quantization=quantization)
+    model = libraries.timm_model()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    built = export(model, tmp_path, recipe)
+    assert built.artifact.sidecar.precision == "int8"
+    assert len(calls) > 1  # the probe, and the images that it is judged on
+
+
+def test_a_module_that_does_something_else_stops_the_build_at_the_first_that_differs(tmp_path):
+    model = libraries.timm_model()
+    model.stages[2].blocks[1].mlp.fc2.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    with pytest.raises(CheckFailed, match=r"stages\.2\.1\.pwconv2 \(stages\.2\.blocks\.1\.mlp\.fc2 there\)"):
+        export(model, tmp_path, SMALL)
+    assert not list(tmp_path.glob("*.onnx*"))
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    """`mine:make` returns the model whose weights are in the folder `weights`."""
+    model = libraries.timm_model(act_layer="relu")
+    config = {"model_args": {"act_layer": "relu", "dims": libraries.DIMS, "depths": libraries.DEPTHS,
+                             "conv_mlp": False},
+              "architecture": "convnext_atto", "num_classes": 10}  # fmt: skip
+    libraries.save(tmp_path / "weights", model, config)
+    (tmp_path / "mine.py").write_text(
+        "from tests import libraries\n"
+        "def make():\n    return libraries.timm_model(act_layer='relu')\n"
+        "def other():\n    return libraries.timm_model(act_layer='silu')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("spec", ["mine:make", "timm"])
+def test_a_reference_is_compared_and_named_in_the_sidecar(spec, factory, run):
+    words = ("--weights", "weights", "--imgsz", 64, "--reference", spec)
+    result = run("onnx", *words, "-o", factory / "build", "--json")
+    assert result.code == 0, result.err
+    artifact = result.json["artifact"]
+    assert artifact["reference"].startswith("timm.models.convnext.ConvNeXt (timm")
+    verified = run("verify", artifact["path"], "--samples", 4, "--reference", spec, "--json")
+    assert verified.code == 0, verified.err
+
+
+def test_a_reference_that_differs_fails_with_code_5(factory, refused):
+    words = ("--weights", "weights", "--imgsz", 64, "--reference", "mine:other", "-o", factory / "build")
+    line = refused(5, "onnx", *words, folder=None)
+    assert "stages.0.0.pwconv1" in line or "stages.0.0.pwconv2" in line
+    assert not list((factory / "build").glob("*.onnx*"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [
+        ("mine:nothing", 2, "cannot be imported"),
+        ("nowhere:make", 2, "cannot be imported"),
+        ("tim", 2, "module:callable"),
+    ],
+)
+def test_a_reference_that_is_none_is_refused(spec, code, words, factory, refused):
+    line = refused(code, "onnx", "--weights", "weights", "--imgsz", 64, "--reference", spec, "-o", factory / "build")
+    assert words in line
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_line_that_installs_it(factory, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    line = refused(3, "onnx", "--weights", "weights", "--reference", "torchvision", "-o", factory / "build")
+    assert "pip install torchvision" in line
+
+
+def test_without_a_reference_the_sidecar_says_so(tiny, tmp_path, run):
+    result = run("onnx", "--weights", tiny, "--imgsz", 64, "-o", tmp_path, "--json")
+    assert result.json["artifact"]["reference"] == reference.OURS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm", "torchvision", "transformers", "lightning"])
+def test_the_examples_run_and_are_short(name, tmp_path, monkeypatch):
+    libraries.library(name)
+    path = ROOT / "examples" / f"after_training_{name}.py"
+    assert len(path.read_text().splitlines()) <= 36
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert list((tmp_path / "build").glob("*.onnx"))
+
+
+def test_the_config_beside_exported_weights_is_read_again(tmp_path):
+    from exporter.artifact.sidecar import Preprocessing
+    from exporter.build.live import _config
+    from exporter.model.config import read_config
+
+    wanted = Preprocessing(size=224, resize=236, interpolation="bilinear")
+    (tmp_path / "config.json").write_text(json.dumps(_config(torch.nn.Linear(1, 1), ["a"], wanted)))
+    assert read_config(tmp_path).preprocessing == wanted
