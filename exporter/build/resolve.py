@@ -137,7 +137,7 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     weights.note_license(checkpoint.weights)
     if recipe.model.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
-    trace = _trace_options(recipe, checkpoint.preprocessing.size)
+    trace = _trace_options(recipe, checkpoint.stated.preprocessing.size)
     return Job(
         recipe=recipe,
         out=out,
@@ -168,7 +168,7 @@ def _trace_options(recipe: Recipe, published_size: int) -> TraceOptions:
 
 def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOptions, out: Path) -> Sidecar:
     """Facts of the fp32 graph that are known before it is traced."""
-    preprocessing = checkpoint.preprocessing.at(trace.imgsz) if trace.imgsz else checkpoint.preprocessing
+    preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     classes = checkpoint.weights.num_classes if trace.task == "classify" else 0
     source = weights.relative(checkpoint.weights.source, out)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={})
@@ -183,6 +183,7 @@ def _sidecar(recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOpti
         preprocessing=replace(preprocessing, input=recipe.export.input),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
+        origins=origins | checkpoint.origins,
         versions=backends.versions(),
         recipe=_with_form(fp32.of_build(), form),
     )

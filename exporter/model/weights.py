@@ -10,7 +10,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,9 @@ from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, read_config
+from exporter.model.labels import read_labels
 from exporter.model.layouts import architecture, to_ours
+from exporter.model.preprocessing import Stated, known, published
 from exporter.model.variants import Architecture, Variant, named, published_license, resolve
 from exporter.progress import note
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
     from exporter.model.convnext import ConvNeXt, Features
 
-# torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
-_TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
@@ -43,8 +43,17 @@ class Checkpoint:
     state: dict[str, Tensor]
     variant: Variant
     weights: Weights
-    preprocessing: Preprocessing
+    stated: Stated
     labels: tuple[str, ...]
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing without options.
+
+        Raises: BadRequest for a step that only an option can replace.
+        """
+        return self.stated.resolve()[0]
 
     def model(self, task: str = "classify") -> ConvNeXt | Features:
         """The network in eval mode, or for `features` its backbone. It shares memory with `state`."""
@@ -66,12 +75,13 @@ def load(source: str, variant: str | None = None, labels: Path | None = None) ->
         source: `hub`, `hf-hub:owner/name`, a file (`FILE#model_ema` takes one part of it), a folder with
             `config.json`, or `random[:SEED]`.
         variant: a name from the table; None detects the variant from the weights, or takes `tiny` where they have none.
-        labels: a text file with one label a line, in place of those in `config.json`.
+        labels: a file with the labels (`labels.read_labels`), in place of those in `config.json`.
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
     """
     loaded, in_config = _load(source, variant)
-    return replace(loaded, labels=_labels(in_config, labels, loaded.weights.num_classes))
+    names, origin = _labels(in_config, labels, loaded.weights.num_classes)
+    return replace(loaded, labels=names, origins={"labels": origin} if names else {})
 
 
 def _load(source: str, variant: str | None) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -210,7 +220,7 @@ def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
         file_sha256=sha256_file(files.path),
         license=files.license,
     )
-    return Checkpoint(state, variant, record, _preprocessing(files.config, layout, variant), ())
+    return Checkpoint(state, variant, record, known(files.config, layout, variant, str(files.path)), ())
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
@@ -236,29 +246,16 @@ def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> 
     return classes
 
 
-def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessing:
-    if config.preprocessing is not None:
-        return config.preprocessing
-    if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
-        return Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
-    return variant.preprocessing
-
-
-def _labels(labels: tuple[str, ...], file: Path | None, classes: int) -> tuple[str, ...]:
-    origin = "config.json"
+def _labels(labels: tuple[str, ...], file: Path | None, classes: int) -> tuple[tuple[str, ...], str]:
+    """The labels, and where they come from."""
+    origin, where = "config.json", "config.json"
     if file is not None:
-        origin = str(file)
-        try:
-            labels = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
-        if not labels:
-            raise BadRequest(f"{file}: no labels in it; expected one a line")
+        labels, origin, where = read_labels(file), "--labels", str(file)
     if labels and classes and len(labels) != classes:
         raise BadRequest(
-            f"{origin}: {len(labels)} labels, but the head has {classes} classes; give --labels FILE that fits"
+            f"{where}: {len(labels)} labels, but the head has {classes} classes; give --labels FILE that fits"
         )
-    return labels
+    return labels, origin
 
 
 def _random(source: str, variant: Variant) -> Checkpoint:
@@ -267,7 +264,7 @@ def _random(source: str, variant: Variant) -> Checkpoint:
         raise BadRequest(f"--weights {source}: the seed must be a whole number below 10⁹, as in random:0")
     state = _random_state(variant.architecture, int(seed))
     record = Weights(source=f"random:{int(seed)}", digest=_digest(state), layout="random", num_classes=1000)
-    return Checkpoint(state, variant, record, variant.preprocessing, ())
+    return Checkpoint(state, variant, record, published(variant), ())
 
 
 def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
