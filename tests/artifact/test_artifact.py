@@ -30,7 +30,7 @@ def test_a_sidecar_of_an_older_schema_is_refused_with_the_command_that_rebuilds(
 
 def test_a_sidecar_of_a_later_schema_asks_for_an_upgrade(onnx_copy, refused):
     path = sidecar_path(onnx_copy.path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 6}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 7}))
     assert "pip install --upgrade" in refused(2, "inspect", onnx_copy.path)
 
 
