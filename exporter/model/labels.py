@@ -41,22 +41,30 @@ def from_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     nested = config.get("pretrained_cfg") or {}
     descriptions = config.get("label_descriptions") or nested.get("label_descriptions")
+    named = _in_order(config.get("id2label"))
+    if any(map(_PLACEHOLDER.fullmatch, named)):
+        named = ()
     places = {
-        "id2label": _in_order(config.get("id2label")),
-        "label2id": _in_order({number: name for name, number in (config.get("label2id") or {}).items()}),
+        "id2label": named,
+        "label2id": _of_numbers(config.get("label2id") or {}, named),
         "label_names": described(_in_order(config.get("label_names")), descriptions),
         "pretrained_cfg.label_names": described(_in_order(nested.get("label_names")), descriptions),
     }
     known = {key: names for key, names in places.items() if names and not all(map(_PLACEHOLDER.fullmatch, names))}
     if "label_names" in known:  # as timm reads it
         known.pop("pretrained_cfg.label_names", None)
-    if "label2id" in known and len(known["label2id"]) < len(known.get("id2label", ())):
-        del known["label2id"]  # classes with the same name
     (key, labels), *others = known.items() or [("", ())]
     for other, names in others:
         if names != labels:
             raise ValueError(f"{_differing(key, labels, other, names)}: two lists of labels")
     return labels
+
+
+def _of_numbers(numbers: Mapping[str, Any], named: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels from `label2id`. Of classes with the same name it has one, so with `id2label` it is only compared."""
+    if all(int(number) < len(named) and named[int(number)] == name for name, number in numbers.items()):
+        return named
+    return _in_order({number: name for name, number in numbers.items()})
 
 
 def _differing(key: str, labels: Sequence[str], other: str, names: Sequence[str]) -> str:
