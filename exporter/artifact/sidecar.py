@@ -31,27 +31,39 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A frozen fact that is written as JSON; an unknown key in a file is an error."""
 
 
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
+Crop = Literal["center", "squash", "border"]
+
+
 class Preprocessing(Record, frozen=True):
     """How an image becomes the input: resized, cropped to `size`, scaled to 0…1, normalised per channel.
 
-    `center` resizes the short side to `resize` pixels and cuts the centre; `squash` resizes both sides to
-    `size` and cuts nothing, as published for inputs of 384 pixels and more. `input` is the type of pixels that the
-    artifact takes: `normalized`, `float01` (0…1) or `uint8` (0…255); the artifact contains the remaining steps.
+    `center` resizes the short side to `resize` pixels and cuts the centre. `squash` resizes both sides to `resize` and
+    cuts the centre, which is everything where `resize` is `size`, as published for inputs of 384 pixels and more.
+    `border` resizes the long side to `resize` and fills up with the mean colour. `crop_pct` is size / resize where the
+    source states that ratio. `offset` is how half a pixel beside the crop is rounded: to even (torchvision, timm) or
+    down (transformers). `input` is the type of pixels that the artifact takes: `normalized`, `float01` (0…1) or
+    `uint8` (0…255); the artifact contains the remaining steps.
     """
 
     size: int = 224
     resize: int = 256
-    crop: Literal["center", "squash"] = "center"
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: Crop = "center"
+    crop_pct: float | None = None
+    offset: Literal["round", "floor"] = "round"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     layout: Literal["NCHW"] = "NCHW"
     color: Literal["RGB"] = "RGB"
     input: Literal["normalized", "float01", "uint8"] = "normalized"
 
     def at(self, size: int) -> Preprocessing:
         """The same preprocessing for another input size in pixels, with the same ratio of crop to resize."""
-        return msgspec.structs.replace(self, size=size, resize=round(size * self.resize / self.size))
+        if size == self.size:
+            return self
+        resize = int(size / self.crop_pct) if self.crop_pct else round(size * self.resize / self.size)
+        return msgspec.structs.replace(self, size=size, resize=resize)
 
 
 class Tensor(Record, frozen=True):
@@ -108,7 +120,8 @@ class Sidecar(Record, frozen=True):
     `architecture` are the fields of `exporter.model.variants.Architecture`; `reference` names the model that the
     network was compared with; `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16`
     are the modules whose activations exceed fp16; `target` has the hardware and versions that the artifact is
-    restricted to.
+    restricted to; `origins` says for each value of preprocessing, labels and architecture where it comes from: a file,
+    an option, a published recipe.
     """
 
     backend: str
@@ -125,6 +138,7 @@ class Sidecar(Record, frozen=True):
     beyond_fp16: tuple[str, ...] = ()
     quantization: Quantization | None = None
     labels: tuple[str, ...] = ()
+    origins: dict[str, str] = {}
     parents: tuple[str, ...] = ()
     versions: dict[str, str] = {}
     recipe: dict[str, Any] = {}

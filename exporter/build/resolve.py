@@ -169,7 +169,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
 
 
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
-    size = recipe.export.imgsz or checkpoint.preprocessing.size
+    size = recipe.export.imgsz or checkpoint.stated.preprocessing.size
     architecture = checkpoint.variant.architecture
     return TraceOptions(
         task=recipe.model.task or checkpoint.task,
@@ -186,7 +186,7 @@ def _sidecar(
     recipe: Recipe, form: str, checkpoint: Checkpoint, trace: TraceOptions, out: Path, reference: Reference | None
 ) -> Sidecar:
     """Facts of the fp32 graph that are known before it is traced."""
-    preprocessing = checkpoint.preprocessing.at(trace.imgsz) if trace.imgsz else checkpoint.preprocessing
+    preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     classes = checkpoint.weights.num_classes if trace.task == "classify" else 0
     source = weights.relative(checkpoint.weights.source, out)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={})
@@ -203,6 +203,7 @@ def _sidecar(
         preprocessing=replace(preprocessing, input=recipe.export.input),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
+        origins=checkpoint.origins | origins,
         versions=backends.versions(),
         recipe=_with_form(fp32.of_build(), form),
     )

@@ -10,7 +10,7 @@ import click
 
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
-from exporter.recipe import Export, Model, Quantization
+from exporter.recipe import Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,13 @@ def command(name: str) -> click.Command:
         scopes = list(target.placements)
         skip = () if len(scopes) > 1 else ("int8_scope",)
         groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix="int8: "))
-    groups += [options_of(target.options), options_of(Model), options_of(Export), list(OUTPUT)]
+    groups += [
+        options_of(target.options),
+        options_of(Model),
+        options_of(PreprocessingOptions),
+        options_of(Export),
+        list(OUTPUT),
+    ]
 
     def run(**values: Any) -> None:
         _build(name, target, {flag: values.pop(flag) for flag in flags}, values)
@@ -107,6 +113,7 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
         quantization=quantization,
         target=differing(options, target.options()),
         model=take(Model, values),
+        preprocessing=take(PreprocessingOptions, values),
         export=take(Export, values),
         checks=Checks(data=data or SYNTHETIC),
     )

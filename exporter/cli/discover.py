@@ -169,6 +169,15 @@ _INPUTS = {
 }
 
 
+def _origins(origins: dict[str, str]) -> list[tuple[str, str]]:
+    """Where values come from, those of one place in a row."""
+    places: dict[str, list[str]] = {}
+    for name, place in origins.items():
+        places.setdefault(place, []).append(name)
+    rows = [f"{', '.join(names)}: {place}" for place, names in places.items()]
+    return [("origins" if row is rows[0] else "", row) for row in rows]
+
+
 def _print_facts(artifact: Artifact) -> None:
     from exporter.cli.console import print_table, size
 
@@ -193,6 +202,7 @@ def _print_facts(artifact: Artifact) -> None:
         ),
         ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
+        *_origins(sidecar.origins),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
         ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
     ]

@@ -23,6 +23,7 @@ class Value(click.ParamType[Any]):
     def __init__(self, field: Field) -> None:
         self.hint = Union[tuple(kind for kind in kinds(field.hint) if kind is not type(None))]  # noqa: UP007
         self.percent, self.commas = bool(field.extra.get("percent")), bool(field.extra.get("commas"))
+        self.repeats = bool(field.extra.get("repeats"))
         self.name = field.extra.get("metavar") or "value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -39,7 +40,7 @@ class Value(click.ParamType[Any]):
             converted = math.nan
         if isinstance(converted, float) and not math.isfinite(converted):
             self.fail(f"{value!r}: expected {expected(self.hint)}", param, ctx)
-        return tuple(dict.fromkeys(converted)) if self.commas else converted
+        return tuple(dict.fromkeys(converted)) if self.commas and not self.repeats else converted
 
 
 def add(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:

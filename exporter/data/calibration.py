@@ -24,6 +24,7 @@ from exporter.artifact import sha256_file
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.data import Batch, generators, images, samples, synthetic
+from exporter.data.manifests import CALIBRATION, read_manifest
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note, track
@@ -193,7 +194,7 @@ def write(manifest: Manifest, path: Path) -> None:
     source = manifest.source if manifest.generator else os.path.relpath(manifest.source, path.parent)
     made = {"generator": manifest.generator, "pixels": manifest.pixels, "license": manifest.license}
     facts = {"source": source, **(made if manifest.generator else {}), "seed": manifest.seed, "rule": manifest.rule}
-    head = [samples.CALIBRATION, *(f"# {key}: {value}" for key, value in facts.items()), "\t".join(COLUMNS)]
+    head = [CALIBRATION, *(f"# {key}: {value}" for key, value in facts.items()), "\t".join(COLUMNS)]
     rows = ["\t".join((entry.sha256, entry.path, entry.label)) for entry in manifest.entries]
     write_file(path, "\n".join([*head, *rows, ""]).encode("utf-8", "surrogateescape"))
 
@@ -203,7 +204,7 @@ def read(path: Path) -> Manifest:
 
     Raises: BadRequest for what is no manifest, and for files that changed or are missing, by name.
     """
-    listed = samples.read_manifest(path)
+    listed = read_manifest(path)
     rows = [Entry(**{column: row.get(column) or "" for column in COLUMNS}) for row in listed.rows]
     bare = [entry.path for entry in rows if len(entry.sha256) != 64]
     if bare:

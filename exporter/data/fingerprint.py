@@ -8,8 +8,8 @@ from pathlib import Path
 
 from exporter.artifact import sha256_file
 from exporter.data import samples
+from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest
-from exporter.recipe import bundled
 
 
 def fingerprint(source: str) -> str:
@@ -19,17 +19,17 @@ def fingerprint(source: str) -> str:
     """
     if source == "synthetic":
         return source
-    path = bundled.find_images(source)
+    path, split = locate(source)
     if path.is_dir():
         return _of_files(path, samples.images_in(path))
     if not path.is_file():
         raise BadRequest(samples.no_such_data(source))
-    if path.suffix.lower() not in (".tsv", ".csv"):
+    if not is_manifest(path):
         return sha256_file(path)
-    listed = samples.read_manifest(path)
+    listed = read_manifest(path, split)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path)
-    return sha256_file(path) + _of_files(listed.root, [row["path"] for row in listed.rows])
+    return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows])
 
 
 def _of_files(root: Path, names: Iterable[str]) -> str:

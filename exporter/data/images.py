@@ -73,18 +73,39 @@ def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]
     """Resize, crop and normalise an RGB image to (3, size, size) float32."""
     from PIL import Image
 
-    resample = Image.Resampling[recipe.interpolation.upper()]
+    image = image.resize(_resized(image.width, image.height, recipe), Image.Resampling[recipe.interpolation.upper()])
+    return normalise(np.asarray(_cropped(image, recipe)), recipe)
+
+
+def _resized(width: int, height: int, recipe: Preprocessing) -> tuple[int, int]:
+    """Width and height after resizing.
+
+    Raises: Unreadable for an image that is too long and thin.
+    """
     if recipe.crop == "squash":
-        image = image.resize((recipe.size, recipe.size), resample)
+        return recipe.resize, recipe.resize
+    if recipe.crop == "border":
+        ratio = max(width / recipe.resize, height / recipe.resize)  # in the order of timm, which rounds the quotient
+        resized = round(width / ratio), round(height / ratio)
     else:
-        short = min(image.size)
-        width, height = (int(recipe.resize * side / short) for side in image.size)
-        if width * height > MAX_PIXELS:
-            raise Unreadable(f"{image.width}×{image.height} pixels, too long and thin to resize")
-        image = image.resize((width, height), resample)
-        left, top = (round((side - recipe.size) / 2) for side in image.size)
-        image = image.crop((left, top, left + recipe.size, top + recipe.size))
-    return normalise(np.asarray(image), recipe)
+        short = min(width, height)
+        resized = int(recipe.resize * width / short), int(recipe.resize * height / short)
+    if not 0 < resized[0] * resized[1] <= MAX_PIXELS:
+        raise Unreadable(f"{width}×{height} pixels, too long and thin to resize")
+    return resized
+
+
+def _cropped(image: Image.Image, recipe: Preprocessing) -> Image.Image:
+    """The centre of an image; a side that is too short is filled up with the mean colour."""
+    from PIL import ImageOps
+
+    missing = [max(0, recipe.size - side) for side in image.size]
+    if any(missing):
+        before, after = [side // 2 for side in missing], [(side + 1) // 2 for side in missing]
+        image = ImageOps.expand(image, (*before, *after), fill=tuple(round(255 * mean) for mean in recipe.mean))
+    spare = [side - recipe.size for side in image.size]
+    left, top = (side // 2 if recipe.offset == "floor" else round(side / 2) for side in spare)
+    return image.crop((left, top, left + recipe.size, top + recipe.size))
 
 
 def normalise(pixels: NDArray[np.uint8], recipe: Preprocessing) -> NDArray[np.float32]:

@@ -5,7 +5,6 @@ Images are read as they are asked for, so memory does not grow with their number
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
@@ -14,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +21,12 @@ from exporter import machine
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
+from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.recipe import bundled
 
-MAX_NAME, MAX_PATH = 255, 4000  # bytes that file systems take
 SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
-CALIBRATION = "# convnext-export calibration set"
-COLUMNS = {"path", "label", "sha256"}
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
 Item = tuple[str, int, Callable[[], NDArray[np.float32]]]
@@ -94,7 +90,7 @@ def open_samples(
     """
     if source == "synthetic":
         return _synthetic(recipe, most or SYNTHETIC)
-    path = bundled.find_images(source)
+    path, split = locate(source)
     if not path.exists():
         raise BadRequest(no_such_data(source))
     if path.suffix.lower() == ".npz":
@@ -102,8 +98,8 @@ def open_samples(
     root, generator = path, ""
     if path.is_dir():
         found = _folder(path, labels, classes)
-    elif path.suffix.lower() in (".tsv", ".csv"):
-        root, generator, found = _manifest(path, labels, classes)
+    elif is_manifest(path):
+        root, generator, found = _manifest(path, split, labels, classes)
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
@@ -127,10 +123,10 @@ def is_synthetic(source: str) -> bool:
     """
     if source == SYNTHETIC_NAME:
         return True
-    path = bundled.find_images(source)
-    if path.suffix.lower() not in (".tsv", ".csv") or not path.is_file():
+    path, split = locate(source)
+    if not is_manifest(path) or not path.is_file():
         return False
-    generator = read_manifest(path).generator
+    generator = read_manifest(path, split).generator
     return bool(generator) and generators.find(generator, path).synthetic
 
 
@@ -217,13 +213,21 @@ def images_in(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
+def _names_of(label: str) -> set[str]:
+    """The names of a class: its label, and the WordNet id and the words that this consists of."""
+    match = re.fullmatch(r"(n\d{8})\s+(.+)", label)
+    return {label, match[1], match[2]} if match else {label}
+
+
 def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
     """The class number of each name: by the model's labels, else as numbers, else in sorted order.
 
+    A label `n01440764 tench` is also known by its WordNet id and by its words.
+
     Raises: BadRequest for a class the model does not have, or when names cannot be told apart.
     """
-    known = {label: index for index, label in enumerate(labels)}
-    times = Counter(labels)
+    known = {name: index for index, label in enumerate(labels) for name in _names_of(label)}
+    times = Counter(name for label in labels for name in _names_of(label))
     if any(name in known for name in names):
         for name in names:
             if times[name] > 1:
@@ -250,86 +254,11 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     )
 
 
-class Listed(NamedTuple):
-    """What a manifest says: the folder its paths are relative to, its header, and a dictionary for each line."""
-
-    root: Path
-    header: dict[str, str]
-    rows: list[dict[str, str]]
-
-    @property
-    def generator(self) -> str:
-        """What makes the images; "" where they are files."""
-        return self.header.get("generator", "")
-
-
-def read_manifest(path: Path) -> Listed:
-    """Columns `path` and, if known, `label` and `sha256`; above them a header of lines `# key: value`.
-
-    The folder is the manifest's own; of a calibration set the header's `source`, relative to it.
-
-    Raises: BadRequest for what is no manifest, or leads out of its folder.
-    """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        text = path.read_text("utf-8-sig")
-        if "\0" in text:
-            raise csv.Error("it holds a NUL byte")
-        lines = [line for line in text.splitlines() if line.strip()]
-        header: dict[str, str] = {}
-        frozen = bool(lines) and lines[0] == CALIBRATION
-        while lines and lines[0].startswith("#"):
-            key, _, value = lines.pop(0).lstrip("# ").partition(":")
-            header[key.strip()] = value.strip()
-        names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
-        rows = list(csv.DictReader(lines[1:], names, delimiter=delimiter))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
-    if not rows or "path" not in names or not set(names) <= COLUMNS:
-        raise BadRequest(f"{path}: expected a line of column names out of path, label, sha256, then one image a line")
-    made = "generator" in header
-    root = path.parent / header.get("source", ".") if frozen and not made else path.parent
-    _check_names(path, root, "" if made else header.get("source", ""), [row["path"] or "" for row in rows])
-    return Listed(root, header, rows)
-
-
-def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:
-    """Refuse names that no file can have, or that lead out of a manifest's folder.
-
-    Raises: BadRequest.
-    """
-    if long := next(filter(_is_too_long, [source, *names]), None):
-        raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; mend the manifest")
-    outside = [name for name in names if not name or _leaves(name)]
-    if outside:
-        raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
-    inside = os.path.realpath(root)
-    if linked := next((name for name in names if _leads_out(inside, name)), None):
-        raise BadRequest(f"{path}: {linked!r} is a link out of {root}; put the image itself there")
-
-
-def _leads_out(inside: str, name: str) -> bool:
-    """Whether a link on the way to a file below a folder leads out of it."""
-    try:
-        return not Path(os.path.realpath(f"{inside}/{name}")).is_relative_to(inside)
-    except (OSError, ValueError):  # no path that a file can have: told of when it is read
-        return False
-
-
-def _manifest(path: Path, labels: tuple[str, ...], classes: int) -> tuple[Path, str, list[tuple[str, int]]]:
-    listed = read_manifest(path)
+def _manifest(path: Path, split: str, labels: tuple[str, ...], classes: int) -> tuple[Path, str, list[tuple[str, int]]]:
+    listed = read_manifest(path, split)
     root, rows = listed.root, listed.rows
     words = [row.get("label") or "" for row in rows]
     if not any(words):
         return root, listed.generator, [(row["path"], -1) for row in rows]
     numbers = match_classes(sorted(set(words)), labels, classes, str(path))
     return root, listed.generator, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
-
-
-def _is_too_long(name: str) -> bool:
-    return len(name) > MAX_PATH or any(len(part.encode("utf-8", "replace")) > MAX_NAME for part in name.split("/"))
-
-
-def _leaves(name: str) -> bool:
-    path = Path(name)
-    return path.is_absolute() or ".." in path.parts

@@ -1,4 +1,5 @@
-"""`config.json` beside the weights: labels and preprocessing, as Hugging Face and timm write them."""
+"""The files beside the weights: labels, preprocessing, license and network, as transformers, timm and OpenCLIP write
+them."""
 
 from __future__ import annotations
 
@@ -11,44 +12,164 @@ import msgspec
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
+from exporter.model import labels, processors, stated, training
+from exporter.model.processors import Read, Unclear
 
 T = TypeVar("T")
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 MAX_LICENSE = 60  # characters
+OPEN_CLIP = "open_clip_config.json"
+_MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Labels, preprocessing and license from the files beside the weights; empty where they are not given."""
+    """What the files beside the weights state; empty where they state nothing.
+
+    network: values by the names of `Architecture`'s fields.
+    origins: for each value of the preprocessing and the network, where it stands.
+    notes: about keys that have no effect.
+    unclear: steps of the preprocessing that options must replace.
+    share_below_384: as in `processors.Read`.
+    """
 
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
     license: str | None = None
     network: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unclear: tuple[Unclear, ...] = ()
+    share_below_384: float | None = None
 
 
-def read_config(folder: Path) -> Config:
-    """Labels and preprocessing from `config.json` and `preprocessor_config.json` of a folder, if it has them.
+def read_config(folder: Path, weights: Path | None = None) -> Config:
+    """Read `config.json`, `preprocessor_config.json` and `open_clip_config.json` of a folder, if it has them.
 
-    Raises: BadRequest when one of them is there but cannot be understood.
+    OpenCLIP's file is for weights that are named `open_clip…`, or where there is no `config.json`.
+
+    Raises: BadRequest when one of them cannot be understood, contradicts itself, or states what is not supported.
     """
-    path, beside = folder / "config.json", folder / "preprocessor_config.json"
+    path, beside, clip = (folder / name for name in ("config.json", "preprocessor_config.json", OPEN_CLIP))
+    if clip.is_file() and (weights.name.startswith("open_clip") if weights else not path.is_file()):
+        return _of_open_clip(clip)
     config = _read(path) if path.is_file() else {}
-    if (act := config.get("hidden_act", "gelu")) != "gelu":
-        raise BadRequest(f"{path}: hidden_act is {act!r}; a ConvNeXt has 'gelu', and no other is supported")
+    if "pretrained_cfg" not in config and "input_size" in config and "architecture" in config:
+        config = {"architecture": config["architecture"], "pretrained_cfg": config}  # as timm wrote it before 0.9
+    statements = stated.Statements(str(path), path.name)
+    _understood(path, lambda: _read_network(statements, config))
+    reads = []
     if "pretrained_cfg" in config:
-        return _understood(path, lambda: _timm_config(config))
-    labels = _understood(path, lambda: _hf_labels(config))
-    recipe = _understood(beside, lambda: _hf_preprocessing(_read(beside))) if beside.is_file() else None
-    return Config(labels, recipe)
+        reads.append(_understood(path, lambda: processors.read_timm_cfg(_timm_cfg(config), path.name)))
+    if beside.is_file():
+        reads.append(_understood(beside, lambda: processors.read_processor(_read(beside), beside.name)))
+    names = () if "backbone_config" in config else _understood(path, lambda: _labels(config, statements))
+    if names:
+        statements.origins["labels"] = path.name
+    if len(reads) > 1:
+        _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing)
+    return _together(statements, names, reads, _license(config))
+
+
+def _of_open_clip(path: Path) -> Config:
+    config = _read(path)
+    statements = stated.Statements(str(path), path.name)
+    _understood(path, lambda: stated.read_open_clip(statements, config))
+    read = _understood(path, lambda: processors.read_open_clip_preprocess(config, path.name))
+    return _together(statements, (), [read])
+
+
+def from_training(beside: dict[str, Any]) -> Config:
+    """Read what a training checkpoint has beside the weights: arguments of scripts and names of classes.
+
+    Raises: BadRequest for what makes no sense or is not supported.
+    """
+    statements = stated.Statements("the checkpoint", training.ORIGIN)
+    try:
+        names, read = training.read_training(beside, statements)
+    except _MALFORMED as error:
+        raise BadRequest(f"the checkpoint: its args cannot be understood ({error}); remove them") from None
+    return _together(statements, names, [read] if read else [])
+
+
+def together(files: Config, training: Config) -> Config:
+    """What the files beside the weights state, and for the rest what the checkpoint states itself."""
+    return Config(
+        labels=files.labels or training.labels,
+        preprocessing=files.preprocessing or training.preprocessing,
+        license=files.license,
+        network=training.network | files.network,
+        origins=training.origins | files.origins,
+        notes=(*files.notes, *training.notes),
+        unclear=files.unclear if files.preprocessing else training.unclear,
+        share_below_384=files.share_below_384 if files.preprocessing else training.share_below_384,
+    )
+
+
+def _together(
+    statements: stated.Statements, names: tuple[str, ...], reads: list[Read], license_id: str | None = None
+) -> Config:
+    read = reads[0] if reads else None
+    return Config(
+        labels=names,
+        preprocessing=read.preprocessing if read else None,
+        license=license_id,
+        network=statements.network,
+        origins=statements.origins | (read.origins if read else {}),
+        notes=(*statements.notes, *(read.notes if read else ())),
+        unclear=tuple(unclear for one in reads for unclear in one.unclear),
+        share_below_384=read.share_below_384 if read else None,
+    )
+
+
+def _refuse_differing(folder: Path, one: Preprocessing, two: Preprocessing) -> None:
+    """Raises: BadRequest when timm's and transformers' files ask for different preprocessing."""
+    for key in ("size", "resize", "crop", "interpolation", "mean", "std"):
+        if getattr(one, key) != getattr(two, key):
+            raise BadRequest(
+                f"{folder}: {key} is {getattr(one, key)} in config.json, but {getattr(two, key)} in "
+                "preprocessor_config.json; remove the file that is wrong"
+            )
+
+
+def _read_network(statements: stated.Statements, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if "pretrained_cfg" in config or kind == "timm_wrapper" or "architecture" in config:
+        stated.read_timm_config(statements, config)
+    elif "backbone_config" in config or config.get("use_timm_backbone"):
+        stated.read_segmenter(statements, config)
+    elif kind in (None, *stated.HF_TYPES):
+        stated.read_transformers(statements, config)
+    else:
+        raise statements.refuse(
+            "model_type", kind, f"expected {', '.join(stated.HF_TYPES)}, timm_wrapper or a backbone"
+        )
+
+
+def _timm_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """The `pretrained_cfg`, with the channels that model_args ask for."""
+    chans = (config.get("model_args") or {}).get("in_chans")
+    cfg: dict[str, Any] = config["pretrained_cfg"]
+    return cfg | {"input_size": [chans, *cfg["input_size"][1:]]} if chans and cfg.get("input_size") else cfg
+
+
+def _labels(config: dict[str, Any], statements: stated.Statements) -> tuple[str, ...]:
+    names = labels.from_config(config)
+    count = statements.network.get("num_classes")
+    if names and count is not None and count != len(names):
+        raise ValueError(f"{statements.keys['num_classes']}, but there are {len(names)} labels")
+    return names
+
+
+def _license(config: dict[str, Any]) -> str | None:
+    words = (config.get("pretrained_cfg") or {}).get("license")
+    return words.lower() if isinstance(words, str) and len(words) <= MAX_LICENSE else None
 
 
 def _understood(path: Path, reading: Callable[[], T]) -> T:
     """The result of a reader, or one error that names the file."""
     try:
         return reading()
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except _MALFORMED as error:
         raise BadRequest(f"{path}: cannot be understood ({type(error).__name__}: {error}); mend or remove it") from None
 
 
@@ -57,67 +178,3 @@ def _read(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise BadRequest(f"{path}: no JSON object ({error}); mend or remove it") from None
-
-
-def _hf_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    names = {int(index): str(name) for index, name in config.get("id2label", {}).items()}
-    if sorted(names) != list(range(len(names))):
-        raise ValueError("id2label does not count from 0")
-    return tuple(names[index] for index in range(len(names)))
-
-
-def _hf_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """ConvNextImageProcessor: below 384 pixels it resizes to size / crop_pct and crops, from 384 on it squashes."""
-    off = [step for step in ("do_resize", "do_rescale", "do_normalize") if config.get(step, True) is not True]
-    if off or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
-        raise ValueError(f"{', '.join(off) or 'rescale_factor'} differs from ConvNeXt's preprocessing")
-    size = config["size"] if isinstance(config["size"], dict) else {"shortest_edge": config["size"]}
-    edge = int(size["shortest_edge"] if "shortest_edge" in size else size["height"])
-    if size.get("width", edge) != edge:
-        raise ValueError(f"size {size}, expected a square")
-    squash = edge >= 384
-    return _checked(
-        size=edge,
-        resize=edge if squash else int(edge / config.get("crop_pct", 224 / 256)),
-        crop="squash" if squash else "center",
-        interpolation=_INTERPOLATIONS[config.get("resample", 3)],
-        mean=config["image_mean"],
-        std=config["image_std"],
-    )
-
-
-def _timm_config(config: dict[str, Any]) -> Config:
-    words = config["pretrained_cfg"].get("license")
-    license_id = words.lower() if isinstance(words, str) and len(words) <= MAX_LICENSE else None
-    return Config(_timm_labels(config), _timm_preprocessing(config["pretrained_cfg"]), license_id)
-
-
-def _timm_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    names = config.get("label_names") or config["pretrained_cfg"].get("label_names") or ()
-    return tuple(str(name) for name in names)
-
-
-def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    edge = int(config["input_size"][-1])
-    if int(config["input_size"][-2]) != edge:
-        raise ValueError(f"input_size {config['input_size']}, expected a square")
-    squash = config.get("crop_mode") == "squash"
-    if config.get("crop_mode", "center") not in ("center", "squash"):
-        raise ValueError(f"crop_mode {config['crop_mode']!r}, expected 'center' or 'squash'")
-    return _checked(
-        size=edge,
-        resize=edge if squash else int(edge / config.get("crop_pct", 0.875)),
-        crop="squash" if squash else "center",
-        interpolation=config.get("interpolation", "bicubic"),
-        mean=config["mean"],
-        std=config["std"],
-    )
-
-
-def _checked(**fields: Any) -> Preprocessing:
-    recipe = msgspec.convert(fields, Preprocessing)
-    if not 1 <= recipe.size <= recipe.resize:
-        raise ValueError(f"resize to {recipe.resize}, then crop {recipe.size}: expected 1 ≤ crop ≤ resize")
-    if not all(0 < spread < 1e6 for spread in recipe.std) or not all(abs(mean) < 1e6 for mean in recipe.mean):
-        raise ValueError(f"mean {recipe.mean}, std {recipe.std}: expected finite numbers, std above 0")
-    return recipe

@@ -180,7 +180,7 @@ def count_macs(arch: Architecture, size: int, classes: int) -> int:
 
 
 def _crop(share: float, size: int = 224, colors: dict[str, tuple[float, float, float]] | None = None) -> Preprocessing:
-    recipe = Preprocessing(size=size, resize=int(size / share))
+    recipe = Preprocessing(size=size, resize=int(size / share), crop_pct=share)
     return msgspec.structs.replace(recipe, **(colors or {}))
 
 

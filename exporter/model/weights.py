@@ -22,9 +22,11 @@ from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub
-from exporter.model.config import Config, read_config
+from exporter.model.config import Config, from_training, read_config, together
 from exporter.model.fit import Fitted, empty, fit
+from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
+from exporter.model.preprocessing import Stated, known, published
 from exporter.model.variants import Architecture, Variant, published_license, resolve
 from exporter.progress import note
 from exporter.recipe import Task
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
     from exporter.model.convnext import ConvNeXt, Embedding, Features
 
-# torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
-_TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
@@ -50,9 +50,17 @@ class Checkpoint:
     state: dict[str, Tensor]
     variant: Variant
     weights: Weights
-    preprocessing: Preprocessing
+    stated: Stated
     labels: tuple[str, ...]
     origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing without options.
+
+        Raises: BadRequest for a step that only an option can replace.
+        """
+        return self.stated.resolve()[0]
 
     @property
     def task(self) -> Task:
@@ -102,27 +110,36 @@ def load(
         source: `hub`, `hf-hub:owner/name`, a file (`FILE#model_ema` takes one part of it), a folder with
             `config.json`, or `random[:SEED]`.
         variant: a name from the table; None detects the variant from the weights, or takes `tiny` where they have none.
-        labels: a text file with one label a line, in place of those in `config.json`.
+        labels: a file with the labels (`labels.read_labels`), in place of those in `config.json`.
         choices: what weights cannot say.
 
     Raises: BadRequest for weights that cannot be used; Unavailable when the Hub cannot be reached.
     """
-    loaded, in_config = _load(source, variant, choices)
-    return replace(loaded, labels=_labels(in_config, labels, loaded.weights.num_classes))
+    loaded = _load(source, variant, choices)
+    names, origins = loaded.labels, dict(loaded.origins)
+    if labels is not None:
+        names, origins["labels"] = read_labels(labels), "--labels"
+    classes = loaded.weights.num_classes
+    if names and classes and len(names) != classes:
+        raise BadRequest(
+            f"{labels or origins['labels']}: {len(names)} labels, but the head has {classes} classes; "
+            "give --labels FILE that fits"
+        )
+    return replace(loaded, labels=names, origins=origins)
 
 
-def _load(source: str, variant: str | None, choices: Choices) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint without labels, and the labels from its `config.json`."""
+def _load(source: str, variant: str | None, choices: Choices) -> Checkpoint:
+    """The checkpoint with the labels that it comes with."""
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "random" or source.startswith("random:"):
-        return _random(source, wanted or resolve("tiny")[0]), ()
+        return _random(source, wanted or resolve("tiny")[0])
     if source == "hub":
         files = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
     elif source.startswith("hf-hub:"):
         files = _from_hub(source.removeprefix("hf-hub:"))
     else:
         files = _from_disk(source)
-    return _checkpoint(files, wanted, choices), files.config.labels
+    return _checkpoint(files, wanted, choices)
 
 
 def fingerprint(source: str, variant: str | None = None, labels: Path | None = None) -> str | None:
@@ -223,10 +240,11 @@ def _weights_in(folder: Path) -> Path:
 
 def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Checkpoint:
     content = checkpoint.read(files.path, files.part)
-    for sentence in content.notes:
+    config = together(files.config, from_training(content.beside))
+    for sentence in (*content.notes, *config.notes):
         note(f"{files.path.name}: {sentence}")
     try:
-        fitted = fit(content.tensors, files.config.network, choices, _own_architecture(files.path))
+        fitted = fit(content.tensors, config.network, choices, _own_architecture(files.path))
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:
@@ -244,8 +262,8 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
         file_sha256=sha256_file(files.path),
         license=files.license,
     )
-    preprocessing = _preprocessing(files.config, fitted.layout, variant)
-    return Checkpoint(fitted.state, variant, record, preprocessing, (), files.config.origins)
+    stated = known(config, fitted.layout, variant, str(files.path))
+    return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
 
 
 def write(folder: Path, fitted: Fitted, config: Mapping[str, Any]) -> None:
@@ -284,38 +302,13 @@ def _own_architecture(path: Path) -> Architecture | None:
         raise BadRequest(f"{path}: its metadata cannot be read ({error}); write the weights again") from None
 
 
-def _preprocessing(config: Config, layout: str, variant: Variant) -> Preprocessing:
-    if config.preprocessing is not None:
-        return config.preprocessing
-    if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
-        return Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
-    return variant.preprocessing
-
-
-def _labels(labels: tuple[str, ...], file: Path | None, classes: int) -> tuple[str, ...]:
-    origin = "config.json"
-    if file is not None:
-        origin = str(file)
-        try:
-            labels = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadRequest(f"{file}: labels cannot be read ({error}); expected one label a line") from None
-        if not labels:
-            raise BadRequest(f"{file}: no labels in it; expected one a line")
-    if labels and classes and len(labels) != classes:
-        raise BadRequest(
-            f"{origin}: {len(labels)} labels, but the head has {classes} classes; give --labels FILE that fits"
-        )
-    return labels
-
-
 def _random(source: str, variant: Variant) -> Checkpoint:
     seed = source.removeprefix("random").removeprefix(":") or "0"
     if not seed.isdecimal() or len(seed) > 9:
         raise BadRequest(f"--weights {source}: the seed must be a whole number below 10⁹, as in random:0")
     state = _random_state(variant.architecture, int(seed))
     record = Weights(source=f"random:{int(seed)}", digest=digest(state), layout="random", num_classes=1000)
-    return Checkpoint(state, variant, record, variant.preprocessing, ())
+    return Checkpoint(state, variant, record, published(variant), ())
 
 
 def _random_state(arch: Architecture, seed: int) -> dict[str, Tensor]:
@@ -372,9 +365,7 @@ def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
     where = source or absolute(expected.source, artifact.path.parent)
     if not source and not _exists(where):
         raise Unavailable(f"{where}: the weights are no longer there; say where with --weights")
-    loaded, _ = _load(
-        where, None if variant.endswith("custom") else variant, choices_of(artifact.sidecar.recipe["model"])
-    )
+    loaded = _load(where, None if variant.endswith("custom") else variant, choices_of(artifact.sidecar.recipe["model"]))
     if loaded.weights.digest != expected.digest:
         raise BadRequest(
             f"{where}: other weights than the artifact was made from (digest "

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from exporter.artifact.sidecar import Record
+from exporter.artifact.sidecar import Crop, Interpolation, Record
 from exporter.recipe.fields import about
 
 SYNTHETIC = "synthetic"
@@ -40,7 +40,10 @@ class Model(Record, frozen=True):
             path=True,
         ),
     ] = "hub"
-    labels: Annotated[str | None, about("Class names, one a line.", metavar="FILE", path=True)] = None
+    labels: Annotated[
+        str | None,
+        about("Class names: text, one a line, with or without numbers; JSON; or CSV.", metavar="FILE", path=True),
+    ] = None
     task: Annotated[
         Task | None,
         about(
@@ -67,6 +70,32 @@ class Model(Record, frozen=True):
     norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norms without bias; weights do not show it.")] = (
         None
     )
+
+
+class PreprocessingOptions(Record, frozen=True):
+    """Preprocessing that replaces what the weights come with; None keeps that."""
+
+    mean: Annotated[
+        tuple[float, ...] | None,
+        about("Mean of each channel, of pixels from 0 to 1.", metavar="R,G,B", commas=True, repeats=True),
+    ] = None
+    std: Annotated[
+        tuple[Annotated[float, Meta(gt=0)], ...] | None,
+        about("Standard deviation of each channel.", metavar="R,G,B", commas=True, repeats=True),
+    ] = None
+    resize: Annotated[
+        Annotated[int, Meta(ge=1, le=8192)] | None,
+        about("Side in pixels that images are resized to before the crop.", metavar="N"),
+    ] = None
+    crop_pct: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        about("Input size as a share of the side that images are resized to, in place of --resize.", metavar="X"),
+    ] = None
+    crop_mode: Annotated[
+        Crop | None,
+        about("Resize the short side (center), both sides (squash), or the long side and fill up (border)."),
+    ] = None
+    interpolation: Annotated[Interpolation | None, about("Filter that images are resized with.")] = None
 
 
 class Export(Record, frozen=True):
@@ -217,6 +246,7 @@ class Recipe(Record, frozen=True):
     precision: str
     schema: Literal[1] = 1
     model: Model = Model()
+    preprocessing: PreprocessingOptions = PreprocessingOptions()
     export: Export = Export()
     quantization: Quantization | None = None
     target: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -20,7 +20,8 @@ def about(help: str, **extra: Any) -> msgspec.Meta:
         help: one sentence for `--help`, the JSON schema and the docs.
         extra: `metavar`, the placeholder in `--help`; `path=True` for paths, which are relative to the recipe's file;
             `default`, a text that describes the default where it is None; `option`, the option's name where it is not
-            the field's; `commas=True` for lists that are given as in `1,8`.
+            the field's; `commas=True` for lists that are given as in `1,8`, and
+            `repeats=True` where a value may stand in them twice.
     """
     return msgspec.Meta(description=help, extra=extra)
 

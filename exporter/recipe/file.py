@@ -15,7 +15,7 @@ import yaml
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.recipe import Bench, Checks, Recipe, bundled, strict
+from exporter.recipe import Bench, Checks, PreprocessingOptions, Recipe, bundled, strict
 from exporter.recipe.fields import differing, fields_of
 from exporter.recipe.strict import Marks
 
@@ -112,6 +112,8 @@ def write(recipe: Recipe, path: Path, options: type[Record]) -> bytes:
         del fields["quantization"]
     if not recipe.target:
         del fields["target"]
+    if recipe.preprocessing == PreprocessingOptions():
+        del fields["preprocessing"]
     fields["checks"] = {"data": recipe.checks.data, **differing(recipe.checks, Checks())}
     if recipe.bench is not None:
         fields["bench"] = differing(recipe.bench, Bench())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.data import calibration, samples
+from exporter.data import calibration, manifests, samples
 from exporter.data.calibration import open_calibration
 from exporter.errors import BadRequest
 from tests.conftest import snapshot
@@ -149,7 +149,7 @@ def test_arrays_and_synthetic_images_have_digests_too(tmp_path):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(head=st.lists(st.text(max_size=20), max_size=3), rows=st.lists(st.lists(st.text(max_size=70), max_size=4)))
 def test_whatever_a_manifest_holds_it_is_read_or_refused(head, rows, tmp_path):
-    lines = [samples.CALIBRATION, *(f"# source: {line}" for line in head), "sha256\tpath\tlabel"]
+    lines = [manifests.CALIBRATION, *(f"# source: {line}" for line in head), "sha256\tpath\tlabel"]
     text = "\n".join([*lines, *("\t".join(row) for row in rows)])
     (tmp_path / "hostile.tsv").write_bytes(text.encode("utf-8", "surrogatepass"))
     with contextlib.suppress(BadRequest):

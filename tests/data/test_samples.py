@@ -222,7 +222,7 @@ def test_manifests_as_people_and_spreadsheets_write_them(head, folder):
 
 
 def test_columns_and_arrays_nobody_would_read_are_refused(folder, tmp_path):
-    (folder / "m.csv").write_text("path,class\ncat/0.png,cat\n")
+    (folder / "m.csv").write_text("path,score\ncat/0.png,cat\n")
     with pytest.raises(BadRequest, match="out of path, label, sha256"):
         gather(folder / "m.csv")
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32), y=np.zeros(2, int))

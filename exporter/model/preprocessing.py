@@ -1,0 +1,121 @@
+"""The preprocessing of an artifact: what the files beside the weights state or the published recipe, as options change
+it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.errors import BadRequest
+from exporter.model.config import Config
+from exporter.model.processors import SQUASHED_FROM, Unclear
+from exporter.model.variants import Variant
+from exporter.recipe import PreprocessingOptions
+
+# torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
+_TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
+_VALUES = ("size", "resize", "crop", "interpolation", "mean", "std")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Preprocessing as it is known for weights, before options and the input size.
+
+    origins: for each value, where it comes from.
+    unclear: steps that options must replace.
+    share_below_384: crop_pct of sizes below 384 pixels, where ConvNeXt's published rule holds, which squashes from
+        there on; None where it does not.
+    source: the weights, for errors.
+    """
+
+    preprocessing: Preprocessing
+    origins: dict[str, str]
+    unclear: tuple[Unclear, ...] = ()
+    share_below_384: float | None = None
+    source: str = ""
+
+    def resolve(
+        self, options: PreprocessingOptions | None = None, size: int | None = None
+    ) -> tuple[Preprocessing, dict[str, str]]:
+        """The preprocessing for an input size in pixels, and where each value comes from.
+
+        Raises: BadRequest for a step that is not followed and no option replaces, and for options that contradict each
+            other.
+        """
+        options = options or PreprocessingOptions()
+        self._refuse_unclear(options)
+        recipe, origins = self.preprocessing, dict(self.origins)
+        if size is not None and size != recipe.size:
+            origins["size"] = "--imgsz"
+            if self.share_below_384 is None:
+                recipe = recipe.at(size)
+            else:
+                recipe = _by_rule(recipe, size, self.share_below_384)
+                if recipe.crop != self.preprocessing.crop:
+                    rule = f"published rule for {size} pixels"
+                    origins |= {"resize": rule, "crop": rule}
+        return _changed(recipe, origins, options)
+
+    def _refuse_unclear(self, options: PreprocessingOptions) -> None:
+        given = {name for name in ("mean", "std", "crop_mode") if getattr(options, name) is not None}
+        if options.resize is not None or options.crop_pct is not None:
+            given.add("resize")
+        for step in self.unclear:
+            if not given.issuperset(step.options):
+                raise BadRequest(f"{self.source}: {step.reason}")
+
+
+def _by_rule(recipe: Preprocessing, size: int, share: float) -> Preprocessing:
+    """ConvNeXt's published rule: a crop below 384 pixels, and a squash from there on."""
+    if size >= SQUASHED_FROM:
+        return replace(recipe, size=size, resize=size, crop="squash", crop_pct=None)
+    return replace(recipe, size=size, resize=int(size / share), crop="center", crop_pct=share)
+
+
+def _changed(
+    recipe: Preprocessing, origins: dict[str, str], options: PreprocessingOptions
+) -> tuple[Preprocessing, dict[str, str]]:
+    """The preprocessing with the values of options."""
+    if options.resize is not None and options.crop_pct is not None:
+        raise BadRequest(f"--resize {options.resize} and --crop-pct {options.crop_pct}: give one of them")
+    for name, option in (("crop", "crop_mode"), ("interpolation", "interpolation"), ("mean", "mean"), ("std", "std")):
+        if (value := getattr(options, option)) is not None:
+            if name in ("mean", "std"):
+                value = _channels(name, value, len(recipe.mean))
+            recipe = replace(recipe, **{name: value})
+            origins[name] = f"--{option.replace('_', '-')}"
+    if options.resize is not None:
+        recipe = replace(recipe, resize=options.resize, crop_pct=None)
+        origins["resize"] = "--resize"
+    if options.crop_pct is not None:
+        recipe = replace(recipe, resize=int(recipe.size / options.crop_pct), crop_pct=options.crop_pct)
+        origins["resize"] = "--crop-pct"
+    if recipe.resize < recipe.size and recipe.crop != "border":
+        raise BadRequest(f"--resize {recipe.resize}: smaller than the input size {recipe.size}; give at least that")
+    return recipe, origins
+
+
+def _channels(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise BadRequest(f"--{name}: {len(values)} values, but the network has {channels} channels")
+    return values if len(values) == channels else values * channels
+
+
+def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
+    """The preprocessing for weights: by the files beside them, else as published for their layout and variant."""
+    if config.preprocessing is not None:
+        return Stated(config.preprocessing, config.origins, config.unclear, config.share_below_384, source)
+    if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
+        recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
+        return Stated(recipe, dict.fromkeys(_VALUES, f"published recipe of torchvision's {variant.name}"))
+    return published(variant)
+
+
+def published(variant: Variant) -> Stated:
+    """The published preprocessing of a variant; of a custom one, that of the papers."""
+    origin = "default" if variant.name.endswith("custom") else f"published recipe of {variant.name}"
+    recipe = variant.preprocessing
+    share = recipe.crop_pct or recipe.size / recipe.resize
+    return Stated(recipe, dict.fromkeys(_VALUES, origin), share_below_384=share)

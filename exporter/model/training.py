@@ -1,0 +1,140 @@
+"""What training scripts store beside the weights: their arguments, and the names of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.errors import BadRequest
+from exporter.model import labels, processors, stated, variants
+from exporter.model.processors import Read
+
+ORIGIN = "args of the checkpoint"
+_TIMM_ARGS = ("img_size", "input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")
+
+
+def read_training(beside: Mapping[str, Any], statements: stated.Statements) -> tuple[tuple[str, ...], Read | None]:
+    """Read labels and preprocessing of a training checkpoint from what it has beside the weights, and state what is
+    said about the network.
+
+    Raises: BadRequest for arguments that are not supported; ValueError and others for those that make no sense.
+    """
+    arguments = _mapping(beside.get("args"))
+    if beside.get("args") is not None and not arguments:
+        statements.notes.append(f"{ORIGIN}: {type(beside['args']).__name__} is not read")
+    read = _preprocessing(arguments, beside.get("arch"), statements)
+    names, where = _labels(beside)
+    if names:
+        statements.origins["labels"] = where
+    return names, read
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A dictionary with text as keys, or the attributes of a Namespace; {} for anything else."""
+    value = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    return {key: one for key, one in value.items() if isinstance(key, str)} if isinstance(value, Mapping) else {}
+
+
+def _preprocessing(args: dict[str, Any], arch: object, statements: stated.Statements) -> Read | None:
+    """By whose arguments they are: torchvision's references, facebookresearch's code, or timm's train.py."""
+    if "val_crop_size" in args or "val_resize_size" in args:
+        return _torchvision(args)
+    if "imagenet_default_mean_and_std" in args:
+        return _facebook(args)
+    model = str(args.get("model") or arch or "")
+    if any(key in args for key in _TIMM_ARGS) or "model_kwargs" in args:
+        _timm_network(args, model, statements)
+        return _timm(args, model)
+    return None
+
+
+def _torchvision(args: Mapping[str, Any]) -> Read:
+    size, resize = args.get("val_crop_size") or 224, args.get("val_resize_size") or 256
+    keys = {"size": "val_crop_size", "resize": "val_resize_size", "interpolation": "interpolation"}
+    recipe = processors.checked(size=size, resize=resize, interpolation=args.get("interpolation") or "bilinear")
+    fixed = dict.fromkeys(("crop", "mean", "std"), "default of torchvision's references")
+    return Read(recipe, fixed | {name: ORIGIN for name, key in keys.items() if args.get(key)})
+
+
+def _facebook(args: Mapping[str, Any]) -> Read:
+    size = int(args.get("input_size") or 224)
+    squash = size >= processors.SQUASHED_FROM
+    share = float(args.get("crop_pct") or 224 / 256)
+    mean, std = processors.IMAGENET if args["imagenet_default_mean_and_std"] else processors.HALF
+    recipe = processors.checked(
+        size=size,
+        resize=size if squash else int(size / share),
+        crop="squash" if squash else "center",
+        crop_pct=None if squash else share,
+        mean=mean,
+        std=std,
+    )
+    origins = dict.fromkeys(("size", "resize", "crop", "mean", "std"), ORIGIN)
+    return Read(recipe, origins | {"interpolation": "default of facebookresearch"}, share_below_384=share)
+
+
+def _timm(args: Mapping[str, Any], model: str) -> Read | None:
+    """Read the arguments of timm's train.py; a value that they leave out is that of the model."""
+    given = {key: args[key] for key in _TIMM_ARGS if args.get(key) is not None}
+    if not given:
+        return None
+    base, default = _published(model)
+    _, height, width = given.get("input_size", (3, *[given.get("img_size", base.size)] * 2))
+    if height != width:
+        raise ValueError(f"input_size {given['input_size']}: expected a square")
+    share = float(given.get("crop_pct") or base.crop_pct or base.size / base.resize)
+    recipe = processors.checked(
+        size=height,
+        resize=int(height / share),
+        crop=given.get("crop_mode", base.crop),
+        crop_pct=share,
+        interpolation=given.get("interpolation") or base.interpolation,
+        mean=_colors(given.get("mean", base.mean)),
+        std=_colors(given.get("std", base.std)),
+    )
+    sources = {"size": ("input_size", "img_size"), "resize": ("crop_pct",), "crop": ("crop_mode",)}
+    sources |= {key: (key,) for key in ("interpolation", "mean", "std")}
+    return Read(
+        recipe, {name: ORIGIN if any(key in given for key in keys) else default for name, keys in sources.items()}
+    )
+
+
+def _colors(values: Any) -> tuple[float, ...]:
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+def _published(model: str) -> tuple[Preprocessing, str]:
+    try:
+        variant, _ = variants.resolve(model)
+    except BadRequest:
+        return Preprocessing(crop_pct=0.875), "default of timm"
+    return variant.preprocessing, f"published recipe of {variant.name}"
+
+
+def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statements) -> None:
+    keyword = _mapping(args.get("model_kwargs"))
+    stated.read_timm(statements, model if "convnext" in model else None, keyword, "args.model_kwargs.")
+    keys = {"gp": stated.MODEL_ARGS["global_pool"], "num_classes": stated.MODEL_ARGS["num_classes"]}
+    statements.read(args, keys, "args.")
+
+
+def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The names of the classes, where they are unmistakable, and where they stand."""
+    hyper, meta = _mapping(beside.get("hyper_parameters")), _mapping(beside.get("meta"))
+    places: list[tuple[str, Any]] = [
+        ("class_to_idx", beside.get("class_to_idx")),
+        ("args.class_to_idx", _mapping(beside.get("args")).get("class_to_idx")),
+        ("hyper_parameters.class_to_idx", hyper.get("class_to_idx")),
+        ("hyper_parameters.id2label", hyper.get("id2label")),
+        ("hyper_parameters.class_names", hyper.get("class_names")),
+        ("hyper_parameters.classes", hyper.get("classes")),
+        ("meta.dataset_meta.classes", _mapping(meta.get("dataset_meta")).get("classes")),
+        ("meta.CLASSES", meta.get("CLASSES")),
+    ]
+    for where, names in places:
+        if isinstance(names, Mapping) and names:
+            return labels.from_mapping(names), f"{where} of the checkpoint"
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return tuple(names), f"{where} of the checkpoint"
+    return (), ""

@@ -1,0 +1,287 @@
+"""What a configuration states about the network is read or refused by name, as the libraries themselves read it."""
+
+import argparse
+import inspect
+import json
+
+import pytest
+
+from exporter.errors import BadRequest
+from exporter.model import stated
+from exporter.model.config import from_training, read_config
+from exporter.model.preprocessing import known
+from exporter.model.variants import VARIANTS
+from tests.reference import library
+
+
+@pytest.fixture
+def of(tmp_path):
+    """The configuration of a folder with one file."""
+
+    def of(config, name="config.json"):
+        (tmp_path / name).write_text(json.dumps(config))
+        return read_config(tmp_path)
+
+    return of
+
+
+def timm(**args):
+    return {"architecture": "convnext_tiny", "model_args": args, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+
+
+STATED = [
+    ({"act_layer": "gelu_tanh"}, {"act": "gelu_tanh"}),
+    ({"act_layer": "swish"}, {"act": "silu"}),
+    ({"norm_layer": "rmsnorm2d", "norm_eps": 1e-5}, {"norm": "rms", "norm_eps": 1e-5}),
+    ({"norm_layer": "simplenorm"}, {"norm": "simple"}),
+    ({"global_pool": "catavgmax"}, {"pool": "catavgmax"}),
+    ({"global_pool": "fastavgmax"}, {"pool": "avgmax"}),
+    ({"global_pool": ""}, {"pool": "none"}),
+    ({"output_stride": 8}, {"output_stride": 8}),
+    ({"patch_size": 2, "stem_type": "overlap"}, {"patch": 2, "stem": "overlap"}),
+    ({"kernel_sizes": 5}, {"kernels": (5, 5, 5, 5)}),
+    ({"kernel_sizes": [7, 5, 5, 3]}, {"kernels": (7, 5, 5, 3)}),
+    ({"depths": [1, 2, 1, 1], "dims": [8, 16, 32, 64]}, {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)}),
+    ({"head_norm_first": True, "head_hidden_size": 32}, {"head_norm_first": True, "head_hidden": 32}),
+    ({"in_chans": 1, "num_classes": 0}, {"in_chans": 1, "num_classes": 0}),
+    ({"use_grn": True, "conv_bias": False, "ls_init_value": 0}, {"grn": True, "conv_bias": False, "ls_init": 0.0}),
+    ({"conv_mlp": True, "drop_rate": 0.0, "act_layer": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("args", "network"), STATED)
+def test_model_args_are_read(args, network, of):
+    config = of(timm(**args))
+    assert config.network == network
+    assert {config.origins[name] for name in network} <= {"config.json"}
+
+
+def test_every_argument_of_timms_network_is_on_a_list():
+    library("timm")
+    from timm.models.convnext import ConvNeXt
+
+    arguments = set(inspect.signature(ConvNeXt.__init__).parameters) - {"self"}
+    assert arguments == set(stated.MODEL_ARGS) | (set(stated._IDLE_ARGS) & arguments)
+
+
+def test_every_activation_of_timm_and_transformers_is_read_or_refused(of):
+    library("timm")
+    transformers = library("transformers")
+    import torch
+    from timm.layers import get_act_layer
+    from timm.layers.create_act import _ACT_LAYER_DEFAULT
+
+    x = torch.linspace(-6, 6, 1001)
+    ours = {name: get_act_layer(name)()(x) for name in ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")}
+    theirs = [(name, timm(act_layer=name), get_act_layer(name)) for name in _ACT_LAYER_DEFAULT]
+    theirs += [
+        (name, {"model_type": "convnext", "hidden_act": name}, lambda name=name: transformers.activations.ACT2FN[name])
+        for name in transformers.activations.ACT2CLS
+    ]
+    read = 0
+    for name, config, make in theirs:
+        try:
+            act = of(config).network["act"]
+        except BadRequest as error:
+            assert f"is {name!r}; not supported" in str(error)
+            continue
+        read += 1
+        torch.testing.assert_close(make()(x), ours[act], rtol=0, atol=1e-5)
+    assert read == 6 + 11
+
+
+def test_architectures_of_timm_state_what_the_weights_cannot_tell(of):
+    """Every function of timm, built on the meta device, has the activation, norm and eps that are read."""
+    library("timm")
+    import timm as library_timm
+    import torch
+
+    kinds = {"LayerNorm": "layer", "RmsNorm": "rms", "SimpleNorm": "simple"}
+    acts = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "SiLU": "silu"}
+    names = [name for name in library_timm.list_models("*convnext*") if "convnext_" in name or "convnextv2" in name]
+    names = [name for name in names if type_of(library_timm, name) == "ConvNeXt"]
+    assert len(names) > 25
+    for name in names:
+        with torch.device("meta"):
+            model = library_timm.create_model(name)
+        network = {"act": "gelu", "norm": "layer", "norm_eps": 1e-6, "head_norm_first": False}
+        network |= of({"architecture": name, "pretrained_cfg": {"input_size": [3, 64, 64]}}).network
+        norm, act = model.stages[0].blocks[0].norm, model.stages[0].blocks[0].mlp.act
+        assert network["norm"] == kinds[type(norm).__name__.removesuffix("2d")], name
+        assert (network["act"], network["norm_eps"]) == (acts[type(act).__name__], norm.eps), name
+        assert network["head_norm_first"] == (type(model.norm_pre).__name__ != "Identity"), name
+
+
+def type_of(library_timm, name):
+    return "ConvNeXt" if library_timm.models.model_entrypoint(name).__module__.endswith("convnext") else ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"use_xyz": True}, "model_args.use_xyz is True; not supported"),
+        ({"act_layer": "mish"}, "model_args.act_layer is 'mish'; not supported"),
+        ({"norm_layer": "batchnorm2d"}, "model_args.norm_layer is 'batchnorm2d'; not supported"),
+        ({"global_pool": "abs_attn"}, "model_args.global_pool is 'abs_attn'; not supported"),
+        ({"output_stride": 4}, "model_args.output_stride is 4; not supported"),
+        ({"kernel_sizes": [7, 7]}, r"model_args.kernel_sizes is \[7, 7\]; not supported"),
+        ({"kernel_sizes": 6}, "model_args.kernel_sizes is 6; not supported"),
+        ({"norm_eps": "1e-5x"}, "model_args.norm_eps is '1e-5x'; not supported"),
+        ({"stem_type": "conv"}, "model_args.stem_type is 'conv'; not supported"),
+        ({"patch_size": -4}, "model_args.patch_size is -4; not supported"),
+        ({"out_indices": [3]}, r"model_args.out_indices is \[3\]; not supported"),
+        ({"use_grn": "yes"}, "model_args.use_grn is 'yes'; not supported"),
+    ],
+)
+def test_model_args_that_are_unknown_or_not_supported_are_refused_by_name(args, message, of):
+    with pytest.raises(BadRequest, match=rf"config.json: {message}"):
+        of(timm(**args))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"global_pool": "avg"} | timm(global_pool="max"), "global_pool is 'max', but global_pool is 'avg'"),
+        ({"num_classes": 10} | timm(num_classes=5), "num_classes is 5, but num_classes is 10"),
+        (timm() | {"architecture": "resnet50"}, "architecture is 'resnet50'; expected a ConvNeXt"),
+        (timm() | {"pretrained_cfg": {"label_offset": 1}}, "pretrained_cfg.label_offset is 1; not supported"),
+        ({"model_type": "convnext", "hidden_act": "mish"}, "hidden_act is 'mish'; not supported"),
+        ({"model_type": "convnext", "layer_norm_eps": "x"}, "layer_norm_eps is 'x'; not supported"),
+        ({"model_type": "convnext", "patch_size": [4, 2]}, r"patch_size is \[4, 2\]; not supported"),
+        ({"model_type": "convnext", "num_stages": 3, "depths": [1, 1]}, "num_stages is 3; but depths has 2"),
+        ({"model_type": "convnext", "auto_map": {"AutoModel": "x.Y"}}, "auto_map is .*; code of the repository"),
+        ({"model_type": "resnet"}, "model_type is 'resnet'; expected convnext, convnextv2, dinov3_convnext"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05; whose norms depends on model_type"),
+        ({"model_type": "detr", "backbone_config": {"model_type": "resnet"}}, "backbone_config.model_type is 'resnet'"),
+    ],
+)
+def test_configurations_that_contradict_themselves_or_are_not_supported_are_refused(config, message, of):
+    with pytest.raises(BadRequest, match=message):
+        of(config)
+
+
+@pytest.mark.parametrize("args", [{"drop_path_rate": 0.1}, {"head_init_scale": 0.001}, {"drop_rate": 0.2}])
+def test_arguments_without_effect_are_noted(args, of):
+    (name, value), *_ = args.items()
+    assert of(timm(**args)).notes == (f"model_args.{name} {value}: has no effect on the outputs",)
+
+
+def test_eps_of_transformers_is_the_last_norms_alone_but_for_dinov3(of):
+    first = of({"model_type": "convnext", "layer_norm_eps": 1e-3, "hidden_act": "relu"})
+    assert first.network == {"act": "relu", "norm_eps": 1e-6, "head_eps": 1e-3, "grn": False}
+    second = of({"model_type": "convnextv2", "num_channels": 1, "depths": [1, 1], "hidden_sizes": [8, 16]})
+    assert second.network["head_eps"] == 1e-12
+    assert (second.network["grn"], second.network["in_chans"], second.network["dims"]) == (True, 1, (8, 16))
+    assert second.origins["head_eps"] == "default of convnextv2"
+    assert of({"model_type": "dinov3_convnext", "layer_norm_eps": 1e-5}).network == {"norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize("kind", ["ConvNextConfig", "ConvNextV2Config", "DINOv3ConvNextConfig"])
+def test_configurations_that_transformers_writes_are_read_without_a_note(kind, of, tmp_path):
+    library("torchvision")
+    transformers = library("transformers")
+    getattr(transformers, kind)(layer_norm_eps=1e-5, num_labels=3).save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config.notes == ()
+    assert config.network["norm_eps" if kind.startswith("DINO") else "head_eps"] == 1e-5
+    assert config.labels == ()
+
+
+def test_keys_that_no_convnext_reads_are_noted_and_bookkeeping_is_not(of):
+    config = of({"model_type": "convnext", "use_mask": True, "torch_dtype": "float32", "transformers_version": "5"})
+    assert config.notes == ("config.json: use_mask: no ConvNeXt reads them, so they have no effect",)
+
+
+def test_timm_wrapper_is_read_like_timm(of):
+    wrapper = timm(act_layer="relu") | {"model_type": "timm_wrapper", "num_classes": 2, "initializer_range": 0.02}
+    config = of(wrapper | {"label_names": ["a", "b"], "torch_dtype": "float32", "do_pooling": True})
+    assert (config.labels, config.network, config.notes) == (("a", "b"), {"act": "relu", "num_classes": 2}, ())
+
+
+def test_the_backbone_of_a_segmenter_is_read_and_its_labels_are_not(of):
+    inner = {"model_type": "convnext", "layer_norm_eps": 1e-5, "hidden_act": "relu", "num_labels": 2}
+    config = of({"model_type": "upernet", "backbone_config": inner, "id2label": {"0": "wall"}})
+    assert (config.network["act"], config.network["head_eps"], config.labels) == ("relu", 1e-5, ())
+    assert "num_classes" not in config.network
+    inner = {"model_type": "timm_backbone", "backbone": "convnext_tiny", "num_channels": 1, "out_indices": [1, 2, 3]}
+    assert of({"model_type": "detr", "backbone_config": inner}).network == {"in_chans": 1}
+
+
+def open_clip(**vision):
+    vision = {"timm_model_name": "convnext_xxlarge", "timm_pool": "", "timm_proj": "linear", "image_size": 256} | vision
+    return {"model_cfg": {"embed_dim": 1024, "vision_cfg": vision}, "preprocess_cfg": {}}
+
+
+def test_the_vision_tower_of_open_clip_is_read(of, tmp_path):
+    name = "open_clip_config.json"
+    assert of(open_clip(), name).network == {"norm_eps": 1e-5}
+    assert of(open_clip(timm_pool="max"), name).network["pool"] == "max"
+    for vision, message in (
+        ({"timm_pool": "abs_attn"}, "vision_cfg.timm_pool is 'abs_attn'; not supported"),
+        ({"timm_proj": "glu"}, "vision_cfg.timm_proj is 'glu'; not supported"),
+        ({"output_tokens": True}, "vision_cfg.output_tokens is True; not supported"),
+        ({"timm_model_name": None}, "vision_cfg.timm_model_name is None; expected a ConvNeXt of timm"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            of(open_clip(**vision), name)
+
+
+def test_open_clips_file_is_for_its_own_weights(of, tmp_path):
+    of(open_clip(), "open_clip_config.json")
+    assert of(timm(act_layer="relu")).network == {"act": "relu"}
+    assert read_config(tmp_path, tmp_path / "model.safetensors").network == {"act": "relu"}
+    assert read_config(tmp_path, tmp_path / "open_clip_model.safetensors").network == {"norm_eps": 1e-5}
+
+
+def test_args_of_timms_script_are_read():
+    args = argparse.Namespace(img_size=320, mean=[0.5], std=None, crop_pct=1.0, interpolation="", model="convnext_nano")
+    config = from_training({"args": args, "arch": "convnext_nano"})
+    recipe, origins = known(config, "timm", VARIANTS["nano"], "x").resolve()
+    assert (recipe.size, recipe.resize, recipe.mean, recipe.interpolation) == (320, 320, (0.5, 0.5, 0.5), "bicubic")
+    assert (origins["size"], origins["std"]) == ("args of the checkpoint", "published recipe of nano")
+    args = {"img_size": None, "mean": None, "gp": "max", "num_classes": 3, "model_kwargs": {"act_layer": "relu"}}
+    config = from_training({"args": args})
+    assert (config.preprocessing, config.network) == (None, {"act": "relu", "pool": "max", "num_classes": 3})
+    with pytest.raises(BadRequest, match=r"the checkpoint: args.model_kwargs.use_xyz is 1; not supported"):
+        from_training({"args": {"model_kwargs": {"use_xyz": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("size", "pct", "expected"),
+    [(224, None, (256, "center")), (224, 0.9, (248, "center")), (384, 0.9, (384, "squash"))],
+)
+def test_args_of_facebooks_script_are_read(size, pct, expected):
+    config = from_training({"args": {"input_size": size, "crop_pct": pct, "imagenet_default_mean_and_std": False}})
+    assert (config.preprocessing.resize, config.preprocessing.crop) == expected
+    assert config.preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"class_to_idx": {"dog": 1, "cat": 0}},
+        {"args": {"class_to_idx": {"dog": 1, "cat": 0}}},
+        {"hyper_parameters": {"class_to_idx": {"cat": 0, "dog": 1}}},
+        {"hyper_parameters": {"class_names": ["cat", "dog"], "lr": 1e-3}},
+        {"meta": {"dataset_meta": {"classes": ("cat", "dog")}}},
+        {"meta": {"CLASSES": ("cat", "dog")}},
+    ],
+)
+def test_labels_in_training_checkpoints_are_read(beside):
+    config = from_training(beside)
+    assert config.labels == ("cat", "dog")
+    assert config.origins["labels"].endswith(" of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"epoch": 3, "meta": {}, "hyper_parameters": {"name": "convnext_tiny", "classes": 10}},
+        {"args": {"lr": 1e-3, "model": "convnext_tiny"}},
+        {"args": "--lr 1e-3"},
+    ],
+)
+def test_checkpoints_that_state_nothing_give_nothing(beside):
+    config = from_training(beside)
+    assert (config.labels, config.preprocessing, config.network) == ((), None, {})
