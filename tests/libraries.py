@@ -33,7 +33,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
             else:
                 offset = 0.5 if name.endswith(("gamma", "layer_scale", "layer_scale_parameter")) else 0.0
-                offset = 1.0 if name.endswith("norm.weight") or "norm" in name and name.endswith("weight") else offset
+                offset = 1.0 if name.endswith("norm.weight") or ("norm" in name and name.endswith("weight")) else offset
                 parameter.normal_(std=0.2, generator=generator).add_(offset)
     return model.eval()
 

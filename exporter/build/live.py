@@ -54,7 +54,7 @@ def export(
     with _evaluated(module) as original:
         fitted = live.read(original)
         folder = out / f"{fitted.variant.name}.weights"
-        weights.write(folder, fitted, _config(original, labels, preprocessing))
+        weights.write(folder, fitted, preprocessing, _config(original, labels))
         model = replace(recipe.model, weights=str(folder), labels=None, variant=None, reference=None)
         opened = reference.of_module(original)
         built = build(replace(recipe, model=model), out, reference=opened)
@@ -84,8 +84,8 @@ def _evaluated(module: nn.Module) -> Iterator[nn.Module]:
             part.training = True
 
 
-def _config(module: nn.Module, labels: Sequence[str], preprocessing: Preprocessing | None) -> dict[str, Any]:
-    """The content of `config.json`: labels and preprocessing, from the arguments or from the module's own config."""
+def _config(module: nn.Module, labels: Sequence[str]) -> dict[str, Any]:
+    """The content of `config.json`: labels and preprocessing from the module's own config, and the given labels."""
     config: dict[str, Any] = {}
     for part in module.modules():
         if isinstance(cfg := getattr(part, "pretrained_cfg", None), dict):
@@ -94,20 +94,7 @@ def _config(module: nn.Module, labels: Sequence[str], preprocessing: Preprocessi
         if isinstance(names := getattr(getattr(part, "config", None), "id2label", None), dict):
             config["id2label"] = {str(index): name for index, name in names.items()}
             break
-    if preprocessing is not None:
-        config["pretrained_cfg"] = _timm_cfg(preprocessing)
     if labels:
         config.pop("id2label", None)
         config["label_names"] = list(labels)
     return config
-
-
-def _timm_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
-    return {
-        "input_size": [len(preprocessing.mean), preprocessing.size, preprocessing.size],
-        "crop_pct": preprocessing.size / (preprocessing.resize + 0.25),  # timm rounds size / crop_pct down
-        "crop_mode": preprocessing.crop,
-        "interpolation": preprocessing.interpolation,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-    }

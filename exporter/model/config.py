@@ -133,7 +133,7 @@ def _refuse_differing(folder: Path, one: Preprocessing, two: Preprocessing) -> N
 
 def _read_network(statements: stated.Statements, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
-    if "pretrained_cfg" in config or kind == "timm_wrapper" or "architecture" in config:
+    if kind == "timm_wrapper" or config.keys() & {"pretrained_cfg", "architecture", "model_args"}:
         stated.read_timm_config(statements, config)
     elif "backbone_config" in config or config.get("use_timm_backbone"):
         stated.read_segmenter(statements, config)

@@ -77,7 +77,8 @@ def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:
     shown |= {"head_hidden": widths[0] if widths else None, "kernels": arch.kernel_sizes}
     for name, value in stated.items():
         value = tuple(value) if isinstance(value, list) else value
-        if name in shown and shown[name] != value:
+        same_widths = {value, shown.get(name)} == {"overlap", "overlap_tiered"}  # of a stem with few channels
+        if name in shown and shown[name] != value and not same_widths:
             raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; mend one of them")
     settings = {name: stated[name] for name in _SETTINGS if name in stated}
     if settings.get("pool") == "none":

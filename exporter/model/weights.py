@@ -19,7 +19,7 @@ import msgspec
 
 from exporter.artifact import Artifact, sha256_file
 from exporter.artifact.disk import user_path, write_file
-from exporter.artifact.sidecar import Preprocessing, Weights
+from exporter.artifact.sidecar import Preprocessing, Record, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub
 from exporter.model.config import Config, from_training, read_config, together
@@ -244,7 +244,8 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
     for sentence in (*content.notes, *config.notes):
         note(f"{files.path.name}: {sentence}")
     try:
-        fitted = fit(content.tensors, config.network, choices, _own_architecture(files.path))
+        written = _written(files.path)
+        fitted = fit(content.tensors, config.network, choices, written and written.architecture)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:
@@ -262,29 +263,39 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
         file_sha256=sha256_file(files.path),
         license=files.license,
     )
+    if written and written.preprocessing:
+        config = replace(config, preprocessing=written.preprocessing, unclear=(), share_below_384=None)
     stated = known(config, fitted.layout, variant, str(files.path))
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
 
 
-def write(folder: Path, fitted: Fitted, config: Mapping[str, Any]) -> None:
+class Written(Record, frozen=True):
+    """What this tool writes into the metadata of weights: their architecture, and their preprocessing if it was given."""
+
+    architecture: Architecture
+    preprocessing: Preprocessing | None = None
+
+
+def write(folder: Path, fitted: Fitted, preprocessing: Preprocessing | None, config: Mapping[str, Any]) -> None:
     """Write weights with their architecture, and a config, to a folder that `load` reads.
 
     Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
     """
     from safetensors.torch import save
 
-    metadata = {METADATA: msgspec.json.encode(fitted.variant.architecture).decode()}
+    written = Written(architecture=fitted.variant.architecture, preprocessing=preprocessing)
+    metadata = {METADATA: msgspec.json.encode(written).decode()}
     tensors = {key: tensor.contiguous() for key, tensor in fitted.state.items()}
     write_file(folder / "model.safetensors", save(tensors, metadata))
     write_file(folder / "config.json", msgspec.json.format(msgspec.json.encode(config), indent=2))
 
 
 METADATA = "convnext-export"
-"""Key of the architecture in the metadata of weights that this tool wrote."""
+"""Key of `Written` in the metadata of a file."""
 
 
-def _own_architecture(path: Path) -> Architecture | None:
-    """The architecture in the metadata of weights that this tool wrote; None for other files.
+def _written(path: Path) -> Written | None:
+    """The metadata of weights that this tool wrote; None for other files.
 
     Raises: BadRequest when it cannot be read.
     """
@@ -297,7 +308,7 @@ def _own_architecture(path: Path) -> Architecture | None:
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=Architecture)
+        return msgspec.json.decode(text, type=Written)
     except msgspec.DecodeError as error:
         raise BadRequest(f"{path}: its metadata cannot be read ({error}); write the weights again") from None
 

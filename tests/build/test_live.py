@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from exporter import export
+from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
@@ -171,11 +171,7 @@ def test_the_examples_run_and_are_short(name, tmp_path, monkeypatch):
     assert list((tmp_path / "build").glob("*.onnx"))
 
 
-def test_the_config_beside_exported_weights_is_read_again(tmp_path):
-    from exporter.artifact.sidecar import Preprocessing
-    from exporter.build.live import _config
-    from exporter.model.config import read_config
-
-    wanted = Preprocessing(size=224, resize=236, interpolation="bilinear")
-    (tmp_path / "config.json").write_text(json.dumps(_config(torch.nn.Linear(1, 1), ["a"], wanted)))
-    assert read_config(tmp_path).preprocessing == wanted
+def test_the_preprocessing_that_is_given_is_that_of_the_artifact(tmp_path):
+    wanted = Preprocessing(size=64, resize=80, interpolation="bilinear", mean=(0.1, 0.2, 0.3))
+    built = export(libraries.timm_model(), tmp_path, SMALL, preprocessing=wanted)
+    assert built.artifact.sidecar.preprocessing == wanted
