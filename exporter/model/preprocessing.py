@@ -106,7 +106,8 @@ def _channels(name: str, values: tuple[float, ...], channels: int) -> tuple[floa
 def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
     """The preprocessing for weights: by the files beside them, else as published for their layout and variant."""
     if config.preprocessing is not None:
-        return Stated(config.preprocessing, config.origins, config.unclear, config.share_below_384, source)
+        origins = {name: config.origins[name] for name in _VALUES}
+        return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(_VALUES, f"published recipe of torchvision's {variant.name}"))

@@ -20,7 +20,7 @@ from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable, some
 from exporter.model import checkpoint, hub
-from exporter.model.config import Config, read_config
+from exporter.model.config import CONFIG_FILES, Config, read_config
 from exporter.model.labels import read_labels
 from exporter.model.layouts import architecture, to_ours
 from exporter.model.preprocessing import Stated, known, published
@@ -120,7 +120,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
     else:
         found = _from_disk(source)
         path, part = found.path, found.part
-    beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
+    beside = [path.parent / name for name in CONFIG_FILES]
     files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
     license_id = _license(path.parent, read_config(path.parent), repository) if repository else None
     return " ".join([part, *map(_content, files), license_id or ""])
@@ -157,8 +157,9 @@ def _default_repository(variant: Variant) -> str:
 
 def _from_hub(repository: str) -> _Found:
     folder = hub.download(repository)
-    config = read_config(folder)
-    return _Found(f"hf-hub:{repository}", _weights_in(folder), "", config, _license(folder, config, repository))
+    path = _weights_in(folder)
+    config = read_config(folder, path)
+    return _Found(f"hf-hub:{repository}", path, "", config, _license(folder, config, repository))
 
 
 def _license(folder: Path, config: Config, repository: str) -> str | None:
@@ -181,8 +182,8 @@ def _from_disk(source: str) -> _Found:
     path = path.resolve()
     source = str(path) + (f"#{part}" if part else "")
     if path.is_dir():
-        return _Found(source, _weights_in(path), part, read_config(path))
-    return _Found(source, path, part, read_config(path.parent))
+        path = _weights_in(path)
+    return _Found(source, path, part, read_config(path.parent, path))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -203,6 +204,8 @@ def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
         arch = architecture(state)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
+    for text in files.config.notes:
+        note(text)
     variant = named(arch)
     if wanted and wanted.name != variant.name:
         raise BadRequest(
