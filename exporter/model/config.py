@@ -67,7 +67,7 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
         statements.origins["labels"] = path.name
     if len(reads) > 1:
         _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing)
-    return _together(statements, names, reads, _license(config))
+    return _together(statements, names, reads, _understood(path, lambda: _license(config)))
 
 
 def _of_open_clip(path: Path) -> Config:

@@ -54,6 +54,12 @@ def test_options_of_preprocessing_are_kept_in_a_recipe(tmp_path, run):
     assert build.read(path, ["preprocessing.crop_pct=0.9", "preprocessing.resize=null"]).preprocessing.crop_pct == 0.9
 
 
+def test_options_that_contradict_each_other_are_refused_before_weights_are_read(tmp_path, run):
+    refused = run("onnx", "--weights", "random:0", "--resize", 256, "--crop-pct", 0.9, "--dry-run")
+    assert refused.code == 2
+    assert "--resize 256 and --crop-pct 0.9: give one of them" in refused.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
