@@ -24,6 +24,7 @@ from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph.trace import TraceOptions
 from exporter.model import reference as references
 from exporter.model import variants, weights
+from exporter.model.preprocessing import refuse_contradiction
 from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
@@ -246,6 +247,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
     checks: list[tuple[strict.Path, Callable[[], object]]] = [
         (("precision",), lambda: _check_precision(recipe, target)),
         (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
+        (("preprocessing",), lambda: refuse_contradiction(recipe.preprocessing)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
         (("checks",), lambda: _check_checks(recipe)),

@@ -89,7 +89,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "task": recipe.model.task,
         "export": msgspec.to_builtins(recipe.export),
         "architecture": msgspec.to_builtins(checkpoint.variant.architecture),
-        "size": checkpoint.preprocessing.size,
+        "size": checkpoint.stated.preprocessing.size,
         "cpu": cpu,
         "isa": isa,
         "cores": machine.cores(),

@@ -17,7 +17,7 @@ from exporter.model.processors import Read, Unclear
 
 T = TypeVar("T")
 MAX_LICENSE = 60  # characters
-OPEN_CLIP = "open_clip_config.json"
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 _MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
@@ -49,7 +49,7 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
 
     Raises: BadRequest when one of them cannot be understood, contradicts itself, or states what is not supported.
     """
-    path, beside, clip = (folder / name for name in ("config.json", "preprocessor_config.json", OPEN_CLIP))
+    path, beside, clip = (folder / name for name in CONFIG_FILES)
     if clip.is_file() and (weights.name.startswith("open_clip") if weights else not path.is_file()):
         return _of_open_clip(clip)
     config = _read(path) if path.is_file() else {}
@@ -67,7 +67,7 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
         statements.origins["labels"] = path.name
     if len(reads) > 1:
         _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing)
-    return _together(statements, names, reads, _license(config))
+    return _together(statements, names, reads, _understood(path, lambda: _license(config)))
 
 
 def _of_open_clip(path: Path) -> Config:

@@ -74,12 +74,17 @@ def _by_rule(recipe: Preprocessing, size: int, share: float) -> Preprocessing:
     return replace(recipe, size=size, resize=int(size / share), crop="center", crop_pct=share)
 
 
+def refuse_contradiction(options: PreprocessingOptions) -> None:
+    """Raises: BadRequest for options of which one would be ignored."""
+    if options.resize is not None and options.crop_pct is not None:
+        raise BadRequest(f"--resize {options.resize} and --crop-pct {options.crop_pct}: give one of them")
+
+
 def _changed(
     recipe: Preprocessing, origins: dict[str, str], options: PreprocessingOptions
 ) -> tuple[Preprocessing, dict[str, str]]:
     """The preprocessing with the values of options."""
-    if options.resize is not None and options.crop_pct is not None:
-        raise BadRequest(f"--resize {options.resize} and --crop-pct {options.crop_pct}: give one of them")
+    refuse_contradiction(options)
     for name, option in (("crop", "crop_mode"), ("interpolation", "interpolation"), ("mean", "mean"), ("std", "std")):
         if (value := getattr(options, option)) is not None:
             if name in ("mean", "std"):
@@ -106,7 +111,8 @@ def _channels(name: str, values: tuple[float, ...], channels: int) -> tuple[floa
 def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
     """The preprocessing for weights: by the files beside them, else as published for their layout and variant."""
     if config.preprocessing is not None:
-        return Stated(config.preprocessing, config.origins, config.unclear, config.share_below_384, source)
+        origins = {name: config.origins[name] for name in _VALUES}
+        return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(_VALUES, f"published recipe of torchvision's {variant.name}"))

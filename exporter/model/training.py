@@ -80,7 +80,8 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     if not given:
         return None
     base, default = _published(model)
-    _, height, width = given.get("input_size", (3, *[given.get("img_size", base.size)] * 2))
+    size = given.get("input_size", given.get("img_size", base.size))
+    _, height, width = (3, size, size) if isinstance(size, int) else size
     if height != width:
         raise ValueError(f"input_size {given['input_size']}: expected a square")
     share = float(given.get("crop_pct") or base.crop_pct or base.size / base.resize)

@@ -22,7 +22,7 @@ from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Preprocessing, Record, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub
-from exporter.model.config import Config, from_training, read_config, together
+from exporter.model.config import CONFIG_FILES, Config, from_training, read_config, together
 from exporter.model.fit import Fitted, empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
@@ -164,7 +164,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
     else:
         found = _from_disk(source)
         path, part = found.path, found.part
-    beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
+    beside = [path.parent / name for name in CONFIG_FILES]
     files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
     license_id = _license(path.parent, read_config(path.parent), repository) if repository else None
     return " ".join([part, *map(_content, files), license_id or ""])
@@ -201,8 +201,9 @@ def _default_repository(variant: Variant) -> str:
 
 def _from_hub(repository: str) -> _Found:
     folder = hub.download(repository)
-    config = read_config(folder)
-    return _Found(f"hf-hub:{repository}", _weights_in(folder), "", config, _license(folder, config, repository))
+    path = _weights_in(folder)
+    config = read_config(folder, path)
+    return _Found(f"hf-hub:{repository}", path, "", config, _license(folder, config, repository))
 
 
 def _license(folder: Path, config: Config, repository: str) -> str | None:
@@ -225,8 +226,8 @@ def _from_disk(source: str) -> _Found:
     path = path.resolve()
     source = str(path) + (f"#{part}" if part else "")
     if path.is_dir():
-        return _Found(source, _weights_in(path), part, read_config(path))
-    return _Found(source, path, part, read_config(path.parent))
+        path = _weights_in(path)
+    return _Found(source, path, part, read_config(path.parent, path))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -245,7 +246,7 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
         note(f"{files.path.name}: {sentence}")
     try:
         written = _written(files.path)
-        fitted = fit(content.tensors, config.network, choices, written and written.architecture)
+        fitted = fit(content.tensors, config.network, choices, written.architecture if written else None)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:
@@ -270,7 +271,7 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
 
 
 class Written(Record, frozen=True):
-    """What this tool writes into the metadata of weights: their architecture, and their preprocessing if it was given."""
+    """What this tool writes into the metadata of weights: architecture, and preprocessing if it was given."""
 
     architecture: Architecture
     preprocessing: Preprocessing | None = None

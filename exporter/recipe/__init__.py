@@ -168,7 +168,7 @@ class Checks(Record, frozen=True):
     data: Annotated[
         str,
         about(
-            "A folder with a sub-folder per class, a .tsv or .csv manifest, an .npz file, or synthetic.",
+            "A folder with a folder per class, a manifest (.tsv, .csv, .txt; FILE#split), an .npz file or synthetic.",
             metavar="SRC",
             path=True,
         ),

@@ -181,6 +181,17 @@ def test_defaults_are_those_of_the_processor(tmp_path):
         assert config.origins["mean"] == f"default of {kind}"
 
 
+@pytest.mark.parametrize("kind", [*PROCESSORS, "DINOv3ViTImageProcessor"])
+def test_files_that_transformers_writes_are_read(kind, tmp_path):
+    library("torchvision")
+    transformers = library("transformers")
+    case = {"size": {"height": 48, "width": 48}} if "size" not in PROCESSORS.get(kind, [{}])[0] else PROCESSORS[kind][0]
+    processor = getattr(transformers, kind)(**case)
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").is_file()
+    assert_near(read_config(tmp_path).preprocessing, transformed(processor), "", mean=0.5)
+
+
 @pytest.mark.parametrize("suffix", ["ImageProcessor", "ImageProcessorFast", "FeatureExtractor"])
 def test_old_and_fast_names_of_processors_are_read(suffix, tmp_path):
     key = "feature_extractor_type" if suffix == "FeatureExtractor" else "image_processor_type"

@@ -1,10 +1,13 @@
 """What a configuration states about the network is read or refused by name, as the libraries themselves read it."""
 
 import argparse
+import contextlib
 import inspect
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from exporter.errors import BadRequest
 from exporter.model import stated
@@ -231,6 +234,47 @@ def test_open_clips_file_is_for_its_own_weights(of, tmp_path):
     assert of(timm(act_layer="relu")).network == {"act": "relu"}
     assert read_config(tmp_path, tmp_path / "model.safetensors").network == {"act": "relu"}
     assert read_config(tmp_path, tmp_path / "open_clip_model.safetensors").network == {"norm_eps": 1e-5}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 400)
+    | st.floats()
+    | st.sampled_from(["", "gelu", "convnext", "n01440764"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["0", "1", "size", "a"]), inner),
+    max_leaves=5,
+)
+TOP = ["model_type", "architecture", "model_args", "pretrained_cfg", "id2label", "label2id", "label_names", "model_cfg"]
+TOP += ["backbone_config", "use_timm_backbone", "hidden_act", "layer_norm_eps", "depths", "num_stages", "num_labels"]
+TOP += ["layer_scale_init_value", "size", "crop_size", "crop_pct", "image_mean", "resample", "image_processor_type"]
+INNER = [
+    *stated.MODEL_ARGS,
+    "input_size",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "license",
+    "model_type",
+    "vision_cfg",
+]
+FILE = st.dictionaries(
+    st.sampled_from(TOP), JSON | st.dictionaries(st.sampled_from(INNER), JSON, max_size=4), max_size=5
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=FILE, processor=FILE, clip=FILE, args=st.dictionaries(st.sampled_from([*TOP, *INNER]), JSON, max_size=4))
+def test_whatever_files_and_checkpoints_state_they_are_read_or_refused(config, processor, clip, args, tmp_path):
+    files = {"config.json": config, "preprocessor_config.json": processor, "open_clip_config.json": clip}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for weights in ("model.safetensors", "open_clip_model.safetensors"):
+        with contextlib.suppress(BadRequest):
+            read_config(tmp_path, tmp_path / weights)
+    with contextlib.suppress(BadRequest):
+        from_training({"args": args, "meta": config, "hyper_parameters": processor, "class_to_idx": clip})
 
 
 def test_args_of_timms_script_are_read():

@@ -68,7 +68,7 @@ def test_a_network_of_timm_with_its_config_gives_timms_outputs(name, tmp_path):
 
 def test_norms_without_bias_are_not_guessed(tmp_path):
     folder = libraries.save(tmp_path, libraries.timm_model(norm_layer="simplenorm"))
-    with pytest.raises(BadRequest, match="--norm rms.*--norm simple"):
+    with pytest.raises(BadRequest, match=r"--norm rms.*--norm simple"):
         ours(folder, libraries.images())
     for norm, close in (("simple", True), ("rms", False)):
         got, _ = ours(folder, libraries.images(), norm=norm)
