@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import eager
 from exporter.build import Built, build
-from exporter.model import live, reference, weights
+from exporter.model import live, reference, written
 from exporter.recipe import Recipe
 from exporter.verify import VerifyOptions, record_quality, verify
 
@@ -54,7 +54,7 @@ def export(
     with _evaluated(module) as original:
         fitted = live.read(original)
         folder = out / f"{fitted.variant.name}.weights"
-        weights.write(folder, fitted, preprocessing, _config(original, labels))
+        written.write(folder, fitted, preprocessing, _config(original, labels))
         model = replace(recipe.model, weights=str(folder), labels=None, variant=None, reference=None)
         opened = reference.of_module(original)
         built = build(replace(recipe, model=model), out, reference=opened)

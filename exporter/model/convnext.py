@@ -64,10 +64,15 @@ class GRN(nn.Module):
         return self.gamma * (x * share) + self.beta + x
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation of GELU in OpenAI's CLIP: x·σ(1.702·x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
 }

@@ -15,15 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from exporter.artifact import Artifact, sha256_file
-from exporter.artifact.disk import user_path, write_file
-from exporter.artifact.sidecar import Preprocessing, Record, Weights
+from exporter.artifact.disk import user_path
+from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable
-from exporter.model import checkpoint, hub
+from exporter.model import checkpoint, hub, written
 from exporter.model.config import CONFIG_FILES, Config, from_training, read_config, together
-from exporter.model.fit import Fitted, empty, fit
+from exporter.model.fit import empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
 from exporter.model.preprocessing import Stated, known, published
@@ -245,8 +243,8 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
     for sentence in (*content.notes, *config.notes):
         note(f"{files.path.name}: {sentence}")
     try:
-        written = _written(files.path)
-        fitted = fit(content.tensors, config.network, choices, written.architecture if written else None)
+        own = written.read(files.path)
+        fitted = fit(content.tensors, config.network, choices, own.architecture if own else None)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:
@@ -264,54 +262,14 @@ def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Chec
         file_sha256=sha256_file(files.path),
         license=files.license,
     )
-    if written and written.preprocessing:
-        config = replace(config, preprocessing=written.preprocessing, unclear=(), share_below_384=None)
+    if own and own.preprocessing:
+        config = replace(config, preprocessing=own.preprocessing, unclear=(), share_below_384=None)
+    classes = fitted.num_classes
+    if config.labels and not files.config.labels and len(config.labels) != classes:
+        note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
+        config = replace(config, labels=())
     stated = known(config, fitted.layout, variant, str(files.path))
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
-
-
-class Written(Record, frozen=True):
-    """What this tool writes into the metadata of weights: architecture, and preprocessing if it was given."""
-
-    architecture: Architecture
-    preprocessing: Preprocessing | None = None
-
-
-def write(folder: Path, fitted: Fitted, preprocessing: Preprocessing | None, config: Mapping[str, Any]) -> None:
-    """Write weights with their architecture, and a config, to a folder that `load` reads.
-
-    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
-    """
-    from safetensors.torch import save
-
-    written = Written(architecture=fitted.variant.architecture, preprocessing=preprocessing)
-    metadata = {METADATA: msgspec.json.encode(written).decode()}
-    tensors = {key: tensor.contiguous() for key, tensor in fitted.state.items()}
-    write_file(folder / "model.safetensors", save(tensors, metadata))
-    write_file(folder / "config.json", msgspec.json.format(msgspec.json.encode(config), indent=2))
-
-
-METADATA = "convnext-export"
-"""Key of `Written` in the metadata of a file."""
-
-
-def _written(path: Path) -> Written | None:
-    """The metadata of weights that this tool wrote; None for other files.
-
-    Raises: BadRequest when it cannot be read.
-    """
-    if path.suffix != ".safetensors":
-        return None
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-    if text is None:
-        return None
-    try:
-        return msgspec.json.decode(text, type=Written)
-    except msgspec.DecodeError as error:
-        raise BadRequest(f"{path}: its metadata cannot be read ({error}); write the weights again") from None
 
 
 def _random(source: str, variant: Variant) -> Checkpoint:

@@ -41,6 +41,10 @@ VARIETIES = {
     "overlap_tiered": {"stem": "overlap_tiered"},
     "head_norm_first": {"head_norm_first": True},
     "head_hidden": {"head_layers": ("linear:40", "gelu")},
+    "max pooling, silu, 1 stage of kernel 3": {"pool": "max", "act": "silu", "kernels": (3, 7, 7, 7)},
+    "both pools": {"pool": "catavgmax", "head_norm_first": True, "act": "quick_gelu"},
+    "stride 8": {"output_stride": 8},
+    "patch 2": {"patch": 2, "stem_downsample": True},
 }
 
 
@@ -191,13 +195,11 @@ def test_what_cannot_be_traced_is_refused_before_weights_are_read(told, message,
     assert not (tmp_path / "out").exists()
 
 
-def test_isotropic_has_no_features(tmp_path):
-    from exporter.errors import BadRequest
-
-    folder = write_tiny(tmp_path / "w", depths=(2,), dims=(32,), layer_scale=False)
-    with pytest.raises(BadRequest, match="has one stage, not four"):
-        build(folder, tmp_path / "out", task="features")
-    assert build(folder, tmp_path / "out").sidecar.task == "classify"
+def test_an_isotropic_network_has_one_feature_map(tmp_path):
+    folder = write_tiny(tmp_path / "w", depths=(2,), dims=(32,), patch=16, stem_norm=False, layer_scale=False)
+    made = build(folder, tmp_path / "out", task="features", imgsz="dynamic")
+    assert [(t.name, t.shape[1:]) for t in made.sidecar.outputs] == [("stage1", (32, "height/16", "width/16"))]
+    agree(made, folder, "features", 2, 3, 64, 128)
 
 
 @pytest.mark.parametrize("installed", ["openvino", "none"])

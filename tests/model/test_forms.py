@@ -14,7 +14,7 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
 from exporter.graph import trace
 from exporter.model import FORMS, forms
-from exporter.model.convnext import ConvNeXt, Features
+from exporter.model.convnext import ConvNeXt, Embedding, Features
 from tests.conftest import tiny_architecture, tiny_state, trace_options
 
 # Every published difference between two ConvNeXts.
@@ -23,13 +23,24 @@ DIFFERENCES = {
     "v2": {"grn": True, "layer_scale": False},
     "v1 without layer scale": {"layer_scale": False},
     "both": {"grn": True},
-    "isotropic": {"depths": (2,), "dims": (32,)},
+    "isotropic": {"depths": (2,), "dims": (32,), "patch": 16, "stem_norm": False},
     "overlap": {"stem": "overlap"},
     "overlap_tiered": {"stem": "overlap_tiered"},
     "overlap_act with simple norm": {"stem": "overlap_act", "norm": "simple"},
     "rms": {"norm": "rms", "grn": True},
     "norm before pooling": {"head_norm_first": True},
     "hidden layer in the head": {"head_layers": ("linear:40", "gelu")},
+    "gelu_tanh and two eps": {"act": "gelu_tanh", "head_eps": 1e-2, "norm_eps": 1e-4},
+    "silu after batch norm": {"act": "silu", "head_layers": ("affine:48", "linear:40", "silu")},
+    "max pooling": {"pool": "max"},
+    "both pools": {"pool": "catavgmax", "head_norm_first": True},
+    "norm before max pooling": {"pool": "max", "head_norm_first": True},
+    "stride 8": {"output_stride": 8},
+    "patch 2": {"patch": 2, "stem_downsample": True, "kernels": (3, 5, 7, 9)},
+    "three stages": {"depths": (1, 2, 1), "dims": (16, 24, 32), "act": "relu"},
+    "norms of stages": {"stage_norms": (1, 3)},
+    "no last norm": {"head_norm": False},
+    "projection": {"projection": True, "head_layers": ("linear:40", "gelu")},
     "all at the head": {"head_norm_first": True, "head_layers": ("linear:40", "gelu"), "norm_eps": 1e-3},
 }
 FOLDED = [form for form in FORMS if form != "plain"]
@@ -45,7 +56,7 @@ def network(task="classify", dtype=torch.float64, seed=0, spread=1.0, **differen
             tensor *= torch.exp(spread * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))).to(
                 dtype
             )
-    return Features(model) if task == "features" else model
+    return {"classify": lambda: model, "embed": lambda: Embedding(model), "features": lambda: Features(model)}[task]()
 
 
 def images(size=64, count=2, seed=0, dtype=torch.float64):
@@ -67,13 +78,11 @@ def worst(expected, found):
     return max(float((a - b).abs().max() / a.std()) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("task", ["classify", "features"])
+@pytest.mark.parametrize("task", ["classify", "embed", "features"])
 @pytest.mark.parametrize("form", FOLDED)
 @pytest.mark.parametrize("kind", DIFFERENCES)
 def test_a_form_is_the_network_in_double_precision(kind, form, task):
     differences = DIFFERENCES[kind]
-    if kind == "isotropic" and task == "features":
-        task = "classify"
     model = network(task, **differences)
     expected = answers(model, images())
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
