@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+WEIGHT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.pth", "model.pt"),
+    *("model.keras", "model.weights.h5"),
+)
+# Of training, beside the weights of a folder.
+_NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler", "trainer_state", "random_states")
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
         found = _from_disk(source)
         path, part = found.path, found.part
     beside = [path.parent / name for name in ("config.json", "preprocessor_config.json")]
-    files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
+    files = [*checkpoint.files(path), *(file for file in (*beside, labels) if file is not None and file.is_file())]
     license_id = _license(path.parent, read_config(path.parent), repository) if repository else None
     return " ".join([part, *map(_content, files), license_id or ""])
 
@@ -176,20 +183,37 @@ def _from_disk(source: str) -> _Found:
 
 
 def _weights_in(folder: Path) -> Path:
+    """The weights of a folder: a file of a usual name, or the only one of any name.
+
+    Raises: BadRequest.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise checkpoint.adapter(folder)
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    if list(folder.glob("*.index.json")):
-        raise BadRequest(f"{folder}: weights in several files; merge them into one model.safetensors")
+    others = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in checkpoint.SUFFIXES and path.is_file() and not path.name.startswith(_NO_WEIGHTS)
+    )
+    if len(others) > 1:
+        raise BadRequest(
+            f"{folder}: {len(others)} files of weights ({some(path.name for path in others)}); give one FILE"
+        )
+    if others:
+        return others[0]
     raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
 
 
 def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
     import torch
 
-    raw = checkpoint.read(files.path, files.part)
+    content = checkpoint.read(files.path, files.part)
+    for text in content.notes:
+        note(text)
     try:
-        state, layout = to_ours(raw)
+        state, layout = to_ours(_without_prefixes(content.tensors))
         arch = architecture(state)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
@@ -211,6 +235,17 @@ def _fit(files: _Found, wanted: Variant | None) -> Checkpoint:
         license=files.license,
     )
     return Checkpoint(state, variant, record, _preprocessing(files.config, layout, variant), ())
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what wrappers of a module put in front of its names.
+
+    Raises: BadRequest when two tensors then have the same name.
+    """
+    state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", key): tensor for key, tensor in tensors.items()}
+    if len(state) < len(tensors):
+        raise BadRequest(f"{len(tensors) - len(state)} tensors have the name of another one but for 'module.'")
+    return state
 
 
 def _check_keys(path: Path, state: Mapping[str, Tensor], arch: Architecture) -> int:
