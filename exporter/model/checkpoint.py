@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, first_line, some
 from exporter.model import keras, parts, pytorch
-from exporter.model.pickled import Array, Pointer
+from exporter.model.pickled import Pointer
 from exporter.model.unpickler import Stub
 
 if TYPE_CHECKING:
@@ -126,8 +126,6 @@ def _content(path: Path, part: parts.Part, tensor: Callable[[Any], Tensor]) -> t
             f"{path}: refused, its tensors claim {claimed} elements, more than its {path.stat().st_size} bytes"
         )
     tensors = {key: tensor(value).detach() for key, value in weights.items()}
-    if not held:  # weights of numpy
-        tensors = _arrays(part.state)
     if not tensors:
         raise BadRequest(
             f"{path}: no weights in it: {len(dropped)} tensors ({some(dropped)}), none with floating point"
@@ -143,17 +141,6 @@ def _is_weight(value: Any) -> bool:
     if isinstance(value, Pointer):
         return value.is_floating_point and value.elements > 0 and len(value.size) > 0
     return bool(value.is_floating_point()) and value.numel() > 0 and value.ndim > 0
-
-
-def _arrays(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    import torch
-
-    return {
-        key: torch.from_numpy(value.values.astype(value.values.dtype.newbyteorder("=")))
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Array) and value.values is not None
-        and value.values.dtype.kind == "f" and value.values.size and value.values.ndim
-    }  # fmt: skip
 
 
 def _refuse_other_kinds(path: Path, state: Mapping[Any, Any]) -> None:

@@ -64,7 +64,7 @@ def take(path: Path, content: Any, part: str) -> Part:
         for index, key in enumerate(keys):
             levels.append((here, {key, *(others if index == 0 else ())}))
             here = here[key]
-    if not _direct(here) and not any(isinstance(value, Array) for value in here.values()):
+    if not _direct(here):
         raise _no_state(path, content)
     beside: dict[str, Any] = {}
     for level, taken in [*levels, (here, set())]:
