@@ -28,6 +28,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks import fuzz_pickles
 from exporter import artifact, backends, build, discover, report
 from exporter.artifact import sidecar
 from exporter.artifact.disk import write_file
@@ -40,6 +41,7 @@ MOST_BYTES = 2 * 2**30
 WORDS = [
     b"..", b"/etc/passwd", b"\x00", b"\xff", b"!!python/object/apply:os.system [id]", b"&a [*a]", b"<script>", b"null",
     b"-1", b"1e999", b"NaN", b"9" * 40, b"[" * 200, b"{" * 200, b"}", b"\n", b"\t", b": ", b'"', b"\\u0000",
+    *fuzz_pickles.WORDS,
     b"data.pkl", b"cos\nsystem\n(S'id'\ntR.", b"PK\x05\x06", b"\x80\x02", b"../../x", b"# source: /", b"sha256",
 ]  # fmt: skip
 
@@ -198,6 +200,7 @@ def _read_report(path: Path) -> None:
 
 TARGETS: dict[str, tuple[Callable[[Path], list[tuple[str, bytes]]], Callable[[Path], None]]] = {
     "checkpoint": (_checkpoints, _read_checkpoint),
+    "pickle": (fuzz_pickles.seeds, fuzz_pickles.read),
     "recipe": (_recipes, _read_recipe),
     "sidecar": (_sidecars, _read_sidecar),
     "manifest": (_manifests, _read_manifest),
@@ -207,7 +210,9 @@ _WRITTEN: list[str] = []
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """Every file that is opened for writing, and every command that is run."""
+    """Every file that is opened for writing, and every command that is run; for pickles, everything that is run."""
+    if fuzz_pickles.is_run(event, arguments):
+        _WRITTEN.append(f"{event} {arguments[:1]}")
     if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
         if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             _WRITTEN.append(arguments[0])

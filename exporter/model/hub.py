@@ -9,7 +9,14 @@ from exporter.artifact.disk import NO_SPACE
 from exporter.errors import BadRequest, Unavailable
 from exporter.progress import step
 
-_FILES = ["model.safetensors", "pytorch_model.bin", "config.json", "preprocessor_config.json", "README.md"]
+_WEIGHTS = [
+    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    *("model.keras", "model.weights.h5"),
+]
+_BESIDE = ["config.json", "preprocessor_config.json", "open_clip_config.json", "adapter_config.json", "README.md"]
+_FILES = [*_WEIGHTS, *_BESIDE]
 MAX_CARD_BYTES = 1 << 20
 
 
@@ -47,7 +54,7 @@ def cached(repository: str) -> Path | None:
         folder = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
     except (OSError, ValueError):  # not there, or no name that a repository can have
         return None
-    return folder if any((folder / name).is_file() for name in _FILES[:2]) else None
+    return folder if any(path.is_file() for name in _WEIGHTS for path in folder.glob(name)) else None
 
 
 def license_in(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, Unavailable, first_line
-from exporter.model import checkpoint, weights
+from exporter.model import checkpoint, sources, weights
 from exporter.model.layouts import to_ours
 from exporter.model.live import tensors_of
 from exporter.model.variants import published_name
@@ -109,7 +109,7 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module
         importlib.import_module(name)
     except ImportError:
         raise Unavailable(f"--reference {name}: not installed; pip install {name}") from None
-    path, part = weights.file_of(source)
+    path, part = sources.file_of(source)
     config = _config(path.parent)
     try:
         if name == "transformers":

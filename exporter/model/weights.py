@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact, sha256_file
-from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing, Weights
 from exporter.errors import BadRequest, Unavailable
-from exporter.model import checkpoint, hub, written
-from exporter.model.config import CONFIG_FILES, Config, from_training, read_config, together
+from exporter.model import checkpoint, hub, sources, written
+from exporter.model.config import CONFIG_FILES, from_training, read_config, together
 from exporter.model.fit import empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
 from exporter.model.preprocessing import Stated, known, published
-from exporter.model.variants import Architecture, Variant, published_license, resolve
+from exporter.model.variants import Architecture, Variant, resolve
 from exporter.progress import note
 from exporter.recipe import Task
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from exporter.model.convnext import ConvNeXt, Embedding, Features
 
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,11 @@ def _load(source: str, variant: str | None, choices: Choices) -> Checkpoint:
     if source == "random" or source.startswith("random:"):
         return _random(source, wanted or resolve("tiny")[0])
     if source == "hub":
-        files = _from_hub(repository or _default_repository(wanted or resolve("tiny")[0]))
+        files = sources.from_hub(repository or sources.default_repository(wanted or resolve("tiny")[0]))
     elif source.startswith("hf-hub:"):
-        files = _from_hub(source.removeprefix("hf-hub:"))
+        files = sources.from_hub(source.removeprefix("hf-hub:"))
     else:
-        files = _from_disk(source)
+        files = sources.from_disk(source)
     return _checkpoint(files, wanted, choices)
 
 
@@ -149,7 +147,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
         return f"{source} {variant}"
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "hub":
-        repository = repository or _default_repository(wanted or resolve("tiny")[0])
+        repository = repository or sources.default_repository(wanted or resolve("tiny")[0])
     elif source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")
     else:
@@ -158,13 +156,13 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
         folder = hub.cached(repository)
         if folder is None:
             return None
-        path, part = _weights_in(folder), ""
+        path, part = sources.weights_in(folder), ""
     else:
-        found = _from_disk(source)
+        found = sources.from_disk(source)
         path, part = found.path, found.part
     beside = [path.parent / name for name in CONFIG_FILES]
-    files = [path, *(file for file in (*beside, labels) if file is not None and file.is_file())]
-    license_id = _license(path.parent, read_config(path.parent), repository) if repository else None
+    files = [*checkpoint.files(path), *(file for file in (*beside, labels) if file is not None and file.is_file())]
+    license_id = sources.license(path.parent, read_config(path.parent), repository) if repository else None
     return " ".join([part, *map(_content, files), license_id or ""])
 
 
@@ -180,35 +178,6 @@ def _sha256(file: Path, size: int, changed: int) -> str:
     return sha256_file(file)
 
 
-@dataclass(frozen=True)
-class _Found:
-    source: str
-    path: Path
-    part: str
-    config: Config
-    license: str | None = None
-
-
-def _default_repository(variant: Variant) -> str:
-    if variant.hub is None:
-        raise BadRequest(
-            f"{variant.name} has no published weights on the Hub; give --weights FILE, hf-hub:owner/name or random:0"
-        )
-    return variant.hub
-
-
-def _from_hub(repository: str) -> _Found:
-    folder = hub.download(repository)
-    path = _weights_in(folder)
-    config = read_config(folder, path)
-    return _Found(f"hf-hub:{repository}", path, "", config, _license(folder, config, repository))
-
-
-def _license(folder: Path, config: Config, repository: str) -> str | None:
-    """The license from the model card, from `config.json`, or, for default weights, from the table of variants."""
-    return hub.license_in(folder) or config.license or published_license(repository)
-
-
 def note_license(record: Weights) -> None:
     """Print a note for a license that restricts use."""
     if record.license is not None and record.license not in PERMISSIVE:
@@ -216,32 +185,11 @@ def note_license(record: Weights) -> None:
         note(f"the weights {record.source.removeprefix('hf-hub:')} have the license {record.license}: {limit}")
 
 
-def _from_disk(source: str) -> _Found:
-    file, _, part = source.rpartition("#") if "#" in source and not user_path(source).exists() else (source, "", "")
-    path = user_path(file)
-    if not path.exists():
-        raise BadRequest(f"{path}: no such file or folder; weights are hub, hf-hub:owner/name, a file or random:SEED")
-    path = path.resolve()
-    source = str(path) + (f"#{part}" if part else "")
-    if path.is_dir():
-        path = _weights_in(path)
-    return _Found(source, path, part, read_config(path.parent, path))
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    if list(folder.glob("*.index.json")):
-        raise BadRequest(f"{folder}: weights in several files; merge them into one model.safetensors")
-    raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
-
-
-def _checkpoint(files: _Found, wanted: Variant | None, choices: Choices) -> Checkpoint:
+def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) -> Checkpoint:
     content = checkpoint.read(files.path, files.part)
     config = together(files.config, from_training(content.beside))
     for sentence in (*content.notes, *config.notes):
-        note(f"{files.path.name}: {sentence}")
+        note(sentence)
     try:
         own = written.read(files.path)
         fitted = fit(content.tensors, config.network, choices, own.architecture if own else None)
@@ -313,17 +261,6 @@ def digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-def file_of(source: str) -> tuple[Path, str]:
-    """The file of weights that a source names, and the part of it.
-
-    Raises: BadRequest for random weights, or a source that does not exist; Unavailable when the Hub cannot be reached.
-    """
-    if source.startswith("random"):
-        raise BadRequest(f"{source}: random weights are of no library")
-    files = _from_hub(source.removeprefix("hf-hub:")) if source.startswith("hf-hub:") else _from_disk(source)
-    return files.path, files.part
 
 
 def reload(artifact: Artifact, source: str | None = None) -> Checkpoint:
