@@ -232,9 +232,9 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
 def trace_options(**fields: Any):
     """Options of a trace, those of a recipe's defaults where nothing is said."""
     from exporter.graph.trace import TraceOptions
-    from exporter.recipe import Export, Model
+    from exporter.recipe import Model
 
-    defaults = {"task": Model().task, "imgsz": None, "batch": None, "opset": Export().opset, "uint8": False}
+    defaults = {"task": Model().task, "imgsz": None, "batch": None, "uint8": False}
     return TraceOptions(**{**defaults, **fields})
 
 

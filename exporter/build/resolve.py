@@ -16,16 +16,17 @@ from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, precision
-from exporter.artifact.sidecar import Record, Sidecar
+from exporter.artifact.sidecar import Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build import budget
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
+from exporter.graph import opset
 from exporter.graph.trace import TraceOptions
 from exporter.model import variants, weights
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
-from exporter.progress import step
+from exporter.progress import note, step
 from exporter.quantize.placement import Placement
 from exporter.recipe import Recipe, file, strict
 from exporter.recipe.fields import problems
@@ -137,7 +138,8 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     weights.note_license(checkpoint.weights)
     if recipe.model.task == "features" and checkpoint.variant.architecture.isotropic:
         raise BadRequest(f"--task features: {checkpoint.variant.name} has one stage, not four; use --task classify")
-    trace = _trace_options(recipe, checkpoint.preprocessing.size)
+    checkpoint = _with_channels(checkpoint)
+    trace = _trace_options(recipe, checkpoint)
     return Job(
         recipe=recipe,
         out=out,
@@ -155,14 +157,25 @@ def resolve(recipe: Recipe, out: Path) -> Job:
     )
 
 
-def _trace_options(recipe: Recipe, published_size: int) -> TraceOptions:
-    size = recipe.export.imgsz or published_size
+def _with_channels(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a mean and deviation for each channel of its network, printed where they are derived."""
+    published, count = checkpoint.preprocessing, checkpoint.variant.architecture.in_chans
+    if count == published.channels:
+        return checkpoint
+    derived = published.of_channels(count)
+    mean, std = f"{derived.mean[0]:.4g}", f"{derived.std[0]:.4g}"
+    note(f"input channels: {count}; mean {mean} and std {std} for each are the averages of the known ones")
+    return dataclasses.replace(checkpoint, preprocessing=derived)
+
+
+def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
+    size: Size | str = recipe.export.imgsz or checkpoint.preprocessing.size
     return TraceOptions(
         task=recipe.model.task,
-        imgsz=None if size == "dynamic" else size,
+        imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
-        opset=recipe.export.opset,
         uint8=recipe.export.input == "uint8",
+        channels=checkpoint.preprocessing.channels,
     )
 
 
@@ -225,6 +238,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
     checks: list[tuple[strict.Path, Callable[[], object]]] = [
         (("precision",), lambda: _check_precision(recipe, target)),
         (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
+        (("export",), lambda: _check_opset(recipe, target)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
         (("checks",), lambda: _check_checks(recipe)),
@@ -264,6 +278,16 @@ def _options(recipe: Recipe, target: Target) -> TargetOptions:
         return msgspec.convert(recipe.target, target.options)
     except msgspec.ValidationError as error:
         raise BadRequest(f"target of {recipe.backend}: {error}") from None
+
+
+def _check_opset(recipe: Recipe, target: Target) -> None:
+    """The ONNX graph can be written in the opset and version of the file format."""
+    if recipe.precision not in target.precisions:
+        return  # reported already
+    quantized = precision.get(recipe.precision).needs_calibration and recipe.quantization is not None
+    graph = recipe.precision if quantized or target.lower is not None else "fp32"
+    placement = target.placements.get(scope_of(recipe, target)) if quantized else None
+    opset.check(recipe.export.opset, recipe.export.ir_version, graph, placement.rest if placement else "fp32")
 
 
 def _check_quantization(recipe: Recipe, target: Target) -> None:

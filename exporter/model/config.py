@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, sides
 from exporter.errors import BadRequest
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 def _checked(**fields: Any) -> Preprocessing:
     recipe = msgspec.convert(fields, Preprocessing)
-    if not 1 <= recipe.size <= recipe.resize:
+    if not all(1 <= crop <= resized for crop, resized in zip(sides(recipe.size), sides(recipe.resize), strict=True)):
         raise ValueError(f"resize to {recipe.resize}, then crop {recipe.size}: expected 1 ≤ crop ≤ resize")
     if not all(0 < spread < 1e6 for spread in recipe.std) or not all(abs(mean) < 1e6 for mean in recipe.mean):
         raise ValueError(f"mean {recipe.mean}, std {recipe.std}: expected finite numbers, std above 0")

@@ -89,12 +89,12 @@ def stem(arch: Architecture) -> nn.Sequential:
     """The first layers: a patch of 4×4 (16×16 for isotropic), or two overlapping 3×3 of stride 2 (`_ols`)."""
     dim = arch.dims[0]
     if arch.isotropic:
-        return nn.Sequential(nn.Conv2d(3, dim, kernel_size=16, stride=16))
+        return nn.Sequential(nn.Conv2d(arch.in_chans, dim, kernel_size=16, stride=16))
     norm = Norm2d(dim, arch.norm, arch.norm_eps)
     if arch.stem == "patch":
-        return nn.Sequential(nn.Conv2d(3, dim, kernel_size=4, stride=4), norm)
+        return nn.Sequential(nn.Conv2d(arch.in_chans, dim, kernel_size=4, stride=4), norm)
     middle = arch.stem_width
-    first = nn.Conv2d(3, middle, kernel_size=3, stride=2, padding=1)
+    first = nn.Conv2d(arch.in_chans, middle, kernel_size=3, stride=2, padding=1)
     second = nn.Conv2d(middle, dim, kernel_size=3, stride=2, padding=1)
     between = [nn.GELU()] if arch.stem == "overlap_act" else []
     return nn.Sequential(first, *between, second, norm)
@@ -126,7 +126,7 @@ class ConvNeXt(nn.Module):
         self.head = nn.Linear(arch.head_hidden or last, num_classes)
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to the output of every stage, (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
+        """(N, in_chans, H, W) to the output of every stage, (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
         maps = []
         x = images
         for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
@@ -135,7 +135,7 @@ class ConvNeXt(nn.Module):
         return tuple(maps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, classes)."""
+        """(N, in_chans, H, W) to logits (N, classes)."""
         x = self.forward_features(images)[-1]
         if self.norm_pre is not None:
             x = self.norm_pre(x)
@@ -155,5 +155,5 @@ class Features(nn.Module):
         self.downsample_layers, self.stages = model.downsample_layers, model.stages
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
+        """(N, in_chans, H, W) to (N, C, H/s, W/s) for strides s of 4, 8, 16, 32."""
         return ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]

@@ -146,6 +146,7 @@ def architecture(state: Mapping[str, Tensor]) -> Architecture:
             norm="layer" if "stages.0.0.norm.bias" in state else "rms",
             head_norm_first="norm_pre.weight" in state,
             head_hidden=None if hidden is None else int(hidden.shape[0]),
+            in_chans=int(state["downsample_layers.0.0.weight"].shape[1]),
         )
     except (KeyError, IndexError) as error:
         raise BadRequest(f"incomplete ConvNeXt weights: no {error.args[0]}") from None
@@ -182,6 +183,7 @@ def _with_published_norm(arch: Architecture) -> Architecture:
     for variant in VARIANTS.values():
         known = variant.architecture
         hidden = {"norm": arch.norm, "norm_eps": arch.norm_eps, "layer_scale": arch.layer_scale}
+        hidden |= {"in_chans": arch.in_chans}
         if replace(known, **hidden) == arch and (known.norm == "layer") == (arch.norm == "layer"):
             return replace(arch, norm=known.norm, norm_eps=known.norm_eps)
     return arch

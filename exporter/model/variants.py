@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from exporter.artifact.sidecar import Preprocessing, Record
+from exporter.artifact.sidecar import Preprocessing, Record, Size, sides
 from exporter.errors import BadRequest, nearest
 
 
@@ -28,6 +28,7 @@ class Architecture(Record, frozen=True):
     grn: bool = False
     head_norm_first: bool = False
     head_hidden: int | None = None
+    in_chans: int = 3
 
     @property
     def isotropic(self) -> bool:
@@ -75,11 +76,11 @@ def _layers(arch: Architecture, classes: int) -> Iterator[tuple[int, int, int, i
     """Each convolution and linear layer as (weights, outputs per position, layers alike, stride)."""
     dims, first = arch.dims, arch.dims[0]
     if arch.isotropic:
-        yield 16 * 16 * 3 * first, first, 1, 16
+        yield 16 * 16 * arch.in_chans * first, first, 1, 16
     elif arch.stem == "patch":
-        yield 4 * 4 * 3 * first, first, 1, 4
+        yield 4 * 4 * arch.in_chans * first, first, 1, 4
     else:
-        yield 9 * 3 * arch.stem_width, arch.stem_width, 1, 2
+        yield 9 * arch.in_chans * arch.stem_width, arch.stem_width, 1, 2
         yield 9 * arch.stem_width * first, first, 1, 4
     stride = 16 if arch.isotropic else 4
     for stage, (dim, depth) in enumerate(zip(dims, arch.depths, strict=True)):
@@ -105,11 +106,12 @@ def count_params(arch: Architecture, classes: int) -> int:
     return total + per_norm * norms
 
 
-def count_macs(arch: Architecture, size: int, classes: int) -> int:
-    """Multiply-accumulates of one square image of `size` pixels, in convolutions and linear layers."""
+def count_macs(arch: Architecture, size: Size, classes: int) -> int:
+    """Multiply-accumulates of one image of `size` pixels, in convolutions and linear layers."""
+    height, width = sides(size)
     total = 0
     for weights, _, alike, stride in _layers(arch, classes):
-        positions = (size // stride) ** 2 if stride else 1
+        positions = (height // stride) * (width // stride) if stride else 1
         total += weights * alike * positions
     return total
 
@@ -245,9 +247,10 @@ def resolve(name: str) -> tuple[Variant, str | None]:
 def named(arch: Architecture) -> Variant:
     """The variant of this architecture, or `custom` (`v2_custom` with GRN) when no published one has it.
 
-    Layer scale is left out of the comparison: every size has been trained with and without.
+    Layer scale and input channels are left out of the comparison: every size has been trained with and without.
     """
     for variant in VARIANTS.values():
-        if msgspec.structs.replace(variant.architecture, layer_scale=arch.layer_scale) == arch:
+        alike = msgspec.structs.replace(variant.architecture, layer_scale=arch.layer_scale, in_chans=arch.in_chans)
+        if alike == arch:
             return msgspec.structs.replace(variant, architecture=arch)
     return Variant(name="v2_custom" if arch.grn else "custom", architecture=arch)
