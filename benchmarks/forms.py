@@ -153,7 +153,7 @@ def _openvino(made: Artifact, told: dict[str, Any]) -> OpenVinoSession:
 
     model = ov.Core().read_model(made.path)
     if told.pop("shape", False):
-        model.reshape([1, 3, made.sidecar.preprocessing.size, made.sidecar.preprocessing.size])
+        model.reshape([1, *made.sidecar.preprocessing.shape])
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
     compiled = ov.Core().compile_model(model, "CPU", {**hints, **told})
     return OpenVinoSession(compiled, made.sidecar.preprocessing, "CPU", "f32", 1)

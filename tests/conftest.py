@@ -232,17 +232,8 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
 def trace_options(**fields: Any):
     """Options of a trace, those of a recipe's defaults where nothing is said."""
     from exporter.graph.trace import TraceOptions
-    from exporter.recipe import Export
 
-    defaults = {
-        "task": "classify",
-        "strides": (4, 8, 16, 32),
-        "channels": 3,
-        "imgsz": None,
-        "batch": None,
-        "opset": Export().opset,
-        "uint8": False,
-    }
+    defaults = {"task": "classify", "strides": (4, 8, 16, 32), "imgsz": None, "batch": None, "uint8": False}
     return TraceOptions(**{**defaults, **fields})
 
 

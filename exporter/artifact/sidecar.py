@@ -6,7 +6,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -33,6 +33,28 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 Crop = Literal["center", "squash", "border"]
+# A union with tuple[int, int] crashes in a garbage collection (msgspec 0.22).
+Size = int | Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=2)]
+"""Height and width in pixels; one number where they are equal."""
+PerChannel = Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
+COLORS = {1: "L", 3: "RGB", 4: "RGBA"}
+"""How Pillow calls images of so many channels."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width of a size."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return height, width
+
+
+def as_size(height: int, width: int) -> Size:
+    """The size of a height and a width."""
+    return height if height == width else (height, width)
+
+
+def size_text(size: Size) -> str:
+    """A size in words: `224`, or `320×256` (height × width)."""
+    return str(size) if isinstance(size, int) else f"{size[0]}×{size[1]}"
 
 
 class Preprocessing(Record, frozen=True):
@@ -44,26 +66,81 @@ class Preprocessing(Record, frozen=True):
     source states that ratio. `offset` is how half a pixel beside the crop is rounded: to even (torchvision, timm) or
     down (transformers). `input` is the type of pixels that the artifact takes: `normalized`, `float01` (0…1) or
     `uint8` (0…255); the artifact contains the remaining steps.
+
+    `size` and `resize` are one number, or height and width. Where `resize` is both, `center` resizes the image, with
+    its ratio of sides, to the smallest size that covers them. `mean` and `std` have one value for each input channel.
+    Images are read as grey (ITU-R 601-2 luma), RGB or RGBA for 1, 3 or 4 channels, else as `bands`.
     """
 
-    size: int = 224
-    resize: int = 256
+    size: Size = 224
+    resize: Size = 256
     crop: Crop = "center"
     crop_pct: float | None = None
     offset: Literal["round", "floor"] = "round"
     interpolation: Interpolation = "bicubic"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: PerChannel = (0.485, 0.456, 0.406)
+    std: PerChannel = (0.229, 0.224, 0.225)
     layout: Literal["NCHW"] = "NCHW"
-    color: Literal["RGB"] = "RGB"
+    color: Literal["RGB", "L", "RGBA", "bands"] = "RGB"
     input: Literal["normalized", "float01", "uint8"] = "normalized"
 
-    def at(self, size: int) -> Preprocessing:
+    def __post_init__(self) -> None:
+        """Write equal sides as one number, and name the colours.
+
+        Raises: ValueError for means and deviations of different numbers of channels.
+        """
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values, std has {len(self.std)}")
+        for name in ("size", "resize"):
+            msgspec.structs.force_setattr(self, name, as_size(*sides(getattr(self, name))))
+        msgspec.structs.force_setattr(self, "color", COLORS.get(self.channels, "bands"))
+
+    @property
+    def height(self) -> int:
+        """Rows of the input, in pixels."""
+        return sides(self.size)[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the input, in pixels."""
+        return sides(self.size)[1]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        return len(self.mean)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one input: channels, height, width."""
+        return self.channels, self.height, self.width
+
+    @property
+    def share(self) -> float:
+        """The input size as a share of the size that images are resized to."""
+        return self.crop_pct or self.height / sides(self.resize)[0]
+
+    def at(self, size: Size) -> Preprocessing:
         """The same preprocessing for another input size in pixels, with the same ratio of crop to resize."""
         if size == self.size:
             return self
-        resize = int(size / self.crop_pct) if self.crop_pct else round(size * self.resize / self.size)
+        sizes = zip(sides(size), sides(self.resize), sides(self.size), strict=True)
+        share = self.crop_pct
+        resize = as_size(*(int(new / share) if share else round(new * resized / old) for new, resized, old in sizes))
         return msgspec.structs.replace(self, size=size, resize=resize)
+
+    def of_channels(self, count: int) -> Preprocessing:
+        """The same preprocessing for another number of channels: three values become their average for each, and one
+        value is repeated.
+
+        Raises: BadRequest for other numbers of values, which say nothing about these channels.
+        """
+        if count == self.channels:
+            return self
+        if self.channels not in (1, 3):
+            raise BadRequest(f"mean and std have {self.channels} values, and the network takes {count} channels")
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return msgspec.structs.replace(self, mean=(mean,) * count, std=(std,) * count)
 
 
 class Tensor(Record, frozen=True):

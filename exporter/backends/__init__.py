@@ -55,10 +55,10 @@ class Session(Protocol):
     """What is really in use: device or provider, and the precision of its arithmetic."""
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
 
     def bind(self, batches: Sequence[Array]) -> Bound:
-        """Put the inputs in place on the device: one or more batches (N, 3, H, W), taken in turn, the first first."""
+        """Put the inputs in place on the device: one or more batches (N, C, H, W), taken in turn, the first first."""
 
 
 class Product:
@@ -85,7 +85,7 @@ def peak_matrix() -> Array:
 
 
 def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
-    """Normalised images (N, 3, H, W) as an artifact takes them: these, or the pixels that they were made from."""
+    """Normalised images (N, C, H, W) as an artifact takes them: these, or the pixels that they were made from."""
     if recipe.input == "normalized":
         return np.ascontiguousarray(images)
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))

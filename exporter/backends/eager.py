@@ -55,7 +55,7 @@ class EagerSession:
         self.facts = {"device": device, "arithmetic": arithmetic}
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
         import torch
 
         outputs = self._forward(self._placed(torch.from_numpy(np.ascontiguousarray(images))))

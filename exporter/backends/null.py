@@ -32,7 +32,7 @@ class NullSession:
         self.facts = {"device": "cpu", "arithmetic": "fp32"}
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
         return tuple(self.evaluator.run(None, {self.input: as_taken(images, self.preprocessing)}))
 
     def bind(self, batches: Sequence[Array]) -> Bound:

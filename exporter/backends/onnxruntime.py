@@ -79,7 +79,7 @@ class OrtSession:
             self.facts["arithmetic"] = "fp32" if precision == "fp16" else precision
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
         return tuple(self.session.run(None, {self.input: as_taken(images, self.recipe)}))
 
     def bind(self, batches: Sequence[Array]) -> Bound:
@@ -311,6 +311,7 @@ TARGET = Target(
     examples=(
         "onnx --variant base",
         "onnx --weights my_convnext.pth --imgsz dynamic --task features",
+        "onnx --weights my_convnext.pth --imgsz 320,256 --opset 13",
         "onnx --int8 --calib calibration/mine.tsv --data imagenet/val",
     ),
     suffix=".onnx",

@@ -65,7 +65,7 @@ class OpenVinoSession:
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
         results = self.request.infer([as_taken(images, self.recipe)], share_inputs=True)
         return tuple(results[output] for output in self.compiled.outputs)
 

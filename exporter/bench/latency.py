@@ -11,7 +11,7 @@ import numpy as np
 
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, size_text
 from exporter.backends import PEAK_MACS, _cuda
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
 from exporter.errors import BadRequest
@@ -349,7 +349,7 @@ def _work(made: Artifact) -> list[Finding]:
     macs = made.sidecar.macs
     if macs is None:
         return []
-    detail = f"multiply-accumulates of one image of {made.sidecar.preprocessing.size} pixels"
+    detail = f"multiply-accumulates of one image of {size_text(made.sidecar.preprocessing.size)} pixels"
     return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 

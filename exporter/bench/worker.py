@@ -145,7 +145,9 @@ def _parts(measured: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 def inputs(plan: Plan) -> list[Array]:
     """Different batches of images with the statistics of photographs."""
-    scenes = [images.normalise(synthetic.dead_leaves(plan.preprocessing.size, i), plan.preprocessing) for i in range(4)]
+    recipe = plan.preprocessing
+    pixels = [synthetic.dead_leaves(recipe.size, seed, recipe.channels) for seed in range(4)]
+    scenes = [images.normalise(one, recipe) for one in pixels]
     return [
         np.ascontiguousarray(np.stack([np.roll(scenes[(turn + i) % 4], i, axis=-1) for i in range(plan.batch)]))
         for turn in range(INPUTS)

@@ -17,7 +17,7 @@ from exporter.backends import Array, Outputs
 from exporter.build.resolve import Job
 from exporter.data import images, synthetic
 from exporter.errors import BadRequest, CheckFailed
-from exporter.graph import files, simplify, trace
+from exporter.graph import files, opset, simplify, trace
 from exporter.graph.trace import TraceOptions
 from exporter.progress import note, step
 from exporter.verify import run_batch
@@ -139,13 +139,15 @@ def graph_of(job: Job, network: Network, file: Path) -> tuple[ir.Model, Sidecar]
     Raises: CheckFailed when the graph differs from the network by more than `TRACE_SHARE`.
     """
     step(f"tracing to ONNX in the form {job.form}")
-    graph = _traced(network, job.trace, job.sidecar.preprocessing)
+    wanted = job.recipe.export
+    graph = opset.convert(_traced(network, job.trace, job.sidecar.preprocessing), wanted.opset)
     inputs, outputs = files.signature(graph)
     sidecar = msgspec.structs.replace(job.sidecar, inputs=inputs, outputs=outputs, beyond_fp16=_beyond_fp16(network))
     candidate, reason = graph, ""
-    if job.recipe.export.simplify:
+    if wanted.simplify:
         step("simplifying with onnxsim")
         candidate, reason = simplify.simplify(graph)
+    graph.ir_version = candidate.ir_version = wanted.ir_version or opset.least_ir_version(wanted.opset)
     files.save(candidate, file, sidecar.facts())
     difference = _difference(job, file, sidecar, network)
     if difference and candidate is not graph:
@@ -193,10 +195,11 @@ def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessin
 
 
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
-    """A few images (N, 3, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
+    """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
     resized = preprocessing if options.imgsz else preprocessing.at(96)
     count = min(3, options.batch or 3)
-    return np.stack([images.normalise(synthetic.dead_leaves(resized.size, 1000 + i), resized) for i in range(count)])
+    pixels = [synthetic.dead_leaves(resized.size, 1000 + i, resized.channels) for i in range(count)]
+    return np.stack([images.normalise(one, resized) for one in pixels])
 
 
 def _expected(model: Module, probe: Array) -> Outputs:

@@ -16,11 +16,12 @@ from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, precision
-from exporter.artifact.sidecar import Record, Sidecar
+from exporter.artifact.sidecar import Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build import budget
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
+from exporter.graph import opset
 from exporter.graph.trace import TraceOptions
 from exporter.model import reference as references
 from exporter.model import variants, weights
@@ -28,7 +29,7 @@ from exporter.model.preprocessing import refuse_contradiction
 from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
-from exporter.progress import step
+from exporter.progress import note, step
 from exporter.quantize.placement import Placement
 from exporter.recipe import Recipe, file, strict
 from exporter.recipe.fields import problems
@@ -147,6 +148,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels, choices)
     weights.note_license(checkpoint.weights)
     checkpoint.check(recipe.model.task or checkpoint.task)
+    checkpoint = _with_channels(checkpoint)
     trace = _trace_options(recipe, checkpoint)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
@@ -169,17 +171,26 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     )
 
 
+def _with_channels(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a mean and deviation for each channel of its network, printed where they are derived."""
+    stated, count = checkpoint.stated, checkpoint.variant.architecture.in_chans
+    if count == stated.preprocessing.channels:
+        return checkpoint
+    derived = stated.preprocessing.of_channels(count)
+    mean, std = f"{derived.mean[0]:.4g}", f"{derived.std[0]:.4g}"
+    note(f"input channels: {count}; mean {mean} and std {std} for each are the averages of the known ones")
+    return dataclasses.replace(checkpoint, stated=dataclasses.replace(stated, preprocessing=derived))
+
+
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
-    size = recipe.export.imgsz or checkpoint.stated.preprocessing.size
-    architecture = checkpoint.variant.architecture
+    size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size
     return TraceOptions(
         task=recipe.model.task or checkpoint.task,
-        strides=architecture.strides,
-        channels=architecture.in_chans,
-        imgsz=None if size == "dynamic" else size,
+        strides=checkpoint.variant.architecture.strides,
+        imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
-        opset=recipe.export.opset,
         uint8=recipe.export.input == "uint8",
+        channels=checkpoint.stated.preprocessing.channels,
     )
 
 
@@ -248,6 +259,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
         (("precision",), lambda: _check_precision(recipe, target)),
         (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
         (("preprocessing",), lambda: refuse_contradiction(recipe.preprocessing)),
+        (("export",), lambda: _check_opset(recipe, target)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
         (("checks",), lambda: _check_checks(recipe)),
@@ -287,6 +299,16 @@ def _options(recipe: Recipe, target: Target) -> TargetOptions:
         return msgspec.convert(recipe.target, target.options)
     except msgspec.ValidationError as error:
         raise BadRequest(f"target of {recipe.backend}: {error}") from None
+
+
+def _check_opset(recipe: Recipe, target: Target) -> None:
+    """The ONNX graph can be written in the opset and version of the file format."""
+    if recipe.precision not in target.precisions:
+        return  # reported already
+    quantized = precision.get(recipe.precision).needs_calibration and recipe.quantization is not None
+    graph = recipe.precision if quantized or target.lower is not None else "fp32"
+    placement = target.placements.get(scope_of(recipe, target)) if quantized else None
+    opset.check(recipe.export.opset, recipe.export.ir_version, graph, placement.rest if placement else "fp32")
 
 
 def _check_quantization(recipe: Recipe, target: Target) -> None:

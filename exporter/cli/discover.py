@@ -179,6 +179,7 @@ def _origins(origins: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _print_facts(artifact: Artifact) -> None:
+    from exporter.artifact.sidecar import size_text
     from exporter.cli.console import print_table, size
 
     sidecar, preprocessing = artifact.sidecar, artifact.sidecar.preprocessing
@@ -197,8 +198,8 @@ def _print_facts(artifact: Artifact) -> None:
         *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
         (
             "preprocessing",
-            f"{preprocessing.interpolation} to {preprocessing.resize}, {preprocessing.crop} {preprocessing.size}, "
-            f"{preprocessing.color}",
+            f"{preprocessing.interpolation} to {size_text(preprocessing.resize)}, {preprocessing.crop} "
+            f"{size_text(preprocessing.size)}, {preprocessing.color}",
         ),
         ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from exporter import backends
-from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, kinds
+from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, is_pair, kinds
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=msgspec.Struct)
@@ -24,6 +24,7 @@ class Value(click.ParamType[Any]):
         self.hint = Union[tuple(kind for kind in kinds(field.hint) if kind is not type(None))]  # noqa: UP007
         self.percent, self.commas = bool(field.extra.get("percent")), bool(field.extra.get("commas"))
         self.repeats = bool(field.extra.get("repeats"))
+        self.pair = any(map(is_pair, kinds(self.hint)))
         self.name = field.extra.get("metavar") or "value"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -33,7 +34,7 @@ class Value(click.ParamType[Any]):
         if not value:
             self.fail("it is empty; give a value or leave the option out", param, ctx)
         text = value.strip().removesuffix("%") if self.percent else value
-        parts = [part.strip() for part in text.split(",")] if self.commas else text
+        parts = [part.strip() for part in text.split(",")] if self.commas or (self.pair and "," in text) else text
         try:
             converted = msgspec.convert(parts, self.hint, strict=False)
         except msgspec.ValidationError:

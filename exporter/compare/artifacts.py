@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from exporter import backends, machine
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import size_text
 from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
@@ -61,7 +62,8 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
         )
     if base.preprocessing.size != head.preprocessing.size:
         raise BadRequest(
-            f"{pair.head.path} takes {head.preprocessing.size} pixels, {pair.base.path} {base.preprocessing.size}; "
+            f"{pair.head.path} takes {size_text(head.preprocessing.size)} pixels, {pair.base.path} "
+            f"{size_text(base.preprocessing.size)}; "
             "build both with one --imgsz"
         )
     for side in (pair.base, pair.head):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed images (N, 3, H, W) float32, their names, and their classes (N,), −1 where unknown."""
+    """Preprocessed images (N, C, H, W) float32, their names, and their classes (N,), −1 where unknown."""
 
     images: NDArray[np.float32]
     labels: NDArray[np.int64]

@@ -17,7 +17,9 @@ from exporter.data import images
 from exporter.errors import BadRequest
 
 MAX_LABEL_BYTES = 1 << 27
-_EXPECTED = "expected 'images' (and 'labels') as uint8 (N, H, W, 3), or float32 (N, 3, {0}, {0}) already preprocessed"
+_EXPECTED = (
+    "expected 'images' (and 'labels') as uint8 (N, H, W, {0}), or float32 (N, {0}, {1}, {2}) already preprocessed"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Arrays:
         return self.shape[0]
 
     def rows(self) -> Iterator[NDArray[np.float32]]:
-        """Each image as an input (3, size, size) float32."""
+        """Each image as an input (C, H, W) float32."""
         from PIL import Image
 
         bytes_each = int(np.prod(self.shape[1:])) * self.dtype.itemsize
@@ -48,7 +50,8 @@ class Arrays:
                     raise BadRequest(f"{self.path}: damaged: it ends after {index} of {self.count} images")
                 row = np.frombuffer(content, self.dtype).reshape(self.shape[1:])
                 if self.dtype == np.uint8:
-                    yield images.preprocess(Image.fromarray(row), self.recipe)
+                    planes = [Image.fromarray(plane) for plane in np.moveaxis(row, -1, 0)]
+                    yield images.preprocess_planes(planes, self.recipe)
                 else:
                     yield row.astype(np.float32)
 
@@ -66,7 +69,7 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
 
     Raises: BadRequest when it is damaged, or when its arrays have wrong names, types or shapes.
     """
-    expected = _EXPECTED.format(recipe.size)
+    expected = _EXPECTED.format(*recipe.shape)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -77,12 +80,12 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
             labels = _labels(archive) if "labels.npy" in names else None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
-    pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3
-    inputs = dtype == np.float32 and shape[1:] == (3, recipe.size, recipe.size)
+    pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == recipe.channels
+    inputs = dtype == np.float32 and shape[1:] == recipe.shape
     if fortran or not shape or 0 in shape or not (pixels or inputs):
         raise BadRequest(f"{path}: images are {dtype} {shape}; {expected}")
     if inputs and recipe.input != "normalized":
-        raise BadRequest(f"{path}: images are float32, and the artifact takes {recipe.input}; give uint8 (N, H, W, 3)")
+        raise BadRequest(f"{path}: images are float32, and the artifact takes {recipe.input}; give uint8 pixels")
     if labels is not None and labels.shape != shape[:1]:
         raise BadRequest(f"{path}: {shape[0]} images but labels of shape {labels.shape}")
     return Arrays(path, recipe, shape, dtype, labels)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, Size
 from exporter.data import images, synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
 
@@ -20,25 +20,28 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Generator:
-    """`image` returns the pixels (H, W, 3) of an image, by its number and size.
+    """`image` returns the pixels (H, W, C) of an image, by its number, size and channels.
 
-    Images of a generator that is not `sized` have a fixed size. `synthetic` images show no real scene.
+    Images of a generator that is not `sized` have a fixed size and three channels. `synthetic` images show no real
+    scene.
     """
 
-    image: Callable[[int, int], Pixels]
+    image: Callable[[int, Size, int], Pixels]
     sized: bool
     synthetic: bool
 
     def input(self, number: int, recipe: Preprocessing) -> NDArray[np.float32]:
-        """An image as an input (3, size, size) float32."""
+        """An image as an input (C, H, W) float32."""
         from PIL import Image
 
-        pixels = self.image(number, recipe.size)
-        return images.normalise(pixels, recipe) if self.sized else images.preprocess(Image.fromarray(pixels), recipe)
+        pixels = self.image(number, recipe.size, recipe.channels)
+        if self.sized:
+            return images.normalise(pixels, recipe)
+        return images.preprocess(images.in_color(Image.fromarray(pixels), recipe), recipe)
 
     def digest(self, number: int, size: int) -> str:
         """The sha256 of the pixels of an image, row by row, three bytes for each pixel."""
-        return hashlib.sha256(self.image(number, size).tobytes()).hexdigest()
+        return hashlib.sha256(self.image(number, size, 3).tobytes()).hexdigest()
 
 
 @lru_cache(1)
@@ -55,16 +58,16 @@ def digits() -> tuple[Pixels, NDArray[np.int64]]:
     return np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels.astype(np.int64)
 
 
-def _digit(number: int, size: int) -> Pixels:
-    del size
+def _digit(number: int, size: Size, channels: int) -> Pixels:
+    del size, channels
     scans = digits()[0]
     if number >= len(scans):
         raise BadRequest(f"digit {number}: there are {len(scans)}, counted from 0")
     return np.repeat(scans[number][..., None], 3, axis=2)
 
 
-def _dead_leaves(number: int, size: int) -> Pixels:
-    return synthetic.dead_leaves(size, number)
+def _dead_leaves(number: int, size: Size, channels: int) -> Pixels:
+    return synthetic.dead_leaves(size, number, channels)
 
 
 GENERATORS = {

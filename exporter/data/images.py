@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import COLORS, Preprocessing, sides
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,9 +39,11 @@ class Unreadable(Exception):
 
 
 def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
-    """Decode and preprocess an image to (3, size, size) float32.
+    """Decode and preprocess an image to (C, H, W) float32.
 
-    Raises: Unreadable for a file that is truncated, too large or no image.
+    The pages of a TIFF file are the bands of an input that is neither grey nor RGB nor RGBA.
+
+    Raises: Unreadable for a file that is truncated, too large, no image, or of other channels.
     """
     from PIL import Image, ImageOps
 
@@ -47,7 +51,9 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
-            return preprocess(_rgb(ImageOps.exif_transpose(image)), recipe)
+            if recipe.channels not in COLORS:
+                return preprocess_planes(list(_pages(image, recipe.channels)), recipe)
+            return preprocess(in_color(ImageOps.exif_transpose(image), recipe), recipe)
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE as error:
@@ -55,8 +61,26 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
         raise Unreadable(said or type(error).__name__) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: grey is repeated, CMYK and palettes converted, transparency dropped, 16 bits scaled to 8."""
+def _pages(image: Image.Image, count: int) -> Iterator[Image.Image]:
+    """The pages of a file, in grey."""
+    pages = getattr(image, "n_frames", 1)
+    if pages != count:
+        raise Unreadable(f"{pages} pages of {image.mode}, and the network takes {count} channels")
+    for page in range(pages):
+        image.seek(page)
+        yield _converted(image, "L")
+
+
+def in_color(image: Image.Image, recipe: Preprocessing) -> Image.Image:
+    """An image with the channels of the input: 8-bit grey, RGB or RGBA.
+
+    Colour becomes grey by ITU-R 601-2 luma, grey is repeated, CMYK and palettes are converted, transparency is dropped
+    where it is no channel, and 16 bits are scaled to 8.
+    """
+    return _converted(image, COLORS[recipe.channels])
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
@@ -66,15 +90,16 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
 def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]:
-    """Resize, crop and normalise an RGB image to (3, size, size) float32."""
+    """Resize, crop and normalise an image, which has the channels of the input, to (C, H, W) float32."""
     from PIL import Image
 
     image = image.resize(_resized(image.width, image.height, recipe), Image.Resampling[recipe.interpolation.upper()])
-    return normalise(np.asarray(_cropped(image, recipe)), recipe)
+    pixels = np.asarray(_cropped(image, recipe))
+    return normalise(pixels if pixels.ndim == 3 else pixels[..., None], recipe)
 
 
 def _resized(width: int, height: int, recipe: Preprocessing) -> tuple[int, int]:
@@ -83,13 +108,15 @@ def _resized(width: int, height: int, recipe: Preprocessing) -> tuple[int, int]:
     Raises: Unreadable for an image that is too long and thin.
     """
     if recipe.crop == "squash":
-        return recipe.resize, recipe.resize
-    if recipe.crop == "border":
-        ratio = max(width / recipe.resize, height / recipe.resize)  # in the order of timm, which rounds the quotient
-        resized = round(width / ratio), round(height / ratio)
-    else:
+        height, width = sides(recipe.resize)
+        return width, height
+    if recipe.crop == "center" and isinstance(recipe.resize, int):  # rounding as in torchvision
         short = min(width, height)
         resized = int(recipe.resize * width / short), int(recipe.resize * height / short)
+    else:  # in the order of timm, which rounds the quotient
+        ratios = width / sides(recipe.resize)[1], height / sides(recipe.resize)[0]
+        ratio = max(ratios) if recipe.crop == "border" else min(ratios)
+        resized = round(width / ratio), round(height / ratio)
     if not 0 < resized[0] * resized[1] <= MAX_PIXELS:
         raise Unreadable(f"{width}×{height} pixels, too long and thin to resize")
     return resized
@@ -99,17 +126,25 @@ def _cropped(image: Image.Image, recipe: Preprocessing) -> Image.Image:
     """The centre of an image; a side that is too short is filled up with the mean colour."""
     from PIL import ImageOps
 
-    missing = [max(0, recipe.size - side) for side in image.size]
+    wanted = recipe.width, recipe.height
+    missing = [max(0, side - has) for side, has in zip(wanted, image.size, strict=True)]
     if any(missing):
         before, after = [side // 2 for side in missing], [(side + 1) // 2 for side in missing]
-        image = ImageOps.expand(image, (*before, *after), fill=tuple(round(255 * mean) for mean in recipe.mean))
-    spare = [side - recipe.size for side in image.size]
+        color = tuple(round(255 * mean) for mean in recipe.mean)
+        image = ImageOps.expand(image, (*before, *after), fill=color if len(color) > 1 else color[0])
+    spare = [has - side for side, has in zip(wanted, image.size, strict=True)]
     left, top = (side // 2 if recipe.offset == "floor" else round(side / 2) for side in spare)
-    return image.crop((left, top, left + recipe.size, top + recipe.size))
+    return image.crop((left, top, left + recipe.width, top + recipe.height))
+
+
+def preprocess_planes(planes: Sequence[Image.Image], recipe: Preprocessing) -> NDArray[np.float32]:
+    """Resize, crop and normalise grey images, one for each channel, to (C, H, W) float32."""
+    singles = [replace(recipe, mean=(mean,), std=(std,)) for mean, std in zip(recipe.mean, recipe.std, strict=True)]
+    return np.concatenate([preprocess(plane, single) for plane, single in zip(planes, singles, strict=True)])
 
 
 def normalise(pixels: NDArray[np.uint8], recipe: Preprocessing) -> NDArray[np.float32]:
-    """Normalize pixels (…, H, W, 3) from 0…255 to (…, 3, H, W) float32: (x / 255 − mean) / std for each channel."""
+    """Normalize pixels (…, H, W, C) from 0…255 to (…, C, H, W) float32: (x / 255 − mean) / std for each channel."""
     scale = np.float32(1 / 255) / np.asarray(recipe.std, np.float32)
     shift = np.asarray(recipe.mean, np.float32) / np.asarray(recipe.std, np.float32)
     return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) * scale - shift, -1, -3))

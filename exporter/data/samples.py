@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter import machine
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.data.manifests import is_manifest, locate, read_manifest
@@ -136,7 +136,11 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
-    """Image files below a folder, each with its class or −1."""
+    """Image files below a folder, each with its class or −1.
+
+    Raises: BadRequest for a number of channels that image files do not have.
+    """
+    _check_channels(source, [name for name, _ in found], recipe.channels)
     stray = _stray_images(root) if any(label >= 0 for _, label in found) and Path(source).is_dir() else []
 
     def items() -> Iterator[Item]:
@@ -149,14 +153,29 @@ def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Prep
 
 
 def of_generator(source: str, generator: str, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
-    """Images that a generator makes, by number, each with its class or −1."""
+    """Images that a generator makes, by number, each with its class or −1.
+
+    Raises: BadRequest for a number of channels that its images do not have.
+    """
     maker = generators.find(generator, source)
+    if not maker.sized:
+        _check_channels(source, [generator], recipe.channels)
 
     def items() -> Iterator[Item]:
         for path, label in found:
             yield f"{generator} {path}", label, partial(maker.input, generators.number(path, source), recipe)
 
     return Samples(source, len(found), items, found[0][1] >= 0, synthetic=maker.synthetic)
+
+
+def _check_channels(source: str, names: Sequence[str], channels: int) -> None:
+    """Refuse image files for a number of channels that is neither grey nor RGB nor RGBA; pages of a TIFF may be."""
+    other = next((name for name in names if Path(name).suffix.lower() not in (".tif", ".tiff")), None)
+    if channels not in COLORS and other is not None:
+        raise BadRequest(
+            f"{source}: {other} does not have the {channels} channels of the network; give an .npz file with 'images' "
+            f"as uint8 (N, H, W, {channels}) or float32 (N, {channels}, H, W), or TIFF files of {channels} pages"
+        )
 
 
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
@@ -168,7 +187,7 @@ def _synthetic(recipe: Preprocessing, count: int) -> Samples:
 
 
 def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
-    return images.normalise(synthetic.dead_leaves(recipe.size, seed), recipe)
+    return images.normalise(synthetic.dead_leaves(recipe.size, seed, recipe.channels), recipe)
 
 
 def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> Samples:

@@ -7,12 +7,37 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.artifact.sidecar import Size, sides
+
 NAME = "dead leaves 1"  # and a number that rises when any image changes
 KEPT = 320  # images: a calibration set of 256 is gone through three times, and drawing one takes 40 ms
 
 
+def dead_leaves(size: Size, seed: int, channels: int = 3) -> NDArray[np.uint8]:
+    """One image (H, W, C) of a seed, not to be written to.
+
+    It is cut from the middle of a square. One channel is the grey of the colours (ITU-R 601-2 luma); more than three
+    are those of images of further seeds.
+    """
+    height, width = sides(size)
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    colors = [_square(side, seed + (turn << 32)) for turn in range(-(-channels // 3))]
+    image = colors[0] if len(colors) == 1 else np.concatenate(colors, axis=-1)
+    if channels == 1:
+        image = _grey(image)
+    return image[top : top + height, left : left + width, :channels]
+
+
+def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) to (H, W, 1)."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
 @lru_cache(KEPT)
-def dead_leaves(size: int, seed: int) -> NDArray[np.uint8]:
+def _square(size: int, seed: int) -> NDArray[np.uint8]:
     """One image (size, size, 3) of opaque discs that cover each other, not to be written to.
 
     Radii follow r⁻³, which gives the scale invariance and the 1/f² power spectrum of photographs (Lee, Mumford

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from exporter.artifact.sidecar import Record
+from exporter.artifact.sidecar import Record, Size, sides
+from exporter.graph.opset import TRACED
 from exporter.recipe import Task
 
 if TYPE_CHECKING:
@@ -22,16 +23,15 @@ INPUT = "images"
 
 
 class TraceOptions(Record, frozen=True):
-    """Options of a trace: the outputs, the strides of the stages, the input's channels, its size and batch (None for a
-    dynamic axis), the opset, and whether the input is bytes."""
+    """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
+    whether the input is bytes, and its channels."""
 
     task: Task
     strides: tuple[int, ...]
-    channels: int
-    imgsz: int | None
+    imgsz: Size | None
     batch: int | None
-    opset: int
     uint8: bool
+    channels: int = 3
 
 
 def output_names(options: TraceOptions) -> list[str]:
@@ -42,7 +42,7 @@ def output_names(options: TraceOptions) -> list[str]:
 
 
 def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
-    """Trace the network to an ONNX graph. Its tensors share memory with the model.
+    """Trace the network to an ONNX graph of opset `TRACED`. Its tensors share memory with the model.
 
     Args:
         model: in eval mode; its outputs are those of the task.
@@ -53,17 +53,15 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     """
     import torch
 
-    size = options.imgsz or 64
+    dtype = torch.uint8 if options.uint8 else torch.float32
     # A batch of one would be taken for a constant.
-    example = torch.zeros(
-        options.batch or 2, options.channels, size, size, dtype=torch.uint8 if options.uint8 else torch.float32
-    )
+    example = torch.zeros(options.batch or 2, options.channels, *sides(options.imgsz or 64), dtype=dtype)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             model,
             (example,),
             dynamo=True,
-            opset_version=options.opset,
+            opset_version=TRACED,
             input_names=[INPUT],
             output_names=output_names(options),
             dynamic_shapes=(_dynamic_axes(options),),

@@ -153,7 +153,7 @@ class PixelConv(nn.Conv2d):
         self.register_buffer("mean", mean * top if padded else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) pixels, of any type, to (N, C, H/s, W/s)."""
+        """(N, in_chans, H, W) pixels, of any type, to (N, C, H/s, W/s)."""
         x = x.to(self.weight.dtype)
         return super().forward(x if self.mean is None else x - self.mean)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, Size, as_size, sides, size_text
 from exporter.errors import BadRequest
 from exporter.model.config import Config
 from exporter.model.processors import SQUASHED_FROM, Unclear
@@ -37,7 +37,7 @@ class Stated:
     source: str = ""
 
     def resolve(
-        self, options: PreprocessingOptions | None = None, size: int | None = None
+        self, options: PreprocessingOptions | None = None, size: Size | None = None
     ) -> tuple[Preprocessing, dict[str, str]]:
         """The preprocessing for an input size in pixels, and where each value comes from.
 
@@ -67,11 +67,17 @@ class Stated:
                 raise BadRequest(f"{self.source}: {step.reason}")
 
 
-def _by_rule(recipe: Preprocessing, size: int, share: float) -> Preprocessing:
+def _by_rule(recipe: Preprocessing, size: Size, share: float) -> Preprocessing:
     """ConvNeXt's published rule: a crop below 384 pixels, and a squash from there on."""
-    if size >= SQUASHED_FROM:
+    if min(sides(size)) >= SQUASHED_FROM:
         return replace(recipe, size=size, resize=size, crop="squash", crop_pct=None)
-    return replace(recipe, size=size, resize=int(size / share), crop="center", crop_pct=share)
+    return replace(recipe, size=size, resize=_shared(size, share), crop="center", crop_pct=share)
+
+
+def _shared(size: Size, share: float) -> Size:
+    """The size that images are resized to, of which the input is a share."""
+    height, width = sides(size)
+    return as_size(int(height / share), int(width / share))
 
 
 def refuse_contradiction(options: PreprocessingOptions) -> None:
@@ -95,10 +101,14 @@ def _changed(
         recipe = replace(recipe, resize=options.resize, crop_pct=None)
         origins["resize"] = "--resize"
     if options.crop_pct is not None:
-        recipe = replace(recipe, resize=int(recipe.size / options.crop_pct), crop_pct=options.crop_pct)
+        recipe = replace(recipe, resize=_shared(recipe.size, options.crop_pct), crop_pct=options.crop_pct)
         origins["resize"] = "--crop-pct"
-    if recipe.resize < recipe.size and recipe.crop != "border":
-        raise BadRequest(f"--resize {recipe.resize}: smaller than the input size {recipe.size}; give at least that")
+    small = any(a < b for a, b in zip(sides(recipe.resize), sides(recipe.size), strict=True))
+    if small and recipe.crop != "border":
+        raise BadRequest(
+            f"--resize {size_text(recipe.resize)}: smaller than the input size {size_text(recipe.size)}; "
+            "give at least that"
+        )
     return recipe, origins
 
 
@@ -123,5 +133,4 @@ def published(variant: Variant) -> Stated:
     """The published preprocessing of a variant; of a custom one, that of the papers."""
     origin = "default" if variant.name.endswith("custom") else f"published recipe of {variant.name}"
     recipe = variant.preprocessing
-    share = recipe.crop_pct or recipe.size / recipe.resize
-    return Stated(recipe, dict.fromkeys(_VALUES, origin), share_below_384=share)
+    return Stated(recipe, dict.fromkeys(_VALUES, origin), share_below_384=recipe.share)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, as_size, sides
 from exporter.errors import BadRequest
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL.Image.Resampling
@@ -199,12 +199,10 @@ def read_timm_cfg(config: Mapping[str, Any], file: str) -> Read:
     """Read the `pretrained_cfg` of timm, as its `resolve_data_config` and `create_transform` do."""
     stated = {key: value for key, value in config.items() if value is not None}
     _, height, width = stated.get("input_size", (3, 224, 224))
-    if height != width:
-        raise ValueError(f"input_size {stated['input_size']}: expected a square")
     mode, share = stated.get("crop_mode", "center"), float(stated.get("crop_pct", 0.875))
     preprocessing = checked(
-        size=int(height),
-        resize=int(height / share),
+        size=as_size(int(height), int(width)),
+        resize=as_size(int(height / share), int(width / share)),
         crop=mode,
         crop_pct=share,
         interpolation=stated.get("interpolation", "bicubic"),
@@ -250,7 +248,7 @@ def checked(**fields: Any) -> Preprocessing:
     Raises: ValueError for values that make no sense.
     """
     recipe = msgspec.convert(fields, Preprocessing)
-    if not 1 <= recipe.size <= recipe.resize:
+    if not all(1 <= crop <= resized for crop, resized in zip(sides(recipe.size), sides(recipe.resize), strict=True)):
         raise ValueError(f"resize to {recipe.resize}, then crop {recipe.size}: expected 1 ≤ crop ≤ resize")
     if not all(0 < spread < 1e6 for spread in recipe.std) or not all(abs(mean) < 1e6 for mean in recipe.mean):
         raise ValueError(f"mean {recipe.mean}, std {recipe.std}: expected finite numbers, std above 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, as_size
 from exporter.errors import BadRequest
 from exporter.model import labels, processors, stated, variants
 from exporter.model.processors import Read
@@ -82,12 +82,10 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     base, default = _published(model)
     size = given.get("input_size", given.get("img_size", base.size))
     _, height, width = (3, size, size) if isinstance(size, int) else size
-    if height != width:
-        raise ValueError(f"input_size {given['input_size']}: expected a square")
-    share = float(given.get("crop_pct") or base.crop_pct or base.size / base.resize)
+    share = float(given.get("crop_pct") or base.share)
     recipe = processors.checked(
-        size=height,
-        resize=int(height / share),
+        size=as_size(height, width),
+        resize=as_size(int(height / share), int(width / share)),
         crop=given.get("crop_mode", base.crop),
         crop_pct=share,
         interpolation=given.get("interpolation") or base.interpolation,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
-from exporter.artifact.sidecar import Preprocessing, Record
+from exporter.artifact.sidecar import Preprocessing, Record, Size, sides
 from exporter.errors import BadRequest, nearest
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
@@ -170,11 +170,12 @@ def count_params(arch: Architecture, classes: int) -> int:
     return total + per_norm * norms
 
 
-def count_macs(arch: Architecture, size: int, classes: int) -> int:
-    """Multiply-accumulates of one square image of `size` pixels, in convolutions and linear layers."""
+def count_macs(arch: Architecture, size: Size, classes: int) -> int:
+    """Multiply-accumulates of one image of `size` pixels, in convolutions and linear layers."""
+    height, width = sides(size)
     total = 0
     for weights, _, alike, stride in _layers(arch, classes):
-        positions = (size // stride) ** 2 if stride else 1
+        positions = (height // stride) * (width // stride) if stride else 1
         total += weights * alike * positions
     return total
 

@@ -23,6 +23,7 @@ BiasCorrection = Literal["none", "fast", "full"]
 Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
 Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
+Side = Annotated[int, Meta(ge=32, le=4096)]
 BatchSize = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -102,13 +103,17 @@ class Export(Record, frozen=True):
     """The graph: input size, batch, opset, form."""
 
     imgsz: Annotated[
-        Annotated[int, Meta(ge=32, le=4096)] | Literal["dynamic"] | None,
-        about("Input size in pixels, or 'dynamic'; by default the published size.", metavar="N"),
+        Side | Annotated[tuple[Side, ...], Meta(min_length=2, max_length=2)] | Literal["dynamic"] | None,
+        about("Input size in pixels, height and width, or 'dynamic'; by default the published size.", metavar="N|H,W"),
     ] = None
     batch: Annotated[
         Annotated[int, Meta(ge=1, le=1024)] | Literal["dynamic"], about("Batch size, or 'dynamic'.", metavar="N")
     ] = "dynamic"
-    opset: Annotated[Annotated[int, Meta(ge=18, le=23)], about("ONNX operator set.", metavar="N")] = 20
+    opset: Annotated[Annotated[int, Meta(ge=13, le=23)], about("ONNX operator set.", metavar="N")] = 20
+    ir_version: Annotated[
+        Annotated[int, Meta(ge=7, le=13)] | None,
+        about("Version of the ONNX file format; by default the oldest with this opset.", metavar="N"),
+    ] = None
     simplify: Annotated[bool, about("Simplify with onnxsim; the result is kept only if it is equivalent.")] = True
     form: Annotated[
         Form | Literal["auto"] | None,
@@ -118,6 +123,11 @@ class Export(Record, frozen=True):
         Literal["normalized", "float01", "uint8"],
         about("Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255."),
     ] = "normalized"
+
+    def __post_init__(self) -> None:
+        """Write equal sides as one number."""
+        if isinstance(self.imgsz, tuple) and len(self.imgsz) == 2 and len(set(self.imgsz)) == 1:
+            msgspec.structs.force_setattr(self, "imgsz", self.imgsz[0])
 
 
 class Quantization(Record, frozen=True):

@@ -72,6 +72,12 @@ def bare(kind: Any) -> Any:
     return kind.__origin__ if get_origin(kind) is Annotated else kind
 
 
+def is_pair(kind: Any) -> bool:
+    """Whether a type is a pair, as of height and width."""
+    limits = kind.__metadata__ if get_origin(kind) is Annotated else ()
+    return any(isinstance(meta, msgspec.Meta) and meta.min_length == meta.max_length == 2 for meta in limits)
+
+
 def choices(hint: Any) -> list[str]:
     """The words that a type allows."""
     return [str(word) for kind in kinds(hint) if get_origin(kind) is Literal for word in get_args(kind)]
@@ -89,6 +95,8 @@ def expected(hint: Any) -> str:
         base = bare(kind)
         if get_origin(base) is Literal:
             words += [str(word) for word in get_args(base)]
+        elif is_pair(kind):
+            words.append("a list of two of these")
         elif get_origin(base) is tuple:
             words.append(f"a list, each {expected(get_args(base)[0])}")
         elif (names := getattr(base, "__struct_fields__", ())) and base.__struct_config__.array_like:

@@ -134,7 +134,10 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Sections in blocks, lists in a line."""
 
 
-_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+for _kind in (list, tuple):
+    _Dumper.add_representer(
+        _kind, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True)
+    )
 
 
 def schema(targets: Mapping[str, type[Record]], precisions: Iterable[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import msgspec
 import yaml
 
 from exporter.errors import BadRequest, nearest
-from exporter.recipe.fields import Field, choices, expected, fields_of, kinds
+from exporter.recipe.fields import Field, choices, expected, fields_of, is_pair, kinds
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -176,7 +176,8 @@ def _read_field(values: dict[str, Any], node: yaml.Node, field: Field, marks: Ma
     if dict in [get_origin(kind) for kind in kinds(hint)] and isinstance(node, yaml.MappingNode):
         values[name] = node  # its record depends on another key
         return
-    for value, strict in _readings(node):
+    pair = _pair(node) if any(map(is_pair, kinds(hint))) else []
+    for value, strict in [*_readings(node), *pair]:
         try:
             converted = msgspec.convert(value, hint, strict=strict)
         except msgspec.ValidationError:
@@ -197,6 +198,12 @@ def _readings(node: yaml.Node) -> list[tuple[Any, bool]]:
     if isinstance(node, yaml.ScalarNode):
         return [(node.value, True)] if node.style in ("'", '"') else [(node.value, True), (node.value, False)]
     return [(_texts(node), True), (_numbers(node), True)] if isinstance(node, yaml.SequenceNode) else []
+
+
+def _pair(node: yaml.Node) -> list[tuple[Any, bool]]:
+    """The reading of text with a comma, as in `320,256`, as a list."""
+    text = node.value if isinstance(node, yaml.ScalarNode) and _is_plain(node) else ""
+    return [([part.strip() for part in text.split(",")], False)] if "," in text else []
 
 
 def _is_plain(node: yaml.Node) -> bool:

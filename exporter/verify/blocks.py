@@ -20,7 +20,7 @@ def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], image
         eager: the network with the outputs of its blocks.
         artifact: the artifact with the outputs of its blocks.
         layers: of the artifact, with their precisions.
-        images: (N, 3, H, W), a few.
+        images: (N, C, H, W), a few.
     """
     expected = dict(zip(eager.names, eager.run(images), strict=True))
     given = dict(zip(artifact.names, artifact.run(images), strict=True))

@@ -211,3 +211,18 @@ def test_a_batch_outside_the_profile_is_refused(opened):
 def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):
     with pytest.raises(ExporterError, match="cannot load it"):
         runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
+
+
+@pytest.mark.parametrize(
+    ("imgsz", "expected"),
+    [
+        ((64, 96), [(1, 3, 64, 96), (1, 3, 64, 96), (16, 3, 64, 96)]),
+        ("dynamic", [(1, 3, 64, 64), (1, 3, 224, 224), (16, 3, 512, 512)]),
+    ],
+)
+def test_a_profile_has_both_sides(imgsz, expected, trt, tiny, tmp_path):
+    from tests.conftest import build
+
+    made = build(tiny, tmp_path, imgsz=imgsz)
+    builder.build(trt, made.path, made.sidecar, TensorRtOptions())
+    assert trt.module.asked("IOptimizationProfile.set_shape") == [("images", *expected)]

@@ -72,8 +72,8 @@ def test_a_changed_pixel_is_refused(name, size, monkeypatch):
     maker = generators.GENERATORS[calibration.read(bundled.sets()[name]).generator]
     image = maker.image
 
-    def changed(number, size):
-        pixels = image(number, size).copy()
+    def changed(number, size, channels):
+        pixels = image(number, size, channels).copy()
         if number == damaged:
             pixels[3, 4, 1] ^= 1
         return pixels

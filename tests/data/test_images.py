@@ -1,5 +1,9 @@
 """Every kind of image file becomes the input that a careful person would make of it."""
 
+import hashlib
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,3 +135,82 @@ def test_dead_leaves_have_the_spectrum_of_photographs():
 def test_dead_leaves_are_those_of_their_seed():
     assert np.array_equal(synthetic.dead_leaves(64, 3), synthetic.dead_leaves(64, 3))
     assert not np.array_equal(synthetic.dead_leaves(64, 3), synthetic.dead_leaves(64, 4))
+
+
+def test_dead_leaves_of_other_shapes_are_cut_from_the_same_square():
+    """Those of three channels, which calibration sets are frozen from, are the same as ever."""
+    square = synthetic.dead_leaves(64, 3)
+    assert hashlib.sha256(square.tobytes()).hexdigest()[:16] == "d1705a265b304a00"
+    assert np.array_equal(synthetic.dead_leaves((64, 32), 3), square[:, 16:48])
+    assert np.array_equal(synthetic.dead_leaves((32, 64), 3), square[16:48])
+    assert np.array_equal(synthetic.dead_leaves(64, 3, 2), square[..., :2])
+    grey = np.asarray(Image.fromarray(square).convert("L"))
+    assert np.array_equal(synthetic.dead_leaves(64, 3, 1)[..., 0], grey)
+
+
+def test_dead_leaves_of_many_channels_are_all_different():
+    bands = synthetic.dead_leaves((32, 48), 3, 12)
+    assert bands.shape == (32, 48, 12)
+    assert len({band.tobytes() for band in np.moveaxis(bands, -1, 0)}) == 12
+    assert np.array_equal(bands, synthetic.dead_leaves((32, 48), 3, 12))
+
+
+CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P"])
+def test_an_image_is_read_with_the_channels_of_the_network(mode, channels, picture, tmp_path):
+    stored = picture.convert(mode)
+    stored.save(tmp_path / "a.png")
+    recipe = Preprocessing(size=32, resize=32, mean=(0,) * channels, std=(1,) * channels)
+    expected = np.asarray(stored.convert(CHANNELS[channels]).crop((8, 0, 40, 32)), np.float32) / 255
+    got = images.read(tmp_path / "a.png", recipe)
+    assert got == pytest.approx(expected.reshape(32, 32, -1).transpose(2, 0, 1), abs=1e-6)
+    assert got.shape == (channels, 32, 32)
+
+
+def test_pages_of_a_tiff_are_bands(picture, tmp_path):
+    pages = [Image.fromarray(synthetic.dead_leaves((32, 48), seed, 1)[..., 0]) for seed in range(5)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    recipe = Preprocessing(size=24, resize=24, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(1, 2, 3, 4, 5))
+    got = images.read(tmp_path / "a.tif", recipe)
+    for index, page in enumerate(pages):
+        alone = images.preprocess(page, Preprocessing(size=24, resize=24, mean=(recipe.mean[index],), std=(index + 1,)))
+        assert np.array_equal(got[index], alone[0])
+    with pytest.raises(images.Unreadable, match="5 pages of L, and the network takes 12 channels"):
+        images.read(tmp_path / "a.tif", Preprocessing(mean=(0,) * 12, std=(1,) * 12))
+
+
+def test_planes_are_resized_as_colours_are(picture):
+    """To the last bit: Pillow computes each channel by itself."""
+    recipe = Preprocessing(size=(24, 16), resize=(27, 18))
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(np.asarray(picture), -1, 0)]
+    assert np.array_equal(images.preprocess_planes(planes, recipe), images.preprocess(picture, recipe))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 50), (64, 63), 48])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
+def test_two_sides_are_resized_and_cropped_as_timm_does(crop_pct, size, interpolation, monkeypatch):
+    """Pixel for pixel, with images that are wider, taller and smaller than the input."""
+    # torchvision's compiled part does not load beside this torch; its Python part is enough.
+    monkeypatch.setitem(sys.modules, "torchvision._meta_registrations", ModuleType("torchvision._meta_registrations"))
+    factory = pytest.importorskip("timm.data.transforms_factory")
+    height, width = size if isinstance(size, tuple) else (size, size)
+    resize = (int(height / crop_pct), int(width / crop_pct))
+    recipe = Preprocessing(size=size, resize=resize, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1))
+    theirs = factory.transforms_imagenet_eval(
+        size, crop_pct=crop_pct, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    for shape in [(150, 100), (100, 150), (40, 31), (97, 131), (80, 80), (64, 300)]:
+        picture = Image.fromarray(synthetic.dead_leaves(shape, 0))
+        ours = images.preprocess(picture, recipe)
+        assert ours.shape == (3, height, width)
+        assert np.array_equal(np.rint(255 * ours), np.rint(255 * theirs(picture).numpy())), shape
+
+
+def test_squash_takes_both_sides(picture):
+    recipe = Preprocessing(size=(24, 40), resize=(24, 40), crop="squash", mean=(0, 0, 0), std=(1, 1, 1))
+    whole = np.asarray(picture.resize((40, 24), Image.Resampling.BICUBIC), np.float32).transpose(2, 0, 1) / 255
+    assert images.preprocess(picture, recipe) == pytest.approx(whole, abs=1e-6)

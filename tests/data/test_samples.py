@@ -236,3 +236,56 @@ def test_hidden_files_and_folders_are_passed_over(folder):
     (folder / "cat" / "._1.png").write_bytes(b"")
     samples, labels, _ = gather(folder)
     assert (labels, samples.skipped) == ([0, 1, 1, 2, 2], [])
+
+
+def of_channels(count):
+    return Preprocessing(size=(32, 48), resize=(32, 48), mean=(0.5,) * count, std=(0.25,) * count)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 12])
+def test_arrays_of_other_channels_and_of_two_sides(channels, tmp_path):
+    recipe = of_channels(channels)
+    pixels = np.stack([synthetic.dead_leaves((32, 48), seed, channels) for seed in range(3)])
+    np.savez(tmp_path / "pixels.npz", images=pixels)
+    (batch,) = open_samples(str(tmp_path / "pixels.npz"), recipe, (), 3).batches(4)
+    assert batch.images == pytest.approx(np.moveaxis(pixels, -1, 1) / 255 * 4 - 2, abs=1e-5)
+    np.savez(tmp_path / "inputs.npz", images=batch.images)
+    (again,) = open_samples(str(tmp_path / "inputs.npz"), recipe, (), 3).batches(4)
+    assert np.array_equal(again.images, batch.images)
+    (made,) = open_samples("synthetic", recipe, (), 3, 3).batches(4)
+    assert np.array_equal(made.images, batch.images)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 48, 3), (2, 48, 32, 5)])
+def test_arrays_of_the_wrong_channels_are_refused(shape, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8))
+    if shape[-1] == 3:
+        with pytest.raises(BadRequest, match=r"as uint8 \(N, H, W, 5\), or float32 \(N, 5, 32, 48\) already"):
+            open_npz(tmp_path / "a.npz", of_channels(5))
+    else:
+        assert open_npz(tmp_path / "a.npz", of_channels(5)).count == 2
+
+
+@pytest.mark.parametrize("channels", [2, 12])
+def test_image_files_are_refused_for_other_channels(channels, folder, tmp_path):
+    told = (
+        rf"cat/0.png does not have the {channels} channels of the network; give an .npz file .* \(N, {channels}, H, W\)"
+    )
+    with pytest.raises(BadRequest, match=told):
+        open_samples(str(folder), of_channels(channels), (), 3)
+    (tmp_path / "digits.tsv").write_text("# generator: sklearn.datasets.load_digits\npath\n1\n")
+    with pytest.raises(BadRequest, match=f"does not have the {channels} channels"):
+        open_samples(str(tmp_path / "digits.tsv"), of_channels(channels), (), 3)
+
+
+def test_grey_and_alpha_are_read_from_image_files(folder):
+    for channels in (1, 4):
+        batches = list(open_samples(str(folder), of_channels(channels), (), 3).batches(8))
+        assert batches[0].images.shape == (6, channels, 32, 48)
+
+
+def test_tiff_files_of_many_pages_are_data(tmp_path):
+    bands = [Image.fromarray(plane) for plane in np.moveaxis(synthetic.dead_leaves(48, 0, 12), -1, 0)]
+    bands[0].save(tmp_path / "a.tiff", save_all=True, append_images=bands[1:])
+    (batch,) = open_samples(str(tmp_path), of_channels(12), (), 3).batches(8)
+    assert batch.images.shape == (1, 12, 32, 48)

@@ -11,6 +11,7 @@ from exporter.model import weights
 from tests.conftest import build, trace_options, write_tiny
 
 SPREAD = 1e-4
+SIZES = "a whole number from 32 to 4096, a list of two of these, dynamic or null"
 
 
 def outputs(made, images):
@@ -89,12 +90,21 @@ def test_features_are_the_four_stages(tiny_v2, tmp_path):
     agree(made, tiny_v2, "features", 2, 3, 64, 128)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 22])
-def test_opsets_from_18_up(opset, tiny, tmp_path):
-    made = build(tiny, tmp_path, opset=opset, imgsz=64)
+@pytest.mark.parametrize(("opset", "ir_version", "written"), [(13, None, 7), (17, 10, 10), (22, None, 10)])
+def test_an_artifact_has_the_opset_and_format_that_were_asked_for(opset, ir_version, written, tiny, tmp_path):
+    made = build(tiny, tmp_path, opset=opset, ir_version=ir_version)
     model = onnx.load(made.path)
-    assert model.opset_import[0].version == opset
+    assert (model.opset_import[0].version, model.ir_version) == (opset, written)
     agree(made, tiny, "classify", 2, 3, 64, 64)
+
+
+def test_a_size_with_two_sides(tiny, tmp_path):
+    made = build(tiny, tmp_path, imgsz=(64, 96))
+    assert made.sidecar.inputs[0].shape == ("batch", 3, 64, 96)
+    assert (made.sidecar.preprocessing.size, made.sidecar.preprocessing.resize) == ((64, 96), (64, 96))
+    agree(made, tiny, "classify", 2, 3, 64, 96)
+    square = build(tiny, tmp_path / "square", imgsz=64).sidecar
+    assert 2 * made.sidecar.macs - 3 * square.macs == 2 * 480 - 3 * 480  # all but the head grows with the area
 
 
 def test_a_fixed_batch_is_fixed(tiny, tmp_path):
@@ -180,9 +190,13 @@ def test_a_graph_that_is_not_the_model_is_refused(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"opset": 17}, "export.opset: expected a whole number from 18 to 23, found 17"),
-        ({"imgsz": 31}, "export.imgsz: expected a whole number from 32 to 4096, dynamic or null, found 31"),
-        ({"imgsz": 99999}, "export.imgsz: expected a whole number from 32 to 4096, dynamic or null, found 99999"),
+        ({"opset": 12}, "export.opset: expected a whole number from 13 to 23, found 12"),
+        ({"ir_version": 6}, "export.ir_version: expected a whole number from 7 to 13 or null, found 6"),
+        ({"opset": 19, "ir_version": 8}, "--ir-version 8: opset 19 needs 9 or above; lower --opset, or leave it out"),
+        ({"imgsz": 31}, f"export.imgsz: expected {SIZES}, found 31"),
+        ({"imgsz": 99999}, f"export.imgsz: expected {SIZES}, found 99999"),
+        ({"imgsz": (64, 31)}, rf"export.imgsz: expected {SIZES}, found \(64, 31\)"),
+        ({"imgsz": (64, 64, 64)}, rf"export.imgsz: expected {SIZES}, found \(64, 64, 64\)"),
         ({"batch": 0}, "export.batch: expected a whole number from 1 to 1024 or dynamic, found 0"),
         ({"batch": 1_000_000}, "export.batch: expected a whole number from 1 to 1024 or dynamic, found 1000000"),
     ],

@@ -89,7 +89,7 @@ def test_what_is_not_said_is_the_default_of_the_command_line(read):
         (GOOD + "target:\n  flavor: tensorrt\n", "my.yaml:11:3: unknown key 'flavor' in target; no key is known here"),
         (GOOD + "model:\n  variant: base\n", "my.yaml:10:1: model is given twice"),
         (GOOD.replace("tiny", "tinny"), "my.yaml:5:3: unknown variant 'tinny'; did you mean 'tiny'?"),
-        (GOOD + "  opset: 12\n", "my.yaml:10:10: export.opset: expected a whole number from 18 to 23, found '12'"),
+        (GOOD + "  opset: 12\n", "my.yaml:10:10: export.opset: expected a whole number from 13 to 23, found '12'"),
         (
             GOOD + "  form: [plain]\n",
             "my.yaml:10:9: export.form: expected plain, linear, conv, nchw, auto or null, found ['plain']",
@@ -137,7 +137,7 @@ def test_profiles_must_hold_the_batches_that_are_timed(problems):
     ("override", "told"),
     [
         ("export.opsat=18", "--set export.opsat=18: unknown key 'opsat' in export; did you mean 'opset'?"),
-        ("export.opset=x", "--set export.opset=x: export.opset: expected a whole number from 18 to 23, found 'x'"),
+        ("export.opset=x", "--set export.opset=x: export.opset: expected a whole number from 13 to 23, found 'x'"),
         ("export.opset", "--set export.opset: expected KEY=VALUE"),
         ("model.variant.x=1", "--set model.variant.x=1: model.variant: expected text or null, found keys with values"),
         ("export=!!python/name:os.system", "tags are not taken"),
@@ -149,6 +149,19 @@ def test_profiles_must_hold_the_batches_that_are_timed(problems):
 )
 def test_a_wrong_override_is_told_as_such(override, told, problems):
     assert any(told in line for line in problems(GOOD, override)), problems(GOOD, override)
+
+
+@pytest.mark.parametrize("text", ["[320, 256]", "320,256", "320, 256", "'320,256'"])
+def test_a_size_has_one_or_two_sides(text, read):
+    assert read(GOOD.replace("imgsz: 224", f"imgsz: {text}")).export.imgsz == (320, 256)
+    assert read(GOOD, "export.imgsz=320,256").export.imgsz == (320, 256)
+    assert read(GOOD, "export.imgsz=[224, 224]").export.imgsz == 224
+
+
+@pytest.mark.parametrize("text", ["[320]", "[320, 256, 3]", "[320, 16]", "320x256", "320,,256", "320,a"])
+def test_other_sizes_are_refused(text, problems):
+    (problem,) = problems(GOOD.replace("imgsz: 224", f"imgsz: {text}"))
+    assert "export.imgsz: expected a whole number from 32 to 4096, a list of two of these" in problem
 
 
 def test_overrides_replace_and_add(read):
@@ -179,6 +192,8 @@ def values(field):
             choices.append(st.none())
         elif get_origin(base) is Literal:
             choices.append(st.sampled_from(get_args(base)))
+        elif fields.is_pair(kind):
+            choices.append(st.tuples(*[items(get_args(base)[0])] * 2).filter(lambda sides: len(set(sides)) == 2))
         elif base is tuple or get_origin(base) is tuple:
             choices.append(
                 st.lists(items(get_args(kind if get_origin(kind) is tuple else base)[0]), max_size=3).map(tuple)

@@ -144,7 +144,7 @@ def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, 
 
 
 def _shapes(sidecar: Sidecar, profile: Profile) -> list[tuple[int, ...]]:
-    """The least, best and largest input (N, 3, H, W) of a profile."""
+    """The least, best and largest input (N, C, H, W) of a profile."""
     sides = sidecar.inputs[0].shape[1:]
     return [
         (count, *(side if isinstance(side, int) else size for side in sides))

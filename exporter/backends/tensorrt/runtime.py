@@ -96,7 +96,7 @@ class PlanSession:
                 write_file(self.kept, bytes(self.kernels.serialize()))
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, 3, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
         import torch
 
         given = torch.from_numpy(as_taken(images, self.recipe)).cuda()

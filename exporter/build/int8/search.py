@@ -55,7 +55,7 @@ class CachedReference:
         self.position = 0
 
     def __call__(self, images: Array) -> Outputs:
-        """Outputs (N, …) for images (N, 3, H, W), computed or from the cache by the number of the call."""
+        """Outputs (N, …) for images (N, C, H, W), computed or from the cache by the number of the call."""
         if self.position == len(self.outputs):
             self.outputs.append(self.session(images))
         self.position += 1
