@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, forms, fuzz, gate, int8, kill, plans, recipes
+from benchmarks import agreement, checkpoints, forms, fuzz, gate, int8, kill, plans, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
@@ -26,6 +26,7 @@ XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
 DOCUMENTS = (
     "README.md",
+    "docs/checkpoints.md",
     "docs/forms.md",
     "docs/int8.md",
     "docs/peers.md",
@@ -81,6 +82,7 @@ def tables() -> dict[str, str]:
         "int8-accuracy-without-vnni": int8.accuracy_table(avx2) + machine(avx2.environment, avx2.commit),
         "int8-settings": int8.setting_table(settings) + machine(settings.environment),
         "int8-memory": int8.memory_table(settings) + machine(settings.environment),
+        "layouts": checkpoints.table(msgspec.json.decode((XEON / "checkpoints.json").read_bytes())),
         "recipe-keys": recipes.key_table(),
         "kill": killed.table(),
         "fuzz": fuzzed.table(),

@@ -1,11 +1,13 @@
 """Real weights on real photographs, where development and CI have them: nothing is lost on the way."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
 
 from exporter.backends import eager
+from exporter.data import images
 from tests import once
 from tests.conftest import needs_bf16, shared, type_command
 
@@ -29,6 +31,24 @@ def eager_answers_once(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager.EagerSession, "__call__", remembered)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def photographs_once(tmp_path_factory):
+    """A photograph is decoded and preprocessed for the first test that asks, in whichever process."""
+    real, folder = images.read, once.shared_folder(tmp_path_factory, "photographs")
+
+    def remembered(file, recipe):
+        path = folder / f"{hashlib.sha256(f'{file} {recipe}'.encode()).hexdigest()}.npy"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(part, real(file, recipe))
+            part.replace(path)
+        return np.load(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "read", remembered)
         yield
 
 
@@ -104,8 +124,8 @@ def test_int8_loses_next_to_nothing(model, verb, calib, outliers, tmp_path, monk
 
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     weights = outliers if model == "outliers" else shared("data", "weights", f"{model}_imagenette.safetensors")
-    images = shared("data", "images", "calib") if calib == "photographs" else calib
-    words = ("--imgsz", 112, "--calib", images, "--calib-size", 256, "--data", shared("data", "images", "val"))
+    source = shared("data", "images", "calib") if calib == "photographs" else calib
+    words = ("--imgsz", 112, "--calib", source, "--calib-size", 256, "--data", shared("data", "images", "val"))
     result = type_command(verb, "--int8", "--weights", weights, *words, "-o", tmp_path, "--json")
     assert result.code == 0, result.err
     found = {finding["metric"]: finding for finding in result.json["report"]["findings"]}

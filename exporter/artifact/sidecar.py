@@ -206,11 +206,11 @@ class Sidecar(Record, frozen=True):
     variant: str
     task: str
     weights: Weights
-    architecture: dict[str, Any]
-    reference: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     preprocessing: Preprocessing
+    architecture: dict[str, Any] = {}
+    reference: str = ""
     macs: int | None = None
     beyond_fp16: tuple[str, ...] = ()
     quantization: Quantization | None = None

@@ -1,4 +1,4 @@
-"""From a live PyTorch module to an artifact that is held against this module."""
+"""From a live PyTorch module to an artifact that is compared with this module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.backends import eager
+from exporter.backends import ONNX, eager
 from exporter.build import Built, build
 from exporter.model import live, reference, written
 from exporter.recipe import Recipe
@@ -21,7 +21,7 @@ from exporter.verify import VerifyOptions, record_quality, verify
 if TYPE_CHECKING:
     from torch import nn
 
-FP32 = Recipe(backend="onnxruntime", precision="fp32")
+FP32 = Recipe(backend=ONNX, precision="fp32")
 
 
 def export(

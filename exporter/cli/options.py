@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from exporter import backends
-from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, is_pair, kinds
+from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, fits, is_pair, kinds
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=msgspec.Struct)
@@ -39,7 +39,7 @@ class Value(click.ParamType[Any]):
             converted = msgspec.convert(parts, self.hint, strict=False)
         except msgspec.ValidationError:
             converted = math.nan
-        if isinstance(converted, float) and not math.isfinite(converted):
+        if not fits(converted, self.hint):
             self.fail(f"{value!r}: expected {expected(self.hint)}", param, ctx)
         return tuple(dict.fromkeys(converted)) if self.commas and not self.repeats else converted
 

@@ -1,4 +1,4 @@
-"""The model that artifacts are held against: the user's own, or a library's, instead of this tool's network."""
+"""The model that artifacts are compared with: the user's own, or a library's, instead of this tool's network."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def _timm(config: Mapping[str, Any], loaded: weights.Checkpoint, state: Mapping[str, Tensor]) -> nn.Module:

@@ -63,7 +63,7 @@ class Model(Record, frozen=True):
     reference: Annotated[
         str | None,
         about(
-            "The model that artifacts are held against: module:callable, or timm, transformers or torchvision.",
+            "The model that artifacts are compared with: module:callable, or timm, transformers or torchvision.",
             metavar="NAME",
             default="this tool's own network",
         ),

@@ -20,8 +20,9 @@ def test_transformers_names_come_back_as_ours(differences):
     prefix = "convnextv2." if differences else "convnext."
     renamed = {huggingface.huggingface_key(key): tensor for key, tensor in state.items()}
     renamed = {key if key.startswith("classifier") else prefix + key: tensor for key, tensor in renamed.items()}
-    ours, layout = to_ours(renamed)
-    assert layout == "huggingface"
+    converted = to_ours(renamed)
+    ours = converted.state
+    assert converted.layout == "huggingface"
     assert list(ours) == list(state)
     assert all(ours[key] is state[key] or (ours[key] == state[key]).all() for key in state)
 

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
+from benchmarks import libraries
 from exporter import export
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
 from exporter.recipe import Export, Quantization, Recipe
-from tests import libraries
 from tests.conftest import ROOT
 from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
 
@@ -109,7 +109,7 @@ def factory(tmp_path, monkeypatch):
               "architecture": "convnext_atto", "num_classes": 10}  # fmt: skip
     libraries.save(tmp_path / "weights", model, config)
     (tmp_path / "mine.py").write_text(
-        "from tests import libraries\n"
+        "from benchmarks import libraries\n"
         "def make():\n    return libraries.timm_model(act_layer='relu')\n"
         "def other():\n    return libraries.timm_model(act_layer='silu')\n"
     )

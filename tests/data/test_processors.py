@@ -258,7 +258,6 @@ def test_processors_that_cannot_be_followed_are_refused(processor, message, tmp_
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"input_size": [3, 224, 320]}, "expected a square"),
         ({"interpolation": "random"}, "Invalid enum value 'random'"),
         ({"crop_mode": "rrc"}, "Invalid enum value 'rrc'"),
     ],

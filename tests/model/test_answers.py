@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter.model import weights
-from exporter.model.layouts import architecture, to_ours
+from exporter.model import fit, weights
+from exporter.model.layouts import to_ours
+from exporter.model.shapes import architecture
 from exporter.model.variants import named, resolve
 from tests.conftest import SHARED
 
@@ -76,10 +77,11 @@ def test_every_other_public_model_loads(source, name):
     reference = parity(source)[name]
     with torch.device("meta"):
         raw = {key: torch.empty(shape) for key, shape in reference["keys"].items()}
-    state, layout = to_ours(raw)
-    variant = named(architecture(state))
-    classes = weights._check_keys(Path(name), state, variant.architecture)
-    assert layout == LAYOUT.get(source, source)
+    converted = to_ours(raw)
+    state = converted.state
+    variant = named(architecture(state, converted.head))
+    fit._check_keys(state, variant.architecture)
+    assert converted.layout == LAYOUT.get(source, source)
     assert variant.name == resolve(name.partition("@")[0])[0].name
-    assert classes == int(name.partition("@")[2] or 1000)
+    assert len(state["head.weight"]) == int(name.partition("@")[2] or 1000)
     assert sum(tensor.numel() for tensor in state.values()) == reference["params"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from exporter.errors import BadRequest, Unavailable
-from exporter.model import checkpoint, hub, parts, weights
+from exporter.model import checkpoint, hub, parts, sources, weights
 
 STATE = {f"layer{i}.weight": torch.full((2, 3), float(i)) for i in range(5)}
 OTHER = {key: value + 100 for key, value in STATE.items()}
@@ -181,7 +181,7 @@ def sharded(tmp_path, form="safetensors"):
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_several_files_with_an_index_are_one_checkpoint(form, tmp_path):
     index, where = sharded(tmp_path, form)
-    assert weights._weights_in(tmp_path) == index
+    assert sources.weights_in(tmp_path) == index
     assert same(checkpoint.read(index).tensors)
     assert checkpoint.files(index) == (index, *sorted({tmp_path / name for name in where.values()}))
     with pytest.raises(BadRequest, match="one of several files; give the folder"):
@@ -238,10 +238,10 @@ def test_tensors_that_an_index_does_not_list_are_left_out_with_a_note(tmp_path):
 def test_the_only_file_of_weights_in_a_folder_is_taken_whatever_its_name(tmp_path):
     best = saved(tmp_path, STATE, "best.pth")
     saved(tmp_path, {}, "optimizer.pt")
-    assert weights._weights_in(tmp_path) == best
+    assert sources.weights_in(tmp_path) == best
     saved(tmp_path, STATE, "last.ckpt")
     with pytest.raises(BadRequest, match=r"2 files of weights \(best.pth, last.ckpt\); give one FILE"):
-        weights._weights_in(tmp_path)
+        sources.weights_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
@@ -250,7 +250,7 @@ def test_names_of_openclip_are_known_in_folders_and_on_the_hub(name, tmp_path, m
 
     saved(tmp_path, STATE, name)
     saved(tmp_path, STATE, "other.bin")
-    assert weights._weights_in(tmp_path) == tmp_path / name
+    assert sources.weights_in(tmp_path) == tmp_path / name
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     assert hub.cached("someone/clip") == tmp_path
 

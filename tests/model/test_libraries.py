@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
+from benchmarks import libraries
 from exporter.errors import BadRequest
 from exporter.model import weights
-from tests import libraries
+from tests.reference import library
 
+for name in ("torchvision", "timm", "transformers"):
+    library(name)
 NOISE = 2e-5  # of the spread: fp32 rounding in another order
 
 TIMM = {

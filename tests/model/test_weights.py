@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import weights
+from exporter.model.layouts import Choices
 from tests.conftest import tiny_config, tiny_state
 
 
@@ -282,10 +283,23 @@ def test_nan_in_a_checkpoint_is_refused_by_name(state, tmp_path):
         weights.load(str(tmp_path / "w.safetensors"))
 
 
-def test_two_tensors_of_one_name_are_refused(state, tmp_path):
-    torch.save({**state, "module.head.bias": state["head.bias"]}, tmp_path / "w.pth")
-    with pytest.raises(BadRequest, match="1 tensors have the name of another one"):
+def test_of_two_whole_networks_none_is_taken_unasked(state, tmp_path):
+    other = tiny_state(seed=1)
+    torch.save({**state, **{f"extra.{key}": value for key, value in other.items()}}, tmp_path / "w.pth")
+    with pytest.raises(BadRequest, match="2 networks lie in these weights; choose one: --prefix"):
         weights.load(str(tmp_path / "w.pth"))
+    assert same(weights.load(str(tmp_path / "w.pth"), choices=Choices(prefix="extra")), other)
+
+
+def test_a_copy_of_a_network_is_left_out_by_name(state, tmp_path, capsys):
+    copy = {f"teacher.{key}": value for key, value in tiny_state(seed=1).items()}
+    torch.save({**{f"student.{key}": value for key, value in state.items()}, **copy}, tmp_path / "w.pth")
+    assert same(weights.load(str(tmp_path / "w.pth")), state)
+
+
+def test_tensors_of_something_else_are_left_out(state, tmp_path):
+    torch.save({**state, "criterion.centers": torch.zeros(10, 48)}, tmp_path / "w.pth")
+    assert same(weights.load(str(tmp_path / "w.pth")), state)
 
 
 def test_prefixes_of_compile_and_ddp_come_off_together(state, tmp_path):

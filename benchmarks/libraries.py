@@ -1,27 +1,29 @@
-"""Small networks of other libraries with random weights: what the product's networks are held against."""
+"""Small networks of other libraries with random weights, which the tool's own networks are held against."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 DEPTHS, DIMS, CLASSES = (1, 1, 2, 1), (8, 16, 32, 64), 10
 
 
 def library(name: str) -> Any:
-    """Import timm, transformers or torchvision, or skip the test.
+    """Import timm, transformers or torchvision.
 
     The compiled part of torchvision does not load beside a CPU build of PyTorch from another index; its models are
     Python. Their operators (nms, …) are not used here.
+
+    Raises: ImportError.
     """
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'convnext-export[reference]'")
+    return importlib.import_module(name)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -39,6 +41,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def images(channels: int = 3, size: int = 64) -> torch.Tensor:
+    """Two images (2, C, size, size), normalized."""
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(7))
 
 
@@ -51,7 +54,7 @@ def timm_model(**settings: Any) -> torch.nn.Module:
 def huggingface_model(kind: str = "ConvNextForImageClassification", **settings: Any) -> torch.nn.Module:
     """A small transformers ConvNeXt of a class by name."""
     transformers = library("transformers")
-    model_class = getattr(transformers, kind)
+    model_class: Any = getattr(transformers, kind)
     settings = {"hidden_sizes": list(DIMS), "depths": list(DEPTHS), "num_labels": CLASSES, **settings}
     return randomize(model_class(model_class.config_class(**settings)))
 
