@@ -204,6 +204,7 @@ def _print_facts(artifact: Artifact) -> None:
         ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
         *_origins(sidecar.origins),
+        ("reference", sidecar.reference),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
         ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
     ]

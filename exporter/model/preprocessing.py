@@ -3,6 +3,9 @@ it."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -127,6 +130,16 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(_VALUES, f"published recipe of torchvision's {variant.name}"))
     return published(variant)
+
+
+def with_keras(stated: Stated, normalization: Mapping[str, Sequence[float]]) -> Stated:
+    """The preprocessing with the mean and variance of a Keras model's Normalization layer, of pixels from 0 to 255."""
+    mean = tuple(value / 255 for value in normalization["mean"])
+    std = tuple(math.sqrt(value) / 255 for value in normalization["variance"])
+    origins = dict.fromkeys(("mean", "std"), "Normalization layer of the Keras model")
+    return dataclasses.replace(
+        stated, preprocessing=replace(stated.preprocessing, mean=mean, std=std), origins=stated.origins | origins
+    )
 
 
 def published(variant: Variant) -> Stated:

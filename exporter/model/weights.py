@@ -23,7 +23,7 @@ from exporter.model.config import CONFIG_FILES, from_training, read_config, toge
 from exporter.model.fit import empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
-from exporter.model.preprocessing import Stated, known, published
+from exporter.model.preprocessing import Stated, known, published, with_keras
 from exporter.model.variants import Architecture, Variant, resolve
 from exporter.progress import note
 from exporter.recipe import Task
@@ -217,6 +217,8 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
         config = replace(config, labels=())
     stated = known(config, fitted.layout, variant, str(files.path))
+    if "keras" in content.beside and config.preprocessing is None:
+        stated = with_keras(stated, content.beside["keras"])
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
 
 

@@ -348,6 +348,9 @@ class TestKeras:
         content = checkpoint.read(tmp_path / "m.keras")
         self.compare(content)
         assert content.beside == {"keras": {"mean": [1.0, 2.0, 3.0], "variance": [4.0, 5.0, 6.0]}}
+        preprocessing = weights.load(str(tmp_path / "m.keras")).preprocessing
+        assert preprocessing.mean == pytest.approx([1 / 255, 2 / 255, 3 / 255])
+        assert preprocessing.std == pytest.approx([2 / 255, 5**0.5 / 255, 6**0.5 / 255])
 
     def test_a_link_to_another_file_is_refused(self, tmp_path):
         h5py = pytest.importorskip("h5py", reason="needs h5py")
