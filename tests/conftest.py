@@ -173,8 +173,8 @@ def tiny_state(seed: int = 0, classes: int = 10, **differences: object):
     from exporter.model import weights
 
     state = weights._random_state(tiny_architecture(**differences), seed)
-    state["head.weight"] = state["head.weight"][:classes].clone()
-    state["head.bias"] = state["head.bias"][:classes].clone()
+    for key in state.keys() & {"head.weight", "head.bias"}:
+        state[key] = state[key][:classes].clone()
     return state
 
 

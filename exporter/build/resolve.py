@@ -187,6 +187,7 @@ def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     return TraceOptions(
         task=recipe.model.task or checkpoint.task,
         strides=checkpoint.variant.architecture.strides,
+        heads=tuple(variants.head_layer(head)[0] for head in checkpoint.variant.architecture.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
         uint8=recipe.export.input == "uint8",

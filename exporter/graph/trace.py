@@ -24,7 +24,7 @@ INPUT = "images"
 
 class TraceOptions(Record, frozen=True):
     """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
-    whether the input is bytes, and its channels."""
+    whether the input is bytes, its channels, and the names of heads where there are several."""
 
     task: Task
     strides: tuple[int, ...]
@@ -32,12 +32,15 @@ class TraceOptions(Record, frozen=True):
     batch: int | None
     uint8: bool
     channels: int = 3
+    heads: tuple[str, ...] = ()
 
 
 def output_names(options: TraceOptions) -> list[str]:
-    """`logits`, `embedding`, or `stage1`, `stage2`, …"""
+    """`logits` or the names of several heads, `embedding`, or `stage1`, `stage2`, …"""
     if options.task == "features":
         return [f"stage{number}" for number, _ in enumerate(options.strides, 1)]
+    if options.task == "classify" and options.heads:
+        return list(options.heads)
     return ["logits" if options.task == "classify" else "embedding"]
 
 

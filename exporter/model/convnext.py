@@ -204,7 +204,8 @@ class ConvNeXt(nn.Module):
         self.norm = Norm(last, arch.norm, eps) if arch.head_norm and not first else None
         self.pool, self.projection = arch.pool, arch.projection
         self.head_layers, width = head_layers(arch, last * (2 if arch.pool == "catavgmax" else 1))
-        self.head = nn.Linear(width, num_classes)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in map(head_layer, arch.heads)})
+        self.head = None if arch.heads else nn.Linear(width, num_classes)
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) to the output of every stage, (N, C, H/s, W/s) for the strides s of the architecture."""
@@ -223,9 +224,10 @@ class ConvNeXt(nn.Module):
         x = pooling(x, self.pool)
         return x if self.norm is None else self.norm(x)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to logits (N, classes)."""
-        return self.head(self.head_layers(self.embed(images)))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(N, C, H, W) to logits (N, classes), or to those of each head."""
+        x = self.head_layers(self.embed(images))
+        return tuple(head(x) for head in self.heads.values()) if self.head is None else self.head(x)
 
 
 class Features(nn.Module):

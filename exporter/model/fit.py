@@ -61,6 +61,8 @@ def fit(
         raise BadRequest(f"NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")
     head = state.get("head.weight")
     classes = 0 if head is None or arch.projection else int(head.shape[0])
+    if arch.heads:
+        classes = head_layer(arch.heads[0])[1]
     notes = list(converted.notes)
     if classes and stated.get("num_classes", classes) != classes:
         notes.append(f"the config says {stated['num_classes']} classes, the weights have {classes}")

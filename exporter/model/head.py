@@ -19,12 +19,13 @@ BATCH_NORM_EPS = 1e-5  # PyTorch's default
 
 @dataclass(frozen=True)
 class Head:
-    """Layers in front of the last linear one (see `Architecture.head_layers`), and the tensors, by our names.
+    """Layers in front of the last linear one, several heads (see `Architecture`), and the tensors, by our names.
 
     `modules` are the names of the modules in the file, below the head's own, by ours.
     """
 
     layers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     projection: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
@@ -70,7 +71,23 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
         if layer.kind == "linear" and (between := _activation(layer, behind, modules, act)) != "none":
             layers.append(between)
     names["head"] = last.path
-    return Head(tuple(layers), False, {**state, "head.weight": last.weight, "head.bias": last.bias}, names)
+    state |= {"head.weight": last.weight, "head.bias": last.bias}
+    return Head(tuple(layers), state=state, modules=names)
+
+
+def several(heads: Mapping[str, Head]) -> Head:
+    """Several classifiers behind the same pooled features, by name.
+
+    Raises: BadRequest for one of more than one layer.
+    """
+    both: dict[str, Tensor] = {}
+    names = []
+    for name, head in heads.items():
+        if head.layers or len(head.state) != 2:
+            raise BadRequest(f"--head: {name} has several layers; of several heads each is one linear layer")
+        both |= {f"heads.{name}.{leaf}": head.state[f"head.{leaf}"] for leaf in ("weight", "bias")}
+        names.append(f"{name}:{len(head.state['head.weight'])}")
+    return Head(heads=tuple(names), state=both)
 
 
 def projection(tensors: Mapping[str, Tensor]) -> Head:

@@ -285,10 +285,18 @@ def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) 
 
     Raises: BadRequest for a head that cannot be understood, or a name that is none.
     """
+    names = [name.strip() for name in choices.head.split(",") if name.strip()]
+    if len(names) > 1:
+        places = {name.replace(".", "_"): _head_place(rest, converted.prefix, name) or "" for name in names}
+        taken = {name: _taken(rest, place) for name, place in places.items()}
+        converted.head = heads.several({name: heads.classifier(one, "", True) for name, one in taken.items()})
+        converted.state |= converted.head.state
+        return
     place = _head_place(rest, converted.prefix, choices.head)
     if place is None:
+        converted.notes += _candidates(converted.state, rest)
         return
-    tensors = {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
+    tensors = _taken(rest, place)
     if converted.layout == "timm" and place.endswith("visual.head."):
         converted.head = heads.projection(tensors)
     else:
@@ -298,6 +306,19 @@ def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) 
     converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
     if converted.layout != "timm" or place != f"{converted.prefix}head.":
         converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
+
+
+def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The tensors of one module, taken out of the rest, by their names below it."""
+    return {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
+
+
+def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> list[str]:
+    """A note about linear layers that fit behind the last stage, if there are any."""
+    last = state[f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight"].shape[0]
+    fits = [key for key, tensor in rest.items() if tensor.ndim == 2 and tensor.shape[1] == last]
+    names = ",".join(key.rpartition(".")[0] for key in fits[:4])
+    return [f"no classifier of a usual name; --head {names} takes these linear layers"] if fits else []
 
 
 def _head_place(rest: Mapping[str, Tensor], prefix: str, wanted: str) -> str | None:

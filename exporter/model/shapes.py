@@ -49,6 +49,7 @@ def architecture(state: Mapping[str, Tensor], head: Head, norm: str = "") -> Arc
             head_norm={"norm.weight", "norm_pre.weight"} & state.keys() != set(),
             head_norm_first="norm_pre.weight" in state,
             head_layers=head.layers,
+            heads=head.heads,
             projection=head.projection,
             pool="catavgmax" if _head_width(state, head) == 2 * blocks[-1].shape[0] else "avg",
             stage_norms=tuple(stage for stage in stages if f"stage_norms.{stage}.weight" in state),

@@ -42,6 +42,7 @@ class Architecture(Record, frozen=True):
     pool: pooling in front of the head; `catavgmax` concatenates both.
     head_norm: a norm between pooling and head; with `head_norm_first` in front of the pooling.
     head_layers: layers between norm and head: `linear:WIDTH`, `affine:WIDTH`, `layer:WIDTH` or an activation.
+    heads: several classifiers in place of one, `NAME:CLASSES`; each is an output.
     projection: the head is the projection of a CLIP tower, part of the embedding.
     stage_norms: stages whose feature map has a norm of its own.
     """
@@ -66,6 +67,7 @@ class Architecture(Record, frozen=True):
     head_norm: bool = True
     head_norm_first: bool = False
     head_layers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     projection: bool = False
     stage_norms: tuple[int, ...] = ()
 
@@ -150,11 +152,12 @@ def _layers(arch: Architecture, classes: int) -> Iterator[tuple[int, int, int, i
         if kind == "linear":
             yield width * size, size, 1, 0
             width = size
-    yield width * classes, classes, 1, 0
+    for outputs in [size for _, size in map(head_layer, arch.heads)] or [classes]:
+        yield width * outputs, outputs, 1, 0
 
 
 def head_layer(layer: str) -> tuple[str, int]:
-    """Kind and width of one of `head_layers`; width 0 for an activation."""
+    """Kind and width of one of `head_layers`, or name and classes of one of `heads`; 0 for an activation."""
     kind, _, width = layer.partition(":")
     return kind, int(width or 0)
 
@@ -316,7 +319,7 @@ def resolve(name: str) -> tuple[Variant, str | None]:
 
 _LOOSE = frozenset(
     {"layer_scale", "in_chans", "act", "norm_eps", "head_eps", "stage_eps", "output_stride", "pool", "head_norm",
-     "head_layers", "projection", "stage_norms"}
+     "head_layers", "heads", "projection", "stage_norms"}
 )  # fmt: skip
 """Fields in which a network may differ from a published variant and still have its name."""
 

@@ -77,7 +77,7 @@ class Checkpoint:
         self.check(task or self.task)
         head = self.state.get("head.weight")
         model = empty(self.variant.architecture, 1 if head is None else head.shape[0])
-        model.load_state_dict(self.state, assign=True, strict=head is not None)
+        model.load_state_dict(self.state, assign=True, strict=head is not None or self.variant.architecture.heads != ())
         model.eval().requires_grad_(False)
         if (task or self.task) == "classify":
             return model

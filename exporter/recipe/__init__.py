@@ -55,7 +55,10 @@ class Model(Record, frozen=True):
     prefix: Annotated[
         str | None, about("What the names of the network's weights begin with, where several fit.", metavar="NAME")
     ] = None
-    head: Annotated[str | None, about("Name of the module that is the classifier.", metavar="NAME")] = None
+    head: Annotated[
+        str | None,
+        about("Name of the module that is the classifier; of several, NAME,NAME, each is an output.", metavar="NAME"),
+    ] = None
     head_act: Annotated[
         Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "none"] | None,
         about("Activation between two linear layers of a head; weights do not show it."),

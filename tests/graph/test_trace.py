@@ -8,7 +8,7 @@ import torch
 
 from exporter import artifact, backends
 from exporter.model import weights
-from tests.conftest import build, trace_options, write_tiny
+from tests.conftest import build, tiny_state, trace_options, write_tiny
 
 SPREAD = 1e-4
 SIZES = "a whole number from 32 to 4096, a list of two of these, dynamic or null"
@@ -105,6 +105,19 @@ def test_a_size_with_two_sides(tiny, tmp_path):
     agree(made, tiny, "classify", 2, 3, 64, 96)
     square = build(tiny, tmp_path / "square", imgsz=64).sidecar
     assert 2 * made.sidecar.macs - 3 * square.macs == 2 * 480 - 3 * 480  # all but the head grows with the area
+
+
+def test_several_heads_are_outputs_by_their_names(tmp_path, run):
+    from safetensors.torch import save_file
+
+    state = tiny_state()
+    weight, bias = state.pop("head.weight"), state.pop("head.bias")
+    for name, rows in (("color", slice(0, 6)), ("shape", slice(6, 10))):
+        state |= {f"{name}.weight": weight[rows].clone(), f"{name}.bias": bias[rows].clone()}
+    save_file(state, tmp_path / "w.safetensors")
+    made = build(tmp_path / "w.safetensors", tmp_path, imgsz=64, head="color,shape")
+    assert [(t.name, t.shape) for t in made.sidecar.outputs] == [("color", ("batch", 6)), ("shape", ("batch", 4))]
+    assert run("verify", made.path, "--samples", 4).code == 0
 
 
 def test_a_fixed_batch_is_fixed(tiny, tmp_path):

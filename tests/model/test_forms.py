@@ -40,6 +40,7 @@ DIFFERENCES = {
     "three stages": {"depths": (1, 2, 1), "dims": (16, 24, 32), "act": "relu"},
     "norms of stages": {"stage_norms": (1, 3)},
     "no last norm": {"head_norm": False},
+    "several heads": {"heads": ("color:5", "shape:3")},
     "projection": {"projection": True, "head_layers": ("linear:40", "gelu")},
     "all at the head": {"head_norm_first": True, "head_layers": ("linear:40", "gelu"), "norm_eps": 1e-3},
 }

@@ -173,6 +173,21 @@ def test_the_activation_of_a_head_is_not_guessed(tmp_path):
         ours(libraries.save(tmp_path, model), libraries.images())
 
 
+def test_several_heads_are_several_outputs(tmp_path):
+    module = torch.nn.Module()
+    module.backbone = libraries.timm_model(num_classes=0)
+    module.color, module.shape = torch.nn.Linear(64, 5), torch.nn.Linear(64, 3, bias=False)
+    folder = libraries.save(tmp_path, module)
+    embedding = libraries.outputs(module.backbone, libraries.images())[0].clone()
+    got, checkpoint = ours(folder, libraries.images(), head="color,shape")
+    assert checkpoint.task == "classify"
+    assert (
+        libraries.largest_difference(got, [module.color(embedding).detach(), module.shape(embedding).detach()]) < NOISE
+    )
+    with pytest.raises(BadRequest, match="--head colour: no such module in these weights; did you mean 'color'"):
+        ours(folder, libraries.images(), head="colour")
+
+
 def test_a_projection_of_openclip_is_part_of_the_embedding(tmp_path):
     trunk = libraries.timm_model(num_classes=0)
     projection = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))

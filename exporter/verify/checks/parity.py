@@ -59,7 +59,8 @@ class Parity:
                 cosines.append((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)))
         self.cosines += np.mean(cosines, axis=0).tolist()
         if self.classify:
-            self.agree += (seen.eager[0].argmax(1) == seen.outputs[0].argmax(1)).tolist()
+            pairs = zip(seen.eager, seen.outputs, strict=True)
+            self.agree += np.all([a.argmax(1) == b.argmax(1) for a, b in pairs], axis=0).tolist()
 
     def findings(self) -> list[Finding]:
         """cosine, max_abs, mean_abs, sqnr_db and, of a classifier, top1_agreement."""
