@@ -125,7 +125,27 @@ def fits(value: Any, hint: Any) -> bool:
         converted = msgspec.convert(msgspec.to_builtins(value), hint)
     except (msgspec.ValidationError, TypeError):
         return False
+    if isinstance(converted, tuple) and not _elements_fit(converted, hint):
+        return False
     return not isinstance(converted, float) or math.isfinite(converted)
+
+
+def _elements_fit(values: Sequence[Any], hint: Any) -> bool:
+    """Whether the numbers of a list are within their bounds. In a process that has converted many types, msgspec 0.22
+    sometimes forgets these bounds."""
+    lists = [bare(kind) for kind in kinds(hint) if get_origin(bare(kind)) is tuple]
+    return any(all(_within(value, get_args(kind)[0]) for value in values) for kind in lists)
+
+
+def _within(value: Any, hint: Any) -> bool:
+    """Whether a number is within the bounds of its type."""
+    limits = hint.__metadata__ if get_origin(hint) is Annotated and isinstance(value, int | float) else ()
+    return all(
+        (meta.gt is None or value > meta.gt)
+        and (meta.ge is None or value >= meta.ge)
+        and (meta.le is None or value <= meta.le)
+        for meta in limits
+    )
 
 
 def problems(record: msgspec.Struct, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
