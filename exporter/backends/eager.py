@@ -141,7 +141,8 @@ def _network(artifact: Artifact, options: EagerOptions) -> Any:
     task = artifact.sidecar.task
     if options.reference is None:
         return checkpoint.model(task)
-    return reference.load(options.reference, checkpoint, checkpoint.weights.source).for_task(task)
+    choices = weights.choices_of(artifact.sidecar.recipe["model"])
+    return reference.load(options.reference, checkpoint, checkpoint.weights.source, choices).for_task(task)
 
 
 def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:

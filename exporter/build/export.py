@@ -39,7 +39,7 @@ def export(job: Job) -> Artifact:
     Raises: CheckFailed when the traced graph differs from the network, with nothing written.
     """
     target = job.file("fp32")
-    if (present := _present(target, job.sidecar)) is not None:
+    if job.reference is None and (present := _present(target, job.sidecar)) is not None:
         note(f"{target.name} is already there, from the same weights and options")
         job.checkpoint.state.clear()  # the weights are not needed any more
         return present

@@ -52,10 +52,11 @@ def export(
     """
     out = Path(out)
     with _evaluated(module) as original:
-        fitted = live.read(original)
+        fitted = live.read(original, recipe.model.prefix or "", recipe.model.head or "")
         folder = out / f"{fitted.variant.name}.weights"
         written.write(folder, fitted, preprocessing, _config(original, labels))
         model = replace(recipe.model, weights=str(folder), labels=None, variant=None, reference=None)
+        model = replace(model, prefix=None, head=None, head_act=None, norm=None)
         opened = reference.of_module(original)
         built = build(replace(recipe, model=model), out, reference=opened)
         if built.report is not None:
@@ -88,12 +89,11 @@ def _config(module: nn.Module, labels: Sequence[str]) -> dict[str, Any]:
     """The content of `config.json`: labels and preprocessing from the module's own config, and the given labels."""
     config: dict[str, Any] = {}
     for part in module.modules():
-        if isinstance(cfg := getattr(part, "pretrained_cfg", None), dict):
+        if "pretrained_cfg" not in config and isinstance(cfg := getattr(part, "pretrained_cfg", None), dict):
             config["pretrained_cfg"] = {key: value for key, value in cfg.items() if value is not None}
-            break
-        if isinstance(names := getattr(getattr(part, "config", None), "id2label", None), dict):
+        names = getattr(getattr(part, "config", None), "id2label", None)
+        if "id2label" not in config and isinstance(names, dict):
             config["id2label"] = {str(index): name for index, name in names.items()}
-            break
     if labels:
         config.pop("id2label", None)
         config["label_names"] = list(labels)

@@ -152,7 +152,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     trace = _trace_options(recipe, checkpoint)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
-        reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source)
+        reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)
     return Job(
         recipe=recipe,
         out=out,

@@ -119,7 +119,8 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
 
     for value in [*model.graph.inputs, *model.graph.outputs]:
         assert value.shape is not None
-        stride = options.strides[int(value.name[5:]) - 1] if value.name and value.name.startswith("stage") else 1
+        stage = value.name[5:] if options.task == "features" and value.name != INPUT and value.name else ""
+        stride = options.strides[int(stage) - 1] if stage else 1
         over = f"/{stride}" if stride > 1 else ""
         words = {0: "batch", 2: f"height{over}", 3: f"width{over}"}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]

@@ -59,17 +59,23 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
         first = modules.pop(0)
         state |= {"norm.weight": first.weight, "norm.bias": first.bias}
         names["norm"] = first.path
+    if not modules:
+        raise BadRequest("the head has no weights; --head names a module with a linear layer")
     *inner, last = modules
     if last.kind != "linear":
         raise BadRequest(f"the head ({some(sorted(tensors))}) does not end in a linear layer; give --reference")
     layers: list[str] = []
+    open_linear = False  # a linear layer that no activation follows yet
     for layer, behind in zip(inner, modules[1:], strict=True):
+        open_linear = open_linear or layer.kind == "linear"
         name = f"head_layers.{len(layers)}"
         state |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
         names[name] = layer.path
         layers.append(f"{layer.kind}:{layer.weight.shape[0]}")
-        if layer.kind == "linear" and (between := _activation(layer, behind, modules, act)) != "none":
-            layers.append(between)
+        if open_linear and not _adjacent(layer.path, behind.path):
+            if (between := _activation(layer, modules, act)) != "none":
+                layers.append(between)
+            open_linear = False
     names["head"] = last.path
     state |= {"head.weight": last.weight, "head.bias": last.bias}
     return Head(tuple(layers), state=state, modules=names)
@@ -125,21 +131,21 @@ def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
         )
     if weight.ndim == 4 and weight.shape[2:] == (1, 1):
         weight = weight[:, :, 0, 0]
+    if weight.ndim == 1 and ("bias" not in leaves or len(weight) == 1):
+        raise BadRequest(f"the head has a vector without bias at {path!r} (PReLU, RMSNorm?): not supported")
     if weight.ndim not in (1, 2):
         raise BadRequest(f"the head has a weight of shape {tuple(weight.shape)} at {path!r}: expected a linear layer")
     bias = leaves["bias"] if "bias" in leaves else weight.new_zeros(weight.shape[0])
     return _Layer(path, "linear" if weight.ndim == 2 else "layer", weight, bias)
 
 
-def _activation(layer: _Layer, behind: _Layer, modules: list[_Layer], act: str) -> str:
-    """The activation behind an inner linear layer.
+def _activation(layer: _Layer, modules: list[_Layer], act: str) -> str:
+    """The activation in the gap behind an inner layer.
 
     Raises: BadRequest where it cannot be known: a Sequential's file does not hold it.
     """
     if "pre_logits" in layer.path or layer.path.startswith("mlp."):
         return "gelu"
-    if _adjacent(layer.path, behind.path):
-        return "none"
     if not act:
         names = " and ".join(module.path for module in modules if module.kind == "linear")
         raise BadRequest(

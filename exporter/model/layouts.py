@@ -29,7 +29,7 @@ _STAGE_BLOCK = r"stages\.(\d+)\.(\d+)\."
 _FACEBOOK: Rules = (
     (r"stem\.", r"downsample_layers.0.0."),
     (r"blocks\.", r"stages.0."),
-    (r"(downsample_layers|stages|norm|norm_pre|stage_norms|head_layers)\.", r"\1."),
+    (r"(downsample_layers|stages|norm|norm_pre|stage_norms|head_layers|heads)\.", r"\1."),
     (r"norm(\d)\.", r"stage_norms.\1."),
 )
 _TIMM_BLOCK = r"stages[._](\d+)\.blocks\.(\d+)\."
@@ -260,6 +260,13 @@ def _reshape(name: str, tensor: Tensor, layout: str) -> Tensor:
 def _dense(name: str, tensor: Tensor) -> Tensor:
     """A tensor of FCMAE's sparse convolutions as that of a dense one: kernels (k·k, in, out) or (k·k, C) hold their
     positions column by column, and vectors are (1, C)."""
+    positions = tensor.shape[0] if tensor.ndim > 1 and ".kernel" not in name else 0
+    if (
+        tensor.ndim in (2, 3)
+        and name.endswith(("dwconv.weight", ".1.weight"))
+        and round(positions**0.5) ** 2 != positions
+    ):
+        raise BadRequest(f"a sparse kernel of {positions} positions at {name}: expected a square")
     if tensor.ndim == 3:
         side = round(tensor.shape[0] ** 0.5)
         return tensor.permute(2, 1, 0).reshape(tensor.shape[2], tensor.shape[1], side, side).transpose(3, 2)
@@ -271,6 +278,8 @@ def _dense(name: str, tensor: Tensor) -> Tensor:
 
 def _sort_norms(converted: Converted) -> None:
     """A norm of the last stage alone is the last norm: OpenMMLab's classifiers call it `norm3`."""
+    if converted.layout != "openmmlab":
+        return
     state, stages = converted.state, len(block_counts(converted.state))
     norms = {key.split(".")[1] for key in state if key.startswith("stage_norms.")}
     if norms == {str(stages - 1)} and "norm.weight" not in state:
@@ -304,7 +313,8 @@ def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) 
         converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
     converted.state |= converted.head.state
     converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
-    if converted.layout != "timm" or place != f"{converted.prefix}head.":
+    usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
+    if place.split(".")[-2] != usual:
         converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
 
 
@@ -315,8 +325,8 @@ def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
 
 def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> list[str]:
     """A note about linear layers that fit behind the last stage, if there are any."""
-    last = state[f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight"].shape[0]
-    fits = [key for key, tensor in rest.items() if tensor.ndim == 2 and tensor.shape[1] == last]
+    last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
+    fits = [] if last is None else [k for k, t in rest.items() if t.ndim == 2 and t.shape[1] == len(last)]
     names = ",".join(key.rpartition(".")[0] for key in fits[:4])
     return [f"no classifier of a usual name; --head {names} takes these linear layers"] if fits else []
 
@@ -337,7 +347,8 @@ def _head_place(rest: Mapping[str, Tensor], prefix: str, wanted: str) -> str | N
 
 def _roots(layout: str) -> set[str]:
     """First words of a layout's names."""
-    return {re.split(r"[^a-z]", pattern)[0] for pattern, _ in LAYOUTS[layout].rules} | {"features", *heads.CLASSIFIERS}
+    patterns = [pattern.partition(r"\.")[0] for pattern, _ in LAYOUTS[layout].rules]
+    return {word for pattern in patterns for word in re.findall("[a-z]+", pattern)} | {"features", *heads.CLASSIFIERS}
 
 
 def _root(key: str) -> str:

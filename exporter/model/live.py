@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 CLOSE = 1e-5  # fp32 rounding of an activation near 1
 
 
-def read(module: nn.Module) -> Fitted:
+def read(module: nn.Module, prefix: str = "", head: str = "") -> Fitted:
     """The weights and architecture of a module whose state dict has one of the layouts.
+
+    Args:
+        module: in eval mode.
+        prefix, head: as in `Choices`.
 
     Raises: BadRequest for a module that is no ConvNeXt, or does what this tool does not know.
     """
@@ -31,7 +35,7 @@ def read(module: nn.Module) -> Fitted:
         part for name, part in modules.items() if name.endswith("norm") and getattr(part, "weight", None) is not None
     ]
     norm = next((kind for part in norms if (kind := _kind_of_norm(part)) in ("rms", "simple")), "")
-    choices = Choices(head_act=head_act, norm=norm)
+    choices = Choices(prefix=prefix, head=head, head_act=head_act, norm=norm)
     fitted = fit(tensors, {"pool": _pooling(module)}, choices)
     parts = {ours: modules[name] for ours, name in fitted.modules.items() if name in modules}
     return fit(tensors, _settings(module, fitted, parts), choices)
@@ -135,7 +139,7 @@ def _pooling(module: nn.Module) -> str:
     """The pooling module of timm says what it does; the other libraries take the mean."""
     kinds: list[Any] = [getattr(part, "pool_type", None) for part in module.modules()]
     named = [kind for kind in kinds if isinstance(kind, str)]
-    return (named[0] or "none") if named else "avg"
+    return (named[0].removeprefix("fast") or ("avg" if named[0] else "none")) if named else "avg"
 
 
 def _output_stride(fitted: Fitted, parts: Mapping[str, nn.Module]) -> int | None:

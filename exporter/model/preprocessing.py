@@ -19,7 +19,7 @@ from exporter.recipe import PreprocessingOptions
 
 # torchvision publishes another recipe than the papers with its weights: bilinear, and its own resize.
 _TORCHVISION_RESIZE = {"tiny": 236, "small": 230, "base": 232, "large": 232}
-_VALUES = ("size", "resize", "crop", "interpolation", "mean", "std")
+VALUES = ("size", "resize", "crop", "interpolation", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def _channels(name: str, values: tuple[float, ...], channels: int) -> tuple[floa
 def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
     """The preprocessing for weights: by the files beside them, else as published for their layout and variant."""
     if config.preprocessing is not None:
-        origins = {name: config.origins[name] for name in _VALUES}
+        origins = {name: config.origins[name] for name in VALUES}
         return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
-        return Stated(recipe, dict.fromkeys(_VALUES, f"published recipe of torchvision's {variant.name}"))
+        return Stated(recipe, dict.fromkeys(VALUES, f"published recipe of torchvision's {variant.name}"))
     return published(variant)
 
 
@@ -146,4 +146,4 @@ def published(variant: Variant) -> Stated:
     """The published preprocessing of a variant; of a custom one, that of the papers."""
     origin = "default" if variant.name.endswith("custom") else f"published recipe of {variant.name}"
     recipe = variant.preprocessing
-    return Stated(recipe, dict.fromkeys(_VALUES, origin), share_below_384=recipe.share)
+    return Stated(recipe, dict.fromkeys(VALUES, origin), share_below_384=recipe.share)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, Unavailable, first_line
 from exporter.model import checkpoint, sources, weights
-from exporter.model.layouts import to_ours
+from exporter.model.layouts import Choices, to_ours
 from exporter.model.live import tensors_of
 from exporter.model.variants import published_name
 
@@ -47,7 +47,7 @@ class Reference:
         return Outputs(self.module).eval()
 
 
-def load(spec: str, loaded: weights.Checkpoint, source: str) -> Reference:
+def load(spec: str, loaded: weights.Checkpoint, source: str, choices: Choices = Choices()) -> Reference:  # noqa: B008
     """The reference that a spec names.
 
     Args:
@@ -55,17 +55,18 @@ def load(spec: str, loaded: weights.Checkpoint, source: str) -> Reference:
             `LIBRARIES`, which then builds it from `config.json` or the variant, and loads the same file.
         loaded: the weights as this tool reads them.
         source: where they were read from.
+        choices: as for these weights.
 
     Raises: BadRequest for a spec that names nothing, or a model that cannot load the weights; Unavailable for a
         library that is not installed.
     """
     if spec in LIBRARIES:
-        module = _of_library(spec, loaded, source)
+        module = _of_library(spec, loaded, source, choices)
     elif ":" in spec:
         module = _of_callable(spec)
     else:
         raise BadRequest(f"--reference {spec}: expected module:callable or one of {', '.join(LIBRARIES)}")
-    return of_module(module)
+    return of_module(module.cpu().float())
 
 
 def of_module(module: nn.Module) -> Reference:
@@ -104,7 +105,7 @@ def _of_callable(spec: str) -> nn.Module:
     return module
 
 
-def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module:
+def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Choices) -> nn.Module:
     try:
         importlib.import_module(name)
     except ImportError:
@@ -115,7 +116,7 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str) -> nn.Module
         if name == "transformers":
             return _transformers(path.parent, config)
         tensors = checkpoint.read(path, part).tensors
-        prefix = to_ours(tensors).prefix
+        prefix = to_ours(tensors, choices).prefix
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:

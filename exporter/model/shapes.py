@@ -51,7 +51,9 @@ def architecture(state: Mapping[str, Tensor], head: Head, norm: str = "") -> Arc
             head_layers=head.layers,
             heads=head.heads,
             projection=head.projection,
-            pool="catavgmax" if _head_width(state, head) == 2 * blocks[-1].shape[0] else "avg",
+            pool="catavgmax"
+            if "norm_pre.weight" in state and _head_width(state, head) == 2 * len(blocks[-1])
+            else "avg",
             stage_norms=tuple(stage for stage in stages if f"stage_norms.{stage}.weight" in state),
         )
     except (KeyError, IndexError) as error:

@@ -23,7 +23,7 @@ from exporter.model.config import CONFIG_FILES, from_training, read_config, toge
 from exporter.model.fit import empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
-from exporter.model.preprocessing import Stated, known, published, with_keras
+from exporter.model.preprocessing import VALUES, Stated, known, published, with_keras
 from exporter.model.variants import Architecture, Variant, resolve
 from exporter.progress import note
 from exporter.recipe import Task
@@ -211,12 +211,13 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         license=files.license,
     )
     if own and own.preprocessing:
-        config = replace(config, preprocessing=own.preprocessing, unclear=(), share_below_384=None)
+        origins = config.origins | dict.fromkeys(VALUES, "preprocessing argument of export")
+        config = replace(config, preprocessing=own.preprocessing, origins=origins, unclear=(), share_below_384=None)
     classes = fitted.num_classes
     if config.labels and not files.config.labels and len(config.labels) != classes:
         note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
         config = replace(config, labels=())
-    stated = known(config, fitted.layout, variant, str(files.path))
+    stated = known(config, own.layout if own else fitted.layout, variant, str(files.path))
     if "keras" in content.beside and config.preprocessing is None:
         stated = with_keras(stated, content.beside["keras"])
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)

@@ -16,9 +16,11 @@ from exporter.model.variants import Architecture
 
 
 class Written(Record, frozen=True):
-    """What this tool writes into the metadata of weights: architecture, and preprocessing if it was given."""
+    """What this tool writes into the metadata of weights: architecture, the layout that they had, and preprocessing if
+    it was given."""
 
     architecture: Architecture
+    layout: str
     preprocessing: Preprocessing | None = None
 
 
@@ -29,7 +31,7 @@ def write(folder: Path, fitted: Fitted, preprocessing: Preprocessing | None, con
     """
     from safetensors.torch import save
 
-    written = Written(architecture=fitted.variant.architecture, preprocessing=preprocessing)
+    written = Written(architecture=fitted.variant.architecture, layout=fitted.layout, preprocessing=preprocessing)
     metadata = {METADATA: msgspec.json.encode(written).decode()}
     tensors = {key: tensor.contiguous() for key, tensor in fitted.state.items()}
     write_file(folder / "model.safetensors", save(tensors, metadata))

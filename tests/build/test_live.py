@@ -14,7 +14,7 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
-from exporter.recipe import Export, Quantization, Recipe
+from exporter.recipe import Export, Model, Quantization, Recipe
 from tests.conftest import ROOT
 from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
 
@@ -173,5 +173,21 @@ def test_the_examples_run_and_are_short(name, tmp_path, monkeypatch):
 
 def test_the_preprocessing_that_is_given_is_that_of_the_artifact(tmp_path):
     wanted = Preprocessing(size=64, resize=80, interpolation="bilinear", mean=(0.1, 0.2, 0.3))
-    built = export(libraries.timm_model(), tmp_path, SMALL, preprocessing=wanted)
+    built = export(libraries.torchvision_model(), tmp_path, SMALL, preprocessing=wanted)
     assert built.artifact.sidecar.preprocessing == wanted
+    assert built.artifact.sidecar.origins["resize"] == "preprocessing argument of export"
+
+
+def test_a_head_of_a_name_of_its_own_is_chosen_in_the_recipe(tmp_path):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.out = libraries.timm_model(num_classes=0), torch.nn.Linear(64, 3)
+
+        def forward(self, images):
+            return self.out(self.backbone(images))
+
+    recipe = Recipe(backend="onnxruntime", precision="fp32", export=Export(imgsz=64), model=Model(head="out"))
+    built = export(Module(), tmp_path, recipe)
+    assert built.report.passed
+    assert built.artifact.sidecar.outputs[0].shape == ("batch", 3)

@@ -122,6 +122,14 @@ def test_a_model_of_transformers_with_its_config_gives_its_outputs(name, tmp_pat
     assert libraries.largest_difference(got, libraries.outputs(model, pixels)) < NOISE
 
 
+def test_a_backbone_with_one_norm_keeps_it_on_the_map_of_its_stage(tmp_path):
+    model = libraries.huggingface_model("ConvNextBackbone")
+    folder = libraries.save(tmp_path, model, json.loads(model.config.to_json_string()))
+    got, checkpoint = ours(folder, libraries.images())
+    assert checkpoint.task == "features"
+    assert libraries.largest_difference(got[-1:], libraries.outputs(model, libraries.images())) < NOISE
+
+
 @pytest.mark.parametrize("kind", ["ConvNextBackbone", "ConvNextV2Backbone", "DINOv3ConvNextBackbone"])
 def test_a_backbone_of_transformers_gives_its_maps(kind, tmp_path):
     model = libraries.huggingface_model(kind, out_indices=[1, 2, 3, 4])
@@ -151,6 +159,12 @@ HEADS = {
         lambda head: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Dropout(), head),
         {"head_act": "relu"},
     ),
+    "batch norm between two layers": (
+        lambda head: torch.nn.Sequential(
+            torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.SiLU(), torch.nn.Dropout(), head
+        ),
+        {"head_act": "silu"},
+    ),
     "two layers next to each other": (lambda head: torch.nn.Sequential(torch.nn.Linear(64, 64), head), {}),
     "a norm of its own": (lambda head: torch.nn.Sequential(torch.nn.LayerNorm(64), head), {}),
 }
@@ -164,6 +178,25 @@ def test_a_head_of_torchvision_that_was_replaced_gives_its_outputs(name, tmp_pat
     libraries.randomize(model)
     got, _ = ours(libraries.save(tmp_path, model), libraries.images(), **choices)
     assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
+@pytest.mark.parametrize("layer", [torch.nn.PReLU(64), torch.nn.RMSNorm(64)])
+def test_a_head_of_other_layers_is_refused(layer, tmp_path):
+    model = libraries.torchvision_model()
+    model.classifier[2] = torch.nn.Sequential(torch.nn.Linear(64, 64), layer, model.classifier[2])
+    with pytest.raises(BadRequest, match="a vector without bias"):
+        ours(libraries.save(tmp_path, model), libraries.images())
+
+
+def test_an_unknown_tensor_of_a_block_is_refused(tmp_path):
+    from tests.conftest import tiny_state, write_tiny
+
+    write_tiny(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({**tiny_state(), "stages.0.0.extra.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(BadRequest, match=r"unexpected keys .* stages\.0\.0\.extra\.weight|not the weights of"):
+        ours(tmp_path, libraries.images())
 
 
 def test_the_activation_of_a_head_is_not_guessed(tmp_path):
