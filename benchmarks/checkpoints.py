@@ -1,4 +1,4 @@
-"""Holds every layout of checkpoints against the library that writes it, and records the largest deviation.
+"""Compares every layout of checkpoints with the library that writes it, and records the largest difference.
 
     python -m benchmarks.checkpoints -o benchmarks/results/MACHINE/checkpoints.json
 
@@ -99,7 +99,10 @@ def measure(key: tuple[str, str], folder: Path) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """A row for each network, and the machine."""
-    lines = ["| layout | network | compared with | task | largest deviation, of the spread |", "|---|---|---|---|---|"]
+    lines = [
+        "| layout | network | compared with | task | largest difference ÷ standard deviation of the output |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {row['layout']} | {row['network']} | {row['library']} | {row['task']} | {row['deviation']:.1e} |"
         for row in result["rows"]

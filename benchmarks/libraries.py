@@ -1,4 +1,4 @@
-"""Small networks of other libraries with random weights, which the tool's own networks are held against."""
+"""Small networks of other libraries with random weights, with which the tool's own networks are compared."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """convnext-export: ConvNeXt from PyTorch to what runs in production, proven to be still the same model.
 
-After training, one line builds an artifact and holds it against the live model:
+After training, one line builds an artifact and compares it with the live model:
 
     from exporter import Recipe, export
 

@@ -84,7 +84,10 @@ def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:
             raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; mend one of them")
     settings = {name: stated[name] for name in _SETTINGS if name in stated}
     if settings.get("pool") == "none":
-        raise BadRequest("global_pool is none: the outputs are maps; --task features takes a network without pooling")
+        raise BadRequest(
+            "global_pool is none, so the model returns a map; expected avg, max, avgmax or catavgmax: "
+            "remove global_pool from config.json and build with --task features"
+        )
     if settings.get("head_eps") == settings.get("norm_eps", arch.norm_eps):
         settings["head_eps"] = None
     changed: Architecture = replace(arch, **settings)

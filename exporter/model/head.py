@@ -63,7 +63,9 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
         raise BadRequest("the head has no weights; --head names a module with a linear layer")
     *inner, last = modules
     if last.kind != "linear":
-        raise BadRequest(f"the head ({some(sorted(tensors))}) does not end in a linear layer; give --reference")
+        raise BadRequest(
+            f"the head ({some(sorted(tensors))}) does not end in a linear layer; name the classifier with --head"
+        )
     layers: list[str] = []
     open_linear = False  # a linear layer that no activation follows yet
     for layer, behind in zip(inner, modules[1:], strict=True):
@@ -150,7 +152,7 @@ def _activation(layer: _Layer, modules: list[_Layer], act: str) -> str:
         names = " and ".join(module.path for module in modules if module.kind == "linear")
         raise BadRequest(
             f"the head has several linear layers ({names}), and weights do not show what is between them; "
-            f"give --head-act {'|'.join(ACTIVATIONS)} or --reference"
+            f"give --head-act {'|'.join(ACTIVATIONS)}"
         )
     return act
 

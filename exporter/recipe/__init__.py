@@ -53,11 +53,11 @@ class Model(Record, frozen=True):
         ),
     ] = None
     prefix: Annotated[
-        str | None, about("What the names of the network's weights begin with, where several fit.", metavar="NAME")
+        str | None, about("Prefix of the network's keys, where a file holds several networks.", metavar="NAME")
     ] = None
     head: Annotated[
         str | None,
-        about("Name of the module that is the classifier; of several, NAME,NAME, each is an output.", metavar="NAME"),
+        about("Name of the classifier module; NAME,NAME gives an output for each.", metavar="NAME"),
     ] = None
     head_act: Annotated[
         Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "none"] | None,
@@ -71,9 +71,7 @@ class Model(Record, frozen=True):
             default="this tool's own network",
         ),
     ] = None
-    norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norms without bias; weights do not show it.")] = (
-        None
-    )
+    norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norm of weights whose norms have no bias.")] = None
 
 
 class PreprocessingOptions(Record, frozen=True):
