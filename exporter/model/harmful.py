@@ -1,4 +1,5 @@
-"""The modules and functions that are known to do harm: a checkpoint that names one is refused whole."""
+"""The modules and functions that run programs, read files or open connections: a checkpoint that names one is
+refused whole."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _OLD_NAMES = {"__builtin__": "builtins", "__builtins__": "builtins", "copy_reg":
 
 
 class Harmful(Exception):
-    """A pickle names a function or module that is known to do harm; the argument is its name."""
+    """A pickle names a function or module that could run code; the argument is its name."""
 
 
 def checked(module: str, name: str) -> str:

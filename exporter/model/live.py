@@ -175,7 +175,7 @@ def tensors_of(outputs: Any, task: str) -> tuple[Tensor, ...]:
         if value is not None:
             outputs = value
             break
-    found = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
-    if not all(isinstance(value, torch.Tensor) for value in found):
+    tensors = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    if not all(isinstance(value, torch.Tensor) for value in tensors):
         raise BadRequest(f"the reference returns {type(outputs).__name__}: expected {' or '.join(names)}, or tensors")
-    return found
+    return tensors

@@ -62,11 +62,11 @@ class Stated:
         return _changed(recipe, origins, options)
 
     def _refuse_unclear(self, options: PreprocessingOptions) -> None:
-        given = {name for name in ("mean", "std", "crop_mode") if getattr(options, name) is not None}
+        options_used = {name for name in ("mean", "std", "crop_mode") if getattr(options, name) is not None}
         if options.resize is not None or options.crop_pct is not None:
-            given.add("resize")
+            options_used.add("resize")
         for step in self.unclear:
-            if not given.issuperset(step.options):
+            if not options_used.issuperset(step.options):
                 raise BadRequest(f"{self.source}: {step.reason}")
 
 

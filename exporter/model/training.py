@@ -76,26 +76,26 @@ def _facebook(args: Mapping[str, Any]) -> Read:
 
 def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     """Read the arguments of timm's train.py; a value that they leave out is that of the model."""
-    given = {key: args[key] for key in _TIMM_ARGS if args.get(key) is not None}
-    if not given:
+    timm_args = {key: args[key] for key in _TIMM_ARGS if args.get(key) is not None}
+    if not timm_args:
         return None
     base, default = _published(model)
-    size = given.get("input_size", given.get("img_size", base.size))
+    size = timm_args.get("input_size", timm_args.get("img_size", base.size))
     _, height, width = (3, size, size) if isinstance(size, int) else size
-    share = float(given.get("crop_pct") or base.share)
+    share = float(timm_args.get("crop_pct") or base.share)
     recipe = processors.checked(
         size=as_size(height, width),
         resize=as_size(int(height / share), int(width / share)),
-        crop=given.get("crop_mode", base.crop),
+        crop=timm_args.get("crop_mode", base.crop),
         crop_pct=share,
-        interpolation=given.get("interpolation") or base.interpolation,
-        mean=_colors(given.get("mean", base.mean)),
-        std=_colors(given.get("std", base.std)),
+        interpolation=timm_args.get("interpolation") or base.interpolation,
+        mean=_colors(timm_args.get("mean", base.mean)),
+        std=_colors(timm_args.get("std", base.std)),
     )
     sources = {"size": ("input_size", "img_size"), "resize": ("crop_pct",), "crop": ("crop_mode",)}
     sources |= {key: (key,) for key in ("interpolation", "mean", "std")}
     return Read(
-        recipe, {name: ORIGIN if any(key in given for key in keys) else default for name, keys in sources.items()}
+        recipe, {name: ORIGIN if any(key in timm_args for key in keys) else default for name, keys in sources.items()}
     )
 
 

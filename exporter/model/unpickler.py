@@ -2,8 +2,8 @@
 
 A pickle is a program: its opcodes name functions of any module and call them. This interpreter imports nothing and
 calls nothing of theirs. A name is looked up in one table of our own constructors (`exporter.model.pickled`); every
-other name becomes a `Stub`, an inert object that keeps only its name. A file that names a module known to do harm is
-refused whole, although nothing of it would run.
+other name becomes a `Stub`, an inert object that keeps only its name. A file that names a module that runs programs,
+reads files or opens connections is refused whole, although nothing of it would run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PLAIN_KEYS = (str, bytes, float, bool, type(None))
 
 
 class Damage(Exception):
-    """No sound pickle: truncated, or made to do harm by size or structure."""
+    """No sound pickle: truncated, malformed, or an attack by its size or structure."""
 
 
 @dataclass(frozen=True, eq=False)
