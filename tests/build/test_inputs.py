@@ -9,7 +9,8 @@ from exporter.backends import Options
 from exporter.data import synthetic
 from exporter.data.images import normalise
 from exporter.errors import BadRequest
-from exporter.model import variants, weights
+from exporter.model import shapes, variants, weights
+from exporter.model.head import Head
 from exporter.verify import VerifyOptions, verify
 from tests import conftest
 
@@ -44,7 +45,7 @@ def test_channels_are_read_from_the_weights(networks):
 def test_a_published_network_of_other_channels_keeps_its_name(variant):
     arch = variants.VARIANTS[variant].architecture
     state = weights._random_state(type(arch)(**{**vars_of(arch), "in_chans": 2}), 0)
-    found = weights.architecture(state)
+    found = shapes.architecture(state, Head(), type(arch)(**vars_of(arch)).norm)
     assert (found.in_chans, variants.named(found).name) == (2, variant)
 
 
