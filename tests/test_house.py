@@ -1,6 +1,7 @@
 """The rules of the house that no linter holds."""
 
 import ast
+import fnmatch
 import re
 from pathlib import Path
 
@@ -104,3 +105,11 @@ def test_a_build_looks_nothing_up_below_resolve():
     below = [path for path in below if "cli" not in path.parts]
     assert len(below) >= 7
     assert [path.name for path in below if lookups.search(path.read_text())] == []
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig):
+    ignored = pytestconfig.getini("norecursedirs")
+    folders = {parent for path in (ROOT / "tests").rglob("test_*.py") for parent in path.relative_to(ROOT).parents}
+    names = {folder.name for folder in folders} - {""}
+    assert "build" in names
+    assert [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in ignored)] == []
