@@ -16,7 +16,7 @@ from exporter.artifact.sidecar import Preprocessing, Sidecar
 from exporter.backends import Array, Outputs
 from exporter.build.resolve import Job
 from exporter.data import images, synthetic
-from exporter.errors import BadRequest, CheckFailed
+from exporter.errors import BadRequest, CheckFailed, first_line
 from exporter.graph import files, opset, simplify, trace
 from exporter.graph.trace import TraceOptions
 from exporter.progress import note, step
@@ -112,10 +112,19 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
     from exporter.model.reference import first_difference
 
     step(f"comparing with {reference.name}")
-    answers = _expected(reference.for_task(task), probe)
+    try:
+        answers = _expected(reference.for_task(task), probe)
+    except BadRequest:
+        raise
+    except Exception as error:  # noqa: BLE001  (the user's own code)
+        raise BadRequest(
+            f"the reference {reference.name} raised {type(error).__name__} for images {probe.shape}: "
+            f"{first_line(error)}"
+        ) from None
     shapes = [[output.shape for output in outputs] for outputs in (answers, expected)]
     if shapes[0] != shapes[1]:
-        raise BadRequest(f"the reference {reference.name} returns {shapes[0]}, task {task} has {shapes[1]}")
+        every = "; let it return the map of every stage" if task == "features" else ""
+        raise BadRequest(f"the reference {reference.name} returns {shapes[0]}, task {task} has {shapes[1]}{every}")
     shares = [_share(a, b) for a, b in zip(answers, expected, strict=True)]
     if not max(shares) <= TRACE_SHARE:
         where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE) or "the outputs alone"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,14 @@ def _of_callable(spec: str) -> nn.Module:
     name, _, function = spec.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = inspect.getattr_static(importlib.import_module(name), function)
+        if importlib.util.find_spec(name) is None:
+            raise BadRequest(f"--reference {spec}: no module {name} in this folder or among the installed ones")
+        factory = getattr(importlib.import_module(name), function, None)
+        if factory is None:
+            raise BadRequest(f"--reference {spec}: {name} has no {function}")
         module = factory()
-    except (ImportError, AttributeError) as error:
-        raise BadRequest(f"--reference {spec}: cannot be imported ({first_line(error)})") from None
+    except BadRequest:
+        raise
     except Exception as error:  # noqa: BLE001  (the user's own code)
         raise BadRequest(f"--reference {spec}: it raised {type(error).__name__}: {first_line(error)}") from None
     finally:
@@ -113,9 +117,9 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Cho
     path, part = sources.file_of(source)
     config = _config(path.parent)
     try:
-        if name == "transformers":
-            return _transformers(path.parent, config)
         tensors = checkpoint.read(path, part).tensors
+        if name == "transformers":
+            return _transformers(config, tensors)
         prefix = to_ours(tensors, choices).prefix
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
@@ -149,12 +153,19 @@ def _torchvision(loaded: weights.Checkpoint, state: Mapping[str, Tensor]) -> nn.
     return model
 
 
-def _transformers(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+def _transformers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The class that the config names, with these tensors: `from_pretrained` reads both from a folder."""
+    import torch
     import transformers
+    from safetensors.torch import save_file
 
     kind = next(iter(config.get("architectures") or ()), "")
     model_class = getattr(transformers, kind, None) or transformers.AutoModelForImageClassification
-    model: nn.Module = model_class.from_pretrained(folder, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+        contiguous = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        save_file(contiguous, Path(folder) / "model.safetensors", {"format": "pt"})
+        model: nn.Module = model_class.from_pretrained(folder, local_files_only=True)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 
@@ -112,10 +113,26 @@ def factory(tmp_path, monkeypatch):
         "from benchmarks import libraries\n"
         "def make():\n    return libraries.timm_model(act_layer='relu')\n"
         "def other():\n    return libraries.timm_model(act_layer='silu')\n"
+        "def broken():\n    raise ImportError('no such library')\n"
+        "def blind():\n    return libraries.timm_model(in_chans=1)\n"
     )
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.modules.pop("mine", None)
+
+
+def test_transformers_loads_the_file_that_is_named_and_not_the_folder(tmp_path, run):
+    config_of = libraries.huggingface_model("ConvNextForImageClassification")
+    folder = libraries.save(tmp_path / "weights", config_of, json.loads(config_of.config.to_json_string()))
+    other = libraries.huggingface_model("ConvNextForImageClassification")
+    for parameter in other.parameters():
+        parameter.data *= 1.01
+    libraries.save(tmp_path / "other", other)
+    (tmp_path / "other" / "model.safetensors").rename(folder / "last.safetensors")
+    words = ("--imgsz", 64, "--reference", "transformers", "-o", tmp_path / "build", "--json")
+    result = run("onnx", "--weights", folder / "last.safetensors", *words)
+    assert result.code == 0, result.err
+    assert "ConvNextForImageClassification (transformers" in result.json["artifact"]["reference"]
 
 
 @pytest.mark.parametrize("spec", ["mine:make", "timm"])
@@ -139,8 +156,10 @@ def test_a_reference_that_differs_fails_with_code_5(factory, refused):
 @pytest.mark.parametrize(
     ("spec", "code", "words"),
     [
-        ("mine:nothing", 2, "cannot be imported"),
-        ("nowhere:make", 2, "cannot be imported"),
+        ("mine:nothing", 2, "mine has no nothing"),
+        ("nowhere:make", 2, "no module nowhere"),
+        ("mine:broken", 2, "it raised ImportError: no such library"),
+        ("mine:blind", 2, "raised RuntimeError for images (3, 3, 64, 64)"),
         ("tim", 2, "module:callable"),
     ],
 )
