@@ -17,6 +17,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
 BATCH_NORM_EPS = 1e-5  # PyTorch's default
 
 
+class NoClassifier(BadRequest):
+    """The tensors of a module are not those of a classifier: convolutions, or layers with normalized weights."""
+
+
 @dataclass(frozen=True)
 class Head:
     """Layers in front of the last linear one, several heads (see `Architecture`), and the tensors, by our names.
@@ -50,7 +54,8 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
         has_norm: the last norm stands in front already; without it, a LayerNorm that the head begins with is the last
             norm.
 
-    Raises: BadRequest for layers other than linear ones, LayerNorm and BatchNorm, and where `act` is needed.
+    Raises: NoClassifier for a module that ends in no linear layer, or has parts of other kinds; BadRequest for a vector
+        that is neither LayerNorm nor BatchNorm, and where `act` is needed.
     """
     modules = [_layer(path, leaves) for path, leaves in _modules(tensors).items()]
     state: dict[str, Tensor] = {}
@@ -63,7 +68,7 @@ def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
         raise BadRequest("the head has no weights; --head names a module with a linear layer")
     *inner, last = modules
     if last.kind != "linear":
-        raise BadRequest(
+        raise NoClassifier(
             f"the head ({some(sorted(tensors))}) does not end in a linear layer; name the classifier with --head"
         )
     layers: list[str] = []
@@ -120,7 +125,7 @@ def _natural(key: str) -> list[tuple[int, int, str]]:
 
 
 def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
-    """Raises: BadRequest for a module that is no linear layer, LayerNorm or BatchNorm."""
+    """Raises: NoClassifier, or BadRequest for a vector, where a module is no linear layer, LayerNorm or BatchNorm."""
     weight, names = leaves.get("weight"), set(leaves)
     if {"running_mean", "running_var"} <= names <= {"weight", "bias", "running_mean", "running_var"}:
         scale = 1 / (leaves["running_var"] + BATCH_NORM_EPS).sqrt()
@@ -128,7 +133,7 @@ def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
         shift = -leaves["running_mean"] * scale
         return _Layer(path, "affine", scale, shift + leaves["bias"] if "bias" in leaves else shift)
     if weight is None or not names <= {"weight", "bias"}:
-        raise BadRequest(
+        raise NoClassifier(
             f"the head has a layer of tensors {some(sorted(names))} at {path or 'its top'!r}: not supported"
         )
     if weight.ndim == 4 and weight.shape[2:] == (1, 1):
@@ -136,7 +141,7 @@ def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
     if weight.ndim == 1 and ("bias" not in leaves or len(weight) == 1):
         raise BadRequest(f"the head has a vector without bias at {path!r} (PReLU, RMSNorm?): not supported")
     if weight.ndim not in (1, 2):
-        raise BadRequest(f"the head has a weight of shape {tuple(weight.shape)} at {path!r}: expected a linear layer")
+        raise NoClassifier(f"the head has a weight of shape {tuple(weight.shape)} at {path!r}: expected a linear layer")
     bias = leaves["bias"] if "bias" in leaves else weight.new_zeros(weight.shape[0])
     return _Layer(path, "linear" if weight.ndim == 2 else "layer", weight, bias)
 

@@ -310,7 +310,14 @@ def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) 
         converted.head = heads.projection(tensors)
     else:
         has_norm = {"norm.weight", "norm_pre.weight"} & converted.state.keys()
-        converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
+        try:
+            converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
+        except heads.NoClassifier as error:
+            if choices.head:
+                raise
+            reason = f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"
+            converted.notes += [reason, *_candidates(converted.state, rest)]
+            return
     converted.state |= converted.head.state
     converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
