@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, first_line, some
 from exporter.model.layouts import Choices, to_ours
-from exporter.model.shapes import architecture
+from exporter.model.shapes import architecture, block_counts
 from exporter.model.variants import Architecture, Variant, head_layer, named
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def fit(
         stated = {"output_stride": 32, **stated}
     state = {key: tensor.to(torch.float32) for key, tensor in converted.state.items()}
     _fill_biases(state)
+    if known:
+        _check_known(known, state)
     arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
     _check_keys(state, arch)
     if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
@@ -83,17 +85,34 @@ def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:
         if name in shown and shown[name] != value and not same_widths:
             raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; mend one of them")
     settings = {name: stated[name] for name in _SETTINGS if name in stated}
-    if settings.get("pool") == "none":
-        raise BadRequest(
-            "global_pool is none, so the model returns a map; expected avg, max, avgmax or catavgmax: "
-            "remove global_pool from config.json and build with --task features"
-        )
     if settings.get("head_eps") == settings.get("norm_eps", arch.norm_eps):
         settings["head_eps"] = None
     changed: Architecture = replace(arch, **settings)
     if changed.output_stride is not None and changed.output_stride >= replace(changed, output_stride=None).stride:
         changed = replace(changed, output_stride=None)
     return changed
+
+
+def _check_known(arch: Architecture, state: Mapping[str, Tensor]) -> None:
+    """Check that the architecture in a file's metadata is that of a network with these stages.
+
+    Raises: BadRequest.
+    """
+    depths = block_counts(state)
+    widths = tuple(
+        int(state[f"stages.{stage}.0.dwconv.weight"].shape[0])
+        for stage in range(len(depths))
+        if f"stages.{stage}.0.dwconv.weight" in state
+    )
+    if (arch.depths, arch.dims) != (depths, widths):
+        raise BadRequest(
+            f"the metadata says stages of {arch.depths} blocks and {arch.dims} channels, but the weights have {depths} "
+            f"and {widths}; write the weights again"
+        )
+    try:
+        empty(arch, 1)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadRequest(f"the metadata describes no network ({first_line(error)}); write the weights again") from None
 
 
 def empty(arch: Architecture, classes: int) -> ConvNeXt:

@@ -39,7 +39,7 @@ class Architecture(Record, frozen=True):
     norm, norm_eps: of every norm; `head_eps` and `stage_eps` are those of the last norm and of the stages' norms.
     grn: Global Response Normalization in the blocks (V2).
     output_stride: largest stride; stages beyond it are dilated, as in timm. None for no limit.
-    pool: pooling in front of the head; `catavgmax` concatenates both.
+    pool: pooling in front of the head; `catavgmax` concatenates both; with `none` only feature maps can be exported.
     head_norm: a norm between pooling and head; with `head_norm_first` in front of the pooling.
     head_layers: layers between norm and head: `linear:WIDTH`, `affine:WIDTH`, `layer:WIDTH` or an activation.
     heads: several classifiers in place of one, `NAME:CLASSES`; each is an output.
@@ -63,7 +63,7 @@ class Architecture(Record, frozen=True):
     layer_scale: bool = True
     grn: bool = False
     output_stride: int | None = None
-    pool: Literal["avg", "max", "avgmax", "catavgmax"] = "avg"
+    pool: Literal["avg", "max", "avgmax", "catavgmax", "none"] = "avg"
     head_norm: bool = True
     head_norm_first: bool = False
     head_layers: tuple[str, ...] = ()

@@ -62,9 +62,11 @@ class Checkpoint:
     def task(self) -> Task:
         """The outputs that these weights are for: `classify`, `embed` without a classifier, `features` without a last
         norm either."""
+        arch = self.variant.architecture
+        if arch.pool == "none":
+            return "features"
         if self.weights.num_classes:
             return "classify"
-        arch = self.variant.architecture
         return "embed" if arch.head_norm or arch.projection else "features"
 
     def model(self, task: str | None = None) -> ConvNeXt | Embedding | Features:
@@ -88,6 +90,11 @@ class Checkpoint:
 
         Raises: BadRequest.
         """
+        if task != "features" and self.variant.architecture.pool == "none":
+            raise BadRequest(
+                f"{self.weights.source}: global_pool is none, so the model returns a map; --task features takes it, "
+                f"and --task {task} needs avg, max, avgmax or catavgmax in config.json"
+            )
         if task == "classify" and not self.weights.num_classes:
             raise BadRequest(f"{self.weights.source}: no classifier in these weights; --task {self.task} takes them")
         if task == "embed" and self.task == "features":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -186,6 +187,67 @@ def test_a_head_of_other_layers_is_refused(layer, tmp_path):
     model.classifier[2] = torch.nn.Sequential(torch.nn.Linear(64, 64), layer, model.classifier[2])
     with pytest.raises(BadRequest, match="a vector without bias"):
         ours(libraries.save(tmp_path, model), libraries.images())
+
+
+NO_CLASSIFIERS = {
+    "a detector's": lambda: torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 4, 1)),
+    "DINO's": lambda: torch.nn.Sequential(
+        torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.utils.weight_norm(torch.nn.Linear(32, 99))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm, whose names old checkpoints have
+@pytest.mark.parametrize("name", NO_CLASSIFIERS)
+def test_a_head_that_is_no_classifier_is_left_out_with_a_note(name, tmp_path):
+    from exporter.model.fit import fit
+    from exporter.model.layouts import Choices
+
+    whole = torch.nn.Module()
+    whole.backbone, whole.head = libraries.timm_model(num_classes=0), NO_CLASSIFIERS[name]()
+    fitted = fit(whole.state_dict(), {}, Choices())
+    assert fitted.num_classes == 0
+    assert any("'head' are left out" in note for note in fitted.notes)
+    got, checkpoint = ours(libraries.save(tmp_path, whole), libraries.images())
+    assert checkpoint.task == "embed"
+    assert libraries.largest_difference(got, libraries.outputs(whole.backbone, libraries.images())) < NOISE
+    with pytest.raises(BadRequest, match="the head has a"):
+        ours(tmp_path, libraries.images(), head="head")
+
+
+def test_a_network_without_pooling_gives_feature_maps_alone(tmp_path):
+    config = {"architecture": "convnext_atto", "model_args": {"dims": libraries.DIMS, "depths": libraries.DEPTHS}}
+    model = libraries.timm_model()
+    folder = libraries.save(tmp_path, model, config | {"global_pool": ""})
+    _, checkpoint = ours(folder, libraries.images())
+    assert checkpoint.task == "features"
+    for task in ("classify", "embed"):
+        with pytest.raises(BadRequest, match="global_pool is none"):
+            checkpoint.model(task)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": (10**9, 1, 1, 1)}, "the metadata says stages of"),
+        ({"dims": (1,)}, "the metadata says stages of"),
+        ({"head_layers": ("linear:x",)}, "the metadata describes no network"),
+        ({"kernels": (3,)}, "the metadata describes no network"),
+        ({"grn": True}, "missing keys"),
+    ],
+    ids=["depths", "dims", "head_layers", "kernels", "grn"],
+)
+def test_metadata_of_our_own_weights_that_does_not_fit_them_is_refused(change, message, tmp_path):
+    from msgspec.structs import replace
+
+    from exporter.model import live, written
+
+    fitted = live.read(libraries.timm_model())
+    architecture = replace(fitted.variant.architecture, **change)
+    wrong = dataclasses.replace(fitted, variant=replace(fitted.variant, architecture=architecture))
+    written.write(tmp_path, wrong, None, {})
+    with pytest.raises(BadRequest, match=message):
+        ours(tmp_path, libraries.images())
 
 
 def test_an_unknown_tensor_of_a_block_is_refused(tmp_path):
