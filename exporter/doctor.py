@@ -17,7 +17,7 @@ class Fact(Record, frozen=True):
     mark: str
     what: str
     found: str
-    mend: str = ""
+    remedy: str = ""
 
 
 def examine() -> list[Fact]:
@@ -37,7 +37,7 @@ def examine() -> list[Fact]:
 def _package(tool: str) -> Fact:
     version = backends.installed(tool)
     if version is None:
-        return Fact(mark="✗", what=tool, found="not installed", mend=f"pip install {tool}")
+        return Fact(mark="✗", what=tool, found="not installed", remedy=f"pip install {tool}")
     return Fact(mark="✓", what=tool, found=version)
 
 
@@ -62,8 +62,8 @@ def _devices(runtime: Runtime[Options]) -> list[Fact]:
 
 
 def _missing(mark: str, what: str, error: ExporterError) -> Fact:
-    reason, _, mend = str(error).partition("; ")
-    return Fact(mark=mark, what=what, found=reason, mend=mend)
+    reason, _, remedy = str(error).partition("; ")
+    return Fact(mark=mark, what=what, found=reason, remedy=remedy)
 
 
 def _hub_cache() -> Fact:

@@ -198,7 +198,7 @@ class Sidecar(Record, frozen=True):
     network was compared with; `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16`
     are the modules whose activations exceed fp16; `target` has the hardware and versions that the artifact is
     restricted to; `origins` says for each value of preprocessing, labels and architecture where it comes from: a file,
-    an option, a published recipe.
+    an option, a published preprocessing.
     """
 
     backend: str
@@ -294,13 +294,13 @@ def _refuse_other_schema(path: Path, head: _Head) -> None:
     if head.schema == SCHEMA:
         return
     if head.schema > SCHEMA:
-        mend = "it was built by a later version of convnext-export: pip install --upgrade convnext-export"
+        remedy = "it was built by a later version of convnext-export: pip install --upgrade convnext-export"
     else:
         variant = "" if head.variant == "custom" else f" --variant {head.variant}"
         source = shlex.quote(str(head.weights.get("source", "SRC")))
         options = f"{variant} --weights {source} --precision {head.precision} -o {shlex.quote(str(path.parent))}"
-        mend = f"build the artifact again: convnext-export {_COMMANDS.get(head.backend, head.backend)}{options}"
-    raise BadRequest(f"{path}: sidecar schema {head.schema}, this version reads schema {SCHEMA}; {mend}")
+        remedy = f"build the artifact again: convnext-export {_COMMANDS.get(head.backend, head.backend)}{options}"
+    raise BadRequest(f"{path}: sidecar schema {head.schema}, this version reads schema {SCHEMA}; {remedy}")
 
 
 def decode(path: Path) -> Sidecar:
@@ -308,15 +308,15 @@ def decode(path: Path) -> Sidecar:
 
     Raises: BadRequest when it is damaged, too large, of another schema, or was changed after it was sealed.
     """
-    mend = "build the artifact again"
+    remedy = "build the artifact again"
     if path.stat().st_size > MAX_SIDECAR_BYTES:
-        raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a sidecar of this tool has; {mend}")
+        raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a sidecar of this tool has; {remedy}")
     content = path.read_bytes()
     try:
         _refuse_other_schema(path, msgspec.json.decode(content, type=_Head))
         sidecar = msgspec.json.decode(content, type=Sidecar)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {mend}") from None
+        raise BadRequest(f"{path}: the sidecar cannot be read ({error}); {remedy}") from None
     if sidecar.seal != _seal(sidecar):
-        raise BadRequest(f"{path}: the sidecar was changed after it was written; {mend}")
+        raise BadRequest(f"{path}: the sidecar was changed after it was written; {remedy}")
     return sidecar

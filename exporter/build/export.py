@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from exporter.model.reference import Reference
 
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
-TRACE_SHARE = 1e-4  # of the spread: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above
+# Of the standard deviation: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
+TRACE_SHARE = 1e-4
 
 
 def export(job: Job) -> Artifact:
@@ -130,13 +131,13 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
         where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE) or "the outputs alone"
         raise CheckFailed(
             f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
-            f"spread; the first module that differs is {where}; nothing was written"
+            f"standard deviation; the first module that differs is {where}; nothing was written"
         )
     return answers
 
 
 def _share(expected: Array, outputs: Array) -> float:
-    """Largest difference as a share of the spread of what is expected."""
+    """Largest difference as a share of the standard deviation of the expected outputs."""
     return float(np.abs(expected - outputs).max() / (expected.std() or np.abs(expected).max() or 1))
 
 
@@ -230,5 +231,5 @@ def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
         share = _share(a, b)
         if not share <= TRACE_SHARE:
-            return f"{tensor.name} differs by {share:.2g} of its spread"
+            return f"{tensor.name} differs by {share:.2g} of its standard deviation"
     return ""

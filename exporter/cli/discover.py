@@ -79,7 +79,7 @@ def doctor_command(as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.mend) for f in facts])
+        print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.remedy) for f in facts])
 
 
 @click.command("recipes", short_help="List the bundled recipes.")

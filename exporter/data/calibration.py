@@ -247,7 +247,7 @@ def check(manifest: Manifest, where: object) -> None:
 
 def _check_files(path: Path, root: Path, entries: Sequence[Entry]) -> None:
     if not root.is_dir():
-        raise BadRequest(f"{path}: its images lie in {root}, and there is no such folder; put them there, or mend "
+        raise BadRequest(f"{path}: its images lie in {root}, and there is no such folder; put them there, or correct "
                          "the line '# source:'")  # fmt: skip
     missing = [entry.path for entry in entries if not (root / entry.path).is_file()]
     if missing:

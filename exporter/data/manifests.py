@@ -24,7 +24,7 @@ _COLUMNS = {
 }
 _FIELDS = {word: field for field, words in _COLUMNS.items() for word in words}
 _TESTED = ("val", "validation", "valid", "test")
-_EXPECTED = "expected a line of column names out of path, label, sha256, split, then one image a line"
+_EXPECTED = "expected a line of column names (path, label, split, sha256, or a usual other name), then one image a line"
 
 
 def locate(source: str) -> tuple[Path, str]:
@@ -98,7 +98,9 @@ def _table(path: Path, lines: list[str]) -> list[dict[str, str]]:
     names = [_FIELDS.get(word.lower(), "") for word in words]
     rows = list(csv.DictReader(lines[1:], names, delimiter=delimiter))
     if not rows or "path" not in names or "" in names:
-        raise BadRequest(f"{path}: {_EXPECTED}")
+        unknown = [word for word, name in zip(words, names, strict=True) if not name]
+        columns = f"unknown columns {some(unknown)}; remove them; " if unknown and "path" in names else ""
+        raise BadRequest(f"{path}: {columns}{_EXPECTED}")
     for field in _COLUMNS:
         if len(both := [words[index] for index, name in enumerate(names) if name == field]) > 1:
             values = next(csv.reader(lines[1:2], delimiter=delimiter))
@@ -164,7 +166,7 @@ def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:
     Raises: BadRequest.
     """
     if long := next(filter(_is_too_long, [source, *names]), None):
-        raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; mend the manifest")
+        raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; correct the manifest")
     outside = [name for name in names if not name or _leaves(name)]
     if outside:
         raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")

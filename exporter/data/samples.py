@@ -79,8 +79,8 @@ def open_samples(
     """The images a user means.
 
     Args:
-        source: a folder with a sub-folder per class (or none: images without labels), a `.tsv`/`.csv` manifest,
-            an `.npz` file, the name of a set that ships, or `synthetic`.
+        source: a folder with a sub-folder per class (or none: images without labels), a manifest (`.tsv`,
+            `.csv` or `.txt`; `FILE#split` takes one split), an `.npz` file, the name of a bundled set, or `synthetic`.
         recipe: how each becomes an input.
         labels: the model's; sub-folders are matched to them.
         classes: how many the model has.
@@ -101,7 +101,7 @@ def open_samples(
     elif is_manifest(path):
         root, generator, found = _manifest(path, split, labels, classes)
     else:
-        raise BadRequest(f"{path}: expected a folder, a .tsv or .csv manifest, an .npz file or 'synthetic'")
+        raise BadRequest(f"{path}: expected a folder, a .tsv, .csv or .txt manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
         found = [found[index] for index in spread(len(found), most)]
     if generator:
@@ -112,7 +112,7 @@ def open_samples(
 def no_such_data(source: str) -> str:
     """What to say of a source that is neither there nor the name of a set."""
     near = nearest(source, [SYNTHETIC_NAME, *bundled.sets()])
-    forms = "give a folder, a .tsv or .csv manifest, an .npz file, 'synthetic' or a bundled set"
+    forms = "give a folder, a .tsv, .csv or .txt manifest, an .npz file, 'synthetic' or a bundled set"
     return f"{source}: no such data; {near if near.startswith('did') else forms}"
 
 

@@ -170,11 +170,12 @@ def _understood(path: Path, reading: Callable[[], T]) -> T:
     try:
         return reading()
     except _MALFORMED as error:
-        raise BadRequest(f"{path}: cannot be understood ({type(error).__name__}: {error}); mend or remove it") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise BadRequest(f"{path}: cannot be understood ({reason}); correct or remove it") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise BadRequest(f"{path}: no JSON object ({error}); mend or remove it") from None
+        raise BadRequest(f"{path}: no JSON object ({error}); correct or remove it") from None

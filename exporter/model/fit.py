@@ -83,7 +83,7 @@ def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:
         value = tuple(value) if isinstance(value, list) else value
         same_widths = {value, shown.get(name)} == {"overlap", "overlap_tiered"}  # of a stem with few channels
         if name in shown and shown[name] != value and not same_widths:
-            raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; mend one of them")
+            raise BadRequest(f"the config says {name} {value}, but the weights have {shown[name]}; correct one of them")
     settings = {name: stated[name] for name in _SETTINGS if name in stated}
     if settings.get("head_eps") == settings.get("norm_eps", arch.norm_eps):
         settings["head_eps"] = None

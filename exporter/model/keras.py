@@ -98,7 +98,7 @@ def _weights_file(path: Path) -> Iterator[tuple[Any, int]]:
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(_WEIGHTS)
         if entry.file_size > 8 * path.stat().st_size:
-            raise BadRequest(f"{path}: refused, its weights unpack to {entry.file_size} bytes")
+            raise BadRequest(f"{path}: refused, its weights unpack to {entry.file_size} bytes; save them uncompressed")
         yield io.BytesIO(archive.read(entry)), entry.file_size
 
 
@@ -115,7 +115,7 @@ def _arrays(path: Path, file: Any, size: int, layers: set[str]) -> Iterator[tupl
         name, group, depth = waiting.pop()
         for key in group:
             if not isinstance(group.get(key, getlink=True), h5py.HardLink) or depth > _DEEPEST:
-                raise BadRequest(f"{path}: refused, {key[:60]} is a link to elsewhere")
+                raise BadRequest(f"{path}: refused, {key[:60]} is a link to elsewhere; save them again")
             one = group[key]
             if isinstance(one, h5py.Group):
                 layer = str(one.attrs.get("name", "")) if key == "vars" else key
@@ -124,10 +124,10 @@ def _arrays(path: Path, file: Any, size: int, layers: set[str]) -> Iterator[tupl
                     waiting.append((layer or name, one, depth + 1))
                 continue
             if one.external is not None or one.is_virtual or one.dtype.kind not in "fiu":
-                raise BadRequest(f"{path}: refused, {key[:60]} holds no numbers of this file")
+                raise BadRequest(f"{path}: refused, {key[:60]} holds no numbers of this file; save them again")
             total += one.size * one.dtype.itemsize
             if total > size:
-                raise BadRequest(f"{path}: refused, {size} bytes that unpack to more; weights are not compressed")
+                raise BadRequest(f"{path}: refused, {size} bytes that unpack to more; save them uncompressed")
             if one.size:
                 yield f"{name}/{key.partition(':')[0]}", one[()]
 

@@ -1,5 +1,4 @@
-"""The preprocessing of an artifact: what the files beside the weights state or the published recipe, as options change
-it."""
+"""The preprocessing of an artifact: as files beside the weights state it, or the published one, changed by options."""
 
 from __future__ import annotations
 
@@ -128,7 +127,7 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
         return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
-        return Stated(recipe, dict.fromkeys(VALUES, f"published recipe of torchvision's {variant.name}"))
+        return Stated(recipe, dict.fromkeys(VALUES, f"published preprocessing of torchvision's {variant.name}"))
     return published(variant)
 
 
@@ -144,6 +143,6 @@ def with_keras(stated: Stated, normalization: Mapping[str, Sequence[float]]) -> 
 
 def published(variant: Variant) -> Stated:
     """The published preprocessing of a variant; of a custom one, that of the papers."""
-    origin = "default" if variant.name.endswith("custom") else f"published recipe of {variant.name}"
+    origin = "default" if variant.name.endswith("custom") else f"published preprocessing of {variant.name}"
     recipe = variant.preprocessing
     return Stated(recipe, dict.fromkeys(VALUES, origin), share_below_384=recipe.share)

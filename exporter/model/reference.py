@@ -177,13 +177,13 @@ def first_difference(ours: nn.Module, reference: Reference, images: Tensor, limi
         ours: this tool's network in the plain form.
         reference: the model that it is compared with.
         images: (N, C, H, W).
-        limit: largest difference that counts as rounding, as a share of the spread of the module's output.
+        limit: largest difference that counts as rounding, as a share of the standard deviation of the module's output.
     """
     ordered, mine = _outputs(ours, {name: name for name in reference.names}, images)
     _, theirs = _outputs(reference.module, dict(reference.names), images)
     for name in ordered:
         if name in theirs and (share := _share(mine[name], theirs[name])) > limit:
-            return f"{name} ({reference.names[name]} there) differs by {share:.2g} of its spread"
+            return f"{name} ({reference.names[name]} there) differs by {share:.2g} of its standard deviation"
     return ""
 
 
@@ -210,7 +210,7 @@ def _outputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -> tupl
 
 
 def _share(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference as a share of the spread, channels first or last; 0 where the shapes are of other things."""
+    """Largest difference as a share of the standard deviation, channels first or last; 0 for other shapes."""
     placed = [theirs, theirs.movedim(1, -1), theirs.movedim(-1, 1), theirs.flatten(1)]
     shares = [(ours - other).abs().max() / (ours.std() + 1e-12) for other in placed if other.shape == ours.shape]
     return float(min(shares, default=0.0))

@@ -57,9 +57,9 @@ def architecture(state: Mapping[str, Tensor], head: Head, norm: str = "") -> Arc
             stage_norms=tuple(stage for stage in stages if f"stage_norms.{stage}.weight" in state),
         )
     except (KeyError, IndexError) as error:
-        raise BadRequest(f"incomplete ConvNeXt weights: no {error.args[0]}") from None
+        raise BadRequest(f"incomplete ConvNeXt weights: no {error.args[0]}; save the whole state dict") from None
     if any(side % 2 == 0 for side in kernels):
-        raise BadRequest(f"depthwise kernels of {kernels} pixels: only odd ones keep the size of a feature map")
+        raise BadRequest(f"depthwise kernels of {kernels} pixels: expected odd ones, as feature maps keep their size")
     return _with_norm(arch, norm)
 
 
@@ -73,7 +73,9 @@ def block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     depths = tuple(counts[stage] for stage in range(len(counts)))
     whole = {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}
     if blocks != whole or not depths:
-        raise BadRequest(f"a ConvNeXt has whole stages from 0 on; found blocks {depths}, some missing")
+        raise BadRequest(
+            f"a ConvNeXt has whole stages from 0 on; some of blocks {depths} are missing; save the whole state dict"
+        )
     return depths
 
 

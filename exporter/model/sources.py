@@ -105,6 +105,6 @@ def file_of(source: str) -> tuple[Path, str]:
     Raises: BadRequest for random weights, or a source that does not exist; Unavailable when the Hub cannot be reached.
     """
     if source.startswith("random"):
-        raise BadRequest(f"{source}: random weights are of no library")
+        raise BadRequest(f"{source}: no library has these; give a checkpoint or --reference module:callable")
     files = from_hub(source.removeprefix("hf-hub:")) if source.startswith("hf-hub:") else from_disk(source)
     return files.path, files.part

@@ -41,7 +41,7 @@ class Statements:
         """
         said = f"{key} is {shown!r}"
         if name in self.network and self.network[name] != value:
-            raise BadRequest(f"{self.file}: {self.keys[name]}, but {said}; mend the one that is wrong")
+            raise BadRequest(f"{self.file}: {self.keys[name]}, but {said}; correct the one that is wrong")
         self.network.setdefault(name, value)
         self.origins.setdefault(name, origin or self.origin)
         self.keys.setdefault(name, said)

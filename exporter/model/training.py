@@ -108,7 +108,7 @@ def _published(model: str) -> tuple[Preprocessing, str]:
         variant, _ = variants.resolve(model)
     except BadRequest:
         return Preprocessing(crop_pct=0.875), "default of timm"
-    return variant.preprocessing, f"published recipe of {variant.name}"
+    return variant.preprocessing, f"published preprocessing of {variant.name}"
 
 
 def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statements) -> None:

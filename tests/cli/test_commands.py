@@ -186,7 +186,7 @@ def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
     facts = {fact["what"]: fact for fact in run("doctor", "--json").json}
     assert facts["backend onnxruntime"]["mark"] == "✗"
     assert "fill the same folder" in facts["backend onnxruntime"]["found"]
-    assert facts["backend onnxruntime"]["mend"].startswith("pip uninstall")
+    assert facts["backend onnxruntime"]["remedy"].startswith("pip uninstall")
 
 
 @pytest.mark.parametrize(

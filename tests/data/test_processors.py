@@ -300,7 +300,7 @@ def test_a_bare_file_follows_the_published_rule_of_its_size(size, expected, tmp_
     stated = known(read_config(tmp_path), "facebook", VARIANTS["tiny"], "w.pth")
     recipe, origins = stated.resolve(size=size)
     assert (recipe.resize, recipe.crop) == expected
-    assert origins["mean"] == "published recipe of tiny"
+    assert origins["mean"] == "published preprocessing of tiny"
 
 
 def test_options_replace_values_and_say_so(tmp_path):
@@ -311,7 +311,7 @@ def test_options_replace_values_and_say_so(tmp_path):
     assert {origins[name] for name in ("size", "resize", "crop", "interpolation", "mean")} == {
         "--imgsz", "--crop-pct", "--crop-mode", "--interpolation", "--mean",
     }  # fmt: skip
-    assert origins["std"] == "published recipe of tiny"
+    assert origins["std"] == "published preprocessing of tiny"
 
 
 @pytest.mark.parametrize(

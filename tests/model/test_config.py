@@ -282,7 +282,7 @@ def test_args_of_timms_script_are_read():
     config = from_training({"args": args, "arch": "convnext_nano"})
     recipe, origins = known(config, "timm", VARIANTS["nano"], "x").resolve()
     assert (recipe.size, recipe.resize, recipe.mean, recipe.interpolation) == (320, 320, (0.5, 0.5, 0.5), "bicubic")
-    assert (origins["size"], origins["std"]) == ("args of the checkpoint", "published recipe of nano")
+    assert (origins["size"], origins["std"]) == ("args of the checkpoint", "published preprocessing of nano")
     args = {"img_size": None, "mean": None, "gp": "max", "num_classes": 3, "model_kwargs": {"act_layer": "relu"}}
     config = from_training({"args": args})
     assert (config.preprocessing, config.network) == (None, {"act": "relu", "pool": "max", "num_classes": 3})

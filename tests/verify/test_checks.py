@@ -188,7 +188,7 @@ def test_features_are_checked_map_by_map(artifacts):
         meter.see(Seen(np.array([-1, -1]), maps, spoilt))
     found = {finding.metric: finding for meter in meters for finding in meter.findings()}
     assert not found["max_abs"].passed  # hidden if it were held against the larger map
-    assert "of the spread of stage1" in found["max_abs"].detail
+    assert "of the standard deviation of stage1" in found["max_abs"].detail
     assert "top1_agreement" not in found
 
 

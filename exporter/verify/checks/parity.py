@@ -87,7 +87,7 @@ class Parity:
             check="parity",
             metric="max_abs",
             value=number(output.max_abs),
-            detail=f"{shares[worst]:.2g} of the spread of {name} ({output.spread:.4g})",
+            detail=f"{shares[worst]:.2g} of the standard deviation of {name} ({output.spread:.4g})",
         )
         limit = self.options.atol if self.options.atol is not None else self.limits.share * output.spread
         return judged(finding, limit, "low")
