@@ -29,6 +29,7 @@ HEARTBEAT_S = 0.5
 LEAST_S = 0.2
 PART_RUNS = 20
 AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched again
+CLOCK: timing.Clock = time.perf_counter_ns
 
 
 @contextmanager
@@ -120,10 +121,10 @@ def _launch(
         for name in shuffle.sample(names, len(names)):
             line.starting(name)
             bounds[name] = sessions[name].bind(batches)
-            paces[name] = timing.settle(bounds[name].run, *warmup)
+            paces[name] = timing.settle(bounds[name].run, *warmup, CLOCK)
         watch = machine.Watch()
         runs = {name: bounds[name].run for name in names}
-        rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting)
+        rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting, CLOCK)
         conditions = watch.conditions()
     return Launch(
         blocks=rounds.blocks,
@@ -184,21 +185,21 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
     line.starting(arm.name)
     batches = inputs(plan)
     _evict(Path(arm.path))
-    begin = time.perf_counter()
+    begin = CLOCK()
     with opener(arm) as session:
         session.bind(batches).run()
-        cold = time.perf_counter() - begin
-    begin = time.perf_counter()
+        cold = CLOCK() - begin
+    begin = CLOCK()
     with opener(arm) as session:
-        loaded = time.perf_counter()
+        loaded = CLOCK()
         session.bind(batches).run()
-        first = time.perf_counter()
+        first = CLOCK()
         line.tell(
             "cold",
             Cold(
-                cold_ms=1e3 * cold,
-                load_ms=1e3 * (loaded - begin),
-                first_ms=1e3 * (first - loaded),
+                cold_ms=cold / 1e6,
+                load_ms=(loaded - begin) / 1e6,
+                first_ms=(first - loaded) / 1e6,
                 peak_bytes=machine.peak_memory_bytes(),
             ),
         )

@@ -86,7 +86,7 @@ def test_alone_and_cold(artifacts):
     arm = Arm(name="a@5", path=str(artifacts["onnxruntime", "fp32"].path))
     found = supervisor.measure_cold(arm, plan("a@5"), fakes.opened, 20.0)
     assert not isinstance(found, str), found
-    assert found.first_ms >= 5
+    assert found.first_ms == pytest.approx(5, rel=0.1)
     assert found.cold_ms >= 5
     assert 10e6 < found.peak_bytes < 10e9
     closed = Arm(name="closed", path=arm.path)
