@@ -20,7 +20,7 @@ class Clock:
     """Nanoseconds that pass when a run says so, and one microsecond at each look."""
 
     def __init__(self):
-        self.now, self.noise = time.perf_counter_ns(), random.Random(0)
+        self.now, self.noise = 0, random.Random(0)
 
     def __call__(self):
         self.now += 1000
@@ -38,7 +38,8 @@ class Fake:
     """Gives the sum of each image, after some milliseconds."""
 
     def __init__(self, name):
-        worker.CLOCK = CLOCK
+        if worker.CLOCK is not CLOCK:
+            CLOCK.now, worker.CLOCK = worker.CLOCK(), CLOCK
         self.name, self.facts = name, {"device": "cpu", "arithmetic": "fp32"}
         self.ms = float(name.partition("@")[2] or 1)
 
