@@ -116,15 +116,30 @@ class _Rounded:
         The bias of a matrix product gets four axes: ONNX Runtime would fuse a bias of one axis into a Gemm, which in
         int8 is slower than the product followed by an Add.
         """
-        node, index = _bias_of(self.node)
-        bias = node.inputs[index]
-        assert bias is not None
-        assert bias.const_value is not None
-        number = bias.const_value.numpy()
-        shifted = (number + self.rounding.shift.reshape(number.shape)).astype(np.float32)
-        if node is not self.node:
-            shifted = shifted.reshape(1, 1, 1, -1)
-        node.replace_input_with(index, self._constant("bias_shifted", shifted))
+        node, index = _bias_of(self.node) or self._new_bias()
+        number = _number(node, index)
+        shift = self.rounding.shift.ravel()
+        shifted = (shift if number is None else number + shift.reshape(number.shape)).astype(np.float32)
+        shape = (-1,) if node is self.node else (1, 1, 1, -1)
+        node.replace_input_with(index, self._constant("bias_shifted", shifted.reshape(shape)))
+
+    def _new_bias(self) -> tuple[ir.Node, int]:
+        """The node and input for the bias of a layer without one: the simplifier removes a bias of zeros."""
+        import onnx_ir as ir
+
+        if self.node.op_type in ("Conv", "Gemm"):
+            self.node.resize_inputs(3)
+            return self.node, 2
+        product = self.node.outputs[0]
+        add = ir.node("Add", [product, None], name=f"{self.name}/Add_bias")
+        add.metadata_props["module"] = self.name
+        total = add.outputs[0]
+        total.shape, total.type = product.shape, product.type
+        total.name, product.name = product.name, f"{self.name}.product"
+        ir.convenience.replace_all_uses_with(product, total, replace_graph_outputs=True)
+        add.replace_input_with(0, product)
+        self.graph.insert_after(self.node, add)
+        return add, 1
 
     def _constant(self, what: str, array: NDArray[Any]) -> ir.Value:
         import onnx_ir as ir
@@ -149,13 +164,15 @@ class _Rounded:
         return value
 
 
-def _bias_of(node: ir.Node) -> tuple[ir.Node, int]:
-    """The node and input that are a layer's bias: the third of a convolution or Gemm, or the Add behind a product."""
+def _bias_of(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The node and input that are a layer's bias: the third of a convolution or Gemm, or the Add of a constant behind a
+    product; None for a layer without bias."""
     if node.op_type in ("Conv", "Gemm"):
-        return node, 2
-    (use,) = node.outputs[0].uses()
-    assert use.node.op_type == "Add"
-    return use.node, 1 - use.idx
+        return (node, 2) if _number(node, 2) is not None else None
+    uses = list(node.outputs[0].uses())
+    if len(uses) == 1 and uses[0].node.op_type == "Add" and _number(uses[0].node, 1 - uses[0].idx) is not None:
+        return uses[0].node, 1 - uses[0].idx
+    return None
 
 
 def faults(model: ir.Model, placement: Placement, grid: Grid = "int8") -> list[str]:

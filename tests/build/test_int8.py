@@ -270,3 +270,16 @@ def test_instruction_set_and_threads_do_not_change_the_bytes(tiny_v2, tmp_path):
         digests.append(done.stdout.split())
     assert len(digests[0]) == 2
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "tensorrt"])
+def test_biases_of_zero_which_the_simplifier_removes_are_corrected_too(backend, tmp_path):
+    """Every network that was just initialized has them."""
+    folder = write_tiny(tmp_path / "weights", grn=True, layer_scale=False)
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if name.endswith("bias") and ("pwconv" in name or name.startswith("head"))]:
+        state[name].zero_()
+    save_file(state, folder / "model.safetensors")
+    built = build_recipe(recipe_of(backend, "int8", weights=str(folder), calib_size=4), tmp_path)
+    assert built.report.passed
+    assert built.artifact.sidecar.quantization.kept == ()
