@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from exporter.errors import BadRequest, first_line, some
-from exporter.model.layouts import Choices, to_ours
+from exporter.model.layouts import Choices, Converted, to_ours
 from exporter.model.shapes import architecture, block_counts
 from exporter.model.variants import Architecture, Variant, head_layer, named
 
@@ -36,7 +36,11 @@ class Fitted:
 
 
 def fit(
-    tensors: Mapping[str, Tensor], stated: Mapping[str, Any], choices: Choices, known: Architecture | None = None
+    tensors: Mapping[str, Tensor],
+    stated: Mapping[str, Any],
+    choices: Choices,
+    known: Architecture | None = None,
+    ordered: bool = True,
 ) -> Fitted:
     """Convert the tensors of a checkpoint, and check every name, shape and value.
 
@@ -45,14 +49,14 @@ def fit(
         stated: what a config says about the network, by the names of `Architecture`, and `num_classes`.
         choices: what the user says.
         known: the whole architecture, where the file says it.
+        ordered: the tensors are in the order in which the modules were defined.
 
     Raises: BadRequest for weights that are no ConvNeXt, or that differ from what is stated.
     """
     import torch
 
-    converted = to_ours(tensors, choices)
-    if converted.layout == "timm":  # beyond stride 32 its networks are dilated
-        stated = {"output_stride": 32, **stated}
+    converted = to_ours(tensors, choices, ordered)
+    stated = {**_defaults(converted), **stated}
     state = {key: tensor.to(torch.float32) for key, tensor in converted.state.items()}
     _fill_biases(state)
     if known:
@@ -69,6 +73,18 @@ def fit(
     if classes and stated.get("num_classes", classes) != classes:
         notes.append(f"the config says {stated['num_classes']} classes, the weights have {classes}")
     return Fitted(state, named(arch), converted.layout, classes, converted.modules, tuple(notes))
+
+
+def _defaults(converted: Converted) -> dict[str, Any]:
+    """Settings of a library where nothing is stated."""
+    settings: dict[str, Any] = {}
+    if converted.layout == "timm":  # beyond stride 32 its networks are dilated
+        settings["output_stride"] = 32
+    if converted.layout == "huggingface":  # `layer_norm_eps` of ConvNextConfig
+        settings["head_eps"] = 1e-12
+    if "norm" in converted.head.modules and converted.layout != "torchvision":  # nn.LayerNorm in the user's head
+        settings["head_eps"] = 1e-5
+    return settings
 
 
 def configured(arch: Architecture, stated: Mapping[str, Any]) -> Architecture:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, permutations
 from typing import TYPE_CHECKING
 
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, nearest, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +16,14 @@ CLASSIFIERS = ("head", "classifier", "fc")
 """Names that libraries give to a classifier."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh", "none")
 BATCH_NORM_EPS = 1e-5  # PyTorch's default
+MOST_NAMED = 6  # modules whose order is looked for
+_LEAVE_OUT = "--head none leaves it out"
+
+Act = str | Callable[[str, str], str]
 
 
 class NoClassifier(BadRequest):
-    """The tensors of a module are not those of a classifier: convolutions, or layers with normalized weights."""
+    """The tensors of a module are not those of a classifier: convolutions, or a head of self-supervised training."""
 
 
 @dataclass(frozen=True)
@@ -45,46 +50,37 @@ class _Layer:
     bias: Tensor
 
 
-def classifier(tensors: Mapping[str, Tensor], act: str, has_norm: bool) -> Head:
+def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered: bool = True) -> Head:
     """The classifier that these tensors are, named as below its module (`weight`, `1.bias`, `pre_logits.fc.weight`).
 
     Args:
         tensors: all of one module.
-        act: activation between two linear layers, or "".
+        act: the activation between linear layers, "" if it is not known; `none,relu` for several places; or a function
+            that looks it up between two modules.
         has_norm: the last norm stands in front already; without it, a LayerNorm that the head begins with is the last
             norm.
+        ordered: the tensors are in the order in which the modules were defined.
 
-    Raises: NoClassifier for a module that ends in no linear layer, or has parts of other kinds; BadRequest for a vector
-        that is neither LayerNorm nor BatchNorm, and where `act` is needed.
+    Raises: NoClassifier for a module that is none; BadRequest for layers other than linear ones, LayerNorm and
+        BatchNorm, for an unknown order, and where `act` is needed, or has no place.
     """
-    modules = [_layer(path, leaves) for path, leaves in _modules(tensors).items()]
-    state: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    if len(modules) > 1 and modules[0].kind == "layer" and not has_norm:
-        first = modules.pop(0)
-        state |= {"norm.weight": first.weight, "norm.bias": first.bias}
-        names["norm"] = first.path
+    modules = _sorted([_layer(path, leaves) for path, leaves in _modules(tensors).items()], ordered)
     if not modules:
         raise BadRequest("the head has no weights; --head names a module with a linear layer")
-    *inner, last = modules
-    if last.kind != "linear":
-        raise NoClassifier(
-            f"the head ({some(sorted(tensors))}) does not end in a linear layer; name the classifier with --head"
-        )
+    between = _activations(modules, act)
+    state: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     layers: list[str] = []
-    open_linear = False  # a linear layer that no activation follows yet
-    for layer, behind in zip(inner, modules[1:], strict=True):
-        open_linear = open_linear or layer.kind == "linear"
-        name = f"head_layers.{len(layers)}"
+    for layer, behind in zip(modules, [*between, ""], strict=True):
+        if layer is modules[0] and layer.kind == "layer" and not has_norm and not behind:
+            name = "norm"
+        elif layer is modules[-1]:
+            name = "head"
+        else:
+            name = f"head_layers.{len(layers)}"
+            layers += [f"{layer.kind}:{layer.weight.shape[0]}", *([behind] if behind else [])]
         state |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
         names[name] = layer.path
-        layers.append(f"{layer.kind}:{layer.weight.shape[0]}")
-        if open_linear and not _adjacent(layer.path, behind.path):
-            if (between := _activation(layer, modules, act)) != "none":
-                layers.append(between)
-            open_linear = False
-    names["head"] = last.path
-    state |= {"head.weight": last.weight, "head.bias": last.bias}
     return Head(tuple(layers), state=state, modules=names)
 
 
@@ -105,61 +101,135 @@ def several(heads: Mapping[str, Head]) -> Head:
 
 def projection(tensors: Mapping[str, Tensor]) -> Head:
     """The projection of an OpenCLIP tower: `proj`, or `mlp` with GELU (open_clip's `TimmModel`)."""
-    head = classifier(tensors, "gelu", has_norm=True)
+    head = classifier(tensors, "", has_norm=True)
     return replace(head, projection=True)
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each module by its path, in the order in which a Sequential runs them."""
+    """The tensors of each module by its path, in their order."""
     modules: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors, key=_natural):
-        path, _, leaf = key.rpartition(".")
-        modules.setdefault(path, {})[leaf] = tensors[key]
+    for key, tensor in tensors.items():
+        path, _, leaf = key.replace("parametrizations.weight.", "").rpartition(".")
+        modules.setdefault(path, {})[leaf] = tensor
     return modules
 
 
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    """Numbers by value; timm's `pre_logits` runs before `fc`."""
-    parts = key.split(".")[:-1]
-    return [(0, int(part), "") if part.isdecimal() else (1, part != "pre_logits", part) for part in parts]
-
-
 def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
-    """Raises: NoClassifier, or BadRequest for a vector, where a module is no linear layer, LayerNorm or BatchNorm."""
+    """One module of a head, in fp32.
+
+    Raises: NoClassifier for convolutions and the last layer of DINO; BadRequest for a module that is no linear layer,
+        LayerNorm or BatchNorm.
+    """
+    where = f"{path or 'its top'!r}"
+    leaves = {leaf: tensor.float() for leaf, tensor in leaves.items()}
     weight, names = leaves.get("weight"), set(leaves)
+    if path.startswith("last_layer"):
+        raise NoClassifier(f"it is a projection head of self-supervised training ({path})")
+    if weight is not None and weight.ndim > 2 and weight[0, 0].numel() > 1:
+        raise NoClassifier(f"it has convolutions ({path}: {tuple(weight.shape)})")
     if {"running_mean", "running_var"} <= names <= {"weight", "bias", "running_mean", "running_var"}:
         scale = 1 / (leaves["running_var"] + BATCH_NORM_EPS).sqrt()
         scale = scale if weight is None else scale * weight
         shift = -leaves["running_mean"] * scale
         return _Layer(path, "affine", scale, shift + leaves["bias"] if "bias" in leaves else shift)
     if weight is None or not names <= {"weight", "bias"}:
-        raise NoClassifier(
-            f"the head has a layer of tensors {some(sorted(names))} at {path or 'its top'!r}: not supported"
+        raise BadRequest(
+            f"the head has a layer of tensors {some(sorted(names))} at {where}: not supported; {_LEAVE_OUT}"
         )
-    if weight.ndim == 4 and weight.shape[2:] == (1, 1):
+    if weight.ndim == 4:
         weight = weight[:, :, 0, 0]
     if weight.ndim == 1 and ("bias" not in leaves or len(weight) == 1):
-        raise BadRequest(f"the head has a vector without bias at {path!r} (PReLU, RMSNorm?): not supported")
+        raise BadRequest(
+            f"the head has a vector without bias at {where} (PReLU, RMSNorm?): not supported; {_LEAVE_OUT}"
+        )
     if weight.ndim not in (1, 2):
-        raise NoClassifier(f"the head has a weight of shape {tuple(weight.shape)} at {path!r}: expected a linear layer")
+        raise BadRequest(f"the head has a weight of shape {tuple(weight.shape)} at {where}: expected a linear layer")
     bias = leaves["bias"] if "bias" in leaves else weight.new_zeros(weight.shape[0])
     return _Layer(path, "linear" if weight.ndim == 2 else "layer", weight, bias)
 
 
-def _activation(layer: _Layer, modules: list[_Layer], act: str) -> str:
-    """The activation in the gap behind an inner layer.
+def _sorted(modules: list[_Layer], ordered: bool) -> list[_Layer]:
+    """The modules in the order in which they run.
+
+    It is the order of the tensors where that is known. Files in alphabetical order show it only in the numbers of a
+    Sequential, or in widths that fit one order alone.
+
+    Raises: BadRequest where it is not known, or the last one is not linear.
+    """
+    if not ordered:
+        modules = sorted(modules, key=lambda layer: _natural(layer.path))
+        if not _is_numbered(modules):
+            fitting = [order for order in permutations(modules) if _fits(order)] if len(modules) <= MOST_NAMED else []
+            if len(fitting) != 1:
+                names = some([layer.path for layer in modules], MOST_NAMED)
+                raise BadRequest(
+                    f"the order of the layers of the head ({names}) is not known, as this file sorts them by name; "
+                    "save the state dict with torch.save, which keeps their order"
+                )
+            modules = list(fitting[0])
+    last = modules[-1] if modules else None
+    if last is not None and last.path.startswith("pre_logits"):
+        raise BadRequest(f"the head ends in a hidden layer ({last.path}), without a classifier behind it; {_LEAVE_OUT}")
+    if last is not None and last.kind != "linear":
+        raise BadRequest(
+            f"the head ends in {last.path!r}, which is no linear layer; {_LEAVE_OUT}, or names another one"
+        )
+    return modules
+
+
+def _is_numbered(modules: Sequence[_Layer]) -> bool:
+    """Whether names show the order: by numbers, or as in timm, where `pre_logits` runs before `fc`."""
+    names = [layer.path.partition(".")[0] for layer in modules]
+    unnumbered = {name for name in names if not name.isdecimal()}
+    return len(unnumbered) <= 1 or unnumbered in ({"pre_logits", "fc"}, {"fc1", "fc2"}, {"mlp", "fc"})
+
+
+def _fits(order: Sequence[_Layer]) -> bool:
+    """Whether each layer takes as many values as the one in front of it gives, and the last is linear."""
+    widths = [layer.weight.shape[0] for layer in order]
+    taken = [layer.weight.shape[-1] for layer in order]
+    return order[-1].kind == "linear" and all(a == b for a, b in zip(widths, taken[1:], strict=False))
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    """Numbers by value; timm's `pre_logits` runs before `fc`."""
+    return [(0, int(part), "") if part.isdecimal() else (1, part != "pre_logits", part) for part in path.split(".")]
+
+
+def _activations(modules: Sequence[_Layer], act: Act) -> list[str]:
+    """The activation behind each module but the last, "" for none.
 
     Raises: BadRequest where it cannot be known: a Sequential's file does not hold it.
     """
-    if "pre_logits" in layer.path or layer.path.startswith("mlp."):
-        return "gelu"
-    if not act:
-        names = " and ".join(module.path for module in modules if module.kind == "linear")
+    pairs = list(pairwise(modules))
+    if callable(act):
+        return [act(layer.path, behind.path) for layer, behind in pairs]
+    between = ["gelu" if "pre_logits" in layer.path or layer.path.startswith("mlp.") else "" for layer, _ in pairs]
+    gaps = [i for i, (layer, behind) in enumerate(pairs) if not between[i] and not _adjacent(layer.path, behind.path)]
+    linear = [i for i, layer in enumerate(modules) if layer.kind == "linear"]
+    inner = [group for a, b in pairwise(linear) if (group := [gap for gap in gaps if a <= gap < b])]
+    words = [word.strip() for word in act.split(",")] if act else []
+    if unknown := [word for word in words if word not in ACTIVATIONS]:
+        raise BadRequest(f"--head-act {act}: no activation {unknown[0]!r}; {nearest(unknown[0], ACTIVATIONS)}")
+    if not words and not inner:
+        return between
+    if len(words) == 1 and all(len(group) == 1 for group in inner):
+        places = [group[0] for group in inner] or gaps
+        words *= len(places) if inner else 1
+    else:
+        places = gaps
+    if not gaps:
+        raise BadRequest(f"--head-act {act}: the head has no place for an activation; leave it out")
+    if len(words) != len(places):
+        where = [f"{modules[i].path} and {modules[i + 1].path}" for i in gaps]
+        example = "relu" if len(inner) == len(gaps) else ",".join(["none"] * (len(gaps) - 1) + ["relu"])
         raise BadRequest(
-            f"the head has several linear layers ({names}), and weights do not show what is between them; "
-            f"give --head-act {'|'.join(ACTIVATIONS)}"
+            f"the head may have an activation between {', between '.join(where)}, and weights do not show it; give "
+            f"--head-act {example} (of {', '.join(ACTIVATIONS)})"
         )
-    return act
+    for place, word in zip(places, words, strict=True):
+        between[place] = "" if word == "none" else word
+    return between
 
 
 def _adjacent(path: str, behind: str) -> bool:

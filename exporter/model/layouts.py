@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
+from exporter.model import find_head
 from exporter.model import head as heads
 from exporter.model.head import Head
 from exporter.model.shapes import block_counts
@@ -119,7 +120,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }
 # Copies of a network that training keeps beside it.
-_COPIES = re.compile(r"(^|[._])(ema|teacher|momentum|target|key|avg|shadow|averaged)([._]|$|_?(encoder|model|network))")
+COPIES = re.compile(r"(^|[._])(ema|teacher|momentum|target|key|avg|shadow|averaged)([._]|$|_?(encoder|model|network))")
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,14 @@ class Choices:
     """What the user says where weights leave a choice; "" for none.
 
     prefix: in front of the network's names.
-    head: name of the module that is the classifier.
-    head_act: activation between two layers of a head.
+    head: name of the module that is the classifier, several by commas, or `none`.
+    head_act: activation between two layers of a head (`head.classifier`).
     norm: kind of the norms that have no bias.
     """
 
     prefix: str = ""
     head: str = ""
-    head_act: str = ""
+    head_act: heads.Act = ""
     norm: str = ""
 
 
@@ -153,8 +154,13 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
 
-def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices()) -> Converted:
+def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered: bool = True) -> Converted:
     """Convert weights to the layout of this tool.
+
+    Args:
+        tensors: by the names of the file.
+        choices: what the user says.
+        ordered: the tensors are in the order in which the modules were defined.
 
     Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
@@ -172,7 +178,7 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices()) -> Conv
             converted.state[name] = _reshape(name, tensor, layout)
             converted.modules[name.rpartition(".")[0]] = key.rpartition(".")[0]
     _sort_norms(converted)
-    _take_head(converted, rest, choices)
+    find_head.take(converted, rest, choices, ordered)
     inside: list[str] = []
     outside: list[str] = []
     for key in rest:
@@ -205,9 +211,10 @@ def _recognise(keys: list[str], wanted: str) -> tuple[str, str, list[str]]:
         if not chosen:
             raise BadRequest(f"--prefix {wanted}: no network behind it; {nearest(wanted, prefixes)}")
     else:
-        chosen = [prefix for prefix in prefixes if not _COPIES.search(prefix)] or prefixes
+        chosen = [prefix for prefix in prefixes if not COPIES.search(prefix)] or prefixes
     if len(chosen) > 1:
-        raise BadRequest(f"{len(chosen)} networks lie in these weights; choose one: --prefix {' or '.join(chosen)}")
+        names = " or ".join(prefix or "." for prefix in chosen)
+        raise BadRequest(f"{len(chosen)} networks lie in these weights; choose one: --prefix {names}")
     layout, prefix = next(place for place in places if place[1] == chosen[0])
     notes = [f"the network's names begin with {prefix!r}"] if prefix else []
     if others := [other for other in prefixes if other != prefix]:
@@ -287,69 +294,6 @@ def _sort_norms(converted: Converted) -> None:
             if (norm := state.pop(f"stage_norms.{stages - 1}.{leaf}", None)) is not None:
                 state[f"norm.{leaf}"] = norm
         converted.modules["norm"] = converted.modules.pop(f"stage_norms.{stages - 1}")
-
-
-def _take_head(converted: Converted, rest: dict[str, Tensor], choices: Choices) -> None:
-    """Move the classifier's tensors from the rest into the head.
-
-    Raises: BadRequest for a head that cannot be understood, or a name that is none.
-    """
-    names = [name.strip() for name in choices.head.split(",") if name.strip()]
-    if len(names) > 1:
-        places = {name.replace(".", "_"): _head_place(rest, converted.prefix, name) or "" for name in names}
-        taken = {name: _taken(rest, place) for name, place in places.items()}
-        converted.head = heads.several({name: heads.classifier(one, "", True) for name, one in taken.items()})
-        converted.state |= converted.head.state
-        return
-    place = _head_place(rest, converted.prefix, choices.head)
-    if place is None:
-        converted.notes += _candidates(converted.state, rest)
-        return
-    tensors = _taken(rest, place)
-    if converted.layout == "timm" and place.endswith("visual.head."):
-        converted.head = heads.projection(tensors)
-    else:
-        has_norm = {"norm.weight", "norm_pre.weight"} & converted.state.keys()
-        try:
-            converted.head = heads.classifier(tensors, choices.head_act, bool(has_norm))
-        except heads.NoClassifier as error:
-            if choices.head:
-                raise
-            reason = f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"
-            converted.notes += [reason, *_candidates(converted.state, rest)]
-            return
-    converted.state |= converted.head.state
-    converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
-    usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
-    if place.split(".")[-2] != usual:
-        converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
-
-
-def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The tensors of one module, taken out of the rest, by their names below it."""
-    return {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
-
-
-def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> list[str]:
-    """A note about linear layers that fit behind the last stage, if there are any."""
-    last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
-    fits = [] if last is None else [k for k, t in rest.items() if t.ndim == 2 and t.shape[1] == len(last)]
-    names = ",".join(key.rpartition(".")[0] for key in fits[:4])
-    return [f"no classifier of a usual name; --head {names} takes these linear layers"] if fits else []
-
-
-def _head_place(rest: Mapping[str, Tensor], prefix: str, wanted: str) -> str | None:
-    """What the names of the classifier's tensors begin with, or None for a backbone."""
-    parts = prefix.split(".")[:-1]
-    parents = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts), -1, -1)]
-    for parent in parents:
-        for name in [wanted.rstrip(".")] if wanted else heads.CLASSIFIERS:
-            if any(key.startswith(f"{parent}{name}.") for key in rest):
-                return f"{parent}{name}."
-    if wanted:
-        known = sorted({key.rpartition(".")[0] for key, tensor in rest.items() if tensor.ndim == 2})
-        raise BadRequest(f"--head {wanted}: no such module in these weights; {nearest(wanted, known)}")
-    return None
 
 
 def _roots(layout: str) -> set[str]:

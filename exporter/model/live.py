@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 CLOSE = 1e-5  # fp32 rounding of an activation near 1
 
 
-def read(module: nn.Module, prefix: str = "", head: str = "") -> Fitted:
+def read(module: nn.Module, prefix: str = "", head: str = "", head_act: str = "") -> Fitted:
     """The weights and architecture of a module whose state dict has one of the layouts.
 
     Args:
         module: in eval mode.
         prefix, head: as in `Choices`.
+        head_act: as in `Choices`, where the module's forward calls a function in place of an activation module.
 
     Raises: BadRequest for a module that is no ConvNeXt, or does what this tool does not know.
     """
@@ -29,13 +31,11 @@ def read(module: nn.Module, prefix: str = "", head: str = "") -> Fitted:
         key: tensor.detach().float() for key, tensor in module.state_dict().items() if tensor.is_floating_point()
     }
     modules = dict(module.named_modules())
-    heads = [part for name, part in modules.items() if name.rpartition(".")[2] in ("head", "classifier", "fc")]
-    head_act = next(filter(None, (_activation(_leaves(part)) for part in heads)), "")
     norms = [
         part for name, part in modules.items() if name.endswith("norm") and getattr(part, "weight", None) is not None
     ]
     norm = next((kind for part in norms if (kind := _kind_of_norm(part)) in ("rms", "simple")), "")
-    choices = Choices(prefix=prefix, head=head, head_act=head_act, norm=norm)
+    choices = Choices(prefix=prefix, head=head, head_act=head_act or partial(_between, modules), norm=norm)
     fitted = fit(tensors, {"pool": _pooling(module)}, choices)
     parts = {ours: modules[name] for ours, name in fitted.modules.items() if name in modules}
     return fit(tensors, _settings(module, fitted, parts), choices)
@@ -73,6 +73,13 @@ def _common(a: str, b: str) -> str:
             break
         parts.append(left)
     return ".".join(parts)
+
+
+def _between(modules: Mapping[str, nn.Module], name: str, behind: str) -> str:
+    """The activation that is defined between two modules, "" for none."""
+    names = list(modules)
+    inner = (modules[one] for one in names[names.index(name) + 1 : names.index(behind)])
+    return _activation(part for part in inner if not list(part.children()) and not list(part.parameters()))
 
 
 def _leaves(module: nn.Module) -> Iterable[nn.Module]:

@@ -74,11 +74,13 @@ PROCESSORS = {
 }
 _HOW = "give --resize N --crop-mode center|squash|border"
 _ANY = ("resize", "crop_mode")
+_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "include_top")
 
 
 def read_processor(config: Mapping[str, Any], file: str) -> Read:
     """Read a `preprocessor_config.json` of transformers; a file that names no type follows ConvNeXt's rule."""
-    stated = {key: value for key, value in config.items() if value is not None}  # null is the processor's default
+    off = dict.fromkeys((key for key in _SWITCHES if key in config and config[key] is None), False)
+    stated = {key: value for key, value in config.items() if value is not None} | off  # else null is the default
     if "pretrained_cfg" in stated:
         return read_timm_cfg(stated["pretrained_cfg"], file)
     kinds = {key: stated[key] for key in ("image_processor_type", "feature_extractor_type") if key in stated}

@@ -128,11 +128,11 @@ MODEL_ARGS: Keys = {
     "depths": ("depths", _wholes),
     "dims": ("dims", _wholes),
     "global_pool": ("pool", one_of(_POOLS)),
-    "head_hidden_size": ("head_hidden", _whole),
+    "head_hidden_size": ("head_hidden", lambda value: _whole(value) or None),
     "head_norm_first": ("head_norm_first", _flag),
     "in_chans": ("in_chans", _whole),
     "kernel_sizes": ("kernels", _kernels),
-    "ls_init_value": ("ls_init", _number),
+    "ls_init_value": ("layer_scale", lambda value: _number(value) is not None),
     "norm_eps": ("norm_eps", _eps),
     "norm_layer": ("norm", lambda value: _NORMS[value.lower().removesuffix("2d")]),
     "num_classes": ("num_classes", _whole),
@@ -242,7 +242,7 @@ def read_transformers(statements: Statements, config: Mapping[str, Any], prefix:
             statements.state("act", "gelu", f"{prefix}hidden_act", "gelu", f"default of {kind}")
     if kind != "convnextv2" and (scale := config.get("layer_scale_init_value")) is not None:
         has_scale = kind == "dinov3_convnext" or scale > 0
-        statements.state("ls_init", float(scale) if has_scale else None, f"{prefix}layer_scale_init_value", scale)
+        statements.state("layer_scale", has_scale, f"{prefix}layer_scale_init_value", scale)
     stages, depths = config.get("num_stages"), config.get("depths")
     if stages is not None and depths is not None and stages != len(depths):
         raise statements.refuse(f"{prefix}num_stages", stages, f"but depths has {len(depths)}")

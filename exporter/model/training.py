@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from exporter.artifact.sidecar import Preprocessing, as_size
-from exporter.errors import BadRequest
-from exporter.model import labels, processors, stated, variants
+from exporter.model import labels, processors, stated
 from exporter.model.processors import Read
 
 ORIGIN = "args of the checkpoint"
@@ -77,11 +77,11 @@ def _facebook(args: Mapping[str, Any]) -> Read:
 def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     """Read the arguments of timm's train.py; a value that they leave out is that of the model."""
     timm_args = {key: args[key] for key in _TIMM_ARGS if args.get(key) is not None}
-    if not timm_args:
+    if not timm_args and "convnext" not in model:
         return None
     base, default = _published(model)
     size = timm_args.get("input_size", timm_args.get("img_size", base.size))
-    _, height, width = (3, size, size) if isinstance(size, int) else size
+    *_, height, width = (size, size) if isinstance(size, int) else size
     share = float(timm_args.get("crop_pct") or base.share)
     recipe = processors.checked(
         size=as_size(height, width),
@@ -103,12 +103,43 @@ def _colors(values: Any) -> tuple[float, ...]:
     return tuple(values) * 3 if len(values) == 1 else tuple(values)
 
 
+# The first tag of timm's networks, which a name alone means, where its preprocessing is not ConvNeXt's usual one.
+_FIRST_TAGS = {
+    "convnext_tiny": "in12k_ft_in1k",
+    "convnext_small": "in12k_ft_in1k",
+    "convnext_large_mlp": "clip_laion2b_soup_ft_in12k_in1k_320",
+    "convnext_xxlarge": "clip_laion2b_soup_ft_in1k",
+    "convnextv2_huge": "fcmae_ft_in22k_in1k_384",
+}
+_SHARES = dict.fromkeys(("convnext_nano", "convnext_nano_ols", "convnext_tiny_hnf", "convnext_pico_ols"), 0.95)
+_SHARES |= {"convnext_zepto_rms_ols": 0.9} | dict.fromkeys(("test_convnext", "test_convnext2", "test_convnext3"), 0.95)
+
+
 def _published(model: str) -> tuple[Preprocessing, str]:
-    try:
-        variant, _ = variants.resolve(model)
-    except BadRequest:
+    """The preprocessing that timm publishes for a model `NAME` or `NAME.TAG`, and where it comes from."""
+    name, _, tag = model.removeprefix("hf-hub:").rpartition("/")[2].partition(".")
+    if "convnext" not in name:
         return Preprocessing(crop_pct=0.875), "default of timm"
-    return variant.preprocessing, f"published preprocessing of {variant.name}"
+    tag = tag or _FIRST_TAGS.get(name, "")
+    is_clip, sides = tag.startswith("clip"), re.search(r"(^r|_)(320|384|512)(_|$)", tag)
+    size = 256 if is_clip or tag.startswith("eupe") else 160 if name.startswith("test") else 224
+    share = 0.95 if "in12k" in tag else _SHARES.get(name, 0.875)
+    if sides:
+        size = int(sides[2])
+    if sides or size == 256 or tag.startswith("dinov3"):
+        share = 1.0
+    squash = size >= processors.SQUASHED_FROM and not tag.startswith(("r384", "clip_laiona"))
+    half = name.startswith(("test", "convnext_zepto"))
+    mean, std = processors.CLIP if is_clip else processors.HALF if half else processors.IMAGENET
+    recipe = processors.checked(
+        size=size,
+        resize=int(size / share),
+        crop="squash" if squash else "center",
+        crop_pct=share,
+        mean=mean,
+        std=std,
+    )
+    return recipe, f"timm's preprocessing of {f'{name}.{tag}' if tag else name}"
 
 
 def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statements) -> None:

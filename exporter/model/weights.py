@@ -199,7 +199,8 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         note(sentence)
     try:
         own = written.read(files.path)
-        fitted = fit(content.tensors, config.network, choices, own.architecture if own else None)
+        ordered = not any(file.suffix == ".safetensors" for file in checkpoint.files(files.path))
+        fitted = fit(content.tensors, config.network, choices, own.architecture if own else None, ordered)
     except BadRequest as error:
         raise BadRequest(f"{files.path}: {error}") from None
     for sentence in fitted.notes:

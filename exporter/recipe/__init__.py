@@ -57,11 +57,15 @@ class Model(Record, frozen=True):
     ] = None
     head: Annotated[
         str | None,
-        about("Name of the classifier module; NAME,NAME gives an output for each.", metavar="NAME"),
+        about("Name of the classifier module; NAME,NAME gives an output for each, none leaves it out.", metavar="NAME"),
     ] = None
     head_act: Annotated[
-        Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "none"] | None,
-        about("Activation between two linear layers of a head; weights do not show it."),
+        str | None,
+        about(
+            "Activation between two linear layers of a head, which weights do not show: gelu, gelu_tanh, relu, silu, "
+            "tanh or none; ACT,ACT for several places.",
+            metavar="ACT",
+        ),
     ] = None
     reference: Annotated[
         str | None,

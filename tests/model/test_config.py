@@ -47,7 +47,7 @@ STATED = [
     ({"depths": [1, 2, 1, 1], "dims": [8, 16, 32, 64]}, {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)}),
     ({"head_norm_first": True, "head_hidden_size": 32}, {"head_norm_first": True, "head_hidden": 32}),
     ({"in_chans": 1, "num_classes": 0}, {"in_chans": 1, "num_classes": 0}),
-    ({"use_grn": True, "conv_bias": False, "ls_init_value": 0}, {"grn": True, "conv_bias": False, "ls_init": 0.0}),
+    ({"use_grn": True, "conv_bias": False, "ls_init_value": 0}, {"grn": True, "conv_bias": False, "layer_scale": True}),
     ({"conv_mlp": True, "drop_rate": 0.0, "act_layer": None}, {}),
 ]
 
@@ -282,7 +282,7 @@ def test_args_of_timms_script_are_read():
     config = from_training({"args": args, "arch": "convnext_nano"})
     recipe, origins = known(config, "timm", VARIANTS["nano"], "x").resolve()
     assert (recipe.size, recipe.resize, recipe.mean, recipe.interpolation) == (320, 320, (0.5, 0.5, 0.5), "bicubic")
-    assert (origins["size"], origins["std"]) == ("args of the checkpoint", "published preprocessing of nano")
+    assert (origins["size"], origins["std"]) == ("args of the checkpoint", "timm's preprocessing of convnext_nano")
     args = {"img_size": None, "mean": None, "gp": "max", "num_classes": 3, "model_kwargs": {"act_layer": "relu"}}
     config = from_training({"args": args})
     assert (config.preprocessing, config.network) == (None, {"act": "relu", "pool": "max", "num_classes": 3})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -191,8 +193,11 @@ def test_a_head_of_other_layers_is_refused(layer, tmp_path):
 
 NO_CLASSIFIERS = {
     "a detector's": lambda: torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 4, 1)),
-    "DINO's": lambda: torch.nn.Sequential(
-        torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.utils.weight_norm(torch.nn.Linear(32, 99))
+    "DINO's": lambda: torch.nn.ModuleDict(
+        {
+            "mlp": torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 32)),
+            "last_layer": torch.nn.utils.weight_norm(torch.nn.Linear(32, 99)),
+        }
     ),
 }
 
@@ -211,7 +216,7 @@ def test_a_head_that_is_no_classifier_is_left_out_with_a_note(name, tmp_path):
     got, checkpoint = ours(libraries.save(tmp_path, whole), libraries.images())
     assert checkpoint.task == "embed"
     assert libraries.largest_difference(got, libraries.outputs(whole.backbone, libraries.images())) < NOISE
-    with pytest.raises(BadRequest, match="the head has a"):
+    with pytest.raises(BadRequest, match="--head head: it"):
         ours(tmp_path, libraries.images(), head="head")
 
 
@@ -248,6 +253,138 @@ def test_metadata_of_our_own_weights_that_does_not_fit_them_is_refused(change, m
     written.write(tmp_path, wrong, None, {})
     with pytest.raises(BadRequest, match=message):
         ours(tmp_path, libraries.images())
+
+
+def test_args_that_name_a_model_of_timm_have_its_preprocessing():
+    from timm.data import resolve_data_config
+    from timm.models.convnext import default_cfgs
+
+    from exporter.model.config import from_training
+
+    names = [name for name, cfgs in default_cfgs.items()]
+    tagged = [(f"{name}.{tag}", cfg) for name in names for tag, cfg in default_cfgs[name].cfgs.items() if tag]
+    for name, cfg in [*((name, default_cfgs[name].default) for name in names), *tagged]:
+        expected = resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+        args = argparse.Namespace(model=name, img_size=None, crop_pct=None, mean=None, std=None, interpolation="")
+        got = from_training({"args": args}).preprocessing
+        assert got.size == expected["input_size"][-1], name
+        assert (got.resize, got.crop) == (int(got.size / expected["crop_pct"]), expected["crop_mode"]), name
+        assert got.interpolation == expected["interpolation"]
+        assert got.mean == pytest.approx(expected["mean"])
+        assert got.std == pytest.approx(expected["std"])
+
+
+class Neck(torch.nn.Module):
+    """A network with a layer between backbone and classifier."""
+
+    def __init__(self, name, layer):
+        super().__init__()
+        self.backbone = libraries.timm_model(num_classes=0)
+        setattr(self, name, layer)
+        self.head = torch.nn.Linear(64, 10)
+
+
+@pytest.mark.parametrize("name", ["neck", "bottleneck", "bn", "pool", "attn", "temperature"])
+def test_layers_that_may_stand_in_front_of_the_classifier_are_refused_until_it_is_named(name, tmp_path):
+    whole = Neck(name, torch.nn.BatchNorm1d(64))
+    folder = libraries.save(tmp_path, whole)
+    with pytest.raises(BadRequest, match=rf"{name} lies beside the classifier 'head'.*--head head"):
+        ours(folder, libraries.images())
+    assert ours(folder, libraries.images(), head="head")[1].task == "classify"
+
+
+@pytest.mark.parametrize("name", ["criterion", "loss_fn", "aux_head", "train_acc", "decoder", "mean"])
+def test_what_only_training_uses_is_left_out_with_a_note(name, tmp_path):
+    assert ours(libraries.save(tmp_path, Neck(name, torch.nn.Linear(64, 10))), libraries.images())[1].task == "classify"
+
+
+def test_a_backbone_that_keeps_its_own_classifier_is_left_without_it(tmp_path):
+    whole = torch.nn.Module()
+    whole.backbone, whole.classifier = libraries.timm_model(num_classes=20), torch.nn.Linear(64, 10)
+    folder = libraries.save(tmp_path, whole)
+    with pytest.raises(BadRequest, match=r"choose one: --head backbone\.head or classifier"):
+        ours(folder, libraries.images())
+    (got,), _ = ours(folder, libraries.images(), head="classifier")
+    features = whole.backbone.forward_head(whole.backbone.forward_features(libraries.images()), pre_logits=True)
+    assert libraries.largest_difference([got], [whole.classifier(features).detach()]) < NOISE
+
+
+def mlp(hidden):
+    """Layers whose names are not in alphabetical order."""
+    layers = torch.nn.Linear(64, hidden), torch.nn.BatchNorm1d(hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10)
+    return torch.nn.Sequential(OrderedDict(zip(("proj", "bn", "act", "out"), layers, strict=True)))
+
+
+def test_layers_of_a_head_run_in_the_order_of_the_file_or_of_their_widths(tmp_path):
+    for hidden in (64, 24):
+        whole = torch.nn.Sequential(OrderedDict(backbone=libraries.timm_model(num_classes=0), head=mlp(hidden)))
+        libraries.randomize(whole)
+        expected = libraries.outputs(whole, libraries.images())
+        torch.save(whole.state_dict(), tmp_path / "weights.pth")
+        got, _ = ours(tmp_path / "weights.pth", libraries.images(), head_act="none,relu")
+        assert libraries.largest_difference(got, expected) < NOISE
+        folder = libraries.save(tmp_path / str(hidden), whole)
+        if hidden == 64:
+            with pytest.raises(BadRequest, match=r"the order of the layers of the head .* is not known"):
+                ours(folder, libraries.images(), head_act="none,relu")
+        else:
+            got, _ = ours(folder, libraries.images(), head_act="none,relu")
+            assert libraries.largest_difference(got, expected) < NOISE
+
+
+@pytest.mark.parametrize(
+    ("layers", "head_act", "message"),
+    [
+        (
+            [torch.nn.Linear(64, 64), None, torch.nn.BatchNorm1d(64), torch.nn.ReLU()],
+            "relu",
+            "between 0 and 2, between",
+        ),
+        ([], "relu", "no place for an activation"),
+        ([torch.nn.Linear(64, 64), torch.nn.ReLU()], "rellu", "no activation 'rellu'; did you mean 'relu'"),
+        ([torch.nn.Linear(64, 64), torch.nn.ReLU()], "relu,relu", "give --head-act relu"),
+    ],
+)
+def test_an_activation_without_a_clear_place_is_refused(layers, head_act, message, tmp_path):
+    whole = torch.nn.Module()
+    whole.backbone = libraries.timm_model(num_classes=0)
+    whole.head = torch.nn.Sequential(*(layer or torch.nn.Dropout() for layer in layers), torch.nn.Linear(64, 10))
+    with pytest.raises(BadRequest, match=message):
+        ours(libraries.save(tmp_path, whole), libraries.images(), head_act=head_act)
+
+
+def test_a_hidden_layer_without_a_classifier_is_refused(tmp_path):
+    model = libraries.timm_model(head_hidden_size=24)
+    model.reset_classifier(0)
+    with pytest.raises(BadRequest, match=r"hidden layer \(pre_logits.fc\), without a classifier"):
+        ours(libraries.save(tmp_path, model), libraries.images())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_norm_of_half_precision_is_folded_in_fp32(dtype, tmp_path):
+    head = torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+    whole = libraries.randomize(
+        torch.nn.Sequential(OrderedDict(backbone=libraries.timm_model(num_classes=0), head=head))
+    )
+    whole.to(dtype)
+    got, _ = ours(libraries.save(tmp_path, whole), libraries.images())
+    assert libraries.largest_difference(got, libraries.outputs(whole.float(), libraries.images())) < NOISE
+
+
+def test_eps_of_a_norm_in_the_head_and_of_transformers_are_their_defaults(tmp_path):
+    model = libraries.timm_model()
+    model.head = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 10))
+    _, checkpoint = ours(libraries.save(tmp_path / "own", model), libraries.images())
+    assert checkpoint.variant.architecture.head_eps == 1e-5
+    _, checkpoint = ours(libraries.save(tmp_path / "hf", libraries.huggingface_model()), libraries.images())
+    assert checkpoint.variant.architecture.head_eps == 1e-12
+
+
+def test_a_layer_scale_that_the_config_switches_off_is_a_contradiction(tmp_path):
+    model = libraries.huggingface_model()
+    config = json.loads(model.config.to_json_string()) | {"layer_scale_init_value": 0.0}
+    with pytest.raises(BadRequest, match="the config says layer_scale False, but the weights have True"):
+        ours(libraries.save(tmp_path, model, config), libraries.images())
 
 
 def test_an_unknown_tensor_of_a_block_is_refused(tmp_path):

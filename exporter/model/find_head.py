@@ -1,0 +1,149 @@
+"""Finds the classifier among the tensors that lie beside a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from exporter.errors import BadRequest, nearest, some
+from exporter.model import head as heads
+from exporter.model.shapes import block_counts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exporter.model.layouts import Choices, Converted
+
+# Names of layers that may stand between the network and its classifier, and of what is only used in training.
+_BETWEEN = re.compile(r"neck|pool|gem|att(n|ention)|temperature|scale|(^|_)(norm|bn)\d*$|(batch|layer)_?norm", re.I)
+_BESIDE = re.compile(r"aux|loss|criterion|metric|acc|dec|ema|teacher|momentum|swa|average|mask|distill|mean|std", re.I)
+
+
+def take(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordered: bool) -> None:
+    """Move the classifier's tensors from the rest into the head.
+
+    Args:
+        converted: the network; its head, state and notes are changed.
+        rest: the tensors that are not the network's, by the names of the file; those that were taken or left out on
+            purpose are removed.
+        choices: what the user says.
+        ordered: the tensors are in the order in which the modules were defined.
+
+    Raises: BadRequest for a head that cannot be understood, a name that is none, and other layers beside it that the
+        outputs may depend on.
+    """
+    names = [name.strip() for name in choices.head.split(",") if name.strip()]
+    if names == ["none"]:
+        _leave_out(converted, rest)
+    elif len(names) > 1:
+        _take_several(converted, rest, names, choices)
+    else:
+        _take_one(converted, rest, choices, ordered)
+    if names:
+        _leave_out(converted, rest)
+
+
+def _take_several(converted: Converted, rest: dict[str, Tensor], names: list[str], choices: Choices) -> None:
+    if isinstance(choices.head_act, str) and choices.head_act:
+        raise BadRequest(f"--head-act {choices.head_act}: of several heads each is one linear layer; leave it out")
+    places = {name.replace(".", "_"): _place(rest, converted.prefix, name) or "" for name in names}
+    taken = {name: _taken(rest, place) for name, place in places.items()}
+    converted.head = heads.several({name: heads.classifier(one, "", True) for name, one in taken.items()})
+    converted.state |= converted.head.state
+
+
+def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordered: bool) -> None:
+    place = _place(rest, converted.prefix, choices.head)
+    if place is None:
+        if isinstance(choices.head_act, str) and choices.head_act:
+            raise BadRequest(f"--head-act {choices.head_act}: no classifier in these weights; --head names one")
+        converted.notes += _candidates(converted.state, rest)
+        return
+    tensors = _taken(rest, place)
+    look_up = choices.head_act
+    act = look_up if isinstance(look_up, str) else lambda path, behind: look_up(place + path, place + behind)
+    has_norm = bool({"norm.weight", "norm_pre.weight"} & converted.state.keys())
+    try:
+        if converted.layout == "timm" and place.endswith("visual.head."):
+            converted.head = heads.projection(tensors)
+        else:
+            converted.head = heads.classifier(tensors, act, has_norm, ordered)
+    except heads.NoClassifier as error:
+        if choices.head:
+            raise BadRequest(f"--head {choices.head}: {error}; expected linear layers") from None
+        converted.notes += [f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"]
+        converted.notes += _candidates(converted.state, rest)
+        return
+    if not choices.head and not converted.head.projection:
+        _check_alone(converted.prefix, place, rest)
+    converted.state |= converted.head.state
+    converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
+    usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
+    if place.split(".")[-2] != usual:
+        converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
+
+
+def _check_alone(prefix: str, place: str, rest: Mapping[str, Tensor]) -> None:
+    """Refuse a head that is found by its name where other layers lie beside it.
+
+    Raises: BadRequest.
+    """
+    beside: dict[str, None] = {}
+    for key in rest:
+        parent = next((parent for parent in _parents(prefix) if key.startswith(parent)), "")
+        if parent == prefix != "":
+            continue
+        name = key.removeprefix(parent).split(".")[0]
+        if not _BESIDE.search(name) and (name in heads.CLASSIFIERS or _BETWEEN.search(name)):
+            beside[f"{parent}{name}"] = None
+    head = place.rstrip(".")
+    if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
+        raise BadRequest(f"several classifiers lie in these weights; choose one: --head {' or '.join([head, *others])}")
+    if beside:
+        raise BadRequest(
+            f"{some(list(beside))} lies beside the classifier {head!r}, and the outputs may depend on it; "
+            f"give --head {head} to leave it out, or compare with your model: --reference module:callable"
+        )
+
+
+def _leave_out(converted: Converted, rest: dict[str, Tensor]) -> None:
+    """Drop the classifiers that were not chosen, with a note: a backbone may keep its own."""
+    for parent in _parents(converted.prefix):
+        for name in heads.CLASSIFIERS:
+            if dropped := _taken(rest, f"{parent}{name}."):
+                converted.notes.append(f"{len(dropped)} tensors of {parent}{name} are left out, as --head says")
+
+
+def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The tensors of one module, taken out of the rest, by their names below it."""
+    return {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
+
+
+def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> list[str]:
+    """A note about linear layers that fit behind the last stage, if there are any."""
+    last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
+    fits = [] if last is None else [k for k, t in rest.items() if t.ndim == 2 and t.shape[1] == len(last)]
+    names = ",".join(key.rpartition(".")[0] for key in fits[:4])
+    return [f"no classifier of a usual name; --head {names} takes these linear layers"] if fits else []
+
+
+def _parents(prefix: str) -> list[str]:
+    """The prefix and what contains it, the innermost first: `a.b.`, `a.` and ""."""
+    parts = prefix.split(".")[:-1]
+    return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _place(rest: Mapping[str, Tensor], prefix: str, wanted: str) -> str | None:
+    """What the names of the classifier's tensors begin with, or None for a backbone.
+
+    Raises: BadRequest for a name that is none.
+    """
+    for parent in _parents(prefix):
+        for name in [wanted.rstrip(".")] if wanted else heads.CLASSIFIERS:
+            if any(key.startswith(f"{parent}{name}.") for key in rest):
+                return f"{parent}{name}."
+    if wanted:
+        known = sorted({key.rpartition(".")[0] for key, tensor in rest.items() if tensor.ndim == 2})
+        raise BadRequest(f"--head {wanted}: no such module in these weights; {nearest(wanted, known)}")
+    return None
