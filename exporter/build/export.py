@@ -128,10 +128,11 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
         raise BadRequest(f"the reference {reference.name} returns {shapes[0]}, task {task} has {shapes[1]}{every}")
     shares = [_share(a, b) for a, b in zip(answers, expected, strict=True)]
     if not max(shares) <= TRACE_SHARE:
-        where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE) or "the outputs alone"
+        where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE)
+        where = f"the first difference: {where}" if where else "every module that both have agrees, but not the outputs"
         raise CheckFailed(
             f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
-            f"standard deviation; the first module that differs is {where}; nothing was written"
+            f"standard deviation; {where}; no artifact was written"
         )
     return answers
 

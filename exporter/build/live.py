@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from msgspec.structs import replace
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import ONNX, eager
 from exporter.build import Built, build
+from exporter.errors import BadRequest
 from exporter.model import live, reference, written
+from exporter.model.labels import from_mapping
 from exporter.recipe import Recipe
 from exporter.verify import VerifyOptions, record_quality, verify
 
@@ -29,7 +31,7 @@ def export(
     out: str | Path = "build",
     recipe: Recipe = FP32,
     *,
-    labels: Sequence[str] = (),
+    labels: Sequence[str] | Mapping[Any, Any] = (),
     preprocessing: Preprocessing | None = None,
 ) -> Built:
     """Build an artifact from a live model, and compare it with this model.
@@ -41,22 +43,27 @@ def export(
         module: a ConvNeXt of timm, torchvision, transformers or facebookresearch, or a module around one (a
             LightningModule) whose forward returns the outputs.
         out: the folder to write to.
-        recipe: backend, precision and everything else; `recipe.model.weights` is not read.
-        labels: names of the classes; by default those that the module's config has.
+        recipe: backend, precision and everything else; of `recipe.model`, `weights` is not read.
+        labels: names of the classes in order, or by number, or numbers by name (`class_to_idx`); by default those that
+            the module's config has.
         preprocessing: how its images are made; by default as the module's config says, else the published one.
 
     Returns: the artifact, with the report of its comparison with the module on the recipe's images.
 
-    Raises: BadRequest for a module that is no ConvNeXt; CheckFailed when the network, or the artifact's graph, differs
-        from the module, with nothing left but the weights.
+    Raises: BadRequest for a module that is no ConvNeXt, labels that do not fit it, or fields of the recipe that only
+        mean something for a file of weights; CheckFailed when the network, or the artifact's graph, differs from the
+        module, with nothing left but the weights.
     """
-    out = Path(out)
+    out, chosen = Path(out), recipe.model
+    _check(module, recipe)
+    names = _names(labels)
     with _evaluated(module) as original:
-        fitted = live.read(original, recipe.model.prefix or "", recipe.model.head or "")
+        fitted = live.read(original, chosen.prefix or "", chosen.head or "", chosen.head_act or "")
+        if names and fitted.num_classes not in (0, len(names)):
+            raise BadRequest(f"labels: {len(names)} names, but the head has {fitted.num_classes} classes")
         folder = out / f"{fitted.variant.name}.weights"
-        written.write(folder, fitted, preprocessing, _config(original, labels))
-        model = replace(recipe.model, weights=str(folder), labels=None, variant=None, reference=None)
-        model = replace(model, prefix=None, head=None, head_act=None, norm=None)
+        written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
+        model = replace(chosen, weights=str(folder), prefix=None, head=None, head_act=None)
         opened = reference.of_module(original)
         built = build(replace(recipe, model=model), out, reference=opened)
         if built.report is not None:
@@ -66,6 +73,40 @@ def export(
         report = verify(built.artifact, options, reference_session=session)
     record_quality(built.artifact, report)
     return Built(built.artifact, report)
+
+
+def _check(module: object, recipe: Recipe) -> None:
+    """Refuse what is no live module, and fields of a recipe that are for files.
+
+    Raises: BadRequest.
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise BadRequest(f"export: expected a torch.nn.Module, got {type(module).__name__}; load it into its model")
+    if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+        raise BadRequest(f"export: {type(module).__name__} is a traced program; give the model that it was traced from")
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta or torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise BadRequest("export: the module has parameters without values; load its weights first")
+    for name in ("labels", "variant", "reference", "norm"):
+        if getattr(recipe.model, name) is not None:
+            instead = "the argument labels" if name == "labels" else "the module itself decides it"
+            raise BadRequest(f"export: recipe.model.{name} is for files of weights; leave it out: {instead}")
+
+
+def _names(labels: Sequence[str] | Mapping[Any, Any]) -> list[str]:
+    """Labels in the order of the classes.
+
+    Raises: BadRequest for anything but names.
+    """
+    try:
+        names = list(from_mapping(labels) if isinstance(labels, Mapping) else labels)
+    except ValueError as error:
+        raise BadRequest(f"labels: {error}") from None
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in names):
+        raise BadRequest(f"labels: expected a list of names or a dictionary, got {labels!r:.60}")
+    return names
 
 
 @contextmanager
@@ -85,14 +126,18 @@ def _evaluated(module: nn.Module) -> Iterator[nn.Module]:
             part.training = True
 
 
-def _config(module: nn.Module, labels: Sequence[str]) -> dict[str, Any]:
-    """The content of `config.json`: labels and preprocessing from the module's own config, and the given labels."""
+def _config(module: nn.Module, labels: Sequence[str], classes: int) -> dict[str, Any]:
+    """The content of `config.json`: labels, and preprocessing from the module's own config.
+
+    Labels of the module's config that do not fit its head are those of the model that it was trained from.
+    """
     config: dict[str, Any] = {}
     for part in module.modules():
         if "pretrained_cfg" not in config and isinstance(cfg := getattr(part, "pretrained_cfg", None), dict):
-            config["pretrained_cfg"] = {key: value for key, value in cfg.items() if value is not None}
+            plain = (str, int, float, list, tuple, dict)
+            config["pretrained_cfg"] = {key: value for key, value in cfg.items() if isinstance(value, plain)}
         names = getattr(getattr(part, "config", None), "id2label", None)
-        if "id2label" not in config and isinstance(names, dict):
+        if "id2label" not in config and isinstance(names, dict) and len(names) == classes:
             config["id2label"] = {str(index): name for index, name in names.items()}
     if labels:
         config.pop("id2label", None)

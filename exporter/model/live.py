@@ -27,8 +27,12 @@ def read(module: nn.Module, prefix: str = "", head: str = "", head_act: str = ""
 
     Raises: BadRequest for a module that is no ConvNeXt, or does what this tool does not know.
     """
+    import torch
+
     tensors = {
-        key: tensor.detach().float() for key, tensor in module.state_dict().items() if tensor.is_floating_point()
+        key: tensor.detach().float()
+        for key, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     }
     modules = dict(module.named_modules())
     norms = [
@@ -167,6 +171,18 @@ def _output_stride(fitted: Fitted, parts: Mapping[str, nn.Module]) -> int | None
         if [(step.stride, step.dilation, step.block_dilation) for step in steps] == measured:
             return limit
     raise BadRequest(f"strides and dilations of the stages {measured} are not those of an output stride of 8, 16 or 32")
+
+
+def outputs_of(module: Any, images: Tensor, task: str) -> Any:
+    """What a model returns for a task: of a classifier of a library, `embed` is what its last layer takes."""
+    package = type(module).__module__.partition(".")[0]
+    if task == "embed" and package == "timm" and hasattr(module, "forward_head"):
+        return module.forward_head(module.forward_features(images), pre_logits=True)
+    if task == "embed" and package == "torchvision" and hasattr(module, "classifier"):
+        return module.classifier[:-1](module.avgpool(module.features(images)))
+    if task == "embed" and package == "transformers" and hasattr(module, "base_model"):
+        return module.base_model(images)
+    return module(images)
 
 
 def tensors_of(outputs: Any, task: str) -> tuple[Tensor, ...]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import BadRequest, Unavailable, first_line
+from exporter.errors import BadRequest, Unavailable, first_line, some
 from exporter.model import checkpoint, sources, weights
 from exporter.model.layouts import Choices, to_ours
-from exporter.model.live import tensors_of
+from exporter.model.live import outputs_of, tensors_of
 from exporter.model.variants import published_name
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Reference:
                 self.module = module
 
             def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-                return tensors_of(self.module(images), task)
+                return tensors_of(outputs_of(self.module, images, task), task)
 
         return Outputs(self.module).eval()
 
@@ -80,8 +80,12 @@ def of_module(module: nn.Module) -> Reference:
 
 def _names(module: nn.Module) -> dict[str, str]:
     """The names of a module's parts by ours, as far as its state dict is one of the layouts."""
+    import torch
+
     try:
-        return to_ours({key: value for key, value in module.state_dict().items() if value.is_floating_point()}).modules
+        tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+        tensors = {key: value for key, value in tensors.items() if value.is_floating_point()}
+        return to_ours(tensors, Choices(head_act=lambda path, behind: "")).modules  # names need no activation
     except BadRequest:
         return {}
 
@@ -100,7 +104,7 @@ def _of_callable(spec: str) -> nn.Module:
         module = factory()
     except BadRequest:
         raise
-    except Exception as error:  # noqa: BLE001  (the user's own code)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (the user's own code)
         raise BadRequest(f"--reference {spec}: it raised {type(error).__name__}: {first_line(error)}") from None
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -112,8 +116,12 @@ def _of_callable(spec: str) -> nn.Module:
 def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Choices) -> nn.Module:
     try:
         importlib.import_module(name)
-    except ImportError:
-        raise Unavailable(f"--reference {name}: not installed; pip install {name}") from None
+    except ImportError as error:
+        if importlib.util.find_spec(name) is None:
+            raise Unavailable(f"--reference {name}: not installed; pip install {name}") from None
+        raise _broken(name, error) from None
+    except Exception as error:  # noqa: BLE001  (a library that is installed and does not work)
+        raise _broken(name, error) from None
     path, part = sources.file_of(source)
     config = _config(path.parent)
     try:
@@ -123,8 +131,26 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Cho
         prefix = to_ours(tensors, choices).prefix
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise BadRequest(f"--reference {name}: it cannot load {path} ({' '.join(str(error).split())[:200]})") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadRequest(
+            f"--reference {name}: it cannot load {path} ({reason}); write a function that returns your model, and give "
+            "--reference module:function"
+        ) from None
+
+
+def _broken(name: str, error: Exception) -> Unavailable:
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return Unavailable(f"--reference {name}: it is installed and cannot be imported ({reason}); install it again")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -165,13 +191,22 @@ def _transformers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
         (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
         contiguous = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         save_file(contiguous, Path(folder) / "model.safetensors", {"format": "pt"})
-        model: nn.Module = model_class.from_pretrained(folder, local_files_only=True)
-    return model
+        had_bar = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            model, report = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        finally:
+            if had_bar:
+                transformers.utils.logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing: {some(missing)}")
+    return model  # type: ignore[no-any-return]
 
 
 def first_difference(ours: nn.Module, reference: Reference, images: Tensor, limit: float) -> str:
-    """The first module, in the order they run, whose output differs from the reference's, and by how much; "" where
-    none does.
+    """The first module, in the order they run, whose output differs from the reference's, and by how much.
+
+    Returns: "" where none differs.
 
     Args:
         ours: this tool's network in the plain form.
@@ -183,7 +218,7 @@ def first_difference(ours: nn.Module, reference: Reference, images: Tensor, limi
     _, theirs = _outputs(reference.module, dict(reference.names), images)
     for name in ordered:
         if name in theirs and (share := _share(mine[name], theirs[name])) > limit:
-            return f"{name} ({reference.names[name]} there) differs by {share:.2g} of its standard deviation"
+            return f"{name} ({reference.names[name]} in the reference), by {share:.2g} of its standard deviation"
     return ""
 
 

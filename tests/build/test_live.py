@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from benchmarks import libraries
 from exporter import export
@@ -96,7 +98,7 @@ def test_int8_is_judged_against_the_live_model(tmp_path):
 def test_a_module_that_does_something_else_stops_the_build_at_the_first_that_differs(tmp_path):
     model = libraries.timm_model()
     model.stages[2].blocks[1].mlp.fc2.register_forward_hook(lambda module, inputs, output: output * 1.01)
-    with pytest.raises(CheckFailed, match=r"stages\.2\.1\.pwconv2 \(stages\.2\.blocks\.1\.mlp\.fc2 there\)"):
+    with pytest.raises(CheckFailed, match=r"stages\.2\.1\.pwconv2 \(stages\.2\.blocks\.1\.mlp\.fc2 in the reference\)"):
         export(model, tmp_path, SMALL)
     assert not list(tmp_path.glob("*.onnx*"))
 
@@ -119,6 +121,91 @@ def factory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("make", [libraries.timm_model, libraries.huggingface_model, libraries.torchvision_model])
+def test_an_embedding_of_a_classifier_is_compared_with_what_its_last_layer_takes(make, tmp_path):
+    recipe = Recipe(backend="onnxruntime", precision="fp32", export=Export(imgsz=64), model=Model(task="embed"))
+    built = export(make(), tmp_path, recipe)
+    assert built.report.passed
+    assert built.artifact.sidecar.outputs[0].shape == ("batch", 64)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"cat": 2, "dog": 0, "cow": 1}, ("dog", "cow", "cat")),
+        ({0: "a", 2: "c", 1: "b"}, ("a", "b", "c")),
+        (["x", "y", "z"], ("x", "y", "z")),
+    ],
+)
+def test_labels_are_a_list_or_a_dictionary_either_way(labels, expected, tmp_path):
+    built = export(libraries.timm_model(num_classes=3), tmp_path, SMALL, labels=labels)
+    assert built.artifact.sidecar.labels == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("abc", "expected a list"), ([1, 2, 3], "expected a list"), (["a"], "1 names, but the head has 3 classes"),
+     ({"a": "b"}, "labels: expected")],
+)  # fmt: skip
+def test_labels_that_do_not_fit_are_refused_and_nothing_is_written(labels, message, tmp_path):
+    with pytest.raises(BadRequest, match=message):
+        export(libraries.timm_model(num_classes=3), tmp_path, SMALL, labels=labels)
+    assert not list(tmp_path.iterdir())
+
+
+def quantized():
+    return torch.ao.quantization.quantize_dynamic(libraries.timm_model(), {torch.nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: libraries.timm_model().state_dict(), "expected a torch.nn.Module, got OrderedDict"),
+        (lambda: None, "expected a torch.nn.Module, got NoneType"),
+        (lambda: libraries.timm_model().to("meta"), "parameters without values"),
+        (lambda: torch.nn.Sequential(libraries.timm_model(), torch.nn.LazyLinear(3)), "parameters without values"),
+        (lambda: torch.jit.trace(libraries.timm_model(), libraries.images()), "a traced program"),
+        (quantized, "keys|layer"),
+        (lambda: torch.nn.Linear(3, 3), "no ConvNeXt weights"),
+    ],
+    ids=["state dict", "None", "meta", "lazy", "traced", "quantized", "linear"],
+)
+def test_what_is_no_live_convnext_is_refused(make, message, tmp_path):
+    with pytest.raises(BadRequest, match=message):
+        export(make(), tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"labels": "a.txt"}, {"variant": "base"}, {"reference": "timm"}, {"norm": "rms"}], ids=str
+)
+def test_fields_of_a_recipe_that_are_for_files_are_refused(fields, tmp_path):
+    with pytest.raises(BadRequest, match=f"recipe.model.{next(iter(fields))} is for files"):
+        export(libraries.timm_model(), tmp_path, replace(SMALL, model=Model(**fields)))
+
+
+def test_an_activation_that_is_a_function_is_said_in_the_recipe(tmp_path):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = torch.nn.Linear(64, 32), torch.nn.Linear(32, 5)
+
+        def forward(self, features):
+            return self.fc2(torch.relu(self.fc1(features)))
+
+    model = torch.nn.Sequential(OrderedDict(backbone=libraries.timm_model(num_classes=0), head=Head()))
+    with pytest.raises(CheckFailed, match="the first difference: head"):
+        export(model, tmp_path, SMALL)
+    assert export(model, tmp_path, replace(SMALL, model=Model(head_act="relu"))).report.passed
+
+
+def test_each_activation_of_a_live_head_stands_where_it_is(tmp_path):
+    layers = [torch.nn.Linear(64, 64), torch.nn.Dropout(), torch.nn.BatchNorm1d(64), torch.nn.ReLU()]
+    head = torch.nn.Sequential(*layers, torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 5))
+    model = torch.nn.Sequential(OrderedDict(backbone=libraries.timm_model(num_classes=0), head=head))
+    assert export(libraries.randomize(model), tmp_path, SMALL).report.passed
 
 
 def test_transformers_loads_the_file_that_is_named_and_not_the_folder(tmp_path, run):
