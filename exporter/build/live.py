@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def export(
 
     Raises: BadRequest for a module that is no ConvNeXt, labels that do not fit it, or fields of the recipe that only
         mean something for a file of weights; CheckFailed when the network, or the artifact's graph, differs from the
-        module, with nothing left but the weights.
+        module, with nothing left on disk.
     """
     out, chosen = Path(out), recipe.model
     _check(module, recipe)
@@ -62,10 +63,11 @@ def export(
         if names and fitted.num_classes not in (0, len(names)):
             raise BadRequest(f"labels: {len(names)} names, but the head has {fitted.num_classes} classes")
         folder = out / f"{fitted.variant.name}.weights"
-        written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
         model = replace(chosen, weights=str(folder), prefix=None, head=None, head_act=None)
         opened = reference.of_module(original)
-        built = build(replace(recipe, model=model), out, reference=opened)
+        with _replaced(folder):
+            written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
+            built = build(replace(recipe, model=model), out, reference=opened)
         if built.report is not None:
             return built
         session = eager.EagerSession(opened.for_task(built.artifact.sidecar.task), "cpu")
@@ -73,6 +75,23 @@ def export(
         report = verify(built.artifact, options, reference_session=session)
     record_quality(built.artifact, report)
     return Built(built.artifact, report)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[None]:
+    """Within, a folder is written anew; after an error it is as it was."""
+    before = folder.with_name(f"{folder.name}.before")
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if before.exists():
+            before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _check(module: object, recipe: Recipe) -> None:

@@ -125,6 +125,12 @@ def _check_known(arch: Architecture, state: Mapping[str, Tensor]) -> None:
             f"the metadata says stages of {arch.depths} blocks and {arch.dims} channels, but the weights have {depths} "
             f"and {widths}; write the weights again"
         )
+    eps = (arch.norm_eps, arch.head_eps, arch.stage_eps)
+    if not all(value is None or 0 <= value < 1 for value in eps) or arch.output_stride not in (None, 8, 16, 32):
+        raise BadRequest(
+            f"the metadata says eps {eps} and output_stride {arch.output_stride}; expected eps from 0 to 1, and 8, 16 "
+            "or 32; write the weights again"
+        )
     try:
         empty(arch, 1)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -116,9 +116,9 @@ def _follow(path: Path, content: dict[Any, Any], part: str) -> list[str]:
 def _next(path: Path, here: dict[Any, Any], notes: list[str]) -> tuple[tuple[str, ...], set[str]]:
     """The keys from a level to the state dict below it, and the names of those left; no keys when it is the level."""
     direct = len(_direct(here))
-    if direct >= STATE_TENSORS:
+    named = [name for name in WRAPPERS if isinstance(here.get(name), dict) and _tensors_in(here[name]) > direct]
+    if direct >= STATE_TENSORS and not named:
         return (), set()
-    named = [name for name in WRAPPERS if isinstance(here.get(name), dict) and _tensors_in(here[name])]
     if named:
         if len(named) > 1:
             other = "the other" if len(named) == 2 else "another"

@@ -198,9 +198,11 @@ def _transformers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
         finally:
             if had_bar:
                 transformers.utils.logging.enable_progress_bar()
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{kind} is no model")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing: {some(missing)}")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def first_difference(ours: nn.Module, reference: Reference, images: Tensor, limit: float) -> str:

@@ -226,7 +226,7 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
         config = replace(config, labels=())
     stated = known(config, own.layout if own else fitted.layout, variant, str(files.path))
-    if "keras" in content.beside and config.preprocessing is None:
+    if files.path.suffix in (".h5", ".keras") and "keras" in content.beside and config.preprocessing is None:
         stated = with_keras(stated, content.beside["keras"])
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
 

@@ -12,6 +12,7 @@ from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.errors import BadRequest
 from exporter.model.fit import Fitted
+from exporter.model.processors import checked
 from exporter.model.variants import Architecture
 
 
@@ -56,6 +57,9 @@ def read(path: Path) -> Written | None:
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=Written)
-    except msgspec.DecodeError as error:
+        written = msgspec.json.decode(text, type=Written)
+        if written.preprocessing is not None:
+            checked(**msgspec.structs.asdict(written.preprocessing))
+        return written
+    except (msgspec.DecodeError, ValueError) as error:
         raise BadRequest(f"{path}: its metadata cannot be read ({error}); write the weights again") from None

@@ -18,7 +18,7 @@ from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
 from exporter.recipe import Export, Model, Quantization, Recipe
-from tests.conftest import ROOT
+from tests.conftest import ROOT, snapshot
 from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
 
 SMALL = Recipe(backend="onnxruntime", precision="fp32", export=Export(imgsz=64))
@@ -100,7 +100,20 @@ def test_a_module_that_does_something_else_stops_the_build_at_the_first_that_dif
     model.stages[2].blocks[1].mlp.fc2.register_forward_hook(lambda module, inputs, output: output * 1.01)
     with pytest.raises(CheckFailed, match=r"stages\.2\.1\.pwconv2 \(stages\.2\.blocks\.1\.mlp\.fc2 in the reference\)"):
         export(model, tmp_path, SMALL)
-    assert not list(tmp_path.glob("*.onnx*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_the_weights_of_the_one_before(tmp_path):
+    model = libraries.timm_model()
+    built = export(model, tmp_path, SMALL)
+    before = snapshot(tmp_path)
+    model.head.register_forward_hook(lambda module, inputs, output: output * 2)
+    for parameter in model.parameters():
+        parameter.data *= 0.5
+    with pytest.raises(CheckFailed):
+        export(model, tmp_path, SMALL)
+    assert snapshot(tmp_path) == before
+    assert built.artifact.sidecar.weights.source.endswith("custom.weights")
 
 
 @pytest.fixture

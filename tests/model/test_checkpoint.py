@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub, parts, sources, weights
+from tests.conftest import tiny_state
 
 STATE = {f"layer{i}.weight": torch.full((2, 3), float(i)) for i in range(5)}
 OTHER = {key: value + 100 for key, value in STATE.items()}
@@ -385,3 +386,9 @@ class TestKeras:
         (tmp_path / "m.h5").touch()
         with pytest.raises(Unavailable, match=r"needs h5py; pip install 'convnext-export\[keras\]'"):
             checkpoint.read(tmp_path / "m.h5")
+
+
+def test_a_wrapper_is_taken_whatever_few_tensors_lie_beside_it(tmp_path):
+    content = {"model": tiny_state(), **{name: torch.ones(3) for name in ("mean", "std", "class_weights", "losses")}}
+    torch.save({**content, "keras": "2.1"}, tmp_path / "weights.pth")
+    assert weights.load(str(tmp_path / "weights.pth")).task == "classify"

@@ -239,8 +239,10 @@ def test_a_network_without_pooling_gives_feature_maps_alone(tmp_path):
         ({"head_layers": ("linear:x",)}, "the metadata describes no network"),
         ({"kernels": (3,)}, "the metadata describes no network"),
         ({"grn": True}, "missing keys"),
+        ({"norm_eps": -1.0}, "the metadata says eps"),
+        ({"output_stride": 3}, "the metadata says eps"),
     ],
-    ids=["depths", "dims", "head_layers", "kernels", "grn"],
+    ids=["depths", "dims", "head_layers", "kernels", "grn", "norm_eps", "output_stride"],
 )
 def test_metadata_of_our_own_weights_that_does_not_fit_them_is_refused(change, message, tmp_path):
     from msgspec.structs import replace
