@@ -16,12 +16,17 @@ def whole(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def rows(lines: Sequence[str], delimiter: str, first: int = 1) -> Iterator[Row]:
-    """The stripped cells of every line that is not blank, with the number of the line; `first` is that of the first.
+def rows(lines: Sequence[str], delimiter: str, first: int = 1, quoted: bool = True) -> Iterator[Row]:
+    """The cells of every line that is not blank, with the number of the line; `first` is that of the first.
+
+    Cells are stripped, and may have quotes around them; with `quoted` false they are as they are.
 
     Raises: csv.Error, naming the line, for a quote that does not close in its line.
     """
-    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+    if quoted:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
     last = 0
     while True:
         try:
@@ -33,9 +38,8 @@ def rows(lines: Sequence[str], delimiter: str, first: int = 1) -> Iterator[Row]:
         if reader.line_num > last + 1:
             raise csv.Error(f"line {first + last}: a quote does not close; close every quote in its line")
         last = reader.line_num
-        cells = [cell.strip() for cell in cells]
-        if any(cells) or len(cells) > 1:
-            yield first + last - 1, cells
+        if any(cell.strip() for cell in cells) or len(cells) > 1:
+            yield first + last - 1, [cell.strip() for cell in cells] if quoted else cells
 
 
 def check_width(body: Iterable[Row], width: int, head: str = "the header") -> None:
