@@ -207,7 +207,7 @@ def _without_header(body: list[delimited.Row], delimiter: str) -> list[Entry]:
         )
     raise ValueError(
         f"line {line} has {width} columns separated by {_SIGNS[delimiter]} ({', '.join(first)}), and no header says "
-        "what they are; put 'index' and 'name' above them"
+        "what they are; put 'index' and 'name' above them, or quotes around labels"
     )
 
 
