@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from exporter import delimited
 from exporter.data import images
 from exporter.errors import BadRequest, some
 from exporter.recipe import bundled
@@ -24,6 +26,8 @@ _COLUMNS = {
 }
 _FIELDS = {word: field for field, words in _COLUMNS.items() for word in words}
 _TESTED = ("val", "validation", "valid", "test")
+_TRAINED = ("train", "training")
+_PAIR = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
 _EXPECTED = "expected a line of column names (path, label, split, sha256, or a usual other name), then one image a line"
 
 
@@ -41,12 +45,19 @@ def is_manifest(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+_Rows = list[tuple[int, dict[str, str]]]  # with the number of the line
+
+
 class Listed(NamedTuple):
-    """What a manifest says: the folder its paths are relative to, its header, and a dictionary for each line."""
+    """What a manifest says: the folder its paths are relative to, its header, and a dictionary for each line.
+
+    `lines` are the numbers of these lines in the file.
+    """
 
     root: Path
     header: dict[str, str]
     rows: list[dict[str, str]]
+    lines: list[int]
 
     @property
     def generator(self) -> str:
@@ -71,16 +82,22 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         text = path.read_text("utf-8-sig")
         if "\0" in text:
             raise csv.Error("it holds a NUL byte")
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = text.split("\n")
         header: dict[str, str] = {}
-        frozen = bool(lines) and lines[0] == CALIBRATION
-        while lines and lines[0].startswith("#"):
-            key, _, value = lines.pop(0).lstrip("# ").partition(":")
+        frozen = next(filter(str.strip, lines), "") == CALIBRATION
+        first = 0
+        while first < len(lines) and (not lines[first].strip() or lines[first].startswith("#")):
+            key, _, value = lines[first].lstrip("# ").partition(":")
             header[key.strip()] = value.strip()
-        rows = _lines(path, lines) if path.suffix.lower() == ".txt" else _table(path, lines)
+            first += 1
+        if path.suffix.lower() == ".txt":
+            numbered = _lines(path, lines[first:], first + 1)
+        else:
+            numbered = _table(path, lines[first:], first + 1, frozen)
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
-    rows, split = _of_split(path, rows, split)
+    numbered, split = _of_split(path, numbered, split)
+    rows = [row for _, row in numbered]
     generated = "generator" in header
     root = path.parent / header.get("source", ".") if frozen and not generated else path.parent
     _check_names(path, root, "" if generated else header.get("source", ""), [row["path"] or "" for row in rows])
@@ -88,50 +105,73 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         root = _folder_of(path, split, rows)
         if root != path.parent:
             _check_names(path, path.parent, "", [f"{root.name}/{row['path']}" for row in rows])
-    return Listed(root, header, rows)
+    return Listed(root, header, rows, [line for line, _ in numbered])
 
 
-def _table(path: Path, lines: list[str]) -> list[dict[str, str]]:
-    """The rows of a table, by our names of its columns."""
+def _table(path: Path, lines: list[str], first: int, frozen: bool) -> _Rows:
+    """The rows of a table, by our names of its columns. Those that this tool froze have no quotes."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    words = [word.strip() for word in next(csv.reader(lines[:1], delimiter=delimiter), [])]
+    table = list(delimited.rows(lines, delimiter, first, quoted=not frozen))
+    words = [word.strip() for word in table[0][1]] if table else []
     names = [_FIELDS.get(word.lower(), "") for word in words]
-    rows = list(csv.DictReader(lines[1:], names, delimiter=delimiter))
-    if not rows or "path" not in names or "" in names:
+    if len(table) < 2 or "path" not in names or "" in names:
         unknown = [word for word, name in zip(words, names, strict=True) if not name]
         columns = f"unknown columns {some(unknown)}; remove them; " if unknown and "path" in names else ""
         raise BadRequest(f"{path}: {columns}{_EXPECTED}")
+    delimited.check_width(table[1:], len(words))
     for field in _COLUMNS:
         if len(both := [words[index] for index, name in enumerate(names) if name == field]) > 1:
-            values = next(csv.reader(lines[1:2], delimiter=delimiter))
-            readings = [f"{word} ({values[words.index(word)]!r} first)" for word in both]
+            readings = [f"{word} ({table[1][1][words.index(word)]!r} first)" for word in both]
             raise BadRequest(f"{path}: the {field} is in {' or '.join(readings)}; keep one of these columns")
-    return [{name: value or "" for name, value in row.items() if name} for row in rows]
+    return [(line, dict(zip(names, cells, strict=True))) for line, cells in table[1:]]
 
 
-def _lines(path: Path, lines: list[str]) -> list[dict[str, str]]:
+def _lines(path: Path, lines: list[str], first: int) -> _Rows:
     """Lines `NAME LABEL`."""
-    pairs = [line.rsplit(maxsplit=1) for line in lines]
-    if not pairs or any(len(pair) != 2 or Path(pair[0]).suffix.lower() not in images.SUFFIXES for pair in pairs):
+    expected = (
+        "expected a folder, a .tsv or .csv manifest, lines 'IMAGE CLASS' in a .txt file, an .npz file or 'synthetic'"
+    )
+    rows: _Rows = []
+    for number, line in enumerate(lines, first):
+        if not line.strip():
+            continue
+        pair = _PAIR.fullmatch(line.strip(" \t"))
+        if not pair or Path(pair[1]).suffix.lower() not in images.SUFFIXES:
+            raise BadRequest(f"{path}: line {number} is {line.strip()[:60]!r}; {expected}")
+        rows.append((number, {"path": pair[1], "label": pair[2]}))
+    if not rows:
+        raise BadRequest(f"{path}: {expected}")
+    return rows
+
+
+def _of_split(path: Path, rows: _Rows, wanted: str) -> tuple[_Rows, str]:
+    """The rows of a split, and its name.
+
+    Raises: BadRequest when there is no such split, or when none or several could be meant.
+    """
+    splits = list(dict.fromkeys(row["split"].strip() for _, row in rows if "split" in row))
+    named = [split for split in splits if split]
+    if wanted and wanted not in named:
+        raise BadRequest(f"{path}: no split {wanted!r}; it has {some(named) or 'none'}")
+    if not named:
+        return rows, ""
+    tested = [wanted] if wanted else [split for split in named if split.lower() in _TESTED]
+    if not wanted and "" in splits:
+        line = next(line for line, row in rows if not row["split"].strip())
         raise BadRequest(
-            f"{path}: expected a folder, a .tsv or .csv manifest, lines 'IMAGE CLASS' in a .txt file, an .npz file or "
-            "'synthetic'"
+            f"{path}: line {line} is in no split, and others are in {some(named)}; give a split to every row, or take "
+            f"one of them as in {path.name}#{[*tested, *named][0]}"
         )
-    return [{"path": name, "label": label} for name, label in pairs]
-
-
-def _of_split(path: Path, rows: list[dict[str, str]], wanted: str) -> tuple[list[dict[str, str]], str]:
-    """The rows of a split, and its name."""
-    splits = list(dict.fromkeys(row["split"].strip() for row in rows if "split" in row))
-    if wanted and wanted not in splits:
-        raise BadRequest(f"{path}: no split {wanted!r}; it has {some(splits) or 'none'}")
-    tested = [split for split in splits if split.lower() in _TESTED] if not wanted else [wanted]
-    if not splits or (len(splits) == 1 and not tested):
+    if len(splits) == 1 and not tested:
+        if splits[0].lower() in _TRAINED:
+            raise BadRequest(
+                f"{path}: its only split is {splits[0]}; to measure on it nevertheless, say {path.name}#{splits[0]}"
+            )
         return rows, ""
     if len(tested) != 1:
         choice = " or ".join(f"{path.name}#{split}" for split in tested or splits[:3])
         raise BadRequest(f"{path}: it has the splits {some(splits)}; take one of them as in {choice}")
-    return [row for row in rows if row["split"].strip() == tested[0]], tested[0]
+    return [(line, row) for line, row in rows if row["split"].strip() == tested[0]], tested[0]
 
 
 def _folder_of(path: Path, split: str, rows: list[dict[str, str]]) -> Path:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import machine
+from exporter import delimited, machine
+from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
-from exporter.data.manifests import is_manifest, locate, read_manifest
+from exporter.data.manifests import Listed, is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.recipe import bundled
 
@@ -95,18 +97,20 @@ def open_samples(
         raise BadRequest(no_such_data(source))
     if path.suffix.lower() == ".npz":
         return _npz(path, recipe, classes, most)
-    root, generator = path, ""
+    root, generator, digests = path, "", dict[str, str]()
     if path.is_dir():
         found = _folder(path, labels, classes)
     elif is_manifest(path):
-        root, generator, found = _manifest(path, split, labels, classes)
+        listed = read_manifest(path, split)
+        root, generator, found = listed.root, listed.generator, _classes_of(path, listed, labels, classes)
+        digests = {row["path"]: row["sha256"] for row in listed.rows if row.get("sha256")}
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv, .csv or .txt manifest, an .npz file or 'synthetic'")
     if most and most < len(found):
         found = [found[index] for index in spread(len(found), most)]
     if generator:
         return of_generator(source, generator, found, recipe)
-    return of_files(source, root, found, recipe)
+    return of_files(source, root, found, recipe, digests)
 
 
 def no_such_data(source: str) -> str:
@@ -135,8 +139,14 @@ def spread(count: int, most: int) -> list[int]:
     return [round(index) for index in np.linspace(0, count - 1, most)]
 
 
-def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
-    """Image files below a folder, each with its class or −1.
+def of_files(
+    source: str,
+    root: Path,
+    found: list[tuple[str, int]],
+    recipe: Preprocessing,
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> Samples:
+    """Image files below a folder, each with its class or −1; a file with another SHA-256 than in `digests` is skipped.
 
     Raises: BadRequest for a number of channels that image files do not have.
     """
@@ -145,11 +155,18 @@ def of_files(source: str, root: Path, found: list[tuple[str, int]], recipe: Prep
 
     def items() -> Iterator[Item]:
         for name, label in found:
-            yield name, label, partial(images.read, root / name, recipe)
+            yield name, label, partial(_read_file, root / name, recipe, digests.get(name, ""))
 
     return Samples(
         source, len(found), items, found[0][1] >= 0, [f"{name}: lies beside the class folders" for name in stray]
     )
+
+
+def _read_file(path: Path, recipe: Preprocessing, digest: str) -> NDArray[np.float32]:
+    array = images.read(path, recipe)
+    if digest and sha256_file(path) != digest.lower():
+        raise images.Unreadable(f"its SHA-256 is not the {digest[:12]}… of the manifest; restore the file")
+    return array
 
 
 def of_generator(source: str, generator: str, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
@@ -256,13 +273,16 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
                     f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
                 )
         return {name: known[name] for name in names}
-    if all(name.isdecimal() and len(name) < 10 for name in names):
-        too_high = [name for name in names if int(name) >= classes]
-        if too_high:
-            raise BadRequest(f"{where}: class {too_high[0]}, but the model's {classes} classes end at {classes - 1}")
-        if len({int(name) for name in names}) < len(names):
+    numbers = {name: number for name in names if (number := delimited.whole(name)) is not None}
+    if words := [name for name in names if numbers and name not in numbers]:
+        raise BadRequest(f"{where}: class {next(iter(numbers))} is a number, and {words[0]!r} is none; name all alike")
+    if numbers:
+        if outside := [name for name in names if not 0 <= numbers[name] < classes]:
+            end = "begin at 0" if numbers[outside[0]] < 0 else f"end at {classes - 1}"
+            raise BadRequest(f"{where}: class {outside[0]}, but the model's {classes} classes {end}")
+        if len(set(numbers.values())) < len(names):
             raise BadRequest(f"{where}: two classes are the same number ({some(names)})")
-        return {name: int(name) for name in names}
+        return numbers
     # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
     if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
         return {name: index for index, name in enumerate(sorted(names))}
@@ -273,11 +293,14 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     )
 
 
-def _manifest(path: Path, split: str, labels: tuple[str, ...], classes: int) -> tuple[Path, str, list[tuple[str, int]]]:
-    listed = read_manifest(path, split)
-    root, rows = listed.root, listed.rows
-    words = [row.get("label") or "" for row in rows]
+def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+    """The images of a manifest, each with its class, or all with −1."""
+    words = [row.get("label") or "" for row in listed.rows]
     if not any(words):
-        return root, listed.generator, [(row["path"], -1) for row in rows]
+        return [(row["path"], -1) for row in listed.rows]
+    for line, word in zip(listed.lines, words, strict=True):
+        if not word or (delimited.whole(word) or 0) < 0:
+            has = f"class {word}" if word else "no class"
+            raise BadRequest(f"{path}: line {line} has {has}; give a class to every row, or to none")
     numbers = match_classes(sorted(set(words)), labels, classes, str(path))
-    return root, listed.generator, [(row["path"], numbers[word]) for row, word in zip(rows, words, strict=True)]
+    return [(row["path"], numbers[word]) for row, word in zip(listed.rows, words, strict=True)]

@@ -6,31 +6,17 @@ A label that begins with a WordNet id, as in `n01440764 tench`, keeps it: folder
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from exporter.errors import BadRequest
+from exporter.model import label_text
+from exporter.model.label_text import WORDNET, Entry
 
-WORDNET = re.compile(r"n\d{8}")
-_NUMBERED = re.compile(r"(\d{1,9})(?:\s*[:;,.)]\s*|\s+)(.*\S)")
-_INDEX = ("index", "idx", "id", "class", "class_id", "class_index", "label", "label_id", "number", "target")
-_NAME = (
-    "name",
-    "label",
-    "class",
-    "id",
-    "class_name",
-    "label_name",
-    "description",
-    "words",
-    "category",
-    "wnid",
-    "synset",
-)
+_MANY = 1000  # classes, of which two may have the same label
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
@@ -133,8 +119,10 @@ def _text(name: Any) -> str:
     """A label; a pair of WordNet id and words, as Keras has them, is one."""
     if isinstance(name, list) and name and all(isinstance(part, str) for part in name):
         return " ".join(name)
+    if name is None or isinstance(name, bool):
+        raise ValueError(f"{'null' if name is None else str(name).lower()} is not a label")
     if not isinstance(name, (str, int)):
-        raise ValueError(f"{name!r} is no label")
+        raise ValueError(f"{name!r} is not a label")
     return str(name)
 
 
@@ -144,67 +132,54 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises: BadRequest for a file that cannot be read, or can be read in two ways.
     """
     try:
-        text = path.read_text("utf-8-sig")
-        labels = _parsed(text, path.suffix.lower())
-    except (OSError, UnicodeDecodeError, csv.Error, msgspec.DecodeError, RecursionError, ValueError) as error:
+        entries = _parsed(path.read_text("utf-8-sig"), path.suffix.lower())
+        _check_names(entries)
+    except FileNotFoundError:
+        raise BadRequest(f"{path}: no such file; give a file with the labels, one a line") from None
+    except (OSError, UnicodeDecodeError, csv.Error, RecursionError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise BadRequest(
-            f"{path}: labels cannot be read ({error}); expected one a line, a JSON list, or CSV with index and name"
+            f"{path}: labels cannot be read ({why}); expected one a line, a JSON list, or CSV with index and name"
         ) from None
-    if not labels:
+    if not entries:
         raise BadRequest(f"{path}: no labels in it; expected one a line")
-    return labels
+    return tuple(entry.name for entry in entries)
 
 
-def _parsed(text: str, suffix: str) -> tuple[str, ...]:
+def _check_names(entries: list[Entry]) -> None:
+    """Refuse classes without a name, and two of one name in lists shorter than ImageNet's, which has two cranes.
+
+    Raises: ValueError.
+    """
+    places: dict[str, str] = {}
+    for place, name in entries:
+        if not name:
+            raise ValueError(f"{place} has an empty label")
+        if places.setdefault(name, place) != place and len(entries) < _MANY:
+            raise ValueError(f"{places[name]} and {place} are both {name!r}; give each class its own label")
+
+
+def _parsed(text: str, suffix: str) -> list[Entry]:
+    """The labels in the order of the classes. `text` has its lines end in a newline, as Python reads files."""
     if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
-        names = msgspec.json.decode(text)
-        if isinstance(names, dict):
-            return from_mapping(names)
-        if not isinstance(names, list):
-            raise ValueError("no list or object in it")
-        return tuple(_text(name) for name in names)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if suffix in (".csv", ".tsv") and (labels := _from_table(lines, "\t" if suffix == ".tsv" else ",")):
-        return labels
-    return _from_lines(lines)
+        return [Entry(f"class {number}", name) for number, name in enumerate(_from_json(text))]
+    return label_text.parse(text, suffix)
 
 
-def _from_lines(lines: list[str]) -> tuple[str, ...]:
-    """One label a line; numbers before all of them that count from 0 or 1 are their order."""
-    matches = [_NUMBERED.fullmatch(line) for line in lines]
-    numbered = [(int(match[1]), match[2]) for match in matches if match]
-    if not lines or len(numbered) < len(lines):
-        return tuple(lines)
-    try:
-        return by_number(numbered)
-    except ValueError as error:
-        number, name = numbered[0]
-        raise ValueError(
-            f"{error}: the first line is {name!r} for class {number}, or the label {lines[0]!r} for class 0; "
-            "number all classes, or give the labels as a JSON list"
-        ) from None
+def _from_json(text: str) -> tuple[str, ...]:
+    names = json.loads(text, object_pairs_hook=_unrepeated)
+    if isinstance(names, dict):
+        return from_mapping(names)
+    if not isinstance(names, list):
+        raise ValueError("no list or object in it")
+    return tuple(_text(name) for name in names)
 
 
-def _from_table(lines: list[str], delimiter: str) -> tuple[str, ...]:
-    """Labels from a table with a header; () for one without."""
-    header, *rows = csv.reader(lines, delimiter=delimiter)
-    words = [word.strip().lower().replace(" ", "_") for word in header]
-    if not rows or not set(words) & {*_INDEX, *_NAME}:
-        return ()
-    if any(len(row) != len(words) for row in rows):
-        raise ValueError(f"a line with another number of columns than the {len(words)} of the header")
-    columns = {word: [row[place].strip() for row in rows] for place, word in enumerate(words)}
-    numbers = {word for word, column in columns.items() if all(map(_is_number, column))}
-    index = [word for word in words if word in numbers and word in _INDEX]
-    names = [word for word in words if word not in numbers and word in _NAME]
-    ids = [word for word in names if all(map(WORDNET.fullmatch, columns[word]))]
-    names = [word for word in names if word not in ids] or ids
-    ids = [word for word in ids if word not in names]
-    if len(names) != 1 or len({tuple(columns[word]) for word in index}) > 1:
-        both = names if len(names) > 1 else index
-        said = " or ".join(f"{word} ({columns[word][0]!r} first)" for word in both)
-        raise ValueError(
-            f"columns {', '.join(words)}: {said or 'none of them'} could hold the labels; keep index and name"
-        )
-    labels = [" ".join(parts) for parts in zip(*(columns[word] for word in (*ids[:1], names[0])), strict=True)]
-    return by_number(zip(map(int, columns[index[0]]), labels, strict=True)) if index else tuple(labels)
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which must not have a key twice."""
+    names: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in names:
+            raise ValueError(f"{key!r} is {names[key]!r} and {value!r}; keep one of them")
+        names[key] = value
+    return names

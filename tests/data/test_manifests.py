@@ -1,11 +1,14 @@
 """Manifests as people have them: tables with other names of columns and splits, and ImageNet's lists."""
 
+import re
+
 import pytest
 from PIL import Image
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
 from exporter.data.fingerprint import fingerprint
+from exporter.data.manifests import CALIBRATION, read_manifest
 from exporter.data.samples import match_classes, open_samples
 from exporter.errors import BadRequest
 
@@ -63,8 +66,87 @@ def test_splits_that_leave_a_choice_are_refused_with_those_that_are_there(folder
 
 
 def test_a_single_split_is_all_there_is(folder):
-    (folder / "m.csv").write_text("filename,label,split\n0.png,0,train\n1.png,1,train\n")
+    (folder / "m.csv").write_text("filename,label,split\n0.png,0,fold1\n1.png,1,fold1\n")
     assert len(gather(folder / "m.csv")) == 2
+    (folder / "m.csv").write_text("filename,label,split\n0.png,0,\n1.png,1,\n")
+    assert len(gather(folder / "m.csv")) == 2
+
+
+def test_images_for_training_are_measured_on_only_when_asked_for(folder):
+    (folder / "m.csv").write_text("filename,label,split\n0.png,0,train\n1.png,1,train\n")
+    with pytest.raises(BadRequest, match=r"its only split is train; .* say m\.csv#train"):
+        gather(folder / "m.csv")
+    assert len(gather(f"{folder / 'm.csv'}#train")) == 2
+
+
+def test_rows_in_no_split_beside_others_are_refused(folder):
+    (folder / "m.csv").write_text("filename,label,split\n0.png,0,val\n1.png,1,\n")
+    with pytest.raises(BadRequest, match=r"line 3 is in no split, and others are in val; .* as in m\.csv#val"):
+        gather(folder / "m.csv")
+    assert gather(f"{folder / 'm.csv'}#val") == [("0.png", 0)]
+
+
+def test_classes_as_pandas_writes_them_are_numbers(folder):
+    names = [f"{number}.png" for number in range(5)]
+    classes = [10, 2, 11, 0, 1]
+    rows = "".join(f"{name},{number}.0\n" for name, number in zip(names, classes, strict=True))
+    (folder / "m.csv").write_text(f"filename,label\n{rows}")
+    assert gather(folder / "m.csv", classes=12) == list(zip(names, classes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"), [("", "no class"), ("  ", "no class"), ("-1", "class -1"), ("-1.0", r"class -1\.0")]
+)
+@pytest.mark.parametrize("classes", [("0", "1"), ("cat", "dog")])
+def test_a_row_without_a_class_among_others_is_refused_by_its_line(cell, message, classes, folder):
+    rows = f"0.png,{classes[0]}\n\n1.png,{cell}\n2.png,{classes[1]}\n"
+    (folder / "m.csv").write_text(f"# by hand\nfilename,label\n{rows}")
+    with pytest.raises(BadRequest, match=f"line 5 has {message}; give a class to every row, or to none"):
+        gather(folder / "m.csv")
+
+
+def test_spaces_around_cells_do_not_count(folder):
+    (folder / "m.csv").write_text('filename,label,split\n0.png , dog ,val \n 1.png,"cat ", val\n2.png, "owl",val\n')
+    assert gather(folder / "m.csv", ("owl", "cat", "dog")) == [("0.png", 2), ("1.png", 1), ("2.png", 0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1.png,1,cat", "line 3 has 3 cells: another number of columns than the 2 of the header"),
+        ("1.png", "line 3 has 1 cells: another number of columns than the 2 of the header"),
+        ('1.png,"1\n2.png,2', "line 3: unexpected end of data; close every quote in its line"),
+        ('1.png,"1\n2.png,2"', "line 3: a quote does not close; close every quote in its line"),
+        ('1.png,"1"0', "line 3: ',' expected after '\"'; close every quote in its line"),
+    ],
+)
+def test_rows_with_cells_that_nobody_would_read_are_refused_by_their_line(row, message, folder):
+    (folder / "m.csv").write_text(f"filename,label\n0.png,0\n{row}\n3.png,1\n")
+    with pytest.raises(BadRequest, match=re.escape(f"cannot be read as a manifest ({message})")):
+        gather(folder / "m.csv")
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.txt"])
+def test_only_newlines_end_a_row(name, folder):
+    labels = ("cat\u2028tabby", "dog\u0085hound")
+    head, sign = ("filename,label\n", ",") if name == "m.csv" else ("", " ")
+    (folder / name).write_text(f"{head}0.png{sign}{labels[1]}\n1.png{sign}{labels[0]}\n", "utf-8")
+    assert gather(folder / name, labels, 2) == [("0.png", 1), ("1.png", 0)]
+
+
+def test_quotes_in_the_names_of_a_frozen_set_are_as_they_are(folder):
+    (folder / '"0".png').write_bytes((folder / "0.png").read_bytes())
+    manifest = folder / "m.tsv"
+    manifest.write_text(f'{CALIBRATION}\n# source: .\nsha256\tpath\tlabel\n{"0" * 64}\t"0".png\t"a" cat \n')
+    listed = read_manifest(manifest)
+    assert [row["path"] for row in listed.rows] == ['"0".png']
+    assert [row["label"] for row in listed.rows] == ['"a" cat ']
+
+
+def test_a_line_of_a_text_that_lists_no_image_is_named(folder):
+    (folder / "m.txt").write_text("0.png 1\n\n1.png\n")
+    with pytest.raises(BadRequest, match=r"line 3 is '1\.png'; expected a folder"):
+        gather(folder / "m.txt")
 
 
 def test_two_columns_of_labels_are_refused_with_both_readings(folder):

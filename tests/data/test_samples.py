@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
 from exporter.data.arrays import open_npz
@@ -46,6 +47,18 @@ def test_folders_are_matched_to_the_models_labels(folder):
 
 def test_folders_that_are_numbers_are_class_numbers():
     assert match_classes(["0", "1", "10", "2"], (), 11, "x") == {"0": 0, "1": 1, "10": 10, "2": 2}
+
+
+def test_numbers_as_pandas_writes_them_are_class_numbers():
+    names = [f"{number}.0" for number in range(12)]
+    assert match_classes(sorted(names), (), 12, "x") == {name: index for index, name in enumerate(names)}
+
+
+def test_words_among_numbers_and_numbers_below_zero_are_refused():
+    with pytest.raises(BadRequest, match="class 0 is a number, and 'cat' is none; name all alike"):
+        match_classes(["0", "1", "cat"], (), 3, "x")
+    with pytest.raises(BadRequest, match="class -1, but the model's 3 classes begin at 0"):
+        match_classes(["-1", "0", "1"], (), 3, "x")
 
 
 def test_a_class_the_model_does_not_have_is_refused(folder):
@@ -89,11 +102,22 @@ def test_at_most_so_many_are_spread_over_the_classes(folder):
 @pytest.mark.parametrize(("name", "sign"), [("m.tsv", "\t"), ("m.csv", ",")])
 def test_a_manifest(name, sign, folder):
     lines = ["# source: test", sign.join(["sha256", "path", "label"])]
-    lines += [sign.join(["abc", f"{kind}/1.png", kind]) for kind in ("owl", "cat", "dog")]
+    kinds = ("owl", "cat", "dog")
+    lines += [sign.join([sha256_file(folder / kind / "1.png"), f"{kind}/1.png", kind]) for kind in kinds]
     (folder / name).write_text("\n".join(lines))
     _, labels, batches = gather(folder / name)
     assert labels == [2, 0, 1]
     assert batches[0].names == ("owl/1.png", "cat/1.png", "dog/1.png")
+
+
+def test_files_with_another_digest_than_in_the_manifest_are_skipped_by_name(folder):
+    digest = sha256_file(folder / "cat" / "0.png")
+    (folder / "m.csv").write_text(
+        f"path,label,sha256\ncat/0.png,0,{digest.upper()}\ndog/0.png,1,{digest}\nowl/0.png,2,\n"
+    )
+    samples, labels, _ = gather(folder / "m.csv")
+    assert labels == [0, 2]
+    assert samples.skipped == [f"dog/0.png: its SHA-256 is not the {digest[:12]}… of the manifest; restore the file"]
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "cat/../../x.png", ""])
@@ -223,7 +247,7 @@ def test_manifests_as_people_and_spreadsheets_write_them(head, folder):
 
 def test_columns_and_arrays_nobody_would_read_are_refused(folder, tmp_path):
     (folder / "m.csv").write_text("path,score\ncat/0.png,cat\n")
-    with pytest.raises(BadRequest, match="out of path, label, sha256"):
+    with pytest.raises(BadRequest, match="unknown columns score; remove them"):
         gather(folder / "m.csv")
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 32, 32), np.float32), y=np.zeros(2, int))
     with pytest.raises(BadRequest, match=r"holds images\.npy, y\.npy; expected"):

@@ -26,6 +26,31 @@ FILES = {
     "column.csv": "name\ncat\ndog\nbarn owl\n",
     "table.tsv": "id\tname\n0\tcat\n1\tdog\n2\tbarn owl\n",
     "bare.csv": "0,cat\n1,dog\n2,barn owl\n",
+    "unknown_name.csv": "no,label\n2,dog\n1,cat\n3,barn owl\n",
+    "pandas.csv": "Unnamed: 0,label\n1,dog\n0,cat\n2,barn owl\n",
+    "pandas_index.csv": ",label\n1,dog\n0,cat\n2,barn owl\n",
+    "same_twice.csv": ",index,label\n1,1.0,dog\n0,0.0,cat\n2,2.0,barn owl\n",
+    "floats.csv": "index,name\n1.0,dog\n0.0,cat\n2.0,barn owl\n",
+    "bare_turned.csv": "dog,1\ncat,0\nbarn owl,2\n",
+    "bare_quoted.csv": '1,"dog"\n0,"cat"\n2,"barn owl"\n',
+    "quoted.csv": '"cat"\n"dog"\n"barn owl"\n',
+    "semicolons.csv": "index;name\n1;dog\n0;cat\n2;barn owl\n",
+    "bare_semicolons.csv": "1;dog\n0;cat\n2;barn owl\n",
+    "tabs.csv": "index\tname\n1\tdog\n0\tcat\n2\tbarn owl\n",
+    "table.txt": "index,name\n1,dog\n0,cat\n2,barn owl\n",
+    "tab_table.txt": "id\tname\n1\tcat\n2\tdog\n3\tbarn owl\n",
+    "last.txt": "dog 1\ncat 0\nbarn owl 2\n",
+    "last_colon.txt": "dog: 1\ncat: 0\nbarn owl: 2\n",
+    "last_comma.txt": "dog,1\ncat,0\nbarn owl,2\n",
+    "dash_between.txt": "0 - cat\n1 - dog\n2 - barn owl\n",
+    "equals.txt": "0=cat\n1 = dog\n2=barn owl\n",
+    "floats.txt": "1.0 dog\n0.0 cat\n2.0 barn owl\n",
+    "quoted.txt": '0,"cat"\n1,"dog"\n2,"barn owl"\n',
+    "dashes.txt": "- cat\n- dog\n- barn owl\n",
+    "names.yaml": "names:\n  1: dog\n  0: 'cat'\n  2: \"barn owl\"\n",
+    "list.yaml": "names:\n- cat\n- dog\n- barn owl\n",
+    "windows.txt": "cat\r\ndog\r\nbarn owl\r\n",
+    "old_mac.txt": "cat\rdog\rbarn owl\r",
 }
 
 
@@ -67,6 +92,41 @@ TWO_WAYS = {
     "c.csv": ("index,name\n0,cat,dog\n", "another number of columns than the 2 of the header"),
     "empty.txt": ("\n \n", "no labels in it; expected one a line"),
     "broken.json": ("[1", "labels cannot be read"),
+    "score.csv": (
+        "score,label\n7,cat\n3,dog\n",
+        "column 'score' holds numbers (7 first) that do not count from 0 or 1",
+    ),
+    "three.csv": (",no,label\n0,1,cat\n1,0,dog\n", " ('0' first) or no ('1' first) could hold the labels"),
+    "rank.csv": ("index,name,no\n0,cat,1\n1,dog,0\n", "index ('0' first) or no ('1' first) could hold the labels"),
+    "minus.csv": ("index,name\n-1,cat\n0,dog\n", "do not count from 0 or 1: line 2 has -1"),
+    "gap.csv": ("index,name\n0.0,cat\n\n3.0,dog\n", "do not count from 0 or 1: line 4 has 3"),
+    "word.csv": ("index,name\n0,cat\n,dog\n", "line 3: index is '', not a whole number"),
+    "twice.csv": ("name,name\ncat,feline\n", "two columns are called 'name'"),
+    "no_label.csv": ("index,name\n0,cat\n1,\n", "line 3 has an empty label"),
+    "bare_words.csv": ("cat,animal\ndog,animal\n", "2 columns separated by ',' (cat, animal), and no header"),
+    "bare_both.csv": ("0,1\n1,0\n", "2 columns separated by ','"),
+    "bare_gap.csv": ("cat,0\ndog,2\n", "do not count from 0 or 1: line 2 has 2"),
+    "bare_three.csv": ("0,cat,red\n1,dog,blue\n", "3 columns separated by ','"),
+    "bare_some.csv": ("cat\ntabby, tabby cat\n", "line 2 has 2 cells"),
+    "bare_words.tsv": ("cat;animal\ndog;animal\n", "2 columns separated by ';'"),
+    "quote.csv": ('index,name\n0,"cat\n1,dog\n', "line 2: unexpected end of data"),
+    "swallowed.csv": ('index,name\n0,"cat\n1,dog\n2,"\n', "line 2: a quote does not close"),
+    "header.txt": ("class no\n0 cat\n1 dog\n", "line 1, 'class no', has no number, but line 2 has 0"),
+    "minus.txt": ("-1 cat\n0 dog\n", "line 1 has -1"),
+    "last_gap.txt": ("cat 0\ndog 2\n", "do not count from 0 or 1: line 2 has 2"),
+    "both.txt": ("0 cat 1\n1 dog 0\n", "line 1, '0 cat 1', is class 0 or class 1"),
+    "some_dashes.txt": ("- cat\ndog\n", "line 1 begins with '-', but line 2, 'dog', does not"),
+    "comment.txt": ("# animals\ncat\ndog\n", "line 1, '# animals', has a comment or a label"),
+    "data.yaml": ("path: data\nnames:\n  0: cat\n", "line 2 is 'names:'"),
+    "words.yaml": ("names:\n  cat\n  dog\n", "line 2, 'cat', has neither number nor '-'"),
+    "columns.txt": ("cat\tblue\ndog\tred\n", "line 1, 'cat\\tblue', has columns separated by a tab"),
+    "twice.json": ('{"0": "cat", "0": "dog"}', "'0' is 'cat' and 'dog'"),
+    "null.json": ('["cat", null]', "null is not a label"),
+    "true.json": ('["cat", true]', "true is not a label"),
+    "empty.json": ('["cat", ""]', "class 1 has an empty label"),
+    "same.json": ('["cat", "cat"]', "class 0 and class 1 are both 'cat'"),
+    "same.txt": ("a\n\na\nb\nc\n", "line 1 and line 3 are both 'a'"),
+    "same.csv": ("index,name\n1,a\n0,a\n", "line 3 and line 2 are both 'a'"),
 }
 
 
@@ -76,6 +136,37 @@ def test_labels_that_can_be_read_in_two_ways_or_in_none_are_refused(name, tmp_pa
     (tmp_path / name).write_text(text)
     with pytest.raises(BadRequest, match=re.escape(message)):
         read_labels(tmp_path / name)
+
+
+def test_of_a_thousand_labels_two_may_be_the_same_as_in_imagenet(tmp_path):
+    names = [f"bird {chr(0x4E00 + number)}" for number in range(999)]
+    (tmp_path / "a.txt").write_text("\n".join([*names, names[0]]), "utf-8")
+    assert read_labels(tmp_path / "a.txt")[-1] == names[0]
+    (tmp_path / "a.txt").write_text("\n".join([*names[1:], names[1]]), "utf-8")
+    with pytest.raises(BadRequest, match="line 1 and line 999 are both"):
+        read_labels(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "names", [("class 1", "class 2"), ("Boeing 737", "Airbus 320"), ("BMW X5 2007", "Audi S4 2007"), ("R2-D2", "C-3PO")]
+)
+def test_labels_that_end_in_a_number_of_their_own_keep_it(names, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(names))
+    assert read_labels(tmp_path / "a.txt") == names
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_only_newlines_end_a_label(name, tmp_path):
+    names = ("cat\u2028tabby", "dog\u0085hound", "owl\x0cbarn")
+    (tmp_path / name).write_text("\n".join(names), "utf-8")
+    assert read_labels(tmp_path / name) == names
+
+
+def test_a_file_of_labels_that_is_not_there_is_named_as_such(tmp_path):
+    with pytest.raises(BadRequest, match=r"nosuch\.txt: no such file; give a file with the labels"):
+        read_labels(tmp_path / "nosuch.txt")
+    with pytest.raises(BadRequest, match=r"labels cannot be read \(Is a directory"):
+        read_labels(tmp_path)
 
 
 TIMM = {"pretrained_cfg": {"input_size": [3, 64, 64]}}
