@@ -28,7 +28,7 @@ Reference = Annotated[
     str,
     Meta(
         pattern=r"^(timm|transformers|torchvision|[^:]+:[^:]+)$",
-        title="module:callable, timm, transformers or torchvision",
+        title="one of module:callable, timm, transformers, torchvision",
     ),
 ]
 BatchSize = Annotated[int, Meta(ge=1, le=4096)]

@@ -8,7 +8,7 @@ from exporter.artifact import sidecar_path
 from tests.conftest import ROOT, copy_artifact
 
 SCALE = "pixels are from 0 to 1 here: divide by 255"
-REFERENCES = "expected module:callable, timm, transformers or torchvision"
+REFERENCES = "expected one of module:callable, timm, transformers, torchvision"
 SEVEN_CLASSES = """
 from exporter.model.fit import empty
 from tests.conftest import tiny_architecture
