@@ -76,12 +76,14 @@ def load(path: Path) -> Artifact:
 
 
 def _load(path: Path) -> Artifact:
+    if path.is_dir():
+        example = next((f", such as {path / name}" for name in _artifacts_in(path)), "")
+        raise BadRequest(f"{path}: is a folder; give the file{example}")
     _recover(path)
     if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*.json")] if path.parent.is_dir() else []
-        known = [name.removesuffix(".json") for name in beside]
-        hint = f"; {nearest(path.name, known)}" if known else ""
-        raise BadRequest(f"{path}: no such file{hint}")
+        known = _artifacts_in(path.parent)
+        raise BadRequest(f"{path}: no such file" + (f"; {nearest(path.name, known)}" if known else ""))
+    refuse_sidecar(path)
     if not sidecar_path(path).is_file():
         raise BadRequest(f"{path}: no sidecar {sidecar_path(path).name} beside it; build it with this tool")
     sidecar = decode(sidecar_path(path))
@@ -95,6 +97,24 @@ def _load(path: Path) -> Artifact:
             "the artifact again"
         )
     return Artifact(path, sidecar)
+
+
+def refuse_sidecar(path: Path) -> None:
+    """Raises: BadRequest for the sidecar of a file, in place of the file."""
+    described = path.parent / path.name.removesuffix(".json")
+    if described != path and described.is_file():
+        raise BadRequest(f"{path}: this is the sidecar; give {described}")
+
+
+def _artifacts_in(folder: Path) -> list[str]:
+    """The names of the artifacts in a folder: files with a sidecar."""
+    names = []
+    for file in sorted(folder.glob("*.json")):
+        described = file.with_name(file.name.removesuffix(".json"))
+        with suppress(BadRequest, OSError):
+            if described.is_file() and decode(file).files[0].name == described.name:
+                names.append(described.name)
+    return names
 
 
 def _external(path: Path) -> set[str]:

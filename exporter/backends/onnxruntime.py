@@ -34,7 +34,7 @@ from exporter.backends import (
     peak_matrix,
     require,
 )
-from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, nearest
+from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
 from exporter.machine import cores
 from exporter.model.structure import last_operators
@@ -147,7 +147,7 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
     import onnxruntime as ort
 
     if options.device not in PROVIDERS:
-        raise BadRequest(f"--device {options.device}: {nearest(options.device, PROVIDERS)}")
+        raise BadRequest(f"--device {options.device}: ONNX Runtime takes {', '.join(PROVIDERS)}")
     provider = PROVIDERS[options.device]
     if provider not in ort.get_available_providers():
         raise Unavailable(

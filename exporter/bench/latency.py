@@ -16,7 +16,7 @@ from exporter.backends import PEAK_MACS, _cuda
 from exporter.bench import Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
 from exporter.errors import BadRequest
 from exporter.progress import step, track
-from exporter.recipe import Bench
+from exporter.recipe import Bench, Reference
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.stats import Center, center
@@ -37,7 +37,7 @@ class BenchOptions(Bench, frozen=True):
         str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
     ] = None
     reference: Annotated[
-        str | None,
+        Reference | None,
         about("Time this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"),
     ] = None
 

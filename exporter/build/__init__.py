@@ -12,6 +12,7 @@ from exporter.build import int8, tune
 from exporter.build.export import export
 from exporter.build.resolve import Job as Job
 from exporter.build.resolve import check as check
+from exporter.build.resolve import check_sources as check_sources
 from exporter.build.resolve import read as read
 from exporter.build.resolve import resolve as resolve
 from exporter.build.resolve import schema as schema

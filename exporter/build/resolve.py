@@ -19,12 +19,14 @@ from exporter import backends, precision
 from exporter.artifact.sidecar import Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build import budget
+from exporter.data import calibration, samples
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph import opset
 from exporter.graph.trace import TraceOptions
 from exporter.model import reference as references
-from exporter.model import variants, weights
+from exporter.model import sources, variants, weights
+from exporter.model.labels import read_labels
 from exporter.model.preprocessing import refuse_contradiction
 from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
@@ -119,6 +121,25 @@ def check(recipe: Recipe) -> None:
     marks.refuse()
     find_problems(recipe, marks)
     marks.refuse()
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse weights, labels or images that do not exist; no tensor and no image is read.
+
+    Raises: BadRequest.
+    """
+    model = recipe.model
+    if model.weights == "hub":
+        variant, repository = variants.resolve(model.variant or "tiny")
+        if repository is None:
+            sources.default_repository(variant)
+    elif model.weights != "random" and not model.weights.startswith(("random:", "hf-hub:")):
+        sources.from_disk(model.weights)
+    if model.labels:
+        read_labels(Path(model.labels))
+    if recipe.quantization is not None:
+        calibration.check_source(recipe.quantization.calib)
+    samples.check_source(recipe.checks.data)
 
 
 def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Job:

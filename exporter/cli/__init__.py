@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import signal
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 import click
@@ -18,6 +20,8 @@ FILES = {
     "pipeline": ("run", "compare", "report"),
 }
 """Commands by the module of this package that has them; commands that build are derived from the targets."""
+
+BUILD_WORDS = ("export", "build", "convert")
 
 
 def build_commands() -> dict[str, str]:
@@ -60,7 +64,13 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command of a command line; an unknown one is refused with the nearest name."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+            builds = [name for name in build_commands() if name != "null"]  # for tests
+            hint = (
+                f"these export: {', '.join(builds)}"
+                if args[0] in BUILD_WORDS
+                else nearest(args[0], self.list_commands(ctx))
+            )
+            ctx.fail(f"no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -86,6 +96,12 @@ def cli() -> None:
     """
 
 
+def _close(option: str, known: Iterable[str]) -> list[str]:
+    """The known options whose names are close; the dashes, which all have, do not count."""
+    name = option.lstrip("-")
+    return [other for other in known if difflib.get_close_matches(name, [other.lstrip("-")])]
+
+
 def main() -> NoReturn:
     """Run a command line. An error that the user can fix is one line and an exit code."""
     for name in ("SIGTERM", "SIGHUP"):  # as CI and a closed terminal send them
@@ -93,6 +109,10 @@ def main() -> NoReturn:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         code = cli.main(standalone_mode=False)
+    except click.NoSuchOption as error:
+        close = _close(error.option_name, error.possibilities or ())
+        click.NoSuchOption(error.option_name, possibilities=close, ctx=error.ctx).show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -78,12 +78,15 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     recipe = _recipe(name, target, _precision(flags, values.pop("precision")), values)
     if save or dry_run:
         build.check(recipe)
+    if dry_run:
+        build.check_sources(recipe)
     if save:
         file.save(recipe, save, target.options)
         click.echo(f"the recipe is {save}", err=True)
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
-        what = f"{network}, {recipe.model.task}, in {recipe.precision} for {recipe.backend}"
+        task = f", {recipe.model.task}" if recipe.model.task else ""
+        what = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
         click.echo(f"{what} would be built in {out}; nothing was built", err=as_json)
         if as_json:
             print_json({"recipe": recipe})

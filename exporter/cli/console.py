@@ -135,13 +135,23 @@ def value(finding: Finding) -> str:
         return "–" if finding.limit is None else "not a number"
     if finding.metric.endswith("bytes") and finding.unit != "%":
         return size(int(finding.value))
-    text = f"{finding.value:.6g}" if finding.metric != "cosine" else f"{finding.value:.7f}"
+    text = number(finding.metric, finding.value)
+    if not finding.passed and finding.limit is not None and float(text) == float(limit(finding)):
+        text = repr(finding.value)  # every digit, because rounding hides why it fails
     return f"{text} {finding.unit}".strip()
 
 
 def limit(finding: Finding) -> str:
     """A finding's limit, or nothing."""
-    return "" if finding.limit is None else f"{finding.limit:.6g}"
+    digits = 10 if finding.metric == "cosine" else 6
+    return "" if finding.limit is None else f"{finding.limit:.{digits}g}"
+
+
+def number(metric: str, value: float | str) -> str:
+    """The value of a metric with as many digits as matter."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.7f}" if metric == "cosine" else f"{value:.6g}"
 
 
 def size(count: int) -> str:

@@ -130,9 +130,12 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     """
     from exporter import artifact as artifacts
     from exporter.cli.console import print_findings, print_json
+    from exporter.errors import BadRequest
     from exporter.verify.inspect import inspect
 
     if picture:
+        if picture.suffix.lower() != ".svg":
+            raise BadRequest(f"--picture {picture}: drawn as SVG alone; give a name that ends in .svg")
         artifacts.check_output(picture)
     opened = artifacts.load(artifact)
     inspection = inspect(opened)
@@ -180,7 +183,7 @@ def _origins(origins: dict[str, str]) -> list[tuple[str, str]]:
 
 def _print_facts(artifact: Artifact) -> None:
     from exporter.artifact.sidecar import size_text
-    from exporter.cli.console import print_table, size
+    from exporter.cli.console import number, print_table, size
 
     sidecar, preprocessing = artifact.sidecar, artifact.sidecar.preprocessing
     labels = ", ".join(sidecar.labels[:4]) + (" …" if len(sidecar.labels) > 4 else "")
@@ -206,7 +209,7 @@ def _print_facts(artifact: Artifact) -> None:
         *_origins(sidecar.origins),
         ("reference", sidecar.reference),
         ("versions", ", ".join(f"{tool} {version}" for tool, version in sidecar.versions.items())),
-        ("verified", ", ".join(f"{k} {v}" for k, v in sidecar.quality.items()) or "not yet"),
+        ("verified", ", ".join(f"{k} {number(k, v)}" for k, v in sidecar.quality.items()) or "not yet"),
     ]
     print_table(("fact", "value"), rows)
 

@@ -113,7 +113,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
     from exporter import report, verify
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
-    path = output or artifact.with_name(f"{artifact.name}.report.json")
+    path = output or artifact.parent / f"{artifact.name}.report.json"
     artifacts.check_output(path)
     with drawing():
         opened = artifacts.load(artifact)

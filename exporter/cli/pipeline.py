@@ -117,7 +117,7 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     from exporter.compare import gate
     from exporter.report import tables
 
-    path = output or sides[-1].with_name(f"{sides[-1].name.removesuffix('.report.json')}.compare.json")
+    path = output or sides[-1].parent / f"{sides[-1].name.removesuffix('.report.json')}.compare.json"
     artifact.check_output(path)
     with drawing():
         comparison = gate.compare(sides, GateOptions(**values))

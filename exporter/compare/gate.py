@@ -52,6 +52,8 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
         raise BadRequest(f"compare: {len(sides)} given; expected {expected}")
     if (options.base_rev is None) != (options.build is None):
         raise BadRequest("--base-rev REV and --build CMD go together: the command builds HEAD at both revisions")
+    for side in sides:
+        artifacts.refuse_sidecar(side)
     are_reports = [_is_report(side) for side in sides]
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")

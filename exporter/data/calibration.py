@@ -258,6 +258,12 @@ def _check_files(path: Path, root: Path, entries: Sequence[Entry]) -> None:
                          "the set again")  # fmt: skip
 
 
+def check_source(source: str) -> None:
+    """Raises: BadRequest for a source of calibration images that does not exist."""
+    if source != SYNTHETIC and not bundled.find_images(source).exists():
+        raise BadRequest(f"--calib {samples.no_such_data(source)}")
+
+
 def open_calibration(
     source: str, recipe: Preprocessing, classes: int, size: int | None = None, seed: int = 0
 ) -> CalibrationSet:

@@ -92,9 +92,8 @@ def open_samples(
     """
     if source == "synthetic":
         return _synthetic(recipe, most or SYNTHETIC)
+    check_source(source)
     path, split = locate(source)
-    if not path.exists():
-        raise BadRequest(no_such_data(source))
     if path.suffix.lower() == ".npz":
         return _npz(path, recipe, classes, most)
     root, generator, digests = path, "", dict[str, str]()
@@ -111,6 +110,12 @@ def open_samples(
     if generator:
         return of_generator(source, generator, found, recipe)
     return of_files(source, root, found, recipe, digests)
+
+
+def check_source(source: str) -> None:
+    """Raises: BadRequest for a source of images that does not exist."""
+    if source != SYNTHETIC_NAME and not locate(source)[0].exists():
+        raise BadRequest(no_such_data(source))
 
 
 def no_such_data(source: str) -> str:

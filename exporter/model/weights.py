@@ -207,9 +207,8 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         note(f"{files.path.name}: {sentence}")
     variant = fitted.variant
     if wanted and wanted.name != variant.name:
-        raise BadRequest(
-            f"{files.path}: weights of {variant.name}, asked for {wanted.name}; use --variant {variant.name}"
-        )
+        advice = "leave --variant out" if variant.name.endswith("custom") else f"use --variant {variant.name}"
+        raise BadRequest(f"{files.path}: weights of {variant.name}, asked for {wanted.name}; {advice}")
     record = Weights(
         source=files.source,
         digest=digest(fitted.state),

@@ -24,6 +24,13 @@ Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
 Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
 Side = Annotated[int, Meta(ge=32, le=4096)]
+Reference = Annotated[
+    str,
+    Meta(
+        pattern=r"^(timm|transformers|torchvision|[^:]+:[^:]+)$",
+        title="one of module:callable, timm, transformers, torchvision",
+    ),
+]
 BatchSize = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -68,7 +75,7 @@ class Model(Record, frozen=True):
         ),
     ] = None
     reference: Annotated[
-        str | None,
+        Reference | None,
         about(
             "The model that artifacts are compared with: module:callable, or timm, transformers or torchvision.",
             metavar="NAME",
@@ -78,16 +85,19 @@ class Model(Record, frozen=True):
     norm: Annotated[Literal["rms", "simple"] | None, about("Kind of norm of weights whose norms have no bias.")] = None
 
 
+_SCALE = "pixels are from 0 to 1 here: divide by 255"
+
+
 class PreprocessingOptions(Record, frozen=True):
     """Preprocessing that replaces what the weights come with; None keeps that."""
 
     mean: Annotated[
-        tuple[float, ...] | None,
+        tuple[Annotated[float, Meta(ge=0, le=1, title=f"a number from 0 to 1 ({_SCALE})")], ...] | None,
         about("Mean of each channel, of pixels from 0 to 1.", metavar="R,G,B", commas=True, repeats=True),
     ] = None
     std: Annotated[
-        tuple[Annotated[float, Meta(gt=0)], ...] | None,
-        about("Standard deviation of each channel.", metavar="R,G,B", commas=True, repeats=True),
+        tuple[Annotated[float, Meta(gt=0, le=1, title=f"a number above 0, at most 1 ({_SCALE})")], ...] | None,
+        about("Standard deviation of each channel, of pixels from 0 to 1.", metavar="R,G,B", commas=True, repeats=True),
     ] = None
     resize: Annotated[
         Annotated[int, Meta(ge=1, le=8192)] | None,

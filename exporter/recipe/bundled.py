@@ -28,6 +28,8 @@ def find_recipe(word: str) -> Path:
     path, known = user_path(word), recipes()
     if path.is_file():
         return path
+    if word not in known and path.suffix in (".yaml", ".yml"):
+        raise BadRequest(f"{word}: no such file")
     if word not in known:
         raise BadRequest(f"{word}: no such recipe; {nearest(word, known) if known else 'give a file'}")
     return known[word]

@@ -104,7 +104,9 @@ def expected(hint: Any) -> str:
         elif get_origin(base) is dict or (isinstance(base, type) and issubclass(base, msgspec.Struct)):
             words.append("keys with values")
         else:
-            words.append(_WORDS.get(base, str(base)) + (f" {limits}" if (limits := bounds(kind)) else ""))
+            words.append(
+                _title(kind) or _WORDS.get(base, str(base)) + (f" {limits}" if (limits := bounds(kind)) else "")
+            )
     return " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
 
 
@@ -113,10 +115,16 @@ def bounds(hint: Any) -> str:
     for kind in kinds(hint):
         for meta in kind.__metadata__ if get_origin(kind) is Annotated else ():
             if meta.gt is not None:
-                return f"above {meta.gt:g}"
+                return f"above {meta.gt:g}" + (f", at most {meta.le:g}" if meta.le is not None else "")
             if meta.ge is not None:
                 return f"from {meta.ge:g}" + (f" to {meta.le:g}" if meta.le is not None else "")
     return ""
+
+
+def _title(kind: Any) -> str:
+    """The words that a type is described with, or ""."""
+    limits = kind.__metadata__ if get_origin(kind) is Annotated else ()
+    return next((meta.title for meta in limits if meta.title), "")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -7,7 +7,6 @@ refused, so that a file can neither run code nor expand.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_origin
@@ -16,7 +15,7 @@ import msgspec
 import yaml
 
 from exporter.errors import BadRequest, nearest
-from exporter.recipe.fields import Field, choices, expected, fields_of, is_pair, kinds
+from exporter.recipe.fields import Field, choices, expected, fields_of, fits, is_pair, kinds
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -182,7 +181,7 @@ def _read_field(values: dict[str, Any], node: yaml.Node, field: Field, marks: Ma
             converted = msgspec.convert(value, hint, strict=strict)
         except msgspec.ValidationError:
             continue
-        if not isinstance(converted, float) or math.isfinite(converted):
+        if fits(converted, hint):
             values[name] = converted
             return
     problem = f"{'.'.join(path)}: expected {expected(hint)}, found {_text_of(node)}{_near(node, hint)}"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from exporter import precision
-from exporter.artifact import read_sidecar, sidecar_path
+from exporter.artifact import read_sidecar, refuse_sidecar, sidecar_path
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
@@ -102,6 +102,7 @@ def load(path: Path) -> Report:
     """
     if not path.is_file():
         raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
+    refuse_sidecar(path)
     if path.stat().st_size > MAX_REPORT_BYTES:
         raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a report of this tool has")
     content = path.read_bytes()

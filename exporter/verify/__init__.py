@@ -20,7 +20,7 @@ from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
 from exporter.progress import step, track
-from exporter.recipe import Checks, Threads
+from exporter.recipe import Checks, Reference, Threads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.verify import checks
@@ -37,7 +37,7 @@ class VerifyOptions(Checks, frozen=True):
         str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
     ] = None
     reference: Annotated[
-        str | None,
+        Reference | None,
         about(
             "Compare with this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"
         ),
@@ -122,6 +122,7 @@ def _findings(
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
+            _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
                 meter.see(checks.Seen(batch.labels, *both))
         facts = candidate.facts
@@ -206,6 +207,14 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
     if isinstance(fixed, int) and count < fixed:
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], fixed - count, axis=0)])
     return tuple(output[:count] for output in session(pixels))
+
+
+def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, outputs: Outputs) -> None:
+    """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""
+    shapes = [[output.shape for output in both] for both in (expected, outputs)]
+    if shapes[0] != shapes[1]:
+        model = f"the reference {reference}" if reference else "the PyTorch model"
+        raise BadRequest(f"{artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model")
 
 
 def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:

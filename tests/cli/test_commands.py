@@ -193,7 +193,7 @@ def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
     ("code", "words", "message"),
     [
         (2, ["onx"], "did you mean 'onnx'"),
-        (2, ["onnx", "--varient", "tiny"], "'--variant'?)"),
+        (2, ["onnx", "--varient", "tiny"], "Did you mean '--variant'?"),
         (2, ["onnx", "--variant", "tinny", "--weights", "random:0"], "unknown variant 'tinny'; did you mean 'tiny'"),
         (2, ["onnx", "--precision", "fp61"], "onnxruntime cannot run fp61; did you mean 'fp16'"),
         (2, ["onnx", "--precision", "bf16"], "onnxruntime cannot run bf16"),

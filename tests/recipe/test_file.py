@@ -172,7 +172,19 @@ def test_overrides_replace_and_add(read):
 
 
 TEXTS = st.sampled_from(
-    ["", "hub", "random:3", "a.safetensors#model_ema", "/srv/weights.pt", "no", "1.0", "null", "ünï cödé", "a b"]
+    [
+        "",
+        "hub",
+        "random:3",
+        "a.safetensors#model_ema",
+        "/srv/weights.pt",
+        "timm",
+        "no",
+        "1.0",
+        "null",
+        "ünï cödé",
+        "a b",
+    ]
 )
 NUMBERS = st.sampled_from([0, 1, 2, 3, 4.5, 18, 20, 32, 64, 100, 0.0, 0.05, 0.5, 1.0, -1.0, 1e-7])
 
@@ -183,7 +195,7 @@ def values(field):
     for kind in kinds(field.hint):
         base = bare(kind)
         if base is str:
-            choices.append(TEXTS)
+            choices.append(TEXTS.filter(lambda text, kind=kind: fits(text, kind)))
         elif base in (int, float):
             choices.append(NUMBERS.map(base).filter(lambda number, kind=kind: fits(number, kind)))
         elif base is bool:

@@ -108,7 +108,7 @@ class Parity:
         found, limit = share("parity", "top1_agreement", self.agree), self.options.min_agreement
         limit = self.limits.agreement_pct if limit is None else limit
         passed = judged(replace(found, value=found.high), limit, "high").passed
-        detail = f"{found.detail}; fails when its whole interval is below"
+        detail = f"{found.detail}; fails only if the upper end of the 95 % interval is below the limit"
         return replace(found, limit=limit, passed=passed, detail=detail)
 
 
