@@ -40,7 +40,7 @@ def test_a_reference_with_other_classes_is_refused_with_both_shapes(here, refuse
         (["--weights", "nosuch.pth"], "nosuch.pth: no such file or folder"),
         (["--weights", "empty"], "empty: no weights in it"),
         (["--variant", "v2_small"], "v2_small has no published weights on the Hub"),
-        (["--labels", "nosuch.txt"], "nosuch.txt: labels cannot be read"),
+        (["--labels", "nosuch.txt"], "nosuch.txt: no such file"),
         (["--reference", "torchvison"], REFERENCES),
         (["--int8", "--calib", "nosuch"], "--calib nosuch: no such data"),
         (["--int8", "--data", "nosuch"], "nosuch: no such data"),
