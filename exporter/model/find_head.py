@@ -76,7 +76,7 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         converted.notes += _candidates(converted.state, rest)
         return
     if not choices.head and not converted.head.projection:
-        _check_alone(converted.prefix, place, rest)
+        _check_alone(converted, place, rest)
     converted.state |= converted.head.state
     converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
@@ -84,15 +84,15 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
 
 
-def _check_alone(prefix: str, place: str, rest: Mapping[str, Tensor]) -> None:
+def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -> None:
     """Refuse a head that is found by its name where other layers lie beside it.
 
     Raises: BadRequest.
     """
     beside: dict[str, None] = {}
     for key in rest:
-        parent = next((parent for parent in _parents(prefix) if key.startswith(parent)), "")
-        if parent == prefix != "":
+        parent = next((parent for parent in _parents(converted.prefix) if key.startswith(parent)), "")
+        if parent == converted.prefix != "" or parent in converted.others:
             continue
         name = key.removeprefix(parent).split(".")[0]
         if not _BESIDE.search(name) and (name in heads.CLASSIFIERS or _BETWEEN.search(name)):

@@ -143,7 +143,7 @@ class Choices:
 class Converted:
     """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user.
 
-    `modules` are the names of the modules in the file by ours.
+    `modules` are the names of the modules in the file by ours, `others` the prefixes of other networks in it.
     """
 
     state: dict[str, Tensor]
@@ -151,6 +151,7 @@ class Converted:
     prefix: str
     head: Head = field(default_factory=Head)
     modules: dict[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -164,8 +165,11 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
 
     Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
-    layout, prefix, notes = _recognise(list(tensors), choices.prefix)
-    converted = Converted({}, layout, prefix, notes=notes)
+    layout, prefix, others = _recognise(list(tensors), choices.prefix)
+    converted = Converted({}, layout, prefix, others=others)
+    converted.notes += [f"the network's names begin with {prefix!r}"] if prefix else []
+    if others:
+        converted.notes.append(f"left out {' and '.join(map(repr, others))}: --prefix takes one of them")
     rest: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -194,8 +198,8 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
     return converted
 
 
-def _recognise(keys: list[str], wanted: str) -> tuple[str, str, list[str]]:
-    """The layout and prefix of these names, and notes about the choice.
+def _recognise(keys: list[str], wanted: str) -> tuple[str, str, tuple[str, ...]]:
+    """The layout and prefix of these names, and the prefixes of other networks.
 
     Raises: BadRequest, with the first names, when they match no layout, or several networks lie beside each other.
     """
@@ -216,10 +220,7 @@ def _recognise(keys: list[str], wanted: str) -> tuple[str, str, list[str]]:
         names = " or ".join(prefix or "." for prefix in chosen)
         raise BadRequest(f"{len(chosen)} networks lie in these weights; choose one: --prefix {names}")
     layout, prefix = next(place for place in places if place[1] == chosen[0])
-    notes = [f"the network's names begin with {prefix!r}"] if prefix else []
-    if others := [other for other in prefixes if other != prefix]:
-        notes.append(f"left out {' and '.join(map(repr, others))}: --prefix takes one of them")
-    return layout, prefix, notes
+    return layout, prefix, tuple(other for other in prefixes if other != prefix)
 
 
 def _blocks(layout: Layout, keys: Iterable[str]) -> Iterable[re.Match[str]]:

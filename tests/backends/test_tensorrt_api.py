@@ -102,8 +102,9 @@ def test_a_builder_that_gives_nothing_is_an_error_with_what_it_said(trt, artifac
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A GPU that is the CPU."""
+def gpu(monkeypatch, artifacts):
+    """A GPU that is the CPU, once there is an artifact to run on it."""
+    artifacts["onnxruntime", "fp32"]
 
     @contextmanager
     def within(*args, **told):
