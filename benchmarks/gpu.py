@@ -107,7 +107,7 @@ def measure(typist: Typist, out: Path, weights: str, device: str, seconds: float
         typist.type([COMMAND], "bench", *timed, *also, *told, "--batch", batch, "-o", out / f"batch-{batch}")
     if reports := sorted(out.glob("batch-*/*.report.json")):
         typist.type([COMMAND], "report", *reports, "--format", "html", "-o", out / "report.html")
-    typist.type([sys.executable, "-m", "pytest"], "-q", "-m", "gpu")
+    typist.type([sys.executable, "-m", "pytest"], "-q", "-m", "gpu", "tests/backends")
 
 
 def main(words: Sequence[str] | None = None) -> None:

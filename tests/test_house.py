@@ -113,3 +113,8 @@ def test_every_folder_of_tests_is_collected(pytestconfig):
     names = {folder.name for folder in folders} - {""}
     assert "build" in names
     assert [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in ignored)] == []
+
+
+def test_tests_that_need_a_gpu_lie_where_make_gpu_looks():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    assert {path.parent.name for path in marked if path.name != "test_house.py"} == {"backends"}
