@@ -10,6 +10,7 @@ import click
 
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
+from exporter.errors import BadRequest
 from exporter.recipe import Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
@@ -75,6 +76,8 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     from exporter.recipe import file
 
     as_json, out, save, dry_run = (values.pop(key) for key in ("as_json", "output", "save_config", "dry_run"))
+    if out.suffix == target.suffix and not out.is_dir():
+        raise BadRequest(f"-o {out}: expected a folder; the file in it is named after network and precision")
     recipe = _recipe(name, target, _precision(flags, values.pop("precision")), values)
     if save or dry_run:
         build.check(recipe)
@@ -124,7 +127,6 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
 
 def _refuse_calibration() -> None:
     """Options of int8 would be ignored without it."""
-    from exporter.errors import BadRequest
 
     context = click.get_current_context()
     names = fields_of(Quantization)
@@ -170,7 +172,6 @@ def _show(built: Built, as_json: bool) -> None:
 
 
 def _precision(flags: dict[str, bool], named: str | None) -> str:
-    from exporter.errors import BadRequest
 
     names = [name for name, on in flags.items() if on] + ([named] if named else [])
     if len(set(names)) > 1:

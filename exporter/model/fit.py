@@ -62,6 +62,8 @@ def fit(
     if known:
         _check_known(known, state)
     arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
+    if choices.norm and arch.norm != choices.norm:
+        raise BadRequest(f"--norm {choices.norm}: the norms of these weights are of the kind {arch.norm}; leave it out")
     _check_keys(state, arch)
     if bad := [key for key in sorted(state) if not state[key].isfinite().all()]:
         raise BadRequest(f"NaN or infinity in {len(bad)} tensors ({some(bad)}); give a sound checkpoint")

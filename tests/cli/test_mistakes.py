@@ -196,3 +196,8 @@ def test_the_image_size_is_set_from_python_as_the_readme_shows():
     recipe = names["recipe"]
     assert isinstance(recipe, Recipe)
     assert recipe.export.imgsz == 96
+
+
+def test_a_file_as_output_folder_is_refused(tiny, tmp_path, refused):
+    line = refused(2, "onnx", "--weights", tiny, "-o", tmp_path / "model.onnx", folder=tmp_path)
+    assert "expected a folder" in line

@@ -389,6 +389,11 @@ def test_a_layer_scale_that_the_config_switches_off_is_a_contradiction(tmp_path)
         ours(libraries.save(tmp_path, model, config), libraries.images())
 
 
+def test_a_kind_of_norm_that_the_weights_do_not_have_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match="--norm rms: the norms of these weights are of the kind layer"):
+        ours(libraries.save(tmp_path, libraries.timm_model()), libraries.images(), norm="rms")
+
+
 def test_an_unknown_tensor_of_a_block_is_refused(tmp_path):
     from tests.conftest import tiny_state, write_tiny
 
