@@ -58,7 +58,7 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
     if place is None:
         if isinstance(choices.head_act, str) and choices.head_act:
             raise BadRequest(f"--head-act {choices.head_act}: no classifier in these weights; --head names one")
-        converted.notes += _candidates(converted.state, rest)
+        converted.notes += _candidates(converted.state, rest, converted.prefix)
         return
     tensors = _taken(rest, place)
     look_up = choices.head_act
@@ -73,7 +73,7 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         if choices.head:
             raise BadRequest(f"--head {choices.head}: {error}; expected linear layers") from None
         converted.notes += [f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"]
-        converted.notes += _candidates(converted.state, rest)
+        converted.notes += _candidates(converted.state, rest, converted.prefix)
         return
     if not choices.head and not converted.head.projection:
         _check_alone(converted, place, rest)
@@ -91,12 +91,13 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
     """
     beside: dict[str, None] = {}
     for key in rest:
-        parent = next((parent for parent in _parents(converted.prefix) if key.startswith(parent)), "")
-        if parent == converted.prefix != "" or parent in converted.others:
+        module = _module(key, converted.prefix)
+        parent, _, name = module.rpartition(".")
+        inside = converted.prefix != "" and key.startswith(converted.prefix)
+        if inside or (f"{parent}." if parent else "") in converted.others:
             continue
-        name = key.removeprefix(parent).split(".")[0]
         if not _BESIDE.search(name) and (name in heads.CLASSIFIERS or _BETWEEN.search(name)):
-            beside[f"{parent}{name}"] = None
+            beside[module] = None
     head = place.rstrip(".")
     if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
         raise BadRequest(f"several classifiers lie in these weights; choose one: --head {' or '.join([head, *others])}")
@@ -120,12 +121,18 @@ def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
     return {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
 
 
-def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> list[str]:
-    """A note about linear layers that fit behind the last stage, if there are any."""
+def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """A note about modules with a linear layer that fits behind the last stage, if there are any."""
     last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
     fits = [] if last is None else [k for k, t in rest.items() if t.ndim == 2 and t.shape[1] == len(last)]
-    names = ",".join(key.rpartition(".")[0] for key in fits[:4])
-    return [f"no classifier of a usual name; --head {names} takes these linear layers"] if fits else []
+    names = dict.fromkeys(_module(key, prefix) for key in fits)
+    return [f"no classifier of a usual name; --head {' or '.join([*names][:4])} takes one"] if fits else []
+
+
+def _module(key: str, prefix: str) -> str:
+    """The outermost module of a tensor that does not contain the network too."""
+    parent = next((parent for parent in _parents(prefix) if key.startswith(parent)), "")
+    return f"{parent}{key.removeprefix(parent).split('.')[0]}"
 
 
 def _parents(prefix: str) -> list[str]:

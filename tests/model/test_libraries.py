@@ -441,3 +441,12 @@ def test_a_projection_of_openclip_is_part_of_the_embedding(tmp_path):
     expected = libraries.outputs(trunk, libraries.images())[0] @ projection.T
     assert checkpoint.task == "embed"
     assert libraries.largest_difference(got, [expected]) < NOISE
+
+
+def test_a_note_names_the_whole_module_of_a_head_without_a_usual_name():
+    from exporter.model.fit import fit
+    from exporter.model.layouts import Choices
+
+    layers = torch.nn.BatchNorm1d(64), torch.nn.Dropout(), torch.nn.Linear(64, 5)
+    whole = torch.nn.Sequential(libraries.timm_model(num_classes=0), torch.nn.Sequential(*layers))
+    assert any("--head 1 takes one" in note for note in fit(whole.state_dict(), {}, Choices()).notes)
