@@ -65,6 +65,7 @@ def tables() -> dict[str, str]:
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
+    readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
     fuzzed = msgspec.json.decode((TURIN / "fuzz.json").read_bytes(), type=fuzz.Result)
     cases = peers.load(TURIN / "peers")
     return {
@@ -87,6 +88,7 @@ def tables() -> dict[str, str]:
         "kill": killed.table(),
         "fuzz": fuzzed.table(),
         "fuzz-again": again.table(),
+        "fuzz-checkpoints": readers.table() + machine(readers.environment),
         "plan-targets": plans.target_table(planned),
         "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
