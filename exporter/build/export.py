@@ -129,7 +129,7 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
     shares = [_share(a, b) for a, b in zip(answers, expected, strict=True)]
     if not max(shares) <= TRACE_SHARE:
         where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE)
-        where = f"the first difference: {where}" if where else "every module that both have agrees, but not the outputs"
+        where = f"the first difference: {where}" if where else "all modules agree, only the outputs differ"
         raise CheckFailed(
             f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
             f"standard deviation; {where}; no artifact was written"
