@@ -98,18 +98,18 @@ def open_samples(
         return _npz(path, recipe, classes, most)
     root, generator, digests = path, "", dict[str, str]()
     if path.is_dir():
-        found = _folder(path, labels, classes)
+        entries = _folder(path, labels, classes)
     elif is_manifest(path):
         listed = read_manifest(path, split)
-        root, generator, found = listed.root, listed.generator, _classes_of(path, listed, labels, classes)
+        root, generator, entries = listed.root, listed.generator, _classes_of(path, listed, labels, classes)
         digests = {row["path"]: row["sha256"] for row in listed.rows if row.get("sha256")}
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv, .csv or .txt manifest, an .npz file or 'synthetic'")
-    if most and most < len(found):
-        found = [found[index] for index in spread(len(found), most)]
+    if most and most < len(entries):
+        entries = [entries[index] for index in spread(len(entries), most)]
     if generator:
-        return of_generator(source, generator, found, recipe)
-    return of_files(source, root, found, recipe, digests)
+        return of_generator(source, generator, entries, recipe)
+    return of_files(source, root, entries, recipe, digests)
 
 
 def check_source(source: str) -> None:

@@ -45,8 +45,8 @@ def test_channels_are_read_from_the_weights(networks):
 def test_a_published_network_of_other_channels_keeps_its_name(variant):
     arch = variants.VARIANTS[variant].architecture
     state = weights._random_state(type(arch)(**{**vars_of(arch), "in_chans": 2}), 0)
-    found = shapes.architecture(state, Head(), type(arch)(**vars_of(arch)).norm)
-    assert (found.in_chans, variants.named(found).name) == (2, variant)
+    derived = shapes.architecture(state, Head(), type(arch)(**vars_of(arch)).norm)
+    assert (derived.in_chans, variants.named(derived).name) == (2, variant)
 
 
 def vars_of(record):
