@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import msgspec
 from exporter.artifact.disk import write_file
 from exporter.backends import environment
 from exporter.backends.tensorrt import library
+from exporter.git import git
 from exporter.machine import gpu
 
 BUDGET_S = 480.0
@@ -40,9 +42,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """All steps, and the machine they were typed on; a rehearsal is no result."""
+    """All steps, the machine they were typed on, and the commit; a rehearsal is no result."""
 
     rehearsal: bool
+    commit: str
     environment: dict[str, Any]
     gpu: dict[str, str] | None
     seconds: float
@@ -124,6 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
     measure(typist, told.output, told.weights, "cpu" if told.rehearse else "cuda", 1.0 if told.rehearse else 20.0)
     session = Session(
         rehearsal=told.rehearse,
+        commit=os.environ.get("GITHUB_SHA") or git("rev-parse", "--short=12", "HEAD", failed="no commit"),
         environment=environment(),
         gpu=found,
         seconds=typist.spent,

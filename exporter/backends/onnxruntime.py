@@ -169,7 +169,7 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
     elif options.threads:
         settings.intra_op_num_threads = options.threads
     try:
-        opened = ort.InferenceSession(artifact.path, settings, providers=[provider])
+        opened = ort.InferenceSession(artifact.path, settings, providers=[provider_of(options.device)])
     except Exception as error:
         raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     opened.disable_fallback()
@@ -180,6 +180,16 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
             "see `convnext-export doctor`, or use --device cpu"
         )
     yield OrtSession(opened, artifact.sidecar.preprocessing, options.device, artifact.sidecar.precision, streams)
+
+
+def provider_of(device: str) -> Any:
+    """The provider of a device, as ONNX Runtime takes it: its name, with settings where the defaults do not fit."""
+    if device == "cpu":
+        return PROVIDERS[device]
+    import torch  # noqa: F401  loads CUDA and cuDNN, which the provider does not find by itself
+
+    # ONNX Runtime rounds the inputs of fp32 products to TF32 by default.
+    return (PROVIDERS["cuda"], {"use_tf32": "0"}) if device == "cuda" else PROVIDERS[device]
 
 
 def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:

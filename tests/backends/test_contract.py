@@ -7,6 +7,7 @@ import pytest
 
 from exporter import artifact, backends
 from exporter.backends import Options, TargetOptions
+from exporter.bench.latency import BenchOptions, bench
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import FORMS
@@ -295,12 +296,47 @@ def test_both_builds_of_onnxruntime_at_once_are_refused(monkeypatch):
         backends.runtime("onnxruntime").probe()
 
 
-@pytest.mark.gpu
-def test_cuda_is_really_in_use(artifacts, images):
+@pytest.fixture
+def cuda():
     import onnxruntime
+    import torch
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
-    with opened(artifacts, "onnxruntime", "fp32", Options(device="cuda")) as session:
+    return Options(device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 2e-2)])
+def test_cuda_computes_the_same_network(artifacts, images, cuda, precision, limit):
+    """Products in TF32 are off by 1e-3 of the spread."""
+    expected = eager(artifacts, images)[0]
+    with opened(artifacts, "onnxruntime", precision, cuda) as session:
+        assert session.facts["provider"] == "CUDAExecutionProvider"
         (got,) = session(images)
-    assert np.abs(got - eager(artifacts, images)[0]).max() <= 1e-2
+        bound = session.bind([images])
+        bound.run()
+        np.testing.assert_allclose(bound.outputs()[0], got, atol=1e-6)
+    assert np.abs(got - expected).max() <= limit * expected.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("arithmetic", "limit"), [("fp32", 1e-4), ("tf32", 1e-2), ("fp16", 2e-2)])
+def test_pytorch_on_the_gpu_is_the_same_network(artifacts, images, cuda, arithmetic, limit):
+    expected = eager(artifacts, images)[0]
+    runtime = backends.runtime("eager")
+    options = runtime.options(device="cuda", arithmetic=arithmetic)
+    with runtime.open(artifacts["onnxruntime", "fp32"], options) as session:
+        bound = session.bind([images])
+        bound.run()
+        assert np.abs(bound.outputs()[0] - expected).max() <= limit * expected.std()
+        assert min(bound.parts().values()) > 0
+
+
+@pytest.mark.gpu
+def test_cuda_is_timed_beside_pytorch_on_the_gpu(artifacts, cuda):
+    options = BenchOptions(device="cuda", batch=(2,), duration=0.4, also=("tf32", "fp16"))
+    (report,) = bench([artifacts["onnxruntime", "fp16"]], options)
+    assert report.passed
+    assert {"speedup", "tf32_p50_ms", "eager_fp16_p50_ms", "peak_pct"} <= {one.metric for one in report.findings}
+    assert report.environment["gpu_before"]["name"]
