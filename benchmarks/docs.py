@@ -12,16 +12,18 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, checkpoints, forms, fuzz, gate, int8, kill, plans, recipes
+from benchmarks import agreement, checkpoints, cuda_forms, forms, fuzz, gate, gpu, int8, kill, plans, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
 from exporter.cli import cli, groups
 from exporter.report.formats import markdown
+from exporter.report.tables import machine as report_machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
+H100 = RESULTS / "h100"
 XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
 DOCUMENTS = (
@@ -67,6 +69,12 @@ def tables() -> dict[str, str]:
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
     readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
     fuzzed = msgspec.json.decode((TURIN / "fuzz.json").read_bytes(), type=fuzz.Result)
+    cuda = msgspec.json.decode((H100 / "cuda-forms.json").read_bytes(), type=cuda_forms.Result)
+    on_gpu = [
+        report.load(H100 / "gpu" / f"batch-{batch}" / f"tiny_{precision}.onnx.report.json")
+        for batch in (1, 8)
+        for precision in ("fp32", "fp16")
+    ]
     cases = peers.load(TURIN / "peers")
     return {
         "demo": markdown.render(reports),
@@ -75,6 +83,8 @@ def tables() -> dict[str, str]:
         "agreement": agreement.table(others),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
+        "cuda-forms": cuda_forms.form_table(cuda),
+        "gpu": gpu.table(on_gpu) + f"\n{report_machine(on_gpu[0])}; commit {cuda.commit}.\n",
         "settings": forms.setting_table(formed),
         "int8-cpus": int8.cpu_table(vnni, avx2)
         + machine(vnni.environment, vnni.commit)

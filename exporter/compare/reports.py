@@ -13,7 +13,7 @@ import numpy as np
 
 from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
 from exporter.errors import BadRequest
-from exporter.report import Finding, Report, machine_of
+from exporter.report import Finding, Report, gpu_of, machine_of
 from exporter.stats import center, is_larger, shift
 
 
@@ -40,6 +40,8 @@ def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
     Raises: BadRequest.
     """
     first, second = machine_of(base), machine_of(head)
+    if gpu_of(base) and gpu_of(head):
+        first, second = (*first, gpu_of(base)), (*second, gpu_of(head))
     if first != second and "machine" not in across:
         differ = next((a, b) for a, b in zip(first, second, strict=True) if a != b)
         raise BadRequest(f"two machines: {differ[0]} and {differ[1]}; measure both on one, or add --across machine")

@@ -118,6 +118,12 @@ def load(path: Path) -> Report:
     return report
 
 
+def gpu_of(report: Report) -> str:
+    """The name of the NVIDIA GPU that something was timed on, or nothing."""
+    gpu = report.environment.get("gpu_before")
+    return str(gpu.get("name", "")) if isinstance(gpu, dict) else ""
+
+
 def machine_of(report: Report) -> tuple[object, ...]:
     """The facts that identify a machine: processor, instruction sets, cores, system."""
     facts = report.environment

@@ -17,7 +17,7 @@ import numpy as np
 from exporter.artifact.disk import locked, write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.report import Report, machine_of
+from exporter.report import Report, gpu_of, machine_of
 from exporter.report.tables import Table, name
 
 SCHEMA = 1
@@ -93,7 +93,9 @@ def _entry(report: Report, commit: str, now: str) -> Entry:
         for f in report.findings
         if f.metric in METRICS and f.check != "regression" and f.value is not None
     }
-    machine = ", ".join(str(fact) for fact in machine_of(report) if isinstance(fact, str | int))
+    machine = ", ".join(
+        str(fact) for fact in (*machine_of(report), gpu_of(report)) if fact and isinstance(fact, str | int)
+    )
     return Entry(commit=commit, time=now, artifact=name(report), machine=machine, values=values)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from exporter.machine import TOOLS
-from exporter.report import Finding, Report
+from exporter.report import Finding, Report, gpu_of
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,13 @@ def number(finding: Finding | None, form: str = "{:.4g}") -> str:
 
 
 def machine(report: Report) -> str:
-    """The machine of a report, with the versions of PyTorch and the runtimes."""
+    """The machine of a report, its GPU if that was used, and the versions of PyTorch and the runtimes."""
     versions = report.environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     tools = [f"{tool} {versions[tool]}" for tool in versions if tool == "torch" or tool not in TOOLS]
     cores = report.environment.get("cores")
     cpu = str(report.environment.get("cpu", "?"))
-    return "; ".join(filter(None, [f"{cpu}, {cores} cores" if cores else cpu, ", ".join(tools)]))
+    return "; ".join(filter(None, [f"{cpu}, {cores} cores" if cores else cpu, gpu_of(report), ", ".join(tools)]))
 
 
 def data(report: Report) -> str:

@@ -27,8 +27,10 @@ def test_the_rehearsal_types_everything_and_is_no_result(tiny, installed, tmp_pa
 
 
 def test_what_comes_too_late_is_written_down_and_not_typed():
-    typist = gpu.Typist(budget=0.0)
+    kept = []
+    typist = gpu.Typist(budget=0.0, keep=lambda steps: kept.append(len(steps)))
     assert not typist.type([sys.executable], "-c", "1/0")
+    assert kept == [1], "written after each step, for the session may be killed"
     assert typist.steps[0].code is None
     slow = gpu.Typist(budget=1.0)
     assert not slow.type([sys.executable], "-c", "import time; time.sleep(30)")

@@ -97,6 +97,13 @@ def test_what_cannot_be_compared_is_refused(base, words, said, tmp_path, refused
     assert said in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json", *words, folder=tmp_path)
 
 
+def test_reports_of_two_gpus_are_refused(tmp_path, refused):
+    report.save(timed(environment={"gpu_before": {"name": "NVIDIA A10"}}), tmp_path / "base.json")
+    report.save(timed(environment={"gpu_before": {"name": "NVIDIA H100"}}), tmp_path / "head.json")
+    refusal = refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json", folder=tmp_path)
+    assert "two machines: NVIDIA A10 and NVIDIA H100" in refusal
+
+
 def test_asked_for_two_machines_are_compared(typed):
     base = timed(environment={"cpu": "Intel"})
     assert typed(base, timed(seed=1), "--across", "machine").code == 0
