@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu -o benchmarks/results/<machine>/gpu
 
-The product's own commands are typed: build, verify, time beside eager PyTorch in fp32, TF32, fp16 and compiled, and the
-tests that are marked `gpu`. What fails or would come too late is written down with its reason, and the rest goes on.
-`--rehearse` types the same commands on the CPU with a small model and little time: nothing of it is a result.
+It runs `doctor`, then for each network the product's commands: build, time beside eager PyTorch in fp32, TF32, fp16 and
+compiled, verify; and last the tests that are marked `gpu`. A command that fails or would end too late is recorded with
+its reason, and the rest goes on. Each report is written as soon as it is there. `--rehearse` runs the same commands on
+the CPU with little time: nothing of it is a result.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from exporter.report.tables import name
 
 BUDGET_S = 480.0
 COMMAND = Path(sys.executable).with_name("convnext-export")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+VARIANTS = ("tiny", "base")
+BATCHES = ("1", "64")
+PRECISIONS = ("fp16", "int8", "fp32", "bf16", "fp8")  # of TensorRT; the most telling first
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One command that was typed: how long it took, its exit code (None when it came too late), its last line."""
+    """A command: the seconds that it took, its exit code (None if no time was left), the last line of its output."""
 
     words: tuple[str, ...]
     seconds: float
@@ -44,7 +47,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """All steps, the machine they were typed on, and the commit; a rehearsal is no result."""
+    """All steps, the machine they ran on, and the commit; a rehearsal is no result."""
 
     rehearsal: bool
     commit: str
@@ -54,7 +57,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...]
 
 
-class Typist:
+class Runner:
     """Runs commands until the time is up, and calls `keep` with the steps after each."""
 
     def __init__(self, budget: float, keep: Callable[[Sequence[Step]], None] = lambda steps: None) -> None:
@@ -66,7 +69,7 @@ class Typist:
         """Seconds since the beginning."""
         return time.monotonic() - self.begun
 
-    def type(self, program: Sequence[str | Path], *words: str | Path) -> bool:
+    def run(self, program: Sequence[str | Path], *words: str | Path) -> bool:
         """Run one command; True if it succeeded or its verdict was negative (exit 5)."""
         arguments = tuple(map(str, words))
         print(f"[{self.spent:4.0f} s]", *arguments, file=sys.stderr, flush=True)
@@ -125,37 +128,49 @@ def _value(report: Report, metric: str) -> float:
     return value
 
 
-def build(typist: Typist, out: Path, common: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Build ONNX for ONNX Runtime, and a plan of each precision with each flavor that is here: (graphs, plans)."""
+def build(
+    runner: Runner, out: Path, weights: Sequence[str], precisions: Sequence[str]
+) -> tuple[list[Path], list[Path]]:
+    """Build ONNX in fp32 and fp16, and an engine of each precision with each TensorRT that is installed."""
     graphs: list[Path] = []
     for precision in ("fp32", "fp16"):
         # `linear` is the fastest form on an NVIDIA GPU (docs/forms.md).
-        words = ("onnx", "--precision", precision, "--form", "linear", *common, "-o", out / "onnx")
-        if typist.type([COMMAND], *words):
+        words = ("onnx", "--precision", precision, "--form", "linear", *weights, "--json", "-o", out / "onnx")
+        if runner.run([COMMAND], *words):
             graphs += (out / "onnx").glob(f"*_{precision}.onnx")
-    plans: list[Path] = []
-    for flavor, precision in itertools.product(library.here(), PRECISIONS):
+    engines: list[Path] = []
+    for flavor, precision in itertools.product(library.here(), precisions):
         extra = ("--calib-size", "32") if precision in ("int8", "fp8") else ()
-        words = ("trt", "--flavor", flavor, "--precision", precision, *extra, *common, "-o", out / flavor)
-        if typist.type([COMMAND], *words):
-            plans += (out / flavor).glob(f"*_{precision}.plan")
-    return graphs, plans
+        words = ("trt", "--flavor", flavor, "--precision", precision, *extra, *weights, "--json", "-o", out / flavor)
+        if runner.run([COMMAND], *words):
+            engines += (out / flavor).glob(f"*_{precision}.plan")
+    return graphs, engines
 
 
-def measure(typist: Typist, out: Path, weights: str, device: str, seconds: float) -> None:
-    """Run everything: build, verify, time all of it in turn, report, and the tests that need a GPU."""
-    graphs, plans = build(typist, out, ("--weights", weights, "--json"))
-    for path in [*graphs, *plans]:
-        typist.type([COMMAND], "verify", path, "--device", device, "--weights", weights)
-    rehearsal = device == "cpu"
-    timed = graphs if rehearsal else [*graphs, *plans]
+def measure(runner: Runner, out: Path, weights: Sequence[str], precisions: Sequence[str], rehearsal: bool) -> None:
+    """Build one network, time all of its artifacts in turn, and verify them."""
+    graphs, engines = build(runner, out, weights, precisions)
+    timed = graphs if rehearsal else [*graphs, *engines]
     also = () if rehearsal else ("--also", "tf32", "--also", "fp16", "--also", "torch.compile")
-    common = ("--device", device, "--duration", str(seconds), "--weights", weights)
-    for batch in ("1",) if rehearsal else ("1", "8"):
-        typist.type([COMMAND], "bench", *timed, *also, *common, "--batch", batch, "-o", out / f"batch-{batch}")
-    if reports := sorted(out.glob("batch-*/*.report.json")):
-        typist.type([COMMAND], "report", *reports, "--format", "html", "-o", out / "report.html")
-    typist.type([sys.executable, "-m", "pytest"], "-q", "-m", "gpu", "tests/backends")
+    device = ("--device", "cpu" if rehearsal else "cuda")
+    duration = ("--duration", "1" if rehearsal else "10")
+    for batch in ("1",) if rehearsal else BATCHES:
+        words = (*also, *device, *duration, *weights[:2], "--batch", batch)
+        runner.run([COMMAND], "bench", *timed, *words, "-o", out / f"batch-{batch}")
+    for path in [*graphs, *engines]:
+        runner.run([COMMAND], "verify", path, *device, *weights[:2])
+
+
+def measure_all(runner: Runner, out: Path, weights: str, rehearsal: bool) -> None:
+    """Check the machine, measure each network, render the report, and run the tests that need a GPU."""
+    runner.run([COMMAND], "doctor")
+    variants = VARIANTS if weights.startswith("random:") else ("",)
+    for variant, precisions in zip(variants, (PRECISIONS, ("fp16", "int8")), strict=False):
+        named = ("--weights", weights, *(("--variant", variant) if variant else ()))
+        measure(runner, out / variant, named, precisions, rehearsal)
+    if reports := sorted(out.glob("**/batch-*/*.report.json")):
+        runner.run([COMMAND], "report", *reports, "--format", "html", "-o", out / "report.html")
+    runner.run([sys.executable, "-m", "pytest"], "-q", "-m", "gpu", "tests/backends")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -177,20 +192,14 @@ def main(words: Sequence[str] | None = None) -> None:
             commit=commit,
             environment=here,
             gpu=facts,
-            seconds=typist.spent,
+            seconds=runner.spent,
             steps=tuple(steps),
         )
         write_file(options.output / "session.json", msgspec.json.format(msgspec.json.encode(session)))
 
-    typist = Typist(BUDGET_S, keep)
-    measure(
-        typist,
-        options.output,
-        options.weights,
-        "cpu" if options.rehearse else "cuda",
-        1.0 if options.rehearse else 20.0,
-    )
-    for step in typist.steps:
+    runner = Runner(BUDGET_S, keep)
+    measure_all(runner, options.output, options.weights, options.rehearse)
+    for step in runner.steps:
         verdict = "too late" if step.code is None else f"exit {step.code}"
         print(
             f"{verdict:8} {step.seconds:6.1f} s  {' '.join(step.words)}{'' if step.code == 0 else f'  ({step.last})'}"

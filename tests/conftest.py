@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 PX = 64
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU of this machine from tests that are not for it: `-m gpu` runs those that are."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,7 +95,7 @@ def test_no_path_of_this_machine_is_in_the_product():
         if "__pycache__" not in path.parts:
             text = path.read_text(errors="ignore")
             assert not re.search(r"(?<![\w.])/(root|work|home)/", text), path
-    assert Path(ROOT / "README.md").exists()
+    assert len(tracked) > 150
 
 
 def test_a_build_looks_nothing_up_below_resolve():

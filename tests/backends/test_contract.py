@@ -260,7 +260,10 @@ def test_a_provider_that_falls_back_silently_is_found_out(artifacts, monkeypatch
         pass
 
 
-def test_a_device_that_is_not_there_is_an_error(artifacts):
+def test_a_device_that_is_not_there_is_an_error(artifacts, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU"])
     with pytest.raises(Unavailable, match="and no NPU"), opened(artifacts, "openvino", "fp32", Options(device="npu")):
         pass
 
@@ -302,7 +305,7 @@ def cuda():
     import torch
 
     if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU")
+        pytest.skip("needs onnxruntime-gpu and an NVIDIA GPU, and pytest -m gpu")
     return Options(device="cuda")
 
 

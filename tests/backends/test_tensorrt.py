@@ -90,7 +90,6 @@ def test_a_plan_is_the_builders_bytes_and_inspect_shows_its_kernels(tiny, run, t
     assert "stages.2.1" in shown
 
 
-@pytest.mark.skipif(not runtime.unable(), reason="a GPU runs the plan itself")
 def test_verify_without_a_gpu_runs_the_graph_behind_the_plan(artifacts, run, tmp_path):
     made = artifacts["tensorrt", "fp16"]
     report = verify(made, VerifyOptions(samples=8))
@@ -264,7 +263,6 @@ def test_a_plan_of_something_else_is_refused_before_it_is_opened(fact, value, ar
         runtime.check(other, library.find("tensorrt-rtx"))
 
 
-@pytest.mark.skipif(not runtime.unable(), reason="there is a GPU")
 def test_without_a_gpu_no_plan_is_opened(artifacts):
     with (
         pytest.raises(Unavailable, match="an engine runs only on a GPU"),
@@ -331,7 +329,7 @@ def test_the_lowered_int8_graph_is_the_same_network(artifacts):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(runtime.unable()), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(bool(runtime.unable()), reason="needs an NVIDIA GPU, and pytest -m gpu")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("flavor", library.here())
 def test_a_plan_runs_and_is_the_same_network(flavor, precision, tiny, tmp_path):

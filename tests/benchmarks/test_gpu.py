@@ -1,4 +1,4 @@
-"""The session on a GPU machine, rehearsed on the CPU: every command is typed, and what fails stops nothing."""
+"""The session on a GPU machine, rehearsed on the CPU: every command runs, and a failure stops nothing."""
 
 import sys
 
@@ -10,7 +10,7 @@ from exporter.backends.tensorrt import library
 
 
 @pytest.mark.slow
-def test_the_rehearsal_types_everything_and_is_no_result(tiny, installed, tmp_path, monkeypatch, capsys):
+def test_the_rehearsal_runs_everything_and_is_no_result(tiny, installed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "COMMAND", installed)
     monkeypatch.setattr(gpu, "PRECISIONS", ("int8",))  # which fp16 is built for too, to be held against
     gpu.main(["--rehearse", "--weights", str(tiny), "-o", str(tmp_path)])
@@ -20,20 +20,20 @@ def test_the_rehearsal_types_everything_and_is_no_result(tiny, installed, tmp_pa
     failed = [step for step in session.steps if step.code not in (0, 5)]
     assert all(step.words[:3] == ("-q", "-m", "gpu") for step in failed), failed
     verbs = [step.words[0] for step in session.steps]
-    assert {"onnx", "verify", "bench", "report", "-q"} <= set(verbs)
+    assert {"doctor", "onnx", "verify", "bench", "report", "-q"} <= set(verbs)
     assert verbs.count("trt") == len(library.here())
     assert (tmp_path / "batch-1" / "custom_fp16.onnx.report.json").exists()
     assert "exit 0" in capsys.readouterr().out
 
 
-def test_what_comes_too_late_is_written_down_and_not_typed():
+def test_a_command_for_which_no_time_is_left_is_recorded():
     kept = []
-    typist = gpu.Typist(budget=0.0, keep=lambda steps: kept.append(len(steps)))
-    assert not typist.type([sys.executable], "-c", "1/0")
+    runner = gpu.Runner(budget=0.0, keep=lambda steps: kept.append(len(steps)))
+    assert not runner.run([sys.executable], "-c", "1/0")
     assert kept == [1], "written after each step, for the session may be killed"
-    assert typist.steps[0].code is None
-    slow = gpu.Typist(budget=1.0)
-    assert not slow.type([sys.executable], "-c", "import time; time.sleep(30)")
+    assert runner.steps[0].code is None
+    slow = gpu.Runner(budget=1.0)
+    assert not slow.run([sys.executable], "-c", "import time; time.sleep(30)")
     assert slow.steps[0].last == "stopped: the time was up"
 
 

@@ -1,0 +1,24 @@
+"""A pytest plugin, `-p tests.simulated`: the probes answer as on a machine with an NVIDIA GPU and an NPU.
+
+Tests that are not marked `gpu` must be green there too. Like the real driver, the GPU is hidden by an empty
+`CUDA_VISIBLE_DEVICES`.
+"""
+
+import os
+
+import onnxruntime
+import openvino
+import torch
+
+_providers = onnxruntime.get_available_providers
+
+
+def _visible() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+torch.cuda.is_available = _visible
+torch.cuda.get_device_name = lambda *device: "NVIDIA Simulated"
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", *_providers()]
+openvino.Core.available_devices = ["CPU", "GPU", "NPU"]
