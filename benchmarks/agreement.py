@@ -28,10 +28,10 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.provenance import environment
 from exporter import artifact as artifacts
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import environment
 from exporter.bench import timing
 from exporter.stats import center
 
@@ -198,7 +198,7 @@ def main() -> None:
     told = parser.parse_args()
     overhead = overhead_pct()
     agreements = (in_turn("pyperf", told.onnx, told.seconds), in_turn("benchmark_app", told.ir, told.seconds))
-    result = Result(environment=environment(), agreements=agreements, overhead_pct=overhead)
+    result = Result(environment=environment(threads=1), agreements=agreements, overhead_pct=overhead)
     write_file(told.output, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(table(result))
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import libraries
-from exporter import git
+from benchmarks.provenance import commit
 from exporter.model import layouts, weights
 
 Build = Callable[[], torch.nn.Module]
@@ -121,7 +121,7 @@ def main() -> None:
             rows.append(measure(key, Path(folder) / str(number)))
         print(f"{rows[-1]['deviation']:.1e}  {rows[-1]['library']}  {' '.join(key)}")
     facts = {
-        "commit": git.git("rev-parse", "--short=12", "HEAD", failed="no commit"),
+        "commit": commit(),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -21,12 +20,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks.provenance import commit, environment
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import environment
 from exporter.build import build
-from exporter.git import git
 from exporter.machine import gpu
 from exporter.model import FORMS
 from exporter.recipe import Export, Model, Recipe
@@ -133,8 +131,7 @@ def main() -> None:
             )
             graphs[form, precision] = build(recipe, Path(folder) / form).artifact
         rows = [row for batch in (1, 8) for row in time_batch(graphs, batch)]
-    commit = os.environ.get("GITHUB_SHA") or git("rev-parse", "--short=12", "HEAD", failed="no commit")
-    result = Result(commit=commit, gpu=facts, environment=environment(), variant="tiny", rows=tuple(rows))
+    result = Result(commit=commit(), gpu=facts, environment=environment(), variant="tiny", rows=tuple(rows))
     write_file(options.output, msgspec.json.format(msgspec.json.encode(result)))
 
 

@@ -1,6 +1,6 @@
 """`make docs`: writes the generated parts of the documents.
 
-`docs/cli.md` is the help of every command. The tables between the marks in the other documents are rendered from
+`docs/cli.md` is the help of every command, `docs/results.md` the list of results. The tables between the marks in the other documents are rendered from
 `benchmarks/results`. A test compares the files with the output of this module.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, checkpoints, cuda_forms, forms, fuzz, gate, gpu, int8, kill, plans, recipes
+from benchmarks import agreement, checkpoints, cuda_forms, forms, fuzz, gate, gpu, int8, kill, plans, provenance, recipes
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
@@ -110,6 +110,7 @@ def tables() -> dict[str, str]:
 
 def machine(facts: dict[str, Any], commit: str = "") -> str:
     """The machine, the runtimes and the commit of a run, in a line."""
+    commit = commit or facts.get("commit", "")
     tools = ", ".join(f"{tool} {facts['versions'][tool]}" for tool in ("torch", "onnxruntime", "openvino"))
     at = f"; commit {commit}" if commit else ""
     return f"\n{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['isa'])}; {tools}{at}.\n"
@@ -129,6 +130,7 @@ def main() -> None:
     """Write them all."""
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "cli.md").write_text(cli_help())
+    (ROOT / "docs" / "results.md").write_text(provenance.page())
     for name in DOCUMENTS:
         (ROOT / name).write_text(filled((ROOT / name).read_text()))
     recipes.main()

@@ -19,9 +19,9 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
+from benchmarks.provenance import environment
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import environment
 from exporter.data.synthetic import dead_leaves
 
 COMMAND = Path(sys.executable).with_name("convnext-export")

@@ -17,12 +17,13 @@ from typing import Any
 import msgspec
 
 from benchmarks import racing
+from benchmarks.provenance import environment
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import Session, environment
+from exporter.backends import Session
 from exporter.backends.onnxruntime import OrtSession
 from exporter.backends.openvino import OpenVinoSession
 from exporter.bench import Arm, Timing, worker
@@ -201,7 +202,7 @@ def main() -> None:
         rows += time_forms(variant, batch, told.seconds)
         print(f"{variant}, batch {batch}: done", file=sys.stderr, flush=True)
     settings = [one for backend in ("onnxruntime", "openvino") for one in time_settings(backend, told.seconds)]
-    result = Result(environment=environment(), rows=tuple(rows), settings=tuple(settings))
+    result = Result(environment=environment(THREADS), rows=tuple(rows), settings=tuple(settings))
     write_file(told.output, msgspec.json.encode(result))
     print(form_table(result), setting_table(result), sep="\n")
 

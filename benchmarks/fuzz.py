@@ -29,7 +29,8 @@ from typing import Any
 import msgspec
 
 from benchmarks import fuzz_pickles
-from exporter import artifact, backends, build, discover, report
+from benchmarks.provenance import environment
+from exporter import artifact, build, discover, report
 from exporter.artifact import sidecar
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
@@ -292,7 +293,7 @@ def fuzz(
         faults.append(Fault(target="all", what=f"{peak} bytes of memory", file=""))
     return Result(
         seconds=time.monotonic() - began, read=read, sound=sound, peak_bytes=peak, faults=tuple(faults),
-        environment=backends.environment(),
+        environment=environment(),
     )  # fmt: skip
 
 

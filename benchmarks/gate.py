@@ -24,11 +24,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from benchmarks.provenance import environment
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import Array, Bound, Session, environment
+from exporter.backends import Array, Bound, Session
 from exporter.bench import Arm, Plan, worker
 from exporter.compare import parse_limits
 from exporter.compare.artifacts import HEAD, LAUNCHES, CompareOptions, Pair, compare_times
@@ -243,7 +244,7 @@ def main() -> None:
     order = list(itertools.chain.from_iterable([kind] * kind.count for kind in KINDS))
     random.Random(0).shuffle(order)
     facts: dict[str, object] = {"variant": made.sidecar.variant, "sha256": made.sidecar.sha256, "name": made.path.name}
-    experiment = Experiment(environment=environment(), artifact=facts, kinds=KINDS, trials=())
+    experiment = Experiment(environment=environment(threads=1), artifact=facts, kinds=KINDS, trials=())
     if told.output.exists():
         experiment = msgspec.json.decode(told.output.read_bytes(), type=Experiment)
     for index in range(len(experiment.trials), len(order)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import subprocess
 import sys
 import time
@@ -22,10 +21,9 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.provenance import commit, environment
 from exporter.artifact.disk import write_file
-from exporter.backends import environment
 from exporter.backends.tensorrt import library
-from exporter.git import git
 from exporter.machine import gpu
 from exporter.report import Report
 from exporter.report.tables import name
@@ -183,13 +181,12 @@ def main(words: Sequence[str] | None = None) -> None:
     facts = gpu()
     if facts is None and not options.rehearse:
         sys.exit("no NVIDIA GPU here (nvidia-smi finds none); --rehearse runs the same on the CPU")
-    commit = os.environ.get("GITHUB_SHA") or git("rev-parse", "--short=12", "HEAD", failed="no commit")
     here = environment()
 
     def keep(steps: Sequence[Step]) -> None:
         session = Session(
             rehearsal=options.rehearse,
-            commit=commit,
+            commit=commit(),
             environment=here,
             gpu=facts,
             seconds=runner.spent,

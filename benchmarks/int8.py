@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.provenance import commit, environment
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.backends import environment
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
 VERBS = ("onnx", "openvino")
@@ -180,8 +179,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(words, capture_output=True, text=True, check=True)
     common = ("--imgsz", arguments.imgsz)
     rows: list[Row] = []
     settings: dict[str, tuple[Row, ...]] = {}
@@ -211,7 +208,7 @@ def main() -> None:
         rows=tuple(rows),
         settings=settings,
         memory=tuple(memory),
-        commit=commit.stdout.strip(),
+        commit=commit(),
     )
     write_file(arguments.output, msgspec.json.format(msgspec.json.encode(result)))
     print(accuracy_table(result))

@@ -27,7 +27,8 @@ from typing import Any
 
 import msgspec
 
-from exporter import artifact, backends, report
+from benchmarks.provenance import environment
+from exporter import artifact, report
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, ExporterError
@@ -238,7 +239,7 @@ def measure(desk: Path, kills: int, full: int) -> Result:
     for number in range(full):
         trials.append(full_once(desk, recipes, expected[0], most, number))
         tell(f"full disk {number + 1} of {full}", trials[-1])
-    return Result(trials=tuple(trials), environment=backends.environment())
+    return Result(trials=tuple(trials), environment=environment())
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.provenance import environment
 from exporter import artifact
 from exporter.artifact.disk import write_file
-from exporter.backends import environment
 from exporter.backends.tensorrt import plan
 
 COMMAND = Path(sys.executable).with_name("convnext-export")

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from benchmarks import docs
+from benchmarks import docs, provenance
 from exporter.bench import latency
 from exporter.build import tune
 from exporter.build.int8 import speed
@@ -84,6 +84,42 @@ def test_make_has_every_target_the_readme_names():
 
 def test_the_help_in_the_docs_is_the_programs():
     assert (ROOT / "docs" / "cli.md").read_text() == docs.cli_help(), "run `make docs`"
+
+
+def test_the_page_of_results_is_that_of_the_files():
+    assert (ROOT / "docs" / "results.md").read_text() == provenance.page(), "run `make docs`"
+
+
+WITHOUT_COMMIT = {  # measured before results recorded it; the list may only become shorter
+    "epyc-milan-2-cores/agreement.json",
+    "epyc-milan-2-cores/gate.json",
+    *(
+        f"epyc-turin-2-cores/{name}.json"
+        for name in ("footprint", "forms", "fuzz", "fuzz-manifest-again", "int8", "kill", "plans")
+    ),
+    "xeon-sapphire-rapids-2-cores/fuzz-checkpoints.json",
+}
+
+
+def test_every_result_records_its_commit():
+    without = {
+        path.relative_to(provenance.RESULTS).as_posix()
+        for path in provenance.results()
+        if provenance.recorded_commit(path) is None
+    }
+    old = {name for name in without if name.startswith(("epyc-turin-2-cores/demo/", "epyc-turin-2-cores/peers/"))}
+    assert without - old == WITHOUT_COMMIT
+
+
+MEASURED = re.compile(r"\d (ms|µs|seconds|images/s|GFLOP/s)\b|\d(\.\d+)? ×(?! ?\d)|\d(\.\d+)? % (agreement|faster|slower)")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_measured_figures_stand_in_generated_tables_only(path):
+    """Elsewhere nothing would notice that they are out of date."""
+    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    assert [line for line in text.splitlines() if MEASURED.search(line)] == []
 
 
 @pytest.mark.parametrize("name", docs.DOCUMENTS)

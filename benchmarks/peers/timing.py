@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import racing
 from benchmarks.peers import PEERS, Case, Peer, Row, build
+from benchmarks.provenance import environment
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
@@ -73,7 +74,7 @@ def time_case(variant: str, batch: int, root: Path, seconds: float) -> Case:
         batch=batch,
         threads=THREADS,
         rows=rows,
-        environment=backends.environment(),
+        environment=environment(THREADS),
         peers={name: build.versions(name) for name in dict.fromkeys(build.ENVIRONMENTS.values())},
         peaks_gflops=rates,
     )

@@ -158,8 +158,7 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
     settings.log_severity_level = 4  # what fails is raised, and said once
     if options.device != "cpu":  # else nodes the provider does not take would run on the CPU unseen
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    # Else its threads go on spinning after a run, in the way of whatever runs next: two sessions of two threads on
-    # two cores, taken in turn, need 2.5 times as long each.
+    # Else its threads go on spinning after a run, and slow down the session that runs next on the same cores.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized:
         settings.optimized_model_filepath = str(optimized)

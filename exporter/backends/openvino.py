@@ -1,9 +1,8 @@
 """OpenVINO: the ONNX graph as IR, run at the precision that was asked for and no other.
 
 Left to itself the CPU plugin computes an fp32 IR in bf16 wherever the CPU has it, so the precision of the
-arithmetic is always set, and read back. fp16 halves the file; on a CPU it is computed in fp32, which is faster
-than fp16 even where the CPU has that (ConvNeXt-T, batch 1, Xeon with AVX512-FP16, 2 threads: 47 ms against 71)
-and the same on every machine. On other devices it is computed in fp16.
+arithmetic is always set, and read back. fp16 halves the file; on a CPU it is computed in fp32, so that it answers the
+same on every machine. On other devices it is computed in fp16.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class OpenVinoSession:
         turn = itertools.cycle([ov.Tensor(as_taken(images, self.recipe)) for images in batches])
         requests = [self.compiled.create_infer_request() for _ in range(self.streams)]
 
-        def run() -> None:  # asked and waited for in one call, one batch is 2 to 3 % faster than in two
+        def run() -> None:  # one call instead of start and wait: less overhead
             requests[0].set_input_tensor(next(turn))
             requests[0].infer()
 
