@@ -11,6 +11,7 @@ import openvino
 import torch
 
 _providers = onnxruntime.get_available_providers
+_Session = onnxruntime.InferenceSession
 
 
 def _visible() -> bool:
@@ -22,3 +23,13 @@ torch.cuda.get_device_name = lambda *device: "NVIDIA Simulated"
 torch.cuda.get_device_capability = lambda *device: (9, 0)
 onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", *_providers()]
 openvino.Core.available_devices = ["CPU", "GPU", "NPU"]
+
+
+class _FallingBack(_Session):
+    """Like the GPU build of ONNX Runtime: without a GPU nothing but the CPU is left."""
+
+    def __init__(self, path, options=None, providers=(), **more):
+        super().__init__(path, options, providers=[] if "CPUExecutionProvider" not in providers else providers, **more)
+
+
+onnxruntime.InferenceSession = _FallingBack

@@ -170,15 +170,20 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
     try:
         opened = ort.InferenceSession(artifact.path, settings, providers=[provider_of(options.device)])
     except Exception as error:
+        if "fallback to CPU EP has been explicitly disabled" in str(error):
+            raise Unavailable(_not_in_use(provider)) from error
         raise ExporterError(f"{artifact.path}: ONNX Runtime cannot load it: {first_line(error)}") from error
     opened.disable_fallback()
-    in_use = opened.get_providers()[0]
-    if in_use != provider:
-        raise Unavailable(
-            f"{provider} was asked for and {in_use} is in use: its CUDA, cuDNN or driver does not load here; "
-            "see `convnext-export doctor`, or use --device cpu"
-        )
+    if opened.get_providers()[0] != provider:
+        raise Unavailable(_not_in_use(provider))
     yield OrtSession(opened, artifact.sidecar.preprocessing, options.device, artifact.sidecar.precision, streams)
+
+
+def _not_in_use(provider: str) -> str:
+    return (
+        f"{provider} was asked for and CPUExecutionProvider is in use: its CUDA, cuDNN or driver does not load here; "
+        "see `convnext-export doctor`, or use --device cpu"
+    )
 
 
 def provider_of(device: str) -> Any:
