@@ -12,7 +12,20 @@ from typing import Any
 import click
 import msgspec
 
-from benchmarks import agreement, checkpoints, cuda_forms, forms, fuzz, gate, gpu, int8, kill, plans, provenance, recipes
+from benchmarks import (
+    agreement,
+    checkpoints,
+    cuda_forms,
+    forms,
+    fuzz,
+    gate,
+    gpu,
+    int8,
+    kill,
+    plans,
+    provenance,
+    recipes,
+)
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report

@@ -111,10 +111,14 @@ def test_every_result_records_its_commit():
     assert without - old == WITHOUT_COMMIT
 
 
-MEASURED = re.compile(r"\d (ms|µs|seconds|images/s|GFLOP/s)\b|\d(\.\d+)? ×(?! ?\d)|\d(\.\d+)? % (agreement|faster|slower)")
+MEASURED = re.compile(
+    r"\d (ms|µs|seconds|images/s|GFLOP/s)\b|\d(\.\d+)? ×(?! ?\d)|\d(\.\d+)? % (agreement|faster|slower)"
+)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
 def test_measured_figures_stand_in_generated_tables_only(path):
     """Elsewhere nothing would notice that they are out of date."""
     text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", path.read_text(), flags=re.S)

@@ -49,7 +49,7 @@ def _ratio(found: racing.Ratio | None) -> str:
 
 
 def summary(cases: Sequence[Case]) -> str:
-    """How many times as fast as eager ours is, and as the fastest other on the same runtime at the same precision."""
+    """How many times as fast ours is as the fastest other on the same runtime at the same precision, and as eager."""
     ours = [peer for peer in PEERS if peer.maker == "ours"]
     lines = ["| model | batch | " + " | ".join(peer.name for peer in ours) + " |", "|---|--:|" + "--:|" * len(ours)]
     for case in cases:
@@ -58,7 +58,7 @@ def summary(cases: Sequence[Case]) -> str:
         for peer in ours:
             eager = rows[peer.name].over_eager if peer.name in rows else None
             best = best_other(case, peer.name)
-            cells.append(f"{eager[0]:.2f} × eager, {best[1]:.2f} × {best[0]}" if eager and best else "–")
+            cells.append(f"{best[1]:.2f} × {best[0]}, {eager[0]:.2f} × eager" if eager and best else "–")
         lines.append(f"| {case.variant} | {case.batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -220,6 +220,9 @@ def machine(report: Report) -> str:
     tools = [f"{tool} {versions[tool]}" for tool in versions if tool == "torch" or tool not in TOOLS]
     cores = report.environment.get("cores")
     cpu = str(report.environment.get("cpu", "?"))
+    isa = report.environment.get("isa")
+    if "AMD" in cpu and isinstance(isa, list) and "avx512f" in isa:
+        cpu += " (PyTorch's MKL uses no AVX-512 on it, so × eager flatters)"
     return "; ".join(filter(None, [f"{cpu}, {cores} cores" if cores else cpu, gpu_of(report), ", ".join(tools)]))
 
 

@@ -133,3 +133,17 @@ def test_samples_are_written_one_line_a_list(example, tmp_path):
     strange = replace(many, environment={"cpu": "[ 1,\n 2 ]"})
     report.save(strange, tmp_path / "a.json")
     assert report.load(tmp_path / "a.json") == strange
+
+
+def test_the_machine_says_where_eager_is_slow():
+    """On AMD, MKL leaves AVX-512 unused, which ONNX Runtime and OpenVINO do not."""
+    from exporter.report import Report, tables
+
+    def machine(cpu, isa):
+        return tables.machine(
+            Report(passed=True, recipe={}, artifact={}, environment={"cpu": cpu, "isa": isa, "cores": 2}, findings=())
+        )
+
+    assert "× eager flatters" in machine("AMD EPYC", ["avx512f", "avx2"])
+    assert "flatters" not in machine("AMD EPYC", ["avx2"])
+    assert "flatters" not in machine("Intel Xeon", ["avx512f", "avx2"])
