@@ -1,7 +1,7 @@
 """`make docs`: writes the generated parts of the documents.
 
-`docs/cli.md` is the help of every command, `docs/results.md` the list of results. The tables between the marks in the other documents are rendered from
-`benchmarks/results`. A test compares the files with the output of this module.
+`docs/cli.md` is the help of every command, `docs/results.md` the list of results. The tables between the marks in the
+other documents are rendered from `benchmarks/results`. A test compares the files with the output of this module.
 """
 
 from __future__ import annotations

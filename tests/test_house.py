@@ -3,7 +3,6 @@
 import ast
 import fnmatch
 import re
-from pathlib import Path
 
 import pytest
 
