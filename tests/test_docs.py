@@ -19,11 +19,16 @@ from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```console\n(.*?)```", README, flags=re.S)
-    for line in block.splitlines()
-]
+PAGES = ("int8", "new-runtime", "tensorrt")  # of docs, the pages with commands
+
+
+def commands(text):
+    """The lines of the console blocks of a document."""
+    blocks = re.findall(r"```console\n(.*?)```", text, flags=re.S)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = commands(README)
 
 
 def test_there_are_commands_to_run():
@@ -74,6 +79,23 @@ def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
     }
     assert not unexpected, "a command wrote outside its output folder"
     assert not [name for name in written if "/." in name], "a temporary file was left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_docs_runs(page, desk, run, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, "atto", replace(variants.VARIANTS["atto"], architecture=tiny_architecture()))
+    run("calibrate", "photos/train", "-o", "calibration/mine.tsv")  # on an earlier page
+    typed = [line for line in commands((ROOT / "docs" / f"{page}.md").read_text()) if line.startswith("convnext")]
+    assert len(typed) >= 2
+    for line in typed:
+        result = run(*shlex.split(line.replace("--calib-size 256", "--calib-size 20"))[1:])  # as many as there are
+        assert result.code == 0, f"{line}\n{result.err}"
+
+
+def test_the_pages_with_commands_are_known():
+    with_commands = {path.stem for path in (ROOT / "docs").glob("*.md") if "\nconvnext-export " in path.read_text()}
+    assert with_commands - {"cli"} == set(PAGES)
 
 
 def test_make_has_every_target_the_readme_names():
