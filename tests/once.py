@@ -13,12 +13,17 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
@@ -37,12 +42,27 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def lasting_folder(name: str) -> Path:
+    """A folder below `build/` that lasts from run to run, as long as nothing changes that a traced graph depends on."""
+    sources = [*(ROOT / "exporter/model").glob("*.py"), *(ROOT / "exporter/graph").glob("*.py"), Path(__file__)]
+    tools = [metadata.version(tool) for tool in ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")]
+    content = b"".join(path.read_bytes() for path in sorted(sources)) + repr((sys.version, tools)).encode()
+    folder = ROOT / "build" / name / hashlib.sha256(content).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
 def remember_traces(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Trace a network once: its graph is written into a folder, and read there when a network like it comes again.
 
     Networks are alike when modules, settings and the shapes of all weights are the same; the graph gets the weights of
-    the network that comes. A graph with a constant computed from weights is read for equal weights only.
+    the network that comes. A graph with a constant computed from weights is read for equal weights only. Networks whose
+    code is not this package's are traced anew in each run.
     """
+    lasting = lasting_folder("test-graphs")
     from exporter.graph import trace
 
     real = trace.trace
@@ -52,7 +72,8 @@ def remember_traces(folder: Path, patch: pytest.MonkeyPatch) -> None:
         import onnx
         import onnx_ir as ir
 
-        path = folder / f"{_digest((model, options), values=False)}.onnx"
+        ours = all(type(module).__module__.startswith(("exporter.", "torch.")) for module in model.modules())
+        path = (lasting if ours else folder) / f"{_digest((model, options), values=False)}.onnx"
         with locked(path):
             if path.exists():
                 links = json.loads(path.with_suffix(".json").read_text())

@@ -100,8 +100,13 @@ def devices_here() -> str:
     core = ov.Core()
     seen = []
     for device in core.available_devices:
-        abilities = [a for a in core.get_property(device, "OPTIMIZATION_CAPABILITIES") if a in ("BF16", "FP16", "INT8")]
-        seen.append(f"{device.lower()} ({', '.join(sorted(abilities)).lower()})")
+        try:
+            all_abilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+        except RuntimeError as error:
+            seen.append(f"{device.lower()} (does not load: {last_line(error)})")
+            continue
+        abilities = sorted({"BF16", "FP16", "INT8"} & set(all_abilities))
+        seen.append(f"{device.lower()} ({', '.join(abilities).lower()})")
     return ", ".join(seen)
 
 

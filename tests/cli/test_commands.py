@@ -179,6 +179,15 @@ def test_doctor_tells_what_is_there_and_what_is_not(run):
     assert "backend openvino" in run("doctor").out
 
 
+def test_doctor_names_a_device_whose_driver_does_not_load(run, monkeypatch):
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "XPU"])
+    facts = {fact["what"]: fact for fact in run("doctor", "--json").json}
+    assert "cpu (" in facts["devices of openvino"]["found"]
+    assert "xpu (does not load: " in facts["devices of openvino"]["found"]
+
+
 def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
     from importlib import metadata
 
