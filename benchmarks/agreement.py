@@ -92,8 +92,8 @@ def pyperf_loop(path: Path, seconds: float, folder: Path) -> list[str]:
     script = folder / "loop.py"
     script.write_text(ORT_LOOP)
     size = artifacts.load(path).sidecar.preprocessing.size
-    told = ["--quiet", "--worker", "-o", str(folder / "pyperf.json")]
-    return [sys.executable, str(script), str(path.resolve()), str(size), str(round(seconds * 200)), *told]
+    words = ["--quiet", "--worker", "-o", str(folder / "pyperf.json")]
+    return [sys.executable, str(script), str(path.resolve()), str(size), str(round(seconds * 200)), *words]
 
 
 def pyperf_median(said: str, folder: Path) -> float:
@@ -195,11 +195,14 @@ def main() -> None:
     parser.add_argument("ir", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=16.0)
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     overhead = overhead_pct()
-    agreements = (in_turn("pyperf", told.onnx, told.seconds), in_turn("benchmark_app", told.ir, told.seconds))
+    agreements = (
+        in_turn("pyperf", arguments.onnx, arguments.seconds),
+        in_turn("benchmark_app", arguments.ir, arguments.seconds),
+    )
     result = Result(environment=environment(threads=1), agreements=agreements, overhead_pct=overhead)
-    write_file(told.output, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    write_file(arguments.output, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(table(result))
 
 

@@ -136,27 +136,27 @@ def open_with_setting(arm: Arm) -> Iterator[Session]:
             yield session
 
 
-def _onnxruntime(made: Artifact, told: dict[str, str]) -> OrtSession:
+def _onnxruntime(made: Artifact, settings: dict[str, str]) -> OrtSession:
     import onnxruntime as ort
 
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = THREADS, 4
-    if told.pop("level", ""):
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    for key, value in {"session.force_spinning_stop": "1", **told}.items():
-        settings.add_session_config_entry(key, value)
-    session = ort.InferenceSession(made.path, settings, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = THREADS, 4
+    if settings.pop("level", ""):
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    for key, value in {"session.force_spinning_stop": "1", **settings}.items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(made.path, options, providers=["CPUExecutionProvider"])
     return OrtSession(session, made.sidecar.preprocessing, "cpu", made.sidecar.precision, 1)
 
 
-def _openvino(made: Artifact, told: dict[str, Any]) -> OpenVinoSession:
+def _openvino(made: Artifact, settings: dict[str, Any]) -> OpenVinoSession:
     import openvino as ov
 
     model = ov.Core().read_model(made.path)
-    if told.pop("shape", False):
+    if settings.pop("shape", False):
         model.reshape([1, *made.sidecar.preprocessing.shape])
     hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
-    compiled = ov.Core().compile_model(model, "CPU", {**hints, **told})
+    compiled = ov.Core().compile_model(model, "CPU", {**hints, **settings})
     return OpenVinoSession(compiled, made.sidecar.preprocessing, "CPU", "f32", 1)
 
 
@@ -196,14 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=40.0, help="Of timing, for each model.")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     rows: list[Row] = []
     for variant, batch in CASES:
-        rows += time_forms(variant, batch, told.seconds)
+        rows += time_forms(variant, batch, arguments.seconds)
         print(f"{variant}, batch {batch}: done", file=sys.stderr, flush=True)
-    settings = [one for backend in ("onnxruntime", "openvino") for one in time_settings(backend, told.seconds)]
+    settings = [one for backend in ("onnxruntime", "openvino") for one in time_settings(backend, arguments.seconds)]
     result = Result(environment=environment(THREADS), rows=tuple(rows), settings=tuple(settings))
-    write_file(told.output, msgspec.json.encode(result))
+    write_file(arguments.output, msgspec.json.encode(result))
     print(form_table(result), setting_table(result), sep="\n")
 
 

@@ -181,11 +181,11 @@ def _read_manifest(path: Path) -> None:
     from exporter.data.calibration import open_calibration
     from exporter.data.samples import open_samples
 
-    told = Preprocessing(size=8, resize=8)
+    preprocessing = Preprocessing(size=8, resize=8)
     samples = (
-        open_calibration(str(path), told, 10, 2).samples
+        open_calibration(str(path), preprocessing, 10, 2).samples
         if path.suffix == ".tsv"
-        else open_samples(str(path), told, (), 10)
+        else open_samples(str(path), preprocessing, (), 10)
     )
     for _ in samples.batches(2):
         pass
@@ -320,9 +320,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=tuple(TARGETS), action="append", help="one kind of file; may be given again")
     parser.add_argument("-o", type=Path, default=Path("build/fuzz.json"))
-    told = parser.parse_args()
-    result = fuzz(60 * told.minutes, told.o.with_suffix(""), told.seed, tuple(told.only or TARGETS))
-    write_file(told.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    arguments = parser.parse_args()
+    result = fuzz(60 * arguments.minutes, arguments.o.with_suffix(""), arguments.seed, tuple(arguments.only or TARGETS))
+    write_file(arguments.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(result.table())
     for fault in result.faults:
         print(f"{fault.target}: {fault.what} ({fault.file})")

@@ -236,21 +236,21 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--plain", type=float, help=argparse.SUPPRESS)
-    told = parser.parse_args()
-    if told.plain is not None:
-        print(plain(told.artifact, told.plain))
+    arguments = parser.parse_args()
+    if arguments.plain is not None:
+        print(plain(arguments.artifact, arguments.plain))
         return
-    made = artifacts.load(told.artifact)
+    made = artifacts.load(arguments.artifact)
     order = list(itertools.chain.from_iterable([kind] * kind.count for kind in KINDS))
     random.Random(0).shuffle(order)
     facts: dict[str, object] = {"variant": made.sidecar.variant, "sha256": made.sidecar.sha256, "name": made.path.name}
     experiment = Experiment(environment=environment(threads=1), artifact=facts, kinds=KINDS, trials=())
-    if told.output.exists():
-        experiment = msgspec.json.decode(told.output.read_bytes(), type=Experiment)
+    if arguments.output.exists():
+        experiment = msgspec.json.decode(arguments.output.read_bytes(), type=Experiment)
     for index in range(len(experiment.trials), len(order)):
         done = (*experiment.trials, trial(made, order[index], index))
         experiment = msgspec.structs.replace(experiment, trials=done)
-        write_file(told.output, msgspec.json.format(msgspec.json.encode(experiment), indent=1) + b"\n")
+        write_file(arguments.output, msgspec.json.format(msgspec.json.encode(experiment), indent=1) + b"\n")
         print(f"{index + 1} of {len(order)}: {done[-1].kind}: {done[-1].detail}", file=sys.stderr, flush=True)
     print(table(experiment))
 

@@ -62,12 +62,12 @@ class Result(Record, frozen=True):
 def quantize(weights: Path, verb: str, calib: str, size: int, *words: str) -> Row:
     """Run the command in a process of its own, with a cache of its own."""
     folder = Path(tempfile.mkdtemp())
-    told = [verb, "--int8", "--weights", str(weights), "--calib", calib, "--calib-size", str(size), "--json"]
-    print("$ convnext-export", *told, *words, file=sys.stderr, flush=True)
+    command = [verb, "--int8", "--weights", str(weights), "--calib", calib, "--calib-size", str(size), "--json"]
+    print("$ convnext-export", *command, *words, file=sys.stderr, flush=True)
     begin = time.monotonic()
     with (folder / "out.json").open("w") as out:
         pid = os.posix_spawn(
-            COMMAND, [str(COMMAND), *told, *words, "-o", str(folder / "out")],
+            COMMAND, [str(COMMAND), *command, *words, "-o", str(folder / "out")],
             {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
             file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1)],
         )  # fmt: skip

@@ -63,13 +63,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 def typed(network: str, precision: str, target: str, words: tuple[str, ...], out: Path) -> Plan:
     """Type one command."""
-    told = ["--precision", precision, "--weights", "random:0", "-o", str(out), "--json", *words]
-    told += ["--compute-capability", target] if target else []
-    told += CALIBRATION if precision in ("int8", "fp8") else ()
-    print("trt", *told, file=sys.stderr, flush=True)
+    arguments = ["--precision", precision, "--weights", "random:0", "-o", str(out), "--json", *words]
+    arguments += ["--compute-capability", target] if target else []
+    arguments += CALIBRATION if precision in ("int8", "fp8") else ()
+    print("trt", *arguments, file=sys.stderr, flush=True)
     start = time.monotonic()
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([COMMAND, "trt", *told], stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen([COMMAND, "trt", *arguments], stdout=subprocess.DEVNULL, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
@@ -115,7 +115,7 @@ def main() -> None:
     """Build everything and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         targets = [
@@ -125,7 +125,7 @@ def main() -> None:
             typed(name, p, "", words, root / name / p) for name, words in NETWORKS.items() for p in ("fp16", "int8")
         ]
     result = Result(environment=environment(), targets=tuple(targets), networks=tuple(networks))
-    write_file(told.output, msgspec.json.format(msgspec.json.encode(result)))
+    write_file(arguments.output, msgspec.json.format(msgspec.json.encode(result)))
     print(target_table(result))
     print(network_table(result))
 

@@ -19,17 +19,17 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--batch", nargs="+", type=int, choices=BATCHES, default=BATCHES)
     parser.add_argument("--seconds", type=float, default=60.0, help="Of timing, for each case.")
-    told = parser.parse_args()
-    for variant in told.variant:
-        for batch in told.batch:
-            path = told.output / f"{variant}-b{batch}.json"
+    arguments = parser.parse_args()
+    for variant in arguments.variant:
+        for batch in arguments.batch:
+            path = arguments.output / f"{variant}-b{batch}.json"
             if not path.exists():
                 print(f"{variant}, batch {batch}", file=sys.stderr, flush=True)
-                case = timing.time_case(variant, batch, Path(ROOT), told.seconds)
+                case = timing.time_case(variant, batch, Path(ROOT), arguments.seconds)
                 write_file(path, msgspec.json.encode(case))
-    for case in table.load(told.output):
+    for case in table.load(arguments.output):
         print(f"\n{case.variant}, batch {case.batch}\n\n{table.case_table(case)}")
-    print(table.summary(table.load(told.output)))
+    print(table.summary(table.load(arguments.output)))
 
 
 if __name__ == "__main__":

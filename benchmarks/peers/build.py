@@ -113,17 +113,17 @@ def optimum_intel(folder: Path, ours: Artifact) -> Path:
     return _optimum(folder, ours, "openvino", "openvino_model.xml", "--weight-format", "fp32")
 
 
-def _optimum(folder: Path, ours: Artifact, kind: str, name: str, *told: str) -> Path:
+def _optimum(folder: Path, ours: Artifact, kind: str, name: str, *options: str) -> Path:
     out = folder / f"optimum-{kind}"
     if not (out / name).exists():
         program = environment("optimum-onnx" if kind == "onnx" else "optimum-intel") / "optimum-cli"
         model = checkpoint(folder, ours)
-        run(program, "export", kind, "--model", model, "--task", "image-classification", *told, out)
+        run(program, "export", kind, "--model", model, "--task", "image-classification", *options, out)
     return out / name
 
 
 def nncf(folder: Path, ours: Artifact) -> Path:
-    """`nncf.quantize` with nothing told, of the plain export."""
+    """`nncf.quantize` with its defaults, of the plain export."""
     path = folder / "nncf.xml"
     if not path.with_suffix(".bin").exists():
         np.save(folder / "calibration.npy", inputs(ours, batch(folder), CALIBRATION // batch(folder)))
@@ -134,7 +134,7 @@ def nncf(folder: Path, ours: Artifact) -> Path:
 
 
 def ort_static(folder: Path, ours: Artifact) -> Path:
-    """`onnxruntime.quantization.quantize_static` with nothing told, of the plain export."""
+    """`onnxruntime.quantization.quantize_static` with its defaults, of the plain export."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Images(CalibrationDataReader):  # type: ignore[misc]

@@ -40,13 +40,13 @@ def convert(weights: Path, folder: Path) -> None:
     v2 = "stages.0.0.grn.gamma" in state
     prefix = "convnextv2" if v2 else "convnext"
     stages = range(4)
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "depths": [len({k.split(".")[2] for k in state if k.startswith(f"stages.{stage}.")}) for stage in stages],
         "hidden_sizes": [state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in stages],
         "num_labels": state["head.weight"].shape[0],
     }
     kind = "ConvNextV2" if v2 else "ConvNext"
-    model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**told))
+    model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**settings))
     renamed: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         name = huggingface_key(key)

@@ -1,4 +1,4 @@
-"""Run by a peer's own Python: NNCF's post-training quantisation with nothing told, of an ONNX graph.
+"""Run by a peer's own Python: NNCF's post-training quantisation with its defaults, of an ONNX graph.
 
 `python nncf_default.py graph.onnx images.npy OUT.xml`
 """

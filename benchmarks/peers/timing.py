@@ -48,7 +48,7 @@ def _options(arm: Arm) -> backends.Options:
 
 def _foreign(arm: Arm, peer: Peer) -> Artifact:
     """Another's file with the facts of ours, so that our backend opens it. What NNCF leaves in floating point runs in
-    bf16, as OpenVINO does it unless told otherwise."""
+    bf16, as OpenVINO does it unless it is set otherwise."""
     ours = artifacts.load(Path(arm.weights or ""))
     precision = peer.precision
     if precision == "int8":
