@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import backends
+from exporter.errors import ExporterError
 from exporter.git import git
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,10 +26,9 @@ def environment(threads: int | None = None) -> dict[str, Any]:
     Args:
         threads: that the measured runtimes were given; None for their default.
     """
-    status = git("status", "--porcelain", "--untracked-files=no", failed="no commit") if _commit_of_ci() is None else ""
     return {
         **backends.environment(),
-        "commit": commit() + ("+changes" if status else ""),
+        "commit": commit(),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
@@ -36,8 +36,15 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, 12 digits."""
-    return (_commit_of_ci() or git("rev-parse", "HEAD", failed="no commit"))[:12]
+    """The commit of this checkout, 12 digits, with `+changes` where files differ from it; "" where git knows none."""
+    if (of_ci := _commit_of_ci()) is not None:
+        return of_ci[:12]
+    try:
+        at = git("rev-parse", "HEAD", failed="no commit")[:12]
+        changed = git("status", "--porcelain", "--untracked-files=no", failed="no commit")
+    except ExporterError:
+        return ""
+    return at + ("+changes" if changed else "")
 
 
 def _commit_of_ci() -> str | None:
@@ -87,12 +94,12 @@ def main() -> None:
     """List the results with their commits and the number of later commits to the product."""
     rows = []
     for path in results():
-        at = recorded_commit(path)
+        at = (recorded_commit(path) or "").partition("+")[0]
         words = ("rev-list", "--count", f"{at}..HEAD", "--", "exporter")
         later = int(git(*words, failed=f"{path}: unknown commit {at}")) if at else sys.maxsize
         rows.append((later, at, path.relative_to(RESULTS)))
     for later, at, name in sorted(rows, key=lambda row: (-row[0], row[2])):
-        age = "commit not recorded" if at is None else f"{at}, {later} commits to exporter/ since"
+        age = "commit not recorded" if not at else f"{at}, {later} commits to exporter/ since"
         print(f"{name}: {age}")
 
 

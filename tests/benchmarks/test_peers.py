@@ -96,7 +96,7 @@ def test_the_table_has_a_row_for_each_peer_and_its_failure():
 
 def test_the_summary_names_the_best_other():
     assert table.best_other(made(), OURS_OV) == ("plain export", 1.25)
-    assert "2.50 × eager, 1.25 × plain export" in table.summary([made()])
+    assert "1.25 × plain export, 2.50 × eager" in table.summary([made()])
     lonely = replace(made(), rows=tuple(row for row in made().rows if "plain" not in row.name))
     assert table.best_other(lonely, OURS_OV) is None
 
