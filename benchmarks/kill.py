@@ -2,8 +2,10 @@
 
     python -m benchmarks.kill --kills 100 --full 20 -o build/kill.json
 
-After every kill each artifact on the disk must load (its digests are right), and the run that follows must complete
-and give the bytes that an undisturbed run gives. The weights change between trials, so that a result of the last
+After every kill a stock OpenVINO must read what an undisturbed run writes, or find no file; only then each artifact on
+the disk must load (its digests are right, interrupted moves are completed), and the run that follows must complete and
+give the bytes that an undisturbed run gives. Meanwhile another process reads the same file with a stock OpenVINO again
+and again, and counts what it gets. The weights change between trials, so that a result of the last
 weights would be seen. A full disk is a tmpfs of a random size (which needs root), or where none can be mounted a limit
 on the size of files.
 """
@@ -11,6 +13,7 @@ on the size of files.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import random
@@ -53,10 +56,11 @@ class Trial(Record, frozen=True):
 
 
 class Result(Record, frozen=True):
-    """All trials, and the machine."""
+    """All trials, the machine, and how often a stock reader got a whole model, no file, or something else."""
 
     trials: tuple[Trial, ...]
     environment: dict[str, Any]
+    reads: dict[str, int] = msgspec.field(default_factory=dict)
 
     def table(self) -> str:
         """What was tried, and how often something was wrong."""
@@ -68,7 +72,8 @@ class Result(Record, frozen=True):
             mine = [trial for trial in self.trials if trial.what == what]
             two, looked = sum(t.writers > 1 for t in mine), sum(t.artifacts for t in mine)
             rows.append(f"| {what} | {len(mine)} | {two} | {looked} | {sum(bool(t.wrong) for t in mine)} |")
-        return "\n".join(rows) + "\n"
+        counts = ", ".join(f"{count:,} × {what}" for what, count in self.reads.items())
+        return "\n".join(rows) + "\n" + (f"\nA stock OpenVINO meanwhile read: {counts}.\n" if counts else "")
 
 
 def prepare(desk: Path) -> list[Path]:
@@ -150,12 +155,63 @@ def faults(out: Path) -> tuple[int, str]:
     return len(paths), ""
 
 
+def content(path: Path) -> str:
+    """A digest of the facts, operators and weights that a stock OpenVINO reads; "" where it finds no file."""
+    import openvino as ov
+
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as error:
+        if "file_exists(path)" in str(error) or "Could not open the file" in str(error):
+            return ""
+        return str(error)
+    digest = hashlib.sha256(str(model.get_rt_info("convnext_export")).encode())
+    for operator in model.get_ordered_ops():
+        digest.update(f"{operator.get_type_name()} {operator.get_friendly_name()}\n".encode())
+        if operator.get_type_name() == "Constant":
+            digest.update(operator.data.tobytes())
+    return digest.hexdigest()
+
+
+def graphs(out: Path) -> list[Path]:
+    """Where the OpenVINO graphs of a run are."""
+    return [out / name for name in RECIPES if name.endswith(".xml")]
+
+
+def read_on(path: Path, known: set[str], stop: Any, answers: Any) -> None:
+    """Read a graph with a stock OpenVINO until `stop` is set; put how often it was whole, absent, or anything else."""
+    counts = {"a whole model": 0, "no file": 0, "a mixture or an error": 0}
+    while not stop.is_set():
+        found = content(path)
+        counts["a whole model" if found in known else "a mixture or an error" if found else "no file"] += 1
+    answers.put(counts)
+
+
+@contextmanager
+def reading(out: Path, known: set[str]) -> Iterator[dict[str, int]]:
+    """Read the graph of a folder on and on in another process; the counts are there when the block has ended."""
+    counts: dict[str, int] = {}
+    stop, answers = CONTEXT.Event(), CONTEXT.Queue()
+    readers = [CONTEXT.Process(target=read_on, args=(path, known, stop, answers)) for path in graphs(out)]
+    for reader in readers:
+        reader.start()
+    try:
+        yield counts
+    finally:
+        stop.set()
+        for reader in readers:
+            counts.update(answers.get(timeout=60))
+            reader.join()
+
+
 def digests(out: Path) -> dict[str, str]:
     """The bytes that a run's artifacts have."""
     return {name: artifact.load(out / name).sidecar.sha256 for name in RECIPES}
 
 
-def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], longest: float, number: int) -> Trial:
+def kill_once(
+    desk: Path, recipes: list[Path], expected: list[dict[str, str]], known: set[str], longest: float, number: int
+) -> Trial:
     """One run begun, killed, looked at, and run again to its end."""
     draw = random.Random(number)
     out, log = desk / "out", desk / "log"
@@ -164,7 +220,9 @@ def kill_once(desk: Path, recipes: list[Path], expected: list[dict[str, str]], l
     began = [start(recipes, out, log) for _ in range(writers)]
     time.sleep(after)
     kill(began[0])
+    mixed = [path.name for path in graphs(out) if content(path) not in {"", *known}]  # before anything is repaired
     count, wrong = faults(out)
+    wrong = f"a stock reader gets a mixture: {mixed}" if mixed else wrong
     for process in began[1:]:
         process.join()
         wrong = wrong or ("" if process.exitcode == 0 else f"the other writer ended with {process.exitcode}")
@@ -232,14 +290,16 @@ def measure(desk: Path, kills: int, full: int) -> Result:
             raise ExporterError(f"an undisturbed run ends with {clean.exitcode}: {(desk / 'log').read_text()[-500:]}")
         expected.append(digests(desk / f"clean{version}"))
     trials = []
-    for number in range(kills):
-        trials.append(kill_once(desk, recipes, expected, seconds, number))
-        tell(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s of {seconds:.1f}", trials[-1])
+    known = {content(path) for version in (0, 1) for path in graphs(desk / f"clean{version}")}
+    with reading(desk / "out", known) as reads:
+        for number in range(kills):
+            trials.append(kill_once(desk, recipes, expected, known, seconds, number))
+            tell(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s of {seconds:.1f}", trials[-1])
     most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
     for number in range(full):
         trials.append(full_once(desk, recipes, expected[0], most, number))
         tell(f"full disk {number + 1} of {full}", trials[-1])
-    return Result(trials=tuple(trials), environment=environment())
+    return Result(trials=tuple(trials), environment=environment(), reads=reads)
 
 
 def main() -> None:
@@ -253,7 +313,7 @@ def main() -> None:
         result = measure(Path(folder) / "desk", told.kills, told.full)
     write_file(told.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(result.table())
-    if any(trial.wrong for trial in result.trials):
+    if any(trial.wrong for trial in result.trials) or result.reads.get("a mixture or an error"):
         sys.exit(1)
 
 

@@ -12,7 +12,12 @@ this tool (exit code 1, with its traceback).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Control characters (terminals act on ESC sequences), marks that reverse the direction of text, line separators and
+# halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ExporterError(Exception):
@@ -63,3 +68,15 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of a library's error message, where C++ libraries put the reason."""
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]
+
+
+def printable(text: str) -> str:
+    """The text on one line: whitespace becomes spaces, and signs that a terminal or page would obey become `\\x1b`."""
+
+    def spelled(match: re.Match[str]) -> str:
+        sign = match[0]
+        if sign in "\t\n\v\f\r":
+            return " "
+        return f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}"
+
+    return _UNPRINTABLE.sub(spelled, text)

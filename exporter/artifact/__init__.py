@@ -2,8 +2,9 @@
 
 The sidecar `FILE.json` is checked before anything is loaded: it has the digest of every file, and a seal over itself.
 Files are written to a staging folder and flushed. Renaming that folder to `.NAME.commit` commits the artifact; then the
-files are moved into place. The next process completes an interrupted move. So at any moment there is either the old
-artifact or the new one, never a mixture.
+files are moved into place. The next process completes an interrupted move. A file alone is replaced in one step. Where
+the files beside it change too (the weights of an OpenVINO graph), it is absent meanwhile. So a reader opens the old
+artifact, the new one or none, never a mixture.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import msgspec
 
 from exporter.artifact.disk import flush, lock, locked, write_error, write_file
+from exporter.artifact.readers import wait_until_closed
 from exporter.artifact.sidecar import File, Sidecar, decode, encode
 from exporter.errors import BadRequest, ExporterError, nearest, some
 from exporter.progress import note
@@ -290,18 +292,55 @@ def _commit_folder(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Complete the interrupted move of a committed artifact."""
+    """Complete the interrupted move of a committed artifact.
+
+    A runtime opens the target first and the files beside it by their names. So where one of those changes, the old
+    target is taken away until nobody has it open, and the new one comes last.
+    """
+    _remove_withdrawn(target)
     commit = _commit_folder(target)
     if not commit.is_dir():
         return
-    last = sidecar_path(target).name
+    if _changes_beside(target):
+        with suppress(FileNotFoundError):
+            target.replace(_withdrawn(target))
+        _remove_withdrawn(target)
     _drop_old_files(target)
-    for path in sorted(commit.iterdir(), key=lambda path: (path.name == last, path.name)):
+    order = {target.name: 1, sidecar_path(target).name: 2}
+    for path in sorted(commit.iterdir(), key=lambda path: (order.get(path.name, 0), path.name)):
         with suppress(FileNotFoundError):  # another process is finishing it too
             path.replace(target.parent / path.name)
     flush(target.parent)
     with suppress(FileNotFoundError):
         commit.rmdir()
+
+
+def _withdrawn(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _remove_withdrawn(target: Path) -> None:
+    """Remove the old target once its readers have opened the files beside it."""
+    with suppress(FileNotFoundError):
+        wait_until_closed(_withdrawn(target))
+        _withdrawn(target).unlink()
+
+
+def _changes_beside(target: Path) -> bool:
+    """Whether the present target is the old one, and a file that a runtime reads beside it changes."""
+    if not (target.is_file() and (_commit_folder(target) / target.name).is_file()):
+        return False
+    old, new = (_digests_beside(folder / target.name) for folder in (target.parent, _commit_folder(target)))
+    return new is not None and old != new
+
+
+def _digests_beside(path: Path) -> dict[str, str] | None:
+    """The digest of each file that a runtime reads beside an artifact's own; None where the sidecar is unreadable."""
+    try:
+        files = decode(sidecar_path(path)).files
+    except (BadRequest, OSError):
+        return None
+    return {file.name: file.sha256 for file in files if file.name != path.name and not file.name.endswith(".json")}
 
 
 def _drop_old_files(target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from exporter.errors import printable
 from exporter.progress import REPORTER
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ class Drawn:
 
 
 def plain(text: object) -> str:
-    """The text with its markup escaped: file names and labels may contain any text."""
+    """The text on one line with its markup escaped: file names and labels may contain any text."""
     from rich.markup import escape
 
-    return escape(str(text))
+    return escape(printable(str(text)))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import warnings
@@ -56,7 +57,7 @@ def _figure(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--faint)")
-    drawing.svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    drawing.svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def _colors(reports: Sequence[Report]) -> dict[str, str]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
 
 from exporter import discover, report
-from exporter.errors import BadRequest
+from exporter.artifact.sidecar import Record
+from exporter.errors import BadRequest, printable
 from exporter.git import git
 from exporter.report import history
 from exporter.report.tables import disambiguated
+
+R = TypeVar("R", bound=Record)
 
 COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
 
@@ -30,12 +36,25 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
             raise BadRequest("a history cannot be combined with other files; name one .jsonl file")
         if not (entries := history.load(paths[0])):
             raise BadRequest(f"{paths[0]}: no entries; `report REPORT.json --history {paths[0]}` appends one")
-        return str(discover.load(package, form, "TREND")(entries)), []
+        return str(discover.load(package, form, "TREND")([_printable(entry) for entry in entries])), []
     loaded = [report.load(path) for path in paths]
     stale = [path for path, one in zip(paths, loaded, strict=True) if report.is_stale(one)]
-    return str(render(disambiguated(loaded))), [
+    return str(render(disambiguated([_printable(one) for one in loaded]))), [
         f"{path}: the artifact was rebuilt after this report; measure it again" for path in stale
     ]
+
+
+def _printable(record: R) -> R:
+    """The record with every text in it on one line, without signs that a terminal, a browser or a CI would obey."""
+    return msgspec.convert(_without_controls(msgspec.to_builtins(record)), type(record))
+
+
+def _without_controls(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_without_controls(key): _without_controls(one) for key, one in value.items()}
+    return [_without_controls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:

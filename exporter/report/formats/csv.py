@@ -10,11 +10,13 @@ from exporter.report import Report
 from exporter.report.tables import name
 
 ARTIFACT = ("variant", "task", "backend", "precision", "sha256")
+ACTIVE = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "::")
 FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "passed", "detail")
 
 
 def render(reports: Sequence[Report]) -> str:
-    """The header and the rows. An apostrophe is put before cells that a spreadsheet would take for a formula."""
+    """The header and the rows. An apostrophe is put before cells that a spreadsheet takes for a formula, or a CI for
+    a command."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("artifact", *ARTIFACT, "cpu", *FINDING))
@@ -27,7 +29,7 @@ def render(reports: Sequence[Report]) -> str:
 
 
 def _escaped(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(ACTIVE) else cell
 
 
 RENDER = render

@@ -35,7 +35,7 @@ def _case(report: Report, finding: Finding) -> xml.Element:
     if finding.passed:
         xml.SubElement(case, "system-out").text = _text(said)
     else:
-        xml.SubElement(case, "failure", message=_text(said), type=finding.check).text = _text(said)
+        xml.SubElement(case, "failure", message=_text(said), type=_text(finding.check)).text = _text(said)
     return case
 
 

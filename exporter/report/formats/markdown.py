@@ -27,16 +27,16 @@ def _line(cells: Sequence[str] | map[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# Names come from files and labels, so their markup is escaped.
-_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*"} | {ord("\n"): " "}
+# Names come from files and labels, so their markup is escaped, and GitHub's mentions and formulas.
+_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "\\`|<>[]&*~@$"} | dict.fromkeys(map(ord, "\n\r"), " ")
 
 
 def _escape(text: str) -> str:
     """The text with its markup escaped, except the bold words of this tool at the start."""
     for word in ("**fails**", "**regressed**"):
         if text.startswith(word):
-            return word + text.removeprefix(word).translate(_SIGNS)
-    return text.translate(_SIGNS)
+            return word + _escape(text.removeprefix(word))
+    return text.translate(_SIGNS).replace("::", "&#58;:")  # at the start of a line it would be a command of a CI
 
 
 def _footer(reports: Sequence[Report]) -> str:
