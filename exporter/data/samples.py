@@ -76,7 +76,7 @@ class Samples:
 
 
 def open_samples(
-    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int, most: int | None = None
+    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int | None, most: int | None = None
 ) -> Samples:
     """The images a user means.
 
@@ -85,7 +85,7 @@ def open_samples(
             `.csv` or `.txt`; `FILE#split` takes one split), an `.npz` file, the name of a bundled set, or `synthetic`.
         recipe: how each becomes an input.
         labels: the model's; sub-folders are matched to them.
-        classes: how many the model has.
+        classes: how many the model has; None where its outputs are no classes, and labels are not read.
         most: at most so many images, evenly spread; None is all (of synthetic ones, 16).
 
     Raises: BadRequest when there is nothing there, or a class the model does not have.
@@ -212,10 +212,10 @@ def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
     return images.normalise(synthetic.dead_leaves(recipe.size, seed, recipe.channels), recipe)
 
 
-def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> Samples:
-    arrays = open_npz(path, recipe)
+def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None) -> Samples:
+    arrays = open_npz(path, recipe, labelled=classes is not None)
     labels = arrays.labels
-    if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
+    if labels is not None and classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
     total = min(arrays.count, most or arrays.count)
     wanted = set(spread(arrays.count, total)) if total < arrays.count else None
@@ -230,11 +230,12 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
     return Samples(str(path), total, items, labels is not None)
 
 
-def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+def _folder(path: Path, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    numbers = match_classes(folders, labels, classes, str(path)) if folders else {}
-    found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
-    if not folders:
+    if folders and classes is not None:
+        numbers = match_classes(folders, labels, classes, str(path))
+        found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
+    else:
         found = [(file, -1) for file in images_in(path)]
     if not found:
         raise BadRequest(
@@ -298,10 +299,10 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     )
 
 
-def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     """The images of a manifest, each with its class, or all with −1."""
     words = [row.get("label") or "" for row in listed.rows]
-    if not any(words):
+    if classes is None or not any(words):
         return [(row["path"], -1) for row in listed.rows]
     for line, word in zip(listed.lines, words, strict=True):
         if not word or (delimited.whole(word) or 0) < 0:

@@ -15,6 +15,7 @@ import numpy as np
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Sidecar
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
 from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
@@ -23,11 +24,16 @@ from exporter.progress import step, track
 from exporter.recipe import Checks, Reference, Threads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
-from exporter.verify import checks
+from exporter.verify import checks, outputs
 from exporter.verify.blocks import block_errors
 
 BATCH = 16
 MAX_UNREADABLE_PCT = 10
+QUALITY = (
+    *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
+    *("relative_error", "r2", "spearman"),
+)
+"""The metrics that an artifact's sidecar keeps."""
 
 
 class VerifyOptions(Checks, frozen=True):
@@ -66,11 +72,9 @@ def verify(
     """
     sidecar = artifact.sidecar
     runtime = runtime or backends.runtime_of(artifact)
-    samples = samples or open_samples(
-        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.samples
-    )
-    if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
-        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
+    outputs.check(sidecar, options.outputs)
+    samples = samples or open_data(sidecar, options)
+    _refuse_limits(sidecar, options, samples)
     session_options = runtime.options(device=options.device, threads=options.threads)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
     with _runnable(artifact, runtime) as runnable:
@@ -82,6 +86,30 @@ def verify(
         environment={**backends.environment(), "session": facts},
         findings=tuple(findings),
     )
+
+
+def open_data(sidecar: Sidecar, options: Checks) -> Samples:
+    """The images to verify on, with their labels where the outputs have classes.
+
+    Raises: BadRequest for data that cannot be used.
+    """
+    classes = sidecar.weights.num_classes if outputs.has_classes(sidecar, options.outputs) else None
+    return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples)
+
+
+def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
+    """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
+    kinds = outputs.kinds(sidecar, options.outputs)
+    if options.max_drop is not None and not outputs.has_classes(sidecar, options.outputs):
+        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; leave it out")
+    if options.max_drop is not None and not samples.labelled:
+        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
+    if options.min_agreement is not None and "classes" not in kinds:
+        raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
+    if options.min_cosine is not None and set(kinds) == {"values"}:
+        raise BadRequest(
+            "--min-cosine: of values R² and ranks are compared, as their cosine is but a sign; leave it out"
+        )
 
 
 def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextManager[Session]:
@@ -209,9 +237,9 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
     return tuple(output[:count] for output in session(pixels))
 
 
-def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, outputs: Outputs) -> None:
+def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, got: Outputs) -> None:
     """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""
-    shapes = [[output.shape for output in both] for both in (expected, outputs)]
+    shapes = [[output.shape for output in both] for both in (expected, got)]
     if shapes[0] != shapes[1]:
         model = f"the reference {reference}" if reference else "the PyTorch model"
         raise BadRequest(f"{artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model")
@@ -235,8 +263,7 @@ def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
 
 def record_quality(artifact: Artifact, report: Report) -> None:
     """Write the accuracy from a report to the artifact's sidecar."""
-    metrics = ("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
-    values = {metric: report.value(metric) for metric in metrics}
+    values = {metric: report.value(metric) for metric in QUALITY}
     known = {metric: float(value) for metric, value in values.items() if value is not None}
     data = str(report.recipe["verify"]["data"])
     artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **known})

@@ -10,6 +10,7 @@ from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.stats import paired_drop
 from exporter.verify.checks import Check, Seen, Subject, share
+from exporter.verify.outputs import has_classes
 
 
 class Accuracy:
@@ -19,7 +20,7 @@ class Accuracy:
         sidecar = subject.artifact.sidecar
         default = precision.get(sidecar.precision).max_drop_points
         self.max_drop = default if options.max_drop is None else options.max_drop
-        self.classify = sidecar.task == "classify"
+        self.classify = has_classes(sidecar, options.outputs)
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
 
