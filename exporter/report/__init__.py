@@ -29,6 +29,7 @@ class Finding(Record, frozen=True):
     `case` distinguishes numbers of one metric ("batch 8"). `launches` is the number of samples of each launch of the
     model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of
     a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
+    `unsure` is whether it passes with a warning, because its interval contains the limit.
     """
 
     check: str
@@ -43,6 +44,7 @@ class Finding(Record, frozen=True):
     samples: tuple[float, ...] = ()
     case: str = ""
     launches: tuple[int, ...] = ()
+    unsure: bool = False
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -21,7 +21,7 @@ from exporter.data.samples import Samples
 from exporter.errors import BadRequest
 from exporter.progress import note, step
 from exporter.report import Report
-from exporter.verify import VerifyOptions, outputs
+from exporter.verify import VerifyOptions, budgets, outputs
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,35 @@ def open_data(job: Job) -> Samples | None:
         )
     if quantization.data is None:
         return None
-    return verify.open_data(sidecar, _options(job, quantization.data))
+    data = verify.open_data(sidecar, _options(job, quantization.data))
+    _refuse_few(job, data)
+    return data
 
 
 def _options(job: Job, source: str) -> VerifyOptions:
     """How candidates are verified, before the budget."""
-    return VerifyOptions(data=source, weights=job.recipe.model.weights, outputs=job.recipe.checks.outputs)
+    checks = job.recipe.checks
+    return VerifyOptions(
+        data=source, weights=job.recipe.model.weights, outputs=checks.outputs, when_unsure=checks.when_unsure
+    )
+
+
+def _refuse_few(job: Job, data: Samples) -> None:
+    """Refuse images on which no candidate could pass, because there are too few of them.
+
+    Raises: BadRequest where a budget was set that fails when it cannot be told.
+    """
+    quantization = job.recipe.quantization
+    points = quantization.max_drop if quantization is not None else None
+    if points is None or budgets.when_unsure(job.recipe.checks.when_unsure) != "fail":
+        return
+    enough = budgets.fewest_images(points, data.labelled)
+    if enough is None or data.total < enough:
+        needed = f"about {enough:,} are needed" if enough else "no number is enough"
+        raise BadRequest(
+            f"--max-drop {points:g}: cannot tell with {data.total} images of {data.source} even if nothing is lost, "
+            f"{needed}; give more with --data, or --when-unsure warn"
+        )
 
 
 @contextmanager
@@ -112,7 +135,10 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
     """
     recipe, sidecar = work.job.recipe, work.sidecar
     samples = data or work.images.samples
+    _refuse_few(work.job, samples)
     options = _options(work.job, samples.source)
+    if work.quantization.max_drop is None:  # the default budget
+        options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
     if not outputs.has_classes(sidecar, options.outputs):
         pass  # the limits of the precision hold
