@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,7 +39,8 @@ class Samples:
     """Images to measure with.
 
     `items` yields (name, class or −1, a function that makes the array) for each; `skipped` fills up with what
-    could not be read, and why, as the batches go by.
+    could not be read, and why, as the batches go by. `identity` gives for a name what no other image has: a digest of
+    its content, or the name where it is made from that.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Samples:
     labelled: bool
     skipped: list[str] = field(default_factory=list)
     synthetic: bool = False
+    identity: Callable[[str], str] = str
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller."""
@@ -163,7 +165,12 @@ def of_files(
             yield name, label, partial(_read_file, root / name, recipe, digests.get(name, ""))
 
     return Samples(
-        source, len(found), items, found[0][1] >= 0, [f"{name}: lies beside the class folders" for name in stray]
+        source,
+        len(found),
+        items,
+        found[0][1] >= 0,
+        [f"{name}: lies beside the class folders" for name in stray],
+        identity=lambda name: sha256_file(root / name),
     )
 
 
@@ -227,7 +234,10 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
             label = -1 if labels is None else int(labels[index])
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
-    return Samples(str(path), total, items, labels is not None)
+    digest = cache(partial(sha256_file, path))
+    return Samples(
+        str(path), total, items, labels is not None, identity=lambda name: f"{digest()} {name.rpartition('[')[2]}"
+    )
 
 
 def _folder(path: Path, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -78,13 +79,13 @@ def verify(
     session_options = runtime.options(device=options.device, threads=options.threads)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
     with _runnable(artifact, runtime) as runnable:
-        findings, facts = _findings(artifact, runnable, layers, options, samples, reference_session)
+        measured = _measured(artifact, runnable, layers, options, samples, reference_session)
     return Report(
-        passed=all(finding.passed for finding in findings),
-        recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
+        passed=all(finding.passed for finding in measured.findings),
+        recipe={**sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": measured.images}},
         artifact=artifact.to_dict(),
-        environment={**backends.environment(), "session": facts},
-        findings=tuple(findings),
+        environment={**backends.environment(), "session": measured.facts},
+        findings=tuple(measured.findings),
     )
 
 
@@ -124,15 +125,25 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
     return eager.EagerOptions(threads=options.threads, weights=options.weights, reference=options.reference)
 
 
-def _findings(
+@dataclass(frozen=True)
+class Measured:
+    """The findings of all checks, the facts of the artifact's session, and a digest of the images in their order, with
+    their classes."""
+
+    findings: list[Finding]
+    facts: dict[str, str]
+    images: str
+
+
+def _measured(
     artifact: Artifact,
     runnable: Runnable,
     layers: list[Layer],
     options: VerifyOptions,
     samples: Samples,
     reference_session: Session | None,
-) -> tuple[list[Finding], dict[str, str]]:
-    """The findings of all checks, and the facts of the artifact's session.
+) -> Measured:
+    """Run the images through both models.
 
     Raises: BadRequest for blocks of a runtime that does not show them.
     """
@@ -144,11 +155,13 @@ def _findings(
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
     fixed = artifact.sidecar.inputs[0].shape[0]
-    count = 0
+    count, digest = 0, hashlib.sha256()
     with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
         size = fixed if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
+            for name, label in zip(batch.names, batch.labels, strict=True):
+                digest.update(f"{samples.identity(name)} {label}\n".encode("utf-8", "surrogateescape"))
             both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
@@ -161,7 +174,7 @@ def _findings(
     if options.blocks:
         images = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return findings, facts
+    return Measured(findings, facts, digest.hexdigest())
 
 
 def _compare_blocks(
