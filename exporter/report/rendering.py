@@ -10,7 +10,7 @@ from exporter import discover, report
 from exporter.errors import BadRequest
 from exporter.git import git
 from exporter.report import history
-from exporter.report.tables import disambiguated
+from exporter.report.tables import disambiguated, name
 
 COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
 
@@ -31,10 +31,11 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
         if not (entries := history.load(paths[0])):
             raise BadRequest(f"{paths[0]}: no entries; `report REPORT.json --history {paths[0]}` appends one")
         return str(discover.load(package, form, "TREND")(entries)), []
-    loaded = [report.load(path) for path in paths]
-    stale = [path for path, one in zip(paths, loaded, strict=True) if report.is_stale(one)]
-    return str(render(disambiguated(loaded))), [
-        f"{path}: the artifact was rebuilt after this report; measure it again" for path in stale
+    loaded = [(path, one) for path in paths for one in report.load_all(path)]
+    return str(render(disambiguated([one for _, one in loaded]))), [
+        f"{path}: {name(one)} was rebuilt after this report; measure it again"
+        for path, one in loaded
+        if report.is_stale(one)
     ]
 
 
@@ -45,4 +46,4 @@ def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:
     """
     commit = commit or next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
     commit = commit or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
-    history.append(file, [report.load(path) for path in paths], commit)
+    history.append(file, [one for path in paths for one in report.load_all(path)], commit)
