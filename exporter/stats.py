@@ -40,16 +40,21 @@ def proportion(hits: int, count: int) -> Share:
 
 
 def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> Drop:
-    """The loss between two answers to the same questions.
-
-    The interval is Agresti and Min's for paired proportions: Wald's after half an observation is added to each of
-    the four cells ("Simple improved confidence intervals for comparing matched proportions", 2005).
-    """
+    """The loss between two answers to the same questions, with its `drop_interval`."""
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     count, lost, won = len(first), int((first & ~second).sum()), int((~first & second).sum())
+    return Drop(100 * (lost - won) / count, *drop_interval(lost, won, count), lost, won)
+
+
+def drop_interval(lost: float, won: float, count: int) -> tuple[float, float]:
+    """The 95 % interval, in points, of a loss of `lost` and `won` answers among `count`.
+
+    It is Agresti and Min's for paired proportions: Wald's after half an observation is added to each of the four cells
+    ("Simple improved confidence intervals for comparing matched proportions", 2005).
+    """
     n, b, c = count + 2, lost + 0.5, won + 0.5
     middle, half = (b - c) / n, _Z * sqrt(b + c - (b - c) ** 2 / n) / n
-    return Drop(100 * (lost - won) / count, 100 * (middle - half), 100 * (middle + half), lost, won)
+    return 100 * (middle - half), 100 * (middle + half)
 
 
 @dataclass(frozen=True)

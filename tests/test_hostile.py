@@ -211,7 +211,7 @@ def test_reports_that_are_well_formed_and_mean_nothing(content, tmp_path):
     for form in discover.names("exporter.report.formats"):
         ours(discover.load("exporter.report.formats", form, "RENDER"), [loaded])
     for limit in ("p50_ms:5%", "bytes:1%", "top1_drop:1"):
-        ours(compare_reports, loaded, loaded, parse_limits([limit]), ())
+        ours(compare_reports, [(loaded, loaded)], parse_limits([limit]), ())
 
 
 @MANY

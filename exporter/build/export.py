@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from exporter.model.reference import Reference
 
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
-# Of the standard deviation: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
+# Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
 
 
@@ -78,11 +78,12 @@ def _free(model: Module) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """A network written in a form, a few images, and its outputs for them in the plain form."""
+    """A network written in a form, a few images, and for each output what the plain form gives and its scale."""
 
     model: ConvNeXt | Embedding | Features
     probe: Array
     expected: Outputs
+    scales: tuple[float, ...]
 
 
 def write(job: Job) -> Network:
@@ -96,14 +97,15 @@ def write(job: Job) -> Network:
     model = checkpoint.model(job.trace.task)
     probe = _probe_images(job.trace, job.sidecar.preprocessing)
     expected = _expected(model, probe)
+    scales = _scales(model, probe, expected)
     if job.reference is not None:
-        expected = _compared(model, job.reference, job.trace.task, probe, expected)
+        expected = _compared(Network(model, probe, expected, scales), job.reference, job.trace.task)
     checkpoint.state.clear()  # else every weight that a form changes would be in memory twice
     forms.rewrite(model, job.form)
-    return Network(model, probe, expected)
+    return Network(model, probe, expected, scales)
 
 
-def _compared(model: Module, reference: Reference, task: str, probe: Array, expected: Outputs) -> Outputs:
+def _compared(network: Network, reference: Reference, task: str) -> Outputs:
     """The outputs of the reference for a few images, which those of the network must equal.
 
     Raises: CheckFailed with the first module that differs; BadRequest for a reference with other outputs.
@@ -112,6 +114,7 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
 
     from exporter.model.reference import first_difference
 
+    probe, expected = network.probe, network.expected
     step(f"comparing with {reference.name}")
     try:
         answers = _expected(reference.for_task(task), probe)
@@ -126,20 +129,48 @@ def _compared(model: Module, reference: Reference, task: str, probe: Array, expe
     if shapes[0] != shapes[1]:
         every = "; let it return the map of every stage" if task == "features" else ""
         raise BadRequest(f"the reference {reference.name} returns {shapes[0]}, task {task} has {shapes[1]}{every}")
-    shares = [_share(a, b) for a, b in zip(answers, expected, strict=True)]
+    shares = [_share(a, b, scale) for a, b, scale in zip(answers, expected, network.scales, strict=True)]
     if not max(shares) <= TRACE_SHARE:
-        where = first_difference(model, reference, torch.from_numpy(probe), TRACE_SHARE)
+        where = first_difference(network.model, reference, torch.from_numpy(probe), TRACE_SHARE)
         where = f"the first difference: {where}" if where else "all modules agree, only the outputs differ"
         raise CheckFailed(
             f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
-            f"standard deviation; {where}; no artifact was written"
+            f"scale; {where}; no artifact was written"
         )
     return answers
 
 
-def _share(expected: Array, outputs: Array) -> float:
-    """Largest difference as a share of the standard deviation of the expected outputs."""
-    return float(np.abs(expected - outputs).max() / (expected.std() or np.abs(expected).max() or 1))
+def _share(expected: Array, outputs: Array, scale: float) -> float:
+    """Largest difference as a share of the scale."""
+    return float(np.abs(expected - outputs).max() / scale)
+
+
+def _scales(model: Module, probe: Array, expected: Outputs) -> tuple[float, ...]:
+    """What differences of each output are compared with: its standard deviation or, if larger, the size of the products
+    that its linear layer adds up, √Σ(w·x)².
+
+    A head with one output may give nearly the same value for all images, or the bias may cancel the sum; rounding is in
+    proportion to the products then.
+    """
+    from torch import nn
+
+    sizes: dict[int, float] = {}
+
+    def see(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        assert isinstance(module, nn.Linear)
+        products = inputs[0].square() @ module.weight.square().T
+        products = products if module.bias is None else products + module.bias.square()
+        sizes[output.data_ptr()] = float(products.max().sqrt())
+
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(see) for module in linear[-len(expected) :]]
+    try:
+        outputs = _expected(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    added = [sizes.get(output.ctypes.data, 0.0) for output in outputs]
+    return tuple(max(float(output.std()), size) or 1.0 for output, size in zip(outputs, added, strict=True))
 
 
 def graph_of(job: Job, network: Network, file: Path) -> tuple[ir.Model, Sidecar]:
@@ -227,10 +258,10 @@ def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str
     checker = job.checker
     with checker.open(Artifact(file, sidecar), checker.options()) as session:
         outputs = run_batch(session, network.probe, sidecar.inputs[0].shape[0])
-    for tensor, a, b in zip(sidecar.outputs, network.expected, outputs, strict=True):
+    for tensor, a, b, scale in zip(sidecar.outputs, network.expected, outputs, network.scales, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
-        share = _share(a, b)
+        share = _share(a, b, scale)
         if not share <= TRACE_SHARE:
-            return f"{tensor.name} differs by {share:.2g} of its standard deviation"
+            return f"{tensor.name} differs by {share:.2g} of its scale"
     return ""

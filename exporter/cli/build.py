@@ -11,7 +11,7 @@ import click
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
 from exporter.errors import BadRequest
-from exporter.recipe import Export, Model, PreprocessingOptions, Quantization
+from exporter.recipe import Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+JUDGED = ("outputs", "when_unsure")
+"""The fields of checks that int8's search needs."""
+NO_OPTIONS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 OUTPUT = (
     click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Folder for the artifact."),
@@ -47,6 +50,7 @@ def command(name: str) -> click.Command:
         scopes = list(target.placements)
         skip = () if len(scopes) > 1 else ("int8_scope",)
         groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix="int8: "))
+        groups.append(options_of(Checks, skip=NO_OPTIONS, prefix="int8: "))
     groups += [
         options_of(target.options),
         options_of(Model),
@@ -101,11 +105,14 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
 
 def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> Recipe:
     """The recipe of a command line."""
-    from exporter.recipe import SYNTHETIC, Checks, Recipe
+    import msgspec
+
+    from exporter.recipe import SYNTHETIC, Recipe
     from exporter.recipe.fields import differing
 
-    quantization = None
+    quantization, checks = None, Checks()
     if quantizes(target):
+        checks = take(Checks, values, NO_OPTIONS)
         skip = () if "int8_scope" in values else ("int8_scope",)
         quantization = take(Quantization, values, skip)
         if wanted in precision.PRECISIONS and not precision.get(wanted).needs_calibration:
@@ -121,7 +128,7 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
         model=take(Model, values),
         preprocessing=take(PreprocessingOptions, values),
         export=take(Export, values),
-        checks=Checks(data=data or SYNTHETIC),
+        checks=msgspec.structs.replace(checks, data=data or SYNTHETIC),
     )
 
 
@@ -129,7 +136,7 @@ def _refuse_calibration() -> None:
     """Options of int8 would be ignored without it."""
 
     context = click.get_current_context()
-    names = fields_of(Quantization)
+    names = {**fields_of(Quantization), **dict.fromkeys(JUDGED)}
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
         if param.name in names and source is click.core.ParameterSource.COMMANDLINE:

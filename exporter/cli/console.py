@@ -117,7 +117,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
             f"{tables.metric(f)} {f.case}".strip(),
             value(f),
             limit(f),
-            ("pass" if f.passed else "FAIL") if f.limit is not None else "",
+            ("unsure" if f.unsure else "pass" if f.passed else "FAIL") if f.limit is not None else "",
             f.detail,
         )
         for f in findings

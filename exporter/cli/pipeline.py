@@ -106,6 +106,9 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     is measured again, twice as long, before the command fails. By default, one core is left to other processes. Exit
     code 6 means that a regression was found.
 
+    A report may be a list of reports, as `bench --json` prints it. Answers are compared only where both reports were
+    verified on the same images.
+
     \b
     Examples:
       convnext-export compare main/tiny_fp16.xml build/tiny_fp16.xml --fail-on p50_ms:5%

@@ -15,11 +15,12 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.compare import METRICS, Limit, compare_exact, parse_limits
 from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare_times
-from exporter.compare.reports import compare_reports
+from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
+from exporter.report.tables import name
 from exporter.verify import VerifyOptions, verify
 
 
@@ -58,7 +59,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
-        return _compare_reports(report.load(sides[0]), report.load(sides[1]), limits, options)
+        return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
         if options.base_rev and options.build:
             base = stack.enter_context(built_at(options.base_rev, options.build, sides[0]))
@@ -72,9 +73,16 @@ def _is_report(path: Path) -> bool:
     return path.suffix == ".json"
 
 
-def _compare_reports(base: Report, head: Report, limits: Sequence[Limit], options: GateOptions) -> Report:
-    findings = compare_reports(base, head, limits, options.across)
-    return _report(findings, base.artifact, head.artifact, limits, options, head.environment)
+def _compare_reports(
+    bases: Sequence[Report], heads: Sequence[Report], limits: Sequence[Limit], options: GateOptions
+) -> Report:
+    pairs = pairs_of(bases, heads)
+    findings = compare_reports(pairs, limits, options.across)
+    base, head = pairs[0]
+    if len(pairs) == 1:
+        return _report(findings, base.artifact, head.artifact, limits, options, head.environment)
+    both = {"path": ", ".join(name(one) for _, one in pairs)}
+    return _report(findings, both, both, limits, options, head.environment)
 
 
 def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions) -> Report:
@@ -90,7 +98,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if options.data is not None and by_kind["answers"]:
         verify_options = VerifyOptions(data=options.data, device=options.device)
         both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
-        findings += compare_reports(both[0], both[1], by_kind["answers"], ("model",))
+        findings += compare_reports([(both[0], both[1])], by_kind["answers"], ("model",))
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())
 
 

@@ -7,29 +7,70 @@ slower in one run causes no regression. Nothing can be measured again here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import msgspec
 import numpy as np
 
 from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
 from exporter.report import Finding, Report, gpu_of, machine_of
+from exporter.report.tables import name
 from exporter.stats import center, is_larger, shift
 
+Pair = tuple[Report, Report]
 
-def compare_reports(base: Report, head: Report, limits: Sequence[Limit], across: Sequence[str]) -> list[Finding]:
-    """A finding for every limit and case.
+
+def compare_reports(pairs: Sequence[Pair], limits: Sequence[Limit], across: Sequence[str]) -> list[Finding]:
+    """A finding for every pair, limit and case; of several pairs, the case begins with the artifact's name.
 
     Raises: BadRequest for reports of two machines or models, unless `across` allows it, and for reports without the
         metric of a limit.
     """
-    check_same(base, head, across)
+    for base, head in pairs:
+        check_same(base, head, across)
     times = [limit for limit in limits if METRICS[limit.metric].kind == "time"]
-    findings = judge([change for limit in times for change in _changes(base, head, limit)], confirmed=True)
+    changes = [
+        replace(change, case=_case(pair, pairs, change.case))
+        for pair in pairs
+        for limit in times
+        for change in _changes(*pair, limit)
+    ]
+    findings = judge(changes, confirmed=True)
+    for pair in pairs:
+        others = _compare_others(*pair, limits)
+        findings += [msgspec.structs.replace(one, case=_case(pair, pairs, one.case)) for one in others]
+    return findings
+
+
+def pairs_of(bases: Sequence[Report], heads: Sequence[Report]) -> list[Pair]:
+    """One report with one, or the reports of two lists by the file names of their artifacts.
+
+    Raises: BadRequest for lists of other artifacts.
+    """
+    if len(bases) == len(heads) == 1:
+        return [(bases[0], heads[0])]
+    names = [[name(report) for report in reports] for reports in (bases, heads)]
+    if sorted(names[0]) != sorted(names[1]) or len(set(names[0])) < len(names[0]):
+        raise BadRequest(
+            f"base has reports of {some(names[0])}, head of {some(names[1])}; give the same artifacts, each once"
+        )
+    return [(bases[names[0].index(name(head))], head) for head in heads]
+
+
+def _case(pair: Pair, pairs: Sequence[Pair], case: str) -> str:
+    return f"{name(pair[1])} {case}".strip() if len(pairs) > 1 else case
+
+
+def _compare_others(base: Report, head: Report, limits: Sequence[Limit]) -> list[Finding]:
+    """A finding for every limit that is not on a time."""
+    findings = []
     for limit in limits:
         if METRICS[limit.metric].kind == "exact":
             findings.append(compare_exact(limit, _number(base, limit, "base"), _number(head, limit, "head")))
         elif METRICS[limit.metric].kind == "answers":
+            check_images(base, head, limit)
             findings.append(compare_answers(limit, _answers(base, "base"), _answers(head, "head")))
     return findings
 
@@ -50,6 +91,28 @@ def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
         raise BadRequest(
             f"two models: {_words(models[0])} and {_words(models[1])}; add --across model to compare them anyway"
         )
+
+
+def check_images(base: Report, head: Report, limit: Limit) -> None:
+    """Refuse reports whose answers are not to the same images in the same order.
+
+    Raises: BadRequest.
+    """
+    digests = {side: _images(report) for side, report in (("base", base), ("head", head))}
+    for side, digest in digests.items():
+        if not digest:
+            raise BadRequest(f"--fail-on {limit}: the {side} report does not say on which images; `verify` it again")
+    if len(set(digests.values())) > 1:
+        raise BadRequest(
+            f"--fail-on {limit}: base and head were verified on different images, or with other classes "
+            f"({digests['base'][:12]}… and {digests['head'][:12]}…); `verify` both on the same --data"
+        )
+
+
+def _images(report: Report) -> str:
+    """The digest of the images that a report was verified on, or ""."""
+    verified = report.recipe.get("verify")
+    return str(verified.get("images") or "") if isinstance(verified, dict) else ""
 
 
 def _words(model: Sequence[object]) -> str:

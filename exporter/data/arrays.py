@@ -64,8 +64,8 @@ def _read(file: IO[bytes], count: int) -> bytes:
         return b""
 
 
-def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
-    """Open an `.npz` and check its arrays without reading the images.
+def open_npz(path: Path, recipe: Preprocessing, labelled: bool = True) -> Arrays:
+    """Open an `.npz` and check its arrays without reading the images; its labels are read where `labelled`.
 
     Raises: BadRequest when it is damaged, or when its arrays have wrong names, types or shapes.
     """
@@ -77,7 +77,7 @@ def open_npz(path: Path, recipe: Preprocessing) -> Arrays:
                 raise BadRequest(f"{path}: holds {', '.join(names) or 'nothing'}; {expected}")
             with archive.open("images.npy") as file:
                 shape, fortran, dtype = _header(file)
-            labels = _labels(archive) if "labels.npy" in names else None
+            labels = _labels(archive) if labelled and "labels.npy" in names else None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
     pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == recipe.channels

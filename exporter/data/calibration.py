@@ -265,14 +265,14 @@ def check_source(source: str) -> None:
 
 
 def open_calibration(
-    source: str, recipe: Preprocessing, classes: int, size: int | None = None, seed: int = 0
+    source: str, recipe: Preprocessing, classes: int | None, size: int | None = None, seed: int = 0
 ) -> CalibrationSet:
     """The calibration set that a user means.
 
     Args:
         source: a manifest, a folder (frozen on the spot), an `.npz` file, the name of a set that ships, or `synthetic`.
         recipe: how each image becomes an input.
-        classes: how many the model has, for an `.npz` file with labels.
+        classes: how many the model has, for an `.npz` file with labels; None where its outputs are no classes.
         size: how many images; None is all of a manifest, else 256 or what there is.
         seed: of the draw from a folder.
 

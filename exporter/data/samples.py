@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,7 +39,8 @@ class Samples:
     """Images to measure with.
 
     `items` yields (name, class or −1, a function that makes the array) for each; `skipped` fills up with what
-    could not be read, and why, as the batches go by.
+    could not be read, and why, as the batches go by. `identity` gives for a name what no other image has: a digest of
+    its content, or the name where it is made from that.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Samples:
     labelled: bool
     skipped: list[str] = field(default_factory=list)
     synthetic: bool = False
+    identity: Callable[[str], str] = str
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller."""
@@ -76,7 +78,7 @@ class Samples:
 
 
 def open_samples(
-    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int, most: int | None = None
+    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int | None, most: int | None = None
 ) -> Samples:
     """The images a user means.
 
@@ -85,7 +87,7 @@ def open_samples(
             `.csv` or `.txt`; `FILE#split` takes one split), an `.npz` file, the name of a bundled set, or `synthetic`.
         recipe: how each becomes an input.
         labels: the model's; sub-folders are matched to them.
-        classes: how many the model has.
+        classes: how many the model has; None where its outputs are no classes, and labels are not read.
         most: at most so many images, evenly spread; None is all (of synthetic ones, 16).
 
     Raises: BadRequest when there is nothing there, or a class the model does not have.
@@ -163,7 +165,12 @@ def of_files(
             yield name, label, partial(_read_file, root / name, recipe, digests.get(name, ""))
 
     return Samples(
-        source, len(found), items, found[0][1] >= 0, [f"{name}: lies beside the class folders" for name in stray]
+        source,
+        len(found),
+        items,
+        found[0][1] >= 0,
+        [f"{name}: lies beside the class folders" for name in stray],
+        identity=lambda name: sha256_file(root / name),
     )
 
 
@@ -212,10 +219,10 @@ def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
     return images.normalise(synthetic.dead_leaves(recipe.size, seed, recipe.channels), recipe)
 
 
-def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> Samples:
-    arrays = open_npz(path, recipe)
+def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None) -> Samples:
+    arrays = open_npz(path, recipe, labelled=classes is not None)
     labels = arrays.labels
-    if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
+    if labels is not None and classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
     total = min(arrays.count, most or arrays.count)
     wanted = set(spread(arrays.count, total)) if total < arrays.count else None
@@ -227,14 +234,18 @@ def _npz(path: Path, recipe: Preprocessing, classes: int, most: int | None) -> S
             label = -1 if labels is None else int(labels[index])
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
-    return Samples(str(path), total, items, labels is not None)
+    digest = cache(partial(sha256_file, path))
+    return Samples(
+        str(path), total, items, labels is not None, identity=lambda name: f"{digest()} {name.rpartition('[')[2]}"
+    )
 
 
-def _folder(path: Path, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+def _folder(path: Path, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    numbers = match_classes(folders, labels, classes, str(path)) if folders else {}
-    found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
-    if not folders:
+    if folders and classes is not None:
+        numbers = match_classes(folders, labels, classes, str(path))
+        found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
+    else:
         found = [(file, -1) for file in images_in(path)]
     if not found:
         raise BadRequest(
@@ -298,10 +309,10 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     )
 
 
-def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int) -> list[tuple[str, int]]:
+def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     """The images of a manifest, each with its class, or all with −1."""
     words = [row.get("label") or "" for row in listed.rows]
-    if not any(words):
+    if classes is None or not any(words):
         return [(row["path"], -1) for row in listed.rows]
     for line, word in zip(listed.lines, words, strict=True):
         if not word or (delimited.whole(word) or 0) < 0:

@@ -20,6 +20,8 @@ Task = Literal["classify", "embed", "features"]
 Form = Literal["plain", "linear", "conv", "nchw"]
 CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
 BiasCorrection = Literal["none", "fast", "full"]
+OutputKind = Literal["classes", "values"]
+WhenUnsure = Literal["fail", "pass", "warn"]
 Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
 Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
@@ -214,6 +216,20 @@ class Checks(Record, frozen=True):
     atol: Annotated[Annotated[float, Meta(ge=0)] | None, about("Largest absolute error of an output.", metavar="X")] = (
         None
     )
+    when_unsure: Annotated[
+        WhenUnsure | None,
+        about(
+            "What to do where the images are too few to tell whether a limit of top-1 or agreement is kept.",
+            default="fail in CI (CI=true), else warn; the precision's own limits warn",
+        ),
+    ] = None
+    outputs: Annotated[
+        OutputKind | None,
+        about(
+            "What a head computes: scores of classes, or values of a regression.",
+            default="values for a head with one output, else classes",
+        ),
+    ] = None
     device: Annotated[str, about("Device that runs the artifact.", metavar="NAME")] = "cpu"
 
 

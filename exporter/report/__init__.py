@@ -29,6 +29,7 @@ class Finding(Record, frozen=True):
     `case` distinguishes numbers of one metric ("batch 8"). `launches` is the number of samples of each launch of the
     model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of
     a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
+    `unsure` is whether it passes with a warning, because its interval contains the limit.
     """
 
     check: str
@@ -43,6 +44,7 @@ class Finding(Record, frozen=True):
     samples: tuple[float, ...] = ()
     case: str = ""
     launches: tuple[int, ...] = ()
+    unsure: bool = False
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -97,8 +99,19 @@ def save(report: Report, path: Path) -> None:
 def load(path: Path) -> Report:
     """Read a report.
 
-    Raises: BadRequest for a file that is missing, truncated, no report or of another schema, and for an artifact in an
-        unknown precision.
+    Raises: BadRequest as `load_all` does, and for a list of several.
+    """
+    reports = load_all(path)
+    if len(reports) > 1:
+        raise BadRequest(f"{path}: a list of {len(reports)} reports, expected one")
+    return reports[0]
+
+
+def load_all(path: Path) -> list[Report]:
+    """Read a report, or a list of reports as `bench --json` prints it.
+
+    Raises: BadRequest for a file that is missing, truncated, no report or of another schema, for an empty list, and for
+        an artifact in an unknown precision.
     """
     if not path.is_file():
         raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
@@ -107,15 +120,20 @@ def load(path: Path) -> Report:
         raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a report of this tool has")
     content = path.read_bytes()
     try:
-        schema = msgspec.json.decode(content, type=dict[str, Any]).get("schema")
-        if schema != SCHEMA:
-            raise BadRequest(f"{path}: report of schema {schema}, this version reads {SCHEMA}; measure again")
-        report = msgspec.json.decode(content, type=Report)
+        known = msgspec.json.decode(content, type=list[dict[str, Any]] | dict[str, Any])
+        listed = known if isinstance(known, list) else [known]
+        schemas = [one.get("schema") for one in listed]
+        if other := [schema for schema in schemas if schema != SCHEMA]:
+            raise BadRequest(f"{path}: report of schema {other[0]}, this version reads {SCHEMA}; measure again")
+        reports = [msgspec.convert(one, Report) for one in listed]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: not a report of this tool, or truncated ({error}); measure again") from None
-    if "precision" in report.artifact:  # a report of `compare` may have none
-        precision.get(str(report.artifact["precision"])[:40], path)
-    return report
+    if not reports:
+        raise BadRequest(f"{path}: a list without a report; measure again")
+    for report in reports:
+        if "precision" in report.artifact:  # a report of `compare` may have none
+            precision.get(str(report.artifact["precision"])[:40], path)
+    return reports
 
 
 def gpu_of(report: Report) -> str:

@@ -72,7 +72,12 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     points = [(r, p50.value, found) for r, p50, found in known if p50 and p50.value and found]
     if not points:
         return ""
-    words = {"top1": "top-1, %", "top1_agreement": "agreement with eager, %", "cosine": "cosine to eager"}
+    words = {
+        "top1": "top-1, %",
+        "top1_agreement": "agreement with eager, %",
+        "cosine": "cosine to eager",
+        "r2": "R² to eager",
+    }
     with _figure("Accuracy by latency", 3.6) as (axes, drawing):
         for report, p50, found in points:
             ends = [abs(end - found.value) for end in found.interval or (found.value, found.value)]
@@ -136,7 +141,7 @@ def tried(report: Report) -> str:
 
 
 def _accuracy(report: Report) -> Any:
-    found = (report.find(metric) for metric in ("top1", "top1_agreement", "cosine"))
+    found = (report.find(metric) for metric in ("top1", "top1_agreement", "cosine", "r2"))
     return next((one for one in found if one and one.value is not None), None)
 
 

@@ -14,7 +14,7 @@ from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, printable
 from exporter.git import git
 from exporter.report import history
-from exporter.report.tables import disambiguated
+from exporter.report.tables import disambiguated, name
 
 R = TypeVar("R", bound=Record)
 
@@ -37,10 +37,11 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
         if not (entries := history.load(paths[0])):
             raise BadRequest(f"{paths[0]}: no entries; `report REPORT.json --history {paths[0]}` appends one")
         return str(discover.load(package, form, "TREND")([_printable(entry) for entry in entries])), []
-    loaded = [report.load(path) for path in paths]
-    stale = [path for path, one in zip(paths, loaded, strict=True) if report.is_stale(one)]
-    return str(render(disambiguated([_printable(one) for one in loaded]))), [
-        f"{path}: the artifact was rebuilt after this report; measure it again" for path in stale
+    loaded = [(path, one) for path in paths for one in report.load_all(path)]
+    return str(render(disambiguated([_printable(one) for _, one in loaded]))), [
+        f"{path}: {name(one)} was rebuilt after this report; measure it again"
+        for path, one in loaded
+        if report.is_stale(one)
     ]
 
 
@@ -64,4 +65,4 @@ def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:
     """
     commit = commit or next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
     commit = commit or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
-    history.append(file, [report.load(path) for path in paths], commit)
+    history.append(file, [one for path in paths for one in report.load_all(path)], commit)

@@ -66,9 +66,12 @@ def runs_on(report: Report) -> str:
 
 
 def verdict(report: Report, checks: Sequence[str]) -> str:
-    """'passes', or the metrics of these checks that failed."""
-    bad = [finding.metric for finding in report.findings if not finding.passed and finding.check in checks]
-    return f"**fails** {', '.join(dict.fromkeys(bad))}" if bad else "passes"
+    """'passes', with the metrics of these checks that are unsure; or those that failed."""
+    judged = [finding for finding in report.findings if finding.check in checks]
+    if bad := dict.fromkeys(finding.metric for finding in judged if not finding.passed):
+        return f"**fails** {', '.join(bad)}"
+    unsure = dict.fromkeys(finding.metric for finding in judged if finding.unsure)
+    return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
 
 
 def regressions(reports: Sequence[Report]) -> Table:
@@ -87,7 +90,7 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     return (name(report), f.metric, f.case, change, interval, limit, word, f.detail)
 
 
-ACCURACY = ("parity", "accuracy", "sanity", "structure", "data", "blocks")
+ACCURACY = ("parity", "accuracy", "values", "sanity", "structure", "data", "blocks")
 
 
 def accuracy(reports: Sequence[Report]) -> Table:
@@ -100,15 +103,22 @@ def accuracy(reports: Sequence[Report]) -> Table:
             f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
             number(report.find("top1"), "{:.2f} %"),
             number(report.find("top1_eager"), "{:.2f} %"),
-            number(report.find("top1_agreement"), "{:.2f} %"),
+            _agreement(report),
             number(report.find("cosine"), "{:.7f}"),
             number(report.find("max_abs"), "{:.2g}"),
             verdict(report, ACCURACY),
         )
         for report in reports
-        if report.find("cosine")
+        if report.find("cosine") or report.find("relative_error")
     ]
     return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
+
+
+def _agreement(report: Report) -> str:
+    """The share of images with the same top-1; of a regression, R² of its values."""
+    if report.find("top1_agreement") is None and report.find("r2") is not None:
+        return number(report.find("r2"), "R² {:.5f}")
+    return number(report.find("top1_agreement"), "{:.2f} %")
 
 
 def int8(reports: Sequence[Report]) -> Table:

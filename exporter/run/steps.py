@@ -22,6 +22,7 @@ from exporter.recipe import Recipe
 from exporter.recipe.file import NOT_PATHS
 from exporter.report import Report
 from exporter.verify import VerifyOptions
+from exporter.verify.budgets import when_unsure
 
 STEPS = ("build", "verify", "bench")
 MAX_PART_BYTES = 512 * 2**20
@@ -66,6 +67,7 @@ class Steps:
             del fields["quantization"]["calib"]
             quantization = recipe.quantization
             facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
+            facts |= {"outputs": recipe.checks.outputs, "when_unsure": when_unsure(recipe.checks.when_unsure)}
             facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
         if recipe.export.form == "auto":
             facts |= {"machine": _machine()}
@@ -75,6 +77,7 @@ class Steps:
         options = msgspec.to_builtins(verify_options(self.recipe))
         images = fingerprint(options.pop("data"))
         del options["weights"]
+        options["when_unsure"] = when_unsure(self.recipe.checks.when_unsure)
         return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": _machine()}
 
     def _bench(self, artifact: Artifact) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ import numpy as np
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Sidecar
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
 from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
@@ -23,11 +25,16 @@ from exporter.progress import step, track
 from exporter.recipe import Checks, Reference, Threads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
-from exporter.verify import checks
+from exporter.verify import checks, outputs
 from exporter.verify.blocks import block_errors
 
 BATCH = 16
 MAX_UNREADABLE_PCT = 10
+QUALITY = (
+    *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
+    *("relative_error", "r2", "spearman"),
+)
+"""The metrics that an artifact's sidecar keeps."""
 
 
 class VerifyOptions(Checks, frozen=True):
@@ -66,22 +73,44 @@ def verify(
     """
     sidecar = artifact.sidecar
     runtime = runtime or backends.runtime_of(artifact)
-    samples = samples or open_samples(
-        options.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes, options.samples
-    )
-    if options.max_drop is not None and not (samples.labelled and sidecar.task == "classify"):
-        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
+    outputs.check(sidecar, options.outputs)
+    samples = samples or open_data(sidecar, options)
+    _refuse_limits(sidecar, options, samples)
     session_options = runtime.options(device=options.device, threads=options.threads)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
     with _runnable(artifact, runtime) as runnable:
-        findings, facts = _findings(artifact, runnable, layers, options, samples, reference_session)
+        measured = _measured(artifact, runnable, layers, options, samples, reference_session)
     return Report(
-        passed=all(finding.passed for finding in findings),
-        recipe={**sidecar.recipe, "verify": msgspec.to_builtins(options)},
+        passed=all(finding.passed for finding in measured.findings),
+        recipe={**sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": measured.images}},
         artifact=artifact.to_dict(),
-        environment={**backends.environment(), "session": facts},
-        findings=tuple(findings),
+        environment={**backends.environment(), "session": measured.facts},
+        findings=tuple(measured.findings),
     )
+
+
+def open_data(sidecar: Sidecar, options: Checks) -> Samples:
+    """The images to verify on, with their labels where the outputs have classes.
+
+    Raises: BadRequest for data that cannot be used.
+    """
+    classes = sidecar.weights.num_classes if outputs.has_classes(sidecar, options.outputs) else None
+    return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples)
+
+
+def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
+    """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
+    kinds = outputs.kinds(sidecar, options.outputs)
+    if options.max_drop is not None and not outputs.has_classes(sidecar, options.outputs):
+        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; leave it out")
+    if options.max_drop is not None and not samples.labelled:
+        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
+    if options.min_agreement is not None and "classes" not in kinds:
+        raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
+    if options.min_cosine is not None and set(kinds) == {"values"}:
+        raise BadRequest(
+            "--min-cosine: of values R² and ranks are compared, as their cosine is but a sign; leave it out"
+        )
 
 
 def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextManager[Session]:
@@ -96,15 +125,25 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
     return eager.EagerOptions(threads=options.threads, weights=options.weights, reference=options.reference)
 
 
-def _findings(
+@dataclass(frozen=True)
+class Measured:
+    """The findings of all checks, the facts of the artifact's session, and a digest of the images in their order, with
+    their classes."""
+
+    findings: list[Finding]
+    facts: dict[str, str]
+    images: str
+
+
+def _measured(
     artifact: Artifact,
     runnable: Runnable,
     layers: list[Layer],
     options: VerifyOptions,
     samples: Samples,
     reference_session: Session | None,
-) -> tuple[list[Finding], dict[str, str]]:
-    """The findings of all checks, and the facts of the artifact's session.
+) -> Measured:
+    """Run the images through both models.
 
     Raises: BadRequest for blocks of a runtime that does not show them.
     """
@@ -116,11 +155,13 @@ def _findings(
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
     fixed = artifact.sidecar.inputs[0].shape[0]
-    count = 0
+    count, digest = 0, hashlib.sha256()
     with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
         size = fixed if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
+            for name, label in zip(batch.names, batch.labels, strict=True):
+                digest.update(f"{samples.identity(name)} {label}\n".encode("utf-8", "surrogateescape"))
             both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
@@ -133,7 +174,7 @@ def _findings(
     if options.blocks:
         images = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return findings, facts
+    return Measured(findings, facts, digest.hexdigest())
 
 
 def _compare_blocks(
@@ -209,9 +250,9 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
     return tuple(output[:count] for output in session(pixels))
 
 
-def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, outputs: Outputs) -> None:
+def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, got: Outputs) -> None:
     """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""
-    shapes = [[output.shape for output in both] for both in (expected, outputs)]
+    shapes = [[output.shape for output in both] for both in (expected, got)]
     if shapes[0] != shapes[1]:
         model = f"the reference {reference}" if reference else "the PyTorch model"
         raise BadRequest(f"{artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model")
@@ -235,8 +276,7 @@ def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
 
 def record_quality(artifact: Artifact, report: Report) -> None:
     """Write the accuracy from a report to the artifact's sidecar."""
-    metrics = ("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop")
-    values = {metric: report.value(metric) for metric in metrics}
+    values = {metric: report.value(metric) for metric in QUALITY}
     known = {metric: float(value) for metric, value in values.items() if value is not None}
     data = str(report.recipe["verify"]["data"])
     artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **known})

@@ -15,7 +15,7 @@ from exporter import artifact, backends
 from exporter.build import build as build_recipe
 from exporter.build.int8 import speed
 from exporter.build.int8.search import Candidate, search
-from exporter.precision import PRECISIONS, Limits
+from exporter.precision import PRECISIONS
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, verify
 from tests.conftest import PX, ROOT, recipe_of, snapshot, write_tiny
@@ -138,7 +138,7 @@ def test_data_that_cannot_be_calibrated_with_is_no_reason_to_fail(tiny, photogra
 
 def test_no_choice_that_holds_is_exit_code_5_with_the_best(tiny, photographs, run, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        PRECISIONS, "int8", replace(PRECISIONS["int8"], limits=Limits(1.1, 1.0, 97.0))
+        PRECISIONS, "int8", replace(PRECISIONS["int8"], limits=replace(PRECISIONS["int8"].limits, cosine=1.1))
     )  # no cosine is above one
     done = run("onnx", "--int8", "--weights", tiny, "--calib", photographs, "-o", tmp_path)
     assert done.code == 5

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from PIL import Image
 
 from exporter import report
 from exporter.report import Finding, Report
@@ -28,7 +29,8 @@ def timed(ms=10.0, eager=30.0, launches=8, seed=0, **facts):
     )
     environment = {**MACHINE, **facts.pop("environment", {})}
     artifact = {"path": "a.onnx", "sha256": "0", "variant": "tiny", "task": "classify", **facts}
-    return Report(passed=True, recipe={}, artifact=artifact, environment=environment, findings=findings)
+    recipe = {"verify": {"data": "val", "images": "a" * 64}}
+    return Report(passed=True, recipe=recipe, artifact=artifact, environment=environment, findings=findings)
 
 
 def latency(metric, samples, launches):
@@ -87,6 +89,16 @@ def test_answers_and_sizes_are_compared_too(typed):
         (timed(launches=1), (), "1 launches"),
         (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
+        (
+            replace(timed(), recipe={"verify": {"images": "b" * 64}}),
+            ("--fail-on", "top1_drop:0.3"),
+            "different images, or with other classes (bbbbbbbbbbbb… and aaaaaaaaaaaa…)",
+        ),
+        (
+            replace(timed(), recipe={"verify": {"data": "val"}}),
+            ("--fail-on", "top1_drop:0.3"),
+            "the base report does not say on which images; `verify` it again",
+        ),
         (timed(), ("--base-rev", "main", "--build", "true"), "expected HEAD alone"),
         (timed(), ("--base-rev", "main"), "expected HEAD alone"),
     ],
@@ -214,3 +226,73 @@ def test_the_pytest_fixture_fails_a_test_that_regressed(pytester, tmp_path):
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*slow.json regressed against*", "*p50_ms*regressed*"])
+
+
+def saved(path, *reports):
+    """A list of reports as `bench --json` prints it."""
+    path.write_bytes(b"[" + b",".join(report.encode(one) for one in reports) + b"]")
+    return path
+
+
+def test_lists_of_reports_are_compared_by_the_names_of_their_artifacts(tmp_path, run):
+    base = saved(tmp_path / "base.json", timed(10, path="x/a.onnx"), timed(20, seed=2, path="x/b.xml"))
+    head = saved(tmp_path / "head.json", timed(25, seed=3, path="y/b.xml"), timed(10, seed=1, path="y/a.onnx"))
+    result = run("compare", base, head, "--json")
+    assert result.code == 6
+    found = {finding["case"]: finding["passed"] for finding in result.json["findings"]}
+    assert found == {"b.xml batch 1": False, "a.onnx batch 1": True}
+    assert run("compare", base, base).code == 0
+
+
+def test_a_list_of_one_report_is_that_report(tmp_path, run):
+    path = saved(tmp_path / "a.json", timed(10))
+    (finding,) = run("compare", path, path, "--json").json["findings"]
+    assert finding["case"] == "batch 1"
+
+
+def test_lists_of_other_artifacts_are_refused(tmp_path, refused):
+    base = saved(tmp_path / "base.json", timed(path="a.onnx"), timed(path="b.xml"))
+    for others in (("a.onnx",), ("a.onnx", "c.xml"), ("a.onnx", "x/a.onnx")):
+        head = saved(tmp_path / "head.json", *(timed(path=path) for path in others))
+        assert "give the same artifacts, each once" in refused(2, "compare", base, head)
+    assert "a list without a report" in refused(2, "compare", base, saved(tmp_path / "none.json"))
+
+
+def test_what_bench_prints_is_read_by_report_and_compare(artifacts, tmp_path, run):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    printed = run("bench", made.path, "--duration", "0.5", "-o", tmp_path / "out", "--json")
+    assert printed.code == 0
+    (tmp_path / "a.json").write_text(printed.out)
+    shown = run("report", tmp_path / "a.json", "--history", tmp_path / "h.jsonl", "--commit", "abc")
+    assert shown.code == 0
+    assert "custom_fp32.onnx" in shown.out
+    assert len((tmp_path / "h.jsonl").read_text().splitlines()) == 1
+    again = run("compare", tmp_path / "a.json", tmp_path / "a.json", "--fail-on", "top1_drop:1")
+    assert (again.code, "the base report does not say on which images" in again.err) == (2, True)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two folders of as many images with the same names, of which one image differs, and a copy of the first."""
+    rng = np.random.default_rng(0)
+    for name in ("one", "two", "copy"):
+        for index in range(6):
+            path = tmp_path / name / f"{index % 3}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            if name == "one" or (name == "two" and index == 4):
+                Image.fromarray(pixels).save(path)
+            else:
+                path.write_bytes((tmp_path / "one" / path.parent.name / path.name).read_bytes())
+    return tmp_path
+
+
+def test_answers_are_paired_only_on_the_same_images(photographs, artifacts, run, refused):
+    made = artifacts["onnxruntime", "fp32"]
+    reports = {}
+    for name in ("one", "two", "copy"):
+        reports[name] = photographs / f"{name}.report.json"
+        assert run("verify", made.path, "--data", photographs / name, "-o", reports[name]).code == 0
+    limit = ("--fail-on", "top1_drop:0.3")
+    assert run("compare", reports["one"], reports["copy"], *limit).code == 0
+    assert "different images" in refused(2, "compare", reports["one"], reports["two"], *limit)

@@ -32,7 +32,7 @@ def logits():
 
 
 def test_every_check_is_found():
-    assert discover.names("exporter.verify.checks") == ["accuracy", "parity", "sanity", "structure"]
+    assert discover.names("exporter.verify.checks") == ["accuracy", "parity", "sanity", "structure", "values"]
 
 
 def test_equal_outputs_pass_everything(subject, logits):
@@ -122,14 +122,14 @@ def test_images_that_eager_cannot_tell_apart_either_are_no_finding(subject, logi
 
 
 def test_accuracy_counts_right_answers(subject):
-    eager = np.eye(10, dtype=np.float32)
+    eager = np.tile(np.eye(10, dtype=np.float32), (10, 1))
     got = eager.copy()
-    got[3] = np.roll(got[3], 1)
-    found = measure(subject, eager, got, labels=np.arange(10))
+    got[3::10] = np.roll(got[3::10], 1, axis=1)
+    found = measure(subject, eager, got, labels=np.tile(np.arange(10), 10))
     assert (found["top1_eager"].value, found["top1"].value) == (100, 90)
     assert found["top1_drop"].value == 10
     assert not found["top1_drop"].passed
-    assert found["top1_drop"].detail.startswith("1 images lost, 0 won")
+    assert found["top1_drop"].detail == "10 images lost, 0 won"
     assert found["top1"].low < 90 < found["top1"].high
 
 
@@ -156,17 +156,6 @@ def test_a_row_of_nan_is_never_right(subject, logits):
 
 def test_without_labels_there_is_no_accuracy(subject, logits):
     assert "top1" not in measure(subject, logits, logits.copy())
-
-
-def test_few_images_do_not_fail_on_one_disagreement_but_many_do(artifacts, logits):
-    made = artifacts["onnxruntime", "fp16"]
-    got = logits.copy()
-    got[0] = np.roll(got[0], 1)
-    loose = Checks(atol=1e9, min_cosine=-1)
-    few = measure(Subject(made, []), logits, got, options=loose)["top1_agreement"]
-    assert (few.value, few.passed) == (90, True)
-    many = measure(Subject(made, []), np.tile(logits, (50, 1)), np.tile(got, (50, 1)), options=loose)["top1_agreement"]
-    assert (many.value, many.passed) == (90, False)
 
 
 def test_limits_fit_the_precision(artifacts, logits):

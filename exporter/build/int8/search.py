@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -16,10 +17,11 @@ from exporter.backends import Array, Bound, Outputs, Session, eager
 from exporter.build import budget
 from exporter.build.int8.work import Work
 from exporter.build.resolve import Job
-from exporter.data.samples import Samples, open_samples
+from exporter.data.samples import Samples
+from exporter.errors import BadRequest
 from exporter.progress import note, step
 from exporter.report import Report
-from exporter.verify import VerifyOptions
+from exporter.verify import VerifyOptions, budgets, outputs
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,20 @@ class Candidate:
 
     @property
     def passed(self) -> bool:
-        """Whether accuracy, parity and sanity pass; other failures cannot be helped by keeping parts."""
-        return all(f.passed for f in self.report.findings if f.check in ("accuracy", "parity", "sanity"))
+        """Whether all checks of outputs pass; other failures cannot be helped by keeping parts."""
+        return all(f.passed for f in self.report.findings if f.check in ("accuracy", "parity", "values", "sanity"))
 
     @property
     def loss(self) -> float:
-        """Percentage points of top-1 lost; else of agreement with PyTorch; else 100 × (1 − cosine)."""
-        drop, agreement = self.report.value("top1_drop"), self.report.value("top1_agreement")
+        """Percentage points of top-1 lost; else of agreement with PyTorch; else 100 × (1 − cosine), or of values their
+        relative error in percent."""
+        drop, agreement, error = (self.report.value(name) for name in ("top1_drop", "top1_agreement", "relative_error"))
         if drop is not None:
             return drop
         if agreement is not None:
             return 100 - agreement
+        if self.report.find("relative_error"):
+            return inf if error is None else error
         return 100 * (1 - (self.report.value("cosine") or -1.0))
 
 
@@ -79,9 +84,44 @@ def open_data(job: Job) -> Samples | None:
     Raises: BadRequest for data that cannot be used.
     """
     quantization, sidecar = job.recipe.quantization, job.sidecar
-    if quantization is None or quantization.data is None:
+    outputs.check(sidecar, job.recipe.checks.outputs)
+    if quantization is None:
         return None
-    return open_samples(quantization.data, sidecar.preprocessing, sidecar.labels, sidecar.weights.num_classes)
+    if quantization.max_drop is not None and not outputs.has_classes(sidecar, job.recipe.checks.outputs):
+        raise BadRequest(
+            f"--max-drop {quantization.max_drop:g}: the outputs are no classes, without a top-1; leave it out"
+        )
+    if quantization.data is None:
+        return None
+    data = verify.open_data(sidecar, _options(job, quantization.data))
+    _refuse_few(job, data)
+    return data
+
+
+def _options(job: Job, source: str) -> VerifyOptions:
+    """How candidates are verified, before the budget."""
+    checks = job.recipe.checks
+    return VerifyOptions(
+        data=source, weights=job.recipe.model.weights, outputs=checks.outputs, when_unsure=checks.when_unsure
+    )
+
+
+def _refuse_few(job: Job, data: Samples) -> None:
+    """Refuse images on which no candidate could pass, because there are too few of them.
+
+    Raises: BadRequest where a budget was set that fails when it cannot be told.
+    """
+    quantization = job.recipe.quantization
+    points = quantization.max_drop if quantization is not None else None
+    if points is None or budgets.when_unsure(job.recipe.checks.when_unsure) != "fail":
+        return
+    enough = budgets.fewest_images(points, data.labelled)
+    if enough is None or data.total < enough:
+        needed = f"about {enough:,} are needed" if enough else "no number is enough"
+        raise BadRequest(
+            f"--max-drop {points:g}: cannot tell with {data.total} images of {data.source} even if nothing is lost, "
+            f"{needed}; give more with --data, or --when-unsure warn"
+        )
 
 
 @contextmanager
@@ -95,11 +135,16 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
     """
     recipe, sidecar = work.job.recipe, work.sidecar
     samples = data or work.images.samples
-    options = VerifyOptions(data=samples.source, weights=recipe.model.weights)
+    _refuse_few(work.job, samples)
+    options = _options(work.job, samples.source)
+    if work.quantization.max_drop is None:  # the default budget
+        options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
-    if points is None:
+    if not outputs.has_classes(sidecar, options.outputs):
+        pass  # the limits of the precision hold
+    elif points is None:
         note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
-    elif samples.labelled and sidecar.task == "classify":
+    elif samples.labelled:
         options = msgspec.structs.replace(options, max_drop=points)
     else:
         options = msgspec.structs.replace(options, min_agreement=100 - points)

@@ -23,6 +23,7 @@ from exporter.quantize import QuantizeOptions
 from exporter.quantize.placement import Placement, faults, quantize
 from exporter.quantize.rounding import Grid, Plan
 from exporter.recipe import Quantization
+from exporter.verify.outputs import has_classes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -94,12 +95,9 @@ def prepare(job: Job, folder: Path) -> Work:
     quantization, placement = job.recipe.quantization, job.placement
     assert quantization is not None
     assert placement is not None
+    classes = job.sidecar.weights.num_classes if has_classes(job.sidecar, job.recipe.checks.outputs) else None
     images = open_calibration(
-        quantization.calib,
-        job.sidecar.preprocessing,
-        job.sidecar.weights.num_classes,
-        quantization.calib_size,
-        quantization.calib_seed,
+        quantization.calib, job.sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed
     )
     from exporter.quantize import simulation, smoothing, statistics
 

@@ -9,8 +9,8 @@ from exporter.report.tables import metric, name, not_faster
 
 
 def render(reports: Sequence[Report]) -> str:
-    """A line for each annotation: an error for a failed finding, a warning for a noisy one or for int8 that is not
-    faster, and a notice for each report that passes."""
+    """A line for each annotation: an error for a failed finding, a warning for a noisy or unsure one or for int8 that
+    is not faster, and a notice for each report that passes."""
     return "".join(f"{line}\n" for report in reports for line in _lines(report))
 
 
@@ -19,7 +19,7 @@ def _lines(report: Report) -> Iterator[str]:
         title = f"{name(report)}: {metric(finding)}" + (f", {finding.case}" if finding.case else "")
         if not finding.passed:
             yield _command("error", title, _message(finding))
-        elif not_faster(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
+        elif finding.unsure or not_faster(finding) or "noisy" in finding.detail or "noise of" in finding.detail:
             yield _command("warning", title, _message(finding))
     if report.passed:
         judged = sum(finding.limit is not None for finding in report.findings)

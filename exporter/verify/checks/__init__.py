@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from exporter.backends import Layer, Outputs
 from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import proportion
+from exporter.verify.outputs import Kind
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,29 @@ class Subject:
 
     artifact: Artifact
     layers: Sequence[Layer]
+
+
+@dataclass
+class Moments:
+    """Running sums over one output of eager."""
+
+    squares: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def see(self, output: NDArray[np.floating[Any]]) -> None:
+        """Accumulate one batch."""
+        wide = output.astype(np.float64)
+        self.squares += float((wide * wide).sum())
+        self.total += float(wide.sum())
+        self.count += wide.size
+
+    def scale(self, kind: Kind) -> float:
+        """What errors are compared with: the standard deviation, or of values the root mean square, as a few values of
+        a regression may all be alike; 1 where that is 0."""
+        mean = self.total / self.count
+        variance = self.squares / self.count - (0.0 if kind == "values" else mean**2)
+        return float(np.sqrt(max(variance, 0.0))) or 1.0
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from exporter import precision
 from exporter.recipe import Checks
-from exporter.report import Finding, judged
-from exporter.stats import paired_drop
+from exporter.report import Finding
+from exporter.stats import drop_interval, paired_drop
+from exporter.verify.budgets import Budget, judged, when_unsure
 from exporter.verify.checks import Check, Seen, Subject, share
+from exporter.verify.outputs import has_classes
 
 
 class Accuracy:
@@ -18,8 +20,10 @@ class Accuracy:
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
         default = precision.get(sidecar.precision).max_drop_points
-        self.max_drop = default if options.max_drop is None else options.max_drop
-        self.classify = sidecar.task == "classify"
+        is_set = options.max_drop is not None
+        limit = default if options.max_drop is None else options.max_drop
+        self.budget = Budget(limit, "low", when_unsure(options.when_unsure, is_set))
+        self.classify = has_classes(sidecar, options.outputs)
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
 
@@ -52,7 +56,13 @@ class Accuracy:
             high=drop.high,
             detail=f"{drop.lost} images lost, {drop.won} won{noise}",
         )
-        return judged(finding, self.max_drop, "low")
+        count = len(self.right["top1"])
+        return judged(
+            finding,
+            self.budget,
+            count,
+            lambda images: drop_interval(drop.lost * images / count, drop.won * images / count, images),
+        )
 
 
 def _within(logits: NDArray[np.float32], labels: NDArray[np.int64], k: int) -> NDArray[np.bool_]:

@@ -8,33 +8,44 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter import precision
 from exporter.backends import Array
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
-from exporter.verify.checks import Check, Seen, Subject
+from exporter.verify.checks import Check, Moments, Seen, Subject
+from exporter.verify.outputs import kinds
 
 
 class Sanity:
     """Counts images."""
 
     def __init__(self, options: Checks, subject: Subject) -> None:
-        del options, subject
-        self.images = self.nan = self.infinite = self.constant = 0
+        sidecar = subject.artifact.sidecar
+        self.kinds = kinds(sidecar, options.outputs)
+        self.share = precision.get(sidecar.precision).limits.share
+        self.images = self.nan = self.infinite = 0
+        self.moments = [Moments() for _ in self.kinds]
         self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager
+        self.alike: list[tuple[int, int, float]] = []  # image, output, and how far eager's outputs lie apart
 
     def see(self, seen: Seen) -> None:
         """Accumulate one batch."""
-        self.images += len(seen.labels)
         self.nan += self._count(seen, np.isnan)
         self.infinite += self._count(seen, np.isinf)
         pairs = [(_flat(got), _flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
         last = self.last or [(got[:0], eager[:0]) for got, eager in pairs]
-        constant = [
-            _constant(np.vstack([a, got]), np.vstack([b, eager]))
-            for (a, b), (got, eager) in zip(last, pairs, strict=True)
-        ]
-        self.constant += int(np.any([bad[-len(seen.labels) :] for bad in constant], axis=0).sum())
+        for index, ((a, b), (got, eager)) in enumerate(zip(last, pairs, strict=True)):
+            self.moments[index].see(eager)
+            apart = _apart(np.vstack([a, got]), np.vstack([b, eager]))[len(a) :]
+            self.alike += [(self.images + int(row), index, float(apart[row])) for row in np.flatnonzero(apart)]
         self.last = [(got[-1:], eager[-1:]) for got, eager in pairs]
+        self.images += len(seen.labels)
+
+    def _constant(self) -> int:
+        """The number of images whose output is constant. Two images, or two values, that are equal by rounding are not:
+        eager's must lie further apart than the largest error of this precision."""
+        scales = [moments.scale(kind) for moments, kind in zip(self.moments, self.kinds, strict=True)]
+        return len({image for image, index, apart in self.alike if apart > self.share * scales[index]})
 
     def _count(self, seen: Seen, is_bad: np.ufunc) -> int:
         bad = [is_bad(output).reshape(len(output), -1).any(1) for output in seen.outputs]
@@ -42,7 +53,7 @@ class Sanity:
 
     def findings(self) -> list[Finding]:
         """nan_outputs, inf_outputs and constant_outputs: numbers of images, which must be 0."""
-        counts = {"nan_outputs": self.nan, "inf_outputs": self.infinite, "constant_outputs": self.constant}
+        counts = {"nan_outputs": self.nan, "inf_outputs": self.infinite, "constant_outputs": self._constant()}
         return [
             judged(
                 Finding(check="sanity", metric=metric, value=count, unit="images", detail=f"of {self.images}"),
@@ -58,13 +69,14 @@ def _flat(output: Array) -> Array:
     return output.reshape(len(output), -1)
 
 
-def _constant(got: Array, eager: Array) -> NDArray[np.bool_]:
-    """Whether each output is one constant, or equals the output before, where eager's outputs differ."""
-    throughout = (np.ptp(got, axis=1) == 0) & (np.ptp(eager, axis=1) > 0)
-    again = np.zeros(len(got), bool)
-    again[1:] = (got[1:] == got[:-1]).all(1) & (eager[1:] != eager[:-1]).any(1)
-    constant: NDArray[np.bool_] = throughout | again
-    return constant
+def _apart(got: Array, eager: Array) -> NDArray[np.float64]:
+    """How far eager's values lie apart where those of the artifact are equal: within the image or, if more, from the
+    image before. 0 where the artifact's differ."""
+    within = np.where(np.ptp(got, axis=1) == 0, np.ptp(eager, axis=1), 0.0)
+    again = np.zeros(len(got))
+    same = (got[1:] == got[:-1]).all(1)
+    again[1:] = np.where(same, np.abs(eager[1:] - eager[:-1]).max(1), 0.0)
+    return np.maximum(within, again).astype(np.float64)
 
 
 CHECK = Check(Sanity)
