@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -96,6 +96,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
+    check_devices(artifacts, options.device)
     for way in {"tf32", "fp16"} & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
@@ -109,32 +110,56 @@ def _pixels(recipe: Preprocessing) -> Preprocessing:
     return msgspec.structs.replace(recipe, input="normalized")
 
 
+def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
+    """Refuse artifacts that would run on different kinds of devices.
+
+    Raises: BadRequest for those, and for a device that a runtime does not take.
+    """
+    first = artifacts[0]
+    kind = backends.device_kind(first, device)
+    for artifact in artifacts[1:]:
+        other = backends.device_kind(artifact, device)
+        if other != kind:
+            raise BadRequest(
+                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
+                "with --device, or time them separately"
+            )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
+
+
 def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
-    """Whether `--device` names an NVIDIA GPU to a runtime of these artifacts; PyTorch is then timed on it too."""
-    kind = options.device.partition(":")[0]
-    return any(backends.runtime_of(artifact).devices.get(kind) == "NVIDIA GPU" for artifact in artifacts)
+    """Whether the artifacts run on an NVIDIA GPU; PyTorch is then timed on it too."""
+    return backends.device_kind(artifacts[0], options.device) == "NVIDIA GPU"
 
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """The arms: eager first, then the artifacts, then those of `--also`."""
-    session: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    torch = {**session, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
-    torch["reference"] = options.reference
+    torch: dict[str, Any] = {"device": "cuda" if _on_gpu(artifacts, options) else "cpu", "threads": options.threads}
+    torch |= {"weights": options.weights, "reference": options.reference}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
-    arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **session) for made in artifacts]
+    arms += [_arm(str(made.path), made, options) for made in artifacts]
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
-    session: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
     arms = {
-        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **session)
+        peak_name(made): _arm(peak_name(made), made, options, "peak")
         for made in artifacts
         if backends.runtime_of(made).peak is not None
     }
     return list(arms.values())
+
+
+def _arm(name: str, made: Artifact, options: BenchOptions, runtime: Literal["artifact", "peak"] = "artifact") -> Arm:
+    device = backends.device_of(made, options.device)
+    return Arm(
+        name=name, path=str(made.path), runtime=runtime, device=device, threads=options.threads, hint=options.hint
+    )
 
 
 def peak_name(made: Artifact) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
-from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
+from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, latency, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
 from exporter.progress import step, track
@@ -68,6 +68,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
         )
     for side in (pair.base, pair.head):
         backends.runtime_of(side)
+    latency.check_devices((pair.base, pair.head), options.device)
     batches_of(options, (pair.base, pair.head))
 
 
@@ -122,10 +123,16 @@ def _changes(
 
 def _plan(pair: Pair, batch: int, options: CompareOptions, seed: int) -> Plan:
     threads = options.threads or max(1, machine.cores() - 1)
-    paths = {BASE: pair.base.path, HEAD: pair.head.path, CONTROL: pair.base.path}
+    artifacts = {BASE: pair.base, HEAD: pair.head, CONTROL: pair.base}
     arms = tuple(
-        Arm(name=name, path=str(path), device=options.device, threads=threads, hint=options.hint)
-        for name, path in paths.items()
+        Arm(
+            name=name,
+            path=str(artifact.path),
+            device=backends.device_of(artifact, options.device),
+            threads=threads,
+            hint=options.hint,
+        )
+        for name, artifact in artifacts.items()
     )
     preprocessing = pair.base.sidecar.preprocessing
     return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=options.duration / LAUNCHES, seed=seed)
