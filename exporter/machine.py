@@ -6,10 +6,12 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 
 from exporter.artifact.sidecar import Record
 
@@ -53,6 +55,13 @@ def saturates() -> bool:
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads of every timed model where no number was named: one for each physical core that this process may use."""
+    import psutil
+
+    return min(cores(), psutil.cpu_count(logical=False) or cores())
 
 
 def memory_gib() -> float:
@@ -104,21 +113,45 @@ def environment(runtimes: Iterable[str] = ()) -> dict[str, object]:
     }
 
 
+BUSY_PCT, STEAL_PCT, WAITED_PCT = 10.0, 2.0, 5.0
+
+
 class Conditions(Record, frozen=True):
-    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown."""
+    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown.
+
+    `waited_pct` is the share of this process's own time that its threads were ready to run and waited for a core.
+    """
 
     load: float
     others_pct: float
     steal_pct: float
     throttled: int | None
     mhz: float | None
+    waited_pct: float | None = None
+
+
+def disturbances(conditions: Sequence[Conditions]) -> list[str]:
+    """How other processes stretched what was timed, in words: medians over the stretches of timing."""
+    reasons: list[str] = []
+    if not conditions:
+        return reasons
+    if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
+        reasons.append(f"other processes used {others:.0f} % of the machine")
+    if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
+        reasons.append(f"the hypervisor took {steal:.0f} %")
+    waits = [one.waited_pct for one in conditions if one.waited_pct is not None]
+    if waits and (waited := median(waits)) > WAITED_PCT:
+        reasons.append(f"its threads waited for a core {waited:.0f} % of the time")
+    if any(one.throttled for one in conditions):
+        reasons.append("cores were slowed for heat")
+    return reasons
 
 
 class Watch:
     """Looks at the machine once before and once after a stretch of timing, never meanwhile."""
 
     def __init__(self) -> None:
-        self.before, self.throttles = _counters(), _throttles()
+        self.before, self.throttles, self.scheduled = _counters(), _throttles(), _scheduled()
 
     def conditions(self) -> Conditions:
         """What the machine was like since this watch was made."""
@@ -128,13 +161,18 @@ class Watch:
         passed = {key: now[key] - before[key] for key in now}
         capacity = max(passed["total"], 1e-9)
         others = passed["busy"] - passed["own"]
-        throttles = _throttles()
+        throttles, scheduled = _throttles(), _scheduled()
+        waited = None
+        if scheduled is not None and self.scheduled is not None:
+            ran, stood = (now - then for now, then in zip(scheduled, self.scheduled, strict=True))
+            waited = round(100 * max(stood, 0) / max(ran + stood, 1), 2)
         return Conditions(
             load=round(psutil.getloadavg()[0], 2),
             others_pct=round(100 * max(others, 0.0) / capacity, 2),
             steal_pct=round(100 * passed["steal"] / capacity, 2),
             throttled=None if throttles is None or self.throttles is None else throttles - self.throttles,
             mhz=_mhz(),
+            waited_pct=waited,
         )
 
 
@@ -148,6 +186,20 @@ def _counters() -> dict[str, float]:
     guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user already
     total = sum(times) - guest
     return {"total": total, "busy": total - idle - steal, "steal": steal, "own": sum(os.times()[:2])}
+
+
+def _scheduled() -> tuple[int, int] | None:
+    """Nanoseconds that the threads of this process ran, and were ready to run and waited for a core; None where the
+    kernel does not count them."""
+    ran = waited = 0
+    try:
+        for path in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                fields = (path / "schedstat").read_text().split()
+                ran, waited = ran + int(fields[0]), waited + int(fields[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return (ran, waited) if ran else None
 
 
 def _throttles() -> int | None:

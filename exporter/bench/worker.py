@@ -28,7 +28,6 @@ INPUTS = 4
 HEARTBEAT_S = 0.5
 LEAST_S = 0.2
 PART_RUNS = 20
-AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched again
 CLOCK: timing.Clock = time.perf_counter_ns
 
 
@@ -86,19 +85,12 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
 
 
 def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
-    """Time one launch after another, until the supervisor closes the connection."""
-    batches = inputs(plan)
+    """Open every arm, in random order, and time them in turn."""
     shuffle = random.Random(plan.seed)
-    with ExitStack() as kept:
-        lasting = {arm.name: _open(arm, line, opener, kept) for arm in plan.arms if arm.runtime != "artifact"}
-        warmup = (LEAST_S, plan.warmup_s)
-        while True:
-            with ExitStack() as stack:
-                passing = [arm for arm in plan.arms if arm.runtime == "artifact"]
-                opened = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(passing, len(passing))}
-                launch = _launch(line, plan, lasting | opened, batches, shuffle, warmup)
-            warmup = AGAIN
-            line.tell("launch", launch)
+    with ExitStack() as stack:
+        sessions = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(plan.arms, len(plan.arms))}
+        launch = _launch(line, plan, sessions, shuffle)
+    line.tell("launch", launch)
 
 
 def _open(arm: Arm, line: Line, opener: Opener, stack: ExitStack) -> Session:
@@ -106,22 +98,15 @@ def _open(arm: Arm, line: Line, opener: Opener, stack: ExitStack) -> Session:
     return stack.enter_context(opener(arm))
 
 
-def _launch(
-    line: Line,
-    plan: Plan,
-    sessions: dict[str, Session],
-    batches: list[Array],
-    shuffle: random.Random,
-    warmup: tuple[float, float],
-) -> Launch:
-    names = [arm.name for arm in plan.arms]
+def _launch(line: Line, plan: Plan, sessions: dict[str, Session], shuffle: random.Random) -> Launch:
+    names, batches = [arm.name for arm in plan.arms], inputs(plan)
     bounds: dict[str, Bound] = {}
     paces: dict[str, timing.Pace] = {}
     with timing.undisturbed():
         for name in shuffle.sample(names, len(names)):
             line.starting(name)
             bounds[name] = sessions[name].bind(batches)
-            paces[name] = timing.settle(bounds[name].run, *warmup, CLOCK)
+            paces[name] = timing.settle(bounds[name].run, LEAST_S, plan.warmup_s, CLOCK)
         watch = machine.Watch()
         runs = {name: bounds[name].run for name in names}
         rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting, CLOCK)

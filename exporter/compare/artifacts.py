@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,18 +12,18 @@ from numpy.typing import NDArray
 from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
-from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, latency, supervisor, worker
+from exporter.bench import PROCESSES, Arm, Launch, Opener, Plan, Timing, batches_of, flat, latency, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
-from exporter.progress import step, track
+from exporter.progress import step
 from exporter.recipe import Seconds, Threads, TimingOptions
 from exporter.recipe.fields import about
 from exporter.report import Finding
 from exporter.stats import center, is_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
-LAUNCHES = 8
-AGAIN = 2  # times as many launches in the second look
+LAUNCHES = PROCESSES
+AGAIN = 2  # times as many processes in the second look
 
 
 class CompareOptions(TimingOptions, frozen=True):
@@ -108,9 +107,7 @@ def _changes(
     launches = LAUNCHES * times
     plan = _plan(pair, batch, options, seed=options.seed + launches)
     timing = Timing(plan)
-    for _ in track(islice(supervisor.launches(timing, opener), launches), launches, "launches", lambda _: 1):
-        if timing.failures:
-            break
+    supervisor.measure(timing, opener, launches, every_arm=True)
     for name, reason in timing.failures.items():
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")
