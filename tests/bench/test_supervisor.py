@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
+from exporter import artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import Arm, Plan, Timing, flat, supervisor
 from exporter.machine import Conditions
@@ -97,6 +99,23 @@ def test_alone_and_cold(artifacts):
     assert 10e6 < found.peak_bytes < 10e9
     closed = Arm(name="closed", path=arm.path)
     assert "no such device" in str(supervisor.measure_cold(closed, plan("closed"), fakes.opened, 20.0))
+
+
+def test_no_clock_runs_while_digests_are_checked_and_the_file_is_read_from_the_disk(artifacts, monkeypatch):
+    """The kernel forgets the file after its digest was read, and before the clock starts."""
+    from exporter.bench import worker
+
+    events = []
+    monkeypatch.setattr(worker, "CLOCK", lambda: events.append("clock") or time.perf_counter_ns())
+    digest, evict = artifact._check, os.posix_fadvise
+    monkeypatch.setattr(artifact, "_check", lambda *told: events.append("digest") or digest(*told))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *told: events.append("forget") or evict(*told))
+    worker.checked.cache_clear()
+    made = artifacts["onnxruntime", "fp32"]
+    arm = Arm(name="a", path=str(made.path), threads=1)
+    line = SimpleNamespace(starting=lambda name: None, tell=lambda kind, content: events.append(kind))
+    worker.time_cold(line, replace(plan("a"), arms=(arm,), preprocessing=made.sidecar.preprocessing), worker.open_arm)
+    assert events == ["digest", "forget", *["clock"] * 5, "cold"]
 
 
 def test_a_caller_that_stops_early_leaves_nothing_behind():
