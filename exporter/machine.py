@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -52,9 +53,48 @@ def saturates() -> bool:
     return "avx2" in isa and not any("vnni" in one for one in isa)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
 def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores this process may use: those of its affinity, but no more than its container's quota, rounded
+    up."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return own if quota is None else max(1, min(own, ceil(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the control groups of this process allow it, of version 2 (`cpu.max`) or 1
+    (`cpu.cfs_quota_us`): the least from its own group to the root. None where there is no limit."""
+    quotas: list[float] = []
+    for folder in _cgroups():
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas += [int(quota) / int(period)] if quota != "max" else []
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            limit = int((folder / "cpu.cfs_quota_us").read_text())
+            quotas += [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
+    return min(quotas, default=None)
+
+
+def _cgroups() -> list[Path]:
+    """The folders of this process's control groups of the CPU, each with those above it. In a container a group may be
+    mounted as the root, and its own path may not exist there."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for root in [CGROUPS / controllers, CGROUPS / "cpu"] if controllers else [CGROUPS, CGROUPS / "unified"]:
+            group = root / path.lstrip("/")
+            folders += [group, *(one for one in group.parents if one.is_relative_to(root))]
+    return list(dict.fromkeys(folders))
 
 
 def default_threads() -> int:
