@@ -47,7 +47,7 @@ def main() -> None:
     for path in made:
         run("verify", str(path), "--data", str(DATA), "--blocks")
     reports = [f"{path}.report.json" for path in made]
-    run("bench", *(str(path) for path in made if path.suffix != ".plan"), "--threads", "1")  # a plan runs on a GPU
+    run("bench", *(str(path) for path in made if path.suffix != ".plan"))  # a plan runs on a GPU
     run("report", *reports)
     run("report", *reports, "--format", "html", "-o", str(ROOT / "report.html"))
 

@@ -7,34 +7,30 @@ from collections.abc import Sequence
 from math import exp
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
-from exporter.progress import track
+from exporter.bench import PROCESSES, Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
 from exporter.stats import center
 
-LAUNCHES, LEAST_LAUNCHES = 8, 6
+LAUNCHES = PROCESSES
 Ratio = tuple[float, float, float]
 
 
 def race(
     arms: Sequence[Arm], recipe: Preprocessing, batch: int, seconds: float, opener: Opener = worker.open_arm
 ) -> Timing:
-    """Launches of all arms, `seconds` of timing in all; six, the least that a 95 % interval needs, of large batches."""
-    count = LAUNCHES if batch == 1 else LEAST_LAUNCHES
-    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / count))
-    for _ in track(supervisor.launches(timing, opener), count, "launches", lambda _: 1):
-        if len(timing.launches) >= count:
-            break
+    """All arms timed in fresh processes, `seconds` of timing in all."""
+    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / LAUNCHES))
+    supervisor.measure(timing, opener, LAUNCHES)
     return timing
 
 
 def ratio(timing: Timing, name: str, over: str) -> Ratio:
-    """How many times as fast as another, in pairs of the same rounds, with the 95 % interval over launches."""
+    """How many times as fast as another, in pairs of the same rounds, with the 95 % interval over processes."""
     found = center(latency.speedups(timing, name, over))
     return exp(found.value), exp(found.low), exp(found.high)
 
 
 def samples(timing: Timing, name: str) -> tuple[tuple[float, ...], ...]:
-    """Milliseconds, launch by launch."""
+    """Milliseconds, process by process."""
     return tuple(tuple(round(one, 4) for one in flat(launch.blocks.get(name, []))) for launch in timing.launches)
 
 

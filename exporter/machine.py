@@ -6,10 +6,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
+from math import ceil
 from pathlib import Path
+from statistics import median
 
 from exporter.artifact.sidecar import Record
 
@@ -50,9 +53,55 @@ def saturates() -> bool:
     return "avx2" in isa and not any("vnni" in one for one in isa)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
 def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores this process may use: those of its affinity, but no more than its container's quota, rounded
+    up."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return own if quota is None else max(1, min(own, ceil(quota)))
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the control groups of this process allow it, of version 2 (`cpu.max`) or 1
+    (`cpu.cfs_quota_us`): the least from its own group to the root. None where there is no limit."""
+    quotas: list[float] = []
+    for folder in _cgroups():
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas += [int(quota) / int(period)] if quota != "max" else []
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            limit = int((folder / "cpu.cfs_quota_us").read_text())
+            quotas += [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
+    return min(quotas, default=None)
+
+
+def _cgroups() -> list[Path]:
+    """The folders of this process's control groups of the CPU, each with those above it. In a container a group may be
+    mounted as the root, and its own path may not exist there."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for root in [CGROUPS / controllers, CGROUPS / "cpu"] if controllers else [CGROUPS, CGROUPS / "unified"]:
+            group = root / path.lstrip("/")
+            folders += [group, *(one for one in group.parents if one.is_relative_to(root))]
+    return list(dict.fromkeys(folders))
+
+
+def default_threads() -> int:
+    """Threads of every timed model where no number was named: one for each physical core that this process may use."""
+    import psutil
+
+    return min(cores(), psutil.cpu_count(logical=False) or cores())
 
 
 def memory_gib() -> float:
@@ -104,21 +153,45 @@ def environment(runtimes: Iterable[str] = ()) -> dict[str, object]:
     }
 
 
+BUSY_PCT, STEAL_PCT, WAITED_PCT = 10.0, 2.0, 5.0
+
+
 class Conditions(Record, frozen=True):
-    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown."""
+    """How the machine was while something was timed. Shares are of all its cores, in percent; None is unknown.
+
+    `waited_pct` is the share of this process's own time that its threads were ready to run and waited for a core.
+    """
 
     load: float
     others_pct: float
     steal_pct: float
     throttled: int | None
     mhz: float | None
+    waited_pct: float | None = None
+
+
+def disturbances(conditions: Sequence[Conditions]) -> list[str]:
+    """How other processes stretched what was timed, in words: medians over the stretches of timing."""
+    reasons: list[str] = []
+    if not conditions:
+        return reasons
+    if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
+        reasons.append(f"other processes used {others:.0f} % of the machine")
+    if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
+        reasons.append(f"the hypervisor took {steal:.0f} %")
+    waits = [one.waited_pct for one in conditions if one.waited_pct is not None]
+    if waits and (waited := median(waits)) > WAITED_PCT:
+        reasons.append(f"its threads waited for a core {waited:.0f} % of the time")
+    if any(one.throttled for one in conditions):
+        reasons.append("cores were slowed for heat")
+    return reasons
 
 
 class Watch:
     """Looks at the machine once before and once after a stretch of timing, never meanwhile."""
 
     def __init__(self) -> None:
-        self.before, self.throttles = _counters(), _throttles()
+        self.before, self.throttles, self.scheduled = _counters(), _throttles(), _scheduled()
 
     def conditions(self) -> Conditions:
         """What the machine was like since this watch was made."""
@@ -128,13 +201,18 @@ class Watch:
         passed = {key: now[key] - before[key] for key in now}
         capacity = max(passed["total"], 1e-9)
         others = passed["busy"] - passed["own"]
-        throttles = _throttles()
+        throttles, scheduled = _throttles(), _scheduled()
+        waited = None
+        if scheduled is not None and self.scheduled is not None:
+            ran, stood = (now - then for now, then in zip(scheduled, self.scheduled, strict=True))
+            waited = round(100 * max(stood, 0) / max(ran + stood, 1), 2)
         return Conditions(
             load=round(psutil.getloadavg()[0], 2),
             others_pct=round(100 * max(others, 0.0) / capacity, 2),
             steal_pct=round(100 * passed["steal"] / capacity, 2),
             throttled=None if throttles is None or self.throttles is None else throttles - self.throttles,
             mhz=_mhz(),
+            waited_pct=waited,
         )
 
 
@@ -148,6 +226,20 @@ def _counters() -> dict[str, float]:
     guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user already
     total = sum(times) - guest
     return {"total": total, "busy": total - idle - steal, "steal": steal, "own": sum(os.times()[:2])}
+
+
+def _scheduled() -> tuple[int, int] | None:
+    """Nanoseconds that the threads of this process ran, and were ready to run and waited for a core; None where the
+    kernel does not count them."""
+    ran = waited = 0
+    try:
+        for path in Path("/proc/self/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                fields = (path / "schedstat").read_text().split()
+                ran, waited = ran + int(fields[0]), waited + int(fields[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return (ran, waited) if ran else None
 
 
 def _throttles() -> int | None:

@@ -76,13 +76,19 @@ def center(values: Sequence[float], confidence: float = 0.95) -> Center:
 
     The estimate is the median of all pairwise means (Walsh averages), the interval those of them that Wilcoxon's
     signed-rank test does not reject (Hollander, Wolfe and Chicken, "Nonparametric statistical methods", 3.2–3.3). With
-    fewer than six values no 95 % interval exists; the widest there is is given.
+    fewer than six values that reaches no 95 %, and Student's interval is added to it.
     """
     found = np.asarray(values, float)
     rows, columns = np.triu_indices(len(found))
     walsh = np.sort((found[rows] + found[columns]) / 2)
     cut = _signed_rank_cut(len(found), (1 - confidence) / 2)
-    return Center(float(np.median(walsh)), float(walsh[cut]), float(walsh[-1 - cut]))
+    low, high = float(walsh[cut]), float(walsh[-1 - cut])
+    if len(found) > 1 and 0.5 ** (len(found) - 1) > 1 - confidence:
+        from scipy.stats import t
+
+        half = float(t.ppf(0.5 + confidence / 2, len(found) - 1) * found.std(ddof=1) / sqrt(len(found)))
+        low, high = min(low, found.mean() - half), max(high, found.mean() + half)
+    return Center(float(np.median(walsh)), float(low), float(high))
 
 
 def _signed_rank_cut(count: int, tail: float) -> int:

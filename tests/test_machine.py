@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from exporter import machine
 
 
@@ -75,3 +77,34 @@ def test_peak_memory_grows_with_what_is_taken():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert 150e6 < after - before < 300e6
+
+
+V1 = {"quota": "200000", "period": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/box\n", {"box/cpu.max": "200000 100000"}, 2),
+        ("0::/box\n", {"box/cpu.max": "150000 100000"}, 2),
+        ("0::/box\n", {"box/cpu.max": "10000 100000"}, 1),
+        ("0::/box/app\n", {"box/cpu.max": "300000 100000", "box/app/cpu.max": "max 100000"}, 3),
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/not/mounted\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/box\n", {"box/cpu.max": "max 100000"}, 8),
+        ("0::/box\n", {"box/cpu.max": "nonsense"}, 8),
+        ("0::/box\n", {}, 8),
+        ("4:cpu,cpuacct:/b\n", {f"cpu,cpuacct/b/cpu.cfs_{what}_us": us for what, us in V1.items()}, 2),
+        ("4:cpuset:/\n3:cpu:/b\n", {f"cpu/cpu.cfs_{what}_us": us for what, us in V1.items()}, 2),
+        ("3:cpu:/\n", {f"cpu/cpu.cfs_{what}_us": us for what, us in {**V1, "quota": "-1"}.items()}, 8),
+    ],
+)  # fmt: skip
+def test_a_containers_quota_of_the_cpu_is_honoured(groups, files, cores, tmp_path, monkeypatch):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert machine.cores() == cores

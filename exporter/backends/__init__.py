@@ -260,6 +260,33 @@ def runtime_of(artifact: Artifact) -> Runtime[Options]:
     return runtime(name)
 
 
+def device_of(artifact: Artifact, device: str | None = None) -> str:
+    """The device that runs an artifact: the one of `--device`, else the first that its runtime takes.
+
+    Raises: BadRequest for a device that its runtime does not take.
+    """
+    runtime = runtime_of(artifact)
+    if device is None:
+        return next(iter(runtime.devices))
+    if _kind_word(device) not in runtime.devices:
+        known = " or ".join(runtime.devices)
+        raise BadRequest(f"--device {device}: {artifact.path} is for {runtime.name}, which runs on {known}")
+    return device
+
+
+def device_kind(artifact: Artifact, device: str | None = None) -> DeviceKind:
+    """The kind of device that runs an artifact.
+
+    Raises: BadRequest for a device that its runtime does not take.
+    """
+    return runtime_of(artifact).devices[_kind_word(device_of(artifact, device))]
+
+
+def _kind_word(device: str) -> str:
+    """The device without its number: "gpu" of "gpu.1", "cuda" of "cuda:0"."""
+    return device.lower().partition(":")[0].partition(".")[0]
+
+
 def distributions() -> list[str]:
     """The packages of all runtimes whose versions are recorded."""
     return sorted({distribution for name in runtimes() for distribution in runtime(name).distributions})

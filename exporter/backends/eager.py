@@ -124,14 +124,28 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
 
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if options.arithmetic != "fp32" and not options.device.startswith("cuda"):
         raise BadRequest(f"eager PyTorch in {options.arithmetic} is for a GPU; use --device cuda")
-    model = _network(artifact, options).to(options.device)
-    if options.arithmetic == "fp16":
-        model = model.half().to(memory_format=torch.channels_last)
-    yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
+    with _threads(options.threads):
+        model = _network(artifact, options).to(options.device)
+        if options.arithmetic == "fp16":
+            model = model.half().to(memory_format=torch.channels_last)
+        yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch's threads, which are the process's, are put back when the session closes."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 def _network(artifact: Artifact, options: EagerOptions) -> Any:

@@ -1,7 +1,7 @@
-"""Times any number of models (arms) in turn in one process, which a second process supervises.
+"""Times any number of models (arms) in turn, in one fresh process after another, which this process supervises.
 
-`worker` runs in the timing process, `supervisor` starts it and handles its crashes, `latency` creates the findings. An
-arm that crashes or hangs is removed, and timing continues with the others.
+`worker` runs in a timing process, `supervisor` starts them and handles their crashes, `latency` creates the findings.
+An arm that crashes or hangs is removed, and timing continues with the others.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class Arm(Record, frozen=True):
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"
 
+    @property
+    def setting(self) -> str:
+        """Device, threads of the CPU, and hint, as tables say them."""
+        threads = f", {self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else ""
+        return f"{self.device}{threads if self.device == 'cpu' else ''}, {self.hint}"
+
 
 def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[int, ...]:
     """The batch sizes to time: those of the options; else the fixed batch of the artifacts, or 1.
@@ -57,13 +63,16 @@ def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[i
     return batches
 
 
+PROCESSES = 5
+"""Timing processes, the unit of every interval."""
+
 Opener = Callable[[Arm], AbstractContextManager[Session]]
 
 
 class Plan(Record, frozen=True):
     """The schedule of a timing. All other arms are compared with the first one.
 
-    `seconds` is the duration of one launch, without loading and warm-up.
+    `seconds` is the duration of the timing in one process, without loading and warm-up.
     """
 
     arms: tuple[Arm, ...]
@@ -75,9 +84,9 @@ class Plan(Record, frozen=True):
 
 
 class Launch(Record, frozen=True):
-    """One launch of all arms: for each arm a list of blocks of milliseconds (one block a round), the cosine of its
-    outputs to those of the first arm, the number of batches it runs at once, the state of the machine, and, if the arm
-    reports them, milliseconds of the parts of a run."""
+    """All arms timed in one fresh process: for each arm a list of blocks of milliseconds (one block a round), the
+    cosine of its outputs to those of the first arm, the number of batches it runs at once, the state of the machine,
+    and, if the arm reports them, milliseconds of the parts of a run."""
 
     blocks: dict[str, list[list[float]]]
     cosine: dict[str, float]
@@ -91,11 +100,13 @@ class Launch(Record, frozen=True):
 
 @dataclass
 class Timing:
-    """All launches of a plan, and the reason of each failed arm, by its name."""
+    """The processes of a plan, the reason of each failed arm, by its name, and the number of processes that were
+    measured again because other processes disturbed them."""
 
     plan: Plan
     launches: list[Launch] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    disturbed: int = 0
 
     def standing(self) -> list[Arm]:
         """The arms that have not failed."""

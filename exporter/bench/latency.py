@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,7 +13,7 @@ from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, size_text
 from exporter.backends import PEAK_MACS, _cuda
-from exporter.bench import Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
+from exporter.bench import PROCESSES, Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
 from exporter.errors import BadRequest
 from exporter.progress import step, track
 from exporter.recipe import Bench, Reference
@@ -24,10 +24,9 @@ from exporter.stats import Center, center
 EAGER = "eager"
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}
 """Ways of running the PyTorch network, and what their metrics are called."""
-LAUNCHES = 8
+LAUNCHES = PROCESSES
 MOST_TIMES = 10  # --until gives up after so many times the duration
 NOISY_PCT = 5.0
-BUSY_PCT, STEAL_PCT = 10.0, 2.0
 
 
 class BenchOptions(Bench, frozen=True):
@@ -96,6 +95,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
+    check_devices(artifacts, options.device)
     for way in {"tf32", "fp16"} & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
@@ -109,32 +109,56 @@ def _pixels(recipe: Preprocessing) -> Preprocessing:
     return msgspec.structs.replace(recipe, input="normalized")
 
 
+def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
+    """Refuse artifacts that would run on different kinds of devices.
+
+    Raises: BadRequest for those, and for a device that a runtime does not take.
+    """
+    first = artifacts[0]
+    kind = backends.device_kind(first, device)
+    for artifact in artifacts[1:]:
+        other = backends.device_kind(artifact, device)
+        if other != kind:
+            raise BadRequest(
+                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
+                "with --device, or time them separately"
+            )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
+
+
 def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
-    """Whether `--device` names an NVIDIA GPU to a runtime of these artifacts; PyTorch is then timed on it too."""
-    kind = options.device.partition(":")[0]
-    return any(backends.runtime_of(artifact).devices.get(kind) == "NVIDIA GPU" for artifact in artifacts)
+    """Whether the artifacts run on an NVIDIA GPU; PyTorch is then timed on it too."""
+    return backends.device_kind(artifacts[0], options.device) == "NVIDIA GPU"
 
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """The arms: eager first, then the artifacts, then those of `--also`."""
-    session: dict[str, Any] = {"device": options.device, "threads": options.threads}
-    torch = {**session, "device": "cuda" if _on_gpu(artifacts, options) else "cpu", "weights": options.weights}
-    torch["reference"] = options.reference
+    torch: dict[str, Any] = {"device": "cuda" if _on_gpu(artifacts, options) else "cpu"}
+    torch["threads"] = options.threads or machine.default_threads()
+    torch |= {"weights": options.weights, "reference": options.reference}
     path = str(artifacts[0].path)
     arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
-    arms += [Arm(name=str(made.path), path=str(made.path), hint=options.hint, **session) for made in artifacts]
+    arms += [_arm(str(made.path), made, options) for made in artifacts]
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
     """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
-    session: dict[str, Any] = {"device": options.device, "threads": options.threads, "hint": options.hint}
     arms = {
-        peak_name(made): Arm(name=peak_name(made), path=str(made.path), runtime="peak", **session)
+        peak_name(made): _arm(peak_name(made), made, options, "peak")
         for made in artifacts
         if backends.runtime_of(made).peak is not None
     }
     return list(arms.values())
+
+
+def _arm(name: str, made: Artifact, options: BenchOptions, runtime: Literal["artifact", "peak"] = "artifact") -> Arm:
+    device = backends.device_of(made, options.device)
+    threads = options.threads or machine.default_threads()
+    return Arm(name=name, path=str(made.path), runtime=runtime, device=device, threads=threads, hint=options.hint)
 
 
 def peak_name(made: Artifact) -> str:
@@ -143,7 +167,7 @@ def peak_name(made: Artifact) -> str:
 
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
-    """Launches of all arms at one batch size, until the duration is over or the intervals are narrow enough."""
+    """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
     step(f"timing {len(arms)} models in turn, batch {batch}")
     plan = Plan(
         arms=tuple(arms),
@@ -152,13 +176,11 @@ def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOption
         seconds=options.duration / LAUNCHES,
         seed=options.seed,
     )
-    timing = Timing(plan)
-    most = LAUNCHES if options.until is None else LAUNCHES * MOST_TIMES
-    with turns.alone():
-        for _ in track(supervisor.launches(timing, opener), most, "launches", _one):
-            done = len(timing.launches)
-            if done >= most or (done >= LAUNCHES and options.until is not None and _widest(timing) <= options.until):
-                break
+    timing, until = Timing(plan), options.until
+    if until is None:
+        supervisor.measure(timing, opener, LAUNCHES)
+    else:
+        supervisor.measure(timing, opener, LAUNCHES, LAUNCHES * MOST_TIMES, lambda: _widest(timing) <= until)
     return timing
 
 
@@ -171,7 +193,7 @@ def _widest(timing: Timing) -> float:
 
 
 def speedups(timing: Timing, name: str, over: str) -> list[float]:
-    """The logarithm of the speed-up of an arm for each launch, from the blocks of the same rounds."""
+    """The logarithm of the speed-up of an arm in each process, from the blocks of the same rounds."""
     per_launch = []
     for launch in timing.launches:
         if name in launch.blocks and over in launch.blocks:
@@ -231,10 +253,10 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
     launches = [flat(launch.blocks[name]) for launch in timing.launches if name in launch.blocks]
     samples = [sample for launch in launches for sample in launch]
     streams = next(launch.streams[name] for launch in timing.launches if name in launch.blocks)
-    detail = f"{len(samples)} runs in {len(launches)} launches"
+    detail = f"{len(samples)} runs in {len(launches)} processes"
     if streams > 1:
         detail += f", {streams} batches at once"
-    if not all(launch.settled[name] for launch in timing.launches[:1] if name in launch.settled):
+    if not all(launch.settled[name] for launch in timing.launches if name in launch.settled):
         detail += "; it had not settled after the warm-up"
     return [
         Finding(
@@ -246,6 +268,7 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
             detail=detail,
             samples=tuple(round(sample, 4) for sample in samples),
             launches=tuple(map(len, launches)),
+            setting=setting_of(timing, name),
         ),
         *(
             Finding(
@@ -267,6 +290,11 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
     ]
 
 
+def setting_of(timing: Timing, name: str) -> str:
+    """Device, threads and hint of an arm."""
+    return next(arm.setting for arm in timing.plan.arms if arm.name == name)
+
+
 def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
     """The latency of another model, and the speed-up over it, in pairs of the same rounds."""
     if other in timing.failures:
@@ -276,6 +304,7 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
     if len(ratios) < 2:
         return []
     estimate = center(ratios)
+    noise = noise_of(timing, estimate)
     metric = "speedup" if other == EAGER else f"speedup_over_{prefix}"
     speedup = Finding(
         check="latency",
@@ -285,7 +314,8 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
         unit="×",
         low=float(np.exp(estimate.low)),
         high=float(np.exp(estimate.high)),
-        detail=f"{other} ÷ artifact in pairs, ±{100 * estimate.half_width:.1f} %{_noise(timing, estimate)}",
+        detail=f"{other} ÷ artifact in pairs, ±{100 * estimate.half_width:.1f} %" + (f"; {noise}" if noise else ""),
+        noise=noise,
         samples=tuple(round(float(np.exp(ratio)), 5) for ratio in ratios),
     )
     return [speedup, *_latency(timing, other, case, f"{prefix}_")[:1]]
@@ -319,21 +349,11 @@ def _computed(timing: Timing, name: str) -> str:
     return f", computed in {arithmetic}" if arithmetic else ""
 
 
-def _noise(timing: Timing, ratio: Center) -> str:
-    """Sources of noise during the timing, as text."""
-    reasons = []
-    conditions = [launch.conditions for launch in timing.launches]
-    if 100 * ratio.half_width > NOISY_PCT:
-        reasons.append(f"interval wider than ±{NOISY_PCT:g} %")
-    if (others := median(one.others_pct for one in conditions)) > BUSY_PCT:
-        reasons.append(f"other processes used {others:.0f} % of the machine")
-    if (steal := median(one.steal_pct for one in conditions)) > STEAL_PCT:
-        reasons.append(f"the hypervisor took {steal:.0f} %")
-    if any(one.throttled for one in conditions):
-        reasons.append("cores were slowed for heat")
-    if not reasons:
-        return ""
-    return f"; noisy: {', '.join(reasons)}"
+def noise_of(timing: Timing, ratio: Center) -> str:
+    """Sources of noise during the timing, as text, or ""."""
+    reasons = [f"interval wider than ±{NOISY_PCT:g} %"] if 100 * ratio.half_width > NOISY_PCT else []
+    reasons += machine.disturbances([launch.conditions for launch in timing.launches])
+    return f"noisy: {', '.join(reasons)}" if reasons else ""
 
 
 def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
@@ -367,9 +387,12 @@ def _cold_findings(cold: dict[str, Cold | str], arm: Arm) -> list[Finding]:
 
 
 def _circumstances(timings: list[Timing]) -> dict[str, object]:
-    """The state of the machine during the timing: medians over the launches."""
+    """The state of the machine during the timing: medians over the processes."""
     seen = [msgspec.to_builtins(launch.conditions) for timing in timings for launch in timing.launches]
     dropped = sum(launch.dropped for timing in timings for launch in timing.launches)
     fields = seen[0] if seen else {}
     known = {key: [one[key] for one in seen if one[key] is not None] for key in fields}
-    return {"launches": len(seen), "dropped_rounds": dropped} | {k: median(v) for k, v in known.items() if v}
+    disturbed = sum(timing.disturbed for timing in timings)
+    return {"launches": len(seen), "measured_again": disturbed, "dropped_rounds": dropped} | {
+        k: median(v) for k, v in known.items() if v
+    }

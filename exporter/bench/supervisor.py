@@ -1,11 +1,12 @@
-"""Supervises the timing process, and restarts it without the arm that crashed it."""
+"""Starts one timing process after another, and goes on without the arm that crashed one."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -13,10 +14,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from exporter.bench import Arm, Cold, Launch, Opener, Plan, Timing, worker
-from exporter.progress import note
+from exporter import machine
+from exporter.bench import Arm, Cold, Launch, Opener, Plan, Timing, turns, worker
+from exporter.progress import note, track
 
 HANG_S = 300.0
+REPEATS = 1  # times that as many processes again replace those that others disturbed
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Idle threads of OpenMP sleep. Else those of one library spin on the cores that the next one computes on."""
 
 
 class _Failed(Exception):
@@ -28,27 +33,81 @@ class _Failed(Exception):
 
 
 def launches(timing: Timing, opener: Opener = worker.open_arm, hang_s: float = HANG_S) -> Iterator[Launch]:
-    """Time the arms of a plan, launch after launch, until the caller stops the iteration.
+    """Time the arms of a plan, each time in a fresh process, until the caller stops the iteration.
 
-    Launches and the failures of arms are stored in `timing`. The worker waits while the caller handles a launch, so
-    the caller may draw progress.
+    Launches and the failures of arms are stored in `timing`. No process is left while the caller handles a launch.
 
     Args:
         timing: what to time, and where to keep it.
         opener: opens an arm; a module-level function, because another process calls it.
         hang_s: seconds without a message after which an arm counts as hung.
     """
+    seed = timing.plan.seed
     while any(arm.runtime != "peak" for arm in timing.standing()):
-        failures = len(timing.failures)
-        left = replace(timing.plan, arms=tuple(timing.standing()), seed=timing.plan.seed + failures)
-        try:
-            for kind, content in _events(worker.time_arms, left, opener, hang_s):
-                if kind == "launch":
-                    timing.launches.append(content)
-                    yield content
-        except _Failed as failure:
-            timing.failures[failure.arm] = failure.reason
-            note(f"{failure.arm} {failure.reason}{'; timing continues without it' if timing.standing() else ''}")
+        launch = _launch(timing, seed, opener, hang_s)
+        seed += 1
+        if launch is not None:
+            timing.launches.append(launch)
+            yield launch
+
+
+def _launch(timing: Timing, seed: int, opener: Opener, hang_s: float) -> Launch | None:
+    """Time the standing arms in one process; None, with the failure stored, if an arm failed."""
+    launch: Launch | None = None
+    try:
+        for kind, content in _events(worker.time_arms, _plan(timing, seed), opener, hang_s):
+            launch = content if kind == "launch" else launch
+    except _Failed as failure:
+        timing.failures[failure.arm] = failure.reason
+        note(f"{failure.arm} {failure.reason}{'; timing continues without it' if timing.standing() else ''}")
+        return None
+    return launch
+
+
+def _plan(timing: Timing, seed: int) -> Plan:
+    return replace(timing.plan, arms=tuple(timing.standing()), seed=seed)
+
+
+def measure(
+    timing: Timing,
+    opener: Opener,
+    count: int,
+    most: int | None = None,
+    enough: Callable[[], bool] = lambda: True,
+    every_arm: bool = False,
+) -> None:
+    """Time the arms of a plan in fresh processes, while no other process of this tool is at work.
+
+    Processes that others disturbed are measured again, once: if as many as were wanted stayed undisturbed, only those
+    are kept, else all.
+
+    Args:
+        timing: what to time, and where to keep it.
+        opener: opens an arm; a module-level function, because other processes call it.
+        count: number of processes.
+        most: largest number of processes, where `enough` asks for more; by default what replaces disturbed ones.
+        enough: whether the intervals are narrow enough.
+        every_arm: stop as soon as an arm failed, for the others are of no use without it.
+    """
+    most = max(most or 0, count * (1 + REPEATS))
+    with turns.alone():
+        for _ in track(launches(timing, opener), count, "processes", lambda _: 1):
+            measured = len(timing.launches)
+            repeated = measured >= count * (1 + REPEATS) or len(_undisturbed(timing)) >= count
+            if measured >= most or (repeated and enough()) or (every_arm and timing.failures):
+                break
+    if len(undisturbed := _undisturbed(timing)) >= count:
+        timing.disturbed = len(timing.launches) - len(undisturbed)
+        timing.launches[:] = undisturbed
+
+
+def _undisturbed(timing: Timing) -> list[Launch]:
+    return [launch for launch in timing.launches if not is_disturbed(launch)]
+
+
+def is_disturbed(launch: Launch) -> bool:
+    """Whether other processes stretched the runs of a process."""
+    return bool(machine.disturbances([launch.conditions]))
 
 
 def measure_cold(arm: Arm, plan: Plan, opener: Opener = worker.open_arm, hang_s: float = HANG_S) -> Cold | str:
@@ -99,13 +158,26 @@ def _ending(code: int | None) -> str:
 
 
 @contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of processes that are started within; those that the user has set stay."""
+    added = [name for name in settings if name not in os.environ]
+    os.environ.update({name: settings[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextmanager
 def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[tuple[BaseProcess, Connection, Any]]:
     """Run a task in a new process, which ends with the block."""
     fresh = multiprocessing.get_context("spawn")
     ours, theirs = fresh.Pipe()
     active = fresh.Value("i", 0, lock=False)
     process = fresh.Process(target=worker.work, args=(task, theirs, active, plan, opener), daemon=True)
-    process.start()
+    with _environment(PASSIVE):
+        process.start()
     theirs.close()
     try:
         yield process, ours, active

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ import numpy as np
 
 from exporter import artifact as artifacts
 from exporter import backends, machine
+from exporter.artifact import Artifact
 from exporter.backends import Array, Bound, Outputs, Session
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
@@ -28,8 +30,16 @@ INPUTS = 4
 HEARTBEAT_S = 0.5
 LEAST_S = 0.2
 PART_RUNS = 20
-AGAIN = (0.05, 0.2)  # what is compiled and cached by now only has to be fetched again
 CLOCK: timing.Clock = time.perf_counter_ns
+
+
+@cache
+def checked(path: str) -> Artifact:
+    """An artifact whose digests were checked, once in a process: no clock runs over that.
+
+    Raises: BadRequest for a missing, changed or damaged file or sidecar.
+    """
+    return artifacts.load(Path(path))
 
 
 @contextmanager
@@ -38,7 +48,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
 
     Raises: the errors of its runtime.
     """
-    artifact = artifacts.load(Path(arm.path))
+    artifact = checked(arm.path)
     options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
     runtime = backends.runtime_of(artifact)
     if arm.runtime not in ("artifact", "peak"):
@@ -86,19 +96,12 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
 
 
 def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
-    """Time one launch after another, until the supervisor closes the connection."""
-    batches = inputs(plan)
+    """Open every arm, in random order, and time them in turn."""
     shuffle = random.Random(plan.seed)
-    with ExitStack() as kept:
-        lasting = {arm.name: _open(arm, line, opener, kept) for arm in plan.arms if arm.runtime != "artifact"}
-        warmup = (LEAST_S, plan.warmup_s)
-        while True:
-            with ExitStack() as stack:
-                passing = [arm for arm in plan.arms if arm.runtime == "artifact"]
-                opened = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(passing, len(passing))}
-                launch = _launch(line, plan, lasting | opened, batches, shuffle, warmup)
-            warmup = AGAIN
-            line.tell("launch", launch)
+    with ExitStack() as stack:
+        sessions = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(plan.arms, len(plan.arms))}
+        launch = _launch(line, plan, sessions, shuffle)
+    line.tell("launch", launch)
 
 
 def _open(arm: Arm, line: Line, opener: Opener, stack: ExitStack) -> Session:
@@ -106,22 +109,15 @@ def _open(arm: Arm, line: Line, opener: Opener, stack: ExitStack) -> Session:
     return stack.enter_context(opener(arm))
 
 
-def _launch(
-    line: Line,
-    plan: Plan,
-    sessions: dict[str, Session],
-    batches: list[Array],
-    shuffle: random.Random,
-    warmup: tuple[float, float],
-) -> Launch:
-    names = [arm.name for arm in plan.arms]
+def _launch(line: Line, plan: Plan, sessions: dict[str, Session], shuffle: random.Random) -> Launch:
+    names, batches = [arm.name for arm in plan.arms], inputs(plan)
     bounds: dict[str, Bound] = {}
     paces: dict[str, timing.Pace] = {}
     with timing.undisturbed():
         for name in shuffle.sample(names, len(names)):
             line.starting(name)
             bounds[name] = sessions[name].bind(batches)
-            paces[name] = timing.settle(bounds[name].run, *warmup, CLOCK)
+            paces[name] = timing.settle(bounds[name].run, LEAST_S, plan.warmup_s, CLOCK)
         watch = machine.Watch()
         runs = {name: bounds[name].run for name in names}
         rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting, CLOCK)
@@ -184,7 +180,7 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
     (arm,) = plan.arms
     line.starting(arm.name)
     batches = inputs(plan)
-    _evict(Path(arm.path))
+    _evict(checked(arm.path))
     begin = CLOCK()
     with opener(arm) as session:
         session.bind(batches).run()
@@ -205,10 +201,11 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
         )
 
 
-def _evict(path: Path) -> None:
-    """Ask the kernel to forget the files of an artifact, so that they are read from the disk again."""
+def _evict(artifact: Artifact) -> None:
+    """Ask the kernel to forget the files of an artifact, whose digests were just read, so that they are read from the
+    disk again."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for file in artifacts.load(path).files:
+    for file in artifact.files:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

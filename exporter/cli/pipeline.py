@@ -81,6 +81,8 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         for metric, digits in (("cosine", 6), ("top1", 2), ("top1_drop", 2), ("p50_ms", 3), ("speedup", 2))
     )
     verdict = "passes" if report.passed else "FAILS"
+    if (speedup := report.find("speedup")) and speedup.noise:
+        verdict += ", noisy"
     if not any(step == "done" for step in outcome.steps.values()):
         verdict += ", all steps skipped"
     return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, verdict)

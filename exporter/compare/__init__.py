@@ -22,7 +22,7 @@ from exporter.report import Finding, judged
 from exporter.stats import Center, holm, log_change, paired_drop, percent
 
 ALPHA = 0.01
-LEAST_LAUNCHES = 6  # with fewer no rank test can be significant
+LEAST_LAUNCHES = 5  # with fewer on both sides no rank test can be significant
 DEFAULT_LIMITS = ("p50_ms:5%",)
 
 Blocks = Sequence[Sequence[float]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,18 +12,18 @@ from numpy.typing import NDArray
 from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
-from exporter.bench import Arm, Launch, Opener, Plan, Timing, batches_of, flat, supervisor, worker
+from exporter.bench import PROCESSES, Arm, Launch, Opener, Plan, Timing, batches_of, flat, latency, supervisor, worker
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
-from exporter.progress import step, track
+from exporter.progress import step
 from exporter.recipe import Seconds, Threads, TimingOptions
 from exporter.recipe.fields import about
 from exporter.report import Finding
 from exporter.stats import center, is_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
-LAUNCHES = 8
-AGAIN = 2  # times as many launches in the second look
+LAUNCHES = PROCESSES
+AGAIN = 2  # times as many processes in the second look
 
 
 class CompareOptions(TimingOptions, frozen=True):
@@ -68,6 +67,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
         )
     for side in (pair.base, pair.head):
         backends.runtime_of(side)
+    latency.check_devices((pair.base, pair.head), options.device)
     batches_of(options, (pair.base, pair.head))
 
 
@@ -107,9 +107,7 @@ def _changes(
     launches = LAUNCHES * times
     plan = _plan(pair, batch, options, seed=options.seed + launches)
     timing = Timing(plan)
-    for _ in track(islice(supervisor.launches(timing, opener), launches), launches, "launches", lambda _: 1):
-        if timing.failures:
-            break
+    supervisor.measure(timing, opener, launches, every_arm=True)
     for name, reason in timing.failures.items():
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")
@@ -122,10 +120,16 @@ def _changes(
 
 def _plan(pair: Pair, batch: int, options: CompareOptions, seed: int) -> Plan:
     threads = options.threads or max(1, machine.cores() - 1)
-    paths = {BASE: pair.base.path, HEAD: pair.head.path, CONTROL: pair.base.path}
+    artifacts = {BASE: pair.base, HEAD: pair.head, CONTROL: pair.base}
     arms = tuple(
-        Arm(name=name, path=str(path), device=options.device, threads=threads, hint=options.hint)
-        for name, path in paths.items()
+        Arm(
+            name=name,
+            path=str(artifact.path),
+            device=backends.device_of(artifact, options.device),
+            threads=threads,
+            hint=options.hint,
+        )
+        for name, artifact in artifacts.items()
     )
     preprocessing = pair.base.sidecar.preprocessing
     return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=options.duration / LAUNCHES, seed=seed)

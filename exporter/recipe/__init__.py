@@ -245,7 +245,10 @@ class TimingOptions(Record, frozen=True):
         Literal["latency", "throughput"],
         about("One batch at a time, or as many at once as the runtime has streams for."),
     ] = "latency"
-    device: Annotated[str, about("Device that runs the artifact.", metavar="NAME")] = "cpu"
+    device: Annotated[
+        str | None,
+        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
+    ] = None
     duration: Annotated[
         Seconds,
         about("Seconds of timing for each batch size, all models together.", metavar="SECONDS"),

@@ -26,9 +26,10 @@ MAX_REPORT_BYTES = 512 * 2**20
 class Finding(Record, frozen=True):
     """One measured number, with its check, its limit and its raw samples.
 
-    `case` distinguishes numbers of one metric ("batch 8"). `launches` is the number of samples of each launch of the
-    model, in order. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends of
-    a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
+    `case` distinguishes numbers of one metric ("batch 8"). `launches` is the number of samples of each process that
+    timed the model, in order; `noise` says why a ratio of times is uncertain, `setting` names the device, threads and
+    hint that were timed. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends
+    of a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
     `unsure` is whether it passes with a warning, because its interval contains the limit.
     """
 
@@ -44,6 +45,8 @@ class Finding(Record, frozen=True):
     samples: tuple[float, ...] = ()
     case: str = ""
     launches: tuple[int, ...] = ()
+    noise: str = ""
+    setting: str = ""
     unsure: bool = False
 
     @property

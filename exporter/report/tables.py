@@ -124,7 +124,7 @@ def _agreement(report: Report) -> str:
 def int8(reports: Sequence[Report]) -> Table:
     """A row for each quantized artifact."""
     columns = (
-        *("artifact", "calibrated on", "in int8", "speed-up", "95 % interval"),
+        *("artifact", "calibrated on", "in int8", "setting", "speed-up", "95 % interval"),
         *("baseline", "× eager", "kept in higher precision", ""),
     )
     rows = []
@@ -132,20 +132,23 @@ def int8(reports: Sequence[Report]) -> Table:
         calibration, gain = report.find("calibration"), report.find("gain")
         if calibration and gain:
             kept = [f.case for f in report.findings if f.metric == "kept_back"]
+            eager = report.find("int8_speedup")
+            noise = f"× eager {eager.noise}" if eager and eager.noise not in ("", gain.noise) else ""
             rows.append(
                 (
                     name(report),
                     f"{number(calibration)} images {calibration.detail.partition(';')[0]}",
                     number(report.find("quantized_macs_pct"), "{:.1f} % of MACs"),
+                    gain.setting,
                     number(gain, "{:.2f} ×"),
                     "{:.2f}–{:.2f}".format(*gain.interval) if gain.interval else "",
                     gain.case or "–",
-                    number(report.find("int8_speedup"), "{:.2f}"),
+                    number(eager, "{:.2f}"),
                     ", ".join(kept) or "nothing",
-                    verdict(report, ("int8", "fp8")),
+                    "; ".join(filter(None, (verdict(report, ("int8", "fp8")), gain.noise, noise))),
                 )
             )
-    return Table("INT8 compared with the next higher precision", columns, columns[2:7], rows)
+    return Table("INT8 compared with the next higher precision", columns, (columns[2], *columns[4:8]), rows)
 
 
 def sensitivity(reports: Sequence[Report]) -> Table:
@@ -183,12 +186,12 @@ def not_faster(gain: Finding) -> bool:
 def latency(reports: Sequence[Report]) -> Table:
     """For each batch size, a row for eager PyTorch, then a row for each artifact."""
     columns = (
-        *("model", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
+        *("model", "setting", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s"),
         *("× eager", "95 % interval", "of peak", "load ms", ""),
     )
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.check == "latency" and f.case)
     rows = [row for case in cases for row in _latency_rows(reports, case)]
-    return Table("Latency, timed in turn with eager PyTorch", columns, columns[1:10], rows)
+    return Table("Latency, timed in turn with eager PyTorch", columns, columns[2:11], rows)
 
 
 def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
@@ -196,10 +199,10 @@ def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, .
     for prefix, words in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
         p50 = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
         if p50:
-            yield (words, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
+            yield (words, p50.setting, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
     for report in reports:
-        if report.find("p50_ms", case):
-            yield (name(report), batch, *_latency(report, case))
+        if p50 := report.find("p50_ms", case):
+            yield (name(report), p50.setting, batch, *_latency(report, case))
 
 
 def _latency(report: Report, case: str) -> tuple[str, ...]:
@@ -207,7 +210,7 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
     speed = report.find("speedup", case)
     bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
     interval = "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else ""
-    noise = speed.detail.partition("; ")[2] if speed else ""
+    noise = speed.noise if speed else ""
     return (
         *(number(report.find(metric, case)) for metric in metrics),
         number(speed, "{:.2f}"),

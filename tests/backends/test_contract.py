@@ -49,6 +49,15 @@ def eager(artifacts, images):
         return session(images)
 
 
+def test_torchs_threads_are_put_back_when_its_session_closes(artifacts):
+    import torch
+
+    runtime, before = backends.runtime("eager"), torch.get_num_threads()
+    with runtime.open(artifacts["onnxruntime", "fp32"], runtime.options(threads=before + 1)):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_those_of_this_release_are_found():
     assert {"eager", "onnxruntime", "openvino", "tensorrt"} <= set(NAMES)
 

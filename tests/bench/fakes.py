@@ -32,6 +32,7 @@ class Clock:
 
 
 CLOCK = Clock()
+OPENED = []
 
 
 class Fake:
@@ -40,7 +41,10 @@ class Fake:
     def __init__(self, name):
         if worker.CLOCK is not CLOCK:
             CLOCK.now, worker.CLOCK = worker.CLOCK(), CLOCK
+        OPENED.append(name)
         self.name, self.facts = name, {"device": "cpu", "arithmetic": "fp32"}
+        self.facts |= {"process": str(os.getpid()), "opened": str(len(OPENED))}
+        self.facts["waiting"] = os.environ.get("OMP_WAIT_POLICY", "")
         self.ms = float(name.partition("@")[2] or 1)
 
     def __call__(self, images):

@@ -17,6 +17,8 @@ from exporter import report
 from exporter.artifact import Artifact
 from exporter.backends import PEAK_MACS
 from exporter.bench import Launch, Plan, Timing, latency
+from exporter.compare import artifacts as comparing
+from exporter.errors import BadRequest
 from exporter.machine import Conditions
 from tests.conftest import build, copy_artifact
 
@@ -177,6 +179,41 @@ def test_a_fallen_artifact_fails_its_own_row(artifacts, run, tmp_path, monkeypat
 )
 def test_words_that_mean_nothing_are_refused(words, said, onnx_copy, refused):
     assert said in refused(2, "bench", onnx_copy.path, *words, folder=onnx_copy.path.parent)
+
+
+def engine_of(artifact):
+    """A TensorRT engine of the same network."""
+    return Artifact(Path("x.plan"), replace(artifact.sidecar, backend="tensorrt", precision="fp16"))
+
+
+@pytest.mark.parametrize("also", [(), ("fp16",)])
+def test_an_engine_is_compared_with_eager_pytorch_on_the_gpu(also, artifacts):
+    engine = engine_of(artifacts["onnxruntime", "fp32"])
+    options = latency.BenchOptions(also=also)
+    latency._check([engine], options)
+    arms = latency.arms_of([engine], options)
+    assert {arm.name: arm.device for arm in arms} == dict.fromkeys(["eager", "x.plan", *also], "cuda")
+    assert [arm.device for arm in latency.arms_of([artifacts["openvino", "fp32"]], options)] == ["cpu"] * len(arms)
+
+
+def test_a_device_that_a_runtime_cannot_honour_is_refused(artifacts):
+    graph = artifacts["onnxruntime", "fp32"]
+    engine = engine_of(graph)
+    with pytest.raises(BadRequest, match=r"--device cpu: x\.plan is for tensorrt, which runs on cuda"):
+        latency.bench([engine], latency.BenchOptions(device="cpu"))
+    with pytest.raises(BadRequest, match=r"fp32\.onnx would run on a CPU and x\.plan on an NVIDIA GPU"):
+        latency.bench([engine, graph], latency.BenchOptions())
+    with pytest.raises(BadRequest, match="name one device with --device"):
+        comparing.check_pair(comparing.Pair(engine, graph), comparing.CompareOptions())
+    latency.check_devices([engine, graph], "cuda")
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpuu"])
+def test_a_device_of_another_runtime_is_one_clear_line(device, artifacts, tmp_path, refused):
+    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
+    line = refused(2, "bench", made.path, "--device", device, folder=tmp_path)
+    assert f"--device {device}" in line
+    assert "openvino, which runs on cpu or gpu or npu" in line
 
 
 def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, refused, onnx_copy):

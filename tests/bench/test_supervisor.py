@@ -1,15 +1,23 @@
 """A model that crashes, hangs or raises falls out alone; the process that times is never left behind."""
 
 import itertools
+import multiprocessing
+import os
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+from msgspec.structs import replace
 
+from exporter import artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import Arm, Plan, Timing, flat, supervisor
+from exporter.machine import Conditions
 from tests.bench import fakes
 
+IS_DISTURBED = supervisor.is_disturbed  # before `conftest` replaces it
 PREPROCESSING = Preprocessing(size=16, resize=16)
 
 
@@ -93,10 +101,81 @@ def test_alone_and_cold(artifacts):
     assert "no such device" in str(supervisor.measure_cold(closed, plan("closed"), fakes.opened, 20.0))
 
 
+def test_no_clock_runs_while_digests_are_checked_and_the_file_is_read_from_the_disk(artifacts, monkeypatch):
+    """The kernel forgets the file after its digest was read, and before the clock starts."""
+    from exporter.bench import worker
+
+    events = []
+    monkeypatch.setattr(worker, "CLOCK", lambda: events.append("clock") or time.perf_counter_ns())
+    digest, evict = artifact._check, os.posix_fadvise
+    monkeypatch.setattr(artifact, "_check", lambda *told: events.append("digest") or digest(*told))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *told: events.append("forget") or evict(*told))
+    worker.checked.cache_clear()
+    made = artifacts["onnxruntime", "fp32"]
+    arm = Arm(name="a", path=str(made.path), threads=1)
+    line = SimpleNamespace(starting=lambda name: None, tell=lambda kind, content: events.append(kind))
+    worker.time_cold(line, replace(plan("a"), arms=(arm,), preprocessing=made.sidecar.preprocessing), worker.open_arm)
+    assert events == ["digest", "forget", *["clock"] * 5, "cold"]
+
+
 def test_a_caller_that_stops_early_leaves_nothing_behind():
     timing = Timing(plan("a@1"))
     launches = supervisor.launches(timing, fakes.opened, 20.0)
     next(launches)
-    assert len(children()) == 1
+    assert not children()
     launches.close()
     assert not children()
+
+
+def test_every_launch_opens_every_arm_anew_in_a_process_of_its_own():
+    names = ["eager", "a@1", "b@2"]
+    timing = timed(4, *names)
+    opened = [launch.facts for launch in timing.launches]
+    assert len({facts["eager"]["process"] for facts in opened}) == 4
+    assert all(len({one["process"] for one in facts.values()}) == 1 for facts in opened)
+    assert all({one["opened"] for one in facts.values()} == {"1", "2", "3"} for facts in opened)
+    assert len({tuple(sorted(names, key=lambda name: facts[name]["opened"])) for facts in opened}) > 1, "random order"
+    assert not children()
+
+
+def conditions(others_pct=0.0, steal_pct=0.0, waited_pct=0.0, throttled=0):
+    return Conditions(
+        load=1.0, others_pct=others_pct, steal_pct=steal_pct, throttled=throttled, mhz=None, waited_pct=waited_pct
+    )
+
+
+@pytest.mark.parametrize("field", ["others_pct", "steal_pct", "waited_pct", "throttled"])
+def test_what_others_stretched_is_measured_again_and_left_out(field, monkeypatch):
+    """The second of three processes had to share its cores."""
+    monkeypatch.setattr(supervisor, "is_disturbed", IS_DISTURBED)
+    first = timed(1, "eager").launches[0]
+    made = [replace(first, conditions=conditions(**told)) for told in ({}, {field: 40}, {}, {}, {})]
+    monkeypatch.setattr(supervisor, "launches", lambda timing, opener: added(timing, made))
+    timing = Timing(plan("eager"))
+    supervisor.measure(timing, fakes.opened, 3)
+    assert timing.launches == [made[0], made[2], made[3]]
+    assert timing.disturbed == 1
+
+
+def test_where_all_are_disturbed_each_is_measured_again_once_and_all_are_kept(monkeypatch):
+    monkeypatch.setattr(supervisor, "is_disturbed", IS_DISTURBED)
+    launch = replace(timed(1, "eager").launches[0], conditions=conditions(others_pct=50))
+    monkeypatch.setattr(supervisor, "launches", lambda timing, opener: added(timing, [launch] * 20))
+    timing = Timing(plan("eager"))
+    supervisor.measure(timing, fakes.opened, 3)
+    assert len(timing.launches) == 6
+    assert timing.disturbed == 0
+
+
+def added(timing, made):
+    for launch in made:
+        timing.launches.append(launch)
+        yield launch
+
+
+def test_idle_threads_of_openmp_sleep_in_the_timing_process(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    spawned = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(supervisor, "multiprocessing", spawned)
+    assert timed(1, "eager").launches[0].facts["eager"]["waiting"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in os.environ

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import artifact, backends
+from exporter.bench import Arm, Launch, Plan, Timing
 from exporter.build import build as build_recipe
 from exporter.build.int8 import speed
 from exporter.build.int8.search import Candidate, search
+from exporter.machine import Conditions
 from exporter.precision import PRECISIONS
-from exporter.report import Finding, Report
+from exporter.report import Finding, Report, tables
 from exporter.verify import VerifyOptions, verify
 from tests.conftest import PX, ROOT, recipe_of, snapshot, write_tiny
 
@@ -233,6 +236,59 @@ def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypa
     assert "int8 is slower than fp32" in run("report", path).out.splitlines()[0]
     assert "int8 is slower than fp32" in run("report", path, "--format", "html").out
     assert "::warning" in run("report", path, "--format", "github").out
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "said"),
+    [
+        ((0.53, 0.60, 0.50, 0.55, 0.57), "no difference measurable: 0.55 ms, 0.55 ms in fp32, cpu, 2 threads, latency"),
+        ((0.80, 0.81, 0.79, 0.80, 0.82), "int8 is slower than fp32 here: 0.80 ms, 0.55 ms in fp32"),
+        ((0.40, 0.41, 0.39, 0.40, 0.42), "0.40 ms, 0.55 ms in fp32, cpu, 2 threads, latency, batch 1"),
+    ],
+)
+def test_int8_is_called_slower_only_if_the_interval_excludes_one(int8_ms, said, artifacts):
+    timed, search = timed_as(artifacts, int8_ms, [0.55] * 5, others_pct=0.0)
+    gain = speed.findings(timed, search, [])[0]
+    assert gain.detail.startswith(said)
+    assert ("slower" in gain.detail) == (gain.high < 1)
+    assert ("no difference" in gain.detail) == (gain.low <= 1 <= gain.high)
+    assert gain.setting == "cpu, 2 threads, latency, batch 1"
+
+
+def test_a_ratio_that_others_disturbed_is_marked_in_the_int8_table(artifacts):
+    """Eager PyTorch waited for a busy core: 267 times as slow."""
+    eager = [107.0, 103.0, 110.0, 2.4, 120.0]
+    timed, search = timed_as(artifacts, [0.40, 0.41, 0.39, 0.40, 0.42], eager, others_pct=45.0)
+    gain, over_eager = speed.findings(timed, search, [])[:2]
+    assert "noisy: other processes used 45 % of the machine" in gain.detail
+    assert "interval wider" in over_eager.detail
+    calibration = Finding(check="int8", metric="calibration", value=16.0)
+    made = artifacts["onnxruntime", "int8"].to_dict()
+    report = Report(passed=True, recipe={}, artifact=made, environment={}, findings=(gain, over_eager, calibration))
+    (row,) = tables.int8([report]).rows
+    assert "noisy: other processes used 45 % of the machine" in row[-1]
+    assert "× eager noisy: interval wider than ±5 %" in row[-1]
+    assert "cpu, 2 threads, latency, batch 1" in row
+
+
+def timed_as(artifacts, int8_ms, eager_ms, others_pct):
+    """A timing in five processes, in which fp32 takes 0.55 ms."""
+    made, baseline = artifacts["onnxruntime", "int8"], artifacts["onnxruntime", "fp32"]
+    names = {"eager": eager_ms, str(baseline.path): [0.55] * 5, str(made.path): int8_ms}
+    arms = tuple(Arm(name=name, path=name, threads=2) for name in names)
+    conditions = Conditions(load=0, others_pct=others_pct, steal_pct=0, throttled=None, mhz=None)
+    launches = [
+        Launch(
+            blocks={name: [[ms[turn]] * 3] * 3 for name, ms in names.items()}, cosine={}, facts={}, settled={},
+            streams=dict.fromkeys(names, 1), dropped=0, conditions=conditions,
+        )
+        for turn in range(5)
+    ]  # fmt: skip
+    timed = object.__new__(speed.Timed)
+    timed.above, timed.baseline, timed.alone, timed.batch = "fp32", baseline, {}, 1
+    timed.timing = Timing(Plan(arms=arms, preprocessing=made.sidecar.preprocessing), launches)
+    best = Candidate((), made, None)
+    return timed, SimpleNamespace(precision="int8", best=best, tried=[best], sensitivities={}, limit=None)
 
 
 def test_layers_that_are_not_computed_in_int8_are_named(tiny, tmp_path):

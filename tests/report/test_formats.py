@@ -185,7 +185,7 @@ def test_markdown_is_read_by_a_markdown_reader():
     assert not {"script", "b", "a"} & set(read.tags)
     assert EVIL in "".join(read.words)
     widths = {row.count("</td>") + row.count("</th>") for row in page.split("<tr>")[1:]}
-    assert widths == {8, 9, 11}, "every row of a table has all of its cells"
+    assert widths == {8, 9, 12}, "every row of a table has all of its cells"
 
 
 @pytest.mark.slow

@@ -53,6 +53,15 @@ class Timed:
         measured = center(latency.speedups(self.timing, *names))
         return exp(measured.value), exp(measured.low), exp(measured.high)
 
+    def noise(self, artifact: Artifact, over: Artifact | str) -> str:
+        """Why the ratio of two latencies is uncertain, or ""."""
+        names = [one if isinstance(one, str) else str(one.path) for one in (artifact, over)]
+        return latency.noise_of(self.timing, center(latency.speedups(self.timing, *names)))
+
+    def setting(self, artifact: Artifact) -> str:
+        """Device, threads, hint and batch."""
+        return f"{latency.setting_of(self.timing, str(artifact.path))}, batch {self.batch}"
+
     def failure(self, artifact: Artifact) -> str:
         """Why an artifact could not be timed, or ""."""
         return self.timing.failures.get(str(artifact.path), "")
@@ -96,22 +105,34 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
             *sensitivities(search),
         ]
     best = search.best
+    setting = timed.setting(best.artifact)
     value, low, high = timed.ratio(best.artifact, timed.baseline)
-    detail = (
-        f"{timed.ms(best.artifact):.2f} ms, {timed.ms(timed.baseline):.2f} ms in {timed.above}, batch {timed.batch}"
-    )
-    if low <= 1:
-        verdict = "is slower than" if value <= 1 else "is not measurably faster than"
-        detail = f"{check} {verdict} {timed.above} here: {detail}; {_reason(best, layers)}"
     speedup = Finding(
-        check=check, metric="gain", value=value, unit="×", low=low, high=high, detail=detail, case=timed.above
-    )
-    over_eager = timed.ratio(best.artifact, latency.EAGER)
+        check=check, metric="gain", value=value, unit="×", low=low, high=high, detail=_verdict(timed, search, layers),
+        case=timed.above, noise=timed.noise(best.artifact, timed.baseline), setting=setting,
+    )  # fmt: skip
+    over_eager, noise = timed.ratio(best.artifact, latency.EAGER), timed.noise(best.artifact, latency.EAGER)
     eager = Finding(
         check=check, metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
-        detail="over eager PyTorch, the same run",
+        detail="; ".join(filter(None, ("over eager PyTorch, the same run", noise))), noise=noise, setting=setting,
     )  # fmt: skip
     return [speedup, eager, *_tried(timed, search), *_kept(timed, search), *sensitivities(search)]
+
+
+def _verdict(timed: Timed, search: Search, layers: Sequence[Layer]) -> str:
+    """Both latencies, and which is faster, if the 95 % interval of the ratio tells."""
+    check, above, best = search.precision, timed.above, search.best
+    _, low, high = timed.ratio(best.artifact, timed.baseline)
+    quantized, baseline = timed.ms(best.artifact), timed.ms(timed.baseline)
+    times = f"{quantized:.2f} ms, {baseline:.2f} ms in {above}, {timed.setting(best.artifact)}"
+    if low > 1:
+        verdict = times
+    elif high < 1:
+        verdict = f"{check} is slower than {above} here: {times}; {_reason(best, layers)}"
+    else:
+        verdict = f"no difference measurable: {times} ({low:.2f}–{high:.2f} ×); {_reason(best, layers)}"
+    noise = timed.noise(best.artifact, timed.baseline)
+    return f"{verdict}; {noise}" if noise else verdict
 
 
 def sensitivities(search: Search) -> list[Finding]:
