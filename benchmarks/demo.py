@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
 from benchmarks import digits
+from benchmarks.provenance import environment
+from exporter.artifact.disk import write_file
 from exporter.machine import has_bf16
 
 ROOT = Path("build/demo")
@@ -50,6 +54,7 @@ def main() -> None:
     run("bench", *(str(path) for path in made if path.suffix != ".plan"))  # a plan runs on a GPU
     run("report", *reports)
     run("report", *reports, "--format", "html", "-o", str(ROOT / "report.html"))
+    write_file(ROOT / "session.json", msgspec.json.format(msgspec.json.encode(environment())))
 
 
 if __name__ == "__main__":
