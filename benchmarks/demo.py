@@ -16,6 +16,7 @@ from exporter.machine import has_bf16
 ROOT = Path("build/demo")
 COMMAND = Path(sys.executable).with_name("convnext-export")
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "trt": "plan"}
+UNSURE = ["--when-unsure", "warn"]  # 500 images cannot tell if one answer in a hundred changes
 WEIGHTS, DATA, CALIBRATION = ROOT / "model", ROOT / "val", "digits-256"
 
 
@@ -45,11 +46,11 @@ def main() -> None:
     digits.prepare(ROOT)
     run("calibrate", CALIBRATION)
     for words in builds():
-        judged = ["--calib", CALIBRATION, "--data", str(DATA)] if "--int8" in words else []
+        judged = ["--calib", CALIBRATION, "--data", str(DATA), *UNSURE] if "--int8" in words else []
         run(*words, *judged, "--weights", str(WEIGHTS), "-o", str(ROOT))
     made = [artifact(words) for words in builds()]
     for path in made:
-        run("verify", str(path), "--data", str(DATA), "--blocks")
+        run("verify", str(path), "--data", str(DATA), "--blocks", *UNSURE)
     reports = [f"{path}.report.json" for path in made]
     run("bench", *(str(path) for path in made if path.suffix != ".plan"))  # a plan runs on a GPU
     run("report", *reports)
