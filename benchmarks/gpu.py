@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu -o benchmarks/results/<machine>/gpu
 
-It runs `doctor`, then for each network the product's commands: build, time beside eager PyTorch in fp32, TF32, fp16 and
-compiled, verify; and last the tests that are marked `gpu`. A command that fails or would end too late is recorded with
+It runs `doctor`, then for each network the product's commands: build, time beside eager PyTorch in fp32, TF32, fp16, bf16
+and compiled, verify; and last the tests that are marked `gpu`. A command that fails or would end too late is recorded with
 its reason, and the rest goes on. Each report is written as soon as it is there. `--rehearse` runs the same commands on
 the CPU with little time: nothing of it is a result.
 """
@@ -94,6 +94,7 @@ WAYS = {
     "eager": "eager PyTorch",
     "tf32": "the same in TF32",
     "eager_fp16": "the same in fp16, channels last",
+    "eager_bf16": "the same in bf16, channels last",
     "compiled": "torch.compile, fp32",
 }
 
@@ -104,7 +105,8 @@ def table(reports: Sequence[Report]) -> str:
     for batch, of_batch in itertools.groupby(reports, key=_case):
         ours = list(of_batch)
         for key, way in WAYS.items():
-            lines.append(f"| {batch} | {way} | {_value(ours[0], f'{key}_p50_ms'):.2f} | | |")
+            if ours[0].find(f"{key}_p50_ms") is not None:
+                lines.append(f"| {batch} | {way} | {_value(ours[0], f'{key}_p50_ms'):.2f} | | |")
         for report in ours:
             gain = report.find("speedup")
             assert gain is not None
@@ -149,7 +151,7 @@ def measure(runner: Runner, out: Path, weights: Sequence[str], precisions: Seque
     """Build one network, time all of its artifacts in turn, and verify them."""
     graphs, engines = build(runner, out, weights, precisions)
     timed = graphs if rehearsal else [*graphs, *engines]
-    also = () if rehearsal else ("--also", "tf32", "--also", "fp16", "--also", "torch.compile")
+    also = () if rehearsal else ("--also", "tf32", "--also", "fp16", "--also", "bf16", "--also", "torch.compile")
     device = ("--device", "cpu" if rehearsal else "cuda")
     duration = ("--duration", "1" if rehearsal else "10")
     for batch in ("1",) if rehearsal else BATCHES:

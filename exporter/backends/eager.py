@@ -37,14 +37,14 @@ class EagerOptions(Options, frozen=True):
     weights: path of the checkpoint if it was moved; None for the path in the sidecar.
     reference: another model to run in place of this tool's own network; see `exporter.model.reference`.
     compiled: run through torch.compile.
-    arithmetic: on a GPU, `tf32` rounds the inputs of products to 10 bits of mantissa; `fp16` runs everything in fp16
-        with channels last.
+    arithmetic: on a GPU, `tf32` rounds the inputs of products to 10 bits of mantissa; `fp16` and `bf16` run
+        everything in that type with channels last.
     """
 
     weights: str | None = None
     reference: str | None = None
     compiled: bool = False
-    arithmetic: Literal["fp32", "tf32", "fp16"] = "fp32"
+    arithmetic: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
 
 
 class EagerSession:
@@ -91,12 +91,9 @@ class EagerSession:
             lambda: made.update(back=[output.to("cpu", non_blocking=True) for output in made["outputs"]]),
         )
 
-    def _placed(self, images: torch.Tensor) -> torch.Tensor:
+    def _placed(self, images: torch.Tensor) -> Any:
         """Images on the device, as the network takes them."""
-        import torch
-
-        images = images.to(self.device, non_blocking=True)
-        return images.half().to(memory_format=torch.channels_last) if self.arithmetic == "fp16" else images
+        return _narrowed(images.to(self.device, non_blocking=True), self.arithmetic)
 
     def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         import torch
@@ -128,9 +125,16 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
         raise BadRequest(f"eager PyTorch in {options.arithmetic} is for a GPU; use --device cuda")
     with _threads(options.threads):
         model = _network(artifact, options).to(options.device)
-        if options.arithmetic == "fp16":
-            model = model.half().to(memory_format=torch.channels_last)
+        model = _narrowed(model, options.arithmetic)
         yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
+
+
+def _narrowed(model_or_images: Any, arithmetic: str) -> Any:
+    """A model or images in fp16 or bf16, channels last; unchanged for other arithmetic."""
+    import torch
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(arithmetic)
+    return model_or_images if dtype is None else model_or_images.to(dtype).to(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Arm(Record, frozen=True):
 
     name: str
     path: str
-    runtime: Literal["artifact", "eager", "torch.compile", "tf32", "fp16", "peak"] = "artifact"
+    runtime: Literal["artifact", "eager", "torch.compile", "tf32", "fp16", "bf16", "peak"] = "artifact"
     weights: str | None = None
     reference: str | None = None
     device: str = "cpu"

@@ -22,7 +22,8 @@ from exporter.report import Finding, Report, judged
 from exporter.stats import Center, center
 
 EAGER = "eager"
-OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16"}
+GPU_WAYS = ("tf32", "fp16", "bf16")
+OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16", "bf16": "eager_bf16"}
 """Ways of running the PyTorch network, and what their metrics are called."""
 LAUNCHES = PROCESSES
 MOST_TIMES = 10  # --until gives up after so many times the duration
@@ -96,7 +97,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
     check_devices(artifacts, options.device)
-    for way in {"tf32", "fp16"} & set(options.also):
+    for way in set(GPU_WAYS) & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
     names = [made.path for made in artifacts]

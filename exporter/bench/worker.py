@@ -54,7 +54,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     if arm.runtime not in ("artifact", "peak"):
         runtime = backends.runtime("eager")
         options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile", "reference": arm.reference}
-        options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16") else {}
+        options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16", "bf16") else {}
     opening = runtime.peak if arm.runtime == "peak" else runtime.open
     assert opening is not None
     with opening(artifact, runtime.options(**options)) as session:

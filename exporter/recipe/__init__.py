@@ -268,8 +268,8 @@ class Bench(TimingOptions, frozen=True):
         ),
     ] = None
     also: Annotated[
-        tuple[Literal["torch.compile", "tf32", "fp16"], ...],
-        about("Also time PyTorch this way; tf32 and fp16 (channels last) on a GPU."),
+        tuple[Literal["torch.compile", "tf32", "fp16", "bf16"], ...],
+        about("Also time PyTorch this way; tf32, fp16 and bf16 (channels last) on a GPU."),
     ] = ()
     min_speedup: Annotated[
         Annotated[float, Meta(ge=0)] | None, about("Smallest speed-up over PyTorch.", metavar="X")

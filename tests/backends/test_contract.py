@@ -333,7 +333,7 @@ def test_cuda_computes_the_same_network(artifacts, images, cuda, precision, limi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("arithmetic", "limit"), [("fp32", 1e-4), ("tf32", 1e-2), ("fp16", 2e-2)])
+@pytest.mark.parametrize(("arithmetic", "limit"), [("fp32", 1e-4), ("tf32", 1e-2), ("fp16", 2e-2), ("bf16", 1e-1)])
 def test_pytorch_on_the_gpu_is_the_same_network(artifacts, images, cuda, arithmetic, limit):
     expected = eager(artifacts, images)[0]
     runtime = backends.runtime("eager")
