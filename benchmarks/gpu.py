@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu -o benchmarks/results/<machine>/gpu
 
-It runs `doctor`, then for each network the product's commands: build, time beside eager PyTorch in fp32, TF32, fp16, bf16
-and compiled, verify; and last the tests that are marked `gpu`. A command that fails or would end too late is recorded with
-its reason, and the rest goes on. Each report is written as soon as it is there. `--rehearse` runs the same commands on
-the CPU with little time: nothing of it is a result.
+It runs `doctor`, then for each network the product's commands: build, time beside eager PyTorch in fp32, TF32, fp16,
+bf16 and compiled, verify; and last the tests that are marked `gpu`. A command that fails or would end too late is
+recorded with its reason, and the rest goes on. Each report is written as soon as it is there. `--rehearse` runs the
+same commands on the CPU with little time: nothing of it is a result.
 """
 
 from __future__ import annotations

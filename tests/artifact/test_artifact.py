@@ -118,7 +118,8 @@ def test_the_quality_of_an_artifact_that_was_built_again_meanwhile_is_not_writte
     rewrite(onnx_copy, b"new content")
     artifact.update_quality(onnx_copy, {"cosine": 0.5})
     again = artifact.load(onnx_copy.path)
-    assert (again.path.read_bytes(), again.sidecar.quality) == (b"new content", {})
+    assert (again.path.read_bytes(), again.sidecar.quality) == (b"new content", onnx_copy.sidecar.quality)
+    assert again.sidecar.quality.get("cosine") != 0.5
 
 
 def test_a_file_that_is_not_ours_is_not_overwritten(tiny, tmp_path):
