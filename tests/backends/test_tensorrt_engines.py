@@ -7,7 +7,9 @@ from msgspec.structs import replace
 
 from exporter.artifact import Artifact
 from exporter.backends.tensorrt import library, runtime
+from exporter.bench import batches_of
 from exporter.errors import BadRequest, ExporterError
+from exporter.recipe import TimingOptions
 from tests.backends.fake_tensorrt import Meanings
 from tests.backends.test_tensorrt_api import gpu, trt  # noqa: F401  (fixtures)
 from tests.conftest import copy_artifact
@@ -73,6 +75,15 @@ def test_a_timed_batch_runs_on_the_profile_that_is_tuned_for_it(opened):
     np.testing.assert_allclose(bound.outputs()[0][:, 0], images(8).reshape(8, -1).mean(1), rtol=1e-4, atol=1e-5)
     with pytest.raises(BadRequest, match="a batch of"):
         session.bind([images(6)])
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batch"), [([], 1), ([[1, 1, 16]], 1), ([[2, 4, 8]], 2), ([[8, 8, 8], [4, 4, 4]], 4)]
+)
+def test_without_a_batch_the_smallest_that_the_profiles_take_is_timed(profiles, batch, plan, artifacts):
+    timed = [artifacts["onnxruntime", "fp32"], plan(profiles=profiles)]
+    assert batches_of(TimingOptions(), timed) == (batch,)
+    assert batches_of(TimingOptions(batch=(8,)), timed) == (8,)
 
 
 def test_only_a_version_compatible_engine_may_bring_host_code(trt, gpu, plan):  # noqa: F811
