@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ import msgspec
 
 from exporter.artifact.disk import flush, lock, locked, write_error, write_file
 from exporter.artifact.readers import wait_until_closed
-from exporter.artifact.sidecar import File, Sidecar, decode, encode
+from exporter.artifact.sidecar import File, Sidecar, Weights, decode, encode
 from exporter.errors import BadRequest, ExporterError, nearest, some
 from exporter.progress import note
+
+_FORCED: ContextVar[bool] = ContextVar("forced", default=False)
 
 
 @dataclass(frozen=True)
@@ -179,14 +182,46 @@ def read_sidecar(path: Path) -> Sidecar:
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def forced(force: bool = True) -> Iterator[None]:
+    """Within, artifacts of any weights are replaced."""
+    token = _FORCED.set(force)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def refuse_other_weights(target: Path, weights: Weights) -> None:
+    """Keep an artifact of other weights, unless within `forced`. A note says that a source has new weights.
+
+    Raises: BadRequest for an artifact whose weights have another digest and another source.
+    """
+    if _FORCED.get() or not sidecar_path(target).is_file():
+        return
+    try:
+        old = decode(sidecar_path(target)).weights
+    except BadRequest:
+        return  # nothing is known of it
+    if old.digest == weights.digest:
+        return
+    here, there = (os.path.normpath(target.parent.absolute() / one.source) for one in (old, weights))
+    if here != there:
+        raise BadRequest(
+            f"{target}: built from other weights ({old.source}, digest {old.digest[:12]}…; these are {weights.source}, "
+            f"{weights.digest[:12]}…); give --force to replace it, or another folder with -o"
+        )
+    note(f"{target.name} is replaced: {weights.source} has other weights than when it was built")
+
+
+@contextmanager
+def staging(target: Path, weights: Weights | None = None) -> Iterator[Path]:
     """A folder to write the files of `target` into. They move into place when the block ends without an error.
 
     After an error or Ctrl-C the folder is removed, and the old files are unchanged. The next process removes the folder
     of a killed one.
 
-    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is
-        not ours stands at `target`.
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is not ours
+        or, where `weights` are given, an artifact of others stands at `target`.
     """
     out = target.parent
     try:
@@ -205,6 +240,8 @@ def staging(target: Path) -> Iterator[Path]:
             flush(path)
         with locked(out):
             _recover(target)
+            if weights is not None:  # another process may have written it meanwhile
+                refuse_other_weights(target, weights)
             os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
             _recover(target)
     except OSError as error:
@@ -225,7 +262,8 @@ def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> 
 
     Raises: as `staging` and `write` do, with nothing changed at `target`.
     """
-    with staging(target) as folder:
+    refuse_other_weights(target, sidecar.weights)
+    with staging(target, sidecar.weights) as folder:
         completed = write(folder / target.name)
         seal(folder, target.name, completed if isinstance(completed, Sidecar) else sidecar)
     return load(target)

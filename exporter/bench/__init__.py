@@ -46,12 +46,12 @@ class Arm(Record, frozen=True):
 
 
 def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[int, ...]:
-    """The batch sizes to time: those of the options; else the fixed batch of the artifacts, or 1.
+    """The batch sizes to time: those of the options; else the fixed one of the artifacts, or the smallest that all run.
 
     Raises: BadRequest for batch sizes that an artifact cannot run.
     """
     fixed = {made.path: size for made in artifacts if isinstance(size := made.sidecar.inputs[0].shape[0], int)}
-    batches = options.batch or tuple(fixed.values())[:1] or (1,)
+    batches = options.batch or tuple(fixed.values())[:1] or (_smallest(artifacts),)
     for path, size in fixed.items():
         if set(batches) != {size}:
             other = (
@@ -61,6 +61,12 @@ def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[i
             )
             raise BadRequest(f"{path}: runs batches of {size} only, {other}; use --batch {size}, or bench it alone")
     return batches
+
+
+def _smallest(artifacts: Sequence[Artifact]) -> int:
+    """The smallest batch that all artifacts run: 1, unless the profiles of an engine begin above it."""
+    profiles = [made.sidecar.target.get("profiles") for made in artifacts]
+    return max((min(least for least, _, _ in ranges) for ranges in profiles if ranges), default=1)
 
 
 PROCESSES = 5

@@ -76,6 +76,13 @@ class Job:
         form = "" if self.target.name == backends.ONNX else self.form
         return self.out / artifacts.file_name(replace(self.sidecar, precision=precision), ".onnx", form)
 
+    @property
+    def files(self) -> list[Path]:
+        """The artifact, and the intermediate ONNX files that are kept beside it."""
+        built = replace(self.sidecar, precision=self.precision.name)
+        graphs = [self.file(name) for name in ("fp32", self.precision.name)]
+        return list(dict.fromkeys([*graphs, self.out / artifacts.file_name(built, self.target.suffix)]))
+
     def in_form(self, form: str) -> Job:
         """The same job with the network written in another form."""
         sidecar = replace(self.sidecar, recipe=_with_form(self.sidecar.recipe, form))
@@ -150,8 +157,8 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
         out: the folder to write to.
         reference: the model that the network is compared with; by default the one that the recipe names.
 
-    Raises: BadRequest with every problem of the recipe, or for weights that cannot be used; Unavailable when a runtime
-        or weights are missing on this machine.
+    Raises: BadRequest with every problem of the recipe, for weights that cannot be used, or where the folder has an
+        artifact of other weights under the same name; Unavailable when a runtime or weights are missing here.
     """
     check(recipe)
     target, runtime = backends.target(recipe.backend), backends.runtime(recipe.backend)
@@ -174,7 +181,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
         reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)
-    return Job(
+    job = Job(
         recipe=recipe,
         out=out,
         precision=precision.get(recipe.precision),
@@ -190,6 +197,9 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
         trace=trace,
         sidecar=_sidecar(recipe, recipe.export.form or own_form, checkpoint, trace, out, reference),
     )
+    for path in job.files:
+        artifacts.refuse_other_weights(path, job.sidecar.weights)
+    return job
 
 
 def _with_channels(checkpoint: Checkpoint) -> Checkpoint:

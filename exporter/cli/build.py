@@ -30,6 +30,7 @@ OUTPUT = (
     click.option("--precision", metavar="NAME", help="The precision by name, instead of its flag."),
     click.option("--save-config", metavar="FILE", type=click.Path(path_type=Path),
                  help="Also write this build as a recipe, for `run`."),
+    click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights."),
     click.option("--dry-run", is_flag=True, help="Check the options and build nothing."),
     click.option("--json", "as_json", is_flag=True, help="The artifact as JSON on stdout."),
 )  # fmt: skip
@@ -75,11 +76,12 @@ def quantizes(target: Target) -> bool:
 
 
 def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, Any]) -> None:
-    from exporter import build
+    from exporter import artifact, build
     from exporter.cli.console import drawing, print_json
     from exporter.recipe import file
 
     as_json, out, save, dry_run = (values.pop(key) for key in ("as_json", "output", "save_config", "dry_run"))
+    force = values.pop("force")
     if out.suffix == target.suffix and not out.is_dir():
         raise BadRequest(f"-o {out}: expected a folder; the file in it is named after network and precision")
     recipe = _recipe(name, target, _precision(flags, values.pop("precision")), values)
@@ -98,7 +100,7 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
         if as_json:
             print_json({"recipe": recipe})
         return
-    with drawing():
+    with drawing(), artifact.forced(force):
         built = build.build(recipe, out)
     _show(built, as_json)
 

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
               help="Override a value of the recipes, as in quantization.calib_size=512.")  # fmt: skip
 @click.option("--jobs", metavar="N", type=click.IntRange(1, 64), default=1, show_default=True,
               help="Number of recipes built at once; timing always runs alone.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
 @click.option("--dry-run", is_flag=True, help="Print which steps would run and which results exist, and run no step.")
 @click.option("--json", "as_json", is_flag=True, help="The result of each recipe, as a JSON list on stdout.")
 def run_command(
-    recipes: tuple[str, ...], output: Path, overrides: tuple[str, ...], jobs: int, dry_run: bool, as_json: bool
+    recipes: tuple[str, ...],
+    output: Path,
+    overrides: tuple[str, ...],
+    jobs: int,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Build, verify, time and report recipes. RECIPE is a file, or the name of a bundled recipe.
 
@@ -43,7 +50,7 @@ def run_command(
     from exporter.recipe import bundled
     from exporter.run import pool
 
-    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], output, overrides)
+    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], output, overrides, force)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}
         if as_json:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from exporter import backends, build, report, verify
-from exporter.artifact import Artifact, read_sidecar
+from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
 from exporter.bench import Opener, latency, worker
 from exporter.errors import BadRequest, ExporterError, some
@@ -24,11 +24,12 @@ from exporter.run.steps import STEPS, Part, Steps, bench_options, verify_options
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One recipe to run, under a name that is unique in this run."""
+    """One recipe to run, under a name that is unique in this run. `force` replaces artifacts of other weights."""
 
     path: Path
     recipe: Recipe
     out: Path
+    force: bool = False
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class Outcome:
     exit_code: int = 0
 
 
-def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = ()) -> list[RecipeRun]:
+def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = (), force: bool = False) -> list[RecipeRun]:
     """Read and check recipes before any work starts.
 
     Raises: BadRequest with the problems of every file; for recipes that would write the same artifact.
@@ -62,7 +63,7 @@ def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = ()) ->
     runs, problems = [], []
     for path in paths:
         try:
-            runs.append(RecipeRun(path, build.read(path, overrides), out))
+            runs.append(RecipeRun(path, build.read(path, overrides), out, force))
         except BadRequest as error:
             problems.append(str(error))
     if problems:
@@ -146,7 +147,8 @@ def _build(recipe_run: RecipeRun, steps: Steps, outcome: Outcome) -> Artifact:
         outcome.steps["build"] = "already there"
         return artifact
     key = steps.key("build")
-    built = build.build(recipe_run.recipe, recipe_run.out)
+    with forced(recipe_run.force):
+        built = build.build(recipe_run.recipe, recipe_run.out)
     key = key or steps.key("build")  # weights that were not in the Hub's cache are there now
     file, sha256 = built.artifact.path.name, built.artifact.sidecar.sha256
     steps.keep("build", Part(key=key, file=file, sha256=sha256, report=built.report))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, machine
@@ -25,16 +26,19 @@ from exporter.verify import VerifyOptions
 from exporter.verify.budgets import when_unsure
 
 STEPS = ("build", "verify", "bench")
+MEASURED = ("int8_speedup", "tried_loss", "tried_ms")
+"""Metrics of a build that hold only on the machine that it was done on, beside `gain`."""
 MAX_PART_BYTES = 512 * 2**20
 
 
 class Part(Record, frozen=True):
-    """The result of a step: its cache key, the artifact's file and digest, and the report."""
+    """The result of a step: its cache key, the artifact's file and digest, the report, and the machine it is of."""
 
     key: str
     file: str
     sha256: str
     report: Report | None = None
+    machine: str = "an unknown machine"
 
 
 class Steps:
@@ -102,18 +106,26 @@ class Steps:
         return artifact if artifact.sidecar.sha256 == part.sha256 else None
 
     def part(self, name: str, artifact: Artifact | None) -> Part | None:
-        """The result of a step for this artifact, if the step's inputs are unchanged."""
+        """The result of a step for this artifact, if the step's inputs are unchanged.
+
+        A build may be of another machine; then the figures that were measured there are left out.
+        """
         if artifact is None:
             return None
         part = self._read(name)
         if part is None or part.sha256 != artifact.sidecar.sha256:
             return None
         key = self.key(name) if name == "build" else self.key(name, artifact)
-        return part if part.key and part.key == key else None
+        if not part.key or part.key != key:
+            return None
+        if part.report is not None and part.machine != _machine_text():
+            again = f"remove {self.folder / name}.json to build and time it here"
+            return replace(part, report=_without_times(part.report, f"timed on {part.machine}, not here; {again}"))
+        return part
 
     def keep(self, name: str, part: Part) -> None:
-        """Store the result of a step."""
-        write_file(self.folder / f"{name}.json", msgspec.json.encode(part))
+        """Store the result of a step that was done on this machine."""
+        write_file(self.folder / f"{name}.json", msgspec.json.encode(replace(part, machine=_machine_text())))
 
     def _read(self, name: str) -> Part | None:
         """The stored result of a step; None where it cannot be read, so that the step is done again."""
@@ -160,4 +172,23 @@ def _version(backend: str) -> str:
 
 def _machine() -> list[object]:
     cpu, isa = machine.cpu()
-    return [cpu, isa, machine.cores()]
+    gpu = machine.gpu()
+    return [cpu, isa, machine.cores(), *([gpu["name"]] if gpu else [])]
+
+
+def _machine_text() -> str:
+    cpu, isa, cores, *gpu = _machine()
+    return ", ".join(map(str, [cpu, f"{cores} cores", *(isa if isinstance(isa, list | tuple) else [isa]), *gpu]))
+
+
+def _without_times(report: Report, why: str) -> Report:
+    """The report of a build without the figures and facts of the machine that it was built on."""
+    findings = []
+    for finding in report.findings:
+        if finding.metric == "gain":
+            findings.append(replace(finding, value=None, low=None, high=None, samples=(), launches=(), detail=why))
+        elif finding.metric == "kept_back":
+            findings.append(replace(finding, detail="not timed here"))
+        elif finding.metric not in MEASURED:
+            findings.append(finding)
+    return replace(report, environment={}, findings=tuple(findings))

@@ -1,5 +1,6 @@
 """Every name of TensorRT 10, 11 and RTX that the backend uses is there, and takes what it is given."""
 
+import hashlib
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from exporter import artifact
 from exporter.backends.tensorrt import builder, library, runtime
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions
 from exporter.errors import BadRequest, ExporterError
-from tests.backends.fake_tensorrt import SURFACES, FakeModule
+from tests.backends.fake_tensorrt import SURFACES, FakeModule, Meanings
 from tests.backends.surface import surface
 
 IDS = [path.stem for path in SURFACES]
@@ -28,9 +29,7 @@ def all_that_can_be_asked(trt, cache):
     common = {"profiles": (Profile(1, 2, 4), Profile(8, 8, 8)), "workspace": 0.5, "opt_level": 4, "tf32": True}
     if trt.rtx:
         return TensorRtOptions(**common, compute_capability=("8.9", "12.0"))
-    return TensorRtOptions(
-        **common, version_compatible=True, strip_weights=True, hardware_compat="ampere+", timing_cache=str(cache)
-    )
+    return TensorRtOptions(**common, version_compatible=True, hardware_compat="ampere+", timing_cache=str(cache))
 
 
 def test_there_are_surfaces_of_all_three():
@@ -70,6 +69,18 @@ def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts, tmp_pa
         assert module.asked("IBuilderConfig.create_timing_cache")[-1] == (b"timings",)
     capabilities = module.asked("IBuilderConfig.set_compute_capability")
     assert [c.name for c, _ in capabilities] == (["SM89", "SM120"] if trt.rtx else [])
+
+
+def test_an_engine_without_weights_takes_the_same_ones_back(trt, artifacts):
+    if trt.rtx:
+        pytest.skip("refused for TensorRT-RTX")
+    made, target = artifacts["onnxruntime", "fp32"], TensorRtOptions(strip_weights=True)
+    library.check(trt, "fp16", None, target)
+    builder.build(trt, made.path, made.sidecar, target)
+    flags = [flag.name for (flag,) in trt.module.asked("IBuilderConfig.set_flag")]
+    assert flags == ["STRIP_PLAN", "REFIT_IDENTICAL"]
+    with pytest.raises(BadRequest, match="--version-compatible"):
+        library.check(trt, "fp16", None, replace(target, version_compatible=True))
 
 
 def test_fp32_is_fp32_unless_tf32_is_asked_for(trt, artifacts):
@@ -144,27 +155,8 @@ class Event:
 @pytest.fixture
 def opened(trt, gpu, artifacts):
     module = trt.module
-    module.answers |= {
-        "Runtime.deserialize_cuda_engine": lambda plan: module.ICudaEngine(),
-        "ICudaEngine.create_execution_context": lambda *told: module.IExecutionContext(),
-        "ICudaEngine.create_runtime_config": lambda: module.IRuntimeConfig(),
-        "ICudaEngine.num_io_tensors": 2,
-        "ICudaEngine.get_tensor_name": lambda index: ("logits", "images")[index],
-        "ICudaEngine.get_tensor_mode": lambda name: getattr(
-            module.TensorIOMode, "INPUT" if name == "images" else "OUTPUT"
-        ),
-        "ICudaEngine.get_tensor_profile_shape": lambda name, index: [(1, 3, 64, 64)] * 2 + [(4, 3, 64, 64)],
-        "IExecutionContext.set_input_shape": lambda name, shape: shape[0] <= 4,
-        "IExecutionContext.get_tensor_shape": lambda name: (2, 10),
-        "IExecutionContext.execute_async_v3": True,
-        "IRuntimeConfig.create_runtime_cache": lambda: module.IRuntimeCache(),
-        "IRuntimeCache.serialize": b"kernels",
-    }
+    Meanings(module)
     made = artifacts["onnxruntime", "fp32"]
-    module.ICudaEngine.members.setdefault("__init__", [])
-    for name in ("ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache"):
-        if hasattr(module, name):
-            getattr(module, name).members["__init__"] = []
     return runtime.PlanSession(artifact.Artifact(made.path, replace(made.sidecar, backend="tensorrt")), trt)
 
 
@@ -199,14 +191,28 @@ def test_rtx_keeps_what_it_compiled_for_the_next_time(opened, trt, gpu, artifact
     if not trt.rtx:
         pytest.skip("only TensorRT-RTX compiles where a plan runs")
     opened.bind([np.zeros((2, 3, 64, 64), np.float32)])
-    assert opened.kept.read_bytes() == b"kernels"
+    assert opened.kept.read_bytes() == hashlib.sha256(b"kernels").digest() + b"kernels"
     runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
     assert trt.module.asked("IRuntimeCache.deserialize")[-1] == (b"kernels",)
 
 
-def test_a_batch_outside_the_profile_is_refused(opened):
-    with pytest.raises(BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --max-batch"):
-        opened(np.zeros((5, 3, 64, 64), np.float32))
+@pytest.mark.parametrize("spoilt", [b"", b"kernels", b"x" * 40, None])
+def test_kernels_without_their_digest_are_compiled_again(spoilt, opened, trt, artifacts):
+    if not trt.rtx:
+        pytest.skip("only TensorRT-RTX compiles where a plan runs")
+    opened.bind([np.zeros((2, 3, 64, 64), np.float32)])
+    whole = opened.kept.read_bytes()
+    opened.kept.write_bytes(whole[:-1] + b"S" if spoilt is None else spoilt)
+    trt.module.calls.clear()
+    again = runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
+    assert trt.module.asked("IRuntimeCache.deserialize") == [], "nothing of it is read"
+    again.bind([np.zeros((2, 3, 64, 64), np.float32)])
+    assert opened.kept.read_bytes() == whole
+
+
+def test_a_batch_outside_the_profile_is_not_timed(opened):
+    with pytest.raises(BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --min-batch and"):
+        opened.bind([np.zeros((5, 3, 64, 64), np.float32)])
 
 
 def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):

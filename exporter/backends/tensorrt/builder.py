@@ -126,6 +126,7 @@ def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, 
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if target.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # REFIT may lose biases, and the weights are the same ones
     if target.hardware_compat != "none":
         level = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}[target.hardware_compat]
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)

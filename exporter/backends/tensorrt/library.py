@@ -70,7 +70,9 @@ class TensorRtOptions(TargetOptions, frozen=True):
     hardware_compat: Annotated[
         Literal["none", "ampere+", "same"], about("tensorrt: the engine runs on other GPUs too, more slowly.")
     ] = "none"
-    strip_weights: Annotated[bool, about("tensorrt: an engine without its weights, to be refitted.")] = False
+    strip_weights: Annotated[bool, about("tensorrt: without weights; they are read from the ONNX file beside it.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ def check(library: Library, precision: str, batch: int | None, target: TensorRtO
     levels = library.module.HardwareCompatibilityLevel
     if target.hardware_compat == "same" and not library.rtx and not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
         raise BadRequest(f"--hardware-compat same: TensorRT {library.version} has it not; take 10.9 or later")
+    if target.strip_weights and target.version_compatible:
+        raise BadRequest(
+            "--strip-weights: an engine for later versions (--version-compatible) runs on a runtime of its own, which "
+            "cannot take weights; leave one of them out"
+        )
     if library.rtx:
         _check_rtx(target)
 

@@ -1,18 +1,26 @@
-"""A plan on a GPU. What it was built for is checked first: opening a plan runs what is in it."""
+"""An engine on a GPU. What it was built for is checked before it is opened, because opening an engine runs its code.
+
+An engine has one or more profiles, each a range of batch sizes. Batches are split or padded to fit them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from exporter import artifact as artifacts
 from exporter.artifact import Artifact
 from exporter.artifact.disk import cache_folder, write_file
 from exporter.backends import Array, Bound, Outputs, _cuda, as_taken
 from exporter.backends.tensorrt.builder import listener
 from exporter.backends.tensorrt.library import OS, Library
-from exporter.errors import BadRequest, ExporterError, Unavailable
+from exporter.errors import BadRequest, ExporterError, Unavailable, some
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +43,11 @@ def check(artifact: Artifact, library: Library) -> None:
     target = artifact.sidecar.target
     here = {"flavor": library.flavor, "version": library.version, "os": OS}
     for fact, value in here.items():
-        if target.get(fact) != value:
+        built_for = str(target.get(fact, "unknown"))
+        later = fact == "version" and target.get("version_compatible") and runs_later(built_for, value)
+        if built_for != value and not later:
             raise BadRequest(
-                f"{artifact.path}: built for {fact} {target.get(fact, 'unknown')}, and this is {value}; build it again "
+                f"{artifact.path}: built for {fact} {built_for}, and this is {value}; build it again "
                 "here, or install the library that it was built for"
             )
     if why := unable():
@@ -45,33 +55,82 @@ def check(artifact: Artifact, library: Library) -> None:
     import torch
 
     found = "{}.{}".format(*torch.cuda.get_device_capability())
-    if found not in target["compute_capability"]:
+    ampere = target.get("hardware_compat") == "ampere+" and torch.cuda.get_device_capability() >= (8, 0)
+    if found not in target["compute_capability"] and not ampere:
         raise BadRequest(
             f"{artifact.path}: built for compute capability {', '.join(target['compute_capability'])}, and this GPU "
             f"has {found}; build it for this one"
         )
 
 
+def runs_later(built: str, here: str) -> bool:
+    """Whether a version-compatible engine runs on another version of TensorRT.
+
+    It runs on later versions of its major version; those of TensorRT 8 also run on 10, those of 10 on 11
+    (docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html, "Engine Portability").
+    """
+    try:
+        old, new = ([int(part) for part in version.split(".")] for version in (built, here))
+    except ValueError:
+        return False
+    return new >= old and (old[0] == new[0] or (old[0], new[0]) in ((8, 10), (10, 11)))
+
+
+def refit(engine: Any, artifact: Artifact, library: Library) -> None:
+    """Put the weights into an engine that was built without them, from the ONNX graph that it was built from.
+
+    Raises: BadRequest when that graph is missing or changed; ExporterError when TensorRT refuses its weights.
+    """
+    trt, log, graph = library.module, listener(library), _graph_of(artifact)
+    refitter = trt.Refitter(engine, log)
+    parser = trt.OnnxParserRefitter(refitter, log)
+    if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+        missing = list(refitter.get_missing_weights())
+        reason = f"weights are missing: {some(missing)}" if missing else log.errors[-1] if log.errors else "no reason"
+        raise ExporterError(f"{artifact.path}: the weights of {graph.name} cannot be put into it: {reason}")
+
+
+def _graph_of(artifact: Artifact) -> Path:
+    """The ONNX graph that an engine was built from, which lies beside it."""
+    for path in sorted(artifact.path.parent.glob("*.onnx")):
+        with suppress(BadRequest, OSError):
+            if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents:
+                return artifacts.load(path).path
+    raise BadRequest(
+        f"{artifact.path}: built without weights (--strip-weights), and the ONNX graph that has them (sha256 "
+        f"{', '.join(parent[:12] for parent in artifact.sidecar.parents)}…) is not beside it, or changed; copy it "
+        "there with its sidecar"
+    )
+
+
 class PlanSession:
-    """A plan with a context, a stream of its own, and tensors on the device."""
+    """An engine with a context, a stream of its own, and tensors on the device."""
 
     def __init__(self, artifact: Artifact, library: Library) -> None:
         import torch
 
         trt, self.recipe = library.module, artifact.sidecar.preprocessing
+        target = artifact.sidecar.target
         self.runtime = trt.Runtime(listener(library))
+        if target.get("version_compatible"):  # such an engine brings its own runtime; its digest was checked
+            self.runtime.engine_host_code_allowed = True
         self.engine = self.runtime.deserialize_cuda_engine(artifact.path.read_bytes())
         if self.engine is None:
             said = listener(library).errors
             raise ExporterError(
                 f"{artifact.path}: {library.flavor} cannot load it: {said[-1] if said else 'no reason'}"
             )
+        if target.get("strip_weights"):
+            refit(self.engine, artifact, library)
         name = f"{artifact.sidecar.sha256}-{torch.cuda.get_device_name()}-{library.version}".replace(" ", "_")
         self.kept = cache_folder() / "kernels" / name
         self.context = self._context(library)
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         modes = {name: self.engine.get_tensor_mode(name) for name in names}
         self.input = next(name for name in names if modes[name] == trt.TensorIOMode.INPUT)
+        count = self.engine.num_optimization_profiles
+        self.profiles = [self.engine.get_tensor_profile_shape(self.input, index) for index in range(count)]
+        self.active = 0
         self.outputs = [tensor.name for tensor in artifact.sidecar.outputs]
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.rtx = library.rtx
@@ -83,27 +142,38 @@ class PlanSession:
         config = self.engine.create_runtime_config()
         config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self.kernels = config.create_runtime_cache()
-        if self.kept.is_file():
-            self.kernels.deserialize(self.kept.read_bytes())
+        content = _checked(self.kept)
+        self.compiled = content is not None and bool(self.kernels.deserialize(content))
         config.set_runtime_cache(self.kernels)
         return self.engine.create_execution_context(config)
 
     def _keep_kernels(self) -> None:
         """What TensorRT-RTX compiled for this GPU, for whoever opens the plan next; where it cannot be written it is
         compiled again."""
-        if self.rtx and not self.kept.is_file():
+        if self.rtx and not self.compiled:
+            content = bytes(self.kernels.serialize())
             with suppress(ExporterError):
-                write_file(self.kept, bytes(self.kernels.serialize()))
+                write_file(self.kept, hashlib.sha256(content).digest() + content)
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32, in as many batches as the profiles need.
+
+        A batch smaller than every profile takes is padded with its last image, and its outputs are cut.
+        """
+        most = max(largest[0] for _, _, largest in self.profiles)
+        parts = [self._run(images[start : start + most]) for start in range(0, len(images), most)]
+        return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    def _run(self, images: Array) -> Outputs:
         import torch
 
-        given = torch.from_numpy(as_taken(images, self.recipe)).cuda()
-        held = self._hold(given)
+        count = len(images)
+        sizes = (max(least[0], count) for least, _, most in self.profiles if count <= most[0])
+        padded = np.concatenate([images, np.repeat(images[-1:], min(sizes) - count, axis=0)])
+        held = self._hold(torch.from_numpy(as_taken(padded, self.recipe)).cuda())
         self._enqueue()
         self.stream.synchronize()
-        return tuple(output.float().cpu().numpy() for output in held)
+        return tuple(output.float().cpu().numpy()[:count] for output in held)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The batches on the device; a run copies the next one into place there and replays a CUDA graph."""
@@ -151,18 +221,22 @@ class PlanSession:
         return replay
 
     def _hold(self, given: torch.Tensor) -> list[torch.Tensor]:
-        """Tell the context where its input is and its outputs go.
+        """Tell the context where its input is and its outputs go, in the profile that is tuned for such a batch.
 
-        Raises: BadRequest for a batch outside the profile.
+        Raises: BadRequest for a batch outside every profile.
         """
         import torch
 
-        if not self.context.set_input_shape(self.input, tuple(given.shape)):
-            least, _, most = self.engine.get_tensor_profile_shape(self.input, 0)
-            raise BadRequest(
-                f"a batch of {tuple(given.shape)}: the engine takes {tuple(least)} to {tuple(most)}; build it with "
-                "--max-batch"
-            )
+        shape = tuple(given.shape)
+        profile = self._profile_of(shape)
+        if profile != self.active:
+            if not self.context.set_optimization_profile_async(profile, self.stream.cuda_stream):
+                raise ExporterError(f"the engine refuses its profile {profile}; see the messages of TensorRT with -v")
+            self.stream.synchronize()
+            self.active = profile
+        if not self.context.set_input_shape(self.input, shape):
+            raise ExporterError(f"the engine refuses a batch of {shape}; see the messages of TensorRT with -v")
+        self.held_input = given  # the context keeps its address only
         self.context.set_tensor_address(self.input, given.data_ptr())
         held = []
         for name in self.outputs:
@@ -172,6 +246,31 @@ class PlanSession:
         torch.cuda.current_stream().synchronize()  # the input may still be on its way
         return held
 
+    def _profile_of(self, shape: tuple[int, ...]) -> int:
+        """The number of the profile that takes an input of this shape, tuned for the nearest batch.
+
+        Raises: BadRequest when there is none.
+        """
+        fits = [
+            (abs(best[0] - shape[0]), index)
+            for index, (least, best, most) in enumerate(self.profiles)
+            if all(low <= side <= high for low, side, high in zip(least, shape, most, strict=True))
+        ]
+        if not fits:
+            ranges = " and ".join(f"{tuple(least)} to {tuple(most)}" for least, _, most in self.profiles)
+            raise BadRequest(
+                f"a batch of {shape}: the engine takes {ranges}; build it with --min-batch and --max-batch"
+            )
+        return min(fits)[1]
+
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.cuda_stream):
             raise ExporterError("the engine could not be run; see the messages of TensorRT with -v")
+
+
+def _checked(path: Path) -> bytes | None:
+    """The content of a file that begins with the sha256 of the rest; None where it does not, or cannot be read."""
+    with suppress(OSError):
+        digest, content = (whole := path.read_bytes())[:32], whole[32:]
+        return content if hashlib.sha256(content).digest() == digest else None
+    return None
