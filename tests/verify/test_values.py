@@ -160,6 +160,17 @@ def test_a_head_with_one_output_is_verified_on_any_images(regression, tmp_path, 
     assert run("verify", made.path, "--outputs", "values").code == 0
 
 
+@pytest.mark.parametrize("task", ["features", "embed"])
+def test_artifacts_without_classes_are_verified_on_class_folders(task, tiny, tmp_path):
+    made = build(tiny, tmp_path, task=task)
+    for name in ("first", "second", "third"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((PX, PX), 80).convert("RGB").save(tmp_path / "images" / name / "a.png")
+    report = verify(made, VerifyOptions(data=str(tmp_path / "images")))
+    assert report.passed
+    assert (report.value("images"), report.find("top1")) == (3, None)
+
+
 def test_int8_of_a_head_with_one_output_has_no_budget_of_top1(regression, run, refused, tmp_path, monkeypatch):
     from exporter.build.int8 import speed
 
