@@ -107,6 +107,12 @@ def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
     if options.min_agreement is not None and "classes" not in kinds:
         raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
+    regression = (options.max_relative_error, options.min_r2, options.min_spearman)
+    if any(limit is not None for limit in regression) and "values" not in kinds:
+        raise BadRequest(
+            f"--max-relative-error, --min-r2 and --min-spearman are for a regression, and the outputs are {kinds[0]}; "
+            "add --outputs values, or leave them out"
+        )
     if options.min_cosine is not None and set(kinds) == {"values"}:
         raise BadRequest(
             "--min-cosine: of values R² and ranks are compared, as their cosine is but a sign; leave it out"
