@@ -13,9 +13,9 @@ class ValueLimits:
     """The default limits of values, which are no classes: mean error in percent of the mean size, R² and Spearman's
     rank correlation with PyTorch."""
 
-    error_pct: float
+    relative_error: float
     r2: float
-    rank: float
+    spearman: float
 
 
 @dataclass(frozen=True)

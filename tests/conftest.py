@@ -78,7 +78,7 @@ def a_cache_of_the_tests_own(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True, scope="session")
 def the_same_verdicts_in_ci():
-    """Budgets that few images cannot tell fail in CI and warn elsewhere: tests say which of the two they mean."""
+    """Budgets fail in CI and warn elsewhere where images are too few: tests say which of the two they mean."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CI", raising=False)
         yield

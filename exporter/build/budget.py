@@ -5,6 +5,7 @@ from __future__ import annotations
 from exporter import precision
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest
+from exporter.model.sources import is_random
 from exporter.recipe import Quantization
 
 
@@ -24,7 +25,7 @@ def points(quantization: Quantization, precision_name: str, source: str, weights
     """
     limit = quantization.max_drop
     synthetic = is_synthetic(source)
-    if not synthetic and not weights.startswith("random"):
+    if not synthetic and not is_random(weights):
         return precision.get(precision_name).max_drop_points if limit is None else limit
     if limit is not None:
         reason = "the weights are random" if not synthetic else "there are only synthetic images"

@@ -140,7 +140,7 @@ def check_sources(recipe: Recipe) -> None:
         variant, repository = variants.resolve(model.variant or "tiny")
         if repository is None:
             sources.default_repository(variant)
-    elif model.weights != "random" and not model.weights.startswith(("random:", "hf-hub:")):
+    elif not sources.is_random(model.weights) and not model.weights.startswith("hf-hub:"):
         sources.from_disk(model.weights)
     if model.labels:
         read_labels(Path(model.labels))

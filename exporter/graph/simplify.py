@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from exporter.errors import first_line
 from exporter.graph import files
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
         candidate = ir.serde.deserialize_model(proto)
         _put_back(candidate, model)
     except Exception as error:  # noqa: BLE001  (onnxsim raises anything; what it cannot do is told, not hidden)
-        return model, f"onnxsim failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return model, f"onnxsim failed ({type(error).__name__}: {first_line(error)[:120]})"
     reason = _worse(candidate, model)
     return (model, reason) if reason else (candidate, "")
 

@@ -104,7 +104,12 @@ def file_of(source: str) -> tuple[Path, str]:
 
     Raises: BadRequest for random weights, or a source that does not exist; Unavailable when the Hub cannot be reached.
     """
-    if source.startswith("random"):
+    if is_random(source):
         raise BadRequest(f"{source}: no library has these; give a checkpoint or --reference module:callable")
     files = from_hub(source.removeprefix("hf-hub:")) if source.startswith("hf-hub:") else from_disk(source)
     return files.path, files.part
+
+
+def is_random(source: str) -> bool:
+    """Whether a source is random weights, `random` or `random:SEED`, and not a file of that name."""
+    return source == "random" or source.startswith("random:")

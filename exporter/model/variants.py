@@ -175,12 +175,23 @@ def count_params(arch: Architecture, classes: int) -> int:
 
 def count_macs(arch: Architecture, size: Size, classes: int) -> int:
     """Multiply-accumulates of one image of `size` pixels, in convolutions and linear layers."""
-    height, width = sides(size)
+    heights, widths = (_map_sides(arch, side) for side in sides(size))
     total = 0
     for weights, _, alike, stride in _layers(arch, classes):
-        positions = (height // stride) * (width // stride) if stride else 1
+        positions = heights[stride] * widths[stride] if stride else 1
         total += weights * alike * positions
     return total
+
+
+def _map_sides(arch: Architecture, side: int) -> dict[int, int]:
+    """Height or width of the feature maps for that of the image, by their stride. Convolutions without padding leave
+    out what is over; those of an overlapped stem are padded and round up."""
+    half = -(-side // 2)
+    found = {arch.patch: side // arch.patch} if arch.stem == "patch" else {2: half, 4: -(-half // 2)}
+    for stride in arch.strides:
+        last = max(found)
+        found.setdefault(stride, found[last] // max(1, stride // last))
+    return found
 
 
 def _crop(share: float, size: int = 224, colors: dict[str, tuple[float, float, float]] | None = None) -> Preprocessing:

@@ -134,7 +134,7 @@ def load(
 def _load(source: str, variant: str | None, choices: Choices) -> Checkpoint:
     """The checkpoint with the labels that it comes with."""
     wanted, repository = resolve(variant) if variant else (None, None)
-    if source == "random" or source.startswith("random:"):
+    if sources.is_random(source):
         return _random(source, wanted or resolve("tiny")[0])
     if source == "hub":
         files = sources.from_hub(repository or sources.default_repository(wanted or resolve("tiny")[0]))
@@ -150,7 +150,7 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
 
     Raises: BadRequest for files that do not exist.
     """
-    if source == "random" or source.startswith("random:"):
+    if sources.is_random(source):
         return f"{source} {variant}"
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "hub":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import msgspec
@@ -32,7 +33,7 @@ from exporter.quantize.smoothing import Layer, Network, factors, layers
 BINS = 4096
 BATCH = 8
 SAVE_S = 5.0  # how often what was measured so far is written down
-VERSION = 2
+VERSION = 3
 See = Callable[[str, torch.Tensor], None]
 
 
@@ -50,6 +51,8 @@ class Statistics:
     count: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     factor: dict[str, Floats] = field(default_factory=dict)
     histogram: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    sides: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """Height and width of the feature map that each convolution is given."""
     images: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """How many images each pass has seen."""
 
@@ -72,7 +75,7 @@ class Statistics:
         layer = model.get_submodule(name)
         positions = int(self.count[name]) // self.done("extremes")
         if isinstance(layer, torch.nn.Conv2d):
-            positions //= layer.stride[0] * layer.stride[1]
+            positions = prod(_output_side(layer, axis, int(side)) for axis, side in enumerate(self.sides[name]))
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         return positions * weight.numel()
@@ -80,6 +83,14 @@ class Statistics:
     def done(self, which: str) -> int:
         """The number of images that a pass has counted."""
         return int(self.images.get(which, 0))
+
+
+def _output_side(conv: torch.nn.Conv2d, axis: int, side: int) -> int:
+    """Height (axis 0) or width of the output of a convolution for that of its input."""
+    if isinstance(conv.padding, str):
+        return side  # "same", whose stride is 1
+    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    return (side + 2 * conv.padding[axis] - reach) // conv.stride[axis] + 1
 
 
 def collect(
@@ -208,13 +219,17 @@ def _extremes(statistics: Statistics, name: str, x: torch.Tensor) -> None:
     statistics.low[name] = np.minimum(statistics.low[name], low) if before else low.copy()
     statistics.high[name] = np.maximum(statistics.high[name], high) if before else high.copy()
     statistics.total[name] = statistics.total[name] + total if before else total
+    if x.ndim == 4:
+        statistics.sides[name] = np.asarray(x.shape[1:3])
     statistics.count[name] = statistics.count.get(name, np.asarray(0)) + len(flat)
 
 
 def _histogram(statistics: Statistics, name: str, x: torch.Tensor) -> None:
     low, high = statistics.range(name)
     scaled = x / torch.from_numpy(statistics.factor[name]) if name in statistics.factor else x
-    counts = torch.histc(scaled.clamp(low, high), BINS, low, high).numpy() if high > low else np.zeros(BINS)
+    # histc counts in the type of its input, and float32 counts no further than 2²⁴.
+    exact = scaled.double().clamp(low, high)
+    counts = torch.histc(exact, BINS, low, high).numpy() if high > low else np.zeros(BINS)
     statistics.histogram[name] = statistics.histogram.get(name, np.zeros(BINS)) + counts
 
 
@@ -245,7 +260,15 @@ class Store:
 
     def write(self, statistics: Statistics) -> None:
         """Write the statistics to the cache; an error is ignored, because the cache is optional."""
-        kinds = ("low", "high", "total", "count", "histogram", "images")  # factors are derived from low and high
+        kinds = (
+            "low",
+            "high",
+            "total",
+            "count",
+            "sides",
+            "histogram",
+            "images",
+        )  # factors are derived from low and high
         arrays = {
             f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(statistics, kind).items()
         }

@@ -213,6 +213,18 @@ class Checks(Record, frozen=True):
         Annotated[float, Meta(ge=-1, le=1)] | None,
         about("Smallest mean cosine to the outputs of PyTorch.", metavar="X"),
     ] = None
+    max_relative_error: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        about("Of a regression: largest mean error, in percent of the mean size of a value.", metavar="PCT"),
+    ] = None
+    min_r2: Annotated[
+        Annotated[float, Meta(le=1)] | None,
+        about("Of a regression: smallest R² to the values of PyTorch.", metavar="X"),
+    ] = None
+    min_spearman: Annotated[
+        Annotated[float, Meta(ge=-1, le=1)] | None,
+        about("Of a regression: smallest rank correlation with the values of PyTorch.", metavar="X"),
+    ] = None
     atol: Annotated[Annotated[float, Meta(ge=0)] | None, about("Largest absolute error of an output.", metavar="X")] = (
         None
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -107,6 +107,12 @@ def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
     if options.min_agreement is not None and "classes" not in kinds:
         raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
+    regression = (options.max_relative_error, options.min_r2, options.min_spearman)
+    if any(limit is not None for limit in regression) and "values" not in kinds:
+        raise BadRequest(
+            f"--max-relative-error, --min-r2 and --min-spearman are for a regression, and the outputs are {kinds[0]}; "
+            "add --outputs values, or leave them out"
+        )
     if options.min_cosine is not None and set(kinds) == {"values"}:
         raise BadRequest(
             "--min-cosine: of values R² and ranks are compared, as their cosine is but a sign; leave it out"
@@ -212,8 +218,7 @@ def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnabl
     if not reason:
         yield Runnable(artifact, runtime)
         return
-    sidecars = [path.with_suffix("") for path in sorted(artifact.path.parent.glob("*.onnx.json"))]
-    parents = [path for path in sidecars if artifacts.read_sidecar(path).sha256 in artifact.sidecar.parents]
+    parents = _parents(artifact)
     if not parents:
         raise Unavailable(f"{artifact.path}: {reason}, and the ONNX graph that it was built from is missing")
     parent = artifacts.load(parents[0])
@@ -232,6 +237,18 @@ def _runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnabl
         _write_rounding(parent.path, path)
         finding = Finding(check="data", metric="simulated", value=1, detail=detail)
         yield Runnable(Artifact(path, parent.sidecar), stand_in, (finding,))
+
+
+def _parents(artifact: Artifact) -> list[Path]:
+    """The ONNX graphs beside an artifact that it was built from. Files of other versions or of other tools that are
+    named like a sidecar are none."""
+    parents = []
+    for path in sorted(artifact.path.parent.glob("*.onnx.json")):
+        with suppress(BadRequest):
+            graph = path.with_suffix("")
+            if artifacts.read_sidecar(graph).sha256 in artifact.sidecar.parents:
+                parents.append(graph)
+    return parents
 
 
 def _write_rounding(graph: Path, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Budgets of accuracy: one rule, whether they are measured with labels or without.
 
 A budget fails when the 95 % interval lies beyond it and passes when the interval lies within it. In between, these
-images cannot tell, and the choice `--when-unsure` decides.
+images are too few, and the choice `--when-unsure` decides.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[
     assert finding.interval is not None
     if budget.is_exceeded(finding.interval) or budget.is_kept(finding.interval):
         return replace(finding, limit=budget.limit, passed=budget.is_kept(finding.interval))
-    enough = fewest(images, lambda count: _is_told(budget, interval_of(count)))
+    enough = fewest(images, lambda count: _is_decided(budget, interval_of(count)))
     more = f"about {enough:,} are needed" if enough else "no number of images is enough, as the value is at the limit"
     text = f"cannot tell with {images:,} images, {more}"
     if warns := budget.when_unsure == "warn":
@@ -77,7 +77,7 @@ def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[
     return replace(finding, limit=budget.limit, passed=passed, unsure=warns, detail=f"{finding.detail}; {text}")
 
 
-def _is_told(budget: Budget, interval: Interval) -> bool:
+def _is_decided(budget: Budget, interval: Interval) -> bool:
     return budget.is_kept(interval) or budget.is_exceeded(interval)
 
 

@@ -14,7 +14,7 @@ from exporter.backends import Options
 from exporter.backends.tensorrt import builder, library, plan, runtime
 from exporter.errors import BadRequest, ExporterError, Unavailable
 from exporter.verify import VerifyOptions, verify
-from tests.conftest import build, snapshot
+from tests.conftest import build, copy_artifact, snapshot
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 pytestmark = pytest.mark.skipif("tensorrt-rtx" not in library.here(), reason="needs tensorrt-rtx")
@@ -90,14 +90,21 @@ def test_a_plan_is_the_builders_bytes_and_inspect_shows_its_kernels(tiny, run, t
     assert "stages.2.1" in shown
 
 
+@pytest.mark.parametrize("content", ["{}", "[", '{"schema": 3, "backend": "onnxruntime"}', ""])
+def test_old_files_beside_a_plan_do_not_stop_its_verification(content, artifacts, tmp_path):
+    built = artifacts["tensorrt", "fp16"]
+    made = copy_artifact(built, tmp_path)
+    copy_artifact(artifact.load(built.path.with_name("custom_linear_fp16.onnx")), tmp_path)
+    (tmp_path / "a_year_old.onnx.json").write_text(content)
+    assert verify(made, VerifyOptions(samples=4)).find("simulated") is not None
+
+
 def test_verify_without_a_gpu_runs_the_graph_behind_the_plan(artifacts, run, tmp_path):
     made = artifacts["tensorrt", "fp16"]
     report = verify(made, VerifyOptions(samples=8))
     assert report.passed
     assert "custom_linear_fp16.onnx" in report.find("simulated").detail
     assert report.environment["session"]["provider"] == "CPUExecutionProvider"
-    from tests.conftest import copy_artifact
-
     alone = copy_artifact(made, tmp_path)
     done = run("verify", alone.path)
     assert done.code == 3

@@ -17,6 +17,7 @@ from exporter.bench import Arm, Launch, Plan, Timing
 from exporter.build import build as build_recipe
 from exporter.build.int8 import speed
 from exporter.build.int8.search import Candidate, search
+from exporter.errors import BadRequest
 from exporter.machine import Conditions
 from exporter.precision import PRECISIONS
 from exporter.report import Finding, Report, tables
@@ -198,6 +199,17 @@ def test_bad_requests_change_nothing(words, said, tiny, photographs, tmp_path, r
     (tmp_path / "mine").write_text("precious")
     words = [str(word).format(photographs=photographs) for word in words]
     assert said in refused(2, "onnx", "--int8", "--weights", tiny, "-o", tmp_path, *words, folder=tmp_path)
+
+
+def test_a_file_whose_name_begins_with_random_has_a_budget(tmp_path):
+    from exporter.build import budget
+    from exporter.recipe import Quantization
+
+    for weights, points in (("random_x.safetensors", 0.3), ("random", None), ("random:7", None)):
+        given = Quantization(max_drop=points)
+        assert budget.points(given, "int8", str(tmp_path), weights) == points
+    with pytest.raises(BadRequest, match="the weights are random"):
+        budget.points(Quantization(max_drop=0.3), "int8", str(tmp_path), "random:7")
 
 
 @pytest.mark.parametrize("words", [("--calib", "x"), ("--max-drop", 1), ("--bias-correction", "full")])

@@ -1,8 +1,10 @@
 import json
 
+import msgspec
 import pytest
 import torch
 
+from exporter.artifact.sidecar import sides
 from exporter.errors import BadRequest
 from exporter.model.convnext import ConvNeXt
 from exporter.model.variants import VARIANTS, count_macs, count_params, named, resolve
@@ -30,17 +32,31 @@ def test_parameters_counted_without_torch_are_those_of_the_network(name):
     assert count_params(arch, 21841) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("size", [112, (225, 301), (131, 163)])
 @pytest.mark.parametrize("name", ["tiny", "atto_ols", "v2_atto", "isotropic_small", "large_mlp", "zepto_rms_ols"])
-def test_macs_counted_without_torch_are_those_that_torch_counts(name):
+def test_macs_counted_without_torch_are_those_that_torch_counts(name, size):
     from torch.utils.flop_counter import FlopCounterMode
 
     arch = VARIANTS[name].architecture
     with torch.device("meta"):
-        model, images = ConvNeXt(arch, 1000), torch.empty(1, 3, 112, 112)
+        model, images = ConvNeXt(arch, 1000), torch.empty(1, 3, *sides(size))
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(images)
-    assert count_macs(arch, 112, 1000) == counter.get_total_flops() // 2
+    assert count_macs(arch, size, 1000) == counter.get_total_flops() // 2
+
+
+def test_macs_of_a_dilated_network_with_odd_maps_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for change in ({"output_stride": 8}, {"output_stride": 16}, {"stem_downsample": True, "stem": "overlap"}):
+        arch = msgspec.structs.replace(VARIANTS["atto"].architecture, **change)
+        with torch.device("meta"):
+            model, images = ConvNeXt(arch, 10), torch.empty(1, 3, 225, 301)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(images)
+        assert count_macs(arch, (225, 301), 10) == counter.get_total_flops() // 2, change
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

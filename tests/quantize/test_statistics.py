@@ -71,6 +71,44 @@ def test_work_is_that_of_the_layer(model, images):
     assert found.macs(model, "downsample_layers.1.1") == (PX // 8) ** 2 * 16 * 24 * 4
 
 
+def test_work_on_odd_feature_maps_is_what_torch_counts(tiny):
+    """225 × 301 pixels give maps of 56 × 75, 28 × 37, 14 × 18 and 7 × 9."""
+    model = forms.rewrite(weights.load(str(tiny)).model("classify"), "nchw")
+    recipe = Preprocessing(size=(225, 301), resize=(225, 301))
+    found = collect(model, ALL, 0.5, open_calibration("synthetic", recipe, 10, 2), ABOUT, histogram=False)
+    counted = {}
+
+    def count(name):
+        def see(module, inputs, output):
+            width = output.shape[1] if isinstance(module, torch.nn.Conv2d) else output.shape[-1]
+            counted[name] = output.numel() // width * module.weight.numel()
+
+        return see
+
+    watched = layers(model, ALL)
+    handles = [module.register_forward_hook(count(name)) for name, module in watched.items()]
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 225, 301))
+    for handle in handles:
+        handle.remove()
+    assert {name: found.macs(model, name) for name in watched} == counted
+    assert found.macs(model, "downsample_layers.2.1") == 14 * 18 * 24 * 32 * 4
+
+
+def test_counts_go_beyond_what_float32_can_count():
+    found = statistics.Statistics(
+        low={"layer": np.zeros(1, np.float32)}, high={"layer": np.ones(1, np.float32)}, factor={}
+    )
+    values = torch.full((2**24 + 5, 1), 0.5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        statistics._histogram(found, "layer", values)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.histogram["layer"].sum() == 2**24 + 5
+
+
 def test_the_second_time_is_free_and_says_so(model, images, monkeypatch, tmp_path):
     first = collect(model, ALL, 0.5, images, ABOUT)
     monkeypatch.setattr(type(images), "batches", lambda *_: pytest.fail("measured again"))

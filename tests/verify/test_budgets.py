@@ -69,14 +69,14 @@ def test_the_number_that_is_needed_is_enough(images, flips, subject):
     assert low <= 1 < high, "a tenth fewer are not"
 
 
-def test_a_loss_at_the_limit_is_told_by_no_number_of_images(subject):
+def test_no_number_of_images_decides_a_loss_at_the_limit(subject):
     assert "no number of images is enough" in flipped(200, 1, True, subject, max_drop=0.5).detail
 
 
 @pytest.mark.parametrize(
     ("ci", "choice"), [("true", "fail"), ("1", "fail"), ("", "warn"), ("false", "warn"), (None, "warn")]
 )
-def test_in_ci_a_budget_that_cannot_be_told_fails(ci, choice, subject, monkeypatch):
+def test_in_ci_a_budget_that_few_images_leave_open_fails(ci, choice, subject, monkeypatch):
     if ci is not None:
         monkeypatch.setenv("CI", ci)
     assert budgets.when_unsure(None) == choice

@@ -124,6 +124,18 @@ def test_the_worst_of_several_values_is_judged_and_named(artifacts):
     assert "r2" not in measure(subject, eager, got), "several outputs are classes where nothing is said"
 
 
+def test_limits_of_ones_own_replace_those_of_the_precision(artifacts):
+    subject, eager = head(artifacts["onnxruntime", "int8"]), column()
+    got = eager + 0.02 * column(1)
+    assert all(finding.passed for finding in measure(subject, eager, got).values())
+    for limit in ({"min_r2": 0.9999}, {"min_spearman": 0.9999}, {"max_relative_error": 0.1}):
+        found = measure(subject, eager, got, options=Checks(**limit))
+        failed = [finding.metric for finding in found.values() if not finding.passed]
+        assert failed == [next(iter(limit)).removeprefix("min_").removeprefix("max_")]
+    flat = np.full_like(eager, 2.0)
+    assert not measure(subject, flat, flat, options=Checks(min_r2=0.5))["r2"].passed, "nothing shows that it is kept"
+
+
 @pytest.fixture(scope="module")
 def regression(tmp_path_factory):
     """A tiny network with one output."""
@@ -157,7 +169,18 @@ def test_a_head_with_one_output_is_verified_on_any_images(regression, tmp_path, 
         assert report.find("top1") is None
     assert "without a top-1" in refused(2, "verify", made.path, "--max-drop", 1, "--data", tmp_path / "images")
     assert "has one output" in refused(2, "verify", made.path, "--outputs", "classes")
-    assert run("verify", made.path, "--outputs", "values").code == 0
+    assert run("verify", made.path, "--outputs", "values", "--min-r2", 0.9).code == 0
+
+
+@pytest.mark.parametrize("task", ["features", "embed"])
+def test_artifacts_without_classes_are_verified_on_class_folders(task, tiny, tmp_path):
+    made = build(tiny, tmp_path, task=task)
+    for name in ("first", "second", "third"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((PX, PX), 80).convert("RGB").save(tmp_path / "images" / name / "a.png")
+    report = verify(made, VerifyOptions(data=str(tmp_path / "images")))
+    assert report.passed
+    assert (report.value("images"), report.find("top1")) == (3, None)
 
 
 def test_int8_of_a_head_with_one_output_has_no_budget_of_top1(regression, run, refused, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def _options(job: Job, source: str) -> VerifyOptions:
 def _refuse_few(job: Job, data: Samples) -> None:
     """Refuse images on which no candidate could pass, because there are too few of them.
 
-    Raises: BadRequest where a budget was set that fails when it cannot be told.
+    Raises: BadRequest where the user set a budget, and it fails where the images are too few.
     """
     quantization = job.recipe.quantization
     points = quantization.max_drop if quantization is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from exporter import precision
 from exporter.backends import Array
+from exporter.precision import ValueLimits
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
 from exporter.verify.checks import Check, Seen, Subject
@@ -59,7 +60,11 @@ class Values:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        self.limits = precision.get(sidecar.precision).limits
+        own = precision.get(sidecar.precision).limits.values
+        self.least_spread = ROUNDING * own.relative_error / 100
+        given = (options.max_relative_error, options.min_r2, options.min_spearman)
+        self.limits = ValueLimits(*(b if a is None else a for a, b in zip(given, astuple(own), strict=True)))
+        self.is_set = any(limit is not None for limit in given[1:])
         self.names = [tensor.name for tensor in sidecar.outputs]
         self.places = [i for i, kind in enumerate(kinds(sidecar, options.outputs)) if kind == "values"]
         self.eager: list[list[Array]] = [[] for _ in self.places]
@@ -76,16 +81,15 @@ class Values:
         values = [value for index in range(len(self.places)) for value in self._values(index)]
         if not values:
             return []
-        limits = self.limits.values
         with np.errstate(all="ignore"):
             error = _worst("relative_error", [(100 * value.error, value) for value in values], "low", "%")
-            varying = [value for value in values if value.varies(ROUNDING * limits.error_pct / 100)]
+            varying = [value for value in values if value.varies(self.least_spread)]
             r2 = _worst("r2", [(value.r2, value) for value in varying], "high")
             rank = _worst("spearman", [(value.rank, value) for value in varying], "high")
-        found = [judged(error, limits.error_pct, "low")]
-        if not varying:
+        found = [judged(error, self.limits.relative_error, "low")]
+        if not varying and not self.is_set:
             return [*found, r2, rank]
-        return [*found, judged(r2, limits.r2, "high"), judged(rank, limits.rank, "high")]
+        return [*found, judged(r2, self.limits.r2, "high"), judged(rank, self.limits.spearman, "high")]
 
     def _values(self, index: int) -> list[Value]:
         eager, got = (np.concatenate(both[index]).astype(np.float64) for both in (self.eager, self.got))
