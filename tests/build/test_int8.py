@@ -264,9 +264,7 @@ def test_a_ratio_that_others_disturbed_is_marked_in_the_int8_table(artifacts):
     assert "interval wider" in over_eager.detail
     calibration = Finding(check="int8", metric="calibration", value=16.0)
     made = artifacts["onnxruntime", "int8"].to_dict()
-    report = Report(
-        passed=True, recipe={}, artifact=made, environment={}, findings=(gain, over_eager, calibration)
-    )
+    report = Report(passed=True, recipe={}, artifact=made, environment={}, findings=(gain, over_eager, calibration))
     (row,) = tables.int8([report]).rows
     assert "noisy: other processes used 45 % of the machine" in row[-1]
     assert "× eager noisy: interval wider than ±5 %" in row[-1]
