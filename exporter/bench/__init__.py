@@ -23,7 +23,7 @@ from exporter.recipe import TimingOptions
 
 class Arm(Record, frozen=True):
     """One model to time: an artifact; the PyTorch network it was built from, eager, compiled, or on a GPU in TF32 or
-    fp16; or a large matrix product on the artifact's runtime, `peak`.
+    fp16; or the fastest product of the artifact's runtime, `peak`.
 
     `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved;
     `reference` names the model that runs in place of this tool's own network.

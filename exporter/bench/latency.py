@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, mode
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,7 +12,7 @@ import numpy as np
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, size_text
-from exporter.backends import PEAK_MACS, _cuda
+from exporter.backends import _cuda
 from exporter.bench import PROCESSES, Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
 from exporter.errors import BadRequest
 from exporter.progress import step, track
@@ -146,7 +146,7 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
+    """The fastest product of each precision and runtime that has one, to measure the peak of the machine."""
     arms = {
         peak_name(made): _arm(peak_name(made), made, options, "peak")
         for made in artifacts
@@ -162,7 +162,7 @@ def _arm(name: str, made: Artifact, options: BenchOptions, runtime: Literal["art
 
 
 def peak_name(made: Artifact) -> str:
-    """The name of the matrix product with which an artifact is compared."""
+    """The name of the product with which an artifact is compared."""
     return f"peak of {made.sidecar.backend} {made.sidecar.precision}"
 
 
@@ -322,23 +322,41 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
 
 
 def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list[Finding]:
-    """The share of the speed that the same runtime reaches with a large matrix product, timed in turn."""
+    """The share of the speed that the same runtime reaches with its fastest product, timed in turn."""
     macs, peak = made.sidecar.macs, peak_name(made)
-    ratios = speedups(timing, name, peak)
-    if macs is None or len(ratios) < 2:
+    shares = shares_of_peak(timing, name, peak, (macs or 0) * timing.plan.batch)
+    if len(shares) < 2:
         return []
-    work = 100 * macs * timing.plan.batch / PEAK_MACS
-    low, value, high = (
-        work * float(np.exp(end)) for end in (center(ratios).low, center(ratios).value, center(ratios).high)
-    )
-    typical = median(sample for launch in timing.launches for sample in flat(launch.blocks.get(peak, [])))
-    rate = 2e-6 * PEAK_MACS * timing.launches[0].streams[peak] / typical
-    product = f"1024³ matrix product on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
-    detail = f"of the {rate:.0f} GFLOP/s of a {product}"
-    share = Finding(
-        check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail
-    )
-    return [share]
+    found = center(shares)
+    low, value, high = (100 * float(np.exp(end)) for end in (found.low, found.value, found.high))
+    rate, product = peak_gflops(timing, peak)
+    detail = f"of the {rate:.0f} GFLOP/s of a {product} on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
+    return [
+        Finding(check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail)
+    ]
+
+
+def shares_of_peak(timing: Timing, name: str, peak: str, macs: int) -> list[float]:
+    """The logarithm of the share of a runtime's peak that an arm of so many multiply-accumulates a run reaches, in each
+    process."""
+    if not macs:
+        return []
+    both = [launch for launch in timing.launches if name in launch.blocks and peak in launch.blocks]
+    ratios = speedups(timing, name, peak)
+    return [
+        ratio + float(np.log(macs / int(launch.facts[peak]["macs"])))
+        for ratio, launch in zip(ratios, both, strict=True)
+    ]
+
+
+def peak_gflops(timing: Timing, peak: str) -> tuple[float, str]:
+    """The speed of a runtime's fastest product in GFLOP/s, and the product that was most often the fastest."""
+    launches = [launch for launch in timing.launches if peak in launch.blocks]
+    rates = [
+        2e-6 * int(launch.facts[peak]["macs"]) * launch.streams[peak] / median(flat(launch.blocks[peak]))
+        for launch in launches
+    ]
+    return median(rates), mode(launch.facts[peak]["product"] for launch in launches)
 
 
 def _computed(timing: Timing, name: str) -> str:
