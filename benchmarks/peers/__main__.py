@@ -28,12 +28,8 @@ def main() -> None:
                 print(f"{variant}, batch {batch}", file=sys.stderr, flush=True)
                 try:
                     case = timing.time_case(variant, batch, Path(ROOT), told.seconds)
-                except (
-                    ExporterError,
-                    OSError,
-                    RuntimeError,
-                    ValueError,
-                ) as error:  # the cases after it, and the tables of those before it, are kept
+                except (ExporterError, OSError, RuntimeError, ValueError) as error:
+                    # The cases after it are timed, and the tables of those before it printed.
                     print(f"{variant}, batch {batch}: {first_line(error)}", file=sys.stderr, flush=True)
                     continue
                 write_file(path, msgspec.json.encode(case))

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
@@ -63,6 +64,26 @@ def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[i
     return batches
 
 
+def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
+    """Refuse artifacts that would run on different kinds of devices.
+
+    Raises: BadRequest for those, and for a device that a runtime does not take.
+    """
+    first = artifacts[0]
+    kind = backends.device_kind(first, device)
+    for artifact in artifacts[1:]:
+        other = backends.device_kind(artifact, device)
+        if other != kind:
+            raise BadRequest(
+                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
+                "with --device, or time them separately"
+            )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
+
+
 PROCESSES = 5
 """Timing processes, the unit of every interval."""
 
@@ -107,6 +128,10 @@ class Timing:
     launches: list[Launch] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     disturbed: int = 0
+
+    def setting(self, name: str) -> str:
+        """Device, threads and hint of an arm."""
+        return next(arm.setting for arm in self.plan.arms if arm.name == name)
 
     def standing(self) -> list[Arm]:
         """The arms that have not failed."""

@@ -13,7 +13,20 @@ from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, size_text
 from exporter.backends import _cuda
-from exporter.bench import PROCESSES, Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
+from exporter.bench import (
+    PROCESSES,
+    Arm,
+    Cold,
+    Opener,
+    Plan,
+    Timing,
+    batches_of,
+    check_devices,
+    flat,
+    supervisor,
+    turns,
+    worker,
+)
 from exporter.errors import BadRequest
 from exporter.progress import step, track
 from exporter.recipe import Bench, Reference
@@ -54,7 +67,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
     plan = timings[0].plan
     with turns.alone():
-        models = track(alone, len(alone), "models", _one)
+        models = track(alone, len(alone), "models", lambda _: 1)
         cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
     environment = {**backends.environment(), "timing": _circumstances(timings)}
     if gpu is not None:
@@ -76,10 +89,6 @@ def _limited(finding: Finding, limits: Bench) -> Finding:
     if finding.check == "latency" and finding.metric == "p50_ms" and limits.max_p50_ms is not None:
         return judged(finding, limits.max_p50_ms, "low")
     return finding
-
-
-def _one(_: object) -> int:
-    return 1
 
 
 def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
@@ -107,26 +116,6 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
 def _pixels(recipe: Preprocessing) -> Preprocessing:
     """The preprocessing without its scaling, which may differ between artifacts that are timed together."""
     return msgspec.structs.replace(recipe, input="normalized")
-
-
-def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
-    """Refuse artifacts that would run on different kinds of devices.
-
-    Raises: BadRequest for those, and for a device that a runtime does not take.
-    """
-    first = artifacts[0]
-    kind = backends.device_kind(first, device)
-    for artifact in artifacts[1:]:
-        other = backends.device_kind(artifact, device)
-        if other != kind:
-            raise BadRequest(
-                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
-                "with --device, or time them separately"
-            )
-
-
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
 
 
 def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
@@ -268,7 +257,7 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
             detail=detail,
             samples=tuple(round(sample, 4) for sample in samples),
             launches=tuple(map(len, launches)),
-            setting=setting_of(timing, name),
+            setting=timing.setting(name),
         ),
         *(
             Finding(
@@ -288,11 +277,6 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
             unit="images/s",
         ),
     ]
-
-
-def setting_of(timing: Timing, name: str) -> str:
-    """Device, threads and hint of an arm."""
-    return next(arm.setting for arm in timing.plan.arms if arm.name == name)
 
 
 def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
