@@ -95,6 +95,8 @@ class Weights:
 
 PRODUCTS = tuple(Weights(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
 """Products that the peak of a runtime is sought among."""
+LARGE_PRODUCTS = tuple(Weights(4096, convolution) for convolution in (False, True))
+"""On other devices than a CPU also among these."""
 
 
 class Product:
@@ -116,10 +118,12 @@ class Product:
 
 
 @contextmanager
-def fastest_product(open_product: Callable[[Weights], AbstractContextManager[Session]]) -> Iterator[Product]:
+def fastest_product(
+    open_product: Callable[[Weights], AbstractContextManager[Session]], device: str
+) -> Iterator[Product]:
     """The product with the most multiply-accumulates a second on a runtime: the peak of the runtime."""
     rates = {}
-    for weights in PRODUCTS:
+    for weights in PRODUCTS if device.lower() == "cpu" else PRODUCTS + LARGE_PRODUCTS:
         with open_product(weights) as session:
             rates[weights] = weights.macs / _least_seconds(session.bind([weights.input()]))
     best = max(rates, key=lambda weights: rates[weights])

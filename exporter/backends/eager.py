@@ -203,7 +203,7 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
         else:
             yield EagerSession(lambda matrix: matrix @ weight, options.device)
 
-    with _threads(options.threads), fastest_product(product) as fastest:
+    with _threads(options.threads), fastest_product(product, options.device) as fastest:
         yield fastest
 
 

@@ -271,7 +271,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 
-    with fastest_product(product) as fastest:
+    with fastest_product(product, options.device) as fastest:
         yield fastest
 
 

@@ -275,7 +275,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
         compiled = _compile(artifact, options, lambda _: _product(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
-    with fastest_product(product) as fastest:
+    with fastest_product(product, options.device) as fastest:
         yield fastest
 
 

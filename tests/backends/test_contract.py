@@ -189,11 +189,14 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
 
             return backends.Bound(run, tuple)
 
-    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights))) as product:
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cpu") as product:
         assert product.weights == backends.Weights(1024, convolution=False)
     seconds[1024, True] = 1.0
-    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights))) as product:
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cpu") as product:
         assert product.weights == backends.Weights(1024, convolution=True)
+    seconds.update({(4096, False): 2.0, (4096, True): 3.0})
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cuda") as product:
+        assert product.weights == backends.Weights(4096, convolution=False)
 
 
 @pytest.mark.parametrize(("name", "precision"), RUN)
