@@ -10,6 +10,7 @@ import msgspec
 
 from benchmarks.peers import BATCHES, ROOT, VARIANTS, table, timing
 from exporter.artifact.disk import write_file
+from exporter.errors import ExporterError, first_line
 
 
 def main() -> None:
@@ -25,7 +26,12 @@ def main() -> None:
             path = arguments.output / f"{variant}-b{batch}.json"
             if not path.exists():
                 print(f"{variant}, batch {batch}", file=sys.stderr, flush=True)
-                case = timing.time_case(variant, batch, Path(ROOT), arguments.seconds)
+                try:
+                    case = timing.time_case(variant, batch, Path(ROOT), arguments.seconds)
+                except (ExporterError, OSError, RuntimeError, ValueError) as error:
+                    # The cases after it are timed, and the tables of those before it printed.
+                    print(f"{variant}, batch {batch}: {first_line(error)}", file=sys.stderr, flush=True)
+                    continue
                 write_file(path, msgspec.json.encode(case))
     for case in table.load(arguments.output):
         print(f"\n{case.variant}, batch {case.batch}\n\n{table.case_table(case)}")

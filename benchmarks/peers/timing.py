@@ -1,9 +1,10 @@
-"""All peers of a case timed in turn, in one process."""
+"""All peers of a case timed in turn, in fresh processes; what cannot be timed is a row with its reason."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from benchmarks.provenance import environment
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
-from exporter.backends import PEAK_MACS, Session
+from exporter.backends import Session
 from exporter.backends.eager import EagerSession
-from exporter.bench import Arm, Timing, worker
+from exporter.bench import Arm, Timing, latency, worker
+from exporter.stats import center
 
 THREADS = 2
 PEAKS = tuple((peer.runtime, peer.precision) for peer in PEERS if peer.maker == "ours")
@@ -66,9 +68,15 @@ def time_case(variant: str, batch: int, root: Path, seconds: float) -> Case:
     peaks = [Arm(name=peak_name(kind), path=str(ours[kind].path), runtime="peak", threads=THREADS) for kind in PEAKS]
     first = ours["onnxruntime", "fp32"].sidecar
     timing = racing.race([*arms, *peaks], first.preprocessing, batch, seconds, open_peer)
-    rows = tuple(_row(peer, timing, failures, batch * (first.macs or 0)) for peer in PEERS)
+    return as_case(timing, variant, failures, first.macs or 0)
+
+
+def as_case(timing: Timing, variant: str, failures: Mapping[str, str], macs: int) -> Case:
+    """What was measured: a row for each peer, and the peaks that could be timed."""
+    batch = timing.plan.batch
+    rows = tuple(_row(peer, timing, failures, batch * macs) for peer in PEERS)
     names = [peak_name(kind) for kind in PEAKS]
-    rates = {name: 2e-6 * PEAK_MACS / racing.typical(racing.samples(timing, name)) for name in names}
+    rates = {name: latency.peak_gflops(timing, name)[0] for name in names if _was_timed(timing, name)}
     return Case(
         variant=variant,
         batch=batch,
@@ -109,17 +117,25 @@ def peak_name(kind: tuple[str, str]) -> str:
     return f"peak {kind[0]} {kind[1]}"
 
 
-def _row(peer: Peer, timing: Timing, failures: dict[str, str], macs: int) -> Row:
+def _was_timed(timing: Timing, *names: str) -> bool:
+    """Whether these were timed in a process together."""
+    return any(set(names) <= launch.blocks.keys() for launch in timing.launches)
+
+
+def _row(peer: Peer, timing: Timing, failures: Mapping[str, str], macs: int) -> Row:
     failure = failures.get(peer.name) or timing.failures.get(peer.name, "")
-    if failure:
-        return Row(name=peer.name, failure=failure)
-    peak = peak_name((peer.runtime, peer.precision))
-    share = racing.ratio(timing, peer.name, peak) if peak in timing.launches[0].blocks else None
+    if failure or not _was_timed(timing, peer.name):
+        return Row(name=peer.name, failure=failure or "was never timed")
+
+    def over(other: str) -> racing.Ratio | None:
+        return racing.ratio(timing, peer.name, other) if other and _was_timed(timing, peer.name, other) else None
+
+    shares = latency.shares_of_peak(timing, peer.name, peak_name((peer.runtime, peer.precision)), macs)
     return Row(
         name=peer.name,
-        launches=racing.samples(timing, peer.name),
-        over_eager=racing.ratio(timing, peer.name, PEERS[0].name),
-        over_ours=racing.ratio(timing, peer.name, peer.ours) if peer.ours else None,
-        peak_pct=100 * macs / PEAK_MACS * share[0] if share else None,
-        cosine=min(launch.cosine[peer.name] for launch in timing.launches),
+        launches=tuple(samples for samples in racing.samples(timing, peer.name) if samples),
+        over_eager=over(PEERS[0].name),
+        over_ours=over(peer.ours),
+        peak_pct=100 * exp(center(shares).value) if shares else None,
+        cosine=min(launch.cosine[peer.name] for launch in timing.launches if peer.name in launch.cosine),
     )

@@ -6,8 +6,9 @@ A check sees only `Session`; runtimes never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,8 +30,9 @@ Outputs = tuple[Array, ...]
 
 NARROW = frozenset({"int8", "uint8", "fp8"})
 """Precisions of eight bits, as layers tell them."""
-PEAK_SIDE = 1024
-PEAK_MACS = PEAK_SIDE**3
+MAP_SIDE = 32
+ROWS = MAP_SIDE**2
+PEAK_RUNS = 8
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,81 @@ class Session(Protocol):
         """Put the inputs in place on the device: one or more batches (N, C, H, W), taken in turn, the first first."""
 
 
-class Product:
-    """A product of two matrices of `PEAK_SIDE` on a runtime, as a session: what it reaches with a ConvNeXt is held
-    against what it reaches with this."""
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a product, and what it is taken over: a matrix of `ROWS` rows, or a map of as many pixels as a 1×1
+    convolution."""
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.facts = session, session.facts
+    channels: int
+    convolution: bool
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one product."""
+        return ROWS * self.channels**2
+
+    def __str__(self) -> str:
+        side = self.channels
+        if self.convolution:
+            return f"1×1 convolution of {side} to {side} channels on {MAP_SIDE} × {MAP_SIDE} pixels"
+        return f"{ROWS} × {side} × {side} matrix product"
+
+    def input(self) -> Array:
+        """Of a matrix product (rows, channels), of a convolution (1, channels, height, width)."""
+        shape = (1, self.channels, MAP_SIDE, MAP_SIDE) if self.convolution else (ROWS, self.channels)
+        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+    def matrix(self) -> Array:
+        """Of a matrix product (in, out), of a convolution (out, in, 1, 1)."""
+        shape = (self.channels, self.channels, 1, 1) if self.convolution else (self.channels, self.channels)
+        return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+PRODUCTS = tuple(Weights(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
+"""Products that the peak of a runtime is sought among."""
+LARGE_PRODUCTS = tuple(Weights(4096, convolution) for convolution in (False, True))
+"""On other devices than a CPU also among these."""
+
+
+class Product:
+    """A product on a runtime, as a session: the speed of a ConvNeXt there is compared with that of this."""
+
+    def __init__(self, session: Session, weights: Weights) -> None:
+        self.session, self.weights = session, weights
+        self.facts = {**session.facts, "product": str(weights), "macs": str(weights.macs)}
 
     def __call__(self, images: Array) -> Outputs:
         """The product; the images are not looked at."""
         del images
-        return self.session(peak_matrix())
+        return self.session(self.weights.input())
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The product, whatever the batches are."""
         del batches
-        return self.session.bind([peak_matrix()])
+        return self.session.bind([self.weights.input()])
 
 
-def peak_matrix() -> Array:
-    """One of the two matrices."""
-    return np.random.default_rng(0).normal(size=(PEAK_SIDE, PEAK_SIDE)).astype(np.float32)
+@contextmanager
+def fastest_product(
+    open_product: Callable[[Weights], AbstractContextManager[Session]], device: str
+) -> Iterator[Product]:
+    """The product with the most multiply-accumulates a second on a runtime: the peak of the runtime."""
+    rates = {}
+    for weights in PRODUCTS if device.lower() == "cpu" else PRODUCTS + LARGE_PRODUCTS:
+        with open_product(weights) as session:
+            rates[weights] = weights.macs / _least_seconds(session.bind([weights.input()]))
+    best = max(rates, key=lambda weights: rates[weights])
+    with open_product(best) as session:
+        yield Product(session, best)
+
+
+def _least_seconds(bound: Bound) -> float:
+    taken = []
+    for _ in range(PEAK_RUNS):
+        begin = time.perf_counter()
+        bound.run()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
 
 
 def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
@@ -148,7 +204,7 @@ class Runtime(Generic[Opt]):
     opens_onnx: whether `open` takes the fp32 ONNX graph of any target, so that a traced graph can be checked with it.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
-    peak: a large matrix product on this runtime in the arithmetic of an artifact, to be timed beside it.
+    peak: the fastest of `PRODUCTS` on this runtime in the arithmetic of an artifact, to be timed beside it.
     """
 
     name: str

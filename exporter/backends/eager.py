@@ -20,8 +20,9 @@ from exporter.backends import (
     Outputs,
     Product,
     Runtime,
+    Weights,
     _cuda,
-    peak_matrix,
+    fastest_product,
     require,
 )
 from exporter.errors import BadRequest, Unavailable
@@ -193,12 +194,21 @@ def blocks(artifact: Artifact, options: EagerOptions) -> Iterator[Blocks]:
 
 @contextmanager
 def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
-    """A matrix product of torch's."""
+    """The fastest product of torch's."""
     import torch
 
     del artifact
-    weight = torch.from_numpy(peak_matrix()).to(options.device)
-    yield Product(EagerSession(lambda given: given @ weight, options.device))
+
+    @contextmanager
+    def product(weights: Weights) -> Iterator[EagerSession]:
+        weight = torch.from_numpy(weights.matrix()).to(options.device)
+        if weights.convolution:
+            yield EagerSession(lambda images: torch.nn.functional.conv2d(images, weight), options.device)
+        else:
+            yield EagerSession(lambda matrix: matrix @ weight, options.device)
+
+    with _threads(options.threads), fastest_product(product, options.device) as fastest:
+        yield fastest
 
 
 RUNTIME = Runtime(

@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
-    PEAK_SIDE,
     Array,
     Blocks,
     Bound,
@@ -28,10 +27,11 @@ from exporter.backends import (
     Runtime,
     Target,
     TargetOptions,
+    Weights,
     _cuda,
     as_taken,
+    fastest_product,
     installed,
-    peak_matrix,
     require,
 )
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
@@ -262,29 +262,60 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
 @contextmanager
 def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
-    """A graph of one MatMul; in fp16 on a GPU, for a CPU's fp16 is computed in fp32 or slower."""
+    """The fastest product of ONNX Runtime's; in fp16 on a GPU, for a CPU's fp16 is computed in fp32 or slower."""
+    sidecar = replace(artifact.sidecar, preprocessing=Preprocessing())
+    precision = artifact.sidecar.precision
+    precision = "fp32" if precision == "fp16" and options.device == "cpu" else precision
+
+    @contextmanager
+    def product(weights: Weights) -> Iterator[OrtSession]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "peak.onnx"
+            files.save(_product(weights, precision), path, {})
+            with session(Artifact(path, sidecar), options) as opened:
+                yield opened
+
+    with fastest_product(product, options.device) as fastest:
+        yield fastest
+
+
+def _product(weights: Weights, precision: str) -> Any:
+    """A graph of one MatMul or Conv."""
     import onnx_ir as ir
 
-    halved = artifact.sidecar.precision == "fp16" and options.device != "cpu"
-    dtype = ir.DataType.FLOAT16 if halved else ir.DataType.FLOAT
-    shape = ir.Shape((PEAK_SIDE, PEAK_SIDE))
-    given = ir.Value(name="matrix", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-    tensor = ir.Tensor(peak_matrix().astype(dtype.numpy()), name="weight")
-    weight = ir.Value(name="weight", type=ir.TensorType(dtype), shape=shape, const_value=tensor)
+    dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+    matrix, shape = weights.matrix(), ir.Shape(weights.input().shape)
+    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    tensor = ir.Tensor(matrix.astype(dtype.numpy()), name="weight")
+    weight = ir.Value(name="weight", type=ir.TensorType(dtype), shape=ir.Shape(matrix.shape), const_value=tensor)
     cast = ir.node("Cast", [given], attributes={"to": dtype})
-    product = ir.node("MatMul", [cast.outputs[0], weight])
+    product = ir.node("Conv" if weights.convolution else "MatMul", [cast.outputs[0], weight])
     product.outputs[0].name, product.outputs[0].dtype, product.outputs[0].shape = "product", dtype, shape
     graph = ir.Graph(
         [given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20}, name="peak"
     )
-    if artifact.sidecar.precision == "int8":
-        round_product(graph, product, float(np.abs(peak_matrix()).max()))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "peak.onnx"
-        files.save(ir.Model(graph, ir_version=10), path, {})
-        sidecar = replace(artifact.sidecar, preprocessing=Preprocessing())
-        with session(Artifact(path, sidecar), options) as opened:
-            yield Product(opened)
+    if precision == "int8":
+        round_product(graph, product, float(np.abs(weights.input()).max()))
+        if weights.convolution:
+            _round_output(graph, product, np.float32(6 * np.sqrt(weights.channels) / 127))
+    return ir.Model(graph, ir_version=10)
+
+
+def _round_output(graph: Any, product: Any, scale: np.float32) -> None:
+    """Insert Q and DQ on the output of a convolution: without them it is computed in fp32."""
+    import onnx_ir as ir
+
+    values = []
+    for name, array in (("output_scale", np.asarray(scale)), ("output_zero_point", np.asarray(128, np.uint8))):
+        tensor = ir.Tensor(array, name=name)
+        values.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(()), const_value=tensor))
+        graph.register_initializer(values[-1])
+    quantize = ir.node("QuantizeLinear", [product.outputs[0], *values])
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *values])
+    dequantize.outputs[0].name, dequantize.outputs[0].dtype = "dequantized", ir.DataType.FLOAT
+    dequantize.outputs[0].shape = product.outputs[0].shape
+    graph.extend([quantize, dequantize])
+    graph.outputs[:] = dequantize.outputs
 
 
 def form(precision: str, batch: int | None) -> str:

@@ -30,8 +30,9 @@ from exporter.backends import (
     Runtime,
     Target,
     TargetOptions,
+    Weights,
     as_taken,
-    peak_matrix,
+    fastest_product,
     require,
 )
 from exporter.errors import ExporterError, Unavailable, last_line
@@ -271,27 +272,40 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
 @contextmanager
 def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
-    """A model of one MatMul, compiled as the artifact is."""
+    """The fastest product of OpenVINO's, each compiled as the artifact is."""
 
-    def product(_: Any) -> Any:
-        import openvino as ov
-        from openvino import opset13 as ops
+    @contextmanager
+    def product(weights: Weights) -> Iterator[OpenVinoSession]:
+        compiled = _compile(artifact, options, lambda _: _product(weights, artifact.sidecar.precision))
+        yield _session(*compiled, Preprocessing(), options)
 
-        weight = peak_matrix()
-        given = ops.parameter(weight.shape, np.float32)
-        factors: list[Any] = [given, ops.constant(weight)]
-        if artifact.sidecar.precision == "int8":
-            whole, scale = round_weights(weight, axis=1, exact_pairs=True)
-            step = np.float32(2 * np.abs(weight).max() / 255)
-            factors = [
-                ops.fake_quantize(given, *[ops.constant(step * end) for end in (-128, 127)] * 2, 256),
-                ops.fake_quantize(
-                    ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255
-                ),
-            ]
-        return ov.Model([ops.matmul(*factors, False, False)], [given], "peak")
+    with fastest_product(product, options.device) as fastest:
+        yield fastest
 
-    yield Product(_session(*_compile(artifact, options, product), Preprocessing(), options))
+
+def _product(weights: Weights, precision: str) -> Any:
+    """A model of one product."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    weight, shape = weights.matrix(), weights.input().shape
+    given = ops.parameter(shape, np.float32)
+    factors: list[Any] = [given, ops.constant(weight)]
+    if precision == "int8":
+        whole, scales = round_weights(weight, axis=0 if weights.convolution else 1, exact_pairs=True)
+        scale = scales.reshape(-1, 1, 1, 1) if weights.convolution else scales
+        step = np.float32(2 * np.abs(weights.input()).max() / 255)
+        factors = [
+            ops.fake_quantize(given, *[ops.constant(step * end) for end in (-128, 127)] * 2, 256),
+            ops.fake_quantize(
+                ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255
+            ),
+        ]
+    if weights.convolution:
+        output = ops.convolution(*factors, [1, 1], [0, 0], [0, 0], [1, 1])
+    else:
+        output = ops.matmul(*factors, False, False)
+    return ov.Model([output], [given], "peak")
 
 
 def form(precision: str, batch: int | None) -> str:

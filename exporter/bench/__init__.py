@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
@@ -23,7 +24,7 @@ from exporter.recipe import TimingOptions
 
 class Arm(Record, frozen=True):
     """One model to time: an artifact; the PyTorch network it was built from, eager, compiled, or on a GPU in TF32 or
-    fp16; or a large matrix product on the artifact's runtime, `peak`.
+    fp16; or the fastest product of the artifact's runtime, `peak`.
 
     `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved;
     `reference` names the model that runs in place of this tool's own network.
@@ -67,6 +68,26 @@ def _smallest(artifacts: Sequence[Artifact]) -> int:
     """The smallest batch that all artifacts run: 1, unless the profiles of an engine begin above it."""
     profiles = [made.sidecar.target.get("profiles") for made in artifacts]
     return max((min(least for least, _, _ in ranges) for ranges in profiles if ranges), default=1)
+
+
+def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
+    """Refuse artifacts that would run on different kinds of devices.
+
+    Raises: BadRequest for those, and for a device that a runtime does not take.
+    """
+    first = artifacts[0]
+    kind = backends.device_kind(first, device)
+    for artifact in artifacts[1:]:
+        other = backends.device_kind(artifact, device)
+        if other != kind:
+            raise BadRequest(
+                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
+                "with --device, or time them separately"
+            )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
 
 
 PROCESSES = 5
@@ -113,6 +134,10 @@ class Timing:
     launches: list[Launch] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     disturbed: int = 0
+
+    def setting(self, name: str) -> str:
+        """Device, threads and hint of an arm."""
+        return next(arm.setting for arm in self.plan.arms if arm.name == name)
 
     def standing(self) -> list[Arm]:
         """The arms that have not failed."""

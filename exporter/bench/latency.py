@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, mode
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,8 +12,21 @@ import numpy as np
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, size_text
-from exporter.backends import PEAK_MACS, _cuda
-from exporter.bench import PROCESSES, Arm, Cold, Opener, Plan, Timing, batches_of, flat, supervisor, turns, worker
+from exporter.backends import _cuda
+from exporter.bench import (
+    PROCESSES,
+    Arm,
+    Cold,
+    Opener,
+    Plan,
+    Timing,
+    batches_of,
+    check_devices,
+    flat,
+    supervisor,
+    turns,
+    worker,
+)
 from exporter.errors import BadRequest
 from exporter.progress import step, track
 from exporter.recipe import Bench, Reference
@@ -55,7 +68,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
     plan = timings[0].plan
     with turns.alone():
-        models = track(alone, len(alone), "models", _one)
+        models = track(alone, len(alone), "models", lambda _: 1)
         cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
     environment = {**backends.environment(), "timing": _circumstances(timings)}
     if gpu is not None:
@@ -77,10 +90,6 @@ def _limited(finding: Finding, limits: Bench) -> Finding:
     if finding.check == "latency" and finding.metric == "p50_ms" and limits.max_p50_ms is not None:
         return judged(finding, limits.max_p50_ms, "low")
     return finding
-
-
-def _one(_: object) -> int:
-    return 1
 
 
 def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
@@ -110,26 +119,6 @@ def _pixels(recipe: Preprocessing) -> Preprocessing:
     return msgspec.structs.replace(recipe, input="normalized")
 
 
-def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
-    """Refuse artifacts that would run on different kinds of devices.
-
-    Raises: BadRequest for those, and for a device that a runtime does not take.
-    """
-    first = artifacts[0]
-    kind = backends.device_kind(first, device)
-    for artifact in artifacts[1:]:
-        other = backends.device_kind(artifact, device)
-        if other != kind:
-            raise BadRequest(
-                f"{artifact.path} would run on {_article(other)} and {first.path} on {_article(kind)}; name one device "
-                "with --device, or time them separately"
-            )
-
-
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
-
-
 def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
     """Whether the artifacts run on an NVIDIA GPU; PyTorch is then timed on it too."""
     return backends.device_kind(artifacts[0], options.device) == "NVIDIA GPU"
@@ -147,7 +136,7 @@ def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
 
 
 def peaks_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """A large matrix product for each precision and runtime that has one, to measure the peak of the machine."""
+    """The fastest product of each precision and runtime that has one, to measure the peak of the machine."""
     arms = {
         peak_name(made): _arm(peak_name(made), made, options, "peak")
         for made in artifacts
@@ -163,7 +152,7 @@ def _arm(name: str, made: Artifact, options: BenchOptions, runtime: Literal["art
 
 
 def peak_name(made: Artifact) -> str:
-    """The name of the matrix product with which an artifact is compared."""
+    """The name of the product with which an artifact is compared."""
     return f"peak of {made.sidecar.backend} {made.sidecar.precision}"
 
 
@@ -269,7 +258,7 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
             detail=detail,
             samples=tuple(round(sample, 4) for sample in samples),
             launches=tuple(map(len, launches)),
-            setting=setting_of(timing, name),
+            setting=timing.setting(name),
         ),
         *(
             Finding(
@@ -289,11 +278,6 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
             unit="images/s",
         ),
     ]
-
-
-def setting_of(timing: Timing, name: str) -> str:
-    """Device, threads and hint of an arm."""
-    return next(arm.setting for arm in timing.plan.arms if arm.name == name)
 
 
 def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
@@ -323,23 +307,41 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
 
 
 def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list[Finding]:
-    """The share of the speed that the same runtime reaches with a large matrix product, timed in turn."""
+    """The share of the speed that the same runtime reaches with its fastest product, timed in turn."""
     macs, peak = made.sidecar.macs, peak_name(made)
-    ratios = speedups(timing, name, peak)
-    if macs is None or len(ratios) < 2:
+    shares = shares_of_peak(timing, name, peak, (macs or 0) * timing.plan.batch)
+    if len(shares) < 2:
         return []
-    work = 100 * macs * timing.plan.batch / PEAK_MACS
-    low, value, high = (
-        work * float(np.exp(end)) for end in (center(ratios).low, center(ratios).value, center(ratios).high)
-    )
-    typical = median(sample for launch in timing.launches for sample in flat(launch.blocks.get(peak, [])))
-    rate = 2e-6 * PEAK_MACS * timing.launches[0].streams[peak] / typical
-    product = f"1024³ matrix product on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
-    detail = f"of the {rate:.0f} GFLOP/s of a {product}"
-    share = Finding(
-        check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail
-    )
-    return [share]
+    found = center(shares)
+    low, value, high = (100 * float(np.exp(end)) for end in (found.low, found.value, found.high))
+    rate, product = peak_gflops(timing, peak)
+    detail = f"of the {rate:.0f} GFLOP/s of a {product} on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
+    return [
+        Finding(check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail)
+    ]
+
+
+def shares_of_peak(timing: Timing, name: str, peak: str, macs: int) -> list[float]:
+    """The logarithm of the share of a runtime's peak that an arm of so many multiply-accumulates a run reaches, in each
+    process."""
+    if not macs:
+        return []
+    both = [launch for launch in timing.launches if name in launch.blocks and peak in launch.blocks]
+    ratios = speedups(timing, name, peak)
+    return [
+        ratio + float(np.log(macs / int(launch.facts[peak]["macs"])))
+        for ratio, launch in zip(ratios, both, strict=True)
+    ]
+
+
+def peak_gflops(timing: Timing, peak: str) -> tuple[float, str]:
+    """The speed of a runtime's fastest product in GFLOP/s, and the product that was most often the fastest."""
+    launches = [launch for launch in timing.launches if peak in launch.blocks]
+    rates = [
+        2e-6 * int(launch.facts[peak]["macs"]) * launch.streams[peak] / median(flat(launch.blocks[peak]))
+        for launch in launches
+    ]
+    return median(rates), mode(launch.facts[peak]["product"] for launch in launches)
 
 
 def _computed(timing: Timing, name: str) -> str:

@@ -1,9 +1,9 @@
 """Times callables in turn. Independent of models, processes and files.
 
-In a *launch* all models are loaded once; a *round* runs every arm once, in random order; a *block* is a few timed
-back-to-back runs of one arm. The arms of a round see the same state of the machine, so their blocks are compared in
-pairs. The place of a model in memory changes its speed and is fixed when it is loaded, so intervals are computed over
-launches.
+In a *launch* all models are loaded once, in a fresh process; a *round* runs every arm once, in random order; a *block*
+is a few timed back-to-back runs of one arm. The arms of a round see the same state of the machine, so their blocks are
+compared in pairs. The place of a model in memory changes its speed and is fixed when it is loaded, so intervals are
+computed over launches.
 """
 
 from __future__ import annotations

@@ -140,11 +140,13 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
 def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
-    """Time artifacts and the eager PyTorch model they were built from, in turn, in one process.
+    """Time artifacts and the eager PyTorch model they were built from, in turn, in five fresh processes.
 
     Each round runs every model once, in random order. Speed-ups are medians over pairs of the same round, with a 95 %
-    interval over eight launches of the models. All samples are written to ARTIFACT.report.json, next to the findings
-    of verify. If a model crashes or hangs, only this model fails (exit code 5).
+    interval over processes; a process that others disturbed is measured again. Without --threads, all models get one
+    thread for each physical core. PyTorch runs on the kind of device that the artifacts run on. All samples are written
+    to ARTIFACT.report.json, next to the findings of verify. If a model crashes or hangs, only this model fails (exit
+    code 5).
 
     \b
     Example:

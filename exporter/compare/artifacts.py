@@ -12,7 +12,19 @@ from numpy.typing import NDArray
 from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
-from exporter.bench import PROCESSES, Arm, Launch, Opener, Plan, Timing, batches_of, flat, latency, supervisor, worker
+from exporter.bench import (
+    PROCESSES,
+    Arm,
+    Launch,
+    Opener,
+    Plan,
+    Timing,
+    batches_of,
+    check_devices,
+    flat,
+    supervisor,
+    worker,
+)
 from exporter.compare import METRICS, Change, Limit, judge
 from exporter.errors import BadRequest, CheckFailed
 from exporter.progress import step
@@ -67,7 +79,7 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
         )
     for side in (pair.base, pair.head):
         backends.runtime_of(side)
-    latency.check_devices((pair.base, pair.head), options.device)
+    check_devices((pair.base, pair.head), options.device)
     batches_of(options, (pair.base, pair.head))
 
 

@@ -252,7 +252,7 @@ class TimingOptions(Record, frozen=True):
         tuple[BatchSize, ...] | None,
         about("Batch sizes, as in 1,8.", metavar="N,…", commas=True, default="the artifact's own batch, or 1"),
     ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    threads: Annotated[Threads | None, about("Threads; by default one for each physical core.", metavar="N")] = None
     hint: Annotated[
         Literal["latency", "throughput"],
         about("One batch at a time, or as many at once as the runtime has streams for."),

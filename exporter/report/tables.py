@@ -202,7 +202,7 @@ def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, .
             yield (words, p50.setting, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
     for report in reports:
         if p50 := report.find("p50_ms", case):
-            yield (name(report), p50.setting, batch, *_latency(report, case))
+            yield (name(report), _setting(report, p50), batch, *_latency(report, case))
 
 
 def _latency(report: Report, case: str) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
     speed = report.find("speedup", case)
     bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
     interval = "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else ""
-    noise = speed.noise if speed else ""
+    noise = noise_of(speed) if speed else ""
     return (
         *(number(report.find(metric, case)) for metric in metrics),
         number(speed, "{:.2f}"),
@@ -219,6 +219,26 @@ def _latency(report: Report, case: str) -> tuple[str, ...]:
         number(report.find("load_ms")),
         f"**fails** {'; '.join(bad)}" if bad else noise,
     )
+
+
+def noise_of(ratio: Finding) -> str:
+    """Why a ratio is uncertain; older reports have it in the detail."""
+    last = ratio.detail.partition("; ")[2]
+    return ratio.noise or (last if last.startswith("noisy") else "")
+
+
+def _setting(report: Report, p50: Finding) -> str:
+    """Device, threads and hint of a timing; older reports have them in their recipe."""
+    bench = report.recipe.get("bench")
+    if p50.setting or not isinstance(bench, dict):
+        return p50.setting
+    threads = bench.get("threads")
+    words = (
+        bench.get("device"),
+        f"{threads} thread{'s' if threads != 1 else ''}" if threads else "",
+        bench.get("hint"),
+    )
+    return ", ".join(str(word) for word in words if word)
 
 
 def number(finding: Finding | None, form: str = "{:.4g}") -> str:

@@ -1,5 +1,6 @@
 """What every runtime and target must hold, whichever there are."""
 
+import contextlib
 from importlib import metadata
 
 import numpy as np
@@ -148,21 +149,54 @@ def test_its_own_form_is_one_of_the_forms(name, batch, precision):
 
 
 @pytest.mark.parametrize("hint", ["latency", "throughput"])
+@pytest.mark.parametrize("convolution", [False, True])
 @pytest.mark.parametrize(("name", "precision"), PEAKS)
-def test_its_peak_is_a_large_matrix_product(name, precision, hint, artifacts):
+def test_its_peak_is_a_product_in_the_artifacts_precision(name, precision, convolution, hint, artifacts, monkeypatch):
     needs_bf16(name, precision)
+    weights = backends.Weights(512, convolution)
+    monkeypatch.setattr(backends, "PRODUCTS", (weights,))
     made = artifacts["onnxruntime" if name == "eager" else name, precision]
     runtime = backends.runtime(name)
-    matrix = backends.peak_matrix()
     with runtime.peak(made, runtime.options(hint=hint)) as product:
         bound = product.bind([])
         bound.run()
         (got,) = bound.outputs()
         assert product.facts["device"].lower() == "cpu"
-    error = np.abs(got - matrix @ matrix).max() / got.std()
+        assert product.facts["macs"] == str(1024 * 512 * 512)
+        assert product.facts["product"] == str(weights)
+    given, matrix = weights.input(), weights.matrix()
+    expected = np.einsum("nihw,oi->nohw", given, matrix[:, :, 0, 0]) if convolution else given @ matrix
+    error = np.abs(got - expected).max() / got.std()
     assert error < {"bf16": 0.05, "int8": 0.1}.get(precision, 1e-5)
     assert precision not in ("bf16", "int8") or error > 1e-4, "it is computed in that precision"
-    assert matrix.size * matrix.shape[0] == backends.PEAK_MACS
+
+
+def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
+    """Seconds of each product by a clock of the test's; the best rate is not that of the shortest run."""
+    now = 0.0
+    seconds = {(512, False): 0.5, (512, True): 0.4, (1024, False): 1.1, (1024, True): 1.3}
+    monkeypatch.setattr(backends.time, "perf_counter", lambda: now)
+
+    class Timed:
+        def __init__(self, weights):
+            self.facts = {"device": "cpu"}
+            self.seconds = seconds[weights.channels, weights.convolution]
+
+        def bind(self, batches):
+            def run():
+                nonlocal now
+                now += self.seconds
+
+            return backends.Bound(run, tuple)
+
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cpu") as product:
+        assert product.weights == backends.Weights(1024, convolution=False)
+    seconds[1024, True] = 1.0
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cpu") as product:
+        assert product.weights == backends.Weights(1024, convolution=True)
+    seconds.update({(4096, False): 2.0, (4096, True): 3.0})
+    with backends.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "cuda") as product:
+        assert product.weights == backends.Weights(4096, convolution=False)
 
 
 @pytest.mark.parametrize(("name", "precision"), RUN)

@@ -5,10 +5,10 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks import forms, racing
-from benchmarks.peers import OURS_OV, PEERS, Case, Row, build, huggingface, table, timing
+from benchmarks.peers import OURS_BF16, OURS_OV, PEERS, Case, Row, build, huggingface, table, timing
 from exporter.backends import Options
-from exporter.bench import Arm
-from exporter.machine import environment
+from exporter.bench import Arm, Launch, Plan, Timing
+from exporter.machine import Conditions, environment
 from exporter.model.layouts import to_ours
 from tests.conftest import build as build_artifact
 from tests.conftest import tiny_state
@@ -84,6 +84,34 @@ def made():
     return Case(
         variant="tiny", batch=1, threads=2, rows=all_rows, environment=environment(), peers={}, peaks_gflops={}
     )  # fmt: skip
+
+
+def test_a_way_that_cannot_run_is_a_row_with_its_reason_and_the_others_are_kept(artifacts):
+    """A CPU without bf16: neither ours nor the peak opens, and another fails after two processes."""
+    names = [peer.name for peer in PEERS if peer.precision != "bf16"]
+    peaks = [timing.peak_name(kind) for kind in timing.PEAKS if kind[1] != "bf16"]
+    late = "torch.compile"
+    launches = [
+        Launch(
+            blocks={name: [[2.0]] * 3 for name in (*names, *peaks) if name != late or turn < 2},
+            cosine=dict.fromkeys(names, 1.0), streams=dict.fromkeys((*names, *peaks), 1), settled={}, dropped=0,
+            facts={peak: {"macs": "1000000", "product": "a matrix product"} for peak in peaks},
+            conditions=Conditions(load=0, others_pct=0, steal_pct=0, throttled=None, mhz=None),
+        )
+        for turn in range(5)
+    ]  # fmt: skip
+    plan = Plan(arms=(), preprocessing=artifacts["onnxruntime", "fp32"].sidecar.preprocessing)
+    failures = {OURS_BF16: "failed: this CPU has no bf16 arithmetic", late: "crashed its process (SIGSEGV)"}
+    case = timing.as_case(Timing(plan, launches, failures), "tiny", {"optimum-intel, OpenVINO fp32": "no"}, 500_000)
+    rows = {row.name: row for row in case.rows}
+    assert rows.keys() == {peer.name for peer in PEERS}
+    assert rows[OURS_BF16].failure == "failed: this CPU has no bf16 arithmetic"
+    assert rows["plain export, OpenVINO bf16"].failure == "was never timed"
+    assert rows[late].failure.startswith("crashed")
+    assert rows[OURS_OV].peak_pct == pytest.approx(50)
+    assert rows[OURS_OV].over_eager == (1, 1, 1)
+    assert set(case.peaks_gflops) == set(peaks)
+    assert table.case_table(case).count("cannot: ") == 6
 
 
 def test_the_table_has_a_row_for_each_peer_and_its_failure():

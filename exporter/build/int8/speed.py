@@ -60,7 +60,7 @@ class Timed:
 
     def setting(self, artifact: Artifact) -> str:
         """Device, threads, hint and batch."""
-        return f"{latency.setting_of(self.timing, str(artifact.path))}, batch {self.batch}"
+        return f"{self.timing.setting(str(artifact.path))}, batch {self.batch}"
 
     def failure(self, artifact: Artifact) -> str:
         """Why an artifact could not be timed, or ""."""

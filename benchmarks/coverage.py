@@ -1,0 +1,162 @@
+"""Do 95 % intervals of speed-ups hold the truth? One artifact is timed against itself, so the ratio is 1.
+
+    python -m benchmarks.coverage -o benchmarks/results/MACHINE/coverage.json
+
+Every repetition is timed as `bench`, the speed-up of int8 and `compare` time: in fresh processes, disturbed ones again.
+In every other one a load generator keeps one core busy. A repetition says "faster" or "slower" where its interval
+excludes 1; both are wrong. The file is written after each repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from math import exp
+from pathlib import Path
+
+import msgspec
+
+from exporter import artifact as artifacts
+from exporter import machine
+from exporter.artifact import Artifact
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
+from exporter.backends import environment
+from exporter.bench import PROCESSES, Arm, Plan, Timing, latency, supervisor, worker
+from exporter.build import build
+from exporter.git import git
+from exporter.recipe import Model, Recipe
+from exporter.stats import center, proportion
+
+ARMS = ("one", "the same")
+
+
+class Repetition(Record, frozen=True):
+    """The ratio of one artifact to itself with its 95 % interval; the number of processes, and of those that were
+    measured again; and why the ratio is marked as noisy, or ""."""
+
+    loaded: bool
+    ratio: float
+    low: float
+    high: float
+    processes: int
+    measured_again: int
+    noise: str
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval holds 1."""
+        return self.low <= 1 <= self.high
+
+
+class Experiment(Record, frozen=True):
+    """All repetitions, and how they were made."""
+
+    commit: str
+    command: str
+    date: str
+    threads: int
+    seconds: float
+    artifact: str
+    environment: dict[str, object]
+    repetitions: tuple[Repetition, ...] = ()
+    schema: int = 1
+
+
+@contextlib.contextmanager
+def busy_core(wanted: bool) -> Iterator[None]:
+    """Within, a load generator keeps one core busy."""
+    if not wanted:
+        yield
+        return
+    generator = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        generator.kill()
+        generator.wait()
+
+
+def repeat(made: Artifact, threads: int, seconds: float, seed: int, loaded: bool) -> Repetition:
+    """Time an artifact against itself."""
+    arms = tuple(Arm(name=name, path=str(made.path), threads=threads) for name in ARMS)
+    preprocessing = made.sidecar.preprocessing
+    timing = Timing(Plan(arms=arms, preprocessing=preprocessing, seconds=seconds / PROCESSES, seed=100 * seed))
+    begin = time.monotonic()
+    with busy_core(loaded):
+        supervisor.measure(timing, worker.open_arm, PROCESSES)
+    ratio = center(latency.speedups(timing, *ARMS))
+    return Repetition(
+        loaded=loaded,
+        ratio=round(exp(ratio.value), 5),
+        low=round(exp(ratio.low), 5),
+        high=round(exp(ratio.high), 5),
+        processes=len(timing.launches),
+        measured_again=timing.disturbed,
+        noise=latency.noise_of(timing, ratio),
+        seconds=round(time.monotonic() - begin, 1),
+    )
+
+
+def summary(repetitions: Sequence[Repetition]) -> str:
+    """How many intervals hold 1, and what those that do not say."""
+    lines = ["| one core | repetitions | hold 1 | 95 % interval | faster | slower | median width | marked noisy |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name, wanted in (("free", (False,)), ("loaded", (True,)), ("both", (False, True))):
+        rows = [one for one in repetitions if one.loaded in wanted]
+        if rows:
+            held = sum(one.holds for one in rows)
+            share, width = proportion(held, len(rows)), sorted(one.high - one.low for one in rows)[len(rows) // 2]
+            faster, slower = sum(one.low > 1 for one in rows), sum(one.high < 1 for one in rows)
+            noisy = sum(bool(one.noise) for one in rows)
+            lines.append(
+                f"| {name} | {len(rows)} | {held} | {share.low:.0f}–{share.high:.0f} % | {faster} | {slower} "
+                f"| {100 * width:.1f} % | {noisy} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the repetitions, free and loaded in turn, and print what they come to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact", nargs="?", type=Path, help="By default a random atto for ONNX Runtime.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="The JSON file.")
+    parser.add_argument("--repetitions", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=2.0, help="Of timing, for each repetition.")
+    parser.add_argument("--threads", type=int, default=machine.default_threads())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.artifact
+        if path is None:
+            recipe = Recipe(
+                backend="onnxruntime", precision="fp32", model=Model(variant="atto", weights="random:0"), bench=None
+            )
+            path = build(recipe, Path(folder)).artifact.path
+        made = artifacts.load(path)
+        experiment = Experiment(
+            commit=git("rev-parse", "--short=12", "HEAD", failed="no commit"),
+            command=f"python -m benchmarks.coverage {' '.join(sys.argv[1:])}",
+            date=time.strftime("%Y-%m-%d"),
+            threads=options.threads,
+            seconds=options.seconds,
+            artifact=made.path.name,
+            environment=environment(),
+        )
+        repetitions: list[Repetition] = []
+        for turn in range(options.repetitions):
+            one = repeat(made, options.threads, options.seconds, turn, loaded=turn % 2 == 1)
+            repetitions.append(one)
+            print(f"{turn + 1}: {one.ratio:.3f} ({one.low:.3f}–{one.high:.3f})", file=sys.stderr, flush=True)
+            written = msgspec.structs.replace(experiment, repetitions=tuple(repetitions))
+            write_file(options.output, msgspec.json.format(msgspec.json.encode(written)))
+    print(summary(repetitions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The experiment on intervals: what it counts."""
+
+from benchmarks import coverage
+from benchmarks.coverage import Repetition
+
+
+def repetition(low, high, loaded=False, noise=""):
+    return Repetition(
+        loaded=loaded, ratio=(low + high) / 2, low=low, high=high, processes=5, measured_again=0, noise=noise, seconds=1
+    )
+
+
+def test_intervals_that_hold_one_are_counted_apart_from_those_that_call_one_faster():
+    made = [repetition(0.9, 1.1), repetition(1.01, 1.1), repetition(0.8, 0.99, True, "noisy"), repetition(0.5, 2, True)]
+    assert [one.holds for one in made] == [True, False, False, True]
+    lines = coverage.summary(made).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| free", "| loaded", "| both"]
+    assert lines[2].startswith("| free | 2 | 1 |")
+    assert "| 1 | 0 |" in lines[2]
+    assert "| 0 | 1 |" in lines[3]
+    assert lines[4].endswith("| 1 |")
+
+
+def test_an_artifact_is_timed_against_itself(artifacts, monkeypatch):
+    monkeypatch.setattr(coverage, "PROCESSES", 2)
+    one = coverage.repeat(artifacts["onnxruntime", "fp32"], threads=1, seconds=0.1, seed=0, loaded=False)
+    assert one.low <= one.ratio <= one.high
+    assert one.processes == 2
