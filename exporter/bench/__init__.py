@@ -90,8 +90,8 @@ def _article(kind: str) -> str:
     return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
 
 
-PROCESSES = 5
-"""Timing processes, the unit of every interval."""
+PROCESSES = 6
+"""Timing processes, the unit of every interval: the fewest of which signed ranks give a 95 % interval."""
 
 Opener = Callable[[Arm], AbstractContextManager[Session]]
 

@@ -140,7 +140,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
 def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
-    """Time artifacts and the eager PyTorch model they were built from, in turn, in five fresh processes.
+    """Time artifacts and the eager PyTorch model they were built from, in turn, in six fresh processes.
 
     Each round runs every model once, in random order. Speed-ups are medians over pairs of the same round, with a 95 %
     interval over processes; a process that others disturbed is measured again. Without --threads, all models get one
