@@ -102,7 +102,7 @@ bench:
 
 PROGRAM = """from exporter.bench import latency
 from exporter.cli import main
-latency.LAUNCHES = 3  # whether a difference is significant is asked elsewhere
+latency.LAUNCHES = 2  # whether a difference is significant is asked elsewhere
 main()
 """
 
