@@ -152,7 +152,7 @@ def measure(runner: Runner, out: Path, weights: Sequence[str], precisions: Seque
     graphs, engines = build(runner, out, weights, precisions)
     timed = graphs if rehearsal else [*graphs, *engines]
     also = () if rehearsal else ("--also", "tf32", "--also", "fp16", "--also", "bf16", "--also", "torch.compile")
-    device = ("--device", "cpu" if rehearsal else "cuda")
+    device = () if rehearsal else ("--device", "cuda")
     duration = ("--duration", "1" if rehearsal else "10")
     for batch in ("1",) if rehearsal else BATCHES:
         words = (*also, *device, *duration, *weights[:2], "--batch", batch)

@@ -242,7 +242,10 @@ class Checks(Record, frozen=True):
             default="values for a head with one output, else classes",
         ),
     ] = None
-    device: Annotated[str, about("Device that runs the artifact.", metavar="NAME")] = "cpu"
+    device: Annotated[
+        str | None,
+        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
+    ] = None
 
 
 class TimingOptions(Record, frozen=True):

@@ -69,14 +69,17 @@ def verify(
         reference_session: PyTorch, if it is already open.
         runtime: opens the artifact; by default the one that its sidecar names.
 
-    Raises: BadRequest for data or weights that cannot be used; Unavailable when the device or weights are missing.
+    Raises: BadRequest for data, weights or a device that cannot be used; Unavailable when the device or weights are
+    missing.
     """
     sidecar = artifact.sidecar
-    runtime = runtime or backends.runtime_of(artifact)
+    if runtime is None:
+        runtime = backends.runtime_of(artifact)
+        backends.device_of(artifact, options.device)  # refuses one that the runtime does not take
     outputs.check(sidecar, options.outputs)
     samples = samples or open_data(sidecar, options)
     _refuse_limits(sidecar, options, samples)
-    session_options = runtime.options(device=options.device, threads=options.threads)
+    session_options = _session_options(runtime, options)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
     with _runnable(artifact, runtime) as runnable:
         measured = _measured(artifact, runnable, layers, options, samples, reference_session)
@@ -87,6 +90,11 @@ def verify(
         environment={**backends.environment(), "session": measured.facts},
         findings=tuple(measured.findings),
     )
+
+
+def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Options:
+    device = options.device or next(iter(runtime.devices))
+    return runtime.options(device=device, threads=options.threads)
 
 
 def open_data(sidecar: Sidecar, options: Checks) -> Samples:
@@ -156,7 +164,7 @@ def _measured(
     runtime = runnable.runtime
     if options.blocks and runtime.blocks is None:
         raise BadRequest(f"--blocks: {artifact.path}: {runtime.name} does not show the outputs of blocks; leave it out")
-    session_options = runtime.options(device=options.device, threads=options.threads)
+    session_options = _session_options(runtime, options)
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
@@ -190,7 +198,7 @@ def _compare_blocks(
     step("comparing block by block")
     assert eager.RUNTIME.blocks is not None
     assert runtime.blocks is not None
-    session_options = runtime.options(device=options.device, threads=options.threads)
+    session_options = _session_options(runtime, options)
     with (
         eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,
         runtime.blocks(runnable.artifact, session_options) as measured,
