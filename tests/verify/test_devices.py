@@ -1,3 +1,9 @@
+"""The device that an artifact is verified on."""
+
+import pytest
+
+from exporter.errors import BadRequest
+from exporter.verify import VerifyOptions, verify
 
 
 def test_a_device_that_the_runtime_does_not_take_is_refused(artifacts):
