@@ -38,7 +38,7 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
-bench-peers: install ## others' ways beside ours, on this machine (an hour)
+bench-peers: install ## comparison with other tools, on this machine (an hour)
 	$(BIN)/python -m benchmarks.peers -o build/peers/results
 
 gpu: install     ## all that needs an NVIDIA GPU, in under 8 minutes

@@ -1,4 +1,4 @@
-"""Where a result comes from: the commit, the command, the date and the machine; and which results are without it.
+"""Where a result comes from: the commit, the command, the date and the machine; and which results lack it.
 
 python -m benchmarks.provenance          # lists the results, oldest code first
 """
@@ -24,7 +24,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
     """The machine and the versions, with the commit, the command, the date (UTC) and the threads of a run.
 
     Args:
-        threads: that the measured runtimes were given; None for their default.
+        threads: of the measured runtimes; None for their default.
     """
     return {
         **backends.environment(),

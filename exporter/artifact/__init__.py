@@ -2,9 +2,9 @@
 
 The sidecar `FILE.json` is checked before anything is loaded: it has the digest of every file, and a seal over itself.
 Files are written to a staging folder and flushed. Renaming that folder to `.NAME.commit` commits the artifact; then the
-files are moved into place. The next process completes an interrupted move. A file alone is replaced in one step. Where
-the files beside it change too (the weights of an OpenVINO graph), it is absent meanwhile. So a reader opens the old
-artifact, the new one or none, never a mixture.
+files are moved into place. The next process completes an interrupted move. An artifact of one file is
+replaced in one step. One of several files (an OpenVINO graph and its weights) is absent while they are replaced. So a
+reader opens the old artifact, the new one or none, never a mixture.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def read_sidecar(path: Path) -> Sidecar:
 
 @contextmanager
 def forced(force: bool = True) -> Iterator[None]:
-    """Within, artifacts of any weights are replaced."""
+    """Inside this block, builds replace artifacts of other weights."""
     token = _FORCED.set(force)
     try:
         yield
@@ -192,7 +192,7 @@ def forced(force: bool = True) -> Iterator[None]:
 
 
 def refuse_other_weights(target: Path, weights: Weights) -> None:
-    """Keep an artifact of other weights, unless within `forced`. A note says that a source has new weights.
+    """Refuse to replace an artifact of other weights, except inside `forced`; note that a source has new weights.
 
     Raises: BadRequest for an artifact whose weights have another digest and another source.
     """
@@ -201,7 +201,7 @@ def refuse_other_weights(target: Path, weights: Weights) -> None:
     try:
         old = decode(sidecar_path(target)).weights
     except BadRequest:
-        return  # nothing is known of it
+        return  # its sidecar is unreadable
     if old.digest == weights.digest:
         return
     here, there = (os.path.normpath(target.parent.absolute() / one.source) for one in (old, weights))
@@ -221,7 +221,7 @@ def staging(target: Path, weights: Weights | None = None) -> Iterator[Path]:
     of a killed one.
 
     Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written, or a file that is not ours
-        or, where `weights` are given, an artifact of others stands at `target`.
+        or, where `weights` are given, an artifact of other weights is at `target`.
     """
     out = target.parent
     try:

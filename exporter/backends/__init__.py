@@ -29,7 +29,7 @@ Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
 
 NARROW = frozenset({"int8", "uint8", "fp8"})
-"""Precisions of eight bits, as layers tell them."""
+"""8-bit precisions, as `Layer.precision` names them."""
 MAP_SIDE = 32
 ROWS = MAP_SIDE**2
 PEAK_RUNS = 8
@@ -64,9 +64,8 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights of a product, and what it is taken over: a matrix of `ROWS` rows, or a map of as many pixels as a 1×1
-    convolution."""
+class PeakProduct:
+    """A matrix product of `ROWS` rows, or a 1×1 convolution on as many pixels, with as many channels in as out."""
 
     channels: int
     convolution: bool
@@ -83,26 +82,26 @@ class Weights:
         return f"{ROWS} × {side} × {side} matrix product"
 
     def input(self) -> Array:
-        """Of a matrix product (rows, channels), of a convolution (1, channels, height, width)."""
+        """The input, float32: (rows, channels) of a matrix product, (1, channels, H, W) of a convolution."""
         shape = (1, self.channels, MAP_SIDE, MAP_SIDE) if self.convolution else (ROWS, self.channels)
         return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     def matrix(self) -> Array:
-        """Of a matrix product (in, out), of a convolution (out, in, 1, 1)."""
+        """The weights, float32: (in, out) of a matrix product, (out, in, 1, 1) of a convolution."""
         shape = (self.channels, self.channels, 1, 1) if self.convolution else (self.channels, self.channels)
         return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-PRODUCTS = tuple(Weights(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
-"""Products that the peak of a runtime is sought among."""
-LARGE_PRODUCTS = tuple(Weights(4096, convolution) for convolution in (False, True))
-"""On other devices than a CPU also among these."""
+PRODUCTS = tuple(PeakProduct(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
+"""Candidates for the peak of a runtime."""
+LARGE_PRODUCTS = tuple(PeakProduct(4096, convolution) for convolution in (False, True))
+"""More candidates for devices other than a CPU."""
 
 
 class Product:
     """A product on a runtime, as a session: the speed of a ConvNeXt there is compared with that of this."""
 
-    def __init__(self, session: Session, weights: Weights) -> None:
+    def __init__(self, session: Session, weights: PeakProduct) -> None:
         self.session, self.weights = session, weights
         self.facts = {**session.facts, "product": str(weights), "macs": str(weights.macs)}
 
@@ -119,7 +118,7 @@ class Product:
 
 @contextmanager
 def fastest_product(
-    open_product: Callable[[Weights], AbstractContextManager[Session]], device: str
+    open_product: Callable[[PeakProduct], AbstractContextManager[Session]], device: str
 ) -> Iterator[Product]:
     """The product with the most multiply-accumulates a second on a runtime: the peak of the runtime."""
     rates = {}

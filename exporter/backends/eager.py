@@ -18,9 +18,9 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
+    PeakProduct,
     Product,
     Runtime,
-    Weights,
     _cuda,
     fastest_product,
     require,
@@ -200,7 +200,7 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
     del artifact
 
     @contextmanager
-    def product(weights: Weights) -> Iterator[EagerSession]:
+    def product(weights: PeakProduct) -> Iterator[EagerSession]:
         weight = torch.from_numpy(weights.matrix()).to(options.device)
         if weights.convolution:
             yield EagerSession(lambda images: torch.nn.functional.conv2d(images, weight), options.device)

@@ -23,11 +23,11 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
+    PeakProduct,
     Product,
     Runtime,
     Target,
     TargetOptions,
-    Weights,
     _cuda,
     as_taken,
     fastest_product,
@@ -181,7 +181,7 @@ def session(artifact: Artifact, options: Options, optimized: Path | None = None)
 
 def _not_in_use(provider: str) -> str:
     return (
-        f"{provider} was asked for and CPUExecutionProvider is in use: its CUDA, cuDNN or driver does not load here; "
+        f"{provider} is not in use: CUDA, cuDNN or the driver does not load here; "
         "see `convnext-export doctor`, or use --device cpu"
     )
 
@@ -268,7 +268,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     precision = "fp32" if precision == "fp16" and options.device == "cpu" else precision
 
     @contextmanager
-    def product(weights: Weights) -> Iterator[OrtSession]:
+    def product(weights: PeakProduct) -> Iterator[OrtSession]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peak.onnx"
             files.save(_product(weights, precision), path, {})
@@ -279,7 +279,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
         yield fastest
 
 
-def _product(weights: Weights, precision: str) -> Any:
+def _product(weights: PeakProduct, precision: str) -> Any:
     """A graph of one MatMul or Conv."""
     import onnx_ir as ir
 

@@ -26,11 +26,11 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
+    PeakProduct,
     Product,
     Runtime,
     Target,
     TargetOptions,
-    Weights,
     as_taken,
     fastest_product,
     require,
@@ -275,7 +275,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     """The fastest product of OpenVINO's, each compiled as the artifact is."""
 
     @contextmanager
-    def product(weights: Weights) -> Iterator[OpenVinoSession]:
+    def product(weights: PeakProduct) -> Iterator[OpenVinoSession]:
         compiled = _compile(artifact, options, lambda _: _product(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
@@ -283,7 +283,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
         yield fastest
 
 
-def _product(weights: Weights, precision: str) -> Any:
+def _product(weights: PeakProduct, precision: str) -> Any:
     """A model of one product."""
     import openvino as ov
     from openvino import opset13 as ops

@@ -19,7 +19,7 @@ from exporter.bench import Arm, Cold, Launch, Opener, Plan, Timing, turns, worke
 from exporter.progress import note, track
 
 HANG_S = 300.0
-REPEATS = 1  # times that as many processes again replace those that others disturbed
+REPEATS = 1  # of the timing, when other processes disturbed it
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Idle threads of OpenMP sleep. Else those of one library spin on the cores that the next one computes on."""
 
@@ -74,7 +74,7 @@ def measure(
     count: int,
     most: int | None = None,
     enough: Callable[[], bool] = lambda: True,
-    every_arm: bool = False,
+    stop_on_failure: bool = False,
 ) -> None:
     """Time the arms of a plan in fresh processes, while no other process of this tool is at work.
 
@@ -87,14 +87,14 @@ def measure(
         count: number of processes.
         most: largest number of processes, where `enough` asks for more; by default what replaces disturbed ones.
         enough: whether the intervals are narrow enough.
-        every_arm: stop as soon as an arm failed, for the others are of no use without it.
+        stop_on_failure: stop as soon as an arm failed.
     """
     most = max(most or 0, count * (1 + REPEATS))
     with turns.alone():
         for _ in track(launches(timing, opener), count, "processes", lambda _: 1):
             measured = len(timing.launches)
             repeated = measured >= count * (1 + REPEATS) or len(_undisturbed(timing)) >= count
-            if measured >= most or (repeated and enough()) or (every_arm and timing.failures):
+            if measured >= most or (repeated and enough()) or (stop_on_failure and timing.failures):
                 break
     if len(undisturbed := _undisturbed(timing)) >= count:
         timing.disturbed = len(timing.launches) - len(undisturbed)

@@ -35,7 +35,7 @@ CLOCK: timing.Clock = time.perf_counter_ns
 
 @cache
 def checked(path: str) -> Artifact:
-    """An artifact whose digests were checked, once in a process: no clock runs over that.
+    """An artifact whose digests were checked, once in a process: outside the timed section.
 
     Raises: BadRequest for a missing, changed or damaged file or sidecar.
     """

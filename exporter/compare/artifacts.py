@@ -119,7 +119,7 @@ def _changes(
     launches = LAUNCHES * times
     plan = _plan(pair, batch, options, seed=options.seed + launches)
     timing = Timing(plan)
-    supervisor.measure(timing, opener, launches, every_arm=True)
+    supervisor.measure(timing, opener, launches, stop_on_failure=True)
     for name, reason in timing.failures.items():
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")

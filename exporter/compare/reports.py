@@ -119,11 +119,16 @@ def _words(model: Sequence[object]) -> str:
     return " ".join(map(str, model))
 
 
-def _way(report: Report) -> list[str]:
-    """The timing options of a report that change the meaning of its numbers."""
-    told = report.recipe.get("bench")
-    told = told if isinstance(told, dict) else {}
-    return [f"{key} {told[key]}" for key in ("device", "threads", "hint") if key in told]
+def _timing_options(report: Report, side: str) -> list[str]:
+    """The timing options of a report that change the meaning of its numbers.
+
+    Raises: BadRequest for a report without latencies.
+    """
+    if report.find("p50_ms") is None:
+        raise BadRequest(f"the {side} report of {report.artifact.get('path')} has no latency; run `bench` first")
+    options = report.recipe.get("bench")
+    options = options if isinstance(options, dict) else {}
+    return [f"{key} {options.get(key) or 'by default'}" for key in ("device", "threads", "hint") if key in options]
 
 
 def _number(report: Report, limit: Limit, side: str) -> float:
@@ -141,7 +146,7 @@ def _answers(report: Report, side: str) -> tuple[float, ...]:
 
 
 def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
-    ways = [_way(base), _way(head)]
+    ways = [_timing_options(base, "base"), _timing_options(head, "head")]
     if ways[0] != ways[1]:
         raise BadRequest(
             f"timed with different options: {_words(ways[0])} and {_words(ways[1])}; `bench` both with the same options"

@@ -123,7 +123,7 @@ def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
         )
     if options.min_cosine is not None and set(kinds) == {"values"}:
         raise BadRequest(
-            "--min-cosine: of values R² and ranks are compared, as their cosine is but a sign; leave it out"
+            "--min-cosine: the outputs are values, and the cosine of one value is only its sign; use --min-r2"
         )
 
 

@@ -70,10 +70,14 @@ def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[
         return replace(finding, limit=budget.limit, passed=budget.is_kept(finding.interval))
     enough = fewest(images, lambda count: _is_decided(budget, interval_of(count)))
     more = f"about {enough:,} are needed" if enough else "no number of images is enough, as the value is at the limit"
-    text = f"cannot tell with {images:,} images, {more}"
-    if warns := budget.when_unsure == "warn":
+    text = {
+        "pass": f"{images:,} images are too few to judge by, {more}",
+        "warn": f"cannot tell with {images:,} images, {more}",
+        "fail": f"cannot tell with {images:,} images, {more}; this fails in CI (--when-unsure warn passes)",
+    }[budget.when_unsure]
+    if budget.when_unsure != "pass":
         note(f"{finding.metric} {finding.value:.4g} {finding.unit}, limit {budget.limit:g}: {text}")
-    passed = budget.when_unsure != "fail"
+    passed, warns = budget.when_unsure != "fail", budget.when_unsure == "warn"
     return replace(finding, limit=budget.limit, passed=passed, unsure=warns, detail=f"{finding.detail}; {text}")
 
 

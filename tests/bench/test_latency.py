@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from exporter import report
 from exporter.artifact import Artifact
-from exporter.backends import Weights
+from exporter.backends import PeakProduct
 from exporter.bench import Launch, Plan, Timing, check_devices, latency
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest
@@ -78,7 +78,7 @@ def test_work_and_the_share_of_the_machines_peak_are_told(benched):
 
 def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(artifacts):
     """A quarter of the product's multiplications for each of two images, in twice its time: a quarter of its rate."""
-    weights = Weights(1024, convolution=True)
+    weights = PeakProduct(1024, convolution=True)
     made = replace(artifacts["onnxruntime", "fp32"].sidecar, macs=weights.macs // 4)
     made = Artifact(Path("a.onnx"), made)
     peak = latency.peak_name(made)

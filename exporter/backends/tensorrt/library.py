@@ -147,7 +147,7 @@ def check(library: Library, precision: str, batch: int | None, target: TensorRtO
     _check_capabilities(library, precision, target)
     levels = library.module.HardwareCompatibilityLevel
     if target.hardware_compat == "same" and not library.rtx and not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
-        raise BadRequest(f"--hardware-compat same: TensorRT {library.version} has it not; take 10.9 or later")
+        raise BadRequest(f"--hardware-compat same: TensorRT {library.version} lacks it; install 10.9 or later")
     if target.strip_weights and target.version_compatible:
         raise BadRequest(
             "--strip-weights: an engine for later versions (--version-compatible) runs on a runtime of its own, which "
