@@ -11,7 +11,7 @@ import numpy as np
 
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Preprocessing, size_text
+from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import _cuda
 from exporter.bench import (
     PROCESSES,
@@ -22,6 +22,7 @@ from exporter.bench import (
     Timing,
     batches_of,
     check_devices,
+    facts,
     flat,
     supervisor,
     turns,
@@ -61,6 +62,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     Raises: BadRequest for artifacts that cannot be timed together, or not at a batch size.
     """
     _check(artifacts, options)
+    _check_devices_here(artifacts, options, opener)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
@@ -70,7 +72,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     with turns.alone():
         models = track(alone, len(alone), "models", lambda _: 1)
         cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
-    environment = {**backends.environment(), "timing": _circumstances(timings)}
+    environment = {**backends.environment(), "timing": facts.circumstances(timings)}
     if gpu is not None:
         environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
     return [
@@ -112,6 +114,18 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; use `compare` to compare an artifact with itself")
+
+
+def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener) -> None:
+    """Refuse a device that this machine does not have, before anything is timed.
+
+    Raises: Unavailable.
+    """
+    for made in artifacts:
+        arm = _arm(str(made.path), made, options)
+        if backends.device_kind(made, options.device) != "CPU":
+            with opener(arm):
+                pass
 
 
 def _pixels(recipe: Preprocessing) -> Preprocessing:
@@ -203,13 +217,13 @@ def _report(
     options: BenchOptions,
 ) -> Report:
     findings = [finding for timing in timings for finding in _findings(timing, arm, made)]
-    findings += [*_work(made), *_cold_findings(cold, arm)]
-    facts = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
+    findings += [*facts.work(made), *facts.cold(cold[arm.name])]
+    sessions = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**made.sidecar.recipe, "bench": msgspec.to_builtins(options)},
         artifact=made.to_dict(),
-        environment={**environment, "session": facts[0] if facts else {}},
+        environment={**environment, "session": sessions[0] if sessions else {}},
         findings=tuple(findings),
     )
 
@@ -367,36 +381,3 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
     finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of the timed runs")
     return judged(finding, precision.get(made.sidecar.precision, made.path).limits.cosine, "high")
-
-
-def _work(made: Artifact) -> list[Finding]:
-    macs = made.sidecar.macs
-    if macs is None:
-        return []
-    detail = f"multiply-accumulates of one image of {size_text(made.sidecar.preprocessing.size)} pixels"
-    return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
-
-
-def _cold_findings(cold: dict[str, Cold | str], arm: Arm) -> list[Finding]:
-    found = cold[arm.name]
-    if isinstance(found, str):
-        return [Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)]
-    values = (
-        ("cold_ms", found.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
-        ("load_ms", found.load_ms, "ms", "loaded again"),
-        ("first_ms", found.first_ms, "ms", "first inference after that"),
-        ("peak_bytes", float(found.peak_bytes), "bytes", "of the process that ran it alone"),
-    )
-    return [Finding(check="latency", metric=m, value=v, unit=unit, detail=text) for m, v, unit, text in values]
-
-
-def _circumstances(timings: list[Timing]) -> dict[str, object]:
-    """The state of the machine during the timing: medians over the processes."""
-    seen = [msgspec.to_builtins(launch.conditions) for timing in timings for launch in timing.launches]
-    dropped = sum(launch.dropped for timing in timings for launch in timing.launches)
-    fields = seen[0] if seen else {}
-    known = {key: [one[key] for one in seen if one[key] is not None] for key in fields}
-    disturbed = sum(timing.disturbed for timing in timings)
-    return {"launches": len(seen), "measured_again": disturbed, "dropped_rounds": dropped} | {
-        k: median(v) for k, v in known.items() if v
-    }

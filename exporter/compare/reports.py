@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 import msgspec
 import numpy as np
 
+from exporter import backends
 from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
 from exporter.errors import BadRequest, some
 from exporter.report import Finding, Report, gpu_of, machine_of
@@ -128,7 +129,10 @@ def _timing_options(report: Report, side: str) -> list[str]:
         raise BadRequest(f"the {side} report of {report.artifact.get('path')} has no latency; run `bench` first")
     options = report.recipe.get("bench")
     options = options if isinstance(options, dict) else {}
-    return [f"{key} {options.get(key) or 'by default'}" for key in ("device", "threads", "hint") if key in options]
+    backend = str(report.artifact.get("backend"))
+    default = next(iter(backends.runtime(backend).devices)) if backend in backends.runtimes() else "cpu"
+    words = [f"device {options.get('device') or default}", f"threads {options.get('threads') or 'by default'}"]
+    return [*words, f"hint {options.get('hint') or 'latency'}"]
 
 
 def _number(report: Report, limit: Limit, side: str) -> float:

@@ -156,7 +156,8 @@ def machine_of(report: Report) -> tuple[object, ...]:
 def save_merged(report: Report, path: Path) -> Report:
     """Write a report, merged with the file at `path` if that is of the same artifact and machine; return the result.
 
-    The old file keeps its findings of checks that the new report does not have. If it is of another artifact or
+    The old file keeps its findings of checks that the new report does not have; of a new verification only those of
+    the build and of latency, so that no report mixes the images of two verifications. If it is of another artifact or
     machine, it is replaced.
     """
     try:
@@ -166,6 +167,9 @@ def save_merged(report: Report, path: Path) -> Report:
     if old and old.artifact.get("sha256") == report.artifact.get("sha256") and machine_of(old) == machine_of(report):
         new = {finding.check for finding in report.findings}
         kept = tuple(finding for finding in old.findings if finding.check not in new)
+        if "verify" in report.recipe:
+            others = {"latency", "build", "plan", *precision.PRECISIONS}
+            kept = tuple(finding for finding in kept if finding.check in others)
         report = msgspec.structs.replace(
             report,
             passed=report.passed and all(finding.passed for finding in kept),

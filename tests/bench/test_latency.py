@@ -267,3 +267,10 @@ def test_an_interrupt_leaves_no_process_and_no_report(onnx_copy):
     time.sleep(0.5)
     assert not [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not list(folder.glob("*.report.json"))
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_timed(artifacts, refused, tmp_path):
+    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
+    assert "and no NPU" in refused(3, "bench", made.path, "--device", "npu", folder=tmp_path)
+    plan = copy_artifact(artifacts["tensorrt", "fp16"], tmp_path)
+    assert "an engine runs only on a GPU" in refused(3, "bench", plan.path, folder=tmp_path)

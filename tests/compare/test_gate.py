@@ -109,6 +109,13 @@ def test_what_cannot_be_compared_is_refused(base, words, said, tmp_path, refused
     assert said in refused(2, "compare", tmp_path / "base.json", tmp_path / "head.json", *words, folder=tmp_path)
 
 
+def test_a_device_that_is_the_default_of_both_is_the_same(typed):
+    """Earlier reports name it, and later ones only where `--device` was given."""
+    named = replace(timed(), recipe={"bench": {"device": "cpu", "threads": None, "hint": "latency"}})
+    default = replace(timed(seed=1), recipe={"bench": {"device": None, "threads": None, "hint": "latency"}})
+    assert typed(named, default).code == 0
+
+
 def test_reports_of_two_gpus_are_refused(tmp_path, refused):
     report.save(timed(environment={"gpu_before": {"name": "NVIDIA A10"}}), tmp_path / "base.json")
     report.save(timed(environment={"gpu_before": {"name": "NVIDIA H100"}}), tmp_path / "head.json")

@@ -147,3 +147,22 @@ def test_the_machine_says_where_eager_is_slow():
     assert "× eager flatters" in machine("AMD EPYC", ["avx512f", "avx2"])
     assert "flatters" not in machine("AMD EPYC", ["avx2"])
     assert "flatters" not in machine("Intel Xeon", ["avx512f", "avx2"])
+
+
+def test_a_new_verification_keeps_no_finding_of_an_older_one(tmp_path):
+    """Its images may be others; latencies and the findings of the build stay."""
+    from exporter import report
+    from exporter.report import Finding, Report
+
+    def of(recipe, *checks, passed=True):
+        findings = tuple(Finding(check=check, metric=check, value=1.0, passed=passed) for check in checks)
+        return Report(passed=passed, recipe=recipe, artifact={"sha256": "0"}, environment={}, findings=findings)
+
+    path = tmp_path / "report.json"
+    report.save_merged(of({"verify": {"images": "a"}}, "accuracy", "values", passed=False), path)
+    report.save_merged(of({"bench": {}}, "latency"), path)
+    report.save_merged(of({}, "int8"), path)
+    merged = report.save_merged(of({"verify": {"images": "b"}}, "parity"), path)
+    assert [finding.check for finding in merged.findings] == ["latency", "int8", "parity"]
+    assert merged.passed
+    assert merged.recipe["verify"] == {"images": "b"}

@@ -51,6 +51,16 @@ def test_equal_neighbours_of_a_rounded_head_are_not_constant_outputs(artifacts, 
     assert ties >= 5, "there were some"
 
 
+def test_one_value_for_images_that_vary_by_a_tenth_is_found(artifacts):
+    """An int8 head of an age or a price: its values lie around 6, with a standard deviation of a tenth."""
+    subject, eager = head(artifacts["onnxruntime", "int8"]), column(offset=6, spread=0.6)
+    stuck = measure(subject, eager, np.full_like(eager, 5.7), batch=64)
+    assert not stuck["spearman"].passed
+    assert not stuck["r2"].passed
+    healthy = measure(subject, eager, eager + column(1, spread=0.25), batch=64)
+    assert all(finding.passed for finding in healthy.values()), healthy
+
+
 def test_one_value_for_every_image_is_a_constant_output(artifacts):
     eager = column()
     found = measure(head(artifacts["openvino", "bf16"]), eager, np.full_like(eager, 0.25), batch=64)

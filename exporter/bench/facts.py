@@ -1,0 +1,46 @@
+"""Findings of a timing that need no statistics: work, cold start, and the state of the machine."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import msgspec
+
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import size_text
+from exporter.bench import Cold, Timing
+from exporter.report import Finding
+
+
+def work(made: Artifact) -> list[Finding]:
+    """The multiply-accumulates of one image, where they are known."""
+    macs = made.sidecar.macs
+    if macs is None:
+        return []
+    detail = f"multiply-accumulates of one image of {size_text(made.sidecar.preprocessing.size)} pixels"
+    return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
+
+
+def cold(found: Cold | str) -> list[Finding]:
+    """The times of a cold start and the memory of its process, or the reason of a failure."""
+    if isinstance(found, str):
+        return [Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)]
+    values = (
+        ("cold_ms", found.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
+        ("load_ms", found.load_ms, "ms", "loaded again"),
+        ("first_ms", found.first_ms, "ms", "first inference after that"),
+        ("peak_bytes", float(found.peak_bytes), "bytes", "of the process that ran it alone"),
+    )
+    return [Finding(check="latency", metric=m, value=v, unit=unit, detail=text) for m, v, unit, text in values]
+
+
+def circumstances(timings: list[Timing]) -> dict[str, object]:
+    """The state of the machine during the timing: medians over the processes."""
+    seen = [msgspec.to_builtins(launch.conditions) for timing in timings for launch in timing.launches]
+    dropped = sum(launch.dropped for timing in timings for launch in timing.launches)
+    fields = seen[0] if seen else {}
+    known = {key: [one[key] for one in seen if one[key] is not None] for key in fields}
+    disturbed = sum(timing.disturbed for timing in timings)
+    return {"launches": len(seen), "measured_again": disturbed, "dropped_rounds": dropped} | {
+        k: median(v) for k, v in known.items() if v
+    }
