@@ -324,8 +324,8 @@ def device_of(artifact: Artifact, device: str | None = None) -> str:
     if device is None:
         return next(iter(runtime.devices))
     if _kind_word(device) not in runtime.devices:
-        known = " or ".join(runtime.devices)
-        raise BadRequest(f"--device {device}: {artifact.path} is for {runtime.name}, which runs on {known}")
+        known = ", ".join(runtime.devices)
+        raise BadRequest(f"--device {device}: {artifact.path} is for {runtime.name}, which takes {known}")
     return device
 
 

@@ -205,7 +205,7 @@ def test_an_engine_is_compared_with_eager_pytorch_on_the_gpu(also, artifacts):
 def test_a_device_that_a_runtime_cannot_honour_is_refused(artifacts):
     graph = artifacts["onnxruntime", "fp32"]
     engine = engine_of(graph)
-    with pytest.raises(BadRequest, match=r"--device cpu: x\.plan is for tensorrt, which runs on cuda"):
+    with pytest.raises(BadRequest, match=r"--device cpu: x\.plan is for tensorrt, which takes cuda"):
         latency.bench([engine], latency.BenchOptions(device="cpu"))
     with pytest.raises(BadRequest, match=r"fp32\.onnx would run on a CPU and x\.plan on an NVIDIA GPU"):
         latency.bench([engine, graph], latency.BenchOptions())
@@ -219,7 +219,7 @@ def test_a_device_of_another_runtime_is_one_clear_line(device, artifacts, tmp_pa
     made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
     line = refused(2, "bench", made.path, "--device", device, folder=tmp_path)
     assert f"--device {device}" in line
-    assert "openvino, which runs on cpu or gpu or npu" in line
+    assert "openvino, which takes cpu, gpu, npu" in line
 
 
 def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, refused, onnx_copy):

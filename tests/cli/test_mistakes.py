@@ -114,7 +114,7 @@ def test_a_sidecar_as_report_is_refused_with_the_artifact(here, refused):
 
 def test_an_unknown_device_is_refused_with_the_choices(here, refused):
     message = refused(2, "verify", "custom_fp32.onnx", "--device", "gpu")
-    assert "--device gpu: ONNX Runtime takes cpu, cuda, tensorrt" in message
+    assert "is for onnxruntime, which takes cpu, cuda, tensorrt" in message
 
 
 @pytest.mark.parametrize("value", ["87.5", "2", "0"])
@@ -183,7 +183,7 @@ def test_an_option_is_suggested_only_where_its_name_is_close(here, refused):
 def test_agreement_says_how_many_images_decide_it(here, run):
     report = run("verify", "custom_fp32.onnx", "--samples", 2, "--json").json
     agreement = next(finding for finding in report["findings"] if finding["metric"] == "top1_agreement")
-    detail = "2 of 2 images; cannot tell with 2 images, about 3,700 are needed"
+    detail = "2 of 2 images; 2 images are too few to judge by, about 3,700 are needed"
     assert agreement["detail"] == detail
 
 

@@ -87,7 +87,7 @@ def test_answers_and_sizes_are_compared_too(typed):
         (timed(environment={"cores": 4}), (), "two machines: 4 and 2"),
         (timed(variant="base"), (), "two models: base classify and tiny classify"),
         (timed(launches=1), (), "1 launches"),
-        (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: threads 2"),
+        (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: device cpu threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
         (
             replace(timed(), recipe={"verify": {"images": "b" * 64}}),
