@@ -146,11 +146,11 @@ def _share(expected: Array, outputs: Array, scale: float) -> float:
 
 
 def _scales(model: Module, probe: Array, expected: Outputs) -> tuple[float, ...]:
-    """What differences of each output are compared with: its standard deviation or, if larger, the size of the products
-    that its linear layer adds up, √Σ(w·x)².
+    """What differences of each output are compared with: its standard deviation; of a head with one output, if larger,
+    the size of the products that its linear layer adds up, √Σ(w·x)².
 
-    A head with one output may give nearly the same value for all images, or the bias may cancel the sum; rounding is in
-    proportion to the products then.
+    Such a head may give nearly the same value for all images, or the bias may cancel the sum; rounding is in proportion
+    to the products then.
     """
     from torch import nn
 
@@ -160,7 +160,8 @@ def _scales(model: Module, probe: Array, expected: Outputs) -> tuple[float, ...]
         assert isinstance(module, nn.Linear)
         products = inputs[0].square() @ module.weight.square().T
         products = products if module.bias is None else products + module.bias.square()
-        sizes[output.data_ptr()] = float(products.max().sqrt())
+        if output.shape[-1] == 1:
+            sizes[output.data_ptr()] = float(products.max().sqrt())
 
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_hook(see) for module in linear[-len(expected) :]]

@@ -153,6 +153,10 @@ def machine_of(report: Report) -> tuple[object, ...]:
     return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
 
 
+OF_A_VERIFICATION = {"accuracy", "blocks", "data", "parity", "sanity", "structure", "values"}
+"""Checks of `verify`, whose findings belong to one set of images."""
+
+
 def save_merged(report: Report, path: Path) -> Report:
     """Write a report, merged with the file at `path` if that is of the same artifact and machine; return the result.
 
@@ -168,8 +172,7 @@ def save_merged(report: Report, path: Path) -> Report:
         new = {finding.check for finding in report.findings}
         kept = tuple(finding for finding in old.findings if finding.check not in new)
         if "verify" in report.recipe:
-            others = {"latency", "build", "plan", *precision.PRECISIONS}
-            kept = tuple(finding for finding in kept if finding.check in others)
+            kept = tuple(finding for finding in kept if finding.check not in OF_A_VERIFICATION)
         report = msgspec.structs.replace(
             report,
             passed=report.passed and all(finding.passed for finding in kept),
