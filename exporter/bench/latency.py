@@ -172,7 +172,7 @@ def peak_name(made: Artifact) -> str:
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
-    models = [arm.name for arm in arms if arm.runtime != "peak"]
+    models = [Path(arm.name).name for arm in arms if arm.runtime != "peak"]
     step(f"timing {', '.join(models)} in turn in {LAUNCHES} fresh processes, batch {batch}")
     plan = Plan(
         arms=tuple(arms),
