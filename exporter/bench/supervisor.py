@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,8 +19,6 @@ from exporter.progress import note, track
 
 HANG_S = 300.0
 REPEATS = 1  # of the timing, when other processes disturbed it
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Idle threads of OpenMP sleep. Else those of one library spin on the cores that the next one computes on."""
 
 
 class _Failed(Exception):
@@ -158,26 +155,13 @@ def _ending(code: int | None) -> str:
 
 
 @contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of processes that are started within; those that the user has set stay."""
-    added = [name for name in settings if name not in os.environ]
-    os.environ.update({name: settings[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
-
-
-@contextmanager
 def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[tuple[BaseProcess, Connection, Any]]:
     """Run a task in a new process, which ends with the block."""
     fresh = multiprocessing.get_context("spawn")
     ours, theirs = fresh.Pipe()
     active = fresh.Value("i", 0, lock=False)
     process = fresh.Process(target=worker.work, args=(task, theirs, active, plan, opener), daemon=True)
-    with _environment(PASSIVE):
-        process.start()
+    process.start()
     theirs.close()
     try:
         yield process, ours, active

@@ -44,7 +44,6 @@ class Fake:
         OPENED.append(name)
         self.name, self.facts = name, {"device": "cpu", "arithmetic": "fp32"}
         self.facts |= {"process": str(os.getpid()), "opened": str(len(OPENED))}
-        self.facts["waiting"] = os.environ.get("OMP_WAIT_POLICY", "")
         self.ms = float(name.partition("@")[2] or 1)
 
     def __call__(self, images):

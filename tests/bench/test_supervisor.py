@@ -1,7 +1,6 @@
 """A model that crashes, hangs or raises falls out alone; the process that times is never left behind."""
 
 import itertools
-import multiprocessing
 import os
 import time
 from types import SimpleNamespace
@@ -171,11 +170,3 @@ def added(timing, made):
     for launch in made:
         timing.launches.append(launch)
         yield launch
-
-
-def test_idle_threads_of_openmp_sleep_in_the_timing_process(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    spawned = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("spawn"))
-    monkeypatch.setattr(supervisor, "multiprocessing", spawned)
-    assert timed(1, "eager").launches[0].facts["eager"]["waiting"] == "PASSIVE"
-    assert "OMP_WAIT_POLICY" not in os.environ
