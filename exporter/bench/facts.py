@@ -12,12 +12,12 @@ from exporter.bench import Cold, Timing
 from exporter.report import Finding
 
 
-def work(made: Artifact) -> list[Finding]:
+def work(artifact: Artifact) -> list[Finding]:
     """The multiply-accumulates of one image, where they are known."""
-    macs = made.sidecar.macs
+    macs = artifact.sidecar.macs
     if macs is None:
         return []
-    detail = f"multiply-accumulates of one image of {size_text(made.sidecar.preprocessing.size)} pixels"
+    detail = f"multiply-accumulates of one image of {size_text(artifact.sidecar.preprocessing.size)} pixels"
     return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 
