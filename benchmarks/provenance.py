@@ -15,6 +15,7 @@ from typing import Any
 from exporter import backends
 from exporter.errors import ExporterError
 from exporter.git import git
+from exporter.report.rendering import COMMIT_VARIABLES
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ("commit", "command", "date")
@@ -48,7 +49,7 @@ def commit() -> str:
 
 
 def _commit_of_ci() -> str | None:
-    return os.environ.get("GITHUB_SHA") or os.environ.get("CI_COMMIT_SHA")
+    return next((os.environ[name] for name in COMMIT_VARIABLES if os.environ.get(name)), None)
 
 
 def recorded_commit(path: Path) -> str | None:
