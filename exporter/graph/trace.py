@@ -60,21 +60,40 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     # A batch of one would be taken for a constant.
     example = torch.zeros(options.batch or 2, options.channels, *sides(options.imgsz or 64), dtype=dtype)
     with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=TRACED,
-            input_names=[INPUT],
-            output_names=output_names(options),
-            dynamic_shapes=(_dynamic_axes(options),),
-            verbose=False,
-        )
-    assert program is not None
+        exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
+        program = _converted(exported, options)
     graph_model = _taken(program.model)
     _name_axes(graph_model, options)
     _name_after_modules(graph_model)
     return graph_model
+
+
+def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) -> torch.onnx.ONNXProgram:
+    """Convert a program as it is, or decomposed where an operator of it has no ONNX function.
+
+    PyTorch's exporter decomposes every program, which traces the network again and takes half of the time.
+    """
+    import torch
+
+    def convert() -> torch.onnx.ONNXProgram:
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=TRACED,
+            input_names=[INPUT],
+            output_names=output_names(options),
+            verbose=False,
+        )
+        assert program is not None
+        return program
+
+    decompose = exported.run_decompositions
+    exported.run_decompositions = lambda *_: exported
+    try:
+        return convert()
+    except torch.onnx.OnnxExporterError:
+        exported.run_decompositions = decompose
+        return convert()
 
 
 def _taken(model: ir.Model) -> ir.Model:

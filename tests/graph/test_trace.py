@@ -8,7 +8,7 @@ import torch
 
 from exporter import artifact, backends
 from exporter.model import weights
-from tests.conftest import build, tiny_state, trace_options, write_tiny
+from tests.conftest import build, tiny_architecture, tiny_state, trace_options, write_tiny
 
 SPREAD = 1e-4
 SIZES = "a whole number from 32 to 4096, a list of two of these, dynamic or null"
@@ -53,16 +53,19 @@ OF_OPEN_SIZE = {"v2", "overlap", "overlap_tiered", "both pools", "stride 8", "pa
 """Varieties that are traced for every height and width, which takes longer; the others differ in no axis of images."""
 
 
+def network(variety):
+    from exporter.model.convnext import ConvNeXt
+
+    model = ConvNeXt(tiny_architecture(**VARIETIES[variety]), 10)
+    model.load_state_dict(tiny_state(**VARIETIES[variety]))
+    return model.eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize("variety", VARIETIES)
 def test_every_published_difference_survives_tracing(variety, tmp_path):
     from exporter.graph import trace
-    from exporter.model.convnext import ConvNeXt
-    from tests.conftest import tiny_architecture, tiny_state
 
-    arch = tiny_architecture(**VARIETIES[variety])
-    model = ConvNeXt(arch, 10)
-    model.load_state_dict(tiny_state(**VARIETIES[variety]))
-    model.eval().requires_grad_(False)
+    model, arch = network(variety), tiny_architecture(**VARIETIES[variety])
     is_open = variety in OF_OPEN_SIZE
     graph = trace.trace(model, trace_options(imgsz=None if is_open else 64, strides=arch.strides))
     ir.save(graph, tmp_path / "graph.onnx")
@@ -74,6 +77,37 @@ def test_every_published_difference_survives_tracing(variety, tmp_path):
     with torch.inference_mode():
         expected = model(images).numpy()
     assert np.abs(got - expected).max() <= SPREAD * expected.std()
+
+
+def shape_of(graph):
+    """Everything of a graph but the names that the exporter numbers: operators, attributes, what feeds what, weights."""
+    names = {out.name: f"{i}.{j}" for i, node in enumerate(graph) for j, out in enumerate(node.outputs)}
+    names |= {name: value.const_value.numpy().tobytes() for name, value in graph.initializers.items()}
+    nodes = [
+        (node.op_type, str(sorted(node.attributes.items())), [value and names.get(value.name) for value in node.inputs])
+        for node in graph
+    ]
+    return nodes, [names[value.name] for value in graph.outputs]
+
+
+@pytest.mark.parametrize(
+    ("variety", "options"), [("v1", {"imgsz": 64}), ("v2", {}), ("v2", {"imgsz": 64, "batch": 1, "uint8": True})]
+)
+def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(variety, options, traced_anew):
+    from exporter.data.images import Preprocessing
+    from exporter.graph import trace
+    from exporter.model import forms
+
+    model = network(variety)
+    if options.get("uint8"):
+        forms.take_pixels(model, Preprocessing(input="uint8"))
+    options = trace_options(**options)
+    example = torch.zeros(2, 3, 64, 64, dtype=torch.uint8 if options.uint8 else torch.float32)
+    shapes = (trace._dynamic_axes(options),)
+    plain = torch.onnx.export(
+        model, (example,), dynamo=True, opset_version=trace.TRACED, dynamic_shapes=shapes, verbose=False
+    )
+    assert shape_of(trace.trace(model, options).graph) == shape_of(plain.model.graph)
 
 
 def test_one_dynamic_graph_serves_any_multiple_of_32_and_any_batch(tiny, tmp_path):
