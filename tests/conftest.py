@@ -86,13 +86,9 @@ def the_same_verdicts_in_ci():
 
 @pytest.fixture(autouse=True, scope="session")
 def two_launches_are_enough():
-    """Whether a difference is significant is asked where it is measured; elsewhere six would only take longer, and
-    so would measuring again what another test disturbed."""
-    from exporter.bench import latency, supervisor
-
+    """Whether a difference is significant is asked where it is measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "LAUNCHES", 2)
-        patch.setattr(supervisor, "is_disturbed", lambda launch: False)
+        once.launch_twice(patch)
         yield
 
 
@@ -222,12 +218,13 @@ def write_tiny(folder: Path, **differences: object) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
+    return once.written(once.shared_folder(tmp_path_factory, "tiny"), write_tiny)
 
 
 @pytest.fixture(scope="session")
 def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny_v2"), grn=True, layer_scale=False)
+    folder = once.shared_folder(tmp_path_factory, "tiny_v2")
+    return once.written(folder, lambda path: write_tiny(path, grn=True, layer_scale=False))
 
 
 def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
@@ -280,8 +277,8 @@ def build_int8(recipe, out: Path, kept: tuple[str, ...] = ()):
 
 @pytest.fixture(scope="session")
 def artifacts(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The tiny model at every precision of every target, each built when it is first asked for."""
-    return Artifacts(tiny, tmp_path_factory.mktemp("artifacts"))
+    """The tiny model at every precision of every target, each built for the first test of any process that needs it."""
+    return Artifacts(tiny, once.shared_folder(tmp_path_factory, "artifacts"))
 
 
 class Artifacts(dict):
@@ -292,7 +289,13 @@ class Artifacts(dict):
         self.source, self.out = source, out
 
     def __missing__(self, key: tuple[str, str]):
-        self[key] = build(self.source, self.out, *key)
+        from exporter.artifact import load
+
+        path_file = self.out / f".{'-'.join(key)}"
+        with once.locked(path_file):
+            if not path_file.exists():
+                path_file.write_text(str(build(self.source, self.out, *key).path))
+            self[key] = load(Path(path_file.read_text()))
         return self[key]
 
 

@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,14 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(f"{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def written(folder: Path, write: Callable[[Path], object]) -> Path:
+    """The folder, into which something is written by the first process that needs it."""
+    with locked(folder):
+        if not any(folder.iterdir()):
+            write(folder)
+    return folder
 
 
 def lasting_folder(name: str) -> Path:
@@ -130,6 +138,14 @@ def keep_the_exporters_functions(patch: pytest.MonkeyPatch) -> None:
         return registry
 
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+
+
+def launch_twice(patch: pytest.MonkeyPatch) -> None:
+    """`bench` takes two processes for each model instead of six, and measures nothing again that others disturbed."""
+    from exporter.bench import latency, supervisor
+
+    patch.setattr(latency, "LAUNCHES", 2)
+    patch.setattr(supervisor, "is_disturbed", lambda launch: False)
 
 
 def _digest(content: object, *, values: bool) -> str:

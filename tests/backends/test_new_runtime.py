@@ -1,11 +1,13 @@
 """A new runtime is one new file: the package is copied, one module is added to it, and every command knows it."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,10 +102,13 @@ bench:
 """
 
 
-PROGRAM = """from exporter.bench import latency
-from exporter.cli import main
-latency.LAUNCHES = 2  # whether a difference is significant is asked elsewhere
-main()
+SERVER = """
+import sys
+from pathlib import Path
+from tests import program
+with program.installed(Path("bin"), Path("graphs")) as path:
+    print(path, flush=True)
+    sys.stdin.read()
 """
 
 
@@ -122,25 +127,47 @@ class Copy:
             shutil.copy(ROOT / name, folder / name)
         write_tiny(folder / "weights")
         (folder / "tiny.yaml").write_text(RECIPE)
+        (ROOT / "build").mkdir(exist_ok=True)
+        (folder / "build").symlink_to(ROOT / "build")  # the traced graphs
+        for name in ("bin", "graphs"):
+            (folder / name).mkdir()
+        self.environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
 
-    def python(self, *words: object) -> str:
-        """What a python process prints that finds the copy before any other."""
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Start the copy's `convnext-export`."""
+        pipe = subprocess.PIPE
+        words = [sys.executable, "-c", SERVER]
+        with subprocess.Popen(
+            words, cwd=self.folder, env=self.environment, stdin=pipe, stdout=pipe, text=True
+        ) as server:
+            self.program = self.folder / server.stdout.readline().strip()
+            yield
+            server.stdin.close()
+
+    def printed(self, *command: object) -> str:
+        """What a command prints in the folder of the copy."""
         done = subprocess.run(
-            [sys.executable, *map(str, words)], cwd=self.folder, env=environment, capture_output=True, text=True,
-            check=False, timeout=500,
+            [*map(str, command)], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
+            timeout=500,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def python(self, *words: object) -> str:
+        """What a python process prints that finds the copy before any other."""
+        return self.printed(sys.executable, *words)
+
     def run(self, *words: object) -> str:
-        """What a command prints."""
-        return self.python("-c", PROGRAM, *words)
+        """What `convnext-export WORDS…` of the copy prints."""
+        return self.printed(self.program, *words)
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return Copy(tmp_path_factory.mktemp("copy"))
+    made = Copy(tmp_path_factory.mktemp("copy"))
+    with made.serving():
+        yield made
 
 
 @pytest.fixture(scope="module")
