@@ -99,6 +99,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         once.keep_the_exporters_functions(patch)
         once.remember_traces(folder, patch)
+        patch.setenv(once.GRAPHS, str(folder))
         yield folder
 
 

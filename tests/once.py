@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+GRAPHS = "TESTS_GRAPHS"  # the environment variable that names the folder of traced graphs
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:

@@ -2,6 +2,12 @@
 
 import gc
 import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import once
 
 for name in (
     "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
@@ -9,4 +15,8 @@ for name in (
     "jinja2", "exporter.bench.worker", "exporter.cli",
 ):  # fmt: skip
     importlib.import_module(name)
+if folder := os.environ.get(once.GRAPHS):
+    patch = pytest.MonkeyPatch()
+    once.keep_the_exporters_functions(patch)
+    once.remember_traces(Path(folder), patch)
 gc.freeze()  # all of it lasts: a collection in a forked process, as before each timing, need not look at it

@@ -80,7 +80,7 @@ def test_every_published_difference_survives_tracing(variety, tmp_path):
 
 
 def shape_of(graph):
-    """Everything of a graph but the names that the exporter numbers: operators, attributes, what feeds what, weights."""
+    """Everything of a graph but the names that the exporter numbers: operators, attributes, edges and weights."""
     names = {out.name: f"{i}.{j}" for i, node in enumerate(graph) for j, out in enumerate(node.outputs)}
     names |= {name: value.const_value.numpy().tobytes() for name, value in graph.initializers.items()}
     nodes = [
