@@ -85,13 +85,13 @@ def the_same_verdicts_in_ci():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_launches_are_enough():
+def two_processes_are_enough():
     """Whether a difference is significant is asked where it is measured; elsewhere six would only take longer, and
     so would measuring again what another test disturbed."""
-    from exporter.bench import latency, supervisor
+    from exporter.bench import supervisor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "LAUNCHES", 2)
+        patch.setattr(supervisor, "PROCESSES", 2)
         patch.setattr(supervisor, "is_disturbed", lambda launch: False)
         yield
 

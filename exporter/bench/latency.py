@@ -15,7 +15,6 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import _cuda
 from exporter.bench import (
-    PROCESSES,
     Arm,
     Cold,
     Opener,
@@ -40,7 +39,6 @@ EAGER = "eager"
 GPU_WAYS = ("tf32", "fp16", "bf16")
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16", "bf16": "eager_bf16"}
 """Ways of running the PyTorch network, and what their metrics are called."""
-LAUNCHES = PROCESSES
 MOST_TIMES = 10  # --until gives up after so many times the duration
 NOISY_PCT = 5.0
 
@@ -173,20 +171,20 @@ def peak_name(made: Artifact) -> str:
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
-    models = [Path(arm.name).name for arm in arms if arm.runtime != "peak"]
-    step(f"timing {', '.join(models)} in turn in {LAUNCHES} fresh processes, batch {batch}")
+    models, processes = [Path(arm.name).name for arm in arms if arm.runtime != "peak"], supervisor.PROCESSES
+    step(f"timing {', '.join(models)} in turn in {processes} fresh processes, batch {batch}")
     plan = Plan(
         arms=tuple(arms),
         preprocessing=made.sidecar.preprocessing,
         batch=batch,
-        seconds=options.duration / LAUNCHES,
+        seconds=options.duration / processes,
         seed=options.seed,
     )
     timing, until = Timing(plan), options.until
     if until is None:
-        supervisor.measure(timing, opener, LAUNCHES)
+        supervisor.measure(timing, opener, processes)
     else:
-        supervisor.measure(timing, opener, LAUNCHES, LAUNCHES * MOST_TIMES, lambda: _widest(timing) <= until)
+        supervisor.measure(timing, opener, processes, processes * MOST_TIMES, lambda: _widest(timing) <= until)
     return timing
 
 

@@ -13,7 +13,6 @@ from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
 from exporter.bench import (
-    PROCESSES,
     Arm,
     Launch,
     Opener,
@@ -34,7 +33,6 @@ from exporter.report import Finding
 from exporter.stats import center, is_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
-LAUNCHES = PROCESSES
 AGAIN = 2  # times as many processes in the second look
 
 
@@ -116,7 +114,7 @@ def _case(batch: int) -> str:
 def _changes(
     pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, times: int, opener: Opener
 ) -> list[Change]:
-    launches = LAUNCHES * times
+    launches = supervisor.PROCESSES * times
     plan = _plan(pair, batch, options, seed=options.seed + launches)
     timing = Timing(plan)
     supervisor.measure(timing, opener, launches, stop_on_failure=True)
@@ -144,7 +142,8 @@ def _plan(pair: Pair, batch: int, options: CompareOptions, seed: int) -> Plan:
         for name, artifact in artifacts.items()
     )
     preprocessing = pair.base.sidecar.preprocessing
-    return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=options.duration / LAUNCHES, seed=seed)
+    seconds = options.duration / supervisor.PROCESSES
+    return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=seconds, seed=seed)
 
 
 def _change(limit: Limit, case: str, timing: Timing) -> Change:

@@ -100,9 +100,9 @@ bench:
 """
 
 
-PROGRAM = """from exporter.bench import latency
+PROGRAM = """from exporter.bench import supervisor
 from exporter.cli import main
-latency.LAUNCHES = 2  # whether a difference is significant is asked elsewhere
+supervisor.PROCESSES = 2  # whether a difference is significant is asked elsewhere
 main()
 """
 

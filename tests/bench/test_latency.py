@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from exporter import report
 from exporter.artifact import Artifact
 from exporter.backends import PeakProduct
-from exporter.bench import Launch, Plan, Timing, check_devices, latency
+from exporter.bench import Launch, Plan, Timing, check_devices, latency, supervisor
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
@@ -48,8 +48,8 @@ def test_there_is_a_report_for_each_artifact_with_its_samples(benched):
         assert one["passed"]
         for case in ("batch 1", "batch 3"):
             p50 = found(one, "p50_ms", case)
-            assert len(p50["launches"]) == latency.LAUNCHES
-            assert sum(p50["launches"]) == len(p50["samples"]) >= 3 * latency.LAUNCHES
+            assert len(p50["launches"]) == supervisor.PROCESSES
+            assert sum(p50["launches"]) == len(p50["samples"]) >= 3 * supervisor.PROCESSES
             assert min(p50["samples"]) > 0
             assert p50["value"] <= found(one, "p90_ms", case)["value"] <= found(one, "p99_ms", case)["value"]
             speed = found(one, "speedup", case)
@@ -139,7 +139,7 @@ def test_until_goes_on_until_the_interval_is_narrow_or_for_so_long(artifacts, ru
     made = artifacts["onnxruntime", "fp32"]
     (one,) = run("bench", made.path, *QUICK, "--until", "0.05%", "-o", tmp_path, "--json").json
     timing = one["environment"]["timing"]
-    assert timing["launches"] + timing["measured_again"] == 2 * latency.LAUNCHES
+    assert timing["launches"] + timing["measured_again"] == 2 * supervisor.PROCESSES
     assert len(found(one, "p50_ms")["launches"]) == timing["launches"]
 
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from exporter.bench import supervisor
 from exporter.compare import artifacts as comparing
 from exporter.compare import parse_limits
 from exporter.compare.artifacts import CompareOptions, Pair
@@ -25,7 +26,7 @@ def test_a_slower_head_is_measured_again_and_fails(pair):
     assert [finding.passed for finding in findings] == [False, False]
     assert 30 < findings[0].value < 50
     assert -35 < findings[1].value < -22
-    assert len(findings[0].samples) == comparing.LAUNCHES * comparing.AGAIN
+    assert len(findings[0].samples) == supervisor.PROCESSES * comparing.AGAIN
     assert findings[0].detail.startswith("regressed")
 
 
@@ -33,7 +34,7 @@ def test_the_same_is_looked_at_once_and_passes(pair):
     (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:20%"]), QUICK, fakes.same)
     assert finding.passed
     assert abs(finding.value) < 15
-    assert len(finding.samples) == comparing.LAUNCHES
+    assert len(finding.samples) == supervisor.PROCESSES
 
 
 def test_a_suspicion_that_does_not_come_back_passes(pair, monkeypatch):
