@@ -118,7 +118,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
             value(f),
             limit(f),
             ("unsure" if f.unsure else "pass" if f.passed else "FAIL") if f.limit is not None else "",
-            f.detail,
+            f.remarks,
         )
         for f in findings
     ]
