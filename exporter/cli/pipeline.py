@@ -112,8 +112,9 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
 
     Artifacts are timed in turn on this machine, and BASE twice, to measure the noise. A regression is significant by
     a rank test (p < 0.01, corrected for the number of comparisons) and exceeds its limit by more than that noise. It
-    is measured again, twice as long, before the command fails. By default, one core is left to other processes. Exit
-    code 6 means that a regression was found.
+    is measured again before the command fails, in twice as many processes or, among more than 40 comparisons, as many
+    as a significant one needs. By default, one core is left to other processes. Exit code 6 means that a regression was
+    found.
 
     A report may be a list of reports, as `bench --json` prints it. Answers are compared only where both reports were
     verified on the same images.
