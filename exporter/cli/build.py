@@ -10,7 +10,7 @@ import click
 
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, printable
 from exporter.recipe import Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
@@ -91,12 +91,12 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
         build.check_sources(recipe)
     if save:
         file.save(recipe, save, target.options)
-        click.echo(f"the recipe is {save}", err=True)
+        click.echo(printable(f"the recipe is {save}"), err=True)
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
         what = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
-        click.echo(f"{what} would be built in {out}; nothing was built", err=as_json)
+        click.echo(printable(f"{what} would be built in {out}; nothing was built"), err=as_json)
         if as_json:
             print_json({"recipe": recipe})
         return

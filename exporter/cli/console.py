@@ -59,7 +59,7 @@ class Drawn:
         with Progress(
             *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
         ) as progress:
-            task = progress.add_task(text, total=total)
+            task = progress.add_task(plain(text), total=total)
             drawn = time.monotonic()
             progress.refresh()
             for item in items:

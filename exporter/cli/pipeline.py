@@ -9,6 +9,7 @@ import click
 
 from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
+from exporter.errors import printable
 
 if TYPE_CHECKING:
     from exporter.run import Outcome
@@ -71,7 +72,7 @@ def run_command(
             console().print(f"the report is {plain(page)}", soft_wrap=True)
     for outcome in outcomes:
         if outcome.error:
-            click.echo(f"error: {outcome.name}: {outcome.error}", err=True)
+            click.echo(f"error: {printable(outcome.name)}: {outcome.error}", err=True)
     if code := next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0):
         raise click.exceptions.Exit(code)
 
@@ -178,11 +179,11 @@ def report_command(
         artifact.check_output(path)
     text, notes = rendering.rendered(reports, form)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(printable(f"note: {note}"), err=True)
     if history:
         rendering.remember(reports, history, commit)
     if output:
         disk.write_file(output, text.encode())
-        click.echo(f"the report is {output}")
+        click.echo(printable(f"the report is {output}"))
     else:
         click.echo(text, nl=False)

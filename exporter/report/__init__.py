@@ -192,7 +192,7 @@ def save_merged(report: Report, path: Path) -> Report:
 
 def is_stale(report: Report) -> bool:
     """Whether the artifact was rebuilt after the report."""
-    path = Path(str(report.artifact.get("path", "")))
+    path = Path(str(report.artifact.get("path") or "?"))
     if not sidecar_path(path).is_file():
         return False
     try:

@@ -60,14 +60,15 @@ def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = (), fo
 
     Raises: BadRequest with the problems of every file; for recipes that would write the same artifact.
     """
-    runs, problems = [], []
+    runs: list[RecipeRun] = []
+    problems: list[str] = []
     for path in paths:
         try:
             runs.append(RecipeRun(path, build.read(path, overrides), out, force))
         except BadRequest as error:
-            problems.append(str(error))
+            problems.extend(error.args)
     if problems:
-        raise BadRequest("\n       ".join(problems))
+        raise BadRequest(*problems)
     for targets in ({run.path: _target(run.recipe) for run in runs}, {run.path: f"runs/{run.name}" for run in runs}):
         for target, times in Counter(targets.values()).items():
             if times > 1:
