@@ -245,6 +245,8 @@ def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypa
     done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)
     assert done.code == 0, "it holds; whether it is used is the user's choice"
     assert "int8 is slower than fp32 here" in done.out
+    assert "speed-up over eager PyTorch" in done.out.replace("\n", " ")
+    assert "int8_speedup" not in done.out
     path = tmp_path / "custom_int8.onnx.report.json"
     assert "int8 is slower than fp32" in run("report", path).out.splitlines()[0]
     assert "int8 is slower than fp32" in run("report", path, "--format", "html").out

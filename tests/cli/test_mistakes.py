@@ -206,6 +206,32 @@ def test_a_file_as_output_folder_is_refused(tiny, tmp_path, refused):
     assert "expected a folder" in line
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("onnx", "--bf16"), "onnxruntime cannot run bf16; openvino and tensorrt can"),
+        (("onnx", "--fp8"), "onnxruntime cannot run fp8; tensorrt can"),
+        (("openvino", "--fp8"), "openvino cannot run fp8; tensorrt can"),
+    ],
+)
+def test_a_precision_of_another_target_is_refused_with_the_targets_that_take_it(words, message, refused, tmp_path):
+    line = refused(2, *words, "--weights", "random:0", "-o", tmp_path, folder=tmp_path)
+    assert message in line
+    assert "fp16" not in line
+
+
+def test_the_default_precision_can_be_named(run, tmp_path):
+    done = run("onnx", "--fp32", "--weights", "random:0", "-o", tmp_path, "--dry-run")
+    assert (done.code, "in fp32 for onnxruntime" in done.out) == (0, True)
+
+
+def test_an_artifact_of_another_size_is_replaced_with_a_note(tiny, run, tmp_path):
+    words = ("onnx", "--weights", tiny, "-o", tmp_path)
+    assert "is replaced" not in run(*words).err + run(*words).err
+    assert "custom_fp32.onnx is replaced: imgsz 64 → 32" in run(*words, "--imgsz", 32).err
+    assert "custom_fp32.onnx is replaced: batch dynamic → 2" in run(*words, "--imgsz", 32, "--batch", 2).err
+
+
 EVIL = "a\x1b[31m\u202e\nerror: b"
 """A name that colours the terminal, reverses its direction and begins a line of its own."""
 
