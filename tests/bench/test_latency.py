@@ -122,7 +122,8 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
         facts={peak: {"macs": str(weights.macs), "product": str(weights)}}, settled={}, dropped=0,
         conditions=conditions,
     )  # fmt: skip
-    timing = Timing(Plan(arms=(), preprocessing=made.sidecar.preprocessing, batch=2), [launch] * 6)
+    arms = (Arm(name="a.onnx", path="a.onnx", device="cuda"),)
+    timing = Timing(Plan(arms=arms, preprocessing=made.sidecar.preprocessing, batch=2), [launch] * 6)
     (share,) = latency._share_of_peak(timing, "a.onnx", made, "batch 2")
     assert (share.low, share.value, share.high) == pytest.approx((25, 25, 25))
     assert f"of the {2e-6 * weights.macs / 2:.0f} GFLOP/s of a 1×1 convolution of 1024 to 1024 channels" in share.detail
@@ -131,6 +132,7 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
     ]
     parts = latency._parts(Timing(timing.plan, told), "a.onnx", "batch 2")
     assert {f.metric: f.value for f in parts} == {"h2d_ms": 1.0, "compute_ms": 3.0, "d2h_ms": 0.5}
+    assert {f.setting for f in [share, *parts]} == {"cuda, latency"}
     assert latency._parts(timing, "a.onnx", "batch 2") == []
 
 
