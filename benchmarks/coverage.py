@@ -27,7 +27,7 @@ from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.backends import environment
-from exporter.bench import PROCESSES, Arm, Plan, Timing, latency, supervisor, worker
+from exporter.bench import Arm, Plan, Timing, latency, supervisor, worker
 from exporter.build import build
 from exporter.git import git
 from exporter.recipe import Model, Recipe
@@ -87,10 +87,12 @@ def repeat(made: Artifact, threads: int, seconds: float, seed: int, loaded: bool
     """Time an artifact against itself."""
     arms = tuple(Arm(name=name, path=str(made.path), threads=threads) for name in ARMS)
     preprocessing = made.sidecar.preprocessing
-    timing = Timing(Plan(arms=arms, preprocessing=preprocessing, seconds=seconds / PROCESSES, seed=100 * seed))
+    timing = Timing(
+        Plan(arms=arms, preprocessing=preprocessing, seconds=seconds / supervisor.PROCESSES, seed=100 * seed)
+    )
     begin = time.monotonic()
     with busy_core(loaded):
-        supervisor.measure(timing, worker.open_arm, PROCESSES)
+        supervisor.measure(timing, worker.open_arm, supervisor.PROCESSES)
     ratio = center(latency.speedups(timing, *ARMS))
     return Repetition(
         loaded=loaded,

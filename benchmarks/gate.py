@@ -30,9 +30,9 @@ from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Bound, Session
-from exporter.bench import Arm, Plan, worker
+from exporter.bench import Arm, Plan, supervisor, worker
 from exporter.compare import parse_limits
-from exporter.compare.artifacts import HEAD, LAUNCHES, CompareOptions, Pair, compare_times
+from exporter.compare.artifacts import HEAD, CompareOptions, Pair, compare_times
 from exporter.stats import proportion
 
 SLOWER = (0.0, 5.0, 10.0)
@@ -187,7 +187,7 @@ def trial(made: Artifact, kind: Kind, seed: int) -> Trial:
         low_pct=round(finding.low, 2),
         high_pct=round(finding.high, 2),
         alarm=not finding.passed,
-        again=len(finding.samples) > LAUNCHES,
+        again=len(finding.samples) > supervisor.PROCESSES,
         detail=finding.detail,
         plain_ms=round(plain_ms, 4),
     )

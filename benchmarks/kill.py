@@ -103,7 +103,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     import resource
 
     from exporter import run
-    from exporter.bench import latency
+    from exporter.bench import supervisor
     from exporter.build.int8 import speed
 
     os.setsid()
@@ -111,7 +111,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    speed.SECONDS_EACH, latency.LAUNCHES = 0.3, 2
+    speed.SECONDS_EACH, supervisor.PROCESSES = 0.3, 2
     os.chdir(recipes[0].parent)
     outcomes = run.run_all(run.read_all(recipes, out))
     for outcome in outcomes:

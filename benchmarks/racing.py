@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from math import exp
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.bench import PROCESSES, Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
+from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
 from exporter.stats import center
 
-LAUNCHES = PROCESSES
 Ratio = tuple[float, float, float]
 
 
@@ -18,8 +17,8 @@ def race(
     arms: Sequence[Arm], recipe: Preprocessing, batch: int, seconds: float, opener: Opener = worker.open_arm
 ) -> Timing:
     """All arms timed in fresh processes, `seconds` of timing in all."""
-    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / LAUNCHES))
-    supervisor.measure(timing, opener, LAUNCHES)
+    timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / supervisor.PROCESSES))
+    supervisor.measure(timing, opener, supervisor.PROCESSES)
     return timing
 
 

@@ -21,9 +21,16 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2
 
 
 class ExporterError(Exception):
-    """An error that the user can fix. The message has the cause, the expected value and the next step."""
+    """An error that the user can fix. The message has the cause, the expected value and the next step.
+
+    Each argument is one problem, and one line of the message: names in it, which may come from a file or an archive,
+    cannot begin a line or send commands to a terminal.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return "\n       ".join(printable(str(problem)) for problem in self.args)
 
 
 class BadRequest(ExporterError):

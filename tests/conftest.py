@@ -85,10 +85,10 @@ def the_same_verdicts_in_ci():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_launches_are_enough():
+def two_processes_are_enough():
     """Whether a difference is significant is asked where it is measured."""
     with pytest.MonkeyPatch.context() as patch:
-        once.launch_twice(patch)
+        once.time_in_two_processes(patch)
         yield
 
 

@@ -141,11 +141,11 @@ def keep_the_exporters_functions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
 
 
-def launch_twice(patch: pytest.MonkeyPatch) -> None:
-    """`bench` takes two processes for each model instead of six, and measures nothing again that others disturbed."""
-    from exporter.bench import latency, supervisor
+def time_in_two_processes(patch: pytest.MonkeyPatch) -> None:
+    """Time models in two processes instead of six, and measure nothing again that another test disturbed."""
+    from exporter.bench import supervisor
 
-    patch.setattr(latency, "LAUNCHES", 2)
+    patch.setattr(supervisor, "PROCESSES", 2)
     patch.setattr(supervisor, "is_disturbed", lambda launch: False)
 
 

@@ -62,7 +62,7 @@ def serve(address: str, graphs: Path, forks: str, ready: Any) -> None:
     once.keep_the_exporters_functions(patch)
     once.remember_traces(graphs, patch)
     once.fork_processes_of(supervisor, patch)
-    once.launch_twice(patch)
+    once.time_in_two_processes(patch)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()

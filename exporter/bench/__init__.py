@@ -90,9 +90,6 @@ def _article(kind: str) -> str:
     return f"an {kind}" if kind[:1] in "NI" else f"a {kind}"
 
 
-PROCESSES = 6
-"""Timing processes, the unit of every interval: the fewest of which signed ranks give a 95 % interval."""
-
 Opener = Callable[[Arm], AbstractContextManager[Session]]
 
 

@@ -21,17 +21,21 @@ def work(artifact: Artifact) -> list[Finding]:
     return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 
-def cold(found: Cold | str) -> list[Finding]:
+def cold(found: Cold | str, setting: str) -> list[Finding]:
     """The times of a cold start and the memory of its process, or the reason of a failure."""
     if isinstance(found, str):
-        return [Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)]
+        failed = Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)
+        return [msgspec.structs.replace(failed, setting=setting)]
     values = (
         ("cold_ms", found.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
         ("load_ms", found.load_ms, "ms", "loaded again"),
         ("first_ms", found.first_ms, "ms", "first inference after that"),
         ("peak_bytes", float(found.peak_bytes), "bytes", "of the process that ran it alone"),
     )
-    return [Finding(check="latency", metric=m, value=v, unit=unit, detail=text) for m, v, unit, text in values]
+    return [
+        Finding(check="latency", metric=metric, value=value, unit=unit, detail=text, setting=setting)
+        for metric, value, unit, text in values
+    ]
 
 
 def circumstances(timings: list[Timing]) -> dict[str, object]:

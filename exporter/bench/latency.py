@@ -15,7 +15,6 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import _cuda
 from exporter.bench import (
-    PROCESSES,
     Arm,
     Cold,
     Opener,
@@ -40,7 +39,6 @@ EAGER = "eager"
 GPU_WAYS = ("tf32", "fp16", "bf16")
 OTHERS = {"eager": "eager", "torch.compile": "compiled", "tf32": "tf32", "fp16": "eager_fp16", "bf16": "eager_bf16"}
 """Ways of running the PyTorch network, and what their metrics are called."""
-LAUNCHES = PROCESSES
 MOST_TIMES = 10  # --until gives up after so many times the duration
 NOISY_PCT = 5.0
 
@@ -173,20 +171,20 @@ def peak_name(made: Artifact) -> str:
 
 def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
-    models = [Path(arm.name).name for arm in arms if arm.runtime != "peak"]
-    step(f"timing {', '.join(models)} in turn in {LAUNCHES} fresh processes, batch {batch}")
+    models, processes = [Path(arm.name).name for arm in arms if arm.runtime != "peak"], supervisor.PROCESSES
+    step(f"timing {', '.join(models)} in turn in {processes} fresh processes, batch {batch}")
     plan = Plan(
         arms=tuple(arms),
         preprocessing=made.sidecar.preprocessing,
         batch=batch,
-        seconds=options.duration / LAUNCHES,
+        seconds=options.duration / processes,
         seed=options.seed,
     )
     timing, until = Timing(plan), options.until
     if until is None:
-        supervisor.measure(timing, opener, LAUNCHES)
+        supervisor.measure(timing, opener, processes)
     else:
-        supervisor.measure(timing, opener, LAUNCHES, LAUNCHES * MOST_TIMES, lambda: _widest(timing) <= until)
+        supervisor.measure(timing, opener, processes, processes * MOST_TIMES, lambda: _widest(timing) <= until)
     return timing
 
 
@@ -218,7 +216,7 @@ def _report(
     options: BenchOptions,
 ) -> Report:
     findings = [finding for timing in timings for finding in _findings(timing, arm, made)]
-    findings += [*facts.work(made), *facts.cold(cold[arm.name])]
+    findings += [*facts.work(made), *facts.cold(cold[arm.name], arm.setting)]
     sessions = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
     return Report(
         passed=all(finding.passed for finding in findings),
@@ -233,7 +231,8 @@ def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
     case = f"batch {timing.plan.batch}"
     if arm.name in timing.failures or not any(arm.name in launch.blocks for launch in timing.launches):
         reason = timing.failures.get(arm.name, "was never timed")
-        return [Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)]
+        failed = Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)
+        return [msgspec.structs.replace(failed, setting=arm.setting)]
     found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, made)]
     found += _share_of_peak(timing, arm.name, made, case)
     found += _parts(timing, arm.name, case)
@@ -250,6 +249,7 @@ def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
         Finding(
             check="latency", metric=part, case=case, value=median(one[part] for one in launches), unit="ms",
             detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in launches),
+            setting=timing.setting(name),
         )
         for part in (_cuda.PARTS if launches else ())
     ]  # fmt: skip
@@ -264,48 +264,35 @@ def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Fin
         detail += f", {streams} batches at once"
     if not all(launch.settled[name] for launch in timing.launches if name in launch.settled):
         detail += "; it had not settled after the warm-up"
+    common: dict[str, Any] = {"check": "latency", "case": case}
+    common |= {"noise": noise_of(timing), "setting": timing.setting(name)}
+    p50, p90, p99 = (
+        Finding(metric=f"{prefix}p{percent}_ms", value=float(np.quantile(samples, percent / 100)), unit="ms", **common)
+        for percent in (50, 90, 99)
+    )
+    rate = 1e3 * timing.plan.batch * streams / float(np.mean(samples))
     return [
-        Finding(
-            check="latency",
-            metric=f"{prefix}p50_ms",
-            case=case,
-            value=float(np.quantile(samples, 0.5)),
-            unit="ms",
+        msgspec.structs.replace(
+            p50,
             detail=detail,
             samples=tuple(round(sample, 4) for sample in samples),
             launches=tuple(map(len, launches)),
-            setting=timing.setting(name),
         ),
-        *(
-            Finding(
-                check="latency",
-                metric=f"{prefix}p{percent}_ms",
-                case=case,
-                value=float(np.quantile(samples, percent / 100)),
-                unit="ms",
-            )
-            for percent in (90, 99)
-        ),
-        Finding(
-            check="latency",
-            metric=f"{prefix}throughput_ips",
-            case=case,
-            value=1e3 * timing.plan.batch * streams / float(np.mean(samples)),
-            unit="images/s",
-        ),
+        p90,
+        p99,
+        Finding(metric=f"{prefix}throughput_ips", value=rate, unit="images/s", **common),
     ]
 
 
 def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> list[Finding]:
     """The latency of another model, and the speed-up over it, in pairs of the same rounds."""
     if other in timing.failures:
-        reason = timing.failures[other]
-        return [Finding(check="latency", metric=f"{prefix}_p50_ms", case=case, value=None, detail=reason)]
+        failed = Finding(check="latency", metric=f"{prefix}_p50_ms", case=case, value=None)
+        return [msgspec.structs.replace(failed, detail=timing.failures[other], setting=timing.setting(other))]
     ratios = speedups(timing, name, other)
     if len(ratios) < 2:
         return []
     estimate = center(ratios)
-    noise = noise_of(timing, estimate)
     metric = "speedup" if other == EAGER else f"speedup_over_{prefix}"
     speedup = Finding(
         check="latency",
@@ -315,9 +302,10 @@ def _against(timing: Timing, name: str, other: str, prefix: str, case: str) -> l
         unit="×",
         low=float(np.exp(estimate.low)),
         high=float(np.exp(estimate.high)),
-        detail=f"{other} ÷ artifact in pairs, ±{100 * estimate.half_width:.1f} %" + (f"; {noise}" if noise else ""),
-        noise=noise,
+        detail=f"{other} ÷ artifact in pairs, ±{100 * estimate.half_width:.1f} %",
         samples=tuple(round(float(np.exp(ratio)), 5) for ratio in ratios),
+        noise=noise_of(timing, estimate),
+        setting=timing.setting(name),
     )
     return [speedup, *_latency(timing, other, case, f"{prefix}_")[:1]]
 
@@ -332,9 +320,9 @@ def _share_of_peak(timing: Timing, name: str, made: Artifact, case: str) -> list
     low, value, high = (100 * float(np.exp(end)) for end in (found.low, found.value, found.high))
     rate, product = peak_gflops(timing, peak)
     detail = f"of the {rate:.0f} GFLOP/s of a {product} on {peak.removeprefix('peak of ')}{_computed(timing, peak)}"
-    return [
-        Finding(check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high, detail=detail)
-    ]
+    share = Finding(check="latency", metric="peak_pct", case=case, value=value, unit="%", low=low, high=high)
+    noise, setting = noise_of(timing, found), timing.setting(name)
+    return [msgspec.structs.replace(share, detail=detail, noise=noise, setting=setting)]
 
 
 def shares_of_peak(timing: Timing, name: str, peak: str, macs: int) -> list[float]:
@@ -368,9 +356,9 @@ def _computed(timing: Timing, name: str) -> str:
     return f", computed in {arithmetic}" if arithmetic else ""
 
 
-def noise_of(timing: Timing, ratio: Center) -> str:
-    """Sources of noise during the timing, as text, or ""."""
-    reasons = [f"interval wider than ±{NOISY_PCT:g} %"] if 100 * ratio.half_width > NOISY_PCT else []
+def noise_of(timing: Timing, ratio: Center | None = None) -> str:
+    """Sources of noise during the timing, and a wide interval of a ratio, as text, or ""."""
+    reasons = [f"interval wider than ±{NOISY_PCT:g} %"] if ratio and 100 * ratio.half_width > NOISY_PCT else []
     reasons += machine.disturbances([launch.conditions for launch in timing.launches])
     return f"noisy: {', '.join(reasons)}" if reasons else ""
 

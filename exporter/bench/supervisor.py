@@ -17,6 +17,8 @@ from exporter import machine
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, Timing, turns, worker
 from exporter.progress import note, track
 
+PROCESSES = 6
+"""Timing processes, the unit of every interval: the fewest of which signed ranks give a 95 % interval."""
 HANG_S = 300.0
 REPEATS = 1  # of the timing, when other processes disturbed it
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, read_sidecar, sidecar_path
+from exporter.artifact.sidecar import Sidecar, size_text
 from exporter.bench import Opener, worker
 from exporter.build import int8, tune
 from exporter.build.export import export
@@ -17,8 +19,9 @@ from exporter.build.resolve import read as read
 from exporter.build.resolve import resolve as resolve
 from exporter.build.resolve import schema as schema
 from exporter.build.resolve import target_options as target_options
+from exporter.errors import BadRequest
 from exporter.model.reference import Reference
-from exporter.progress import step
+from exporter.progress import note, step
 from exporter.recipe import Recipe
 from exporter.report import Report
 
@@ -45,6 +48,8 @@ def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference
     job = resolve(recipe, out, reference)
     if job.form == "auto":
         job = job.in_form(tune.fastest(job, _artifact_of, opener))
+    for path in job.files:
+        _note_replaced(path, job.sidecar)
     if job.precision.needs_calibration:
         return Built(*int8.build(job, _artifact_of, opener))
     graph = export(job)
@@ -56,6 +61,23 @@ def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference
         gc.collect()
     artifact = job.target.build(graph, recipe.precision, out, job.options)
     return Built(artifact, _report(job, artifact))
+
+
+def _note_replaced(path: Path, sidecar: Sidecar) -> None:
+    """Note that an artifact with other options of its graph is about to be replaced."""
+    if not sidecar_path(path).is_file():
+        return
+    with suppress(BadRequest):  # a damaged sidecar is of no artifact
+        before, after = _graph_options(read_sidecar(path)), _graph_options(sidecar)
+        changed = [f"{name} {before.get(name)} → {value}" for name, value in after.items() if before.get(name) != value]
+        if changed:
+            note(f"{path.name} is replaced: {', '.join(changed)}")
+
+
+def _graph_options(sidecar: Sidecar) -> dict[str, object]:
+    """The options of `Export` with which a graph was written, with its input size."""
+    options = dict(sidecar.recipe.get("export") or {})
+    return options if options.get("imgsz") == "dynamic" else {**options, "imgsz": size_text(sidecar.preprocessing.size)}
 
 
 def _artifact_of(recipe: Recipe, out: Path) -> Artifact:

@@ -20,7 +20,7 @@ from exporter import machine
 from exporter.artifact import Artifact
 from exporter.artifact.disk import cache_folder, write_file
 from exporter.artifact.sidecar import Record
-from exporter.bench import Opener, Timing, latency
+from exporter.bench import Opener, Timing, batches_of, latency
 from exporter.build.resolve import Job
 from exporter.errors import ExporterError
 from exporter.model import FORMS
@@ -119,10 +119,10 @@ def _store(path: Path, choice: Choice) -> None:
 
 
 def _choose(job: Job, artifacts: Mapping[str, Artifact], facts: dict[str, Any], opener: Opener) -> Choice:
-    batch = job.recipe.fixed_batch or 1
     step(f"--form auto: timing {', '.join(artifacts)}")
-    options = latency.BenchOptions(batch=(batch,), duration=SECONDS)
+    options = latency.BenchOptions(duration=SECONDS)
     listed = list(artifacts.values())
+    batch = batches_of(options, listed)[0]
     timing = latency.time_batch(latency.arms_of(listed, options), listed[0], batch, options, opener)
     names = {form: str(artifact.path) for form, artifact in artifacts.items()}
     failures = {form: reason for form, name in names.items() if (reason := _failure(job, timing, name))}

@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from exporter import __version__
-from exporter.errors import ExporterError, nearest
+from exporter.errors import ExporterError, nearest, printable
 
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
@@ -102,6 +102,12 @@ def _close(option: str, known: Iterable[str]) -> list[str]:
     return [other for other in known if difflib.get_close_matches(name, [other.lstrip("-")])]
 
 
+def _show(error: click.ClickException) -> None:
+    """Print a usage error; the words in it may be names of files, from a pattern of the shell."""
+    vars(error).update(message=printable(error.message))
+    error.show()
+
+
 def main() -> NoReturn:
     """Run a command line. An error that the user can fix is one line and an exit code."""
     for name in ("SIGTERM", "SIGHUP"):  # as CI and a closed terminal send them
@@ -111,10 +117,10 @@ def main() -> NoReturn:
         code = cli.main(standalone_mode=False)
     except click.NoSuchOption as error:
         close = _close(error.option_name, error.possibilities or ())
-        click.NoSuchOption(error.option_name, possibilities=close, ctx=error.ctx).show()
+        _show(click.NoSuchOption(error.option_name, possibilities=close, ctx=error.ctx))
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         sys.exit(error.exit_code)
     except ExporterError as error:
         click.echo(f"error: {error}", err=True)
@@ -127,6 +133,6 @@ def main() -> NoReturn:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        click.echo(f"error: {str(error.filename or 'output')[:200]}: {error.strerror}", err=True)
+        click.echo(f"error: {printable(str(error.filename or 'output')[:200])}: {error.strerror}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

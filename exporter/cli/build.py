@@ -10,7 +10,7 @@ import click
 
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, printable
 from exporter.recipe import Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
@@ -43,10 +43,7 @@ def command(name: str) -> click.Command:
         name: the backend's name.
     """
     target = backends.target(name)
-    flags = [flag for flag in precision.PRECISIONS if flag in target.precisions and flag != "fp32"]
-    groups: list[list[Callable[[F], F]]] = [
-        [click.option(f"--{flag}", is_flag=True, help=target.precisions[flag]) for flag in flags]
-    ]
+    groups: list[list[Callable[[F], F]]] = [[_flag(flag, target) for flag in precision.PRECISIONS]]
     if quantizes(target):
         scopes = list(target.placements)
         skip = () if len(scopes) > 1 else ("int8_scope",)
@@ -61,13 +58,19 @@ def command(name: str) -> click.Command:
     ]
 
     def run(**values: Any) -> None:
-        _build(name, target, {flag: values.pop(flag) for flag in flags}, values)
+        _build(name, target, {flag: values.pop(flag) for flag in precision.PRECISIONS}, values)
 
     run.__doc__ = "\n\n".join(
         [target.description, "\b\nExamples:\n" + "\n".join(f"  convnext-export {line}" for line in target.examples)]
     )
     options = [option for group in groups for option in group]
     return click.command(target.command, short_help=target.summary)(add(options)(run))
+
+
+def _flag(name: str, target: Target) -> Callable[[F], F]:
+    """The flag of a precision; hidden for the default and for those that the target refuses by name."""
+    hidden = name == "fp32" or name not in target.precisions
+    return click.option(f"--{name}", is_flag=True, help=target.precisions.get(name), hidden=hidden)
 
 
 def quantizes(target: Target) -> bool:
@@ -91,12 +94,12 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
         build.check_sources(recipe)
     if save:
         file.save(recipe, save, target.options)
-        click.echo(f"the recipe is {save}", err=True)
+        click.echo(printable(f"the recipe is {save}"), err=True)
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
         what = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
-        click.echo(f"{what} would be built in {out}; nothing was built", err=as_json)
+        click.echo(printable(f"{what} would be built in {out}; nothing was built"), err=as_json)
         if as_json:
             print_json({"recipe": recipe})
         return

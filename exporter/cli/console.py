@@ -59,7 +59,7 @@ class Drawn:
         with Progress(
             *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
         ) as progress:
-            task = progress.add_task(text, total=total)
+            task = progress.add_task(plain(text), total=total)
             drawn = time.monotonic()
             progress.refresh()
             for item in items:
@@ -118,7 +118,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
             value(f),
             limit(f),
             ("unsure" if f.unsure else "pass" if f.passed else "FAIL") if f.limit is not None else "",
-            f.detail,
+            f.remarks,
         )
         for f in findings
     ]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from exporter.errors import printable
+
 if TYPE_CHECKING:
     from exporter.artifact import Artifact
     from exporter.artifact.sidecar import Quantization
@@ -150,7 +152,7 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     if picture and layers:
         _draw(layers, picture)
     if inspection.reason:
-        click.echo(f"note: its layers are not known: {inspection.reason}", err=True)
+        click.echo(printable(f"note: its layers are not known: {inspection.reason}"), err=True)
 
 
 def _draw(layers: list[Layer], picture: Path) -> None:
@@ -162,7 +164,7 @@ def _draw(layers: list[Layer], picture: Path) -> None:
         columns.setdefault(_group(layer), []).append((layer.operator, layer.precision))
     svg = charts.network(columns)
     write_file(picture, svg.replace("<svg ", '<svg style="color:black;background:white" ', 1).encode())
-    click.echo(f"the picture is {picture}", err=True)
+    click.echo(printable(f"the picture is {picture}"), err=True)
 
 
 _INPUTS = {

@@ -9,6 +9,7 @@ import click
 
 from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
+from exporter.errors import printable
 
 if TYPE_CHECKING:
     from exporter.run import Outcome
@@ -71,7 +72,7 @@ def run_command(
             console().print(f"the report is {plain(page)}", soft_wrap=True)
     for outcome in outcomes:
         if outcome.error:
-            click.echo(f"error: {outcome.name}: {outcome.error}", err=True)
+            click.echo(f"error: {printable(outcome.name)}: {outcome.error}", err=True)
     if code := next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0):
         raise click.exceptions.Exit(code)
 
@@ -112,8 +113,9 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
 
     Artifacts are timed in turn on this machine, and BASE twice, to measure the noise. A regression is significant by
     a rank test (p < 0.01, corrected for the number of comparisons) and exceeds its limit by more than that noise. It
-    is measured again, twice as long, before the command fails. By default, one core is left to other processes. Exit
-    code 6 means that a regression was found.
+    is measured again before the command fails, in twice as many processes or, among more than 40 comparisons, as many
+    as a significant one needs. By default, one core is left to other processes. Exit code 6 means that a regression was
+    found.
 
     A report may be a list of reports, as `bench --json` prints it. Answers are compared only where both reports were
     verified on the same images.
@@ -177,11 +179,11 @@ def report_command(
         artifact.check_output(path)
     text, notes = rendering.rendered(reports, form)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(printable(f"note: {note}"), err=True)
     if history:
         rendering.remember(reports, history, commit)
     if output:
         disk.write_file(output, text.encode())
-        click.echo(f"the report is {output}")
+        click.echo(printable(f"the report is {output}"))
     else:
         click.echo(text, nl=False)

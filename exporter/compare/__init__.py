@@ -2,7 +2,7 @@
 
 A regression of time must be significant by a rank test over launches, corrected for the number of comparisons, and
 larger than its limit by more than the noise floor, which is the difference of the base from itself in the same run. A
-suspected regression is measured again, longer, and only the second measurement counts.
+suspected regression is measured again, in more processes, and only the second measurement counts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import floor, log2
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,8 @@ class Change:
     chance: the p-value, if nothing had changed.
     floor: the noise floor, the difference of base from itself.
     base, head: the metric itself, in its unit.
+    least_chance: the smallest p-value that a test of so many launches can give.
+    noise, setting: as a finding has them.
     """
 
     limit: Limit
@@ -123,6 +126,9 @@ class Change:
     floor: float
     base: float
     head: float
+    least_chance: float = 0.0
+    noise: str = ""
+    setting: str = ""
 
     @property
     def most(self) -> float:
@@ -143,15 +149,25 @@ class Change:
 def judge(changes: Sequence[Change], confirmed: bool) -> list[Finding]:
     """A finding for each change; only numbers that are `confirmed`, by a second measurement, can fail."""
     chances = holm([change.chance for change in changes])
-    return [_finding(change, chance, confirmed) for change, chance in zip(changes, chances, strict=True)]
+    return [_finding(change, chance, confirmed, len(changes)) for change, chance in zip(changes, chances, strict=True)]
 
 
-def _finding(change: Change, chance: float, confirmed: bool) -> Finding:
+def processes_needed(comparisons: int) -> int:
+    """The fewest processes in which one of so many comparisons can be significant.
+
+    The smallest p-value of the signed ranks of n processes is 2⁻ⁿ. Holm's correction multiplies the smallest of m
+    p-values by m, so m · 2⁻ⁿ < α, that is n > log₂(m / α).
+    """
+    return floor(log2(comparisons / ALPHA)) + 1
+
+
+def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -> Finding:
     regressed = chance < ALPHA and change.found.value > change.most + change.floor
+    unsure = confirmed and change.is_suspicious and comparisons * change.least_chance >= ALPHA
     flip = -1 if METRICS[change.limit.metric].higher_is_better else 1
     low, high = sorted(percent(flip * end) for end in (change.found.low, change.found.high))
     detail = (
-        f"{_verdict(change, regressed)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
+        f"{_verdict(change, regressed, unsure)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
         f"{len(change.effects)} launches; the base differs from itself by up to {percent(change.floor):.1f} %; "
         f"a change of {percent(change.detectable()):.1f} % would have been detected"
     )
@@ -167,12 +183,17 @@ def _finding(change: Change, chance: float, confirmed: bool) -> Finding:
         low=low,
         high=high,
         samples=tuple(round(percent(flip * effect), 4) for effect in change.effects),
+        noise=change.noise,
+        setting=change.setting,
+        unsure=unsure,
     )
 
 
-def _verdict(change: Change, regressed: bool) -> str:
+def _verdict(change: Change, regressed: bool, unsure: bool) -> str:
     if regressed:
         return "regressed"
+    if unsure:
+        return "above the limit, but too few launches for so many comparisons: compare fewer at once"
     if change.is_suspicious:
         return "above the limit, but not beyond the noise of this machine"
     return "better" if change.found.high < 0 else "no regression"

@@ -13,7 +13,6 @@ from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
 from exporter.bench import (
-    PROCESSES,
     Arm,
     Launch,
     Opener,
@@ -25,7 +24,8 @@ from exporter.bench import (
     supervisor,
     worker,
 )
-from exporter.compare import METRICS, Change, Limit, judge
+from exporter.bench.latency import noise_of
+from exporter.compare import METRICS, Change, Limit, judge, processes_needed
 from exporter.errors import BadRequest, CheckFailed
 from exporter.progress import step
 from exporter.recipe import Seconds, Threads, TimingOptions
@@ -34,8 +34,7 @@ from exporter.report import Finding
 from exporter.stats import center, is_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
-LAUNCHES = PROCESSES
-AGAIN = 2  # times as many processes in the second look
+AGAIN = 2  # times as many processes in the second look, or more if the number of comparisons needs it
 
 
 class CompareOptions(TimingOptions, frozen=True):
@@ -93,15 +92,17 @@ def compare_times(
     if not limits:
         return []
     first = {
-        batch: _changes(pair, limits, batch, options, 1, opener)
+        batch: _changes(pair, limits, batch, options, supervisor.PROCESSES, opener)
         for batch in batches_of(options, (pair.base, pair.head))
     }
-    findings = judge([change for changes in first.values() for change in changes], confirmed=False)
+    comparisons = [change for changes in first.values() for change in changes]
+    findings = judge(comparisons, confirmed=False)
     suspects = [batch for batch, changes in first.items() if any(change.is_suspicious for change in changes)]
     if not suspects:
         return findings
-    step("above the limit: measuring again, longer")
-    second = {batch: _changes(pair, limits, batch, options, AGAIN, opener) for batch in suspects}
+    processes = max(AGAIN * supervisor.PROCESSES, processes_needed(len(comparisons)))
+    step(f"above the limit: measuring again, in {processes} processes")
+    second = {batch: _changes(pair, limits, batch, options, processes, opener) for batch in suspects}
     findings = [finding for finding in findings if finding.case not in {_case(batch) for batch in suspects}]
     # Corrected for all that was looked at first, not only for what is looked at again.
     looked_at = [change for batch, changes in first.items() for change in second.get(batch, changes)]
@@ -114,12 +115,11 @@ def _case(batch: int) -> str:
 
 
 def _changes(
-    pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, times: int, opener: Opener
+    pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, processes: int, opener: Opener
 ) -> list[Change]:
-    launches = LAUNCHES * times
-    plan = _plan(pair, batch, options, seed=options.seed + launches)
+    plan = _plan(pair, batch, options, seed=options.seed + processes)
     timing = Timing(plan)
-    supervisor.measure(timing, opener, launches, stop_on_failure=True)
+    supervisor.measure(timing, opener, processes, stop_on_failure=True)
     for name, reason in timing.failures.items():
         path = pair.head.path if name == HEAD else pair.base.path
         raise CheckFailed(f"{path}: {reason}; nothing can be compared")
@@ -144,7 +144,8 @@ def _plan(pair: Pair, batch: int, options: CompareOptions, seed: int) -> Plan:
         for name, artifact in artifacts.items()
     )
     preprocessing = pair.base.sidecar.preprocessing
-    return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=options.duration / LAUNCHES, seed=seed)
+    seconds = options.duration / supervisor.PROCESSES
+    return Plan(arms=arms, preprocessing=preprocessing, batch=batch, seconds=seconds, seed=seed)
 
 
 def _change(limit: Limit, case: str, timing: Timing) -> Change:
@@ -153,7 +154,7 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
         first, second, head = (_logs(launch, name, limit.metric) for name in (BASE, CONTROL, HEAD))
         effects.append(float(np.median(head - (first + second) / 2)))
         control.append(float(np.median(second - first)))
-    itself = center(control)
+    itself, difference = center(control), center(effects)
     of = METRICS[limit.metric].of
     base, head_value = (of([flat(launch.blocks[name]) for launch in timing.launches]) for name in (BASE, HEAD))
     scale = 1e3 * timing.plan.batch * timing.launches[0].streams[HEAD]
@@ -161,12 +162,15 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
     return Change(
         limit=limit,
         case=case,
-        found=center(effects),
+        found=difference,
         effects=effects,
         chance=is_above(effects),
         floor=max(abs(itself.low), abs(itself.high)),
         base=scale / base if rate else base,
         head=scale / head_value if rate else head_value,
+        least_chance=0.5 ** len(effects),
+        noise=noise_of(timing, difference),
+        setting=timing.setting(HEAD),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from math import comb
 
 import msgspec
 import numpy as np
@@ -163,6 +164,7 @@ def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
 
 def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
     before, after = _launches(base, "p50_ms", case, "base"), _launches(head, "p50_ms", case, "head")
+    timed = [found for report in (base, head) if (found := report.find("p50_ms", case))]
     of = METRICS[limit.metric].of
     logs = [np.log([of([launch]) for launch in launches]) for launches in (before, after)]
     eager = [_eager(report, case, len(launches)) for report, launches in ((base, before), (head, after))]
@@ -180,6 +182,9 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
         floor=max(spread),
         base=known[0],
         head=known[1],
+        least_chance=1 / comb(len(before) + len(after), len(after)),
+        noise=next((one.noise for one in timed if one.noise), ""),
+        setting=timed[1].setting,
     )
 
 

@@ -67,7 +67,7 @@ class Marks:
             return
         lines = [str(problem) for problem in sorted(self.problems)]
         more = [f"and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
-        raise BadRequest("\n       ".join([*lines[:MOST_SHOWN], *more]))
+        raise BadRequest(*lines[:MOST_SHOWN], *more)
 
 
 def parse(text: str, source: str, overrides: Iterable[str] = ()) -> tuple[yaml.Node | None, Marks]:

@@ -30,7 +30,7 @@ class Finding(Record, frozen=True):
     timed the model, in order; `noise` says why a ratio of times is uncertain, `setting` names the device, threads and
     hint that were timed. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends
     of a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
-    `unsure` is whether it passes with a warning, because its interval contains the limit.
+    `unsure` is whether it passes with a warning: its interval contains the limit, or too few launches can show nothing.
     """
 
     check: str
@@ -48,6 +48,12 @@ class Finding(Record, frozen=True):
     noise: str = ""
     setting: str = ""
     unsure: bool = False
+
+    @property
+    def remarks(self) -> str:
+        """The detail, with noise and setting unless it names them, for tables without columns for those."""
+        others = [text for text in (self.noise, self.setting) if text and text not in self.detail]
+        return "; ".join(filter(None, [self.detail, *others]))
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -186,7 +192,7 @@ def save_merged(report: Report, path: Path) -> Report:
 
 def is_stale(report: Report) -> bool:
     """Whether the artifact was rebuilt after the report."""
-    path = Path(str(report.artifact.get("path", "")))
+    path = Path(str(report.artifact.get("path") or "?"))
     if not sidecar_path(path).is_file():
         return False
     try:

@@ -34,7 +34,13 @@ def name(report: Report) -> str:
     return str(report.artifact.get("label") or Path(str(report.artifact.get("path", "?"))).name)
 
 
-METRICS = {"gain": "speed-up", "kept_back": "kept in higher precision", "tried_loss": "loss", "tried_ms": "latency"}
+METRICS = {
+    "gain": "speed-up",
+    "int8_speedup": "speed-up over eager PyTorch",
+    "kept_back": "kept in higher precision",
+    "tried_loss": "loss",
+    "tried_ms": "latency",
+}
 """Displayed names of metrics whose name in stored reports is another one."""
 
 
@@ -76,18 +82,20 @@ def verdict(report: Report, checks: Sequence[str]) -> str:
 
 def regressions(reports: Sequence[Report]) -> Table:
     """A row for each limit that `compare` checked."""
-    columns = ("artifact", "metric", "case", "change", "95 % interval", "limit", "", "detail")
+    columns = ("artifact", "metric", "case", "setting", "change", "95 % interval", "limit", "", "detail")
     rows = [_regression(report, f) for report in reports for f in report.findings if f.check == "regression"]
-    return Table("Change from the base", columns, columns[3:6], rows)
+    return Table("Change from the base", columns, columns[4:7], rows)
 
 
 def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     unit = " %" if f.unit == "%" else f" {f.unit}" if f.unit else ""
     interval = "{:+.2f} … {:+.2f}".format(*f.interval) if f.interval else ""
     limit = "–" if f.limit is None else f"{f.limit:g}{unit}"
-    word = "passes" if f.passed else "**regressed**"
+    word = "**regressed**" if not f.passed else "passes, unsure" if f.unsure else "passes"
+    word += ", noisy" if f.noise else ""
+    detail = "; ".join(filter(None, (f.detail, f.noise)))
     change = "–" if f.value is None else f"{f.value:+.2f}{unit}"
-    return (name(report), f.metric, f.case, change, interval, limit, word, f.detail)
+    return (name(report), f.metric, f.case, f.setting, change, interval, limit, word, detail)
 
 
 ACCURACY = ("parity", "accuracy", "values", "sanity", "structure", "data", "blocks")
@@ -133,7 +141,7 @@ def int8(reports: Sequence[Report]) -> Table:
         if calibration and gain:
             kept = [f.case for f in report.findings if f.metric == "kept_back"]
             eager = report.find("int8_speedup")
-            noise = f"× eager {eager.noise}" if eager and eager.noise not in ("", gain.noise) else ""
+            noise = _more_noise(eager, gain)
             rows.append(
                 (
                     name(report),
@@ -149,6 +157,13 @@ def int8(reports: Sequence[Report]) -> Table:
                 )
             )
     return Table("INT8 compared with the next higher precision", columns, (columns[2], *columns[4:8]), rows)
+
+
+def _more_noise(eager: Finding | None, gain: Finding) -> str:
+    """The noise of the ratio to eager that the speed-up does not have too, or ""."""
+    reasons, known = (one.noise.removeprefix("noisy: ").split(", ") if one else [] for one in (eager, gain))
+    more = [reason for reason in reasons if reason and reason not in known]
+    return f"× eager noisy: {', '.join(more)}" if more else ""
 
 
 def sensitivity(reports: Sequence[Report]) -> Table:
@@ -207,10 +222,10 @@ def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, .
 
 def _latency(report: Report, case: str) -> tuple[str, ...]:
     metrics = ("p50_ms", "p90_ms", "p99_ms", "throughput_ips")
-    speed = report.find("speedup", case)
+    speed, p50 = report.find("speedup", case), report.find("p50_ms", case)
     bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
     interval = "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else ""
-    noise = noise_of(speed) if speed else ""
+    noise = noise_of(speed) if speed else p50.noise if p50 else ""
     return (
         *(number(report.find(metric, case)) for metric in metrics),
         number(speed, "{:.2f}"),

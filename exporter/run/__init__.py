@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
 from exporter.bench import Opener, latency, worker
 from exporter.errors import BadRequest, ExporterError, some
+from exporter.model import variants, weights
+from exporter.model.sources import is_random
 from exporter.progress import note, step
-from exporter.recipe import Bench, Recipe
+from exporter.recipe import Bench, Model, Recipe
 from exporter.report import Finding, Report, rendering
 from exporter.run.steps import STEPS, Part, Steps, bench_options, verify_options
 
@@ -60,15 +62,20 @@ def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = (), fo
 
     Raises: BadRequest with the problems of every file; for recipes that would write the same artifact.
     """
-    runs, problems = [], []
+    runs: list[RecipeRun] = []
+    problems: list[str] = []
     for path in paths:
         try:
             runs.append(RecipeRun(path, build.read(path, overrides), out, force))
         except BadRequest as error:
-            problems.append(str(error))
+            problems.extend(error.args)
     if problems:
-        raise BadRequest("\n       ".join(problems))
-    for targets in ({run.path: _target(run.recipe) for run in runs}, {run.path: f"runs/{run.name}" for run in runs}):
+        raise BadRequest(*problems)
+    kinds = Counter((run.recipe.backend, run.recipe.precision) for run in runs)
+    several = {kind for kind, times in kinds.items() if times > 1}
+    clashing = [run for run in runs if (run.recipe.backend, run.recipe.precision) in several]
+    artifacts = {run.path: _target(run.recipe) for run in clashing}
+    for targets in (artifacts, {run.path: f"runs/{run.name}" for run in runs}):
         for target, times in Counter(targets.values()).items():
             if times > 1:
                 same = [str(path) for path, other in targets.items() if other == target]
@@ -79,9 +86,21 @@ def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = (), fo
 
 
 def _target(recipe: Recipe) -> str:
-    """The artifact of a recipe, as far as it is known without the weights."""
-    network = recipe.model.variant or f"the model of {recipe.model.weights}"
-    return f"{network} {recipe.model.task} in {recipe.precision} for {recipe.backend}"
+    """The facts in the name of a recipe's artifact; weights are read where only they say which network it is."""
+    network, task = _network(recipe.model)
+    return f"{network}, task {task}, in {recipe.precision} for {recipe.backend}"
+
+
+def _network(model: Model) -> tuple[str, str]:
+    """The variant and the task of a model; for weights that cannot be read yet, as far as they are known."""
+    if model.weights == "hub" or is_random(model.weights):
+        return variants.resolve(model.variant or "tiny")[0].name, model.task or "classify"
+    with suppress(ExporterError):  # its outcome will say why it cannot be run
+        if weights.fingerprint(model.weights) is not None:
+            choices = weights.choices_of(msgspec.to_builtins(model))
+            checkpoint = weights.load(model.weights, model.variant, choices=choices)
+            return checkpoint.variant.name, model.task or checkpoint.task
+    return model.variant or f"the model of {model.weights}", model.task or "of the weights"
 
 
 def plan(recipe_run: RecipeRun) -> dict[str, str]:

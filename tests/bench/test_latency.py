@@ -15,8 +15,9 @@ from msgspec.structs import replace
 
 from exporter import report
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import PeakProduct
-from exporter.bench import Launch, Plan, Timing, check_devices, latency
+from exporter.bench import Arm, Launch, Plan, Timing, check_devices, latency, supervisor
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
@@ -48,8 +49,8 @@ def test_there_is_a_report_for_each_artifact_with_its_samples(benched):
         assert one["passed"]
         for case in ("batch 1", "batch 3"):
             p50 = found(one, "p50_ms", case)
-            assert len(p50["launches"]) == latency.LAUNCHES
-            assert sum(p50["launches"]) == len(p50["samples"]) >= 3 * latency.LAUNCHES
+            assert len(p50["launches"]) == supervisor.PROCESSES
+            assert sum(p50["launches"]) == len(p50["samples"]) >= 3 * supervisor.PROCESSES
             assert min(p50["samples"]) > 0
             assert p50["value"] <= found(one, "p90_ms", case)["value"] <= found(one, "p99_ms", case)["value"]
             speed = found(one, "speedup", case)
@@ -62,6 +63,39 @@ def test_there_is_a_report_for_each_artifact_with_its_samples(benched):
         assert found(one, "cold_ms")["value"] > found(one, "first_ms")["value"] > 0
         assert found(one, "peak_bytes")["value"] > 20e6
         assert report.load(path.path.with_name(path.path.name + ".report.json")).passed
+
+
+TIMES = {"p50_ms", "p90_ms", "p99_ms", "throughput_ips", "speedup", "peak_pct", "eager_p50_ms", "cold_ms", "load_ms"}
+
+
+def test_every_time_names_device_threads_and_hint(benched):
+    for one in benched[1]:
+        timed = [f for f in one["findings"] if f["unit"] in ("ms", "×", "images/s") or f["metric"] == "peak_pct"]
+        assert {f["metric"] for f in timed} >= TIMES
+        assert {f["setting"] for f in timed} == {"cpu, 1 thread, latency"}
+
+
+def test_times_of_disturbed_processes_are_marked_and_a_wide_interval_marks_only_the_ratio():
+    def timing(others_pct, ms):
+        conditions = Conditions(load=0, others_pct=others_pct, steal_pct=0, throttled=None, mhz=None)
+        launches = [
+            Launch(
+                blocks={"eager": [[4.0]], "a": [[one]]}, cosine={}, streams={"eager": 1, "a": 1}, facts={}, settled={},
+                dropped=0, conditions=conditions,
+            )
+            for one in ms
+        ]  # fmt: skip
+        arms = tuple(Arm(name=name, path=name, threads=1) for name in ("eager", "a"))
+        return Timing(Plan(arms=arms, preprocessing=Preprocessing(size=16, resize=16)), launches)
+
+    def noise(timing):
+        findings = [*latency._latency(timing, "a", "batch 1"), *latency._against(timing, "a", "eager", "eager", "")]
+        return {finding.metric: finding.noise for finding in findings}
+
+    busy = "other processes used 45 % of the machine"
+    assert set(noise(timing(45.0, [2.0] * 6)).values()) == {f"noisy: {busy}"}
+    wide = noise(timing(0.0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert (wide.pop("speedup"), set(wide.values())) == ("noisy: interval wider than ±5 %", {""})
 
 
 def test_work_and_the_share_of_the_machines_peak_are_told(benched):
@@ -88,7 +122,8 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
         facts={peak: {"macs": str(weights.macs), "product": str(weights)}}, settled={}, dropped=0,
         conditions=conditions,
     )  # fmt: skip
-    timing = Timing(Plan(arms=(), preprocessing=made.sidecar.preprocessing, batch=2), [launch] * 6)
+    arms = (Arm(name="a.onnx", path="a.onnx", device="cuda"),)
+    timing = Timing(Plan(arms=arms, preprocessing=made.sidecar.preprocessing, batch=2), [launch] * 6)
     (share,) = latency._share_of_peak(timing, "a.onnx", made, "batch 2")
     assert (share.low, share.value, share.high) == pytest.approx((25, 25, 25))
     assert f"of the {2e-6 * weights.macs / 2:.0f} GFLOP/s of a 1×1 convolution of 1024 to 1024 channels" in share.detail
@@ -97,6 +132,7 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
     ]
     parts = latency._parts(Timing(timing.plan, told), "a.onnx", "batch 2")
     assert {f.metric: f.value for f in parts} == {"h2d_ms": 1.0, "compute_ms": 3.0, "d2h_ms": 0.5}
+    assert {f.setting for f in [share, *parts]} == {"cuda, latency"}
     assert latency._parts(timing, "a.onnx", "batch 2") == []
 
 
@@ -139,7 +175,7 @@ def test_until_goes_on_until_the_interval_is_narrow_or_for_so_long(artifacts, ru
     made = artifacts["onnxruntime", "fp32"]
     (one,) = run("bench", made.path, *QUICK, "--until", "0.05%", "-o", tmp_path, "--json").json
     timing = one["environment"]["timing"]
-    assert timing["launches"] + timing["measured_again"] == 2 * latency.LAUNCHES
+    assert timing["launches"] + timing["measured_again"] == 2 * supervisor.PROCESSES
     assert len(found(one, "p50_ms")["launches"]) == timing["launches"]
 
 

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from benchmarks import forms, racing
 from benchmarks.peers import OURS_BF16, OURS_OV, PEERS, Case, Row, build, huggingface, table, timing
 from exporter.backends import Options
-from exporter.bench import Arm, Launch, Plan, Timing
+from exporter.bench import Arm, Launch, Plan, Timing, supervisor
 from exporter.machine import Conditions, environment
 from exporter.model.layouts import to_ours
 from tests.conftest import build as build_artifact
@@ -163,7 +163,7 @@ def test_a_race_is_so_many_launches_in_pairs(artifacts):
     made = artifacts["onnxruntime", "fp32"]
     arms = [Arm(name=name, path=str(made.path), threads=1) for name in ("one", "other")]
     timing_ = racing.race(arms, made.sidecar.preprocessing, 1, 0.5)
-    assert len(racing.samples(timing_, "one")) == racing.LAUNCHES
+    assert len(racing.samples(timing_, "one")) == supervisor.PROCESSES
     value, low, high = racing.ratio(timing_, "one", "other")
     assert low <= value <= high
     assert 0.5 < value < 2

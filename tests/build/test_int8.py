@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -244,6 +245,8 @@ def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypa
     done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)
     assert done.code == 0, "it holds; whether it is used is the user's choice"
     assert "int8 is slower than fp32 here" in done.out
+    assert "speed-up over eager PyTorch" in done.out.replace("\n", " ")
+    assert "int8_speedup" not in done.out
     path = tmp_path / "custom_int8.onnx.report.json"
     assert "int8 is slower than fp32" in run("report", path).out.splitlines()[0]
     assert "int8 is slower than fp32" in run("report", path, "--format", "html").out
@@ -280,7 +283,19 @@ def test_a_ratio_that_others_disturbed_is_marked_in_the_int8_table(artifacts):
     (row,) = tables.int8([report]).rows
     assert "noisy: other processes used 45 % of the machine" in row[-1]
     assert "× eager noisy: interval wider than ±5 %" in row[-1]
+    assert row[-1].count("other processes used 45 %") == 1
     assert "cpu, 2 threads, latency, batch 1" in row
+
+
+@pytest.mark.parametrize(("profiles", "batch"), [([[2, 4, 8]], 2), ([[1, 1, 16]], 1)])
+def test_an_engine_is_timed_at_a_batch_that_it_runs(profiles, batch, artifacts, monkeypatch):
+    made = artifacts["onnxruntime", "int8"]
+    engine = artifact.Artifact(made.path, msgspec.structs.replace(made.sidecar, target={"profiles": profiles}))
+    search = SimpleNamespace(best=Candidate((), engine, None), tried=[Candidate((), engine, None)])
+    work = SimpleNamespace(job=SimpleNamespace(recipe=recipe_of(precision="int8")))
+    monkeypatch.setattr(speed.latency, "time_batch", lambda arms, made, batch, options, opener: batch)
+    timed = speed.Timed(work, search, engine, None, None)
+    assert (timed.batch, timed.timing) == (batch, batch)
 
 
 def timed_as(artifacts, int8_ms, eager_ms, others_pct):

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from exporter import report
 from exporter.artifact import sidecar_path
 from tests.conftest import ROOT, copy_artifact
 
@@ -201,3 +204,69 @@ def test_the_image_size_is_set_from_python_as_the_readme_shows():
 def test_a_file_as_output_folder_is_refused(tiny, tmp_path, refused):
     line = refused(2, "onnx", "--weights", tiny, "-o", tmp_path / "model.onnx", folder=tmp_path)
     assert "expected a folder" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("onnx", "--bf16"), "onnxruntime cannot run bf16; openvino and tensorrt can"),
+        (("onnx", "--fp8"), "onnxruntime cannot run fp8; tensorrt can"),
+        (("openvino", "--fp8"), "openvino cannot run fp8; tensorrt can"),
+    ],
+)
+def test_a_precision_of_another_target_is_refused_with_the_targets_that_take_it(words, message, refused, tmp_path):
+    line = refused(2, *words, "--weights", "random:0", "-o", tmp_path, folder=tmp_path)
+    assert message in line
+    assert "fp16" not in line
+
+
+def test_the_default_precision_can_be_named(run, tmp_path):
+    done = run("onnx", "--fp32", "--weights", "random:0", "-o", tmp_path, "--dry-run")
+    assert (done.code, "in fp32 for onnxruntime" in done.out) == (0, True)
+
+
+def test_an_artifact_of_another_size_is_replaced_with_a_note(tiny, run, tmp_path):
+    words = ("onnx", "--weights", tiny, "-o", tmp_path)
+    assert "is replaced" not in run(*words).err + run(*words).err
+    assert "custom_fp32.onnx is replaced: imgsz 64 → 32" in run(*words, "--imgsz", 32).err
+    assert "custom_fp32.onnx is replaced: batch dynamic → 2" in run(*words, "--imgsz", 32, "--batch", 2).err
+
+
+EVIL = "a\x1b[31m\u202e\nerror: b"
+"""A name that colours the terminal, reverses its direction and begins a line of its own."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", f"{EVIL}.onnx"),
+        ("verify", "custom_fp32.onnx", "--data", EVIL),
+        ("compare", f"{EVIL}.json", f"{EVIL}.json"),
+        ("onnx", "--weights", f"{EVIL}.pth"),
+        ("onnx", "--weights", f"evil{EVIL}.safetensors"),
+        ("onnx", "--weights", "random:0", "--dry-run", "-o", EVIL),
+        ("onnx", "--weights", "random:0", "--dry-run", "--save-config", f"{EVIL}.yaml"),
+        ("inspect", "custom_fp32.onnx", "--picture", f"{EVIL}.svg"),
+        ("report", "report.json", "-o", f"{EVIL}.md"),
+        ("run", f"{EVIL}.yaml"),
+        ("run", f"two{EVIL}.yaml"),
+        ("run", f"{EVIL}.yaml", f"two{EVIL}.yaml"),
+        ("doctor", EVIL),
+        ("doctor", f"--{EVIL}"),
+        (EVIL,),
+    ],
+)
+def test_no_name_of_a_file_sends_commands_to_the_terminal(words, here, run):
+    """Nor does a key of a checkpoint; and no name begins a line."""
+    save_file({f"{EVIL}.weight": torch.zeros(2, 2)}, here / f"evil{EVIL}.safetensors")
+    (here / f"{EVIL}.yaml").write_text(
+        f"backend: onnxruntime\nprecision: fp32\nmodel: {{weights: {json.dumps(EVIL)}}}\n"
+    )
+    (here / f"two{EVIL}.yaml").write_text(f"backend: onnxruntime\n{json.dumps(EVIL)}: 1\nprecision: fp23\n")
+    report.save(report.Report(passed=True, recipe={}, artifact={}, environment={}, findings=()), here / "report.json")
+    result = run(*words)
+    printed = result.out + result.err
+    assert "\\x1b[31m" in printed or "a?[31m" in printed, printed
+    assert not set(printed) & {"\x1b", "\u202e", "\0"}
+    assert not [line for line in printed.splitlines() if line.startswith("error: b")]
+    assert "Traceback" not in printed

@@ -3,8 +3,10 @@
 import msgspec
 import pytest
 
+from exporter import machine
+from exporter.bench import supervisor
 from exporter.compare import artifacts as comparing
-from exporter.compare import parse_limits
+from exporter.compare import parse_limits, processes_needed
 from exporter.compare.artifacts import CompareOptions, Pair
 from exporter.errors import BadRequest, CheckFailed
 from tests.bench import fakes
@@ -25,15 +27,43 @@ def test_a_slower_head_is_measured_again_and_fails(pair):
     assert [finding.passed for finding in findings] == [False, False]
     assert 30 < findings[0].value < 50
     assert -35 < findings[1].value < -22
-    assert len(findings[0].samples) == comparing.LAUNCHES * comparing.AGAIN
+    assert len(findings[0].samples) == max(supervisor.PROCESSES * comparing.AGAIN, processes_needed(2))
     assert findings[0].detail.startswith("regressed")
+
+
+def test_a_slower_head_fails_among_however_many_comparisons(pair):
+    """Holm's correction for 44 comparisons takes 13 processes: p = 44 · 2⁻¹³ = 0.005."""
+    limits = parse_limits(["p50_ms:5%", "p90_ms:5%", "p99_ms:5%", "throughput_ips:5%"]) * 11
+    findings = comparing.compare_times(pair, limits, QUICK, fakes.slower_head)
+    assert [finding.passed for finding in findings] == [False] * 44
+    assert len(findings[0].samples) == 13
+
+
+def test_a_finding_says_on_which_device_and_how_noisy_the_machine_was(pair, monkeypatch):
+    monkeypatch.setattr(machine, "disturbances", lambda conditions: ["other processes used 45 % of the machine"])
+    options = msgspec.structs.replace(QUICK, threads=1)
+    (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:90%"]), options, fakes.same)
+    assert finding.setting == "cpu, 1 thread, latency"
+    assert finding.noise.startswith("noisy: ")
+    assert finding.noise.endswith("other processes used 45 % of the machine")
+    assert "noisy" not in finding.detail, "said once"
+
+
+def test_a_disturbed_process_is_measured_again_and_left_out(pair, monkeypatch):
+    first = []
+    monkeypatch.setattr(
+        supervisor, "is_disturbed", lambda launch: launch is (first or first.append(launch) or first)[0]
+    )
+    (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:90%"]), QUICK, fakes.same)
+    assert len(finding.samples) == supervisor.PROCESSES
+    assert first
 
 
 def test_the_same_is_looked_at_once_and_passes(pair):
     (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:20%"]), QUICK, fakes.same)
     assert finding.passed
     assert abs(finding.value) < 15
-    assert len(finding.samples) == comparing.LAUNCHES
+    assert len(finding.samples) == supervisor.PROCESSES
 
 
 def test_a_suspicion_that_does_not_come_back_passes(pair, monkeypatch):
@@ -41,13 +71,13 @@ def test_a_suspicion_that_does_not_come_back_passes(pair, monkeypatch):
     looks = []
     original = comparing._changes
 
-    def changes(pair, limits, batch, options, times, opener):
-        looks.append(times)
-        return original(pair, limits, batch, options, times, fakes.slower_head if times == 1 else fakes.same)
+    def changes(pair, limits, batch, options, processes, opener):
+        looks.append(processes)
+        return original(pair, limits, batch, options, processes, fakes.same if looks[1:] else fakes.slower_head)
 
     monkeypatch.setattr(comparing, "_changes", changes)
     (finding,) = comparing.compare_times(pair, parse_limits(["p50_ms:20%"]), QUICK)
-    assert looks == [1, comparing.AGAIN]
+    assert looks == [supervisor.PROCESSES, processes_needed(1)]
     assert finding.passed
 
 

@@ -1,9 +1,11 @@
 """What is a regression and what is not, on numbers whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits
+from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits, processes_needed
 from exporter.errors import BadRequest
 from exporter.stats import center, is_above, log_change
 
@@ -45,6 +47,23 @@ def test_the_correction_is_for_all_that_is_compared():
     one = change(shift_pct=30, launches=8)
     assert passed(one) == [False]
     assert passed(one, change(seed=1), change(seed=2))[0]
+
+
+@pytest.mark.parametrize(("comparisons", "processes"), [(1, 7), (2, 8), (40, 12), (41, 13), (1000, 17)])
+def test_as_many_processes_are_needed_as_make_one_comparison_significant(comparisons, processes):
+    assert processes_needed(comparisons) == processes
+    others = [change(seed=seed) for seed in range(1, comparisons)]
+    assert passed(change(shift_pct=30, launches=processes), *others)[0] is False
+    assert passed(change(shift_pct=30, launches=processes - 1), *others)[0] is True
+
+
+def test_too_few_launches_for_so_many_comparisons_are_said():
+    few = replace(change(shift_pct=30, launches=6), least_chance=0.5**6)
+    (finding,) = judge([few], confirmed=True)
+    assert (finding.passed, finding.unsure) == (True, True)
+    assert "too few launches for so many comparisons: compare fewer at once" in finding.detail
+    enough = replace(few, least_chance=0.5**7)
+    assert not judge([enough], confirmed=True)[0].unsure
 
 
 def test_a_first_look_never_fails():

@@ -11,7 +11,7 @@ import msgspec
 
 from exporter.artifact import Artifact
 from exporter.backends import NARROW, Layer
-from exporter.bench import Opener, Timing, flat, latency
+from exporter.bench import Opener, Timing, batches_of, flat, latency
 from exporter.build.int8.search import Candidate, Search
 from exporter.build.int8.work import Work
 from exporter.errors import ExporterError, first_line, some
@@ -34,11 +34,9 @@ class Timed:
             part: work.make((part,), folder / f"alone-{part}")
             for part in (best.kept if 1 < len(best.kept) <= MOST_ALONE else ())
         }
-        self.batch = recipe.fixed_batch or 1
         artifacts = [self.baseline, *(candidate.artifact for candidate in search.tried), *self.alone.values()]
-        options = latency.BenchOptions(
-            batch=(self.batch,), duration=SECONDS_EACH * (1 + len(artifacts)), weights=recipe.model.weights
-        )
+        options = latency.BenchOptions(duration=SECONDS_EACH * (1 + len(artifacts)), weights=recipe.model.weights)
+        self.batch = batches_of(options, artifacts)[0]
         self.timing: Timing = latency.time_batch(
             latency.arms_of(artifacts, options), artifacts[0], self.batch, options, opener
         )
@@ -174,7 +172,8 @@ def _tried(timed: Timed, search: Search) -> list[Finding]:
         rows.append(Finding(check=check, metric="tried_loss", value=candidate.loss, unit="points", case=case))
         if not timed.failure(candidate.artifact):
             ms = timed.ms(candidate.artifact)
-            rows.append(Finding(check=check, metric="tried_ms", value=ms, unit="ms", case=case))
+            setting = timed.setting(candidate.artifact)
+            rows.append(Finding(check=check, metric="tried_ms", value=ms, unit="ms", case=case, setting=setting))
     return rows
 
 

@@ -11,7 +11,7 @@ from exporter.report.tables import name
 
 ARTIFACT = ("variant", "task", "backend", "precision", "sha256")
 ACTIVE = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "::")
-FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "passed", "detail")
+FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "passed", "detail", "noise", "setting")
 
 
 def render(reports: Sequence[Report]) -> str:

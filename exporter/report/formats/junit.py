@@ -42,7 +42,7 @@ def _case(report: Report, finding: Finding) -> xml.Element:
 def _message(finding: Finding) -> str:
     value = "no number" if finding.value is None else f"{finding.value:.6g} {finding.unit}".strip()
     limit = "" if finding.limit is None else f", limit {finding.limit:.6g}"
-    return f"{value}{limit}" + (f": {finding.detail}" if finding.detail else "")
+    return f"{value}{limit}" + (f": {finding.remarks}" if finding.remarks else "")
 
 
 def _text(text: str) -> str:
