@@ -126,7 +126,7 @@ def processes_are_forked():
 @pytest.fixture(scope="session")
 def installed(graphs: Path, tmp_path_factory: pytest.TempPathFactory):
     """The path of a `convnext-export` for shells, which starts at once."""
-    with program.installed(tmp_path_factory.mktemp("bin"), graphs) as path:
+    with program.installed(tmp_path_factory.mktemp("bin")) as path:
         yield path
 
 

@@ -3,10 +3,12 @@
 import gc
 import importlib
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
+from exporter.bench import supervisor
 from tests import once
 
 for name in (
@@ -19,4 +21,7 @@ if folder := os.environ.get(once.GRAPHS):
     patch = pytest.MonkeyPatch()
     once.keep_the_exporters_functions(patch)
     once.remember_traces(Path(folder), patch)
+    once.time_in_two_processes(patch)
+    once.fork_processes_of(supervisor, patch)
+    forkserver._forkserver.ensure_running = lambda: None  # a forked process has others forked by the same one
 gc.freeze()  # all of it lasts: a collection in a forked process, as before each timing, need not look at it

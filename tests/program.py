@@ -11,13 +11,9 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from exporter.bench import supervisor
 from tests import once
 
 CLIENT = """#!{python} -IS
@@ -31,15 +27,14 @@ sys.exit(int(line.recv(16) or 1))
 
 
 @contextlib.contextmanager
-def installed(folder: Path, graphs: Path) -> Iterator[Path]:
-    """The path of a `convnext-export` in a folder, whose traced graphs are remembered in another."""
+def installed(folder: Path) -> Iterator[Path]:
+    """The path of a `convnext-export` in a folder."""
     path, address = folder / "convnext-export", str(folder / "socket")
     path.write_text(CLIENT.format(python=sys.executable, address=address))
     path.chmod(0o755)
     context = once.forking()
-    forkserver.ensure_running()
     ready = context.Event()
-    server = context.Process(target=serve, args=(address, graphs, forkserver._forkserver._forkserver_address, ready))
+    server = context.Process(target=serve, args=(address, ready))
     server.start()
     assert ready.wait(60)
     yield path
@@ -47,22 +42,13 @@ def installed(folder: Path, graphs: Path) -> Iterator[Path]:
     server.join()
 
 
-def serve(address: str, graphs: Path, forks: str, ready: Any) -> None:
+def serve(address: str, ready: Any) -> None:
     """Fork for each command that comes, and wait for none of them.
 
     Args:
         address: of the socket that clients connect to.
-        graphs: the folder of traced graphs.
-        forks: the address of the process that forks, for what commands time.
         ready: set when clients may connect.
     """
-    forkserver._forkserver._forkserver_address = forks
-    forkserver._forkserver.ensure_running = lambda: None  # else each command would start its own
-    patch = pytest.MonkeyPatch()
-    once.keep_the_exporters_functions(patch)
-    once.remember_traces(graphs, patch)
-    once.fork_processes_of(supervisor, patch)
-    once.time_in_two_processes(patch)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from exporter import backends
+from tests import once
 from tests.conftest import ROOT, write_tiny
 
 MINE = '''
@@ -106,7 +107,7 @@ SERVER = """
 import sys
 from pathlib import Path
 from tests import program
-with program.installed(Path("bin"), Path("graphs")) as path:
+with program.installed(Path("bin")) as path:
     print(path, flush=True)
     sys.stdin.read()
 """
@@ -131,7 +132,12 @@ class Copy:
         (folder / "build").symlink_to(ROOT / "build")  # the traced graphs
         for name in ("bin", "graphs"):
             (folder / name).mkdir()
-        self.environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            once.GRAPHS: str(folder / "graphs"),
+        }
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
