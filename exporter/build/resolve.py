@@ -382,8 +382,7 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
 
 
 def _check_checks(recipe: Recipe) -> None:
-    checks = recipe.checks
-    check_threshold(checks)
+    check_threshold(checks := recipe.checks)
     if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task in ("embed", "features")):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
 
