@@ -201,6 +201,12 @@ def test_a_label_that_eager_never_sees_is_no_error_and_a_stuck_one_is(artifacts)
     assert everything["constant_labels"].value == 6
 
 
+def test_a_label_with_one_score_in_eager_too_is_not_stuck(artifacts):
+    eager, _ = scores(200, 6)
+    eager[:, 2] = -4.0
+    assert judged(artifacts, eager, eager.copy())["constant_labels"].value == 0
+
+
 def test_a_single_label_has_decisions_and_no_cosine(artifacts):
     eager, truth = scores(200, 1)
     options = Checks(outputs="multilabel")
