@@ -8,7 +8,7 @@ from math import exp, log, sqrt
 
 import numpy as np
 
-_Z = 1.959964  # the 97.5 % point of the normal distribution
+Z = 1.959964  # the 97.5 % point of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,18 @@ class Drop:
     won: int
 
 
-def proportion(hits: int, count: int) -> Share:
-    """`hits` of `count`, with Clopper and Pearson's exact interval (Biometrika 1934), never too narrow for few."""
-    from scipy.stats import binomtest
+def proportion(hits: float, count: int) -> Share:
+    """`hits` of `count`, with Clopper and Pearson's exact interval (Biometrika 1934), never too narrow for few.
 
-    interval = binomtest(hits, count).proportion_ci(method="exact")
-    return Share(100 * hits / count, 100 * float(interval.low), 100 * float(interval.high))
+    `hits` may be a sum of shares, one for each of the `count`. The interval is then too wide, never too narrow: among
+    all numbers from 0 to 1 with one mean, those that are only 0 or 1 vary most (Hoeffding, "Probability inequalities
+    for sums of bounded random variables", 1963).
+    """
+    from scipy.stats import beta
+
+    low = float(beta.ppf(0.025, hits, count - hits + 1)) if hits > 0 else 0.0
+    high = float(beta.ppf(0.975, hits + 1, count - hits)) if hits < count else 1.0
+    return Share(100 * hits / count, 100 * low, 100 * high)
 
 
 def paired_drop(before: Sequence[bool], after: Sequence[bool]) -> Drop:
@@ -53,8 +59,18 @@ def drop_interval(lost: float, won: float, count: int) -> tuple[float, float]:
     ("Simple improved confidence intervals for comparing matched proportions", 2005).
     """
     n, b, c = count + 2, lost + 0.5, won + 0.5
-    middle, half = (b - c) / n, _Z * sqrt(b + c - (b - c) ** 2 / n) / n
+    middle, half = (b - c) / n, Z * sqrt(b + c - (b - c) ** 2 / n) / n
     return 100 * (middle - half), 100 * (middle + half)
+
+
+def mean_half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95 % interval of a mean; 0 of one value."""
+    from scipy.stats import t
+
+    found = np.asarray(values, float)
+    if len(found) < 2:
+        return 0.0
+    return float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / sqrt(len(found)))
 
 
 @dataclass(frozen=True)

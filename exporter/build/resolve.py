@@ -36,6 +36,7 @@ from exporter.quantize.placement import Placement
 from exporter.recipe import Recipe, file, strict
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
+from exporter.verify.outputs import check_threshold
 
 
 @dataclass(frozen=True)
@@ -381,7 +382,7 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
 
 
 def _check_checks(recipe: Recipe) -> None:
-    checks = recipe.checks
+    check_threshold(checks := recipe.checks)
     if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task in ("embed", "features")):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
 

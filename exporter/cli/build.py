@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-JUDGED = ("outputs", "when_unsure")
+JUDGED = ("outputs", "threshold", "when_unsure")
 """The fields of checks that int8's search needs."""
 NO_OPTIONS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 OUTPUT = (

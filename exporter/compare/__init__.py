@@ -20,7 +20,7 @@ from exporter.artifact.sidecar import Record
 from exporter.bench import flat
 from exporter.errors import BadRequest, nearest
 from exporter.report import Finding, judged
-from exporter.stats import Center, holm, log_change, paired_drop, percent
+from exporter.stats import Center, holm, log_change, mean_half_width, paired_drop, percent
 
 ALPHA = 0.01
 LEAST_LAUNCHES = 5  # with fewer on both sides no rank test can be significant
@@ -36,11 +36,12 @@ def _none(blocks: Blocks) -> float:
 @dataclass(frozen=True)
 class Metric:
     """How a metric is compared. For times, `of` computes one number from the blocks of a launch, where more is worse.
-    The other values of `kind` are exact numbers, and answers to the same images."""
+    The other values of `kind` are exact numbers, and answers to the same images, which the finding `answers` has."""
 
     kind: Literal["time", "exact", "answers"]
     of: Callable[[Blocks], float] = _none
     higher_is_better: bool = False
+    answers: str = ""
 
 
 def _quantile(share: float) -> Callable[[Blocks], float]:
@@ -54,7 +55,8 @@ METRICS = {
     "throughput_ips": Metric("time", lambda blocks: float(np.mean(flat(blocks))), higher_is_better=True),
     "bytes": Metric("exact"),
     "nodes": Metric("exact"),
-    "top1_drop": Metric("answers"),
+    "top1_drop": Metric("answers", answers="top1"),
+    "map_drop": Metric("answers", answers="map"),
 }
 
 
@@ -216,26 +218,52 @@ def compare_exact(limit: Limit, base: float, head: float) -> Finding:
     )
 
 
-def compare_answers(limit: Limit, base: Sequence[float], head: Sequence[float]) -> Finding:
-    """The top-1 loss of head compared with base on the same images, in points; a loss within its interval passes.
+def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
+    """The loss of top-1 or mAP of head compared with base on the same images, in points; a loss within its interval
+    passes.
+
+    Args:
+        limit: of a metric of answers.
+        base, head: with a sample for each image: for top-1 whether it is right, for mAP its pseudo-value.
 
     Raises: BadRequest when the images differ.
     """
-    if len(base) != len(head) or not base:
+    count = len(base.samples)
+    if count != len(head.samples) or not count:
         raise BadRequest(
-            f"{limit.metric}: base answered {len(base)} images and head {len(head)}; verify both on the same --data"
+            f"{limit.metric}: base answered {count} images and head {len(head.samples)}; verify both on the same --data"
         )
-    drop = paired_drop([one > 0 for one in base], [one > 0 for one in head])
-    significant = drop.low > 0
-    finding = Finding(
+    drop = _map_drop(base, head) if limit.metric == "map_drop" else _top1_drop(base, head)
+    significant = drop.low is not None and drop.low > 0
+    within = drop.value is None or drop.value <= limit.most
+    detail = drop.detail + ("" if significant or within else "; above the limit, but within the noise of few images")
+    result = judged(replace(drop, metric=limit.metric, detail=detail), limit.most, "low")
+    return result if significant else replace(result, passed=True)
+
+
+def _map_drop(base: Finding, head: Finding) -> Finding:
+    """The difference of two mAPs, with Student's interval of the paired differences of the images' pseudo-values."""
+    value = (base.value or 0.0) - (head.value or 0.0)
+    half = mean_half_width(np.subtract(base.samples, head.samples).tolist())
+    return Finding(
         check="regression",
-        metric=limit.metric,
+        metric="map_drop",
+        value=value,
+        unit="points",
+        low=value - half,
+        high=value + half,
+        detail=f"{base.value:.2f} → {head.value:.2f} % on {len(base.samples)} images",
+    )
+
+
+def _top1_drop(base: Finding, head: Finding) -> Finding:
+    drop = paired_drop([one > 0 for one in base.samples], [one > 0 for one in head.samples])
+    return Finding(
+        check="regression",
+        metric="top1_drop",
         value=drop.value,
         unit="points",
         low=drop.low,
         high=drop.high,
-        detail=f"{drop.lost} images lost and {drop.won} won of {len(base)}"
-        + ("" if significant or drop.value <= limit.most else "; above the limit, but within the noise of few images"),
+        detail=f"{drop.lost} images lost and {drop.won} won of {len(base.samples)}",
     )
-    result = judged(finding, limit.most, "low")
-    return result if significant else replace(result, passed=True)

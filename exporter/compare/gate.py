@@ -18,6 +18,7 @@ from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare
 from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
+from exporter.recipe import OutputKind
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
 from exporter.report.tables import name
@@ -30,7 +31,8 @@ class GateOptions(CompareOptions, frozen=True):
     fail_on: Annotated[
         tuple[str, ...],
         about(
-            "A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3.",
+            "A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3 "
+            "or, of multi-label heads, map_drop:0.3.",
             metavar="METRIC:LIMIT",
         ),
     ] = ()
@@ -38,7 +40,7 @@ class GateOptions(CompareOptions, frozen=True):
     build: Annotated[
         str | None, about("The shell command that builds HEAD, here and at --base-rev.", metavar="CMD")
     ] = None
-    data: Annotated[str | None, about("Labelled images, needed for top1_drop.", metavar="SRC")] = None
+    data: Annotated[str | None, about("Labelled images, needed for top1_drop and map_drop.", metavar="SRC")] = None
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:
@@ -91,13 +93,16 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     }
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
+    if len(by_kind["answers"]) > 1:
+        raise BadRequest("--fail-on: top1_drop is of classes and map_drop of a multi-label head; give one of the two")
     check_pair(pair, options)
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
     if options.data is not None and by_kind["answers"]:
         device = backends.device_of(pair.base, options.device)
-        verify_options = VerifyOptions(data=options.data, device=device, when_unsure="pass")
+        outputs: OutputKind | None = "multilabel" if by_kind["answers"][0].metric == "map_drop" else None
+        verify_options = VerifyOptions(data=options.data, device=device, when_unsure="pass", outputs=outputs)
         both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
         findings += compare_reports([(both[0], both[1])], by_kind["answers"], ("model",))
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())

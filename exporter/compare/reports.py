@@ -73,7 +73,7 @@ def _compare_others(base: Report, head: Report, limits: Sequence[Limit]) -> list
             findings.append(compare_exact(limit, _number(base, limit, "base"), _number(head, limit, "head")))
         elif METRICS[limit.metric].kind == "answers":
             check_images(base, head, limit)
-            findings.append(compare_answers(limit, _answers(base, "base"), _answers(head, "head")))
+            findings.append(compare_answers(limit, _answers(base, limit, "base"), _answers(head, limit, "head")))
     return findings
 
 
@@ -143,11 +143,15 @@ def _number(report: Report, limit: Limit, side: str) -> float:
     return value
 
 
-def _answers(report: Report, side: str) -> tuple[float, ...]:
-    found = report.find("top1")
-    if found is None or not found.samples:
-        raise BadRequest(f"--fail-on top1_drop: the {side} report has no top1; `verify --data` with labels measures it")
-    return found.samples
+def _answers(report: Report, limit: Limit, side: str) -> Finding:
+    metric = METRICS[limit.metric].answers
+    found = report.find(metric)
+    if found is None or not found.samples or found.value is None:
+        multilabel = " --outputs multilabel" if metric == "map" else ""
+        raise BadRequest(
+            f"--fail-on {limit}: the {side} report has no {metric}; `verify --data`{multilabel} with labels measures it"
+        )
+    return found
 
 
 def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:

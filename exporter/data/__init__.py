@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed images (N, C, H, W) float32, their names, and their classes (N,), −1 where unknown."""
+    """Preprocessed images (N, C, H, W) float32, their names, and their classes (N,), −1 where unknown, or for a
+    multi-label head 0 or 1 for each label (N, L)."""
 
     images: NDArray[np.float32]
     labels: NDArray[np.int64]

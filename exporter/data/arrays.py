@@ -65,7 +65,8 @@ def _read(file: IO[bytes], count: int) -> bytes:
 
 
 def open_npz(path: Path, recipe: Preprocessing, labelled: bool = True) -> Arrays:
-    """Open an `.npz` and check its arrays without reading the images; its labels are read where `labelled`.
+    """Open an `.npz` and check its arrays without reading the images; its labels, (N,) or (N, L), are read where
+    `labelled`.
 
     Raises: BadRequest when it is damaged, or when its arrays have wrong names, types or shapes.
     """
@@ -86,7 +87,7 @@ def open_npz(path: Path, recipe: Preprocessing, labelled: bool = True) -> Arrays
         raise BadRequest(f"{path}: images are {dtype} {shape}; {expected}")
     if inputs and recipe.input != "normalized":
         raise BadRequest(f"{path}: images are float32, and the artifact takes {recipe.input}; give uint8 pixels")
-    if labels is not None and labels.shape != shape[:1]:
+    if labels is not None and (labels.shape[:1] != shape[:1] or labels.ndim > 2):
         raise BadRequest(f"{path}: {shape[0]} images but labels of shape {labels.shape}")
     return Arrays(path, recipe, shape, dtype, labels)
 
@@ -107,6 +108,6 @@ def _labels(archive: zipfile.ZipFile) -> NDArray[np.int64]:
         raise ValueError(f"labels of shape {shape}")
     with archive.open("labels.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    if not np.issubdtype(array.dtype, np.integer):
+    if not np.issubdtype(array.dtype, np.integer) and not (array.ndim == 2 and array.dtype == np.bool_):
         raise ValueError(f"labels are {array.dtype}, expected whole numbers")
     return array.astype(np.int64)

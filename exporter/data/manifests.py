@@ -20,7 +20,7 @@ SUFFIXES = (".tsv", ".csv", ".txt")
 # Names of columns that people use, in lower case.
 _COLUMNS = {
     "path": ("path", "filename", "file", "file_name", "image", "image_path", "imageid", "image_id"),
-    "label": ("label", "class", "class_name", "category", "target"),
+    "label": ("label", "labels", "class", "class_name", "category", "target", "tags"),
     "split": ("split", "subset", "set"),
     "sha256": ("sha256",),
 }
@@ -51,13 +51,15 @@ _Rows = list[tuple[int, dict[str, str]]]  # with the number of the line
 class Listed(NamedTuple):
     """What a manifest says: the folder its paths are relative to, its header, and a dictionary for each line.
 
-    `lines` are the numbers of these lines in the file.
+    `lines` are the numbers of these lines in the file, `columns` the names of columns that hold 0 or 1: labels of a
+    multi-label head, which the dictionaries have by these names.
     """
 
     root: Path
     header: dict[str, str]
     rows: list[dict[str, str]]
     lines: list[int]
+    columns: tuple[str, ...]
 
     @property
     def generator(self) -> str:
@@ -67,7 +69,8 @@ class Listed(NamedTuple):
 
 def read_manifest(path: Path, split: str = "") -> Listed:
     """Read a manifest: a table with columns `path` and, if known, `label`, `sha256` and `split`, or lines `NAME LABEL`
-    in a `.txt` file, as in ImageNet's `val.txt`; above a table a header of lines `# key: value`.
+    in a `.txt` file, as in ImageNet's `val.txt`; above a table a header of lines `# key: value`. In place of `label` a
+    table may have a column for each label, with 0 or 1.
 
     Paths are relative to the manifest's own folder, or to one beside it: of the manifest's or the split's name, or
     `images`. Those of a calibration set are relative to the header's `source`.
@@ -84,6 +87,7 @@ def read_manifest(path: Path, split: str = "") -> Listed:
             raise csv.Error("it holds a NUL byte")
         lines = text.split("\n")
         header: dict[str, str] = {}
+        columns: tuple[str, ...]
         frozen = next(filter(str.strip, lines), "") == CALIBRATION
         first = 0
         while first < len(lines) and (not lines[first].strip() or lines[first].startswith("#")):
@@ -91,9 +95,9 @@ def read_manifest(path: Path, split: str = "") -> Listed:
             header[key.strip()] = value.strip()
             first += 1
         if path.suffix.lower() == ".txt":
-            numbered = _lines(path, lines[first:], first + 1)
+            numbered, columns = _lines(path, lines[first:], first + 1), ()
         else:
-            numbered = _table(path, lines[first:], first + 1, frozen)
+            numbered, columns = _table(path, lines[first:], first + 1, frozen)
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     numbered, split = _of_split(path, numbered, split)
@@ -105,25 +109,49 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         root = _folder_of(path, split, rows)
         if root != path.parent:
             _check_names(path, path.parent, "", [f"{root.name}/{row['path']}" for row in rows])
-    return Listed(root, header, rows, [line for line, _ in numbered])
+    return Listed(root, header, rows, [line for line, _ in numbered], columns)
 
 
-def _table(path: Path, lines: list[str], first: int, frozen: bool) -> _Rows:
-    """The rows of a table, by our names of its columns. Those that this tool froze have no quotes."""
+def _table(path: Path, lines: list[str], first: int, frozen: bool) -> tuple[_Rows, tuple[str, ...]]:
+    """The rows of a table, by our names of its columns, and the names of the other columns, which hold 0 or 1. Tables
+    that this tool froze have no quotes."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     table = list(delimited.rows(lines, delimiter, first, quoted=not frozen))
     words = [word.strip() for word in table[0][1]] if table else []
     names = [_FIELDS.get(word.lower(), "") for word in words]
-    if len(table) < 2 or "path" not in names or "" in names:
-        unknown = [word for word, name in zip(words, names, strict=True) if not name]
-        columns = f"unknown columns {some(unknown)}; remove them; " if unknown and "path" in names else ""
-        raise BadRequest(f"{path}: {columns}{_EXPECTED}")
+    if len(table) < 2 or "path" not in names:
+        raise BadRequest(f"{path}: {_EXPECTED}")
     delimited.check_width(table[1:], len(words))
+    columns = _label_columns(path, words, names, table[1:])
     for field in _COLUMNS:
         if len(both := [words[index] for index, name in enumerate(names) if name == field]) > 1:
             readings = [f"{word} ({table[1][1][words.index(word)]!r} first)" for word in both]
             raise BadRequest(f"{path}: the {field} is in {' or '.join(readings)}; keep one of these columns")
-    return [(line, dict(zip(names, cells, strict=True))) for line, cells in table[1:]]
+    keys = [name or word for word, name in zip(words, names, strict=True)]
+    return [(line, dict(zip(keys, cells, strict=True))) for line, cells in table[1:]], columns
+
+
+def _label_columns(path: Path, words: list[str], names: list[str], body: list[delimited.Row]) -> tuple[str, ...]:
+    """The columns whose name is none of ours, which hold 0 or 1 in every line: labels of a multi-label head.
+
+    Raises: BadRequest for other unknown columns, and for two of one name.
+    """
+    columns = [index for index, name in enumerate(names) if not name]
+    odd = {
+        words[index]: f"{words[index]} has {cells[index]!r} in line {line}"
+        for index in columns
+        for line, cells in reversed(body)
+        if delimited.whole(cells[index]) not in (0, 1)
+    }
+    if odd:
+        raise BadRequest(
+            f"{path}: unknown columns {some(list(odd))}; remove them; a column of a label holds 0 or 1, and "
+            f"{next(iter(odd.values()))}; {_EXPECTED}"
+        )
+    found = tuple(words[index] for index in columns)
+    if twice := [word for word in found if found.count(word) > 1 or not word]:
+        raise BadRequest(f"{path}: two columns are {twice[0]!r}, or one has no name; name each label once")
+    return found
 
 
 def _lines(path: Path, lines: list[str], first: int) -> _Rows:

@@ -6,8 +6,6 @@ Images are read as they are asked for, so memory does not grow with their number
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,12 +16,13 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import delimited, machine
+from exporter import machine
 from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
-from exporter.data.manifests import Listed, is_manifest, locate, read_manifest
+from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, match_classes
+from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.recipe import bundled
 
@@ -31,14 +30,14 @@ SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
-Item = tuple[str, int, Callable[[], NDArray[np.float32]]]
+Item = tuple[str, Label, Callable[[], NDArray[np.float32]]]
 
 
 @dataclass
 class Samples:
     """Images to measure with.
 
-    `items` yields (name, class or −1, a function that makes the array) for each; `skipped` fills up with what
+    `items` yields (name, label, a function that makes the array) for each; `skipped` fills up with what
     could not be read, and why, as the batches go by. `identity` gives for a name what no other image has: a digest of
     its content, or the name where it is made from that.
     """
@@ -68,7 +67,7 @@ class Samples:
             names, labels, arrays = zip(*good, strict=True)
             yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
 
-    def _one(self, item: Item) -> tuple[str, int, NDArray[np.float32]] | None:
+    def _one(self, item: Item) -> tuple[str, Label, NDArray[np.float32]] | None:
         name, label, make = item
         try:
             return name, label, make()
@@ -78,7 +77,12 @@ class Samples:
 
 
 def open_samples(
-    source: str, recipe: Preprocessing, labels: tuple[str, ...], classes: int | None, most: int | None = None
+    source: str,
+    recipe: Preprocessing,
+    labels: tuple[str, ...],
+    classes: int | None,
+    most: int | None = None,
+    multilabel: bool = False,
 ) -> Samples:
     """The images a user means.
 
@@ -89,6 +93,8 @@ def open_samples(
         labels: the model's; sub-folders are matched to them.
         classes: how many the model has; None where its outputs are no classes, and labels are not read.
         most: at most so many images, evenly spread; None is all (of synthetic ones, 16).
+        multilabel: whether an image may have several of the model's labels, or none. A folder then gives images without
+            labels, as its sub-folders name one for each image.
 
     Raises: BadRequest when there is nothing there, or a class the model does not have.
     """
@@ -97,13 +103,15 @@ def open_samples(
     check_source(source)
     path, split = locate(source)
     if path.suffix.lower() == ".npz":
-        return _npz(path, recipe, classes, most)
+        return _npz(path, recipe, classes, most, multilabel)
     root, generator, digests = path, "", dict[str, str]()
+    entries: Sequence[tuple[str, Label]]
     if path.is_dir():
-        entries = _folder(path, labels, classes)
+        entries = _folder(path, labels, None if multilabel else classes)
     elif is_manifest(path):
         listed = read_manifest(path, split)
-        root, generator, entries = listed.root, listed.generator, _classes_of(path, listed, labels, classes)
+        root, generator = listed.root, listed.generator
+        entries = (labels_of if multilabel else classes_of)(path, listed, labels, classes)
         digests = {row["path"]: row["sha256"] for row in listed.rows if row.get("sha256")}
     else:
         raise BadRequest(f"{path}: expected a folder, a .tsv, .csv or .txt manifest, an .npz file or 'synthetic'")
@@ -149,16 +157,16 @@ def spread(count: int, most: int) -> list[int]:
 def of_files(
     source: str,
     root: Path,
-    found: list[tuple[str, int]],
+    found: Sequence[tuple[str, Label]],
     recipe: Preprocessing,
     digests: Mapping[str, str] = MappingProxyType({}),
 ) -> Samples:
-    """Image files below a folder, each with its class or −1; a file with another SHA-256 than in `digests` is skipped.
+    """Image files below a folder, each with its label; a file with another SHA-256 than in `digests` is skipped.
 
     Raises: BadRequest for a number of channels that image files do not have.
     """
     _check_channels(source, [name for name, _ in found], recipe.channels)
-    stray = _stray_images(root) if any(label >= 0 for _, label in found) and Path(source).is_dir() else []
+    stray = _stray_images(root) if any(label != UNKNOWN for _, label in found) and Path(source).is_dir() else []
 
     def items() -> Iterator[Item]:
         for name, label in found:
@@ -168,7 +176,7 @@ def of_files(
         source,
         len(found),
         items,
-        found[0][1] >= 0,
+        found[0][1] != UNKNOWN,
         [f"{name}: lies beside the class folders" for name in stray],
         identity=lambda name: sha256_file(root / name),
     )
@@ -181,8 +189,8 @@ def _read_file(path: Path, recipe: Preprocessing, digest: str) -> NDArray[np.flo
     return array
 
 
-def of_generator(source: str, generator: str, found: list[tuple[str, int]], recipe: Preprocessing) -> Samples:
-    """Images that a generator makes, by number, each with its class or −1.
+def of_generator(source: str, generator: str, found: Sequence[tuple[str, Label]], recipe: Preprocessing) -> Samples:
+    """Images that a generator makes, by number, each with its label.
 
     Raises: BadRequest for a number of channels that its images do not have.
     """
@@ -194,7 +202,7 @@ def of_generator(source: str, generator: str, found: list[tuple[str, int]], reci
         for path, label in found:
             yield f"{generator} {path}", label, partial(maker.input, generators.number(path, source), recipe)
 
-    return Samples(source, len(found), items, found[0][1] >= 0, synthetic=maker.synthetic)
+    return Samples(source, len(found), items, found[0][1] != UNKNOWN, synthetic=maker.synthetic)
 
 
 def _check_channels(source: str, names: Sequence[str], channels: int) -> None:
@@ -219,11 +227,11 @@ def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
     return images.normalise(synthetic.dead_leaves(recipe.size, seed, recipe.channels), recipe)
 
 
-def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None) -> Samples:
+def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None, multilabel: bool) -> Samples:
     arrays = open_npz(path, recipe, labelled=classes is not None)
     labels = arrays.labels
-    if labels is not None and classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= classes):
-        raise BadRequest(f"{path}: labels from {labels.min()} to {labels.max()}, the model has {classes} classes")
+    if labels is not None and classes is not None:
+        check_arrays(path, labels, classes, multilabel)
     total = min(arrays.count, most or arrays.count)
     wanted = set(spread(arrays.count, total)) if total < arrays.count else None
 
@@ -231,7 +239,9 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
         for index, array in enumerate(arrays.rows()):
             if wanted is not None and index not in wanted:
                 continue
-            label = -1 if labels is None else int(labels[index])
+            label: Label = UNKNOWN
+            if labels is not None:
+                label = tuple(labels[index].tolist()) if multilabel else int(labels[index])
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
     digest = cache(partial(sha256_file, path))
@@ -263,60 +273,3 @@ def images_in(folder: Path) -> list[str]:
     files = folder.rglob("*")
     names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-
-
-def _names_of(label: str) -> set[str]:
-    """The names of a class: its label, and the WordNet id and the words that this consists of."""
-    match = re.fullmatch(r"(n\d{8})\s+(.+)", label)
-    return {label, match[1], match[2]} if match else {label}
-
-
-def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
-    """The class number of each name: by the model's labels, else as numbers, else in sorted order.
-
-    A label `n01440764 tench` is also known by its WordNet id and by its words.
-
-    Raises: BadRequest for a class the model does not have, or when names cannot be told apart.
-    """
-    known = {name: index for index, label in enumerate(labels) for name in _names_of(label)}
-    times = Counter(name for label in labels for name in _names_of(label))
-    if any(name in known for name in names):
-        for name in names:
-            if times[name] > 1:
-                raise BadRequest(f"{where}: {times[name]} of the model's labels are {name!r}; name classes by number")
-            if name not in known:
-                raise BadRequest(
-                    f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
-                )
-        return {name: known[name] for name in names}
-    numbers = {name: number for name in names if (number := delimited.whole(name)) is not None}
-    if words := [name for name in names if numbers and name not in numbers]:
-        raise BadRequest(f"{where}: class {next(iter(numbers))} is a number, and {words[0]!r} is none; name all alike")
-    if numbers:
-        if outside := [name for name in names if not 0 <= numbers[name] < classes]:
-            end = "begin at 0" if numbers[outside[0]] < 0 else f"end at {classes - 1}"
-            raise BadRequest(f"{where}: class {outside[0]}, but the model's {classes} classes {end}")
-        if len(set(numbers.values())) < len(names):
-            raise BadRequest(f"{where}: two classes are the same number ({some(names)})")
-        return numbers
-    # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
-    if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
-        return {name: index for index, name in enumerate(sorted(names))}
-    has = f"{len(labels)} labels, none of them among these" if labels else "no labels"
-    raise BadRequest(
-        f"{where}: {len(names)} classes ({some(names)}), but the model has {classes} classes and {has}; "
-        "build it with --labels FILE, one folder name a line in the order of the classes"
-    )
-
-
-def _classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
-    """The images of a manifest, each with its class, or all with −1."""
-    words = [row.get("label") or "" for row in listed.rows]
-    if classes is None or not any(words):
-        return [(row["path"], -1) for row in listed.rows]
-    for line, word in zip(listed.lines, words, strict=True):
-        if not word or (delimited.whole(word) or 0) < 0:
-            has = f"class {word}" if word else "no class"
-            raise BadRequest(f"{path}: line {line} has {has}; give a class to every row, or to none")
-    numbers = match_classes(sorted(set(words)), labels, classes, str(path))
-    return [(row["path"], numbers[word]) for row, word in zip(listed.rows, words, strict=True)]

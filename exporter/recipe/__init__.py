@@ -20,7 +20,7 @@ Task = Literal["classify", "embed", "features"]
 Form = Literal["plain", "linear", "conv", "nchw"]
 CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
 BiasCorrection = Literal["none", "fast", "full"]
-OutputKind = Literal["classes", "values"]
+OutputKind = Literal["classes", "multilabel", "values"]
 WhenUnsure = Literal["fail", "pass", "warn"]
 Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
@@ -178,7 +178,7 @@ class Quantization(Record, frozen=True):
     max_drop: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
-            "Largest loss of top-1 on --data; without labels, of agreement with PyTorch.",
+            "Largest loss of top-1 (multi-label: mAP) on --data; without labels, of agreement with PyTorch.",
             metavar="POINTS",
             default="0.5 where real images are given",
         ),
@@ -203,11 +203,15 @@ class Checks(Record, frozen=True):
     samples: Annotated[Count | None, about("Largest number of images; by default all.", metavar="N")] = None
     max_drop: Annotated[
         Annotated[float, Meta(ge=-100, le=100)] | None,
-        about("Largest loss of top-1, in percentage points.", metavar="POINTS"),
+        about("Largest loss of top-1, or of mAP of a multi-label head, in percentage points.", metavar="POINTS"),
     ] = None
     min_agreement: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
-        about("Smallest share of images with the same top-1 as PyTorch, in percent.", metavar="PCT"),
+        about(
+            "Smallest share of images with the same top-1 as PyTorch, or of equal decisions of a multi-label head, in "
+            "percent.",
+            metavar="PCT",
+        ),
     ] = None
     min_cosine: Annotated[
         Annotated[float, Meta(ge=-1, le=1)] | None,
@@ -231,15 +235,24 @@ class Checks(Record, frozen=True):
     when_unsure: Annotated[
         WhenUnsure | None,
         about(
-            "What to do where the images are too few to tell whether a limit of top-1 or agreement is kept.",
+            "What to do where the images are too few to tell whether a limit of top-1, mAP or agreement is kept.",
             default="fail in CI (CI=true), else warn; the precision's own limits warn",
         ),
     ] = None
     outputs: Annotated[
         OutputKind | None,
         about(
-            "What a head computes: scores of classes, or values of a regression.",
+            "What a head computes: scores of classes, one of which is right; of labels, each right or not (multilabel, "
+            "trained with a sigmoid for each label); or values of a regression.",
             default="values for a head with one output, else classes",
+        ),
+    ] = None
+    threshold: Annotated[
+        Annotated[float, Meta(gt=0, lt=1)] | None,
+        about(
+            "Of a multi-label head: probability (the sigmoid of its output) from which an image has a label.",
+            metavar="P",
+            default="0.5",
         ),
     ] = None
     device: Annotated[

@@ -115,7 +115,8 @@ def bounds(hint: Any) -> str:
     for kind in kinds(hint):
         for meta in kind.__metadata__ if get_origin(kind) is Annotated else ():
             if meta.gt is not None:
-                return f"above {meta.gt:g}" + (f", at most {meta.le:g}" if meta.le is not None else "")
+                end = f", at most {meta.le:g}" if meta.le is not None else ""
+                return f"above {meta.gt:g}" + (f" and below {meta.lt:g}" if meta.lt is not None else end)
             if meta.ge is not None:
                 return f"from {meta.ge:g}" + (f" to {meta.le:g}" if meta.le is not None else "")
     return ""

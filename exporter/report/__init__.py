@@ -159,7 +159,7 @@ def machine_of(report: Report) -> tuple[object, ...]:
     return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
 
 
-OF_A_VERIFICATION = {"accuracy", "blocks", "data", "parity", "sanity", "structure", "values"}
+OF_A_VERIFICATION = {"accuracy", "blocks", "data", "multilabel", "parity", "sanity", "structure", "values"}
 """Checks of `verify`, whose findings belong to one set of images."""
 
 

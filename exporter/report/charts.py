@@ -75,6 +75,8 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
     words = {
         "top1": "top-1, %",
         "top1_agreement": "agreement with eager, %",
+        "map": "mAP, %",
+        "label_agreement": "agreement with eager, % of decisions",
         "cosine": "cosine to eager",
         "r2": "R² to eager",
     }
@@ -83,14 +85,15 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
             ends = [abs(end - found.value) for end in found.interval or (found.value, found.value)]
             style: dict[str, Any] = {"color": _colors(reports)[name(report)], "label": name(report)}
             axes.errorbar(p50, found.value, yerr=[[end] for end in ends], fmt="o", markersize=8, capsize=3, **style)
-        eager, exact = points[0][0].find("eager_p50_ms"), points[0][0].find("top1_eager")
-        best = exact.value if exact else 100.0 if points[0][2].metric == "top1_agreement" else 1.0
+        first, _, shown = points[0]
+        eager, exact = first.find("eager_p50_ms"), first.find("top1_eager") or first.find("map_eager")
+        best = exact.value if exact else 100.0 if shown.metric.endswith("_agreement") else 1.0
         if eager and eager.value and best is not None:
             axes.plot(eager.value, best, "s", color=INK, markersize=8, label="eager PyTorch")
         axes.margins(x=0.1, y=0.15)
         axes.set_xlim(left=0)
         axes.set_xlabel("median latency, ms (left is better)")
-        axes.set_ylabel(words[points[0][2].metric])
+        axes.set_ylabel(words[shown.metric])
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.ticklabel_format(axis="y", useOffset=False)
     return drawing.svg
@@ -141,7 +144,8 @@ def tried(report: Report) -> str:
 
 
 def _accuracy(report: Report) -> Any:
-    found = (report.find(metric) for metric in ("top1", "top1_agreement", "cosine", "r2"))
+    metrics = ("top1", "map", "top1_agreement", "label_agreement", "cosine", "r2")
+    found = (report.find(metric) for metric in metrics)
     return next((one for one in found if one and one.value is not None), None)
 
 
@@ -188,7 +192,7 @@ def changes(findings: Sequence[Finding]) -> str:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(shown)), [f"{f.metric} {f.case}".strip() for f in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("change and its 95 % interval, % (points for top1_drop); dashed: the limit")
+        axes.set_xlabel("change and its 95 % interval, % (points for top1_drop, map_drop); dashed: the limit")
     return drawing.svg
 
 

@@ -98,7 +98,7 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     return (name(report), f.metric, f.case, f.setting, change, interval, limit, word, detail)
 
 
-ACCURACY = ("parity", "accuracy", "values", "sanity", "structure", "data", "blocks")
+ACCURACY = ("parity", "accuracy", "multilabel", "values", "sanity", "structure", "data", "blocks")
 
 
 def accuracy(reports: Sequence[Report]) -> Table:
@@ -109,24 +109,33 @@ def accuracy(reports: Sequence[Report]) -> Table:
             name(report),
             runs_on(report),
             f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
-            number(report.find("top1"), "{:.2f} %"),
-            number(report.find("top1_eager"), "{:.2f} %"),
+            _accuracy(report, ""),
+            _accuracy(report, "_eager"),
             _agreement(report),
             number(report.find("cosine"), "{:.7f}"),
             number(report.find("max_abs"), "{:.2g}"),
             verdict(report, ACCURACY),
         )
         for report in reports
-        if report.find("cosine") or report.find("relative_error")
+        if report.find("cosine") or report.find("relative_error") or report.find("label_agreement")
     ]
     return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
 
 
+def _accuracy(report: Report, of: str) -> str:
+    """Top-1 or, of a multi-label head, mAP."""
+    if (found := report.find(f"map{of}")) is not None:
+        return number(found, "mAP {:.2f} %")
+    return number(report.find(f"top1{of}"), "{:.2f} %")
+
+
 def _agreement(report: Report) -> str:
-    """The share of images with the same top-1; of a regression, R² of its values."""
-    if report.find("top1_agreement") is None and report.find("r2") is not None:
+    """The share of images with the same top-1, or of equal decisions of a multi-label head; of a regression, R² of its
+    values."""
+    agreement = report.find("top1_agreement") or report.find("label_agreement")
+    if agreement is None and report.find("r2") is not None:
         return number(report.find("r2"), "R² {:.5f}")
-    return number(report.find("top1_agreement"), "{:.2f} %")
+    return number(agreement, "{:.2f} %")
 
 
 def int8(reports: Sequence[Report]) -> Table:

@@ -71,7 +71,8 @@ class Steps:
             del fields["quantization"]["calib"]
             quantization = recipe.quantization
             facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
-            facts |= {"outputs": recipe.checks.outputs, "when_unsure": when_unsure(recipe.checks.when_unsure)}
+            facts |= {"outputs": recipe.checks.outputs, "threshold": recipe.checks.threshold}
+            facts |= {"when_unsure": when_unsure(recipe.checks.when_unsure)}
             facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
         if recipe.export.form == "auto":
             facts |= {"machine": _machine()}

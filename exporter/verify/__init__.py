@@ -33,6 +33,7 @@ MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
     *("relative_error", "r2", "spearman"),
+    *("label_agreement", "map_eager", "map", "map_drop"),
 )
 """The metrics that an artifact's sidecar keeps."""
 
@@ -76,7 +77,7 @@ def verify(
     if runtime is None:
         runtime = backends.runtime_of(artifact)
         backends.device_of(artifact, options.device)  # refuses one that the runtime does not take
-    outputs.check(sidecar, options.outputs)
+    outputs.check(sidecar, options)
     samples = samples or open_data(sidecar, options)
     _refuse_limits(sidecar, options, samples)
     session_options = _session_options(runtime, options)
@@ -98,22 +99,23 @@ def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Optio
 
 
 def open_data(sidecar: Sidecar, options: Checks) -> Samples:
-    """The images to verify on, with their labels where the outputs have classes.
+    """The images to verify on, with their labels where the outputs are scores of classes or of labels.
 
     Raises: BadRequest for data that cannot be used.
     """
-    classes = sidecar.weights.num_classes if outputs.has_classes(sidecar, options.outputs) else None
-    return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples)
+    classes = sidecar.weights.num_classes if outputs.has_budget(sidecar, options.outputs) else None
+    several = outputs.first(sidecar, options.outputs) == "multilabel"
+    return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples, several)
 
 
 def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
     """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
     kinds = outputs.kinds(sidecar, options.outputs)
-    if options.max_drop is not None and not outputs.has_classes(sidecar, options.outputs):
+    if options.max_drop is not None and not outputs.has_budget(sidecar, options.outputs):
         raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; leave it out")
     if options.max_drop is not None and not samples.labelled:
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    if options.min_agreement is not None and "classes" not in kinds:
+    if options.min_agreement is not None and not {"classes", "multilabel"} & set(kinds):
         raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
     regression = (options.max_relative_error, options.min_r2, options.min_spearman)
     if any(limit is not None for limit in regression) and "values" not in kinds:
@@ -121,9 +123,11 @@ def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
             f"--max-relative-error, --min-r2 and --min-spearman are for a regression, and the outputs are {kinds[0]}; "
             "add --outputs values, or leave them out"
         )
-    if options.min_cosine is not None and set(kinds) == {"values"}:
+    widths = [tensor.shape[-1] for tensor in sidecar.outputs]
+    if options.min_cosine is not None and not any(map(outputs.has_cosine, kinds, widths)):
+        instead = "--min-r2" if kinds[0] == "values" else "--min-agreement"
         raise BadRequest(
-            "--min-cosine: the outputs are values, and the cosine of one value is only its sign; use --min-r2"
+            f"--min-cosine: the outputs are {kinds[0]}, and the cosine of one value is only its sign; use {instead}"
         )
 
 
@@ -175,7 +179,8 @@ def _measured(
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             for name, label in zip(batch.names, batch.labels, strict=True):
-                digest.update(f"{samples.identity(name)} {label}\n".encode("utf-8", "surrogateescape"))
+                words = " ".join(map(str, np.atleast_1d(label)))
+                digest.update(f"{samples.identity(name)} {words}\n".encode("utf-8", "surrogateescape"))
             both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:

@@ -7,6 +7,7 @@ import pytest
 
 from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits, processes_needed
 from exporter.errors import BadRequest
+from exporter.report import Finding
 from exporter.stats import center, is_above, log_change
 
 
@@ -119,16 +120,20 @@ def test_exact_numbers_have_no_noise():
     assert compare_exact(parse_limit("nodes:0"), 100, 90).passed
 
 
+def answers(samples):
+    return Finding(check="accuracy", metric="top1", value=100 * sum(samples) / len(samples), samples=tuple(samples))
+
+
 def test_a_drop_must_be_significant_too():
     limit = parse_limit("top1_drop:0.3")
     base = [1.0] * 1000
-    assert not compare_answers(limit, base, [1.0] * 950 + [0.0] * 50).passed
-    few = compare_answers(limit, [1.0] * 10, [1.0] * 9 + [0.0])
+    assert not compare_answers(limit, answers(base), answers([1.0] * 950 + [0.0] * 50)).passed
+    few = compare_answers(limit, answers([1.0] * 10), answers([1.0] * 9 + [0.0]))
     assert few.passed
     assert few.value == pytest.approx(10)
     assert "within the noise of few images" in few.detail
     with pytest.raises(BadRequest, match="same --data"):
-        compare_answers(limit, base, base[:-1])
+        compare_answers(limit, answers(base), answers(base[:-1]))
 
 
 @pytest.mark.parametrize(

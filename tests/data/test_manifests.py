@@ -7,9 +7,10 @@ from PIL import Image
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
+from exporter.data.classes import match_classes
 from exporter.data.fingerprint import fingerprint
 from exporter.data.manifests import CALIBRATION, read_manifest
-from exporter.data.samples import match_classes, open_samples
+from exporter.data.samples import open_samples
 from exporter.errors import BadRequest
 
 RECIPE = Preprocessing(size=32, resize=32)

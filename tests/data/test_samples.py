@@ -10,7 +10,8 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
 from exporter.data.arrays import open_npz
-from exporter.data.samples import match_classes, open_samples
+from exporter.data.classes import match_classes
+from exporter.data.samples import open_samples
 from exporter.errors import BadRequest
 
 RECIPE = Preprocessing(size=32, resize=32)

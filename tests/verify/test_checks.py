@@ -32,7 +32,14 @@ def logits():
 
 
 def test_every_check_is_found():
-    assert discover.names("exporter.verify.checks") == ["accuracy", "parity", "sanity", "structure", "values"]
+    assert discover.names("exporter.verify.checks") == [
+        "accuracy",
+        "multilabel",
+        "parity",
+        "sanity",
+        "structure",
+        "values",
+    ]
 
 
 def test_equal_outputs_pass_everything(subject, logits):

@@ -20,8 +20,12 @@ from exporter.build.resolve import Job
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest
 from exporter.progress import note, step
-from exporter.report import Report
+from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, budgets, outputs
+
+JUDGED = ("accuracy", "multilabel", "parity", "values", "sanity")
+"""The checks that keeping parts in higher precision can help."""
+DROPS, AGREEMENTS = ("top1_drop", "map_drop"), ("top1_agreement", "label_agreement")
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,25 @@ class Candidate:
     @property
     def passed(self) -> bool:
         """Whether all checks of outputs pass; other failures cannot be helped by keeping parts."""
-        return all(f.passed for f in self.report.findings if f.check in ("accuracy", "parity", "values", "sanity"))
+        return all(f.passed for f in self.report.findings if f.check in JUDGED)
 
     @property
     def loss(self) -> float:
-        """Percentage points of top-1 lost; else of agreement with PyTorch; else 100 × (1 − cosine), or of values their
-        relative error in percent."""
-        drop, agreement, error = (self.report.value(name) for name in ("top1_drop", "top1_agreement", "relative_error"))
-        if drop is not None:
-            return drop
-        if agreement is not None:
-            return 100 - agreement
-        if self.report.find("relative_error"):
-            return inf if error is None else error
+        """Percentage points of top-1 or mAP lost; else of agreement with PyTorch; else 100 × (1 − cosine), or of values
+        their relative error in percent."""
+        drop, agreement = (_first(self.report, metrics) for metrics in (DROPS, AGREEMENTS))
+        if drop is not None and drop.value is not None:
+            return drop.value
+        if agreement is not None and agreement.value is not None:
+            return 100 - agreement.value
+        if error := self.report.find("relative_error"):
+            return inf if error.value is None else error.value
         return 100 * (1 - (self.report.value("cosine") or -1.0))
+
+
+def _first(report: Report, metrics: Sequence[str]) -> Finding | None:
+    """The finding of the first of the metrics that was measured."""
+    return next((finding for metric in metrics if (finding := report.find(metric))), None)
 
 
 class CachedReference:
@@ -84,10 +93,10 @@ def open_data(job: Job) -> Samples | None:
     Raises: BadRequest for data that cannot be used.
     """
     quantization, sidecar = job.recipe.quantization, job.sidecar
-    outputs.check(sidecar, job.recipe.checks.outputs)
+    outputs.check(sidecar, job.recipe.checks)
     if quantization is None:
         return None
-    if quantization.max_drop is not None and not outputs.has_classes(sidecar, job.recipe.checks.outputs):
+    if quantization.max_drop is not None and not outputs.has_budget(sidecar, job.recipe.checks.outputs):
         raise BadRequest(
             f"--max-drop {quantization.max_drop:g}: the outputs are no classes, without a top-1; leave it out"
         )
@@ -102,7 +111,11 @@ def _options(job: Job, source: str) -> VerifyOptions:
     """How candidates are verified, before the budget."""
     checks = job.recipe.checks
     return VerifyOptions(
-        data=source, weights=job.recipe.model.weights, outputs=checks.outputs, when_unsure=checks.when_unsure
+        data=source,
+        weights=job.recipe.model.weights,
+        outputs=checks.outputs,
+        threshold=checks.threshold,
+        when_unsure=checks.when_unsure,
     )
 
 
@@ -115,6 +128,8 @@ def _refuse_few(job: Job, data: Samples) -> None:
     points = quantization.max_drop if quantization is not None else None
     if points is None or budgets.when_unsure(job.recipe.checks.when_unsure) != "fail":
         return
+    if data.labelled and not outputs.has_classes(job.sidecar, job.recipe.checks.outputs):
+        return  # of mAP the positive images of each label decide
     enough = budgets.fewest_images(points, data.labelled)
     if enough is None or data.total < enough:
         needed = f"about {enough:,} are needed" if enough else "no number is enough"
@@ -140,7 +155,7 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
     if work.quantization.max_drop is None:  # the default budget
         options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
-    if not outputs.has_classes(sidecar, options.outputs):
+    if not outputs.has_budget(sidecar, options.outputs):
         pass  # the limits of the precision hold
     elif points is None:
         note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
@@ -179,7 +194,7 @@ class Search:
     @property
     def limit(self) -> float | None:
         """The budget, in the points of `Candidate.loss`; None where the cosine is judged."""
-        drop, agreement = (self.best.report.find(metric) for metric in ("top1_drop", "top1_agreement"))
+        drop, agreement = (_first(self.best.report, metrics) for metrics in (DROPS, AGREEMENTS))
         if drop:
             return drop.limit
         return None if agreement is None or agreement.limit is None else 100 - agreement.limit

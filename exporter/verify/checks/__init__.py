@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from exporter import discover
 from exporter.artifact import Artifact
 from exporter.backends import Layer, Outputs
+from exporter.data.samples import is_synthetic
 from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import proportion
+from exporter.verify import budgets
 from exporter.verify.outputs import Kind
 
 
@@ -55,7 +57,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch: the classes (N,), −1 where unknown, and the outputs of eager and of the artifact."""
+    """One batch: the classes (N,), −1 where unknown, or of a multi-label head 0 and 1 for each label (N, L), and the
+    outputs of eager and of the artifact."""
 
     labels: NDArray[np.int64]
     eager: Outputs
@@ -79,8 +82,8 @@ class Check:
     start: Callable[[Checks, Subject], Meter]
 
 
-def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
-    """A share of the images, in percent with its interval; one sample per image."""
+def share(check: str, metric: str, hits: Sequence[float]) -> Finding:
+    """A share of the images, in percent with its interval; one sample per image, True or False or a share of it."""
     counted = proportion(sum(hits), len(hits))
     return Finding(
         check=check,
@@ -92,6 +95,28 @@ def share(check: str, metric: str, hits: Sequence[bool]) -> Finding:
         detail=f"{sum(hits)} of {len(hits)} images",
         samples=tuple(float(hit) for hit in hits),
     )
+
+
+def agreement(finding: Finding, options: Checks, default_pct: float, has_labels: bool) -> Finding:
+    """A share of answers that are eager's, judged by `--min-agreement` or the precision's own limit.
+
+    Args:
+        finding: from `share`.
+        options: the limits.
+        default_pct: the precision's own limit.
+        has_labels: whether labels judge the artifact.
+    """
+    limit, count, hits = options.min_agreement, len(finding.samples), sum(finding.samples)
+    # Where labels judge, or the images are synthetic, more of them would not make the precision's limit mean more.
+    silent = limit is None and (has_labels or is_synthetic(options.data))
+    choice = options.when_unsure or ("pass" if silent else budgets.when_unsure(None, limit is not None))
+    budget = budgets.Budget(default_pct if limit is None else limit, "high", choice)
+
+    def interval_of(images: int) -> tuple[float, float]:
+        interval = proportion(hits if images == count else round(hits * images / count), images)
+        return interval.low, interval.high
+
+    return budgets.judged(finding, budget, count, interval_of)
 
 
 def start_all(options: Checks, subject: Subject) -> list[Meter]:

@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from exporter import precision
-from exporter.data.samples import is_synthetic
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
-from exporter.stats import proportion
-from exporter.verify import budgets
-from exporter.verify.checks import Check, Moments, Seen, Subject, share
-from exporter.verify.outputs import Kind, kinds
+from exporter.verify.checks import Check, Moments, Seen, Subject, agreement, share
+from exporter.verify.outputs import Kind, has_cosine, kinds
 
 
 @dataclass
@@ -55,7 +52,7 @@ class Parity:
             output.error_squares += float((error * error).sum())
             output.error_total += float(error.sum())
             output.max_abs = float(np.maximum(output.max_abs, error.max()))  # keeps a NaN
-            if output.kind != "values":
+            if has_cosine(output.kind, a.shape[1]):
                 with np.errstate(invalid="ignore", divide="ignore"):
                     cosines.append((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)))
             if output.kind == "classes":
@@ -65,10 +62,13 @@ class Parity:
         self.labelled |= bool((seen.labels >= 0).any())
 
     def findings(self) -> list[Finding]:
-        """max_abs, mean_abs, sqnr_db, cosine where an output is no value, and top1_agreement where one has classes."""
+        """max_abs, mean_abs, sqnr_db, cosine where an output has one, and top1_agreement where one has classes."""
         found = [self._max_abs(), self._mean_abs(), self._sqnr()]
         found = [self._cosine(), *found] if self.cosines else found
-        return [*found, self._agreement()] if self.chooses else found
+        if not self.chooses:
+            return found
+        agree = share("parity", "top1_agreement", self.agree)
+        return [*found, agreement(agree, self.options, self.limits.agreement_pct, self.labelled)]
 
     def _cosine(self) -> Finding:
         samples = tuple(value if np.isfinite(value) else 0.0 for value in self.cosines)
@@ -106,20 +106,6 @@ class Parity:
         with np.errstate(divide="ignore"):
             value = 10 * np.log10(sum(output.eager.squares for output in self.outputs) / noise)
         return Finding(check="parity", metric="sqnr_db", value=number(min(float(value), 200.0)), unit="dB")
-
-    def _agreement(self) -> Finding:
-        found, count, hits = share("parity", "top1_agreement", self.agree), len(self.agree), sum(self.agree)
-        limit, wanted = self.options.min_agreement, self.options.when_unsure
-        # Where labels judge, or the images are synthetic, more of them would not make the precision's limit mean more.
-        silent = limit is None and (self.labelled or is_synthetic(self.options.data))
-        choice = wanted or ("pass" if silent else budgets.when_unsure(None, limit is not None))
-        budget = budgets.Budget(self.limits.agreement_pct if limit is None else limit, "high", choice)
-
-        def interval_of(images: int) -> tuple[float, float]:
-            interval = proportion(round(hits * images / count), images)
-            return interval.low, interval.high
-
-        return budgets.judged(found, budget, count, interval_of)
 
 
 CHECK = Check(Parity)
