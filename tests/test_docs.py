@@ -19,7 +19,7 @@ from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
-PAGES = ("int8", "new-runtime", "tensorrt")  # of docs, the pages with commands
+PAGES = ("int8", "multilabel", "new-runtime", "tensorrt")  # of docs, the pages with commands
 
 
 def commands(text):
@@ -47,6 +47,8 @@ def desk(tmp_path, monkeypatch):
         folder = tmp_path / "desk" / "photos" / ("train" if index >= 10 else "val") / str(index % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(dead_leaves(80, index)).save(folder / f"photo{index}.jpg")
+    lines = [f"photos/val/{label}/photo{label}.jpg,{label}|{(label + 3) % 10}" for label in range(10)]
+    (tmp_path / "desk" / "scans.csv").write_text("\n".join(["path,label", *lines]))
     base = msgspec.structs.replace(variants.VARIANTS["base"], architecture=tiny_architecture())
     monkeypatch.setitem(variants.VARIANTS, "base", base)
     monkeypatch.setattr(hub, "download", lambda repository: tmp_path / "hub")
@@ -75,7 +77,7 @@ def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
         name
         for name in written
         if not name.startswith(("build/", "photos/", "baseline/"))
-        and name not in ("my_convnext.safetensors", "my_convnext.yaml")
+        and name not in ("my_convnext.safetensors", "my_convnext.yaml", "scans.csv")
     }
     assert not unexpected, "a command wrote outside its output folder"
     assert not [name for name in written if "/." in name], "a temporary file was left"

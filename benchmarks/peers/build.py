@@ -49,9 +49,8 @@ def run(*words: str | Path) -> None:
 
 def environment(name: str) -> Path:
     """The folder of a peer's programs, made once."""
-    folder = Path(ROOT) / f"env-{name}"
-    programs, requirements = folder / "bin", HERE / f"{name}.txt"
-    stamp = folder / "installed.txt"
+    stamp, requirements = _stamp(name), HERE / f"{name}.txt"
+    folder, programs = stamp.parent, stamp.parent / "bin"
     if not stamp.exists() or stamp.read_text() != requirements.read_text():
         print(f"installing {name}", file=sys.stderr, flush=True)
         venv.create(folder, with_pip=True, clear=True)
@@ -64,8 +63,15 @@ def environment(name: str) -> Path:
     return programs.absolute()
 
 
+def _stamp(name: str) -> Path:
+    """The file that says what a peer's environment was made from."""
+    return Path(ROOT) / f"env-{name}" / "installed.txt"
+
+
 def versions(name: str) -> dict[str, str]:
-    """What is installed in a peer's environment, of what matters."""
+    """What is installed in a peer's environment, of what matters; empty if it was never made."""
+    if not _stamp(name).exists():
+        return {}
     script = "from importlib.metadata import distributions as d; print(*(f'{x.name}={x.version}' for x in d()))"
     done = subprocess.run([environment(name) / "python", "-c", script], capture_output=True, text=True, check=True)
     found = dict(word.split("=", 1) for word in done.stdout.split())

@@ -72,8 +72,7 @@ def test_a_build_that_another_process_overtakes_replaces_nothing(two, tmp_path):
     assert sidecar_path(target).is_file()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_two_recipes_of_a_run_do_not_write_one_file_with_different_weights(jobs, two, run, tmp_path):
+def test_two_recipes_of_a_run_do_not_write_one_file_with_different_weights(two, run, refused, tmp_path):
     names = []
     for weights in two:
         names.append(tmp_path / f"{weights.name}.yaml")
@@ -81,11 +80,11 @@ def test_two_recipes_of_a_run_do_not_write_one_file_with_different_weights(jobs,
             f"backend: onnxruntime\nprecision: fp32\nmodel: {{weights: {weights}}}\nbench: null\n"
             "checks: {samples: 4}\n"
         )
-    result = run("run", *names, "--json", "--jobs", jobs)
+    for jobs in (1, 2):
+        assert "would all write" in refused(2, "run", *names, "--jobs", jobs, folder=tmp_path)
+    (first,) = run("run", names[0], "--json").json
+    result = run("run", names[1], "--json")
     assert result.code == 2
-    done = [outcome for outcome in result.json if outcome["error"] is None]
-    (failed,) = (outcome for outcome in result.json if outcome["error"])
-    assert "built from other weights" in failed["error"]
-    assert len(done) == 1
-    assert done[0]["artifact"]["sha256"] == artifact.load(tmp_path / "build" / "custom_fp32.onnx").sidecar.sha256
+    assert "built from other weights" in result.json[0]["error"]
+    assert first["artifact"]["sha256"] == artifact.load(tmp_path / "build" / "custom_fp32.onnx").sidecar.sha256
     assert run("run", names[1], "--force", "--json").code == 0

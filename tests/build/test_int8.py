@@ -334,9 +334,12 @@ INSTRUCTION_SETS = (
     {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
 )
 BUILD = """
-import sys
+import os, sys
 from pathlib import Path
+import pytest
+from tests import once
 from tests.conftest import build
+once.remember_traces(Path(os.environ[once.GRAPHS]), pytest.MonkeyPatch())
 for backend, correction in (("onnxruntime", "fast"), ("openvino", "full")):
     print(build(sys.argv[1], Path(sys.argv[2]), backend, "int8", bias_correction=correction).sidecar.sha256)
 """

@@ -91,7 +91,8 @@ def shape_of(graph):
 
 
 @pytest.mark.parametrize(
-    ("variety", "options"), [("v1", {"imgsz": 64}), ("v2", {}), ("v2", {"imgsz": 64, "batch": 1, "uint8": True})]
+    ("variety", "options"),
+    [("v1", {"imgsz": 64}), ("v2", {"imgsz": 64, "batch": 1, "uint8": True}), ("overlap", {"imgsz": 64, "batch": 1})],
 )
 def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(variety, options, traced_anew):
     from exporter.data.images import Preprocessing

@@ -35,17 +35,25 @@ def recipe(tmp_path, tiny, monkeypatch):
     return write
 
 
-@pytest.fixture
-def stand_ins(tmp_path, monkeypatch):
-    """The published networks are small ones, and the Hub has them."""
-    known = {}
+@pytest.fixture(scope="session")
+def small_networks(tmp_path_factory):
+    """Weights of small networks by the names of those they stand in for, and how these differ from the tiny one."""
+    written = {}
     for name, dims in SHAPES.items():
         v2 = name.startswith("v2")
         differences = {"depths": ONE_EACH, "dims": dims, "grn": v2, "layer_scale": not v2}
-        write_tiny(tmp_path / "hub" / name, **differences)
+        written[name] = write_tiny(tmp_path_factory.mktemp(name), **differences), differences
+    return written
+
+
+@pytest.fixture
+def stand_ins(small_networks, monkeypatch):
+    """The published networks are small ones, and the Hub has them."""
+    known, folders = {}, {}
+    for name, (folder, differences) in small_networks.items():
         variant = variants.VARIANTS[name]
         known[name] = msgspec.structs.replace(variant, architecture=tiny_architecture(**differences))
-    folders = {variant.hub: tmp_path / "hub" / name for name, variant in known.items()}
+        folders[variant.hub] = folder
     monkeypatch.setattr(variants, "VARIANTS", known)
     monkeypatch.setattr(hub, "download", folders.__getitem__)
     monkeypatch.setattr(hub, "cached", folders.get)
