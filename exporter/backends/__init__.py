@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
@@ -84,12 +85,18 @@ class PeakProduct:
     def input(self) -> Array:
         """The input, float32: (rows, channels) of a matrix product, (1, channels, H, W) of a convolution."""
         shape = (1, self.channels, MAP_SIDE, MAP_SIDE) if self.convolution else (ROWS, self.channels)
-        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return _normal(shape, 0)
 
     def matrix(self) -> Array:
         """The weights, float32: (in, out) of a matrix product, (out, in, 1, 1) of a convolution."""
         shape = (self.channels, self.channels, 1, 1) if self.convolution else (self.channels, self.channels)
-        return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        return _normal(shape, 1)
+
+
+@cache
+def _normal(shape: tuple[int, ...], seed: int) -> Array:
+    """Normal numbers, made once in a process: several runtimes and precisions take the same products."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 PRODUCTS = tuple(PeakProduct(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
