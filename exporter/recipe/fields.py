@@ -134,16 +134,17 @@ def fits(value: Any, hint: Any) -> bool:
         converted = msgspec.convert(msgspec.to_builtins(value), hint)
     except (msgspec.ValidationError, TypeError):
         return False
-    if isinstance(converted, tuple) and not _elements_fit(converted, hint):
-        return False
-    return not isinstance(converted, float) or math.isfinite(converted)
+    return _is_within(converted, hint) and (not isinstance(converted, float) or math.isfinite(converted))
 
 
-def _elements_fit(values: Sequence[Any], hint: Any) -> bool:
-    """Whether the numbers of a list are within their bounds. In a process that has converted many types, msgspec 0.22
-    sometimes forgets these bounds."""
-    lists = [bare(kind) for kind in kinds(hint) if get_origin(bare(kind)) is tuple]
-    return any(all(_within(value, get_args(kind)[0]) for value in values) for kind in lists)
+def _is_within(value: Any, hint: Any) -> bool:
+    """Whether a number, or each number of a list, is within the bounds of its type. In a process that has converted
+    many types, msgspec 0.22 sometimes forgets bounds."""
+    if isinstance(value, tuple):
+        lists = [kind for kind in map(bare, kinds(hint)) if get_origin(kind) is tuple]
+        return any(all(_within(one, get_args(kind)[0]) for one in value) for kind in lists)
+    numbers = [kind for kind in kinds(hint) if bare(kind) in (int, float)]
+    return not numbers or any(_within(value, kind) for kind in numbers)
 
 
 def _within(value: Any, hint: Any) -> bool:
@@ -153,6 +154,7 @@ def _within(value: Any, hint: Any) -> bool:
         (meta.gt is None or value > meta.gt)
         and (meta.ge is None or value >= meta.ge)
         and (meta.le is None or value <= meta.le)
+        and (meta.lt is None or value < meta.lt)
         for meta in limits
     )
 

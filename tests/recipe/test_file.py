@@ -2,7 +2,7 @@
 
 import json
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import msgspec
 import pytest
@@ -307,3 +307,18 @@ def test_the_schema_knows_every_key_and_the_keys_of_each_target():
     assert set(named) == set(schema["properties"]["backend"]["enum"])
     assert "profiles" in schema["$defs"][named["tensorrt"].rpartition("/")[2]]["properties"]
     assert schema["$defs"]["Export"]["properties"]["opset"]["type"] == "integer"
+
+
+@pytest.mark.parametrize(
+    ("hint", "inside", "outside"),
+    [
+        (Annotated[float, msgspec.Meta(gt=0, le=1)], (0.1, 1), (0.0, 1.1)),
+        (Annotated[int, msgspec.Meta(ge=1)] | Literal["dynamic"] | None, (1, "dynamic", None), (0,)),
+        (Annotated[float, msgspec.Meta(gt=0, lt=1)], (0.5,), (0.0, 1.0)),
+        (tuple[Annotated[float, msgspec.Meta(gt=0)], ...], ([1.0], []), ([1.0, 0.0],)),
+    ],
+)
+def test_bounds_hold_where_msgspec_forgets_them(hint, inside, outside, monkeypatch):
+    monkeypatch.setattr(fields.msgspec, "convert", lambda value, hint: tuple(value) if type(value) is list else value)
+    assert all(fits(value, hint) for value in inside)
+    assert not any(fits(value, hint) for value in outside)
