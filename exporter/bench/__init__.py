@@ -103,7 +103,6 @@ class Plan(Record, frozen=True):
     preprocessing: Preprocessing
     batch: int = 1
     seconds: float = 1.0
-    warmup_s: float = 3.0
     seed: int = 0
 
 

@@ -28,7 +28,7 @@ from exporter.errors import first_line
 
 INPUTS = 4
 HEARTBEAT_S = 0.5
-LEAST_S = 0.2
+WARM_UP_S = 0.2, 3.0  # each model runs at least and at most so long before it is timed
 PART_RUNS = 20
 CLOCK: timing.Clock = time.perf_counter_ns
 
@@ -117,7 +117,7 @@ def _launch(line: Line, plan: Plan, sessions: dict[str, Session], shuffle: rando
         for name in shuffle.sample(names, len(names)):
             line.starting(name)
             bounds[name] = sessions[name].bind(batches)
-            paces[name] = timing.settle(bounds[name].run, LEAST_S, plan.warmup_s, CLOCK)
+            paces[name] = timing.settle(bounds[name].run, *WARM_UP_S, CLOCK)
         watch = machine.Watch()
         runs = {name: bounds[name].run for name in names}
         rounds = timing.interleave(runs, paces, plan.seconds, shuffle, line.starting, CLOCK)

@@ -22,7 +22,7 @@ PREPROCESSING = Preprocessing(size=16, resize=16)
 
 def plan(*names, seconds=0.05, batch=1):
     arms = tuple(Arm(name=name, path="", runtime="eager" if name == "eager" else "artifact") for name in names)
-    return Plan(arms=arms, preprocessing=PREPROCESSING, seconds=seconds, batch=batch, warmup_s=0.3)
+    return Plan(arms=arms, preprocessing=PREPROCESSING, seconds=seconds, batch=batch)
 
 
 def timed(count, *names, hang_s=20.0, **told):
