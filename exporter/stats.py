@@ -63,14 +63,14 @@ def drop_interval(lost: float, won: float, count: int) -> tuple[float, float]:
     return 100 * (middle - half), 100 * (middle + half)
 
 
-def mean_half_width(values: Sequence[float]) -> float:
-    """Half of Student's 95 % interval of a mean; 0 of one value."""
+def mean_half_width(values: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval of a mean, in the unit of the values; None for fewer than three, which are equal
+    too often by chance."""
     from scipy.stats import t
 
-    found = np.asarray(values, float)
-    if len(found) < 2:
-        return 0.0
-    return float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / sqrt(len(found)))
+    if len(values) < 3:
+        return None
+    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values)))
 
 
 @dataclass(frozen=True)

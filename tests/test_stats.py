@@ -58,3 +58,14 @@ def test_false_alarms_among_many_comparisons_stay_rare():
 def test_percent_and_logarithm_are_each_others_inverse():
     assert stats.percent(stats.log_change(5)) == pytest.approx(5)
     assert stats.log_change(-50) == pytest.approx(-np.log(2))
+
+
+def test_half_an_interval_of_a_mean_is_that_of_scipy_and_needs_three_values():
+    from scipy.stats import t
+
+    from exporter.stats import mean_half_width
+
+    values = [1.0, 2.0, 4.0, 4.5]
+    low, high = t.interval(0.95, 3, loc=np.mean(values), scale=np.std(values, ddof=1) / 2)
+    assert mean_half_width(values) == pytest.approx((high - low) / 2)
+    assert mean_half_width([16.7, 16.7]) is None

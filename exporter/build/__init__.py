@@ -49,7 +49,7 @@ def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference
     if job.form == "auto":
         job = job.in_form(tune.fastest(job, _artifact_of, opener))
     for path in job.files:
-        _note_replaced(path, job.sidecar)
+        _note_replaced(path, job)
     if job.precision.needs_calibration:
         return Built(*int8.build(job, _artifact_of, opener))
     graph = export(job)
@@ -63,12 +63,15 @@ def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference
     return Built(artifact, _report(job, artifact))
 
 
-def _note_replaced(path: Path, sidecar: Sidecar) -> None:
-    """Note that an artifact with other options of its graph is about to be replaced."""
+def _note_replaced(path: Path, job: Job) -> None:
+    """Note that an artifact with other options of its graph is about to be replaced. The form is that of the job's
+    artifact, and intermediate graphs have their own."""
     if not sidecar_path(path).is_file():
         return
-    with suppress(BadRequest):  # a damaged sidecar is of no artifact
-        before, after = _graph_options(read_sidecar(path)), _graph_options(sidecar)
+    with suppress(BadRequest):  # an unreadable sidecar names no options to compare
+        before, after = _graph_options(read_sidecar(path)), _graph_options(job.sidecar)
+        if path != job.files[-1]:
+            del after["form"]
         changed = [f"{name} {before.get(name)} → {value}" for name, value in after.items() if before.get(name) != value]
         if changed:
             note(f"{path.name} is replaced: {', '.join(changed)}")

@@ -11,7 +11,7 @@ import click
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
 from exporter.errors import BadRequest, printable
-from exporter.recipe import Checks, Export, Model, PreprocessingOptions, Quantization
+from exporter.recipe import Bench, Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-JUDGED = ("outputs", "threshold", "when_unsure")
-"""The fields of checks that int8's search needs."""
-NO_OPTIONS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
+JUDGED, TIMED = ("outputs", "threshold", "when_unsure"), ("threads",)
+"""The fields of checks that int8's search needs, and those of `bench` with which it is timed."""
+NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
+NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)
 OUTPUT = (
     click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Folder for the artifact."),
@@ -48,7 +49,8 @@ def command(name: str) -> click.Command:
         scopes = list(target.placements)
         skip = () if len(scopes) > 1 else ("int8_scope",)
         groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix="int8: "))
-        groups.append(options_of(Checks, skip=NO_OPTIONS, prefix="int8: "))
+        groups.append(options_of(Checks, skip=NO_CHECKS, prefix="int8: "))
+        groups.append(options_of(Bench, skip=NO_TIMING, prefix="int8: "))
     groups += [
         options_of(target.options),
         options_of(Model),
@@ -115,9 +117,9 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
     from exporter.recipe import SYNTHETIC, Recipe
     from exporter.recipe.fields import differing
 
-    quantization, checks = None, Checks()
+    quantization, checks, bench = None, Checks(), Bench()
     if quantizes(target):
-        checks = take(Checks, values, NO_OPTIONS)
+        checks, bench = take(Checks, values, NO_CHECKS), take(Bench, values, NO_TIMING)
         skip = () if "int8_scope" in values else ("int8_scope",)
         quantization = take(Quantization, values, skip)
         if wanted in precision.PRECISIONS and not precision.get(wanted).needs_calibration:
@@ -134,6 +136,7 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
         preprocessing=take(PreprocessingOptions, values),
         export=take(Export, values),
         checks=msgspec.structs.replace(checks, data=data or SYNTHETIC),
+        bench=bench,
     )
 
 
@@ -141,7 +144,7 @@ def _refuse_calibration() -> None:
     """Options of int8 would be ignored without it."""
 
     context = click.get_current_context()
-    names = {**fields_of(Quantization), **dict.fromkeys(JUDGED)}
+    names = {**fields_of(Quantization), **dict.fromkeys(JUDGED + TIMED)}
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
         if param.name in names and source is click.core.ParameterSource.COMMANDLINE:

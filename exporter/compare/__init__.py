@@ -250,8 +250,8 @@ def _map_drop(base: Finding, head: Finding) -> Finding:
         metric="map_drop",
         value=value,
         unit="points",
-        low=value - half,
-        high=value + half,
+        low=None if half is None else value - half,
+        high=None if half is None else value + half,
         detail=f"{base.value:.2f} → {head.value:.2f} % on {len(base.samples)} images",
     )
 

@@ -149,7 +149,8 @@ def _answers(report: Report, limit: Limit, side: str) -> Finding:
     if found is None or not found.samples or found.value is None:
         multilabel = " --outputs multilabel" if metric == "map" else ""
         raise BadRequest(
-            f"--fail-on {limit}: the {side} report has no {metric}; `verify --data`{multilabel} with labels measures it"
+            f"--fail-on {limit}: the {side} report has no {metric}; `verify --data`{multilabel} "
+            "with labels measures it, mAP where an image has one"
         )
     return found
 

@@ -16,7 +16,7 @@ from exporter.errors import BadRequest, nearest, some
 
 Label = int | tuple[int, ...]  # a class, −1 where unknown, or 0 and 1 for each label of a multi-label head
 UNKNOWN = -1
-_ADD_MULTILABEL = "if the head has a sigmoid for each label, add --outputs multilabel"
+_ADD_MULTILABEL = "if the head has a sigmoid for each label, add --outputs multilabel (in compare: --fail-on map_drop)"
 
 
 def _names_of(label: str) -> set[str]:
@@ -127,6 +127,12 @@ def _columns_of(path: Path, columns: Sequence[str], labels: tuple[str, ...], cou
     by_name = any(_names_of(label) & set(columns) for label in labels)
     words = labels if by_name else [str(number) for number in range(count)]
     found = [next((column for column in columns if column in _names_of(word)), "") for word in words]
+    if len(set(found) - {""}) < len(found) - found.count(""):
+        twice = next(column for column in found if column and found.count(column) > 1)
+        raise BadRequest(
+            f"{path}: the column {twice!r} names {found.count(twice)} labels of the model; name the columns by number, "
+            f"0 to {count - 1}"
+        )
     if stray := [column for column in columns if column not in found]:
         has = f"{some(labels)}" if labels else f"no names of its labels: name the columns 0 to {count - 1}"
         raise BadRequest(f"{path}: column {stray[0]!r} is no label of the model, which has {has}; rename or remove it")

@@ -57,8 +57,9 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     import torch
 
     dtype = torch.uint8 if options.uint8 else torch.float32
-    # A batch of one would be taken for a constant.
-    example = torch.zeros(options.batch or 2, options.channels, *sides(options.imgsz or 64), dtype=dtype)
+    # A batch of one would be taken for a constant, and so would a side of one stride.
+    size = options.imgsz or 2 * options.strides[-1]
+    example = torch.zeros(options.batch or 2, options.channels, *sides(size), dtype=dtype)
     with torch.no_grad(), _quiet():
         exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
         program = _converted(exported, options)

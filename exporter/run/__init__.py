@@ -71,36 +71,56 @@ def read_all(paths: Sequence[Path], out: Path, overrides: Sequence[str] = (), fo
             problems.extend(error.args)
     if problems:
         raise BadRequest(*problems)
-    kinds = Counter((run.recipe.backend, run.recipe.precision) for run in runs)
-    several = {kind for kind, times in kinds.items() if times > 1}
-    clashing = [run for run in runs if (run.recipe.backend, run.recipe.precision) in several]
-    artifacts = {run.path: _target(run.recipe) for run in clashing}
-    for targets in (artifacts, {run.path: f"runs/{run.name}" for run in runs}):
-        for target, times in Counter(targets.values()).items():
-            if times > 1:
-                same = [str(path) for path, other in targets.items() if other == target]
-                raise BadRequest(f"{some(same)} would all write {target}; run them apart, each with its own -o")
+    _refuse_clashes(runs)
     if len({run.path.resolve() for run in runs}) < len(paths):
         raise BadRequest("the same recipe is named twice")
     return runs
 
 
-def _target(recipe: Recipe) -> str:
-    """The facts in the name of a recipe's artifact; weights are read where only they say which network it is."""
-    network, task = _network(recipe.model)
-    return f"{network}, task {task}, in {recipe.precision} for {recipe.backend}"
+_APART = "run them apart, each with its own -o"
 
 
-def _network(model: Model) -> tuple[str, str]:
-    """The variant and the task of a model; for weights that cannot be read yet, as far as they are known."""
+def _refuse_clashes(runs: Sequence[RecipeRun]) -> None:
+    """Refuse recipes that would write the same file. Weights are read where only they say which network it is.
+
+    Raises: BadRequest.
+    """
+    backends_of_several = {name for name, times in Counter(run.recipe.backend for run in runs).items() if times > 1}
+    several = [run for run in runs if run.recipe.backend in backends_of_several]
+    networks = {run.path: f"{_network(run.recipe.model)} for {run.recipe.backend}" for run in several}
+    artifacts = {run.path: f"{networks[run.path]}, in {run.recipe.precision}" for run in several}
+    for targets in (artifacts, {run.path: f"runs/{run.name}" for run in runs}):
+        for target, times in Counter(targets.values()).items():
+            if times > 1:
+                same = [str(path) for path, other in targets.items() if other == target]
+                raise BadRequest(f"{some(same)} would all write {target}; {_APART}")
+    first: dict[str, RecipeRun] = {}
+    for run in several:
+        other = first.setdefault(networks[run.path], run)
+        if _graph(run.recipe) != _graph(other.recipe):
+            raise BadRequest(
+                f"{other.path} and {run.path} would write different graphs of {networks[run.path]} to one file: their "
+                f"weights, export or preprocessing differ; {_APART}"
+            )
+
+
+def _graph(recipe: Recipe) -> tuple[object, ...]:
+    """What determines the fp32 graph that every precision of a network is built from."""
+    weights_path = Path(recipe.model.weights)
+    model = msgspec.structs.replace(recipe.model, weights=str(weights_path.resolve()))
+    return model, msgspec.structs.replace(recipe.export, form=None), recipe.preprocessing
+
+
+def _network(model: Model) -> str:
+    """The variant and the task of a model; for weights that cannot be read, the names in the recipe."""
     if model.weights == "hub" or is_random(model.weights):
-        return variants.resolve(model.variant or "tiny")[0].name, model.task or "classify"
-    with suppress(ExporterError):  # its outcome will say why it cannot be run
+        return f"{variants.resolve(model.variant or 'tiny')[0].name}, task {model.task or 'classify'}"
+    with suppress(ExporterError):  # errors of reading are reported when this recipe runs
         if weights.fingerprint(model.weights) is not None:
             choices = weights.choices_of(msgspec.to_builtins(model))
             checkpoint = weights.load(model.weights, model.variant, choices=choices)
-            return checkpoint.variant.name, model.task or checkpoint.task
-    return model.variant or f"the model of {model.weights}", model.task or "of the weights"
+            return f"{checkpoint.variant.name}, task {model.task or checkpoint.task}"
+    return f"{model.variant or f'the model of {model.weights}'}, task {model.task or 'of the weights'}"
 
 
 def plan(recipe_run: RecipeRun) -> dict[str, str]:

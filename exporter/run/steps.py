@@ -19,7 +19,7 @@ from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import weights
 from exporter.progress import note
-from exporter.recipe import Recipe
+from exporter.recipe import Bench, Recipe
 from exporter.recipe.file import NOT_PATHS
 from exporter.report import Report
 from exporter.verify import VerifyOptions
@@ -73,6 +73,8 @@ class Steps:
             facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
             facts |= {"outputs": recipe.checks.outputs, "threshold": recipe.checks.threshold}
             facts |= {"when_unsure": when_unsure(recipe.checks.when_unsure)}
+            timing = recipe.bench or Bench()
+            facts |= {"timing": [timing.threads, timing.hint, timing.device]}
             facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
         if recipe.export.form == "auto":
             facts |= {"machine": _machine()}

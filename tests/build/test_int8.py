@@ -62,7 +62,7 @@ def photographs(tmp_path_factory):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
-    done = run(verb(backend), "--int8", "--weights", tiny, "--calib-size", 24, "-o", tmp_path, "--json")
+    done = run(verb(backend), "--int8", "--weights", tiny, "--calib-size", 24, "--threads", 1, "-o", tmp_path, "--json")
     assert done.code == 0, done.err
     made = artifact.load(tmp_path / done.json["artifact"]["path"].rpartition("/")[2])
     told = made.sidecar.quantization
@@ -73,6 +73,7 @@ def test_one_command_builds_judges_and_times(backend, tiny, run, tmp_path):
     assert report["findings"][0]["metric"] == "gain"
     assert found["gain"]["case"] == backends.target(backend).above_int8()
     assert found["gain"]["value"] > 0
+    assert found["gain"]["setting"] == found["int8_speedup"]["setting"] == "cpu, 1 thread, latency, batch 1"
     assert "dead leaves" in found["calibration"]["detail"]
     share = 100 * sum(told.layers.values()) / made.sidecar.macs
     assert found["quantized_macs_pct"]["value"] == pytest.approx(share)
@@ -213,7 +214,9 @@ def test_a_file_whose_name_begins_with_random_has_a_budget(tmp_path):
         budget.points(Quantization(max_drop=0.3), "int8", str(tmp_path), "random:7")
 
 
-@pytest.mark.parametrize("words", [("--calib", "x"), ("--max-drop", 1), ("--bias-correction", "full")])
+@pytest.mark.parametrize(
+    "words", [("--calib", "x"), ("--max-drop", 1), ("--bias-correction", "full"), ("--threads", 1)]
+)
 def test_words_about_int8_are_not_passed_over(words, tiny, refused, tmp_path):
     assert f"{words[0]} is for int8" in refused(2, "onnx", "--weights", tiny, "-o", tmp_path, *words)
 

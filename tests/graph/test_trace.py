@@ -111,6 +111,15 @@ def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(varie
     assert shape_of(trace.trace(model, options).graph) == shape_of(plain.model.graph)
 
 
+def test_a_last_stride_of_64_leaves_the_size_open():
+    from exporter.graph import trace
+    from exporter.model.convnext import ConvNeXt
+
+    arch = tiny_architecture(patch=8)
+    graph = trace.trace(ConvNeXt(arch, 10).eval(), trace_options(strides=arch.strides)).graph
+    assert [str(dim) for dim in graph.inputs[0].shape] == ["batch", "3", "height", "width"]
+
+
 def test_one_dynamic_graph_serves_any_multiple_of_32_and_any_batch(tiny, tmp_path):
     made = build(tiny, tmp_path, imgsz="dynamic")
     assert made.sidecar.inputs[0].shape == ("batch", 3, "height", "width")

@@ -157,16 +157,27 @@ def test_what_would_write_over_each_other_is_refused(recipe, refused, tmp_path):
     assert "no such recipe" in refused(2, "run", "onnxruntime/tinny_int8", folder=tmp_path)
 
 
-def test_two_weights_of_one_network_are_refused_before_anything_is_built(recipe, refused, run, tmp_path):
+def test_one_graph_cannot_be_two(recipe, refused, run, tmp_path):
+    """The fp32 graph is an artifact of one recipe, and what the other is built from."""
+    one = recipe(precision="fp32", name="one")
+    two = recipe(name="two", more="export: {imgsz: 96}\nbench: null")
+    line = refused(2, "run", one, two, folder=tmp_path)
+    assert "one.yaml and" in line
+    assert "would write different graphs" in line
+    three = recipe(name="three", more="export: {form: linear}\nbench: null")
+    assert run("run", one, three, "--dry-run").code == 0
+
+
+def test_two_weights_of_one_network_are_refused_before_anything_is_built(recipe, refused, tmp_path):
     """Only the weights say that both are written to `custom_fp16.onnx`."""
     own = write_tiny(tmp_path / "own", seed=1)
     one, two = recipe(name="one"), recipe(name="two")
     two.write_text(re.sub(r"weights: [^}]*", f"weights: {own}", two.read_text()))
     line = refused(2, "run", one, two, folder=tmp_path)
     assert "one.yaml, " in line
-    assert "two.yaml would all write custom, task classify, in fp16 for onnxruntime; run them apart" in line
+    assert "two.yaml would all write custom, task classify for onnxruntime, in fp16; run them apart" in line
     two.write_text(two.read_text().replace("fp16", "fp32"))
-    assert run("run", one, two, "--dry-run").code == 0
+    assert "would write different graphs of custom" in refused(2, "run", one, two, folder=tmp_path)
 
 
 def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):

@@ -233,6 +233,13 @@ def test_labels_without_a_positive_image_fail_a_budget_and_else_say_so(artifacts
     assert not judged(artifacts, eager, eager.copy(), 0 * truth, max_drop=1.0)["map_drop"].passed
 
 
+def test_labels_none_of_which_is_positive_judge_nothing(artifacts):
+    eager, truth = scores(3, 3)
+    for labels, unsure in ((0 * truth, True), (0 * truth + 1, False)):
+        found = judged(artifacts, eager, eager.copy(), labels, data="photographs")
+        assert found["label_agreement"].unsure == unsure
+
+
 # Data
 
 
@@ -300,6 +307,12 @@ def test_a_folder_gives_images_without_labels(folder):
     (folder / "Mass").mkdir()
     (folder / "0.png").rename(folder / "Mass" / "0.png")
     assert read(folder) == [-1] * 4
+
+
+def test_a_column_that_could_be_two_labels_is_refused(folder):
+    (folder / "m.csv").write_text("path,crane,tench\n0.png,0,1\n")
+    with pytest.raises(BadRequest, match="the column 'crane' names 2 labels of the model; name the columns by number"):
+        read(folder / "m.csv", names=("n02012849 crane", "n03126707 crane", "n01440764 tench"))
 
 
 @pytest.mark.parametrize(

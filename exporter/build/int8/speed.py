@@ -16,7 +16,7 @@ from exporter.build.int8.search import Candidate, Search
 from exporter.build.int8.work import Work
 from exporter.errors import ExporterError, first_line, some
 from exporter.progress import note
-from exporter.recipe import Recipe
+from exporter.recipe import Bench, Recipe
 from exporter.report import Finding
 from exporter.stats import center
 
@@ -35,7 +35,11 @@ class Timed:
             for part in (best.kept if 1 < len(best.kept) <= MOST_ALONE else ())
         }
         artifacts = [self.baseline, *(candidate.artifact for candidate in search.tried), *self.alone.values()]
-        options = latency.BenchOptions(duration=SECONDS_EACH * (1 + len(artifacts)), weights=recipe.model.weights)
+        setting = recipe.bench or Bench()
+        options = latency.BenchOptions(
+            duration=SECONDS_EACH * (1 + len(artifacts)), weights=recipe.model.weights,
+            threads=setting.threads, hint=setting.hint, device=setting.device,
+        )  # fmt: skip
         self.batch = batches_of(options, artifacts)[0]
         self.timing: Timing = latency.time_batch(
             latency.arms_of(artifacts, options), artifacts[0], self.batch, options, opener

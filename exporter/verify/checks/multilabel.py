@@ -81,7 +81,9 @@ class Multilabel:
         if self.equal[worst] < images:
             detail += f"; worst label {self.names[worst]}, {100 * self.equal[worst] / images:.4g} %"
         limit = self.precision.limits.agreement_pct
-        return agreement(replace(finding, detail=detail), self.options, limit, bool(self.truth))
+        return agreement(
+            replace(finding, detail=detail), self.options, limit, any(labels.any() for labels in self.truth)
+        )
 
     def _constant(self) -> Finding:
         """The number of labels with one score for every image, where eager's lie further apart than the largest error
