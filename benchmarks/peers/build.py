@@ -64,12 +64,12 @@ def environment(name: str) -> Path:
 
 
 def _stamp(name: str) -> Path:
-    """The file that says what a peer's environment was made from."""
+    """The file with the requirements that a peer's environment was installed from."""
     return Path(ROOT) / f"env-{name}" / "installed.txt"
 
 
 def versions(name: str) -> dict[str, str]:
-    """What is installed in a peer's environment, of what matters; empty if it was never made."""
+    """Versions of the packages that the report names; {} if the environment was not made yet."""
     if not _stamp(name).exists():
         return {}
     script = "from importlib.metadata import distributions as d; print(*(f'{x.name}={x.version}' for x in d()))"

@@ -116,7 +116,7 @@ class Change:
     chance: the p-value, if nothing had changed.
     floor: the noise floor, the difference of base from itself.
     base, head: the metric itself, in its unit.
-    least_chance: the smallest p-value that a test of so many launches can give.
+    least_chance: the smallest p-value that a test with this number of processes can give.
     noise, setting: as a finding has them.
     """
 
@@ -195,7 +195,7 @@ def _verdict(change: Change, regressed: bool, unsure: bool) -> str:
     if regressed:
         return "regressed"
     if unsure:
-        return "above the limit, but too few launches for so many comparisons: compare fewer at once"
+        return "above the limit, but too few processes for so many comparisons: compare fewer at once"
     if change.is_suspicious:
         return "above the limit, but not beyond the noise of this machine"
     return "better" if change.found.high < 0 else "no regression"

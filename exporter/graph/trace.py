@@ -72,7 +72,10 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
 def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) -> torch.onnx.ONNXProgram:
     """Convert a program as it is, or decomposed where an operator of it has no ONNX function.
 
-    PyTorch's exporter decomposes every program, which traces the network again and takes half of the time.
+    PyTorch's exporter calls `run_decompositions` for every program, which traces the network again and takes half of
+    the time. So this method first returns the program unchanged; if the conversion fails, the second one decomposes.
+
+    Raises: OnnxExporterError.
     """
     import torch
 

@@ -250,7 +250,7 @@ class Checks(Record, frozen=True):
     threshold: Annotated[
         Annotated[float, Meta(gt=0, lt=1)] | None,
         about(
-            "Of a multi-label head: probability (the sigmoid of its output) from which an image has a label.",
+            "Multi-label: probability (sigmoid of the output) at or above which an image has a label.",
             metavar="P",
             default="0.5",
         ),

@@ -112,8 +112,8 @@ def pseudo_values(ranked: Sequence[Ranking]) -> NDArray[np.float64]:
 class Loss:
     """A loss of mAP in points.
 
-    low, high: what the bootstrap's 95 % interval adds to it; spread: the standard error of what these images cannot
-    show; images: how many there are.
+    low, high: distances in points from the value to the ends of the bootstrap's 95 % interval; spread: the standard
+    error of the added images, in points; images: how many there are.
     """
 
     value: float
@@ -134,7 +134,7 @@ def loss(before: Sequence[Ranking], after: Sequence[Ranking]) -> Loss:
     """The loss of mAP between two rankings of the same images, with its interval.
 
     The interval is the percentile bootstrap over images, all labels of an image together (Efron and Tibshirani, "An
-    introduction to the bootstrap", 1993, 13.3), which is of no width where no image changed its rank. So half an image
+    introduction to the bootstrap", 1993, 13.3), which has zero width where no image changed its rank. So half an image
     that was lost and half an image that was won are added to the positive images of each label, as in Agresti and Min's
     interval for paired proportions (see `stats.drop_interval`): of one label it is theirs where nothing was lost.
     """

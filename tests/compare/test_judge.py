@@ -62,7 +62,7 @@ def test_too_few_launches_for_so_many_comparisons_are_said():
     few = replace(change(shift_pct=30, launches=6), least_chance=0.5**6)
     (finding,) = judge([few], confirmed=True)
     assert (finding.passed, finding.unsure) == (True, True)
-    assert "too few launches for so many comparisons: compare fewer at once" in finding.detail
+    assert "too few processes for so many comparisons: compare fewer at once" in finding.detail
     enough = replace(few, least_chance=0.5**7)
     assert not judge([enough], confirmed=True)[0].unsure
 

@@ -27,7 +27,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _is_noisy(finding: Finding) -> bool:
-    """Whether a ratio is uncertain; one annotation is enough for the times that it is made of."""
+    """Whether a ratio is uncertain; the times that it is computed from get none of their own."""
     is_ratio = finding.unit == "×" or finding.check == "regression"
     return (is_ratio and finding.noise != "") or "noisy" in finding.detail or "noise of" in finding.detail
 

@@ -98,7 +98,7 @@ def share(check: str, metric: str, hits: Sequence[float]) -> Finding:
 
 
 def agreement(finding: Finding, options: Checks, default_pct: float, has_labels: bool) -> Finding:
-    """A share of answers that are eager's, judged by `--min-agreement` or the precision's own limit.
+    """A share of answers equal to eager's, judged by `--min-agreement` or the precision's own limit.
 
     Args:
         finding: from `share`.
@@ -107,9 +107,9 @@ def agreement(finding: Finding, options: Checks, default_pct: float, has_labels:
         has_labels: whether labels judge the artifact.
     """
     limit, count, hits = options.min_agreement, len(finding.samples), sum(finding.samples)
-    # Where labels judge, or the images are synthetic, more of them would not make the precision's limit mean more.
-    silent = limit is None and (has_labels or is_synthetic(options.data))
-    choice = options.when_unsure or ("pass" if silent else budgets.when_unsure(None, limit is not None))
+    # Where labels judge the accuracy, or the images are synthetic, a warning to take more images helps nobody.
+    skip_warning = limit is None and (has_labels or is_synthetic(options.data))
+    choice = options.when_unsure or ("pass" if skip_warning else budgets.when_unsure(None, limit is not None))
     budget = budgets.Budget(default_pct if limit is None else limit, "high", choice)
 
     def interval_of(images: int) -> tuple[float, float]:

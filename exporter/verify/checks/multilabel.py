@@ -87,7 +87,7 @@ class Multilabel:
 
     def _constant(self) -> Finding:
         """The number of labels with one score for every image, where eager's lie further apart than the largest error
-        of this precision. Labels that eager never sees are no finding."""
+        of this precision. A label whose eager score is constant too is not counted."""
         eager, got = (ends[1] - ends[0] for ends in self.ends)
         stuck = np.flatnonzero((got == 0) & (eager > self.precision.limits.share * self.moments.scale("multilabel")))
         named = f": {', '.join(self.names[label] for label in stuck[:3])}" if len(stuck) else ""
