@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,9 +174,13 @@ def _digest(content: object, *, values: bool) -> str:
 
 
 def forking():
-    """A multiprocessing context whose processes are forked from one that has imported the libraries."""
+    """A multiprocessing context whose processes are forked from one that has imported the libraries.
+
+    That process is started here: there is one for all contexts, and it imports what the first of them asked for.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
+    forkserver._forkserver.ensure_running()
     return context
 
 

@@ -1,7 +1,6 @@
 """Runs killed and disks filled: a few here, many in the results."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,21 +9,9 @@ from exporter.errors import ExporterError
 from tests import once
 
 
-def work(recipes, out, log, most):
-    """`kill.work` that reads the graphs of the desk's two networks where they were traced before."""
-    with pytest.MonkeyPatch.context() as patch:
-        graphs = (log.parent.parent / "graphs").read_text()  # a forked process has the environment of its server
-        once.remember_traces(Path(graphs), patch)
-        kill_work(recipes, out, log, most)
-
-
-kill_work = kill.work
-
-
 @pytest.fixture
-def one_recipe(monkeypatch, graphs, tmp_path):
-    (tmp_path / "graphs").write_text(str(graphs))
-    monkeypatch.setattr(kill, "work", work)
+def one_recipe(monkeypatch):
+    monkeypatch.setattr(kill, "CONTEXT", once.forking())
     monkeypatch.setattr(kill, "RECIPES", {"custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: null\n"})
     monkeypatch.setattr(kill.shutil, "which", lambda name: None)  # nothing is mounted in a test
 
