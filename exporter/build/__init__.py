@@ -71,7 +71,7 @@ def _note_replaced(path: Path, job: Job) -> None:
     with suppress(BadRequest):  # an unreadable sidecar names no options to compare
         before, after = _graph_options(read_sidecar(path)), _graph_options(job.sidecar)
         if path != job.files[-1]:
-            del after["form"]
+            after.pop("form", None)
         changed = [f"{name} {before.get(name)} → {value}" for name, value in after.items() if before.get(name) != value]
         if changed:
             note(f"{path.name} is replaced: {', '.join(changed)}")

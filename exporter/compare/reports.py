@@ -145,14 +145,14 @@ def _number(report: Report, limit: Limit, side: str) -> float:
 
 def _answers(report: Report, limit: Limit, side: str) -> Finding:
     metric = METRICS[limit.metric].answers
-    found = report.find(metric)
-    if found is None or not found.samples or found.value is None:
+    answers = report.find(metric)
+    if answers is None or not answers.samples or answers.value is None:
         multilabel = " --outputs multilabel" if metric == "map" else ""
         raise BadRequest(
             f"--fail-on {limit}: the {side} report has no {metric}; `verify --data`{multilabel} "
             "with labels measures it, mAP where an image has one"
         )
-    return found
+    return answers
 
 
 def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:

@@ -126,20 +126,20 @@ def _columns_of(path: Path, columns: Sequence[str], labels: tuple[str, ...], cou
     """
     by_name = any(_names_of(label) & set(columns) for label in labels)
     words = labels if by_name else [str(number) for number in range(count)]
-    found = [next((column for column in columns if column in _names_of(word)), "") for word in words]
-    if len(set(found) - {""}) < len(found) - found.count(""):
-        twice = next(column for column in found if column and found.count(column) > 1)
+    matched = [next((column for column in columns if column in _names_of(word)), "") for word in words]
+    if len(set(matched) - {""}) < len(matched) - matched.count(""):
+        twice = next(column for column in matched if column and matched.count(column) > 1)
         raise BadRequest(
-            f"{path}: the column {twice!r} names {found.count(twice)} labels of the model; name the columns by number, "
-            f"0 to {count - 1}"
+            f"{path}: the column {twice!r} names {matched.count(twice)} labels of the model; name the columns by "
+            f"number, 0 to {count - 1}"
         )
-    if stray := [column for column in columns if column not in found]:
+    if stray := [column for column in columns if column not in matched]:
         has = f"{some(labels)}" if labels else f"no names of its labels: name the columns 0 to {count - 1}"
         raise BadRequest(f"{path}: column {stray[0]!r} is no label of the model, which has {has}; rename or remove it")
-    if "" in found:
-        missing = words[found.index("")]
+    if "" in matched:
+        missing = words[matched.index("")]
         raise BadRequest(f"{path}: no column for the label {missing}; give one for each of the {count} labels")
-    return found
+    return matched
 
 
 def check_arrays(path: Path, labels: NDArray[np.int64], classes: int, multilabel: bool) -> None:

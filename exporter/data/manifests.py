@@ -148,10 +148,10 @@ def _label_columns(path: Path, words: list[str], names: list[str], body: list[de
             f"{path}: unknown columns {some(list(odd))}; remove them; a column of a label holds 0 or 1, and "
             f"{next(iter(odd.values()))}; {_EXPECTED}"
         )
-    found = tuple(words[index] for index in columns)
-    if twice := [word for word in found if found.count(word) > 1 or not word]:
+    labels = tuple(words[index] for index in columns)
+    if twice := [word for word in labels if labels.count(word) > 1 or not word]:
         raise BadRequest(f"{path}: two columns are {twice[0]!r}, or one has no name; name each label once")
-    return found
+    return labels
 
 
 def _lines(path: Path, lines: list[str], first: int) -> _Rows:

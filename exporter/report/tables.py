@@ -124,8 +124,8 @@ def accuracy(reports: Sequence[Report]) -> Table:
 
 def _accuracy(report: Report, of: str) -> str:
     """Top-1 or, of a multi-label head, mAP."""
-    if (found := report.find(f"map{of}")) is not None:
-        return number(found, "mAP {:.2f} %")
+    if (mean_precision := report.find(f"map{of}")) is not None:
+        return number(mean_precision, "mAP {:.2f} %")
     return number(report.find(f"top1{of}"), "{:.2f} %")
 
 

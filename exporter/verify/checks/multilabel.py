@@ -108,8 +108,8 @@ class Multilabel:
             return [finding if limit is None else judged(finding, limit, "low")]
         ranked = [average_precision.rankings(truth, np.concatenate(scores)) for scores in (self.eager, self.got)]
         labels = f"{len(ranked[0])} of {truth.shape[1]} labels have a positive image, {len(truth)} images"
-        found = [_map(metric, one, labels) for metric, one in zip(("map_eager", "map"), ranked, strict=True)]
-        return [*found, self._drop(ranked[0], ranked[1], np.flatnonzero(truth.sum(0)))]
+        findings = [_map(metric, one, labels) for metric, one in zip(("map_eager", "map"), ranked, strict=True)]
+        return [*findings, self._drop(ranked[0], ranked[1], np.flatnonzero(truth.sum(0)))]
 
     def _drop(self, eager: Sequence[Ranking], got: Sequence[Ranking], labels: NDArray[np.intp]) -> Finding:
         loss = average_precision.loss(eager, got)
