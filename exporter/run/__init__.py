@@ -87,7 +87,8 @@ def _refuse_clashes(runs: Sequence[RecipeRun]) -> None:
     """
     backends_of_several = {name for name, times in Counter(run.recipe.backend for run in runs).items() if times > 1}
     several = [run for run in runs if run.recipe.backend in backends_of_several]
-    networks = {run.path: f"{_network(run.recipe.model)} for {run.recipe.backend}" for run in several}
+    names = {model: _network(model) for model in {run.recipe.model for run in several}}
+    networks = {run.path: f"{names[run.recipe.model]} for {run.recipe.backend}" for run in several}
     artifacts = {run.path: f"{networks[run.path]}, in {run.recipe.precision}" for run in several}
     for targets in (artifacts, {run.path: f"runs/{run.name}" for run in runs}):
         for target, times in Counter(targets.values()).items():
