@@ -154,7 +154,8 @@ class PixelConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) pixels, of any type, to (N, C, H/s, W/s)."""
-        x = x.to(self.weight.dtype)
+        if x.dtype != self.weight.dtype:
+            x = torch.ops.aten._to_copy.default(x, dtype=self.weight.dtype)  # unlike `x.to`, it has an ONNX function
         return super().forward(x if self.mean is None else x - self.mean)
 
 
