@@ -78,7 +78,7 @@ def open_npz(path: Path, recipe: Preprocessing, labelled: bool = True) -> Arrays
                 raise BadRequest(f"{path}: holds {', '.join(names) or 'nothing'}; {expected}")
             with archive.open("images.npy") as file:
                 shape, fortran, dtype = _header(file)
-            labels = _labels(archive) if labelled and "labels.npy" in names else None
+            labels = _labels(path, archive) if labelled and "labels.npy" in names else None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadRequest(f"{path}: truncated or no .npz file ({error}); {expected}") from None
     pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] == recipe.channels
@@ -99,7 +99,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic
     return shape, fortran, dtype
 
 
-def _labels(archive: zipfile.ZipFile) -> NDArray[np.int64]:
+def _labels(path: Path, archive: zipfile.ZipFile) -> NDArray[np.int64]:
     if archive.getinfo("labels.npy").file_size > MAX_LABEL_BYTES:
         raise ValueError("labels.npy is too large for labels")
     with archive.open("labels.npy") as file:
@@ -108,6 +108,10 @@ def _labels(archive: zipfile.ZipFile) -> NDArray[np.int64]:
         raise ValueError(f"labels of shape {shape}")
     with archive.open("labels.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    if not np.issubdtype(array.dtype, np.integer) and not (array.ndim == 2 and array.dtype == np.bool_):
-        raise ValueError(f"labels are {array.dtype}, expected whole numbers")
+    decisions = array.ndim == 2 and array.dtype.kind in "bf" and bool(np.isin(array, (0, 1)).all())
+    if not np.issubdtype(array.dtype, np.integer) and not decisions:
+        raise BadRequest(
+            f"{path}: labels are {array.dtype} {array.shape}; expected whole numbers: a class for each image (N,), or 0 "
+            "and 1 for each label of a multi-label head (N, L)"
+        )
     return array.astype(np.int64)

@@ -25,8 +25,12 @@ def _names_of(label: str) -> set[str]:
     return {label, match[1], match[2]} if match else {label}
 
 
-def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
+def match_classes(
+    names: list[str], labels: tuple[str, ...], classes: int, where: str, kind: str = "class"
+) -> dict[str, int]:
     """The class number of each name: by the model's labels, else as numbers, else in sorted order.
+
+    Messages call a name a `kind`: "class" or "label".
 
     A label `n01440764 tench` is also known by its WordNet id and by its words.
 
@@ -37,21 +41,23 @@ def match_classes(names: list[str], labels: tuple[str, ...], classes: int, where
     if any(name in known for name in names):
         for name in names:
             if times[name] > 1:
-                raise BadRequest(f"{where}: {times[name]} of the model's labels are {name!r}; name classes by number")
+                raise BadRequest(
+                    f"{where}: {times[name]} of the model's labels are {name!r}; give every {kind} by number"
+                )
             if name not in known:
                 raise BadRequest(
-                    f"{where}: class {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
+                    f"{where}: {kind} {name!r} is none of the model's {classes} labels; {nearest(name, known)}"
                 )
         return {name: known[name] for name in names}
     numbers = {name: number for name in names if (number := delimited.whole(name)) is not None}
     if words := [name for name in names if numbers and name not in numbers]:
-        raise BadRequest(f"{where}: class {next(iter(numbers))} is a number, and {words[0]!r} is none; name all alike")
+        raise BadRequest(f"{where}: {kind} {next(iter(numbers))} is a number, and {words[0]!r} is none; name all alike")
     if numbers:
         if outside := [name for name in names if not 0 <= numbers[name] < classes]:
-            end = "begin at 0" if numbers[outside[0]] < 0 else f"end at {classes - 1}"
-            raise BadRequest(f"{where}: class {outside[0]}, but the model's {classes} classes {end}")
+            kinds = {"class": "classes", "label": "labels"}[kind]
+            raise BadRequest(f"{where}: {kind} {outside[0]}, but the model's {kinds} are 0 to {classes - 1}")
         if len(set(numbers.values())) < len(names):
-            raise BadRequest(f"{where}: two classes are the same number ({some(names)})")
+            raise BadRequest(f"{where}: {some(names)} have the same number; write each number in one way")
         return numbers
     # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
     if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
@@ -96,6 +102,8 @@ def labels_of(path: Path, listed: Listed, labels: tuple[str, ...], count: int | 
         raise BadRequest(f"{path}: labels are in a column of names and in {some(listed.columns)}; keep one of the two")
     if count is None or not (listed.columns or any(cells)):
         return [(row["path"], UNKNOWN) for row in listed.rows]
+    if count == 1 and all(delimited.whole(cell) in (0, 1) for cell in cells):
+        return [(row["path"], (delimited.whole(cell) or 0,)) for row, cell in zip(listed.rows, cells, strict=True)]
     if listed.columns:
         names = _columns_of(path, listed.columns, labels, count)
         return [(row["path"], tuple(delimited.whole(row[name]) or 0 for name in names)) for row in listed.rows]
@@ -104,7 +112,7 @@ def labels_of(path: Path, listed: Listed, labels: tuple[str, ...], count: int | 
     for line, several in zip(listed.lines, parts, strict=True):
         if "" in several:
             raise BadRequest(f"{path}: line {line} has a label without a name; write LABEL or LABEL|LABEL")
-    numbers = match_classes(sorted({name for several in parts for name in several}), labels, count, str(path))
+    numbers = match_classes(sorted({name for several in parts for name in several}), labels, count, str(path), "label")
     positive = [{numbers[name] for name in several} for several in parts]
     return [
         (row["path"], tuple(int(label in numbers) for label in range(count)))
@@ -134,12 +142,20 @@ def _columns_of(path: Path, columns: Sequence[str], labels: tuple[str, ...], cou
             f"number, 0 to {count - 1}"
         )
     if stray := [column for column in columns if column not in matched]:
-        has = f"{some(labels)}" if labels else f"no names of its labels: name the columns 0 to {count - 1}"
-        raise BadRequest(f"{path}: column {stray[0]!r} is no label of the model, which has {has}; rename or remove it")
+        raise BadRequest(
+            f"{path}: column {stray[0]!r} is no label of the model; {_columns_wanted(stray[0], labels, count)}"
+        )
     if "" in matched:
         missing = words[matched.index("")]
         raise BadRequest(f"{path}: no column for the label {missing}; give one for each of the {count} labels")
     return matched
+
+
+def _columns_wanted(stray: str, labels: tuple[str, ...], count: int) -> str:
+    """What to call the columns instead of a name that is no label."""
+    if not labels:
+        return f"the model has no names of its labels: name the columns 0 to {count - 1}"
+    return f"{nearest(stray, labels)}; rename or remove the column"
 
 
 def check_arrays(path: Path, labels: NDArray[np.int64], classes: int, multilabel: bool) -> None:

@@ -122,6 +122,7 @@ def _table(path: Path, lines: list[str], first: int, frozen: bool) -> tuple[_Row
     if len(table) < 2 or "path" not in names:
         raise BadRequest(f"{path}: {_EXPECTED}")
     delimited.check_width(table[1:], len(words))
+    names = _without_label_columns(words, names, table[1:])
     columns = _label_columns(path, words, names, table[1:])
     for field in _COLUMNS:
         if len(both := [words[index] for index, name in enumerate(names) if name == field]) > 1:
@@ -129,6 +130,19 @@ def _table(path: Path, lines: list[str], first: int, frozen: bool) -> tuple[_Row
             raise BadRequest(f"{path}: the {field} is in {' or '.join(readings)}; keep one of these columns")
     keys = [name or word for word, name in zip(words, names, strict=True)]
     return [(line, dict(zip(keys, cells, strict=True))) for line, cells in table[1:]], columns
+
+
+def _without_label_columns(words: list[str], names: list[str], body: list[delimited.Row]) -> list[str]:
+    """Our names of the columns, without those of columns that hold a label: where some column is a label, a column
+    `Target` or `Set` with only 0 and 1 is another one."""
+
+    def holds_a_label(index: int) -> bool:
+        return all(delimited.whole(cells[index]) in (0, 1) for _, cells in body)
+
+    if not any(not name and holds_a_label(index) for index, name in enumerate(names)):
+        return names
+    other = {index for index, name in enumerate(names) if name in ("label", "split") and words[index].lower() != name}
+    return ["" if index in other and holds_a_label(index) else name for index, name in enumerate(names)]
 
 
 def _label_columns(path: Path, words: list[str], names: list[str], body: list[delimited.Row]) -> tuple[str, ...]:
@@ -145,12 +159,13 @@ def _label_columns(path: Path, words: list[str], names: list[str], body: list[de
     }
     if odd:
         raise BadRequest(
-            f"{path}: unknown columns {some(list(odd))}; remove them; a column of a label holds 0 or 1, and "
-            f"{next(iter(odd.values()))}; {_EXPECTED}"
+            f"{path}: unknown columns {some(list(odd))}; remove them; the column of a label holds 0 or 1 in every "
+            f"line, and {next(iter(odd.values()))}; {_EXPECTED}"
         )
     labels = tuple(words[index] for index in columns)
     if twice := [word for word in labels if labels.count(word) > 1 or not word]:
-        raise BadRequest(f"{path}: two columns are {twice[0]!r}, or one has no name; name each label once")
+        problem = f"two columns are {twice[0]!r}" if twice[0] else "a column of 0 and 1 has no name"
+        raise BadRequest(f"{path}: {problem}; name each label once")
     return labels
 
 

@@ -61,7 +61,7 @@ def check_threshold(options: Checks) -> None:
     """Raises: BadRequest for `--threshold` without `--outputs multilabel`."""
     if options.threshold is not None and options.outputs != "multilabel":
         raise BadRequest(
-            f"--threshold {options.threshold:g}: only a multi-label head has a threshold; add --outputs multilabel, or "
+            f"--threshold {options.threshold}: only a multi-label head has a threshold; add --outputs multilabel, or "
             "leave it out"
         )
 

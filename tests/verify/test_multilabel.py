@@ -279,6 +279,18 @@ def test_manifests_name_several_labels_in_a_cell_or_have_a_column_for_each(name,
     assert read(folder / name) == EXPECTED
 
 
+def test_labels_may_have_names_that_other_columns_have(folder):
+    (folder / "m.csv").write_text("path,Set,Mass,Target\n0.png,1,0,1\n1.png,0,1,0\n2.png,0,0,0\n")
+    assert read(folder / "m.csv", ("Set", "Mass", "Target")) == EXPECTED
+
+
+def test_zero_and_one_of_a_single_label_are_decisions(folder):
+    (folder / "m.csv").write_text("path,label\n0.png,1\n1.png,0\n2.png,0\n")
+    assert read(folder / "m.csv", ("Edema",), 1) == [[1], [0], [0]]
+    (folder / "m.csv").write_text("path,label\n0.png,Edema\n1.png,\n2.png,\n")
+    assert read(folder / "m.csv", ("Edema",), 1) == [[1], [0], [0]]
+
+
 def test_lists_name_several_labels_too(folder):
     (folder / "m.txt").write_text("0.png Edema|Nodule\n1.png Mass\n")
     assert read(folder / "m.txt") == EXPECTED[:2]
@@ -292,7 +304,7 @@ def test_a_label_with_a_separator_in_its_name_is_one_label(folder):
 
 def test_arrays_have_a_column_for_each_label(tmp_path):
     images = np.zeros((3, 32, 32, 3), np.uint8)
-    for truth in (np.array(EXPECTED), np.array(EXPECTED, bool)):
+    for truth in (np.array(EXPECTED), np.array(EXPECTED, bool), np.array(EXPECTED, np.float32)):
         np.savez(tmp_path / "a.npz", images=images, labels=truth)
         assert read(tmp_path / "a.npz") == EXPECTED
     with pytest.raises(BadRequest, match=r"several for an image; .* add --outputs multilabel"):
@@ -318,14 +330,16 @@ def test_a_column_that_could_be_two_labels_is_refused(folder):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("path,label\n0.png,Edema|Rash\n", "class 'Rash' is none of the model's 3 labels"),
+        ("path,label\n0.png,Edema|Rash\n", "label 'Rash' is none of the model's 3 labels"),
         ("path,label\n0.png,Edema||Mass\n", "line 2 has a label without a name"),
-        ("path,label\n0.png,0|3\n1.png,1\n", "class 3, but the model's 3 classes end at 2"),
+        ("path,label\n0.png,0|3\n1.png,1\n", "label 3, but the model's labels are 0 to 2"),
         ("path,Edema,Mass\n0.png,0,1\n", "no column for the label Nodule; give one for each of the 3 labels"),
         ("path,Edema,Mass,Nodule,Rash\n0.png,0,1,0,0\n", "column 'Rash' is no label of the model"),
         ("path,Edema,Mass,Nodule\n0.png,0,1,\n", "unknown columns Nodule; .* Nodule has '' in line 2"),
         ("path,Edema,Mass,Nodule\n0.png,0,1,0\n1.png,0,-1,0\n", "Mass has '-1' in line 3"),
         ("path,Edema,Edema,Nodule\n0.png,0,1,0\n", "two columns are 'Edema'"),
+        ("path,Edema,,Nodule\n0.png,0,1,0\n", "a column of 0 and 1 has no name"),
+        ("path,Edema,Mass,Nodul\n0.png,0,1,0\n", "column 'Nodul' is no label of the model; did you mean 'Nodule'"),
         (
             "path,label,Edema,Mass,Nodule\n0.png,Mass,0,1,0\n",
             "in a column of names and in Edema, Mass, Nodule; keep one",

@@ -76,7 +76,7 @@ class Multilabel:
         images, worst = len(self.shares), int(self.equal.argmin())
         threshold = THRESHOLD if self.options.threshold is None else self.options.threshold
         detail = (
-            f"{self.equal.sum()} of {images * len(self.names)} decisions, {images} images, at threshold {threshold:g}"
+            f"{self.equal.sum()} of {images * len(self.names)} decisions, {images} images, at threshold {threshold}"
         )
         if self.equal[worst] < images:
             detail += f"; worst label {self.names[worst]}, {100 * self.equal[worst] / images:.4g} %"
