@@ -21,16 +21,16 @@ def work(artifact: Artifact) -> list[Finding]:
     return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 
-def cold(found: Cold | str, setting: str) -> list[Finding]:
+def cold(times: Cold | str, setting: str) -> list[Finding]:
     """The times of a cold start and the memory of its process, or the reason of a failure."""
-    if isinstance(found, str):
-        failed = Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=found)
+    if isinstance(times, str):
+        failed = Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=times)
         return [msgspec.structs.replace(failed, setting=setting)]
     values = (
-        ("cold_ms", found.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
-        ("load_ms", found.load_ms, "ms", "loaded again"),
-        ("first_ms", found.first_ms, "ms", "first inference after that"),
-        ("peak_bytes", float(found.peak_bytes), "bytes", "of the process that ran it alone"),
+        ("cold_ms", times.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
+        ("load_ms", times.load_ms, "ms", "loaded again"),
+        ("first_ms", times.first_ms, "ms", "first inference after that"),
+        ("peak_bytes", float(times.peak_bytes), "bytes", "of the process that ran it alone"),
     )
     return [
         Finding(check="latency", metric=metric, value=value, unit=unit, detail=text, setting=setting)

@@ -140,7 +140,8 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
         print_json(comparison)
     else:
         print_rows(tables.regressions([comparison]))
-        verdict = "[green]no regression[/]" if comparison.passed else "[red]REGRESSION[/]"
+        worse = dict.fromkeys(finding.metric for finding in comparison.findings if not finding.passed)
+        verdict = f"[red]REGRESSION[/] of {', '.join(worse)}" if worse else "[green]no regression[/]"
         console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
     if not comparison.passed:
         raise click.exceptions.Exit(6)

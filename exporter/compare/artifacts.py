@@ -101,7 +101,7 @@ def compare_times(
     if not suspects:
         return findings
     processes = max(AGAIN * supervisor.PROCESSES, processes_needed(len(comparisons)))
-    step(f"above the limit: measuring again, in {processes} processes")
+    step("above the limit: measuring again")
     second = {batch: _changes(pair, limits, batch, options, processes, opener) for batch in suspects}
     findings = [finding for finding in findings if finding.case not in {_case(batch) for batch in suspects}]
     # Corrected for all that was looked at first, not only for what is looked at again.
@@ -118,6 +118,8 @@ def _changes(
     pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, processes: int, opener: Opener
 ) -> list[Change]:
     plan = _plan(pair, batch, options, seed=options.seed + processes)
+    names = f"{pair.base.path.name} and {pair.head.path.name}"
+    step(f"timing {names} in turn in {processes} fresh processes, batch {batch}")
     timing = Timing(plan)
     supervisor.measure(timing, opener, processes, stop_on_failure=True)
     for name, reason in timing.failures.items():

@@ -103,7 +103,9 @@ ACCURACY = ("parity", "accuracy", "multilabel", "values", "sanity", "structure",
 
 def accuracy(reports: Sequence[Report]) -> Table:
     """A row for each artifact that was verified."""
-    columns = ("artifact", "runs on", "size", "top-1", "eager", "agreement", "cosine", "max error", "")
+    multilabel = any(report.find("map") for report in reports)
+    top1 = "top-1 or mAP" if multilabel else "top-1"
+    columns = ("artifact", "runs on", "size", top1, "eager", "agreement", "cosine", "max error", "")
     rows = [
         (
             name(report),
