@@ -139,7 +139,7 @@ def test_int8_loses_next_to_nothing(model, verb, calib, outliers, half, tmp_path
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     weights = outliers if model == "outliers" else shared("data", "weights", f"{model}_imagenette.safetensors")
     source = shared("data", "images", "calib") if calib == "photographs" else calib
-    words = ("--imgsz", 112, "--calib", source, "--calib-size", 256, "--data", half)
+    words = ("--imgsz", 112, "--calib", source, "--calib-size", 128, "--data", half)
     result = type_command(verb, "--int8", "--weights", weights, *words, "-o", tmp_path, "--json")
     assert result.code == 0, result.err
     found = {finding["metric"]: finding for finding in result.json["report"]["findings"]}

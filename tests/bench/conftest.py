@@ -1,4 +1,4 @@
-"""Tests of timing processes start them as the product does."""
+"""Timing processes that are started as the product starts them, for the tests of this."""
 
 import multiprocessing
 
@@ -7,8 +7,7 @@ import pytest
 from exporter.bench import supervisor
 
 
-@pytest.fixture(autouse=True, scope="package")
-def timing_processes_are_spawned():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervisor, "multiprocessing", multiprocessing)
-        yield
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch):
+    """Timing processes are new interpreters, which import the libraries."""
+    monkeypatch.setattr(supervisor, "multiprocessing", multiprocessing)

@@ -269,6 +269,7 @@ def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, 
     assert "bench it alone" in refused(2, "bench", two.path, three.path)
 
 
+@pytest.mark.usefixtures("spawned")
 def test_a_fixed_batch_is_timed_without_being_named(artifacts, tmp_path, run):
     weights = artifacts["onnxruntime", "fp32"].sidecar.recipe["model"]["weights"]
     two = build(weights, tmp_path, batch=2)

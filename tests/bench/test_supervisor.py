@@ -16,6 +16,7 @@ from exporter.bench import Arm, Plan, Timing, flat, supervisor
 from exporter.machine import Conditions
 from tests.bench import fakes
 
+pytestmark = pytest.mark.usefixtures("spawned")
 IS_DISTURBED = supervisor.is_disturbed  # before `conftest` replaces it
 PREPROCESSING = Preprocessing(size=16, resize=16)
 
