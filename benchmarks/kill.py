@@ -1,12 +1,12 @@
 """Is anything ever half done? Runs of a small model, killed at random moments, two at once in some, and full disks.
 
-    python -m benchmarks.kill --kills 100 --full 20 -o build/kill.json
+    python -m benchmarks.kill --kills 100 --rebuilds 500 --full 20 -o build/kill.json
 
 After every kill a stock OpenVINO must read what an undisturbed run writes, or find no file; only then each artifact on
 the disk must load (its digests are right, interrupted moves are completed), and the run that follows must complete and
 give the bytes that an undisturbed run gives. Meanwhile another process reads the same file with a stock OpenVINO again
-and again, and counts what it gets. The weights change between trials, so that a result of the last
-weights would be seen. A full disk is a tmpfs of a random size (which needs root), or where none can be mounted a limit
+and again, and counts what it gets; so it does while the graph is replaced by one of other weights again and again. The
+weights change between trials, so that a result of the last weights would be seen. A full disk is a tmpfs of a random size (which needs root), or where none can be mounted a limit
 on the size of files.
 """
 
@@ -23,12 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from benchmarks.provenance import environment
 from exporter import artifact, report
@@ -43,6 +46,7 @@ RECIPES = {
 }
 REST = "model: {weights: model.safetensors}\n"
 CONTEXT = multiprocessing.get_context("forkserver")
+LIBRARIES = ["torch", "onnx", "onnxscript", "openvino", "onnxruntime", "exporter.bench.worker"]
 
 
 class Trial(Record, frozen=True):
@@ -99,11 +103,11 @@ def use(desk: Path, version: int) -> None:
 
 def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     """What is killed: all of a run, in a process of its own, timed as briefly as can be, with files of at most so many
-    bytes."""
+    bytes. Its timing processes write no file; they end when their connection is closed."""
     import resource
 
     from exporter import run
-    from exporter.bench import supervisor
+    from exporter.bench import supervisor, worker
     from exporter.build.int8 import speed
 
     os.setsid()
@@ -111,12 +115,21 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    speed.SECONDS_EACH, supervisor.PROCESSES = 0.3, 2
+    speed.SECONDS_EACH, supervisor.PROCESSES, supervisor.REPEATS, worker.WARM_UP_S = 0.3, 2, 0, (0.02, 0.2)
+    fork_timing_processes()
     os.chdir(recipes[0].parent)
     outcomes = run.run_all(run.read_all(recipes, out))
     for outcome in outcomes:
         print(outcome.error, file=sys.stderr)
     sys.exit(max(outcome.exit_code for outcome in outcomes))
+
+
+def fork_timing_processes() -> None:
+    """Fork timing processes from the process that this one was forked from: it has imported the libraries."""
+    from exporter.bench import supervisor
+
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    supervisor.multiprocessing = SimpleNamespace(get_context=lambda method: CONTEXT)  # type: ignore[assignment]
 
 
 def start(recipes: list[Path], out: Path, log: Path, most: int | None = None) -> Any:
@@ -127,7 +140,7 @@ def start(recipes: list[Path], out: Path, log: Path, most: int | None = None) ->
 
 
 def kill(process: Any) -> None:
-    """SIGKILL for a run and all that it started."""
+    """SIGKILL for a run and all that is in its group of processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -272,14 +285,23 @@ def full_once(desk: Path, recipes: list[Path], expected: dict[str, str], most: i
     return Trial(what="disk full", after=size, writers=1, artifacts=count, wrong=wrong)
 
 
-def tell(what: str, trial: Trial) -> None:
-    """A line of progress."""
-    print(f"{what}: {trial.wrong or 'sound'}", file=sys.stderr, flush=True)
+def rebuild(desk: Path, number: int) -> Trial:
+    """The graph of a run, replaced by that of the other weights as a build replaces it."""
+    for path in graphs(desk / "out"):
+        new = artifact.load(desk / f"clean{number % 2}" / path.name)
+
+        def write(target: Path, files: tuple[Path, ...] = new.files) -> None:
+            for file in files:
+                shutil.copy(file, target.with_name(file.name))
+
+        with artifact.forced():
+            artifact.publish(path, new.sidecar, write)
+    return Trial(what="rebuilt", after=0, writers=1, artifacts=len(graphs(desk / "out")))
 
 
-def measure(desk: Path, kills: int, full: int) -> Result:
-    """All trials on a desk."""
-    CONTEXT.set_forkserver_preload(["torch", "onnx", "onnxscript", "openvino", "onnxruntime"])
+def measure(desk: Path, kills: int, rebuilds: int, full: int, keep: Callable[[Result], None]) -> Result:
+    """All trials on a desk. The result so far is handed to `keep` after each."""
+    CONTEXT.set_forkserver_preload(LIBRARIES)
     recipes = prepare(desk)
     expected, seconds = [], 0.0
     for version in (0, 1):
@@ -291,29 +313,43 @@ def measure(desk: Path, kills: int, full: int) -> Result:
         if clean.exitcode != 0:
             raise ExporterError(f"an undisturbed run ends with {clean.exitcode}: {(desk / 'log').read_text()[-500:]}")
         expected.append(digests(desk / f"clean{version}"))
-    trials = []
+    result = Result(trials=(), environment=environment())
+
+    def add(what: str, trial: Trial) -> None:
+        nonlocal result
+        print(f"{what}: {trial.wrong or 'sound'}", file=sys.stderr, flush=True)
+        result = replace(result, trials=(*result.trials, trial))
+        keep(result)
+
     known = {content(path) for version in (0, 1) for path in graphs(desk / f"clean{version}")}
     with reading(desk / "out", known) as reads:
         for number in range(kills):
-            trials.append(kill_once(desk, recipes, expected, known, seconds, number))
-            tell(f"kill {number + 1} of {kills}, after {trials[-1].after:.1f} s of {seconds:.1f}", trials[-1])
+            trial = kill_once(desk, recipes, expected, known, seconds, number)
+            add(f"kill {number + 1} of {kills}, after {trial.after:.1f} s of {seconds:.1f}", trial)
+        for number in range(rebuilds):
+            add(f"rebuild {number + 1} of {rebuilds}", rebuild(desk, number))
+    result = replace(result, reads=reads)
     most = sum(path.stat().st_size for path in (desk / "clean0").rglob("*") if path.is_file())
     for number in range(full):
-        trials.append(full_once(desk, recipes, expected[0], most, number))
-        tell(f"full disk {number + 1} of {full}", trials[-1])
-    return Result(trials=tuple(trials), environment=environment(), reads=reads)
+        add(f"full disk {number + 1} of {full}", full_once(desk, recipes, expected[0], most, number))
+    return result
 
 
 def main() -> None:
     """Run the trials and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rebuilds", type=int, default=500, help="Of the graph, while another process reads it.")
     parser.add_argument("--full", type=int, default=20)
-    parser.add_argument("-o", type=Path, default=Path("build/kill.json"))
-    told = parser.parse_args()
+    parser.add_argument("-o", type=Path, default=Path("build/kill.json"), help="Written after each trial.")
+    options = parser.parse_args()
+
+    def keep(result: Result) -> None:
+        write_file(options.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+
     with tempfile.TemporaryDirectory(prefix="convnext-export-kill-") as folder:
-        result = measure(Path(folder) / "desk", told.kills, told.full)
-    write_file(told.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        result = measure(Path(folder) / "desk", options.kills, options.rebuilds, options.full, keep)
+    keep(result)
     print(result.table())
     if any(trial.wrong for trial in result.trials) or result.reads.get("a mixture or an error"):
         sys.exit(1)

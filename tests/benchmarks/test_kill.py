@@ -7,6 +7,7 @@ import pytest
 from benchmarks import fuzz, kill
 from exporter.errors import ExporterError
 from tests import once
+from tests.conftest import build, write_tiny
 
 
 @pytest.fixture
@@ -22,11 +23,25 @@ def test_nothing_is_torn_or_stale(one_recipe, tmp_path, monkeypatch):
     real = kill.faults
     monkeypatch.setattr(kill, "faults", lambda out: ends.append((tmp_path / "desk" / "log").read_text()) or real(out))
     monkeypatch.setattr(kill.random.Random, "randrange", lambda self, low, high: 4 * 100_000)
-    result = kill.measure(tmp_path / "desk", 2, 1)
+    kept = []
+    result = kill.measure(tmp_path / "desk", 2, 0, 1, kept.append)
     assert [trial.what for trial in result.trials] == ["SIGKILL"] * 2 + ["disk full"]
+    assert [len(one.trials) for one in kept] == [1, 2, 3]
     assert not [trial.wrong for trial in result.trials if trial.wrong]
     assert "no space left to write in" in ends[-1], "the disk was full indeed"
     assert "| SIGKILL | 2 | 0 |" in result.table()
+
+
+def test_a_rebuild_replaces_the_graph_with_that_of_the_other_weights(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    for seed in (0, 1):
+        made = build(write_tiny(tmp_path / f"weights{seed}", seed=seed), tmp_path / f"clean{seed}", "openvino")
+    monkeypatch.setattr(kill, "RECIPES", {made.path.name: ""})
+    contents = [kill.content(tmp_path / f"clean{seed}" / made.path.name) for seed in (0, 1)]
+    assert contents[0] != contents[1]
+    for number in range(3):
+        assert not kill.rebuild(tmp_path, number).wrong
+        assert kill.content(tmp_path / "out" / made.path.name) == contents[number % 2]
 
 
 def test_what_is_torn_is_seen(onnx_copy):
