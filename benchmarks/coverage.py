@@ -1,10 +1,12 @@
 """Do 95 % intervals of speed-ups hold the truth? One artifact is timed against itself, so the ratio is 1.
 
     python -m benchmarks.coverage -o benchmarks/results/MACHINE/coverage.json
+    python -m benchmarks.coverage int8.onnx int8-of-other-images.onnx --against fp32.onnx -o gain.json
 
-Every repetition is timed as `bench`, the speed-up of int8 and `compare` time: in fresh processes, disturbed ones again.
-In every other one a load generator keeps one core busy. A repetition says "faster" or "slower" where its interval
-excludes 1; both are wrong. The file is written after each repetition.
+With `--against`, the artifacts take turns against another one. Every repetition is timed as `bench`, the speed-up of
+int8 and `compare` time: in fresh processes, disturbed ones again. In every other one a load generator keeps one core
+busy. A repetition says "faster" or "slower" where its interval excludes 1. An artifact is neither than itself; than
+another it is at most one of them. The file is written after each repetition.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.provenance import commit
 from exporter import artifact as artifacts
 from exporter import machine
 from exporter.artifact import Artifact
@@ -29,16 +32,15 @@ from exporter.artifact.sidecar import Record
 from exporter.backends import environment
 from exporter.bench import Arm, Plan, Timing, latency, supervisor, worker
 from exporter.build import build
-from exporter.git import git
 from exporter.recipe import Model, Recipe
 from exporter.stats import center, proportion
 
-ARMS = ("one", "the same")
+ARMS = ("one", "other")
 
 
 class Repetition(Record, frozen=True):
-    """The ratio of one artifact to itself with its 95 % interval; the number of processes, and of those that were
-    measured again; and why the ratio is marked as noisy, or ""."""
+    """How many times faster one artifact is than the other, with the 95 % interval; the number of processes, and of
+    those that were measured again; and why the ratio is marked as noisy, or ""."""
 
     loaded: bool
     ratio: float
@@ -66,6 +68,7 @@ class Experiment(Record, frozen=True):
     artifact: str
     environment: dict[str, object]
     repetitions: tuple[Repetition, ...] = ()
+    against: str = ""  # or the artifact itself
     schema: int = 1
 
 
@@ -83,10 +86,12 @@ def busy_core(wanted: bool) -> Iterator[None]:
         generator.wait()
 
 
-def repeat(made: Artifact, threads: int, seconds: float, seed: int, loaded: bool) -> Repetition:
-    """Time an artifact against itself."""
-    arms = tuple(Arm(name=name, path=str(made.path), threads=threads) for name in ARMS)
-    preprocessing = made.sidecar.preprocessing
+def repeat(one: Artifact, other: Artifact, threads: int, seconds: float, seed: int, loaded: bool) -> Repetition:
+    """Time an artifact against another, or against itself."""
+    arms = tuple(
+        Arm(name=name, path=str(made.path), threads=threads) for name, made in zip(ARMS, (one, other), strict=True)
+    )
+    preprocessing = one.sidecar.preprocessing
     timing = Timing(
         Plan(arms=arms, preprocessing=preprocessing, seconds=seconds / supervisor.PROCESSES, seed=100 * seed)
     )
@@ -124,40 +129,59 @@ def summary(repetitions: Sequence[Repetition]) -> str:
     return "\n".join(lines)
 
 
+def verdicts(repetitions: Sequence[Repetition]) -> str:
+    """How often an artifact was called faster, slower, or neither."""
+    lines = ["| one core | repetitions | faster | no difference measurable | slower | speed-ups | marked noisy |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    for name, loaded in (("free", False), ("loaded", True)):
+        rows = [one for one in repetitions if one.loaded == loaded]
+        faster, slower = sum(one.low > 1 for one in rows), sum(one.high < 1 for one in rows)
+        ratios = [one.ratio for one in rows]
+        span = f"{min(ratios):.2f}–{max(ratios):.2f} ×" if rows else "–"
+        noisy = sum(bool(one.noise) for one in rows)
+        neither = len(rows) - faster - slower
+        lines.append(f"| {name} | {len(rows)} | {faster} | {neither} | {slower} | {span} | {noisy} |")
+    return "\n".join(lines)
+
+
+def random_atto(folder: Path) -> Artifact:
+    """An atto with random weights for ONNX Runtime."""
+    model = Model(variant="atto", weights="random:0")
+    return build(Recipe(backend="onnxruntime", precision="fp32", model=model, bench=None), folder).artifact
+
+
 def main() -> None:
     """Make the repetitions, free and loaded in turn, and print what they come to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("artifact", nargs="?", type=Path, help="By default a random atto for ONNX Runtime.")
+    parser.add_argument("artifacts", nargs="*", type=Path, help="By default a random atto for ONNX Runtime.")
+    parser.add_argument("--against", type=Path, help="The artifact to compare with. By default each with itself.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="The JSON file.")
     parser.add_argument("--repetitions", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=2.0, help="Of timing, for each repetition.")
     parser.add_argument("--threads", type=int, default=machine.default_threads())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = options.artifact
-        if path is None:
-            recipe = Recipe(
-                backend="onnxruntime", precision="fp32", model=Model(variant="atto", weights="random:0"), bench=None
-            )
-            path = build(recipe, Path(folder)).artifact.path
-        made = artifacts.load(path)
+        measured = [artifacts.load(path) for path in options.artifacts] or [random_atto(Path(folder))]
+        against = artifacts.load(options.against) if options.against else None
         experiment = Experiment(
-            commit=git("rev-parse", "--short=12", "HEAD", failed="no commit"),
+            commit=commit(),
             command=f"python -m benchmarks.coverage {' '.join(sys.argv[1:])}",
             date=time.strftime("%Y-%m-%d"),
             threads=options.threads,
             seconds=options.seconds,
-            artifact=made.path.name,
+            artifact=", ".join(made.path.name for made in measured),
+            against=against.path.name if against else "",
             environment=environment(),
         )
         repetitions: list[Repetition] = []
         for turn in range(options.repetitions):
-            one = repeat(made, options.threads, options.seconds, turn, loaded=turn % 2 == 1)
+            made = measured[turn // 2 % len(measured)]
+            one = repeat(made, against or made, options.threads, options.seconds, turn, loaded=turn % 2 == 1)
             repetitions.append(one)
             print(f"{turn + 1}: {one.ratio:.3f} ({one.low:.3f}–{one.high:.3f})", file=sys.stderr, flush=True)
             written = msgspec.structs.replace(experiment, repetitions=tuple(repetitions))
-            write_file(options.output, msgspec.json.format(msgspec.json.encode(written)))
-    print(summary(repetitions))
+            write_file(options.output, msgspec.json.format(msgspec.json.encode(written)) + b"\n")
+    print(verdicts(repetitions) if against else summary(repetitions))
 
 
 if __name__ == "__main__":
