@@ -5,9 +5,9 @@
 After every kill a stock OpenVINO must read what an undisturbed run writes, or find no file; only then each artifact on
 the disk must load (its digests are right, interrupted moves are completed), and the run that follows must complete and
 give the bytes that an undisturbed run gives. Meanwhile another process reads the same file with a stock OpenVINO again
-and again, and counts what it gets; so it does while the graph is replaced by one of other weights again and again. The
-weights change between trials, so that a result of the last weights would be seen. A full disk is a tmpfs of a random size (which needs root), or where none can be mounted a limit
-on the size of files.
+and again, and counts what it gets; so it does while the graph is replaced by one of other weights. The weights change
+between trials, so that a result of the last weights would be seen. A full disk is a tmpfs of a random size (which needs
+root), or where none can be mounted a limit on the size of files.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ RECIPES = {
     "quantization: {calib: synthetic, calib_size: 4}\n",
     "custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: {duration: 0.5}\n",
 }
-REST = "model: {weights: model.safetensors}\n"
+REST = "model: {weights: model.safetensors}\nexport: {imgsz: 64, batch: 1}\n"
 CONTEXT = multiprocessing.get_context("forkserver")
-LIBRARIES = ["torch", "onnx", "onnxscript", "openvino", "onnxruntime", "exporter.bench.worker"]
+LIBRARIES = [
+    "torch", "torch._dynamo", "torch.export._trace", "torch.onnx._internal.exporter._core",
+    "onnxscript.function_libs.torch_lib.ops", "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats",
+    "jinja2", "exporter.bench.worker", "exporter.cli",
+]  # fmt: skip
 
 
 class Trial(Record, frozen=True):
@@ -106,7 +110,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     bytes. Its timing processes write no file; they end when their connection is closed."""
     import resource
 
-    from exporter import run
+    from exporter import backends, run
     from exporter.bench import supervisor, worker
     from exporter.build.int8 import speed
 
@@ -116,6 +120,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     speed.SECONDS_EACH, supervisor.PROCESSES, supervisor.REPEATS, worker.WARM_UP_S = 0.3, 2, 0, (0.02, 0.2)
+    backends.PRODUCTS = backends.PRODUCTS[:1]
     fork_timing_processes()
     os.chdir(recipes[0].parent)
     outcomes = run.run_all(run.read_all(recipes, out))
@@ -128,8 +133,8 @@ def fork_timing_processes() -> None:
     """Fork timing processes from the process that this one was forked from: it has imported the libraries."""
     from exporter.bench import supervisor
 
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
-    supervisor.multiprocessing = SimpleNamespace(get_context=lambda method: CONTEXT)  # type: ignore[assignment]
+    vars(forkserver._forkserver)["ensure_running"] = lambda: None
+    vars(supervisor)["multiprocessing"] = SimpleNamespace(get_context=lambda method: CONTEXT)
 
 
 def start(recipes: list[Path], out: Path, log: Path, most: int | None = None) -> Any:
@@ -199,6 +204,7 @@ def read_on(path: Path, known: set[str], stop: Any, answers: Any) -> None:
     while not stop.is_set():
         found = content(path)
         counts["a whole model" if found in known else "a mixture or an error" if found else "no file"] += 1
+        time.sleep(0.01)  # the runs that are killed need the processor too
     answers.put(counts)
 
 
@@ -290,7 +296,7 @@ def rebuild(desk: Path, number: int) -> Trial:
     for path in graphs(desk / "out"):
         new = artifact.load(desk / f"clean{number % 2}" / path.name)
 
-        def write(target: Path, files: tuple[Path, ...] = new.files) -> None:
+        def write(target: Path, files: list[Path] = new.files) -> None:
             for file in files:
                 shutil.copy(file, target.with_name(file.name))
 

@@ -111,7 +111,7 @@ def _labels(path: Path, archive: zipfile.ZipFile) -> NDArray[np.int64]:
     decisions = array.ndim == 2 and array.dtype.kind in "bf" and bool(np.isin(array, (0, 1)).all())
     if not np.issubdtype(array.dtype, np.integer) and not decisions:
         raise BadRequest(
-            f"{path}: labels are {array.dtype} {array.shape}; expected whole numbers: a class for each image (N,), or 0 "
-            "and 1 for each label of a multi-label head (N, L)"
+            f"{path}: labels are {array.dtype} {array.shape}; expected whole numbers: a class for each image (N,), or "
+            "0 and 1 for each label of a multi-label head (N, L)"
         )
     return array.astype(np.int64)

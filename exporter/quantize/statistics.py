@@ -235,7 +235,7 @@ def _histogram(statistics: Statistics, name: str, x: torch.Tensor, axis: int) ->
         if name in statistics.factor:
             scale /= torch.from_numpy(statistics.factor[name])
         scale = scale.view(-1, *[1] * (x.ndim - 1 - axis))
-        for part in x.split(max(1, COUNTED * len(x) // x.numel())):
+        for part in torch.split(x, max(1, COUNTED * len(x) // x.numel())):
             bins = (part * scale).sub_(low * bins_each).clamp_(0, BINS - 1).to(torch.int32)
             counts += torch.bincount(bins.flatten(), minlength=BINS).numpy()
     statistics.histogram[name] = statistics.histogram.get(name, np.zeros(BINS)) + counts
