@@ -98,9 +98,11 @@ def test_no_path_of_this_machine_is_in_the_product():
 
 
 def test_a_build_looks_nothing_up_below_resolve():
-    """Targets and runtimes come from the job."""
+    """Targets and runtimes come from the job; `problems` is what `resolve` checks."""
     lookups = re.compile(r"\bbackends\.(runtime|target|runtime_of)\(")
-    below = [path for path in SOURCES if "build" in path.parent.parts and path.name != "resolve.py"]
+    below = [
+        path for path in SOURCES if "build" in path.parent.parts and path.name not in ("resolve.py", "problems.py")
+    ]
     below = [path for path in below if "cli" not in path.parts]
     assert len(below) >= 7
     assert [path.name for path in below if lookups.search(path.read_text())] == []

@@ -191,7 +191,7 @@ class TargetOptions(Record, frozen=True):
 
 
 Opt = TypeVar("Opt", bound=Options)
-DeviceKind = Literal["CPU", "NVIDIA GPU", "Intel GPU", "NPU"]
+DeviceKind = Literal["CPU", "NVIDIA GPU", "Intel GPU", "NPU", "device group"]
 CPU_ONLY: Mapping[str, DeviceKind] = {"cpu": "CPU"}
 
 
@@ -330,9 +330,7 @@ def device_of(artifact: Artifact, device: str | None = None) -> str:
     runtime = runtime_of(artifact)
     if device is None:
         return next(iter(runtime.devices))
-    if _kind_word(device) not in runtime.devices:
-        known = ", ".join(runtime.devices)
-        raise BadRequest(f"--device {device}: {artifact.path} is for {runtime.name}, which takes {known}")
+    kind_of(device, runtime, artifact.path)
     return device
 
 
@@ -341,11 +339,22 @@ def device_kind(artifact: Artifact, device: str | None = None) -> DeviceKind:
 
     Raises: BadRequest for a device that its runtime does not take.
     """
-    return runtime_of(artifact).devices[_kind_word(device_of(artifact, device))]
+    return kind_of(device_of(artifact, device), runtime_of(artifact), artifact.path)
+
+
+def kind_of(device: str, runtime: Runtime[Options], what: object) -> DeviceKind:
+    """The kind of a device. `what` runs on it, for the message.
+
+    Raises: BadRequest for a device that the runtime does not take.
+    """
+    if (kind := runtime.devices.get(_kind_word(device))) is None:
+        known = ", ".join(runtime.devices)
+        raise BadRequest(f"--device {device}: {what} is for {runtime.name}, which takes {known}")
+    return kind
 
 
 def _kind_word(device: str) -> str:
-    """The device without its number: "gpu" of "gpu.1", "cuda" of "cuda:0"."""
+    """The device without its number or its group: "gpu" of "gpu.1", "cuda" of "cuda:0", "auto" of "auto:gpu,cpu"."""
     return device.lower().partition(":")[0].partition(".")[0]
 
 

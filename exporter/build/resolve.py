@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +15,21 @@ from exporter import artifact as artifacts
 from exporter import backends, precision
 from exporter.artifact.sidecar import Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build import budget
+from exporter.build.problems import find_problems, scope_of
 from exporter.data import calibration, samples
-from exporter.data.samples import is_synthetic
-from exporter.errors import BadRequest, Unavailable, nearest
-from exporter.graph import opset
+from exporter.errors import Unavailable
 from exporter.graph.trace import TraceOptions
 from exporter.model import reference as references
 from exporter.model import sources, variants, weights
 from exporter.model.labels import read_labels
-from exporter.model.preprocessing import refuse_contradiction
 from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
 from exporter.progress import note, step
 from exporter.quantize.placement import Placement
-from exporter.recipe import Recipe, file, strict
+from exporter.recipe import Recipe, file
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
-from exporter.verify.outputs import check_threshold
 
 
 @dataclass(frozen=True)
@@ -274,127 +267,3 @@ def _checker() -> Runtime[Options]:
         except Unavailable as error:
             missing.append(str(error))
     raise Unavailable(f"no runtime is installed that can check the traced graph: {'; or '.join(missing)}")
-
-
-def scope_of(recipe: Recipe, target: Target) -> str:
-    """The layers that are quantized: the recipe's choice or the target's; "" without quantization."""
-    if recipe.quantization is None:
-        return ""
-    return recipe.quantization.int8_scope or next(iter(target.placements))
-
-
-def find_problems(recipe: Recipe, marks: Marks) -> None:
-    """Add every contradiction in a recipe to the marks; each of its fields fits its type."""
-    if _refused(marks, ("backend",), lambda: backends.target(recipe.backend)):
-        return
-    target = backends.target(recipe.backend)
-    checks: list[tuple[strict.Path, Callable[[], object]]] = [
-        (("precision",), lambda: _check_precision(recipe, target)),
-        (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
-        (("preprocessing",), lambda: refuse_contradiction(recipe.preprocessing)),
-        (("export",), lambda: _check_opset(recipe, target)),
-        (("target",), lambda: _options(recipe, target)),
-        (("quantization",), lambda: _check_quantization(recipe, target)),
-        (("checks",), lambda: _check_checks(recipe)),
-        (("bench",), lambda: _check_bench(recipe)),
-    ]
-    refused = [_refused(marks, path, look) for path, look in checks]  # a list: every check runs
-    if not any(refused) and target.check is not None:
-        with suppress(Unavailable):  # the recipe may be built on another machine
-            options = _options(recipe, target)
-            _refused(marks, ("target",), partial(target.check, recipe.precision, recipe.fixed_batch, options))
-
-
-def _refused(marks: Marks, path: strict.Path, look: Callable[[], object]) -> bool:
-    """Whether a check fails. Its problem is placed at the first key of this section that the message names."""
-    try:
-        look()
-    except BadRequest as error:
-        text = str(error)
-        if marks.source:  # a file has keys, not options
-            text = re.sub(r"--([a-z][a-z0-9-]+)", lambda match: match[1].replace("-", "_"), text)
-        names = re.findall(r"[a-z0-9_]+", text.replace("--", "").replace("-", "_"))
-        known = {place[-1]: place for place in marks.places if place[: len(path)] == path}
-        marks.at(next((known[name] for name in names if name in known), path), text)
-        return True
-    return False
-
-
-def _check_precision(recipe: Recipe, target: Target) -> None:
-    if recipe.precision not in target.precisions:
-        others = [name for name in backends.targets() if recipe.precision in backends.target(name).precisions]
-        hint = f"{' and '.join(others)} can" if others else nearest(recipe.precision, target.precisions)
-        raise BadRequest(f"{recipe.backend} cannot run {recipe.precision}; {hint}")
-
-
-def _options(recipe: Recipe, target: Target) -> TargetOptions:
-    try:
-        return msgspec.convert(recipe.target, target.options)
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"target of {recipe.backend}: {error}") from None
-
-
-def _check_opset(recipe: Recipe, target: Target) -> None:
-    """The ONNX graph can be written in the opset and version of the file format."""
-    if recipe.precision not in target.precisions:
-        return  # reported already
-    quantized = precision.get(recipe.precision).needs_calibration and recipe.quantization is not None
-    graph = recipe.precision if quantized or target.lower is not None else "fp32"
-    placement = target.placements.get(scope_of(recipe, target)) if quantized else None
-    opset.check(recipe.export.opset, recipe.export.ir_version, graph, placement.rest if placement else "fp32")
-
-
-def _check_quantization(recipe: Recipe, target: Target) -> None:
-    if recipe.precision not in target.precisions:
-        return  # reported already
-    needed = precision.get(recipe.precision).needs_calibration
-    if recipe.quantization is None and needed:
-        raise BadRequest(
-            f"precision {recipe.precision} needs calibration; add 'quantization:' with 'calib:', a manifest, a folder, "
-            "an .npz file or 'synthetic'"
-        )
-    if recipe.quantization is not None and not needed:
-        raise BadRequest(f"quantization is for int8 and fp8, and precision is {recipe.precision}; remove one of them")
-    if recipe.quantization is not None:
-        _check_placement(recipe, target)
-        if recipe.precision == "fp8" and recipe.quantization.calib_method not in ("minmax", "percentile"):
-            raise BadRequest(
-                f"--calib-method {recipe.quantization.calib_method}: it is for int8's equal steps; fp8 takes minmax or "
-                "percentile"
-            )
-        source = recipe.quantization.data or recipe.quantization.calib
-        budget.points(recipe.quantization, recipe.precision, source, recipe.model.weights)
-
-
-def _check_placement(recipe: Recipe, target: Target) -> None:
-    """The scope is one of the target's, and the form one of its placement's."""
-    scope, form = scope_of(recipe, target), recipe.export.form
-    if scope not in target.placements:
-        raise BadRequest(f"--int8-scope {scope}: {recipe.backend} takes {', '.join(target.placements)}")
-    if recipe.precision == "fp8" and scope != next(iter(target.placements)):
-        raise BadRequest(f"--int8-scope {scope} is for int8: only the pointwise layers gain by fp8; leave it out")
-    forms = target.placements[scope].forms
-    if form not in (None, *forms):
-        known = " or ".join(forms)
-        raise BadRequest(
-            f"--form {form}: {recipe.precision} for {recipe.backend} is written in the form {known}; leave --form out"
-        )
-
-
-def _check_checks(recipe: Recipe) -> None:
-    check_threshold(checks := recipe.checks)
-    if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task in ("embed", "features")):
-        raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
-
-
-def _check_bench(recipe: Recipe) -> None:
-    """The batch sizes that are timed can be run."""
-    if recipe.bench is None or recipe.bench.batch is None:
-        return
-    fixed, batches = recipe.fixed_batch, recipe.bench.batch
-    if fixed is not None and set(batches) != {fixed}:
-        raise BadRequest(f"batch {fixed} is the only one that is exported, and bench asks for {list(batches)}")
-    profiles = recipe.target.get("profiles") or []
-    beyond = [size for size in batches if not any(least <= size <= most for least, _, most in profiles)]
-    if profiles and beyond:
-        raise BadRequest(f"profiles {profiles} do not hold a batch of {beyond[0]}, which bench asks for")
