@@ -27,7 +27,8 @@ class Arm(Record, frozen=True):
     fp16; or the fastest product of the artifact's runtime, `peak`.
 
     `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved;
-    `reference` names the model that runs in place of this tool's own network.
+    `reference` names the model that runs in place of this tool's own network; `cache_dir` is the runtime's folder of
+    compiled models.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Arm(Record, frozen=True):
     device: str = "cpu"
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"
+    cache_dir: str | None = None
 
     @property
     def setting(self) -> str:
@@ -144,13 +146,16 @@ class Cold(Record, frozen=True):
     """Cold start of an arm alone in a new process.
 
     It has milliseconds to the first output (including import of the runtime), of loading it again, and of the first
-    inference after that, and the peak of resident memory in bytes.
+    inference after that, and the peak of resident memory in bytes. With a folder of compiled models, `cold_from` and
+    `load_from` say whether the model was compiled or came from it.
     """
 
     cold_ms: float
     load_ms: float
     first_ms: float
     peak_bytes: int
+    cold_from: str = ""
+    load_from: str = ""
 
 
 def flat(blocks: Sequence[Sequence[float]]) -> list[float]:

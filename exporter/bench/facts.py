@@ -11,6 +11,8 @@ from exporter.artifact.sidecar import size_text
 from exporter.bench import Cold, Timing
 from exporter.report import Finding
 
+COLD = "new process, file not in memory, to the first answer; runtime imported"
+
 
 def work(artifact: Artifact) -> list[Finding]:
     """The multiply-accumulates of one image, where they are known."""
@@ -27,8 +29,8 @@ def cold(times: Cold | str, setting: str) -> list[Finding]:
         failed = Finding(check="latency", metric="cold_ms", value=None, unit="ms", passed=False, detail=times)
         return [msgspec.structs.replace(failed, setting=setting)]
     values = (
-        ("cold_ms", times.cold_ms, "ms", "new process, file not in memory, to the first answer; runtime imported"),
-        ("load_ms", times.load_ms, "ms", "loaded again"),
+        ("cold_ms", times.cold_ms, "ms", _with_cache(COLD, times.cold_from)),
+        ("load_ms", times.load_ms, "ms", _with_cache("loaded again", times.load_from)),
         ("first_ms", times.first_ms, "ms", "first inference after that"),
         ("peak_bytes", float(times.peak_bytes), "bytes", "of the process that ran it alone"),
     )
@@ -36,6 +38,11 @@ def cold(times: Cold | str, setting: str) -> list[Finding]:
         Finding(check="latency", metric=metric, value=value, unit=unit, detail=text, setting=setting)
         for metric, value, unit, text in values
     ]
+
+
+def _with_cache(text: str, loaded: str) -> str:
+    """With where the model came from, if the runtime had a folder of compiled models."""
+    return f"{text}; {loaded}" if loaded else text
 
 
 def circumstances(timings: list[Timing]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
@@ -66,7 +67,11 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
-    alone = [arm for arm in arms if arm.runtime == "artifact" or arm.name == EAGER]
+    alone = [
+        replace(arm, cache_dir=options.cache_dir if arm.runtime == "artifact" else None)
+        for arm in arms
+        if arm.runtime == "artifact" or arm.name == EAGER
+    ]
     plan = timings[0].plan
     with turns.alone():
         models = track(alone, len(alone), "models", lambda _: 1)
@@ -107,6 +112,12 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
     check_devices(artifacts, options.device)
+    for made in artifacts if options.cache_dir else ():
+        runtime = backends.runtime_of(made)
+        if "cache_dir" not in runtime.options.__struct_fields__:
+            raise BadRequest(
+                f"--cache-dir: {made.path} is for {runtime.name}, which keeps no folder of compiled models"
+            )
     for way in set(GPU_WAYS) & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")

@@ -51,6 +51,7 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     artifact = checked(arm.path)
     options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
     runtime = backends.runtime_of(artifact)
+    options |= {"cache_dir": arm.cache_dir} if arm.cache_dir else {}
     if arm.runtime not in ("artifact", "peak"):
         runtime = backends.runtime("eager")
         options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile", "reference": arm.reference}
@@ -184,7 +185,7 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
     begin = CLOCK()
     with opener(arm) as session:
         session.bind(batches).run()
-        cold = CLOCK() - begin
+        cold, cold_from = CLOCK() - begin, session.facts.get("loaded", "")
     begin = CLOCK()
     with opener(arm) as session:
         loaded = CLOCK()
@@ -197,6 +198,8 @@ def time_cold(line: Line, plan: Plan, opener: Opener) -> None:
                 load_ms=(loaded - begin) / 1e6,
                 first_ms=(first - loaded) / 1e6,
                 peak_bytes=machine.peak_memory_bytes(),
+                cold_from=cold_from,
+                load_from=session.facts.get("loaded", ""),
             ),
         )
 

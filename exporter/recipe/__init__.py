@@ -299,6 +299,10 @@ class Bench(TimingOptions, frozen=True):
         tuple[Literal["torch.compile", "tf32", "fp16", "bf16"], ...],
         about("Also time PyTorch this way; tf32, fp16 and bf16 (channels last) on a GPU."),
     ] = ()
+    cache_dir: Annotated[
+        str | None,
+        about("Folder of compiled models, of a runtime that keeps one; loading is timed with it.", metavar="DIR"),
+    ] = None
     min_speedup: Annotated[
         Annotated[float, Meta(ge=0)] | None, about("Smallest speed-up over PyTorch.", metavar="X")
     ] = None

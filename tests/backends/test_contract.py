@@ -9,6 +9,7 @@ import pytest
 
 from exporter import artifact, backends
 from exporter.backends import Options, TargetOptions
+from exporter.backends.openvino import OpenVinoOptions
 from exporter.bench.latency import BenchOptions, bench
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
@@ -116,7 +117,8 @@ def test_it_gives_the_same_in_every_form(name, form, source, request, images, tm
     made = build(request.getfixturevalue(source), tmp_path, name, form=form)
     assert made.sidecar.recipe["export"]["form"] == form
     eager = backends.runtime("eager")
-    with backends.runtime(name).open(made, Options()) as session, eager.open(made, eager.options()) as reference:
+    runtime = backends.runtime(name)
+    with runtime.open(made, runtime.options()) as session, eager.open(made, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
     assert np.abs(got - expected).max() <= PRECISIONS["fp32"].limits.share * expected.std()
 
@@ -133,7 +135,8 @@ def test_it_takes_pixels_as_they_are(name, precision, word, tiny, tmp_path):
     taken = backends.as_taken(images, recipe)
     assert np.allclose(taken, np.moveaxis(pixels, -1, 1) / (1 if word == "uint8" else 255), atol=1e-6)
     eager = backends.runtime("eager")
-    with backends.runtime(name).open(made, Options()) as session, eager.open(made, eager.options()) as reference:
+    runtime = backends.runtime(name)
+    with runtime.open(made, runtime.options()) as session, eager.open(made, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
         got = got.copy()
         bound = session.bind([images])
@@ -244,7 +247,8 @@ def test_bound_inputs_run_in_turn(name, hint, artifacts, images):
 @pytest.mark.parametrize(("name", "precision"), LAYERED)
 def test_layers_have_modules_and_precisions(name, precision, artifacts):
     needs_bf16(name, precision)
-    layers = backends.runtime(name).layers(artifacts[name, precision], Options())
+    runtime = backends.runtime(name)
+    layers = runtime.layers(artifacts[name, precision], runtime.options())
     blocks = {".".join(layer.module.split(".")[:3]) for layer in layers if layer.module.startswith("stages")}
     assert blocks == {"stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"}
     found = {
@@ -309,7 +313,10 @@ def test_a_device_that_is_not_there_is_an_error(artifacts, monkeypatch):
     import openvino
 
     monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU"])
-    with pytest.raises(Unavailable, match="and no NPU"), opened(artifacts, "openvino", "fp32", Options(device="npu")):
+    with (
+        pytest.raises(Unavailable, match="and no NPU"),
+        opened(artifacts, "openvino", "fp32", OpenVinoOptions(device="npu")),
+    ):
         pass
 
 
@@ -317,14 +324,14 @@ def test_arithmetic_other_than_asked_for_is_found_out(artifacts):
     """Left alone the CPU plugin computes an fp32 IR in bf16 where it can; ours must not."""
     with opened(artifacts, "openvino", "fp32") as session:
         assert session.facts["arithmetic"] == "fp32"
-    layers = backends.runtime("openvino").layers(artifacts["openvino", "fp32"], Options())
+    layers = backends.runtime("openvino").layers(artifacts["openvino", "fp32"], OpenVinoOptions())
     assert {layer.precision for layer in layers} == {"fp32"}
 
 
 def test_bf16_is_computed_in_bf16(artifacts):
     with opened(artifacts, "openvino", "bf16") as session:
         assert session.facts["arithmetic"] == "bf16"
-    layers = backends.runtime("openvino").layers(artifacts["openvino", "bf16"], Options())
+    layers = backends.runtime("openvino").layers(artifacts["openvino", "bf16"], OpenVinoOptions())
     assert sum(layer.precision == "bf16" for layer in layers) > len(layers) / 2
 
 

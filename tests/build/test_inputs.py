@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from exporter import backends, build
-from exporter.backends import Options
 from exporter.data import synthetic
 from exporter.data.images import normalise
 from exporter.errors import BadRequest
@@ -70,7 +69,8 @@ def test_it_takes_pixels(name, word, networks, tmp_path):
     recipe = made.sidecar.preprocessing
     images = normalise(synthetic.dead_leaves(SIZE, 0, 4), recipe)[None]
     eager = backends.runtime("eager")
-    with backends.runtime(name).open(made, Options()) as session, eager.open(made, eager.options()) as reference:
+    runtime = backends.runtime(name)
+    with runtime.open(made, runtime.options()) as session, eager.open(made, eager.options()) as reference:
         (got,), (expected,) = session(images), reference(images)
     assert np.abs(got - expected).max() <= 1e-4 * expected.std()
 

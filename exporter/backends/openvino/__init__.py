@@ -35,7 +35,8 @@ from exporter.backends import (
     fastest_product,
     require,
 )
-from exporter.errors import ExporterError, Unavailable, last_line
+from exporter.backends.openvino.devices import NO_KERNEL, arithmetic_in_use, group_of, members, text
+from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
 from exporter.quantize.rounding import largest_pair, round_weights
@@ -43,15 +44,21 @@ from exporter.quantize.rounding import largest_pair, round_weights
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 
 
+class OpenVinoOptions(Options, frozen=True):
+    """Options of a session: those of every runtime, and the folder where OpenVINO keeps compiled models, or None."""
+
+    cache_dir: str | None = None
+
+
 def probe() -> str:
     """The version of OpenVINO."""
     return require("openvino", "openvino")
 
 
-def _arithmetic(precision: str, device: str) -> str:
+def _arithmetic(precision: str, devices: Sequence[str]) -> str:
     """The element type that OpenVINO computes in."""
     if precision == "fp16":
-        return "f32" if device == "CPU" else "f16"
+        return "f32" if set(devices) == {"CPU"} else "f16"
     # What an int8 IR does not round stays fp32: bf16 there is faster and flips more answers.
     return "bf16" if precision == "bf16" else "f32"
 
@@ -112,42 +119,60 @@ def devices_here() -> str:
 
 
 @contextmanager
-def session(artifact: Artifact, options: Options) -> Iterator[OpenVinoSession]:
+def session(artifact: Artifact, options: OpenVinoOptions) -> Iterator[OpenVinoSession]:
     """Compile an IR for the device that was asked for, at the precision of the artifact.
 
     Raises: Unavailable when the device is not there or cannot compute in that precision.
     """
-    opened = _session(*_compile(artifact, options), artifact.sidecar.preprocessing, options)
+    compiled, device, arithmetic = _compile(artifact, options)
+    opened = _session(compiled, device, arithmetic, artifact.sidecar.preprocessing, options)
+    if options.cache_dir:
+        cached = compiled.get_property("LOADED_FROM_CACHE")
+        opened.facts["loaded"] = "from the cache of compiled models" if cached else "compiled, and put in the cache"
     if artifact.sidecar.precision == "int8":
         opened.facts |= {"arithmetic": "int8", "rest": opened.facts["arithmetic"]}
     yield opened
 
 
-def _session(compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: Options) -> OpenVinoSession:
+def _session(
+    compiled: Any, device: str, arithmetic: str, recipe: Preprocessing, options: OpenVinoOptions
+) -> OpenVinoSession:
     streams = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if options.hint == "throughput" else 1
     return OpenVinoSession(compiled, recipe, device, arithmetic, streams)
 
 
 def _compile(
-    artifact: Artifact, options: Options, change: Callable[[Any], Any] = lambda model: model
+    artifact: Artifact, options: OpenVinoOptions, change: Callable[[Any], Any] = lambda model: model
 ) -> tuple[Any, str, str]:
+    """The compiled model, the device with those that a group really uses, and the arithmetic in use."""
     probe()
     import openvino as ov
 
     core, device = ov.Core(), options.device.upper()
-    if device not in core.available_devices:
-        raise Unavailable(f"OpenVINO sees {', '.join(core.available_devices)} here, and no {device}")
-    arithmetic = _arithmetic(artifact.sidecar.precision, device)
-    if arithmetic == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        raise Unavailable(f"this {device} has no bf16 arithmetic; build fp32 or fp16 for it")
+    devices = members(device, core.available_devices)
+    dynamic = any(isinstance(side, str) for tensor in artifact.sidecar.inputs for side in tensor.shape)
+    if dynamic and any(name.startswith("NPU") for name in devices):
+        raise BadRequest(
+            f"{artifact.path}: an NPU takes fixed shapes only; build it with --batch, and --imgsz in pixels"
+        )
+    arithmetic = _arithmetic(artifact.sidecar.precision, devices)
+    for member in devices if arithmetic == "bf16" else ():
+        if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
+            raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": options.hint.upper()}
-    if options.threads:
+    if options.threads and "CPU" in devices:  # other devices do not know the property
         settings["INFERENCE_NUM_THREADS"] = options.threads
+    if options.cache_dir:
+        settings["CACHE_DIR"] = options.cache_dir
+    if group_of(device) == "AUTO" and set(devices) != {"CPU"}:  # else the CPU may answer, at first or after an error
+        settings |= {"ENABLE_STARTUP_FALLBACK": False, "ENABLE_RUNTIME_FALLBACK": False}
     try:
         compiled = core.compile_model(change(core.read_model(artifact.path)), device, settings)
     except RuntimeError as error:
         raise ExporterError(f"{artifact.path}: OpenVINO cannot load it: {last_line(error)}") from error
-    in_use = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if group_of(device):
+        device = f"{device} ({', '.join(compiled.get_property('EXECUTION_DEVICES'))})"
+    in_use = arithmetic_in_use(compiled)
     if in_use != arithmetic:
         raise Unavailable(f"{arithmetic} was asked of {device} and {in_use} is in use; build another precision for it")
     return compiled, device, arithmetic
@@ -194,7 +219,7 @@ def _write(model: Any, path: Path, compress: bool) -> None:
         raise OSError(errno.ENOSPC, "the IR could not be written whole") from None
 
 
-def layers(artifact: Artifact, options: Options) -> list[Layer]:
+def layers(artifact: Artifact, options: OpenVinoOptions) -> list[Layer]:
     """The layers of the compiled model in the order they run, with the precision each really runs in on this device.
 
     What OpenVINO puts in front of a layer (a reorder, the parts of a norm) counts to that layer's module.
@@ -209,8 +234,8 @@ def layers(artifact: Artifact, options: Options) -> list[Layer]:
     found: list[Layer] = []
     module = ""
     for op in reversed(compiled.get_runtime_model().get_ordered_ops()):
-        info = {key: _text(value) for key, value in op.get_rt_info().items()}
-        if info["layerType"] in ("Const", "Input", "Output"):
+        info = {key: text(value) for key, value in op.get_rt_info().items()}
+        if info["layerType"] in NO_KERNEL:
             continue
         name, precision = op.get_friendly_name(), info["runtimePrecision"]
         origins = info.get("originalLayersNames") or name
@@ -247,12 +272,8 @@ def _pair_sums(model: Any) -> dict[str, int]:
     return sums
 
 
-def _text(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
 @contextmanager
-def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
+def blocks(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Blocks]:
     """The IR with every block's output as an output of its own."""
     names: tuple[str, ...] = ()
 
@@ -271,7 +292,7 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
 
 @contextmanager
-def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
+def peak(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Product]:
     """The fastest product of OpenVINO's, each compiled as the artifact is."""
 
     @contextmanager
@@ -332,11 +353,18 @@ PLACEMENT = Placement(
 
 RUNTIME = Runtime(
     name="openvino",
-    options=Options,
+    options=OpenVinoOptions,
     probe=probe,
     open=session,
     distributions=("openvino",),
-    devices={"cpu": "CPU", "gpu": "Intel GPU", "npu": "NPU"},
+    devices={
+        "cpu": "CPU",
+        "gpu": "Intel GPU",
+        "npu": "NPU",
+        "auto": "device group",
+        "multi": "device group",
+        "hetero": "device group",
+    },
     devices_here=devices_here,
     opens_onnx=True,
     layers=layers,

@@ -1,0 +1,142 @@
+"""The devices of OpenVINO: single ones, and groups of which one or several run the model."""
+
+import numpy as np
+import openvino
+import pytest
+
+from exporter import backends
+from exporter.backends.openvino import OpenVinoOptions
+from exporter.build.resolve import check
+from exporter.errors import BadRequest, Unavailable
+from exporter.recipe import Bench, Checks
+from tests.conftest import build, copy_artifact, needs_bf16, recipe_of
+
+GROUPS = ("auto", "auto:cpu", "multi:cpu", "hetero:cpu", "AUTO:CPU,CPU")
+
+
+def opened(artifact, device):
+    return backends.runtime("openvino").open(artifact, OpenVinoOptions(device=device, threads=1))
+
+
+def answer(artifact, device):
+    recipe = artifact.sidecar.preprocessing
+    images = np.random.default_rng(0).normal(size=(2, *recipe.shape)).astype(np.float32)
+    with opened(artifact, device) as session:
+        return session(images)[0].copy(), session.facts
+
+
+@pytest.mark.parametrize("device", GROUPS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_group_answers_as_its_device_and_says_which_that_is(device, precision, artifacts):
+    needs_bf16("openvino", precision)
+    expected, _ = answer(artifacts["openvino", precision], "cpu")
+    answers, facts = answer(artifacts["openvino", precision], device)
+    assert np.array_equal(answers, expected)
+    assert facts == {"device": f"{device.upper()} (CPU)", "arithmetic": precision}
+
+
+def test_arithmetic_other_than_asked_for_is_found_out_in_a_group_too(artifacts, monkeypatch):
+    """Left alone the CPU computes an fp32 IR in bf16."""
+    needs_bf16("openvino", "bf16")
+    real = openvino.Core.compile_model
+
+    def without_hint(core, model, device, settings):
+        return real(core, model, device, {key: value for key, value in settings.items() if "PRECISION" not in key})
+
+    monkeypatch.setattr(openvino.Core, "compile_model", without_hint)
+    with pytest.raises(Unavailable, match=r"f32 was asked of AUTO \(CPU\) and bf16 is in use"):
+        answer(artifacts["openvino", "fp32"], "auto")
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "said"),
+    [
+        ("auto:gpu,cpu", Unavailable, "and no GPU"),
+        ("auto:-cpu", BadRequest, "name the devices, as in auto:gpu,cpu"),
+        ("multi", BadRequest, "name the devices, as in multi:gpu,cpu"),
+        ("hetero:", BadRequest, "name the devices"),
+        ("multi:cpu,xpu", Unavailable, "and no XPU"),
+        ("gpu.3", Unavailable, "and no GPU.3"),
+    ],
+)
+def test_devices_that_are_not_here_or_not_named_are_refused(device, error, said, artifacts, monkeypatch):
+    monkeypatch.setattr(openvino.Core, "available_devices", ["CPU"])
+    with pytest.raises(error, match=said):
+        answer(artifacts["openvino", "fp32"], device)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Devices and settings that models are compiled with, on a machine with two GPUs and an NPU; the CPU takes all."""
+    real, compiled = openvino.Core.compile_model, []
+
+    def on_the_cpu(core, model, device, settings):
+        compiled.append((device, settings))
+        return real(core, model, "CPU", {"INFERENCE_PRECISION_HINT": settings["INFERENCE_PRECISION_HINT"]})
+
+    monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU.0", "GPU.1", "NPU"])
+    monkeypatch.setattr(openvino.Core, "compile_model", on_the_cpu)
+    return compiled
+
+
+def test_the_name_of_a_device_is_passed_on_as_it_is(asked, artifacts):
+    for device in ("gpu", "gpu.1", "auto:gpu.1,cpu", "hetero:gpu,cpu"):
+        answer(artifacts["openvino", "fp32"], device)
+    assert [device for device, _ in asked] == ["GPU", "GPU.1", "AUTO:GPU.1,CPU", "HETERO:GPU,CPU"]
+
+
+def test_only_the_cpu_is_given_a_number_of_threads(asked, artifacts):
+    for device in ("cpu", "gpu", "multi:gpu,cpu"):
+        answer(artifacts["openvino", "fp32"], device)
+    assert ["INFERENCE_NUM_THREADS" in settings for _, settings in asked] == [True, False, True]
+
+
+def test_fp16_is_computed_in_fp32_where_the_cpu_alone_computes(artifacts):
+    assert answer(artifacts["openvino", "fp16"], "auto")[1]["arithmetic"] == "fp32"
+
+
+def test_auto_does_not_answer_from_the_cpu_first(asked, artifacts):
+    answer(artifacts["openvino", "fp32"], "auto:gpu")
+    assert asked[0][1]["ENABLE_STARTUP_FALLBACK"] is False
+
+
+def timed(made, run, cache):
+    words = ("--cache-dir", cache, "--duration", "0.5", "--threads", "1", "--json")
+    (report,) = run("bench", made.path, *words).json
+    return {f["metric"]: f["detail"].rpartition("; ")[2] for f in report["findings"] if f["metric"] in LOADS}
+
+
+LOADS = ("cold_ms", "load_ms")
+
+
+def test_bench_tells_a_model_that_is_compiled_from_one_of_the_cache(artifacts, run, tmp_path):
+    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
+    kept = "from the cache of compiled models"
+    assert timed(made, run, tmp_path / "cache") == {"cold_ms": "compiled, and put in the cache", "load_ms": kept}
+    assert timed(made, run, tmp_path / "cache") == {"cold_ms": kept, "load_ms": kept}
+
+
+def test_a_cache_of_a_runtime_that_has_none_is_refused(onnx_copy, tmp_path, refused):
+    line = refused(2, "bench", onnx_copy.path, "--cache-dir", tmp_path / "cache")
+    assert "custom_fp32.onnx is for onnxruntime, which keeps no folder of compiled models" in line
+
+
+def test_an_npu_takes_fixed_shapes_only(asked, artifacts, tiny, tmp_path):
+    with pytest.raises(BadRequest, match=r"custom_fp32.xml: an NPU takes fixed shapes only; build it with --batch"):
+        answer(artifacts["openvino", "fp32"], "npu")
+    with pytest.raises(BadRequest, match="fixed shapes"):
+        answer(artifacts["openvino", "fp32"], "auto:npu,cpu")
+    answer(build(tiny, tmp_path, "openvino", batch=2), "npu")
+
+
+@pytest.mark.parametrize("section", ["checks", "bench"])
+def test_a_recipe_for_an_npu_has_fixed_shapes(section):
+    fields = {section: {"checks": Checks, "bench": Bench}[section](device="npu")}
+    with pytest.raises(BadRequest, match="an NPU takes fixed shapes only; give --batch"):
+        check(recipe_of("openvino", weights="random:0", **fields))
+    check(recipe_of("openvino", weights="random:0", batch=1, **fields))
+
+
+def test_a_recipe_for_a_device_that_the_runtime_does_not_take_is_refused():
+    with pytest.raises(BadRequest, match="--device npu: this recipe is for onnxruntime, which takes cpu, cuda"):
+        check(recipe_of("onnxruntime", weights="random:0", bench=Bench(device="npu")))
