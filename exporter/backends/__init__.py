@@ -353,6 +353,12 @@ def kind_of(device: str, runtime: Runtime[Options], what: object) -> DeviceKind:
     return kind
 
 
+def check_cache_dir(runtime: Runtime[Options], what: object) -> None:
+    """Raises: BadRequest where the runtime keeps no folder of compiled models. `what` runs on it, for the message."""
+    if "cache_dir" not in runtime.options.__struct_fields__:
+        raise BadRequest(f"--cache-dir: {what} is for {runtime.name}, which keeps no folder of compiled models")
+
+
 def _kind_word(device: str) -> str:
     """The device without its number or its group: "gpu" of "gpu.1", "cuda" of "cuda:0", "auto" of "auto:gpu,cpu"."""
     return device.lower().partition(":")[0].partition(".")[0]

@@ -113,11 +113,7 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     batches_of(options, artifacts)
     check_devices(artifacts, options.device)
     for made in artifacts if options.cache_dir else ():
-        runtime = backends.runtime_of(made)
-        if "cache_dir" not in runtime.options.__struct_fields__:
-            raise BadRequest(
-                f"--cache-dir: {made.path} is for {runtime.name}, which keeps no folder of compiled models"
-            )
+        backends.check_cache_dir(backends.runtime_of(made), made.path)
     for way in set(GPU_WAYS) & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")

@@ -136,7 +136,9 @@ def _check_checks(recipe: Recipe) -> None:
 
 
 def _check_bench(recipe: Recipe) -> None:
-    """The batch sizes that are timed can be run."""
+    """The runtime keeps a cache if one is asked for, and the batch sizes that are timed can be run."""
+    if recipe.bench is not None and recipe.bench.cache_dir:
+        backends.check_cache_dir(backends.runtime(recipe.backend), "this recipe")
     if recipe.bench is None or recipe.bench.batch is None:
         return
     fixed, batches = recipe.fixed_batch, recipe.bench.batch

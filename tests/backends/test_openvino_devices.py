@@ -41,7 +41,7 @@ def test_arithmetic_other_than_asked_for_is_found_out_in_a_group_too(artifacts, 
     real = openvino.Core.compile_model
 
     def without_hint(core, model, device, settings):
-        return real(core, model, device, {key: value for key, value in settings.items() if "PRECISION" not in key})
+        return real(core, model, device, settings | {"DEVICE_PROPERTIES": {}})
 
     monkeypatch.setattr(openvino.Core, "compile_model", without_hint)
     with pytest.raises(Unavailable, match=r"f32 was asked of AUTO \(CPU\) and bf16 is in use"):
@@ -72,7 +72,12 @@ def asked(monkeypatch):
 
     def on_the_cpu(core, model, device, settings):
         compiled.append((device, settings))
-        return real(core, model, "CPU", {"INFERENCE_PRECISION_HINT": settings["INFERENCE_PRECISION_HINT"]})
+        return real(
+            core,
+            model,
+            "CPU" if "DEVICE_PROPERTIES" not in settings else "AUTO:CPU",
+            {"INFERENCE_PRECISION_HINT": "f32"},
+        )
 
     monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU.0", "GPU.1", "NPU"])
     monkeypatch.setattr(openvino.Core, "compile_model", on_the_cpu)
@@ -87,8 +92,13 @@ def test_the_name_of_a_device_is_passed_on_as_it_is(asked, artifacts):
 
 def test_only_the_cpu_is_given_a_number_of_threads(asked, artifacts):
     for device in ("cpu", "gpu", "multi:gpu,cpu"):
-        answer(artifacts["openvino", "fp32"], device)
-    assert ["INFERENCE_NUM_THREADS" in settings for _, settings in asked] == [True, False, True]
+        answer(artifacts["openvino", "fp16" if device == "cpu" else "fp32"], device)
+    assert ["INFERENCE_NUM_THREADS" in settings for _, settings in asked[:2]] == [True, False]
+    of_each = asked[2][1]["DEVICE_PROPERTIES"]
+    assert {device: set(settings) for device, settings in of_each.items()} == {
+        "GPU": {"INFERENCE_PRECISION_HINT"},
+        "CPU": {"INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS"},
+    }
 
 
 def test_fp16_is_computed_in_fp32_where_the_cpu_alone_computes(artifacts):
@@ -119,6 +129,8 @@ def test_bench_tells_a_model_that_is_compiled_from_one_of_the_cache(artifacts, r
 def test_a_cache_of_a_runtime_that_has_none_is_refused(onnx_copy, tmp_path, refused):
     line = refused(2, "bench", onnx_copy.path, "--cache-dir", tmp_path / "cache")
     assert "custom_fp32.onnx is for onnxruntime, which keeps no folder of compiled models" in line
+    with pytest.raises(BadRequest, match="this recipe is for onnxruntime, which keeps no folder of compiled models"):
+        check(recipe_of("onnxruntime", weights="random:0", bench=Bench(cache_dir="build/compiled")))
 
 
 def test_an_npu_takes_fixed_shapes_only(asked, artifacts, tiny, tmp_path):

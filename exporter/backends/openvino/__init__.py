@@ -35,7 +35,7 @@ from exporter.backends import (
     fastest_product,
     require,
 )
-from exporter.backends.openvino.devices import NO_KERNEL, arithmetic_in_use, group_of, members, text
+from exporter.backends.openvino.devices import in_use, members, properties, text
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
@@ -159,22 +159,18 @@ def _compile(
     for member in devices if arithmetic == "bf16" else ():
         if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": options.hint.upper()}
-    if options.threads and "CPU" in devices:  # other devices do not know the property
-        settings["INFERENCE_NUM_THREADS"] = options.threads
+    settings = properties(device, devices, arithmetic, options.threads) | {"PERFORMANCE_HINT": options.hint.upper()}
     if options.cache_dir:
         settings["CACHE_DIR"] = options.cache_dir
-    if group_of(device) == "AUTO" and set(devices) != {"CPU"}:  # else the CPU may answer, at first or after an error
-        settings |= {"ENABLE_STARTUP_FALLBACK": False, "ENABLE_RUNTIME_FALLBACK": False}
     try:
         compiled = core.compile_model(change(core.read_model(artifact.path)), device, settings)
     except RuntimeError as error:
         raise ExporterError(f"{artifact.path}: OpenVINO cannot load it: {last_line(error)}") from error
-    if group_of(device):
-        device = f"{device} ({', '.join(compiled.get_property('EXECUTION_DEVICES'))})"
-    in_use = arithmetic_in_use(compiled)
-    if in_use != arithmetic:
-        raise Unavailable(f"{arithmetic} was asked of {device} and {in_use} is in use; build another precision for it")
+    device, computed = in_use(compiled, device)
+    if computed != [arithmetic]:
+        raise Unavailable(
+            f"{arithmetic} was asked of {device} and {' and '.join(computed)} is in use; build another precision for it"
+        )
     return compiled, device, arithmetic
 
 
@@ -235,7 +231,7 @@ def layers(artifact: Artifact, options: OpenVinoOptions) -> list[Layer]:
     module = ""
     for op in reversed(compiled.get_runtime_model().get_ordered_ops()):
         info = {key: text(value) for key, value in op.get_rt_info().items()}
-        if info["layerType"] in NO_KERNEL:
+        if info["layerType"] in ("Const", "Input", "Output"):
             continue
         name, precision = op.get_friendly_name(), info["runtimePrecision"]
         origins = info.get("originalLayersNames") or name

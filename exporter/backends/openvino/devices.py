@@ -9,7 +9,6 @@ from exporter.errors import BadRequest, Unavailable
 
 GROUPS = ("AUTO", "MULTI", "HETERO")
 """Names of OpenVINO for a group of devices: AUTO takes the best one, MULTI spreads batches, HETERO splits the graph."""
-NO_KERNEL = ("Const", "Input", "Output")
 
 
 def group_of(device: str) -> str:
@@ -38,20 +37,27 @@ def members(device: str, available: Sequence[str]) -> list[str]:
     return names
 
 
-def arithmetic_in_use(compiled: Any) -> str:
-    """The element type that a compiled model computes in: as the device says, or, where a group does not say it, as the
-    names of its kernels end (`jit_avx512_f32`)."""
-    try:
-        name: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    except RuntimeError:
-        operators = [
-            {key: text(value) for key, value in operator.get_rt_info().items()}
-            for operator in compiled.get_runtime_model().get_ordered_ops()
-        ]
-        kernels = [info["primitiveType"] for info in operators if info["layerType"] not in NO_KERNEL]
-        types = {kernel.rpartition("_")[2] for kernel in kernels}
-        return next((name for name in ("bf16", "f16") if name in types), "f32")
-    return name
+def properties(device: str, devices: Sequence[str], arithmetic: str, threads: int | None) -> dict[str, Any]:
+    """The properties that make a device, or every device of a group, compute in an element type. Only a CPU knows a
+    number of threads."""
+    of_each: dict[str, dict[str, Any]] = {name: {"INFERENCE_PRECISION_HINT": arithmetic} for name in devices}
+    if threads and "CPU" in of_each:
+        of_each["CPU"]["INFERENCE_NUM_THREADS"] = threads
+    if not (group := group_of(device)):
+        return of_each[device]
+    chosen: dict[str, Any] = {"DEVICE_PROPERTIES": of_each}
+    if group == "AUTO" and set(devices) != {"CPU"}:  # else the CPU may answer, at first or after an error
+        chosen |= {"ENABLE_STARTUP_FALLBACK": False, "ENABLE_RUNTIME_FALLBACK": False}
+    return chosen
+
+
+def in_use(compiled: Any, device: str) -> tuple[str, list[str]]:
+    """The device, with those of a group that run the model; and the element types that they compute in."""
+    if not group_of(device):
+        return device, [compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
+    hints = [of_one["INFERENCE_PRECISION_HINT"] for of_one in compiled.get_property("DEVICE_PROPERTIES").values()]
+    running = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
+    return f"{device} ({running})", sorted({hint.get_type_name() for hint in hints})
 
 
 def text(value: Any) -> str:
