@@ -15,6 +15,7 @@ import msgspec
 from benchmarks import (
     agreement,
     checkpoints,
+    coverage,
     cuda_forms,
     forms,
     fuzz,
@@ -78,6 +79,10 @@ def tables() -> dict[str, str]:
         for name in ("int8.json", "int8-without-vnni.json")
     )
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
+    itself, gain = (
+        msgspec.json.decode((XEON / name).read_bytes(), type=coverage.Experiment)
+        for name in ("coverage.json", "gain.json")
+    )
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
     readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
@@ -94,6 +99,8 @@ def tables() -> dict[str, str]:
         "footprint": table(footprint),
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
+        "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
+        "gain": f"{coverage.verdicts(gain.repetitions)}\n" + machine(gain.environment, gain.commit),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),
