@@ -5,8 +5,9 @@
 
 With `--against`, the artifacts take turns against another one. Every repetition is timed as `bench`, the speed-up of
 int8 and `compare` time: in fresh processes, disturbed ones again. In every other one a load generator keeps one core
-busy. A repetition says "faster" or "slower" where its interval excludes 1. An artifact is neither than itself; than
-another it is at most one of them. The file is written after each repetition.
+busy. A repetition says "faster" or "slower" where its interval excludes 1. Compared with
+itself, an artifact should be neither; compared with another, all verdicts should agree. The file is written after each
+repetition.
 """
 
 from __future__ import annotations

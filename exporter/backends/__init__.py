@@ -353,8 +353,10 @@ def kind_of(device: str, runtime: Runtime[Options], what: object) -> DeviceKind:
     return kind
 
 
-def check_cache_dir(runtime: Runtime[Options], what: object) -> None:
+def check_cache_dir(runtime: Runtime[Options], folder: str, what: object) -> None:
     """Raises: BadRequest where the runtime keeps no folder of compiled models. `what` runs on it, for the message."""
+    if not folder or (Path(folder).exists() and not Path(folder).is_dir()):
+        raise BadRequest(f"--cache-dir {folder!r}: expected a folder")
     if "cache_dir" not in runtime.options.__struct_fields__:
         raise BadRequest(f"--cache-dir: {what} is for {runtime.name}, which keeps no folder of compiled models")
 

@@ -62,6 +62,8 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     Raises: BadRequest for artifacts that cannot be timed together, or not at a batch size.
     """
     _check(artifacts, options)
+    if options.cache_dir is not None:
+        _make(Path(options.cache_dir))
     _check_devices_here(artifacts, options, opener)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
@@ -82,6 +84,14 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     return [
         _report(made, arm, timings, cold, environment, options) for made, arm in zip(artifacts, arms[1:], strict=False)
     ]
+
+
+def _make(folder: Path) -> None:
+    """Raises: BadRequest where the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"--cache-dir {folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
 def with_limits(report: Report, limits: Bench) -> Report:
@@ -112,8 +122,9 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
     batches_of(options, artifacts)
     check_devices(artifacts, options.device)
-    for made in artifacts if options.cache_dir else ():
-        backends.check_cache_dir(backends.runtime_of(made), made.path)
+    if options.cache_dir is not None:
+        for made in artifacts:
+            backends.check_cache_dir(backends.runtime_of(made), options.cache_dir, made.path)
     for way in set(GPU_WAYS) & set(options.also):
         if not _on_gpu(artifacts, options):
             raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")

@@ -137,8 +137,8 @@ def _check_checks(recipe: Recipe) -> None:
 
 def _check_bench(recipe: Recipe) -> None:
     """The runtime keeps a cache if one is asked for, and the batch sizes that are timed can be run."""
-    if recipe.bench is not None and recipe.bench.cache_dir:
-        backends.check_cache_dir(backends.runtime(recipe.backend), "this recipe")
+    if recipe.bench is not None and recipe.bench.cache_dir is not None:
+        backends.check_cache_dir(backends.runtime(recipe.backend), recipe.bench.cache_dir, "this recipe")
     if recipe.bench is None or recipe.bench.batch is None:
         return
     fixed, batches = recipe.fixed_batch, recipe.bench.batch
@@ -154,6 +154,7 @@ def _check_device(recipe: Recipe, device: str | None) -> None:
     """The runtime takes the device, and the device takes the shapes."""
     if device is None:
         return
-    kind = backends.kind_of(device, backends.runtime(recipe.backend), "this recipe")
-    if kind == "NPU" and (recipe.fixed_batch is None or recipe.export.imgsz == "dynamic"):
+    backends.kind_of(device, backends.runtime(recipe.backend), "this recipe")
+    on_npu = any(name.strip().startswith("npu") for name in re.split("[:,]", device.lower()))
+    if on_npu and (recipe.fixed_batch is None or recipe.export.imgsz == "dynamic"):
         raise BadRequest(f"--device {device}: an NPU takes fixed shapes only; give --batch, and --imgsz in pixels")

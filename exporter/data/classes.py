@@ -102,8 +102,13 @@ def labels_of(path: Path, listed: Listed, labels: tuple[str, ...], count: int | 
         raise BadRequest(f"{path}: labels are in a column of names and in {some(listed.columns)}; keep one of the two")
     if count is None or not (listed.columns or any(cells)):
         return [(row["path"], UNKNOWN) for row in listed.rows]
-    if count == 1 and all(delimited.whole(cell) in (0, 1) for cell in cells):
-        return [(row["path"], (delimited.whole(cell) or 0,)) for row, cell in zip(listed.rows, cells, strict=True)]
+    if count == 1 and not listed.columns and not {"0", "1"} & set(labels):
+        decisions = [delimited.whole(cell) for cell in cells]
+        if "" in cells and 0 in decisions:
+            line = listed.lines[cells.index("")]
+            raise BadRequest(f"{path}: line {line} has no label, and others have 0; write 0 or 1 in every row")
+        if all(decision in (0, 1) for decision in decisions):
+            return [(row["path"], (decision or 0,)) for row, decision in zip(listed.rows, decisions, strict=True)]
     if listed.columns:
         names = _columns_of(path, listed.columns, labels, count)
         return [(row["path"], tuple(delimited.whole(row[name]) or 0 for name in names)) for row in listed.rows]

@@ -133,15 +133,15 @@ def _table(path: Path, lines: list[str], first: int, frozen: bool) -> tuple[_Row
 
 
 def _without_label_columns(words: list[str], names: list[str], body: list[delimited.Row]) -> list[str]:
-    """Our names of the columns, without those of columns that hold a label: where some column is a label, a column
-    `Target` or `Set` with only 0 and 1 is another one."""
+    """Our names of the columns, without those of columns that hold a label: if the table has label columns, a column
+    `Target` or `Tags` with only 0 and 1 is read as a label too."""
 
     def holds_a_label(index: int) -> bool:
         return all(delimited.whole(cells[index]) in (0, 1) for _, cells in body)
 
     if not any(not name and holds_a_label(index) for index, name in enumerate(names)):
         return names
-    other = {index for index, name in enumerate(names) if name in ("label", "split") and words[index].lower() != name}
+    other = {index for index, name in enumerate(names) if name == "label" and words[index].lower() != name}
     return ["" if index in other and holds_a_label(index) else name for index, name in enumerate(names)]
 
 

@@ -301,7 +301,7 @@ class Bench(TimingOptions, frozen=True):
     ] = ()
     cache_dir: Annotated[
         str | None,
-        about("Folder of compiled models, of a runtime that keeps one; loading is timed with it.", metavar="DIR"),
+        about("Folder where the runtime caches compiled models; only loading uses it.", metavar="DIR"),
     ] = None
     min_speedup: Annotated[
         Annotated[float, Meta(ge=0)] | None, about("Smallest speed-up over PyTorch.", metavar="X")

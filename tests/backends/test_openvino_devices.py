@@ -6,12 +6,19 @@ import pytest
 
 from exporter import backends
 from exporter.backends.openvino import OpenVinoOptions
+from exporter.backends.openvino.devices import members
 from exporter.build.resolve import check
 from exporter.errors import BadRequest, Unavailable
 from exporter.recipe import Bench, Checks
 from tests.conftest import build, copy_artifact, needs_bf16, recipe_of
 
-GROUPS = ("auto", "auto:cpu", "multi:cpu", "hetero:cpu", "AUTO:CPU,CPU")
+GROUPS = {
+    "auto": "AUTO",
+    "auto: cpu": "AUTO:CPU",
+    "multi:cpu,": "MULTI:CPU",
+    "hetero:cpu": "HETERO:CPU",
+    "AUTO:CPU,CPU": "AUTO:CPU",
+}
 
 
 def opened(artifact, device):
@@ -32,7 +39,7 @@ def test_a_group_answers_as_its_device_and_says_which_that_is(device, precision,
     expected, _ = answer(artifacts["openvino", precision], "cpu")
     answers, facts = answer(artifacts["openvino", precision], device)
     assert np.array_equal(answers, expected)
-    assert facts == {"device": f"{device.upper()} (CPU)", "arithmetic": precision}
+    assert facts == {"device": f"{GROUPS[device]} (CPU)", "arithmetic": precision}
 
 
 def test_arithmetic_other_than_asked_for_is_found_out_in_a_group_too(artifacts, monkeypatch):
@@ -52,9 +59,13 @@ def test_arithmetic_other_than_asked_for_is_found_out_in_a_group_too(artifacts, 
     ("device", "error", "said"),
     [
         ("auto:gpu,cpu", Unavailable, "and no GPU"),
-        ("auto:-cpu", BadRequest, "name the devices, as in auto:gpu,cpu"),
-        ("multi", BadRequest, "name the devices, as in multi:gpu,cpu"),
-        ("hetero:", BadRequest, "name the devices"),
+        ("auto:-cpu", BadRequest, "no device is left; name some, as in auto:gpu,cpu"),
+        ("multi", BadRequest, "no device is left; name some, as in multi:gpu,cpu"),
+        ("hetero:", BadRequest, "no device is left"),
+        ("auto:-", Unavailable, "no device without a name"),
+        ("auto:-xyz", Unavailable, "and no XYZ"),
+        ("auto:cpu,-cpu", BadRequest, "a minus is for auto alone, in front of every device"),
+        ("hetero:-cpu", BadRequest, "a minus is for auto alone"),
         ("multi:cpu,xpu", Unavailable, "and no XPU"),
         ("gpu.3", Unavailable, "and no GPU.3"),
     ],
@@ -82,6 +93,14 @@ def asked(monkeypatch):
     monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU.0", "GPU.1", "NPU"])
     monkeypatch.setattr(openvino.Core, "compile_model", on_the_cpu)
     return compiled
+
+
+def test_auto_takes_an_npu_only_where_it_is_named():
+    available = ["CPU", "GPU.0", "GPU.1", "NPU"]
+    assert members("AUTO", available) == ("AUTO", ["CPU", "GPU.0", "GPU.1"])
+    assert members("AUTO:-GPU", available) == ("AUTO:-GPU", ["CPU"])
+    assert members("AUTO:-GPU.0", ["CPU", "GPU"]) == ("AUTO:-GPU.0", ["CPU"])
+    assert members("AUTO:NPU,CPU", available) == ("AUTO:NPU,CPU", ["NPU", "CPU"])
 
 
 def test_the_name_of_a_device_is_passed_on_as_it_is(asked, artifacts):
@@ -122,13 +141,20 @@ LOADS = ("cold_ms", "load_ms")
 def test_bench_tells_a_model_that_is_compiled_from_one_of_the_cache(artifacts, run, tmp_path):
     made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
     kept = "from the cache of compiled models"
-    assert timed(made, run, tmp_path / "cache") == {"cold_ms": "compiled, and put in the cache", "load_ms": kept}
+    assert timed(made, run, tmp_path / "cache") == {"cold_ms": "compiled", "load_ms": kept}
     assert timed(made, run, tmp_path / "cache") == {"cold_ms": kept, "load_ms": kept}
 
 
-def test_a_cache_of_a_runtime_that_has_none_is_refused(onnx_copy, tmp_path, refused):
+def test_a_cache_of_a_runtime_that_has_none_and_what_is_no_folder_are_refused(onnx_copy, artifacts, tmp_path, refused):
+    (tmp_path / "ir").mkdir()
     line = refused(2, "bench", onnx_copy.path, "--cache-dir", tmp_path / "cache")
     assert "custom_fp32.onnx is for onnxruntime, which keeps no folder of compiled models" in line
+    (tmp_path / "file").touch()
+    assert "expected a folder" in refused(2, "bench", onnx_copy.path, "--cache-dir", tmp_path / "file")
+    with pytest.raises(BadRequest, match="expected a folder"):
+        check(recipe_of("openvino", weights="random:0", bench=Bench(cache_dir="")))
+    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path / "ir")
+    assert "cannot be made" in refused(2, "bench", made.path, "--cache-dir", "/proc/nothing")
     with pytest.raises(BadRequest, match="this recipe is for onnxruntime, which keeps no folder of compiled models"):
         check(recipe_of("onnxruntime", weights="random:0", bench=Bench(cache_dir="build/compiled")))
 
@@ -143,9 +169,10 @@ def test_an_npu_takes_fixed_shapes_only(asked, artifacts, tiny, tmp_path):
 
 @pytest.mark.parametrize("section", ["checks", "bench"])
 def test_a_recipe_for_an_npu_has_fixed_shapes(section):
-    fields = {section: {"checks": Checks, "bench": Bench}[section](device="npu")}
-    with pytest.raises(BadRequest, match="an NPU takes fixed shapes only; give --batch"):
-        check(recipe_of("openvino", weights="random:0", **fields))
+    for device in ("auto:npu,cpu", "npu"):
+        fields = {section: {"checks": Checks, "bench": Bench}[section](device=device)}
+        with pytest.raises(BadRequest, match="an NPU takes fixed shapes only; give --batch"):
+            check(recipe_of("openvino", weights="random:0", **fields))
     check(recipe_of("openvino", weights="random:0", batch=1, **fields))
 
 

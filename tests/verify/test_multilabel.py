@@ -280,8 +280,12 @@ def test_manifests_name_several_labels_in_a_cell_or_have_a_column_for_each(name,
 
 
 def test_labels_may_have_names_that_other_columns_have(folder):
-    (folder / "m.csv").write_text("path,Set,Mass,Target\n0.png,1,0,1\n1.png,0,1,0\n2.png,0,0,0\n")
-    assert read(folder / "m.csv", ("Set", "Mass", "Target")) == EXPECTED
+    (folder / "m.csv").write_text("path,Tags,Mass,Target\n0.png,1,0,1\n1.png,0,1,0\n2.png,0,0,0\n")
+    assert read(folder / "m.csv", ("Tags", "Mass", "Target")) == EXPECTED
+    (folder / "m.csv").write_text("path,Edema,Mass,Nodule,set\n0.png,1,0,1,1\n1.png,0,1,0,0\n")
+    assert read(f"{folder}/m.csv#1") == EXPECTED[:1]
+    with pytest.raises(BadRequest, match="it has the splits 1, 0; take one of them"):
+        read(folder / "m.csv")
 
 
 def test_zero_and_one_of_a_single_label_are_decisions(folder):
@@ -289,6 +293,10 @@ def test_zero_and_one_of_a_single_label_are_decisions(folder):
     assert read(folder / "m.csv", ("Edema",), 1) == [[1], [0], [0]]
     (folder / "m.csv").write_text("path,label\n0.png,Edema\n1.png,\n2.png,\n")
     assert read(folder / "m.csv", ("Edema",), 1) == [[1], [0], [0]]
+    (folder / "m.csv").write_text("path,label\n0.png,0\n1.png,\n2.png,0\n")
+    with pytest.raises(BadRequest, match="line 3 has no label, and others have 0; write 0 or 1 in every row"):
+        read(folder / "m.csv", ("Edema",), 1)
+    assert read(folder / "m.csv", ("0",), 1) == [[1], [0], [1]], "the label is named 0"
 
 
 def test_lists_name_several_labels_too(folder):

@@ -128,7 +128,7 @@ def session(artifact: Artifact, options: OpenVinoOptions) -> Iterator[OpenVinoSe
     opened = _session(compiled, device, arithmetic, artifact.sidecar.preprocessing, options)
     if options.cache_dir:
         cached = compiled.get_property("LOADED_FROM_CACHE")
-        opened.facts["loaded"] = "from the cache of compiled models" if cached else "compiled, and put in the cache"
+        opened.facts["loaded"] = "from the cache of compiled models" if cached else "compiled"
     if artifact.sidecar.precision == "int8":
         opened.facts |= {"arithmetic": "int8", "rest": opened.facts["arithmetic"]}
     yield opened
@@ -148,8 +148,8 @@ def _compile(
     probe()
     import openvino as ov
 
-    core, device = ov.Core(), options.device.upper()
-    devices = members(device, core.available_devices)
+    core = ov.Core()
+    device, devices = members(options.device.upper(), core.available_devices)
     dynamic = any(isinstance(side, str) for tensor in artifact.sidecar.inputs for side in tensor.shape)
     if dynamic and any(name.startswith("NPU") for name in devices):
         raise BadRequest(

@@ -17,24 +17,38 @@ def group_of(device: str) -> str:
     return name if name in GROUPS else ""
 
 
-def members(device: str, available: Sequence[str]) -> list[str]:
-    """The devices that a name stands for: one, or those of a group.
+def members(device: str, available: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of a device or group as OpenVINO takes it, and the devices that it stands for.
 
-    Raises: Unavailable for a device that is not here; BadRequest for a group without devices.
+    Raises: Unavailable for a device that is not here; BadRequest for a group that names no device.
     """
-    names = [device]
-    if group := group_of(device):
-        names = [name.strip() for name in device.partition(":")[2].split(",") if name.strip()]
-        left_out = {name[1:] for name in names if name.startswith("-")}
-        names = [name for name in names if not name.startswith("-")]
-        if group == "AUTO" and not names:
-            names = [name for name in available if name not in left_out]
-        if not names:
-            raise BadRequest(f"--device {device.lower()}: name the devices, as in {group.lower()}:gpu,cpu")
-    for name in names:
-        if name not in available and f"{name}.0" not in available:  # GPU is GPU.0 where there are several
-            raise Unavailable(f"OpenVINO sees {', '.join(available)} here, and no {name}")
-    return names
+    group, _, listed = device.partition(":")
+    if not group_of(device):
+        _check_here(device, available)
+        return device, [device]
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    left_out = [name[1:].strip() for name in names if name.startswith("-")]
+    for name in (name.removeprefix("-").strip() for name in names):
+        _check_here(name, available)
+    if left_out and (group != "AUTO" or len(left_out) < len(names)):
+        raise BadRequest(f"--device {device.lower()}: a minus is for auto alone, in front of every device")
+    devices = names
+    if group == "AUTO" and len(left_out) == len(names):  # OpenVINO takes an NPU only where it is named
+        devices = [name for name in available if not any(_is(name, other) for other in (*left_out, "NPU"))]
+    if not devices:
+        raise BadRequest(f"--device {device.lower()}: no device is left; name some, as in {group.lower()}:gpu,cpu")
+    return ":".join(filter(None, (group, ",".join(names)))), devices
+
+
+def _is(available: str, name: str) -> bool:
+    """Whether a name means a device that is here: GPU is each of GPU.0 and GPU.1, and a single GPU is GPU.0 too."""
+    return name in (available, available.partition(".")[0], f"{available}.0")
+
+
+def _check_here(name: str, available: Sequence[str]) -> None:
+    """Raises: Unavailable."""
+    if not any(_is(other, name) for other in available):
+        raise Unavailable(f"OpenVINO sees {', '.join(available)} here, and no {name or 'device without a name'}")
 
 
 def properties(device: str, devices: Sequence[str], arithmetic: str, threads: int | None) -> dict[str, Any]:
