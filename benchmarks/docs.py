@@ -79,10 +79,7 @@ def tables() -> dict[str, str]:
         for name in ("int8.json", "int8-without-vnni.json")
     )
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
-    itself, gain = (
-        msgspec.json.decode((XEON / name).read_bytes(), type=coverage.Experiment)
-        for name in ("coverage.json", "gain.json")
-    )
+    itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
     readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
@@ -100,7 +97,6 @@ def tables() -> dict[str, str]:
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
-        "gain": f"{coverage.verdicts(gain.repetitions)}\n" + machine(gain.environment, gain.commit),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),
