@@ -40,12 +40,13 @@ def open_peer(arm: Arm) -> Iterator[Session]:
             session.model = lambda images: network(images.contiguous(memory_format=torch.channels_last))
             yield session
     else:
-        with backends.runtime(peer.runtime).open(_foreign(arm, peer), _options(arm)) as session:
+        runtime = backends.runtime(peer.runtime)
+        with runtime.open(_foreign(arm, peer), _options(runtime, arm)) as session:
             yield session
 
 
-def _options(arm: Arm) -> backends.Options:
-    return backends.Options(device=arm.device, threads=arm.threads, hint=arm.hint)
+def _options(runtime: backends.Runtime[backends.Options], arm: Arm) -> backends.Options:
+    return runtime.options(device=arm.device, threads=arm.threads, hint=arm.hint)
 
 
 def _foreign(arm: Arm, peer: Peer) -> Artifact:
