@@ -91,7 +91,8 @@ def busy_core(wanted: bool) -> Iterator[None]:
 def repeat(one: Artifact, other: Artifact, threads: int, seconds: float, seed: int, loaded: bool) -> Repetition:
     """Time an artifact against another, or against itself."""
     arms = tuple(
-        Arm(name=name, path=str(made.path), threads=threads) for name, made in zip(ARMS, (one, other), strict=True)
+        Arm(name=name, path=str(artifact.path), threads=threads)
+        for name, artifact in zip(ARMS, (one, other), strict=True)
     )
     preprocessing = one.sidecar.preprocessing
     timing = Timing(
@@ -171,14 +172,14 @@ def main() -> None:
             date=time.strftime("%Y-%m-%d"),
             threads=options.threads,
             seconds=options.seconds,
-            artifact=", ".join(made.path.name for made in measured),
+            artifact=", ".join(one.path.name for one in measured),
             against=against.path.name if against else "",
             environment=environment(),
         )
         repetitions: list[Repetition] = []
         for turn in range(options.repetitions):
-            made = measured[turn // 2 % len(measured)]
-            one = repeat(made, against or made, options.threads, options.seconds, turn, loaded=turn % 2 == 1)
+            artifact = measured[turn // 2 % len(measured)]
+            one = repeat(artifact, against or artifact, options.threads, options.seconds, turn, loaded=turn % 2 == 1)
             repetitions.append(one)
             print(f"{turn + 1}: {one.ratio:.3f} ({one.low:.3f}–{one.high:.3f})", file=sys.stderr, flush=True)
             written = msgspec.structs.replace(experiment, repetitions=tuple(repetitions))

@@ -129,9 +129,9 @@ def test_auto_does_not_answer_from_the_cpu_first(asked, artifacts):
     assert asked[0][1]["ENABLE_STARTUP_FALLBACK"] is False
 
 
-def timed(made, run, cache):
+def timed(artifact, run, cache):
     words = ("--cache-dir", cache, "--duration", "0.5", "--threads", "1", "--json")
-    (report,) = run("bench", made.path, *words).json
+    (report,) = run("bench", artifact.path, *words).json
     return {f["metric"]: f["detail"].rpartition("; ")[2] for f in report["findings"] if f["metric"] in LOADS}
 
 
@@ -139,10 +139,10 @@ LOADS = ("cold_ms", "load_ms")
 
 
 def test_bench_tells_a_model_that_is_compiled_from_one_of_the_cache(artifacts, run, tmp_path):
-    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
+    artifact = copy_artifact(artifacts["openvino", "fp32"], tmp_path)
     kept = "from the cache of compiled models"
-    assert timed(made, run, tmp_path / "cache") == {"cold_ms": "compiled", "load_ms": kept}
-    assert timed(made, run, tmp_path / "cache") == {"cold_ms": kept, "load_ms": kept}
+    assert timed(artifact, run, tmp_path / "cache") == {"cold_ms": "compiled", "load_ms": kept}
+    assert timed(artifact, run, tmp_path / "cache") == {"cold_ms": kept, "load_ms": kept}
 
 
 def test_a_cache_of_a_runtime_that_has_none_and_what_is_no_folder_are_refused(onnx_copy, artifacts, tmp_path, refused):
@@ -153,8 +153,8 @@ def test_a_cache_of_a_runtime_that_has_none_and_what_is_no_folder_are_refused(on
     assert "expected a folder" in refused(2, "bench", onnx_copy.path, "--cache-dir", tmp_path / "file")
     with pytest.raises(BadRequest, match="expected a folder"):
         check(recipe_of("openvino", weights="random:0", bench=Bench(cache_dir="")))
-    made = copy_artifact(artifacts["openvino", "fp32"], tmp_path / "ir")
-    assert "cannot be made" in refused(2, "bench", made.path, "--cache-dir", "/proc/nothing")
+    artifact = copy_artifact(artifacts["openvino", "fp32"], tmp_path / "ir")
+    assert "cannot be made" in refused(2, "bench", artifact.path, "--cache-dir", "/proc/nothing")
     with pytest.raises(BadRequest, match="this recipe is for onnxruntime, which keeps no folder of compiled models"):
         check(recipe_of("onnxruntime", weights="random:0", bench=Bench(cache_dir="build/compiled")))
 

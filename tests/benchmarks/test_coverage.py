@@ -11,9 +11,14 @@ def repetition(low, high, loaded=False, noise=""):
 
 
 def test_intervals_that_hold_one_are_counted_apart_from_those_that_call_one_faster():
-    made = [repetition(0.9, 1.1), repetition(1.01, 1.1), repetition(0.8, 0.99, True, "noisy"), repetition(0.5, 2, True)]
-    assert [one.holds for one in made] == [True, False, False, True]
-    lines = coverage.summary(made).splitlines()
+    repetitions = [
+        repetition(0.9, 1.1),
+        repetition(1.01, 1.1),
+        repetition(0.8, 0.99, True, "noisy"),
+        repetition(0.5, 2, True),
+    ]
+    assert [one.holds for one in repetitions] == [True, False, False, True]
+    lines = coverage.summary(repetitions).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| free", "| loaded", "| both"]
     assert lines[2].startswith("| free | 2 | 1 |")
     assert "| 1 | 0 |" in lines[2]
@@ -22,14 +27,14 @@ def test_intervals_that_hold_one_are_counted_apart_from_those_that_call_one_fast
 
 
 def test_an_artifact_is_timed_against_itself(artifacts):
-    made = artifacts["onnxruntime", "fp32"]
-    one = coverage.repeat(made, made, threads=1, seconds=0.1, seed=0, loaded=False)
+    artifact = artifacts["onnxruntime", "fp32"]
+    one = coverage.repeat(artifact, artifact, threads=1, seconds=0.1, seed=0, loaded=False)
     assert one.low <= one.ratio <= one.high
     assert one.processes == coverage.supervisor.PROCESSES
 
 
 def test_verdicts_are_counted_by_the_load_of_the_machine():
-    made = [repetition(1.1, 1.3), repetition(0.9, 1.1), repetition(0.7, 0.9, True, "noisy")]
-    lines = coverage.verdicts(made).splitlines()
+    repetitions = [repetition(1.1, 1.3), repetition(0.9, 1.1), repetition(0.7, 0.9, True, "noisy")]
+    lines = coverage.verdicts(repetitions).splitlines()
     assert lines[2] == "| free | 2 | 1 | 1 | 0 | 1.00–1.20 × | 0 |"
     assert lines[3] == "| loaded | 1 | 0 | 0 | 1 | 0.80–0.80 × | 1 |"

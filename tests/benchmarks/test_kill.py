@@ -35,13 +35,13 @@ def test_nothing_is_torn_or_stale(one_recipe, tmp_path, monkeypatch):
 def test_a_rebuild_replaces_the_graph_with_that_of_the_other_weights(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     for seed in (0, 1):
-        made = build(write_tiny(tmp_path / f"weights{seed}", seed=seed), tmp_path / f"clean{seed}", "openvino")
-    monkeypatch.setattr(kill, "RECIPES", {made.path.name: ""})
-    contents = [kill.content(tmp_path / f"clean{seed}" / made.path.name) for seed in (0, 1)]
+        built = build(write_tiny(tmp_path / f"weights{seed}", seed=seed), tmp_path / f"clean{seed}", "openvino")
+    monkeypatch.setattr(kill, "RECIPES", {built.path.name: ""})
+    contents = [kill.content(tmp_path / f"clean{seed}" / built.path.name) for seed in (0, 1)]
     assert contents[0] != contents[1]
     for number in range(3):
         assert not kill.rebuild(tmp_path, number).wrong
-        assert kill.content(tmp_path / "out" / made.path.name) == contents[number % 2]
+        assert kill.content(tmp_path / "out" / built.path.name) == contents[number % 2]
 
 
 def test_what_is_torn_is_seen(onnx_copy):
