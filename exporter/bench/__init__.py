@@ -135,7 +135,11 @@ class Timing:
 
     def setting(self, name: str) -> str:
         """Device, threads and hint of an arm."""
-        return next(arm.setting for arm in self.plan.arms if arm.name == name)
+        return self.arm(name).setting
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.plan.arms if arm.name == name)
 
     def standing(self) -> list[Arm]:
         """The arms that have not failed."""

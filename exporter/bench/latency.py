@@ -233,7 +233,7 @@ def _report(
     environment: dict[str, object],
     options: BenchOptions,
 ) -> Report:
-    findings = [finding for timing in timings for finding in _findings(timing, arm, made)]
+    findings = [finding for timing in timings for finding in findings_of(timing, arm, made)]
     findings += [*facts.work(made), *facts.cold(cold[arm.name], arm.setting)]
     sessions = [launch.facts[arm.name] for timing in timings for launch in timing.launches if arm.name in launch.facts]
     return Report(
@@ -245,7 +245,8 @@ def _report(
     )
 
 
-def _findings(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
+def findings_of(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
+    """The findings of one arm of a timing: latency, outputs, share of the peak, and speed-ups over PyTorch."""
     case = f"batch {timing.plan.batch}"
     if arm.name in timing.failures or not any(arm.name in launch.blocks for launch in timing.launches):
         reason = timing.failures.get(arm.name, "was never timed")

@@ -16,6 +16,7 @@ from exporter.errors import ExporterError, nearest, printable
 
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
+    "optimize": ("optimize",),
     "measure": ("calibrate", "verify", "bench"),
     "pipeline": ("run", "compare", "report"),
 }
@@ -34,7 +35,8 @@ def build_commands() -> dict[str, str]:
 def groups() -> dict[str, list[str]]:
     """All commands by group, in the order of `--help`."""
     files = {group: list(names) for group, names in FILES.items()}
-    return {"discover": files.pop("discover"), "build": list(build_commands()), **files}
+    builds = [*build_commands(), *files.pop("optimize")]
+    return {"discover": files.pop("discover"), "build": builds, **files}
 
 
 class Commands(click.Group):
@@ -90,6 +92,7 @@ def cli() -> None:
     convnext-export onnx --variant base
     convnext-export openvino --weights my_convnext.pth --fp16
     convnext-export trt --int8 --calib my_images
+    convnext-export optimize --weights my_convnext.pth --data my_images
     convnext-export verify build/base_fp32.onnx --data imagenet/val
     convnext-export bench build/base_fp32.onnx build/base_fp32.xml
     convnext-export run onnxruntime/tiny_int8

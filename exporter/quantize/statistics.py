@@ -7,11 +7,12 @@ Results are cached per user under a key of every input that determines them; an 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,8 @@ BATCH = 8
 COUNTED = 1 << 20  # values that are counted at once
 SAVE_S = 5.0  # how often what was measured so far is written down
 VERSION = 3
+USUAL = frozenset({"pwconv1", "pwconv2", "downsampling"})
+"""The kinds that are always measured, so that one calibration serves runtimes that quantize different layers."""
 See = Callable[[str, torch.Tensor, int], None]
 
 
@@ -81,6 +84,14 @@ class Statistics:
         assert isinstance(weight, torch.Tensor)
         return positions * weight.numel()
 
+    def of(self, names: Collection[str]) -> Statistics:
+        """The statistics of these layers."""
+        kept = {}
+        for kind in dataclasses.fields(self):
+            values = getattr(self, kind.name)
+            kept[kind.name] = values if kind.name == "images" else {k: v for k, v in values.items() if k in names}
+        return Statistics(**kept)
+
     def done(self, which: str) -> int:
         """The number of images that a pass has counted."""
         return int(self.images.get(which, 0))
@@ -107,7 +118,7 @@ def collect(
 
     Args:
         model: in a folded form, not yet smoothed.
-        kinds: of the layers to watch.
+        kinds: of the layers whose statistics are returned.
         alpha: as for `smoothing.factors`.
         images: the calibration set.
         about: every fact beside these that the numbers depend on.
@@ -115,11 +126,12 @@ def collect(
 
     Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
     """
-    facts = {**about, "kinds": sorted(kinds), "alpha": alpha, "images": images.digest, "count": images.total}
+    measured = kinds | USUAL
+    facts = {**about, "kinds": sorted(measured), "alpha": alpha, "images": images.digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
     statistics = store.read()
-    watched = layers(model, kinds)
+    watched = layers(model, measured)
     if statistics.done("histogram" if histogram else "extremes") == images.total:
         note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
@@ -130,7 +142,7 @@ def collect(
     if histogram:
         with watching(watched, partial(_histogram, statistics)):
             _pass(model, images, statistics, "histogram", store)
-    return statistics
+    return statistics.of(layers(model, kinds))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -94,6 +94,47 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
         axes.set_xlim(left=0)
         axes.set_xlabel("median latency, ms (left is better)")
         axes.set_ylabel(words[shown.metric])
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.ticklabel_format(axis="y", useOffset=False)
+    return drawing.svg
+
+
+class Point(NamedTuple):
+    """An artifact in a chart of accuracy by latency: its median milliseconds, its accuracy with the ends of the 95 %
+    interval, whether it was chosen, and whether no other one is both faster and more accurate."""
+
+    label: str
+    ms: float
+    value: float
+    low: float
+    high: float
+    chosen: bool = False
+    on_front: bool = False
+
+
+def front(points: Sequence[Point], metric: str, eager: tuple[float, float] | None) -> str:
+    """Accuracy by latency, the front joined by a line and the chosen artifact ringed.
+
+    Args:
+        points: the artifacts.
+        metric: the name of the accuracy.
+        eager: median milliseconds and accuracy of eager PyTorch.
+    """
+    with _figure("Accuracy by latency", 3.8) as (axes, drawing):
+        line = sorted((point.ms, point.value) for point in points if point.on_front)
+        axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=2, zorder=1, label="front") if line else None
+        for index, point in enumerate(sorted(points, key=lambda point: point.ms)):
+            color, ends = COLORS[index % len(COLORS)], [[point.value - point.low], [point.high - point.value]]
+            label = f"{point.label}{', chosen' if point.chosen else ''}"
+            axes.errorbar(point.ms, point.value, yerr=ends, fmt="o", color=color, markersize=8, capsize=3, label=label)
+            if point.chosen:
+                axes.plot(point.ms, point.value, "o", markersize=16, markerfacecolor="none", markeredgecolor=INK)
+        if eager is not None:
+            axes.plot(*eager, "s", color=INK, markersize=8, label="eager PyTorch")
+        axes.margins(x=0.1, y=0.15)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("median latency, ms (left is better)")
+        axes.set_ylabel(metric)
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.ticklabel_format(axis="y", useOffset=False)
     return drawing.svg

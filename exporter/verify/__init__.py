@@ -175,13 +175,13 @@ def _measured(
     fixed = artifact.sidecar.inputs[0].shape[0]
     count, digest = 0, hashlib.sha256()
     with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
-        size = fixed if isinstance(fixed, int) else BATCH
+        size = fixed * max(1, BATCH // fixed) if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             for name, label in zip(batch.names, batch.labels, strict=True):
                 words = " ".join(map(str, np.atleast_1d(label)))
                 digest.update(f"{samples.identity(name)} {words}\n".encode("utf-8", "surrogateescape"))
-            both = [run_batch(session, batch.images, fixed) for session in (original, candidate)]
+            both = original(batch.images), run_batch(candidate, batch.images, fixed)
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
                 meter.see(checks.Seen(batch.labels, *both))
@@ -273,11 +273,18 @@ def _write_rounding(graph: Path, path: Path) -> None:
 
 
 def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
-    """Run one batch. For an artifact with a fixed batch size, the last batch is padded, and its outputs are cut."""
-    count = len(pixels)
-    if isinstance(fixed, int) and count < fixed:
-        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], fixed - count, axis=0)])
-    return tuple(output[:count] for output in session(pixels))
+    """Run images through a session. One with a fixed batch size runs so many at a time; the last batch is padded, and
+    its outputs are cut."""
+    if not isinstance(fixed, int):
+        return session(pixels)
+    outputs = []
+    for start in range(0, len(pixels), fixed):
+        some = pixels[start : start + fixed]
+        count = len(some)
+        if count < fixed:
+            some = np.concatenate([some, np.repeat(some[-1:], fixed - count, axis=0)])
+        outputs.append(tuple(output[:count].copy() for output in session(some)))
+    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 
 def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, got: Outputs) -> None:

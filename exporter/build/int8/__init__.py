@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from exporter.artifact import Artifact
 from exporter.bench import Opener
 from exporter.build.int8 import speed
-from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search
+from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search, sensitivities
 from exporter.build.int8.work import Work, prepare
 from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import SIZE
@@ -43,7 +44,7 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
         data = open_data(job)  # before the calibration, which takes long
         work = prepare(job, folder)
         with judging(work, folder, data) as judge:
-            result = search(work, judge, lambda: _sensitivities(work))
+            result = search(work, judge, partial(sensitivities, work))
             cost = _cost_of_synthetic(work, result.best, judge, folder) if _has_real_data(work) else []
         best = result.best.artifact
         layers = job.runtime.layers(best, job.runtime.options()) if job.runtime.layers is not None else []
@@ -55,12 +56,6 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
     report = _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])
     record_quality(artifact, report)
     return artifact, report
-
-
-def _sensitivities(work: Work) -> dict[str, float]:
-    from exporter.quantize import simulation
-
-    return simulation.sensitivities(work.network.model, work.plan, work.images)
 
 
 def _has_real_data(work: Work) -> bool:

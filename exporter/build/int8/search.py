@@ -13,13 +13,14 @@ import msgspec
 
 from exporter import verify
 from exporter.artifact import Artifact
-from exporter.backends import Array, Bound, Outputs, Session, eager
+from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session, eager
 from exporter.build import budget
 from exporter.build.int8.work import Work
 from exporter.build.resolve import Job
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest
 from exporter.progress import note, step
+from exporter.recipe import Quantization
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, budgets, outputs
 
@@ -103,7 +104,7 @@ def open_data(job: Job) -> Samples | None:
     if quantization.data is None:
         return None
     data = verify.open_data(sidecar, _options(job, quantization.data))
-    _refuse_few(job, data)
+    refuse_few(job, data)
     return data
 
 
@@ -119,7 +120,7 @@ def _options(job: Job, source: str) -> VerifyOptions:
     )
 
 
-def _refuse_few(job: Job, data: Samples) -> None:
+def refuse_few(job: Job, data: Samples) -> None:
     """Refuse images on which no candidate could pass, because there are too few of them.
 
     Raises: BadRequest where the user set a budget, and it fails where the images are too few.
@@ -139,6 +140,23 @@ def _refuse_few(job: Job, data: Samples) -> None:
         )
 
 
+def budgeted(job: Job, samples: Samples) -> VerifyOptions:
+    """How artifacts of a job are verified on these images, with the loss that they may have."""
+    recipe, sidecar = job.recipe, job.sidecar
+    options, quantization = _options(job, samples.source), recipe.quantization or Quantization()
+    if quantization.max_drop is None:  # the default budget
+        options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
+    points = budget.points(quantization, "int8", samples.source, recipe.model.weights)
+    if not outputs.has_budget(sidecar, options.outputs):
+        return options  # the limits of the precision hold
+    if points is None:
+        note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
+        return options
+    if samples.labelled:
+        return msgspec.structs.replace(options, max_drop=points)
+    return msgspec.structs.replace(options, min_agreement=100 - points)
+
+
 @contextmanager
 def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
     """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
@@ -148,40 +166,51 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
         folder: for the candidates.
         data: the images to compare on; None for the calibration images.
     """
-    recipe, sidecar = work.job.recipe, work.sidecar
     samples = data or work.images.samples
-    _refuse_few(work.job, samples)
-    options = _options(work.job, samples.source)
-    if work.quantization.max_drop is None:  # the default budget
-        options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
-    points = budget.points(work.quantization, recipe.precision, samples.source, recipe.model.weights)
-    if not outputs.has_budget(sidecar, options.outputs):
-        pass  # the limits of the precision hold
-    elif points is None:
-        note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
-    elif samples.labelled:
-        options = msgspec.structs.replace(options, max_drop=points)
+    refuse_few(work.job, samples)
+    options = budgeted(work.job, samples)
+    with open_reference(work.job, options, folder) as reference:
+        yield judge_of(folder, options, samples, reference)
+
+
+def judge_of(folder: Path, options: VerifyOptions, samples: Samples, reference: Session) -> Judge:
+    """A function that builds a candidate in a folder and compares it with an open reference."""
+
+    def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
+        artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
+        return Candidate(kept, artifact, compare(artifact, options, samples, reference, work.job.runtime))
+
+    return judge
+
+
+def compare(
+    artifact: Artifact, options: VerifyOptions, samples: Samples, reference: Session, runtime: Runtime[Options]
+) -> Report:
+    """Compare one of several artifacts with the reference on the same images."""
+    if isinstance(reference, CachedReference):
+        reference.rewind()
+    samples.skipped.clear()
+    return verify.verify(artifact, options, samples, reference, runtime)
+
+
+@contextmanager
+def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[Session]:
+    """The job's reference, or else this tool's own network. Its outputs are kept, but for those of a backbone, which
+    are too large."""
+    opening: AbstractContextManager[Session]
+    if job.reference is not None:
+        opening = nullcontext(eager.EagerSession(job.reference.for_task(job.sidecar.task), "cpu"))
     else:
-        options = msgspec.structs.replace(options, min_agreement=100 - points)
-    with _reference(work, options, folder) as session:
-        # The outputs of a backbone are too large to keep.
-        reference = CachedReference(session) if sidecar.task == "classify" else session
-
-        def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
-            artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
-            if isinstance(reference, CachedReference):
-                reference.rewind()
-            samples.skipped.clear()
-            return Candidate(kept, artifact, verify.verify(artifact, options, samples, reference, work.job.runtime))
-
-        yield judge
+        opening = verify.reference(Artifact(folder / "reference", job.sidecar), options)
+    with opening as session:
+        yield CachedReference(session) if job.sidecar.task == "classify" else session
 
 
-def _reference(work: Work, options: VerifyOptions, folder: Path) -> AbstractContextManager[Session]:
-    """The job's reference, or else this tool's own network."""
-    if (reference := work.job.reference) is not None:
-        return nullcontext(eager.EagerSession(reference.for_task(work.sidecar.task), "cpu"))
-    return verify.reference(Artifact(folder / "reference", work.sidecar), options)
+def sensitivities(work: Work) -> dict[str, float]:
+    """The sensitivity of each part (`simulation.sensitivities`)."""
+    from exporter.quantize import simulation
+
+    return simulation.sensitivities(work.network.model, work.plan, work.images)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def render(reports: Sequence[Report]) -> str:
         tables=tables(reports),
         appendix=_blocks(reports),
         charts=[one for one in drawn if one.svg],
-        environments=_environments(reports),
+        environments=environments(reports),
         provenance=[(name(report), _provenance(report)) for report in reports],
     )
 
@@ -76,7 +76,7 @@ def _block(finding: Any) -> str:
     return f"{finding.value:.2g} · {finding.detail}" if finding.value is not None else f"NaN · {finding.detail}"
 
 
-def _environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
+def environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
     """The facts of each machine, once. Facts of a session or of its timing belong to the artifact."""
     own = ("session", "timing", "gpu_before", "gpu_after")
     facts = [tuple(_facts({k: v for k, v in r.environment.items() if k not in own})) for r in reports]

@@ -1,0 +1,205 @@
+"""`optimize`: the best artifact within the budgets is found, written, and can be built again."""
+
+import json
+import shutil
+
+import pytest
+
+from exporter import artifact, optimize
+from exporter import run as running
+from exporter.build import build
+from exporter.build import read as read_recipe
+from exporter.errors import BadRequest
+from exporter.optimize import publish, search, tables
+from exporter.optimize.search import Search
+from tests.conftest import snapshot, write_tiny
+from tests.optimize import fakes
+
+pytestmark = pytest.mark.slow
+
+
+def rows(result, state=None):
+    return [row for row in result.rows if state in (None, row.state)]
+
+
+@pytest.fixture(scope="module")
+def searched(request_of, tmp_path_factory):
+    """A search that was done once."""
+    out = tmp_path_factory.mktemp("searched")
+    return out, optimize.optimize(request_of(), out, fakes.opened)
+
+
+@pytest.fixture
+def found(searched, tmp_path):
+    """The result of a search, and in `out` a copy of what it wrote."""
+    shutil.copytree(searched[0], tmp_path / "out")
+    return searched[1]
+
+
+def test_the_fastest_within_the_budget_is_written_with_its_report_and_recipe(found, tmp_path):
+    winner = found.result.winner
+    assert (winner.precision, winner.threads, winner.state) == ("int8", 2, "chosen")
+    assert winner.p50_ms == pytest.approx(1.5, rel=0.1)
+    assert winner.speedup[0] == pytest.approx(fakes.EAGER_MS / 1.5, rel=0.1)
+    written = artifact.load(tmp_path / "out" / "custom_int8.onnx")
+    assert written.sidecar.sha256 == found.result.sha256
+    assert written.sidecar.quality["passed"] == "yes"
+    report = json.loads((tmp_path / "out" / "custom_int8.onnx.report.json").read_text())
+    assert report["passed"]
+    assert {"cosine", "p50_ms", "speedup", "tried"} <= {finding["metric"] for finding in report["findings"]}
+    assert json.loads((tmp_path / "out" / "optimize.json").read_text())["sha256"] == found.result.sha256
+
+
+def test_the_recipe_builds_the_same_bytes(found, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporter.build.int8.speed.SECONDS_EACH", 0.3)
+    recipe = read_recipe(tmp_path / "out" / "custom_int8.yaml")
+    assert recipe.bench.threads == 2
+    again = build(recipe, tmp_path / "again").artifact
+    assert again.path.read_bytes() == (tmp_path / "out" / "custom_int8.onnx").read_bytes()
+    (job,) = running.read_all([tmp_path / "out" / "custom_int8.yaml"], tmp_path / "ran")
+    assert job.recipe == recipe
+
+
+def test_everything_that_was_tried_is_in_the_table_with_its_reason(found, tmp_path):
+    tried = {(row.precision, row.form, row.threads): row for row in found.result.rows}
+    assert {key[:2] for key in tried} == {*(("fp32", form) for form in fakes.SLOW["form"]), ("int8", "linear")}
+    assert all(row.reason for row in found.result.rows if row.state != "chosen")
+    assert tried["fp32", "plain", 2].state == "dropped"
+    assert "slower than onnxruntime fp32 (conv)" in tried["fp32", "plain", 2].reason
+    assert tried["fp32", "conv", 2].accuracy is not None, "the best of each precision is verified"
+    page = (tmp_path / "out" / "optimize.html").read_text()
+    assert "slower than onnxruntime fp32 (conv)" in page
+    assert "<svg" in page
+    assert "better than the next, onnxruntime fp32 (conv), 2 threads (95 %" in tables.sentence(found.result)
+
+
+def test_int8_that_is_slower_is_not_chosen(request_of, tmp_path):
+    result = optimize.optimize(request_of(), tmp_path, fakes.slow_int8).result
+    assert (result.winner.precision, result.winner.form) == ("fp32", "conv")
+    (row,) = [row for row in result.rows if row.precision == "int8"]
+    assert row.state == "dropped"
+    assert "slower than onnxruntime fp32" in row.reason
+
+
+def test_a_model_that_crashes_is_left_out(request_of, tmp_path):
+    result = optimize.optimize(request_of(), tmp_path, fakes.crashing_int8).result
+    assert result.winner.precision == "fp32"
+    (row,) = [row for row in result.rows if row.precision == "int8"]
+    assert (row.state, row.reason) == ("failed", "crashed its process (SIGSEGV)")
+
+
+def test_nothing_faster_than_eager_is_no_success(request_of, tmp_path):
+    result = optimize.optimize(request_of(), tmp_path, fakes.slow_everything).result
+    assert not result.passed
+    assert "no faster than eager PyTorch" in result.winner.reason
+    assert (tmp_path / "custom_int8.onnx").is_file(), "the nearest is written"
+    assert not json.loads((tmp_path / "custom_int8.onnx.report.json").read_text())["passed"]
+    assert "nothing is within the budgets" in tables.sentence(result)
+
+
+def test_a_limit_of_size_excludes_what_is_larger(request_of, tmp_path):
+    result = optimize.optimize(request_of(max_bytes="0.2MB"), tmp_path, fakes.slow_int8).result
+    assert result.winner.precision == "int8", "slower, but the only one that is small enough"
+    assert any("limit 0.2 MB" in row.reason for row in result.rows if row.precision == "fp32")
+
+
+def test_a_limit_of_latency_that_nothing_keeps_is_no_success(request_of, tmp_path):
+    result = optimize.optimize(request_of(max_latency="1ms"), tmp_path, fakes.opened).result
+    assert not result.passed
+    assert "limit 1 ms" in result.winner.reason
+    assert result.winner.precision == "int8", "the nearest"
+
+
+def test_the_smallest_is_chosen_for_size(request_of, tmp_path):
+    result = optimize.optimize(request_of(goal="size"), tmp_path, fakes.slow_int8).result
+    assert result.winner.precision == "int8"
+    assert "MB smaller than the next" in result.certainty
+
+
+def test_images_a_second_are_counted_over_all_streams(request_of, tmp_path):
+    result = optimize.optimize(request_of(goal="throughput", batch=4), tmp_path, fakes.opened).result
+    assert {row.hint for row in result.rows if row.state in ("chosen", "not chosen")} >= {"latency"}
+    assert result.winner.images_s == pytest.approx(1e3 * 4 / 1.5, rel=0.1)
+    assert artifact.load(tmp_path / "custom_int8.onnx").sidecar.inputs[0].shape[0] == 4
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(request_of, tmp_path, monkeypatch):
+    asked = request_of()
+    race_settings = Search._race_settings
+    monkeypatch.setattr(Search, "_race_settings", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        optimize.optimize(asked, tmp_path, fakes.opened)
+    assert not (tmp_path / "custom_int8.onnx").exists()
+    monkeypatch.setattr(Search, "_race_settings", race_settings)
+    monkeypatch.setattr("exporter.optimize.builds.Builder._artifact", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(search, "compare", lambda *_: pytest.fail("verified again"))
+    result = optimize.optimize(asked, tmp_path, fakes.opened).result
+    assert result.winner.precision == "int8"
+
+
+def test_the_same_search_again_does_nothing(found, request_of, tmp_path, monkeypatch):
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(Search, "run", lambda *_: pytest.fail("searched again"))
+    assert optimize.optimize(request_of(), tmp_path / "out", fakes.opened).result == found.result
+    assert snapshot(tmp_path) == before
+
+
+def test_another_file_in_place_of_the_artifact_is_noticed(found, request_of, tmp_path):
+    (tmp_path / "out" / "custom_int8.onnx").unlink()
+    again = optimize.optimize(request_of(), tmp_path / "out", fakes.opened).result
+    assert again.sha256 == found.result.sha256
+    assert (tmp_path / "out" / "custom_int8.onnx").is_file()
+
+
+def test_candidates_are_removed_from_the_disk_at_the_end(found, tmp_path):
+    assert not list((tmp_path / "out").rglob("artifacts"))
+
+
+def test_other_weights_are_refused_before_anything_is_built(found, request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporter.optimize.builds.Builder.build", lambda *_: pytest.fail("built"))
+    other = request_of(weights=write_tiny(tmp_path / "other", seed=5))
+    with pytest.raises(BadRequest, match="built from other weights"):
+        optimize.optimize(other, tmp_path / "out", fakes.opened)
+
+
+def test_other_bytes_than_those_that_were_measured_are_never_handed_out(request_of, tmp_path, monkeypatch):
+    from exporter.errors import CheckFailed
+
+    monkeypatch.setattr(
+        publish,
+        "_build",
+        lambda recipe, row, out: build(request_of().recipe("onnxruntime", "fp32", "plain"), out).artifact,
+    )
+    with pytest.raises(CheckFailed, match="gave other bytes"):
+        optimize.optimize(request_of(), tmp_path, fakes.opened)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--backend", "onnxruntme"), "did you mean 'onnxruntime'"),
+        (("--precision", "int7"), "did you mean"),
+        (("--max-latency", "15 parsecs"), "a time, as in 15ms"),
+        (("--max-bytes", "lots"), "a size, as in 30MB"),
+        (("--goal", "speed"), "latency"),
+        (("--max-drop", "0.3"), "there are only synthetic images"),
+        (("--device", "tpu"), "nothing can be tried on --device tpu"),
+        (("--data", "nowhere"), "no such data"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_with_what_to_do(words, expected, tiny, run, tmp_path):
+    done = run("optimize", "--weights", tiny, *words, "-o", tmp_path / "out")
+    assert done.code == 2, done.err
+    assert expected in done.err
+    assert "Traceback" not in done.err
+    assert not list((tmp_path / "out").rglob("*.onnx"))
+
+
+@pytest.mark.parametrize(("text", "ms"), [("15ms", 15.0), ("15", 15.0), ("0.2s", 200.0)])
+def test_times_are_read_with_their_unit(text, ms):
+    assert optimize.OptimizeOptions(max_latency=text).latency_limit_ms == ms
+
+
+@pytest.mark.parametrize(("text", "count"), [("30MB", 30e6), ("30", 30), ("1.5KiB", 1536), ("2GB", 2e9)])
+def test_sizes_are_read_with_their_unit(text, count):
+    assert optimize.OptimizeOptions(max_bytes=text).bytes_limit == count
