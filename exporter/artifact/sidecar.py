@@ -177,7 +177,8 @@ class File(Record, frozen=True):
 
 class Quantization(Record, frozen=True):
     """The quantization of an artifact: calibration set and digest, method, and the quantized layers, each with its
-    multiply-accumulates for one image. `kept` are the parts in higher precision."""
+    multiply-accumulates for one image. `kept` are the parts in higher precision, `cpu` is the class of CPUs whose
+    number formats it has (`--cpu`)."""
 
     calib: str
     digest: str
@@ -189,6 +190,7 @@ class Quantization(Record, frozen=True):
     scope: str
     layers: dict[str, int] = {}
     kept: tuple[str, ...] = ()
+    cpu: str = "portable"
 
 
 class Sidecar(Record, frozen=True):

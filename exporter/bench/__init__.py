@@ -19,6 +19,8 @@ from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
+from exporter.progress import note
+from exporter.quantize.cpus import unlike
 from exporter.recipe import TimingOptions
 
 
@@ -73,10 +75,14 @@ def _smallest(artifacts: Sequence[Artifact]) -> int:
 
 
 def check_devices(artifacts: Sequence[Artifact], device: str | None) -> None:
-    """Refuse artifacts that would run on different kinds of devices.
+    """Refuse artifacts that would run on different kinds of devices; note int8 that was built for other CPUs.
 
     Raises: BadRequest for those, and for a device that a runtime does not take.
     """
+    for artifact in artifacts:
+        quantization = artifact.sidecar.quantization
+        if quantization is not None and (reason := unlike(quantization.cpu)):
+            note(f"{artifact.path}: {reason}")
     first = artifacts[0]
     kind = backends.device_kind(first, device)
     for artifact in artifacts[1:]:

@@ -17,6 +17,7 @@ from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph import opset
 from exporter.model import variants
 from exporter.model.preprocessing import refuse_contradiction
+from exporter.quantize.cpus import placement_for
 from exporter.recipe import Recipe, strict
 from exporter.recipe.strict import Marks
 from exporter.verify.outputs import check_threshold
@@ -121,6 +122,7 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
         raise BadRequest(f"--int8-scope {scope}: {recipe.backend} takes {', '.join(target.placements)}")
     if recipe.precision == "fp8" and scope != next(iter(target.placements)):
         raise BadRequest(f"--int8-scope {scope} is for int8: only the pointwise layers gain by fp8; leave it out")
+    placement_for(target.placements[scope], recipe.quantization.cpu if recipe.quantization else "portable", target.name)
     forms = target.placements[scope].forms
     if form not in (None, *forms):
         known = " or ".join(forms)

@@ -26,8 +26,9 @@ from exporter.model.reference import Reference
 from exporter.model.weights import Checkpoint
 from exporter.precision import Precision
 from exporter.progress import note, step
+from exporter.quantize.cpus import of_this_machine, placement_for
 from exporter.quantize.placement import Placement
-from exporter.recipe import Recipe, file
+from exporter.recipe import CpuClass, Quantization, Recipe, file
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
 
@@ -163,6 +164,9 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     checker = _checker()
     scope = scope_of(recipe, target)
     placement = target.placements[scope] if scope else None
+    if placement is not None and recipe.quantization is not None:
+        recipe = _with_cpu(recipe, recipe.quantization)
+        placement = placement_for(placement, cpu_of(recipe), target.name)
     own_form = placement.forms[0] if placement else target.form(recipe.precision, recipe.fixed_batch)
     step(f"reading weights {recipe.model.weights}")
     labels = Path(recipe.model.labels) if recipe.model.labels else None
@@ -194,6 +198,18 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     for path in job.files:
         artifacts.refuse_other_weights(path, job.sidecar.weights)
     return job
+
+
+def cpu_of(recipe: Recipe) -> CpuClass:
+    """The class of CPUs that a recipe quantizes for; "portable" without quantization."""
+    return recipe.quantization.cpu if recipe.quantization is not None else "portable"
+
+
+def _with_cpu(recipe: Recipe, quantization: Quantization) -> Recipe:
+    """The recipe with the class of this machine in place of `this`, so that the artifact says what it was built for."""
+    if quantization.cpu != "this":
+        return recipe
+    return replace(recipe, quantization=replace(quantization, cpu=of_this_machine()))
 
 
 def _with_channels(checkpoint: Checkpoint) -> Checkpoint:

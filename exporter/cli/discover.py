@@ -227,6 +227,7 @@ def _quantization(quantization: Quantization | None) -> list[tuple[str, str]]:
     return [
         ("calibrated on", f"{images} (digest {quantization.digest})"),
         ("quantized", f"{len(quantization.layers)} layers; {method}; kept in higher precision: {kept}"),
+        *([("built for", f"CPUs of the class {quantization.cpu}")] if quantization.cpu != "portable" else []),
     ]
 
 

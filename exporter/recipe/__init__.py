@@ -22,6 +22,7 @@ CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
 BiasCorrection = Literal["none", "fast", "full"]
 OutputKind = Literal["classes", "multilabel", "values"]
 WhenUnsure = Literal["fail", "pass", "warn"]
+CpuClass = Literal["portable", "vnni", "arm", "this"]
 Count = Annotated[int, Meta(ge=1)]
 Threads = Annotated[int, Meta(ge=1, le=512)]
 Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
@@ -175,6 +176,13 @@ class Quantization(Record, frozen=True):
         str | None,
         about("Layers to quantize: pointwise, also downsampling, all, or weights alone.", metavar="SCOPE"),
     ] = None
+    cpu: Annotated[
+        CpuClass,
+        about(
+            "CPUs that int8 is built for: portable is exact on all of them; vnni (x86 with VNNI) and arm use all 8 "
+            "bits of weights; this is the class of this machine."
+        ),
+    ] = "portable"
     max_drop: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(

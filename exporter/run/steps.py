@@ -76,7 +76,8 @@ class Steps:
             timing = recipe.bench or Bench()
             facts |= {"timing": [timing.threads, timing.hint, timing.device]}
             facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
-        if recipe.export.form == "auto":
+        this_cpu = recipe.quantization is not None and recipe.quantization.cpu == "this"
+        if recipe.export.form == "auto" or this_cpu:
             facts |= {"machine": _machine()}
         return facts
 

@@ -79,6 +79,7 @@ class Work:
             scope=self.job.scope,
             layers=layers,
             kept=tuple(kept),
+            cpu=self.quantization.cpu,
         )
         return msgspec.structs.replace(self.sidecar, quantization=facts)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from exporter import machine
 from exporter.backends import NARROW, Layer
 from exporter.errors import some
+from exporter.quantize.cpus import unlike
 from exporter.quantize.rounding import MAX_SUM
 from exporter.recipe import Checks
 from exporter.report import Finding
@@ -31,6 +32,7 @@ class Structure:
         files = ", ".join(file.name for file in sidecar.files)
         return [
             *self._quantized(),
+            *self._other_cpu(),
             *saturation(layers),
             *([Finding(check="structure", metric="nodes", value=len(layers))] if layers else []),
             Finding(check="structure", metric="bytes", value=sidecar.bytes, unit="bytes", detail=files),
@@ -50,6 +52,12 @@ class Structure:
         elif not_so:
             detail += f"; not {some(not_so)}"
         return [Finding(check="structure", metric="quantized_macs_pct", value=value, unit="%", detail=detail)]
+
+    def _other_cpu(self) -> list[Finding]:
+        """Whether this CPU computes int8 as the class that the artifact was built for."""
+        quantization = self.subject.artifact.sidecar.quantization
+        reason = unlike(quantization.cpu) if quantization is not None else ""
+        return [Finding(check="structure", metric="other_cpu", value=1, detail=reason)] if reason else []
 
 
 def saturation(layers: Sequence[Layer]) -> list[Finding]:
