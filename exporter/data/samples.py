@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -49,6 +50,10 @@ class Samples:
     skipped: list[str] = field(default_factory=list)
     synthetic: bool = False
     identity: Callable[[str], str] = str
+
+    def first(self, count: int) -> Samples:
+        """The first so many images, or all where there are fewer."""
+        return replace(self, total=min(count, self.total), items=lambda: islice(self.items(), count), skipped=[])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller."""

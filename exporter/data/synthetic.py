@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,27 +46,44 @@ def _square(size: int, seed: int) -> NDArray[np.uint8]:
     """
     rng = np.random.default_rng(seed)
     smallest, largest = max(1.5, size / 100), size / 3
-    image = np.broadcast_to(rng.uniform(0, 255, 3), (size, size, 3)).astype(np.float32)
-    for _ in range(int(1200 * (size / 224) ** 0.5)):
-        # The inverse of the cumulated r⁻³ between the two radii.
-        u = rng.uniform()
-        radius = (u * largest**-2 + (1 - u) * smallest**-2) ** -0.5
-        x, y = rng.uniform(-radius, size + radius, 2)
-        _paint(image, x, y, radius, rng)
+    background = rng.uniform(0, 255, 3)
+    discs = [_disc(rng, size, smallest, largest) for _ in range(int(1200 * (size / 224) ** 0.5))]
+    image = np.broadcast_to(background, (size, size, 3)).astype(np.float32)
+    free = np.ones((size, size), bool)  # not covered by a disc that is further in front
+    for disc in reversed(discs):  # most of them are covered entirely
+        _paint(image, free, disc)
     pixels = image.clip(0, 255).astype(np.uint8)
     pixels.flags.writeable = False
     return pixels
 
 
-def _paint(image: NDArray[np.float32], x: float, y: float, radius: float, rng: np.random.Generator) -> None:
-    size = image.shape[0]
+class _Disc(NamedTuple):
+    """A disc of the image: middle and radius in pixels, colour in its middle, and its slope along x and y."""
+
+    x: float
+    y: float
+    radius: float
+    color: NDArray[np.float64]
+    slope: NDArray[np.float64]
+
+
+def _disc(rng: np.random.Generator, size: int, smallest: float, largest: float) -> _Disc:
+    u = rng.uniform()  # the inverse of the cumulated r⁻³ between the two radii
+    radius = (u * largest**-2 + (1 - u) * smallest**-2) ** -0.5
+    x, y = rng.uniform(-radius, size + radius, 2)
+    return _Disc(x, y, radius, rng.uniform(0, 255, 3), rng.normal(0, 20, 2))
+
+
+def _paint(image: NDArray[np.float32], free: NDArray[np.bool_], disc: _Disc) -> None:
+    """Paint what is free of a disc's pixels, and mark them."""
+    size, (x, y, radius, color, slope) = len(image), disc
     left, right = max(0, int(x - radius)), min(size, int(x + radius) + 1)
     top, bottom = max(0, int(y - radius)), min(size, int(y + radius) + 1)
-    color, slope = rng.uniform(0, 255, 3), rng.normal(0, 20, 2)
-    if left >= right or top >= bottom:
+    left_free = free[top:bottom, left:right]
+    if not left_free.any():
         return
-    rows, columns = np.ogrid[top:bottom, left:right]
-    inside = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
-    shade = slope[0] * (columns - x) / radius + slope[1] * (rows - y) / radius
-    patch = image[top:bottom, left:right]
-    patch[inside] = (color + shade[..., None])[inside]
+    rows, columns = np.arange(top, bottom)[:, None] - y, np.arange(left, right) - x
+    painted = (columns**2 + rows**2 <= radius**2) & left_free
+    shade = slope[0] * columns / radius + slope[1] * rows / radius
+    np.copyto(image[top:bottom, left:right], color + shade[..., None], where=painted[..., None], casting="same_kind")
+    left_free &= ~painted

@@ -34,6 +34,7 @@ from exporter.quantize.smoothing import Layer, Network, factors, layers
 BINS = 4096
 BATCH = 8
 COUNTED = 1 << 20  # values that are counted at once
+CACHED = 1 << 17  # values of a depthwise convolution that are computed at once, so that they stay in a core's cache
 SAVE_S = 5.0  # how often what was measured so far is written down
 VERSION = 3
 USUAL = frozenset({"pwconv1", "pwconv2", "downsampling"})
@@ -178,13 +179,22 @@ def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     rows, columns = conv.padding
     padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
     height, width = (padded.shape[axis] - conv.kernel_size[axis - 2] + 1 for axis in (2, 3))
-    total = padded.new_zeros(*x.shape[:2], height, width)
-    if conv.bias is not None:
-        total += conv.bias[:, None, None]
-    for i in range(conv.kernel_size[0]):
-        for j in range(conv.kernel_size[1]):
-            total.addcmul_(padded[:, :, i : i + height, j : j + width], conv.weight[:, 0, i, j, None, None])
-    return total
+    output = padded.new_empty(*x.shape[:2], height, width)
+    channels = max(1, CACHED // (height * width))
+    for image, result in zip(padded, output, strict=True):
+        for start in range(0, x.shape[1], channels):
+            some = slice(start, start + channels)
+            total = result[some].zero_() if conv.bias is None else result[some].copy_(conv.bias[some, None, None])
+            _add_taps(image[some], conv.weight[some, 0], total)
+    return output
+
+
+def _add_taps(padded: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the products of every tap of a depthwise kernel (C, K, K) to the output (C, H', W') of one image."""
+    height, width = total.shape[1:]
+    for i in range(weight.shape[1]):
+        for j in range(weight.shape[2]):
+            total.addcmul_(padded[:, i : i + height, j : j + width], weight[:, i, j, None, None])
 
 
 def _pass(model: Network, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:

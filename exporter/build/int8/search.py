@@ -166,7 +166,7 @@ def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
         folder: for the candidates.
         data: the images to compare on; None for the calibration images.
     """
-    samples = data or work.images.samples
+    samples = data or work.images.to_compare
     refuse_few(work.job, samples)
     options = budgeted(work.job, samples)
     with open_reference(work.job, options, folder) as reference:
