@@ -27,13 +27,13 @@ from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.bench import worker
 from exporter.cli.console import drawing
-from exporter.optimize import Request, candidates
+from exporter.optimize import Request, candidates, tables
 from exporter.optimize.result import Result as Search
 from exporter.optimize.result import Row
 from exporter.optimize.search import Search as Searcher
 from exporter.optimize.search import runs_of, threads_to_try
 from exporter.optimize.store import Store
-from exporter.recipe import Model, Quantization
+from exporter.recipe import Export, Model, PreprocessingOptions, Quantization
 
 PROCESSES = 12
 WITHIN = 1.03
@@ -57,8 +57,28 @@ class Result(Record, frozen=True):
     choices: tuple[Choice, ...] = ()
 
 
+def tried_table(result: Result) -> str:
+    """The artifacts that were verified, the chosen one first, and the sentence of the command."""
+    whole = tables.tried(result.search)
+    keep = [index for index, column in enumerate(whole.columns) if column != "reason"]
+    rows = [row for row in whole.rows if row[0] and row[whole.columns.index(whole.right[-1])] != "–"]
+    lines = [
+        f"| {' | '.join(whole.columns[index] or 'state' for index in keep)} |",
+        f"|{'|'.join('--:' if whole.columns[index] in whole.right else '---' for index in keep)}|",
+        *(f"| {' | '.join(row[index] for index in keep)} |" for row in rows),
+    ]
+    return "\n".join(lines) + f"\n\n{tables.sentence(result.search)}.\n"
+
+
+def picture(result: Result) -> str:
+    """The chart of a search as a file of its own, on white."""
+    svg = tables.chart(result.search).replace("currentColor", "#1c1e21").replace("var(--faint)", "#d5d8dc")
+    namespace = "" if "xmlns=" in svg else 'xmlns="http://www.w3.org/2000/svg" '
+    return svg.replace("<svg ", f'<svg style="background: #fff" {namespace}', 1) + "\n"
+
+
 def table(result: Result) -> str:
-    """A sentence on the repetitions as a table."""
+    """How good the choices of the repetitions were."""
     good = sum(choice.slower <= WITHIN for choice in result.choices)
     worst = max((choice.slower for choice in result.choices), default=1.0)
     lines = [
@@ -118,11 +138,15 @@ def main() -> None:
     parser.add_argument("--variant")
     parser.add_argument("--data")
     parser.add_argument("--calib", default="synthetic")
+    parser.add_argument("--imgsz", type=int)
+    parser.add_argument("--resize", type=int)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("-o", type=Path, default=Path("build/optimize.json"))
     asked = parser.parse_args()
     request = Request(
         model=Model(weights=asked.weights, variant=asked.variant),
+        export=Export(imgsz=asked.imgsz),
+        preprocessing=PreprocessingOptions(resize=asked.resize),
         quantization=Quantization(calib=asked.calib, data=asked.data),
     )
     with tempfile.TemporaryDirectory() as folder, kept_artifacts(), drawing():

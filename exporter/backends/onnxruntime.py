@@ -331,7 +331,7 @@ def form(precision: str, batch: int | None) -> str:
 
 # A matrix product whose input and weights are rounded gives fp32 (MatMulIntegerToFloat); a convolution would have to
 # round its output too.
-PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",), exact_pairs=True)
+PLACEMENT = Placement(kinds=frozenset({"pwconv1", "pwconv2"}), forms=("linear",), exact_pairs=True, on_arm=True)
 
 
 RUNTIME = Runtime(

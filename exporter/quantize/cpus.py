@@ -1,7 +1,7 @@
 """Number formats of int8 for classes of CPUs, and what another class computes with them.
 
 x86 CPUs without VNNI add two products of 8 bits in 16 bits, which saturates where adjacent weights are large. With VNNI
-and on Arm sums have 32 bits. ONNX Runtime's kernels for Arm take activations around zero.
+and on Arm sums have 32 bits. Kernels for Arm take activations around zero.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ def placement_for(placement: Placement, cpu: CpuClass, backend: str) -> Placemen
         raise BadRequest(f"--cpu {cpu}: int8 for {backend} has one format for all devices; leave --cpu out")
     if cpu == "vnni":
         return replace(placement, exact_pairs=False)
-    if backend != "onnxruntime":
-        raise BadRequest(
-            f"--cpu arm: {backend} computes most of int8 in fp16 on Arm; use --fp16, or ONNX Runtime (`onnx --int8`)"
-        )
+    if not placement.on_arm:
+        raise BadRequest(f"--cpu arm: {backend} computes most of int8 in fp16 on Arm; use --fp16, or another runtime")
     return replace(placement, exact_pairs=False, symmetric=True)
 
 

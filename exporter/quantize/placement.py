@@ -30,6 +30,7 @@ class Placement:
     rest: the precision of all other layers.
     inputs: whether the inputs of these layers are quantized, or their weights alone.
     exact_pairs: whether adjacent weights are bounded, so that sums of two products fit 16 bits.
+    on_arm: whether the runtime computes it in int8 on Arm CPUs.
     """
 
     kinds: frozenset[str]
@@ -38,6 +39,7 @@ class Placement:
     rest: str = "fp32"
     inputs: bool = True
     exact_pairs: bool = False
+    on_arm: bool = False
 
 
 def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection[str] = ()) -> ir.Model:
