@@ -165,10 +165,13 @@ class Search:
         chosen_forms = {one.backend: one.form for one in winners if one.precision == first.get(one.backend)}
         finalists = [one for one in winners if not self._is_slower_than_fp32(one, winners, forms)]
         for one in self.listed:
-            other = one not in self.builds and chosen_forms.get(one.backend, one.form) == one.form
+            other = one not in self.builds and chosen_forms.get(one.backend) == one.form
             if other and self._is_built(one):
                 finalists.append(one)
-        return [one for one in finalists if self._fits(one)]
+        if not finalists:
+            failures = forms.runner.timing.failures
+            raise CheckFailed("nothing could be timed: " + "; ".join(f"{name} {why}" for name, why in failures.items()))
+        return [one for one in finalists if self._fits(one)] or finalists
 
     def _is_slower_than_fp32(self, one: Candidate, winners: Sequence[Candidate], forms: Contest) -> bool:
         """Whether a quantized candidate is slower than fp32 on its runtime, and speed is what is asked for."""

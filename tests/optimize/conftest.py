@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from exporter.optimize import OptimizeOptions, Request
-from exporter.recipe import Model, Quantization
+from exporter.recipe import Export, Model, Quantization
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +15,11 @@ def request_of(tiny):
 
     def make(**options) -> Request:
         quantization = {name: options.pop(name) for name in ("data", "max_drop", "calib") if name in options}
-        weights = options.pop("weights", tiny)
+        weights, form = options.pop("weights", tiny), options.pop("form", "linear")
         options = {"backend": ("onnxruntime",), "precision": ("fp32", "int8"), **options}
         return Request(
             model=Model(weights=str(weights)),
+            export=Export(form=form),
             quantization=replace(Quantization(calib_size=8), **quantization),
             options=OptimizeOptions(duration=0.5, **options),
         )

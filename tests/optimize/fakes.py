@@ -49,3 +49,9 @@ def slow_everything(arm):
 def crashing_int8(arm):
     """int8 brings its process down."""
     yield Fake(f"crash {arm.name}@0.1" if is_int8(arm) else f"{arm.name}@{milliseconds(arm)}")
+
+
+@contextlib.contextmanager
+def crashing(arm):
+    """Every artifact brings its process down."""
+    yield Fake(f"eager@{EAGER_MS}" if arm.runtime == "eager" else f"crash {arm.name}@0.1")

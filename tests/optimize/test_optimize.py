@@ -9,7 +9,7 @@ from exporter import artifact, optimize
 from exporter import run as running
 from exporter.build import build
 from exporter.build import read as read_recipe
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, CheckFailed
 from exporter.optimize import publish, search, tables
 from exporter.optimize.search import Search
 from tests.conftest import snapshot, write_tiny
@@ -26,7 +26,7 @@ def rows(result, state=None):
 def searched(request_of, tmp_path_factory):
     """A search that was done once."""
     out = tmp_path_factory.mktemp("searched")
-    return out, optimize.optimize(request_of(), out, fakes.opened)
+    return out, optimize.optimize(request_of(form=None), out, fakes.opened)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_everything_that_was_tried_is_in_the_table_with_its_reason(found, tmp_pa
 
 def test_int8_that_is_slower_is_not_chosen(request_of, tmp_path):
     result = optimize.optimize(request_of(), tmp_path, fakes.slow_int8).result
-    assert (result.winner.precision, result.winner.form) == ("fp32", "conv")
+    assert result.winner.precision == "fp32"
     (row,) = [row for row in result.rows if row.precision == "int8"]
     assert row.state == "dropped"
     assert "slower than onnxruntime fp32" in row.reason
@@ -140,13 +140,13 @@ def test_an_interrupted_search_goes_on_where_it_stopped(request_of, tmp_path, mo
 def test_the_same_search_again_does_nothing(found, request_of, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     monkeypatch.setattr(Search, "run", lambda *_: pytest.fail("searched again"))
-    assert optimize.optimize(request_of(), tmp_path / "out", fakes.opened).result == found.result
+    assert optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result == found.result
     assert snapshot(tmp_path) == before
 
 
 def test_another_file_in_place_of_the_artifact_is_noticed(found, request_of, tmp_path):
     (tmp_path / "out" / "custom_int8.onnx").unlink()
-    again = optimize.optimize(request_of(), tmp_path / "out", fakes.opened).result
+    again = optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result
     assert again.sha256 == found.result.sha256
     assert (tmp_path / "out" / "custom_int8.onnx").is_file()
 
@@ -163,8 +163,6 @@ def test_other_weights_are_refused_before_anything_is_built(found, request_of, t
 
 
 def test_other_bytes_than_those_that_were_measured_are_never_handed_out(request_of, tmp_path, monkeypatch):
-    from exporter.errors import CheckFailed
-
     monkeypatch.setattr(
         publish,
         "_build",
@@ -203,3 +201,15 @@ def test_times_are_read_with_their_unit(text, ms):
 @pytest.mark.parametrize(("text", "count"), [("30MB", 30e6), ("30", 30), ("1.5KiB", 1536), ("2GB", 2e9)])
 def test_sizes_are_read_with_their_unit(text, count):
     assert optimize.OptimizeOptions(max_bytes=text).bytes_limit == count
+
+
+def test_where_nothing_is_small_enough_the_nearest_is_written(request_of, tmp_path):
+    result = optimize.optimize(request_of(max_bytes="1kB"), tmp_path, fakes.opened).result
+    assert not result.passed
+    assert "limit 0.001 MB" in result.winner.reason
+    assert (tmp_path / "custom_int8.onnx").is_file()
+
+
+def test_where_everything_crashes_the_reasons_are_named(request_of, tmp_path):
+    with pytest.raises(CheckFailed, match=r"nothing could be timed: onnxruntime .*SIGSEGV"):
+        optimize.optimize(request_of(), tmp_path, fakes.crashing)
