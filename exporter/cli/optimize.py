@@ -25,7 +25,7 @@ NO_QUANTIZATION = ("int8_scope",)  # all that a runtime takes are tried
 @add(options_of(Checks, skip=NO_CHECKS))
 @add(options_of(Model))
 @add(options_of(PreprocessingOptions))
-@add(options_of(Export, skip=NO_EXPORT))
+@add(options_of(Export, skip=NO_EXPORT, more={"form": "Here all are tried unless one is named."}))
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
               show_default=True, help="Folder for the artifact.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
@@ -37,7 +37,7 @@ def optimize_command(output: Path, force: bool, as_json: bool, **values: Any) ->
     are dropped. Accuracy is compared with PyTorch on --data, or else on the calibration images, within --max-drop. The
     artifact, its report and its recipe are written to -o, with optimize.html, a page with everything that was tried.
     An interrupted search goes on where it stopped. If nothing is within the budgets and faster than eager PyTorch, the
-    nearest artifact is written and the exit code is 5.
+    nearest artifact is written and the exit code is 5; --goal size asks for no speed.
 
     \b
     Examples:
@@ -65,6 +65,7 @@ def optimize_command(output: Path, force: bool, as_json: bool, **values: Any) ->
         print_json(result)
     else:
         print_rows(tables.tried(result))
+        console().print(tables.FRONT, style="dim", soft_wrap=True)
         console().print(plain(tables.sentence(result)), soft_wrap=True)
         console().print(
             f"the artifact is [bold]{plain(result.artifact)}[/], its recipe {plain(result.recipe)}, "

@@ -51,12 +51,12 @@ def optimize(request: Request, out: Path, opener: Opener = worker.open_arm) -> O
     """
     begin = time.monotonic()
     listed, skipped = candidates.find(request)
+    search = Search(request, out, listed, skipped, opener)
     try:
         (out / "optimize").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o") from None
     with locked(out / "optimize"):
-        search = Search(request, out, listed, skipped, opener)
         if (known := _known(search, out)) is not None:
             note(f"{known.result.artifact} is already there, from the same search")
             return known
@@ -75,7 +75,10 @@ def _known(search: Search, out: Path) -> Outcome | None:
         artifact = artifacts.load(out / Path(result.artifact).name)
     except BadRequest:
         return None
-    return Outcome(result, report) if artifact.sidecar.sha256 == result.sha256 else None
+    if artifact.sidecar.sha256 != result.sha256:
+        return None
+    publish.write_about(search, result, report, artifact)
+    return Outcome(result, report)
 
 
 __all__ = ["Goal", "OptimizeOptions", "Outcome", "Request", "Result", "optimize", "store"]

@@ -38,18 +38,20 @@ class Builder:
     store: Store
 
     def build(self, candidate: Candidate) -> Build:
-        """Build a candidate, a quantized one with every part quantized; or take what was built before."""
+        """Build a candidate, or take what was built before. A quantized one keeps no part in higher precision, or those
+        that were found to be needed."""
         built = self.store.read(f"built-{candidate.name}", Build)
         if built is not None and (built.failure or self.store.artifact(candidate.name, built.file) is not None):
             return built
         step(f"building {candidate}")
+        kept = built.kept if built is not None else ()
         try:
-            artifact = self._artifact(candidate)
+            artifact = self._artifact(candidate, kept)
         except ExporterError as error:
             note(f"{candidate} cannot be built: {first_line(error)}")
             return self.keep(candidate, Build(failure=first_line(error)))
         gc.collect()  # networks and graphs have reference cycles
-        return self.keep(candidate, Build(file=artifact.path.name, bytes=artifact.sidecar.bytes))
+        return self.keep(candidate, Build(file=artifact.path.name, bytes=artifact.sidecar.bytes, kept=kept))
 
     def keep(self, candidate: Candidate, built: Build) -> Build:
         """Store the build of a candidate."""
@@ -73,10 +75,10 @@ class Builder:
     def _recipe(self, candidate: Candidate) -> Recipe:
         return self.request.recipe(candidate.backend, candidate.precision, candidate.form, candidate.scope)
 
-    def _artifact(self, candidate: Candidate) -> Artifact:
+    def _artifact(self, candidate: Candidate, kept: tuple[str, ...]) -> Artifact:
         folder = self.store.artifacts(candidate.name)
         if candidate.scope:
-            return self.work(candidate).make((), folder)
+            return self.work(candidate).make(kept, folder)
         self._copy_graph(candidate)
         return build.build(self._recipe(candidate), folder).artifact
 

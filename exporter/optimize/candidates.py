@@ -34,7 +34,8 @@ class Candidate(Record, frozen=True):
         return f"{self.backend}-{self.precision}-{self.form}{more}"
 
     def __str__(self) -> str:
-        return f"{self.group} ({self.form})"
+        more = f", {self.scope}" if self.scope not in ("", _first_scope(self.backend)) else ""
+        return f"{self.group} ({self.form}{more})"
 
 
 class Skipped(Record, frozen=True):
@@ -55,24 +56,39 @@ def find(request: Request) -> tuple[list[Candidate], list[Skipped]]:
     Raises: BadRequest for an unknown runtime or precision, and where nothing can be tried.
     """
     options = request.options
-    known = backends.targets()
+    known = [name for name in backends.targets() if name != EXAMPLE or EXAMPLE in (options.backend or ())]
+    _check(request, known)
+    listed: list[Candidate] = []
+    skipped: list[Skipped] = []
+    for name in dict.fromkeys(options.backend or known):
+        if reason := _cannot_run(name, options.device):
+            skipped.append(Skipped(backend=name, precision="", reason=reason))
+        else:
+            _add(request, backends.target(name), listed, skipped)
+    if not listed:
+        reasons = "; ".join(f"{one.backend} {one.precision}".strip() + f": {one.reason}" for one in skipped)
+        raise BadRequest(f"nothing can be tried on --device {options.device}: {reasons}")
+    return listed, skipped
+
+
+def _check(request: Request, known: list[str]) -> None:
+    """Refuse unknown names, empty lists and limits of 0.
+
+    Raises: BadRequest.
+    """
+    options = request.options
+    for name, words in (("--backend", options.backend), ("--precision", options.precision)):
+        if words is not None and not any(words):
+            raise BadRequest(f"{name}: no name is given; leave it out to try all")
+    for limit, name in ((options.latency_limit_ms, "--max-latency"), (options.bytes_limit, "--max-bytes")):
+        if limit == 0:
+            raise BadRequest(f"{name} 0: nothing could be within it; give a number above 0")
     for word in options.backend or ():
         if word not in known:
             raise BadRequest(f"--backend {word}: no such runtime; {nearest(word, known)}")
     for word in options.precision or ():
         if word not in precision.PRECISIONS:
             raise BadRequest(f"--precision {word}: {nearest(word, precision.PRECISIONS)}")
-    found: list[Candidate] = []
-    skipped: list[Skipped] = []
-    for name in options.backend or [name for name in known if name != EXAMPLE]:
-        if reason := _cannot_run(name, options.device):
-            skipped.append(Skipped(backend=name, precision="", reason=reason))
-        else:
-            _add(request, backends.target(name), found, skipped)
-    if not found:
-        reasons = "; ".join(f"{one.backend} {one.precision}".strip() + f": {one.reason}" for one in skipped)
-        raise BadRequest(f"nothing can be tried on --device {options.device}: {reasons}")
-    return found, skipped
 
 
 def _cannot_run(name: str, device: str) -> str:
@@ -88,7 +104,7 @@ def _cannot_run(name: str, device: str) -> str:
     return runtime.unable()
 
 
-def _add(request: Request, target: Target, found: list[Candidate], skipped: list[Skipped]) -> None:
+def _add(request: Request, target: Target, listed: list[Candidate], skipped: list[Skipped]) -> None:
     """Add the candidates of a target, and its precisions that cannot be tried."""
     computed = target.above_int8()
     for word in target.precisions:
@@ -98,9 +114,8 @@ def _add(request: Request, target: Target, found: list[Candidate], skipped: list
             reason = "this CPU does not compute in it"
             skipped.append(Skipped(backend=target.name, precision=word, reason=reason))
             continue
-        listed = list(_forms(request, target, word))
-        problems = {one: _problem(request, one) for one in listed}
-        found += [one for one in listed if not problems[one]]
+        problems = {candidate: _problem(request, candidate) for candidate in _forms(request, target, word)}
+        listed += [candidate for candidate, problem in problems.items() if not problem]
         if (reason := next((text for text in problems.values() if text), "")) and all(problems.values()):
             skipped.append(Skipped(backend=target.name, precision=word, reason=reason))
 

@@ -24,18 +24,8 @@ from exporter.recipe.fields import about
 
 Goal = Literal["latency", "throughput", "size"]
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)(ms|s)?")
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)(B|kB|KB|MB|GB|KiB|MiB|GiB)?")
-_FACTORS = {
-    "": 1,
-    "B": 1,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)([kmg]?b|[kmg]ib)?", re.IGNORECASE)
+_POWERS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class OptimizeOptions(Record, frozen=True):
@@ -50,7 +40,10 @@ class OptimizeOptions(Record, frozen=True):
         about("Largest median latency of a batch, as in 15ms; without a unit, milliseconds.", metavar="TIME"),
     ] = None
     max_bytes: Annotated[
-        Annotated[str, Meta(pattern=r"^\d+(\.\d+)?(B|kB|KB|MB|GB|KiB|MiB|GiB)?$", title="a size, as in 30MB")] | None,
+        Annotated[
+            str, Meta(pattern=r"(?i)^\d+(\.\d+)?([kmg]?b|[kmg]ib)?$", title="a size in B, kB, MB, GB, KiB, MiB or GiB")
+        ]
+        | None,
         about("Largest size of the artifact's files, as in 30MB.", metavar="SIZE"),
     ] = None
     backend: Annotated[
@@ -87,7 +80,7 @@ class OptimizeOptions(Record, frozen=True):
             return None
         match = _BYTES.fullmatch(self.max_bytes)
         assert match is not None
-        return float(match[1]) * _FACTORS[match[2] or ""]
+        return float(match[1]) * _POWERS[(match[2] or "").lower()]
 
 
 class Request(Record, frozen=True):

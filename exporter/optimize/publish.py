@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
+from exporter import artifact as artifacts
 from exporter import backends, build, report
 from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
@@ -18,7 +21,7 @@ from exporter.optimize import tables
 from exporter.optimize.candidates import Candidate
 from exporter.optimize.result import Result, Row
 from exporter.progress import step
-from exporter.recipe import SYNTHETIC, Bench, Recipe, file
+from exporter.recipe import Bench, CpuClass, Recipe, file
 from exporter.report import Finding, Report
 from exporter.report.formats import html
 from exporter.verify import record_quality
@@ -39,8 +42,7 @@ def publish(search: Search, result: Result, out: Path, seconds: float) -> tuple[
     candidate = Candidate(backend=row.backend, precision=row.precision, form=row.form, scope=row.scope)
     step(f"writing {candidate}")
     measured = search.builder.artifact(candidate)
-    recipe = search.request.recipe(row.backend, row.precision, row.form, row.scope)
-    artifact = _build(recipe, row, out)
+    artifact = _artifact(search, measured, row, out)
     if artifact.sidecar.sha256 != measured.sidecar.sha256:
         raise CheckFailed(
             f"{artifact.path}: another build of the same recipe gave other bytes than those that were measured "
@@ -48,32 +50,66 @@ def publish(search: Search, result: Result, out: Path, seconds: float) -> tuple[
         )
     written = _report(search, artifact, candidate, result)
     record_quality(artifact, written)
-    report.save(written, artifact.path.with_name(f"{artifact.path.name}.report.json"))
-    path = artifact.path.with_suffix(".yaml")
-    file.save(_recipe(search, recipe, row), path, backends.target(row.backend).options)
+    recipe = artifact.path.with_name(f"{artifact.path.name}.yaml")
     result = replace(
-        result, artifact=str(artifact.path), recipe=str(path), sha256=artifact.sidecar.sha256, seconds=round(seconds, 1)
+        result,
+        artifact=str(artifact.path),
+        recipe=str(recipe),
+        sha256=artifact.sidecar.sha256,
+        seconds=round(seconds, 1),
     )
-    write_file(out / DETAILS, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    write_file(out / PAGE, page(result, written).encode())
     search.store.write("report", written)
     search.store.write("result", result)
+    write_about(search, result, written, artifact)
     return result, written
 
 
-def _build(recipe: Recipe, row: Row, out: Path) -> Artifact:
-    """Build the chosen artifact in the folder of the result; what int8 keeps is known."""
-    if row.scope:
-        return prepare(build.resolve(recipe, out), out).make(row.kept, out)
-    return build.build(recipe, out).artifact
+def write_about(search: Search, result: Result, written: Report, artifact: Artifact) -> None:
+    """Write the report, the recipe, the details and the page of a search."""
+    out, row = artifact.path.parent, result.winner
+    report.save(written, artifact.path.with_name(f"{artifact.path.name}.report.json"))
+    recipe = _recipe(search, row, artifact)
+    file.save(recipe, out / Path(result.recipe).name, backends.target(row.backend).options)
+    write_file(out / DETAILS, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    write_file(out / PAGE, page(result, written).encode())
 
 
-def _recipe(search: Search, recipe: Recipe, row: Row) -> Recipe:
+def _artifact(search: Search, measured: Artifact, row: Row, out: Path) -> Artifact:
+    """The chosen artifact in the folder of the result: built again, or copied where a build gives other bytes each
+    time."""
+    if not backends.target(row.backend).reproducible:
+        return _copy(measured, search, out)
+    recipe = search.request.recipe(row.backend, row.precision, row.form, row.scope)
+    if not row.scope:
+        return build.build(recipe, out).artifact
+    with tempfile.TemporaryDirectory(prefix="convnext-export-optimize-") as folder:
+        return prepare(build.resolve(recipe, out), Path(folder)).make(row.kept, out)  # what int8 keeps is known
+
+
+def _copy(measured: Artifact, search: Search, out: Path) -> Artifact:
+    sidecar = replace(
+        measured.sidecar, weights=search.job.sidecar.weights, files=(), sha256="", bytes=0, quality={}, seal=""
+    )
+
+    def copy(target: Path) -> None:
+        for path in measured.files:
+            shutil.copyfile(path, target.parent / path.name)
+
+    return artifacts.publish(out / measured.path.name, sidecar, copy)
+
+
+def _recipe(search: Search, row: Row, artifact: Artifact) -> Recipe:
     """The recipe that builds, verifies and times the same artifact."""
-    options, quantization = search.request.options, search.request.quantization
-    budget = {"max_drop": quantization.max_drop} if search.samples.labelled and quantization.data is not None else {}
-    checks = replace(recipe.checks, data=quantization.data or SYNTHETIC, device=_device(search), **budget)
+    request, options, quantization = search.request, search.request.options, search.request.quantization
+    recipe = request.recipe(row.backend, row.precision, row.form, row.scope)
+    checks = replace(recipe.checks, data=quantization.data or quantization.calib, device=_device(search))
+    if quantization.max_drop is not None:
+        limits = search.verifying
+        checks = replace(checks, max_drop=limits.max_drop, min_agreement=limits.min_agreement)
     bench = Bench(threads=row.threads, batch=(options.batch,), hint=row.hint or "latency", device=_device(search))
+    if recipe.quantization is not None and artifact.sidecar.quantization is not None:  # in place of `this`
+        cpu = msgspec.convert(artifact.sidecar.quantization.cpu, CpuClass)
+        recipe = replace(recipe, quantization=replace(recipe.quantization, cpu=cpu))
     return replace(recipe, checks=checks, bench=bench)
 
 
@@ -84,24 +120,19 @@ def _device(search: Search) -> str | None:
 
 def _report(search: Search, artifact: Artifact, candidate: Candidate, result: Result) -> Report:
     """The verification of the chosen artifact with its timing and the search."""
-    verified = search.reports[candidate]
-    timing = search.last.runner.timing
-    arm = timing.arm(list(search.last.runs)[result.chosen])
-    findings = (
-        *verified.findings,
-        *latency.findings_of(timing, arm, artifact),
-        Finding(
-            check="optimize", metric="tried", value=float(sum(row.state != "not tried" for row in result.rows)),
-            detail=result.certainty, passed=result.passed,
-        ),
-    )  # fmt: skip
-    return Report(
+    verified, runner = search.reports[candidate], search.last.runner
+    arm = runner.timing.arm(list(search.last.runs)[result.chosen])
+    tried = float(sum(row.state != "not tried" for row in result.rows))
+    searched = Finding(check="optimize", metric="tried", value=tried, detail=result.certainty, passed=result.passed)
+    findings = (*verified.findings, *latency.findings_of(runner.timing, arm, artifact), searched)
+    whole = Report(
         passed=all(one.passed for one in findings),
         recipe={**verified.recipe, "optimize": msgspec.to_builtins(search.request)},
         artifact=artifact.to_dict(),
         environment=verified.environment,
         findings=findings,
     )
+    return msgspec.convert(msgspec.to_builtins(whole), Report)  # as it is read again: counts are floats
 
 
 def page(result: Result, written: Report) -> str:
@@ -110,7 +141,7 @@ def page(result: Result, written: Report) -> str:
     return html.page(
         "convnext-export optimize",
         verdict="passes" if result.passed else f"fails: {result.winner.reason or 'a check did not pass'}",
-        lead=[tables.sentence(result)],
+        lead=[f"{tables.sentence(result)}.", tables.FRONT],
         tables=[tables.tried(result)],
         charts=[html.chart("Accuracy by latency", chart)] if chart else [],
         environments=html.environments([written]),

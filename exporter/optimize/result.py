@@ -30,6 +30,7 @@ class Row(Record, frozen=True):
     images_s: images a second.
     speedup: over eager PyTorch of the same processes.
     state, reason: what became of it, and why.
+    unsure: the metrics that passed with a warning, because the images are too few.
     on_front: whether no other one is both faster and more accurate.
     """
 
@@ -47,6 +48,7 @@ class Row(Record, frozen=True):
     accuracy: Accuracy | None = None
     state: State = "not tried"
     reason: str = ""
+    unsure: tuple[str, ...] = ()
     noise: str = ""
     on_front: bool = False
 
@@ -54,7 +56,7 @@ class Row(Record, frozen=True):
 class Result(Record, frozen=True):
     """A search with all its rows.
 
-    passed: whether the chosen artifact is within the budgets and beats eager PyTorch.
+    passed: whether the chosen artifact is within the budgets and, unless the goal is size, faster than eager PyTorch.
     artifact, recipe: their files; "" before they are written.
     certainty: how far the chosen one is ahead of the next, with its interval.
     eager_p50_ms: of PyTorch, in the last comparison.

@@ -72,6 +72,7 @@ class Rows:
             backend=candidate.backend, precision=candidate.precision, form=candidate.form, scope=candidate.scope,
             threads=run.threads, hint=run.hint, bytes=built.bytes, kept=built.kept,
             accuracy=accuracy(report) if report is not None else None, state="not chosen",
+            unsure=tuple(one.metric for one in report.findings if one.unsure) if report is not None else (),
         )  # fmt: skip
         times = race.times_ms(runner.timing, run.name)
         if run.name in runner.timing.failures or not times:
@@ -108,7 +109,14 @@ class Rows:
         speed = row.speedup[0] if row.speedup else 0.0
         goal = (float(row.bytes or 0), -speed) if self.search.request.options.goal == "size" else (-speed,)
         inaccurate = self.search.reasons.get(_candidate(row)) is not None
-        return (row.state == "failed", inaccurate, self._problem(row) != "", *goal)
+        # The speed-up of a dropped model is that of its first processes, in which eager may have been slower.
+        is_dropped = self._name(row) in self.settings.runner.dropped
+        return (row.state == "failed", inaccurate, self._problem(row) != "", is_dropped, *goal)
+
+    def _name(self, row: Row) -> str:
+        """The name of a row of the last comparison."""
+        key = (_candidate(row), row.threads, row.hint)
+        return next(name for name, run in self.settings.runs.items() if (run.candidate, run.threads, run.hint) == key)
 
     def _judged(self, row: Row, index: int, order: Sequence[int]) -> Row:
         """The row with what became of it."""
@@ -123,8 +131,9 @@ class Rows:
 
     def _behind(self, name: str, best: str, row: Row) -> str:
         """How far a row is behind the chosen one."""
-        if self.search.request.options.goal == "size":
-            return f"{(row.bytes or 0) / 1e6:.3g} MB"
+        chosen = self.settings.runs[best].candidate
+        if self.search.request.options.goal == "size" and _candidate(row) != chosen:
+            return f"{((row.bytes or 0) - self.search.builds[chosen].bytes) / 1e6:.3g} MB larger than {chosen}"
         over = self.settings.runner.over(best, name)
         return f"{race.text(over)} slower than {best}" if over is not None else f"slower than {best}"
 
@@ -162,10 +171,13 @@ class Rows:
         names, runner = list(self.settings.runs), self.settings.runner
         rows = [self._row(self.settings, run) for run in self.settings.runs.values()]
         eligible = [index for index in order[1:] if not self._problem(rows[index])]
+        best, goal = order[0], self.search.request.options.goal
+        if goal == "size":  # another number of threads is the same file
+            eligible = [index for index in eligible if _candidate(rows[index]) != _candidate(rows[best])]
         if not eligible:
-            return "no other one is within the budgets"
-        best, other = order[0], eligible[0]
-        goal, label = self.search.request.options.goal, names[other]
+            return "no other one is within the budgets" if len(rows) > 1 else "nothing else was compared"
+        other = eligible[0]
+        label = names[other]
         if goal == "size":
             return f"{((rows[other].bytes or 0) - (rows[best].bytes or 0)) / 1e6:.3g} MB smaller than the next, {label}"
         differences = _differences(runner, names[best], names[other], goal, self.search.request.options.batch)

@@ -65,6 +65,7 @@ class Search:
         self.reports: dict[Candidate, Report] = {}
         self.reasons: dict[Candidate, str] = {}
         self.beyond: set[Candidate] = set()
+        self.opened: set[str] = set()
 
     def file(self, candidate: Candidate) -> Path:
         """The artifact of a candidate in the folder of the result."""
@@ -111,7 +112,21 @@ class Search:
 
     def _is_built(self, candidate: Candidate) -> bool:
         self.builds[candidate] = self.builder.build(candidate)
-        return not self.builds[candidate].failure
+        is_built = not self.builds[candidate].failure
+        if is_built and candidate.backend not in self.opened:
+            self._open(candidate)
+        return is_built
+
+    def _open(self, candidate: Candidate) -> None:
+        """Open the first artifact of a runtime on a device other than a CPU, before more is built for it.
+
+        Raises: Unavailable for a device that this machine does not have.
+        """
+        self.opened.add(candidate.backend)
+        device = self.request.options.device
+        if backends.kind_of(device, backends.runtime(candidate.backend), "the artifact") != "CPU":
+            with self.opener(Arm(name="first", path=str(self.builder.artifact(candidate).path), device=device)):
+                pass
 
     def time_runs(
         self,
@@ -151,7 +166,7 @@ class Search:
             seconds=seconds * (1 + len(arms)),
             seed=self.request.options.seed,
         )
-        step(f"timing {len(arms)} models in turn to compare {name}, batch {plan.batch}")
+        step(f"timing {len(arms)} model{'s' if len(arms) > 1 else ''} and eager PyTorch in turn, batch {plan.batch}")
         before = self.store.read(f"race-{name}", Race)
         save = partial(self.store.write, f"race-{name}")
         runner = Runner(plan, groups, before, save, most, least, keep)
@@ -228,9 +243,11 @@ class Search:
         return f"{race.text(over)} slower than {best}; not verified" if over is not None and over.low > 0 else ""
 
     def _known_report(self, candidate: Candidate) -> Report | None:
+        """The stored report of a candidate, if it is of the same bytes."""
         report = self.store.read(f"verified-{candidate.name}", Report)
-        if report is not None:
-            self.reports[candidate] = report
+        if report is None or report.artifact.get("sha256") != self.builder.artifact(candidate).sidecar.sha256:
+            return None
+        self.reports[candidate] = report
         return report
 
     def _judge_float(self, candidate: Candidate, reference: Session, folder: Path) -> Report:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporter.optimize.options import Goal
-from exporter.optimize.result import Result, Row
+from exporter.optimize.result import Accuracy, Result, Row
 from exporter.report import charts
 from exporter.report.charts import Point
 from exporter.report.tables import Table
 
+FRONT = "Front: no other verified artifact is both faster and more accurate."
 WORDS = {
     "top1": "top-1, %",
     "map": "mAP, %",
@@ -29,22 +30,33 @@ def sentence(result: Result) -> str:
     what = f"{name} on {row.backend} with {threads}: {speed}, {(row.bytes or 0) / 1e6:.3g} MB"
     if row.accuracy is not None:
         what += f", {_accuracy(row)}"
+    if row.unsure:
+        what += f" (too few images to be sure of {', '.join(row.unsure)})"
     if not result.passed:
-        return f"nothing is within the budgets and faster than eager PyTorch; the nearest is {what} ({row.reason})"
+        faster = "" if result.options.goal == "size" else " and faster than eager PyTorch"
+        return f"nothing is within the budgets{faster}; the nearest is {what} ({row.reason})"
     return "; ".join(filter(None, (what, result.certainty, row.noise)))
 
 
 def tried(result: Result) -> Table:
     """Everything that was tried, the chosen one first, then by speed."""
-    order = sorted(range(len(result.rows)), key=lambda index: (index != result.chosen, *_place(result.rows[index])))
+    goal = result.options.goal
+    order = sorted(
+        range(len(result.rows)), key=lambda index: (index != result.chosen, *_place(result.rows[index], goal))
+    )
     heading = next((WORDS[row.accuracy.metric] for row in result.rows if row.accuracy is not None), "accuracy")
-    numbers = ("threads", "images/s" if result.options.goal == "throughput" else "p50 ms", "× eager", "MB", heading)
-    rows = [_cells(result.rows[index], result.options.goal) for index in order]
-    return Table("Everything that was tried", ("runtime", "precision", "form", *numbers, "", "reason"), numbers, rows)
+    numbers = ("threads", "images/s" if goal == "throughput" else "p50 ms", "× eager", "MB", heading)
+    rows = [_cells(result.rows[index], goal) for index in order]
+    return Table(
+        "Everything that was tried", ("runtime", "precision", "form", *numbers, "state", "reason"), numbers, rows
+    )
 
 
-def _place(row: Row) -> tuple[bool, float]:
-    return row.speedup is None, -row.speedup[0] if row.speedup else 0.0
+def _place(row: Row, goal: Goal) -> tuple[float, ...]:
+    """The place of a row: those that were timed to the end first, then by the goal."""
+    speed = -row.speedup[0] if row.speedup else 0.0
+    value = (float(row.bytes or 0), speed) if goal == "size" else (speed,)
+    return (row.speedup is None, row.state not in ("not chosen", "beyond the budget"), *value)
 
 
 def _cells(row: Row, goal: Goal) -> tuple[str, ...]:
@@ -59,7 +71,7 @@ def _cells(row: Row, goal: Goal) -> tuple[str, ...]:
         f"{speed:.4g}" if speed else "–",
         _speedup(row).removesuffix(" ×"),
         f"{row.bytes / 1e6:.3g}" if row.bytes else "–",
-        f"{row.accuracy.value:.6g}" if row.accuracy else "–",
+        _number(row.accuracy) if row.accuracy else "–",
         f"{row.state}{', front' if row.on_front else ''}",
         row.reason,
     )
@@ -76,7 +88,11 @@ def _accuracy(row: Row) -> str:
     assert row.accuracy is not None
     one = row.accuracy
     exact = f" ({one.exact:.6g} in PyTorch)" if one.metric in ("top1", "map") else ""
-    return f"{WORDS[one.metric].replace(', %', '')} {one.value:.6g}{' %' if '%' in WORDS[one.metric] else ''}{exact}"
+    return f"{WORDS[one.metric].replace(', %', '')} {_number(one)}{' %' if '%' in WORDS[one.metric] else ''}{exact}"
+
+
+def _number(accuracy: Accuracy) -> str:
+    return f"{accuracy.value:.7f}" if accuracy.metric in ("cosine", "r2") else f"{accuracy.value:.6g}"
 
 
 def chart(result: Result) -> str:

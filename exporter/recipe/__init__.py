@@ -179,8 +179,8 @@ class Quantization(Record, frozen=True):
     cpu: Annotated[
         CpuClass,
         about(
-            "CPUs that int8 is built for: portable is exact on all of them; vnni (x86 with VNNI) and arm use all 8 "
-            "bits of weights; this is the class of this machine."
+            "Class of CPUs that int8 is built for: portable is exact on all CPUs; vnni (x86 with VNNI) and arm use "
+            "all 8 bits of weights; this is the class of this machine."
         ),
     ] = "portable"
     max_drop: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from tests.bench.fakes import Fake
 
@@ -55,3 +56,16 @@ def crashing_int8(arm):
 def crashing(arm):
     """Every artifact brings its process down."""
     yield Fake(f"eager@{EAGER_MS}" if arm.runtime == "eager" else f"crash {arm.name}@0.1")
+
+
+@contextlib.contextmanager
+def slow_eager_at_first(arm):
+    """In every third process eager takes ten times as long: in the first of each comparison, which has all models."""
+    if arm.runtime == "eager":
+        opened = Path(arm.path).parents[1].with_name("opened")
+        before = opened.stat().st_size if opened.exists() else 0
+        with opened.open("a") as file:
+            file.write("x")
+        yield Fake(f"eager@{EAGER_MS * (10 if before % 3 == 0 else 1)}")
+    else:
+        yield Fake(f"{arm.name}@{milliseconds(arm)}")

@@ -9,7 +9,7 @@ from exporter import artifact, optimize
 from exporter import run as running
 from exporter.build import build
 from exporter.build import read as read_recipe
-from exporter.errors import BadRequest, CheckFailed
+from exporter.errors import BadRequest, CheckFailed, Unavailable
 from exporter.optimize import publish, search, tables
 from exporter.optimize.search import Search
 from tests.conftest import snapshot, write_tiny
@@ -52,11 +52,11 @@ def test_the_fastest_within_the_budget_is_written_with_its_report_and_recipe(fou
 
 def test_the_recipe_builds_the_same_bytes(found, tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.build.int8.speed.SECONDS_EACH", 0.3)
-    recipe = read_recipe(tmp_path / "out" / "custom_int8.yaml")
+    recipe = read_recipe(tmp_path / "out" / "custom_int8.onnx.yaml")
     assert recipe.bench.threads == 2
     again = build(recipe, tmp_path / "again").artifact
     assert again.path.read_bytes() == (tmp_path / "out" / "custom_int8.onnx").read_bytes()
-    (job,) = running.read_all([tmp_path / "out" / "custom_int8.yaml"], tmp_path / "ran")
+    (job,) = running.read_all([tmp_path / "out" / "custom_int8.onnx.yaml"], tmp_path / "ran")
     assert job.recipe == recipe
 
 
@@ -165,8 +165,8 @@ def test_other_weights_are_refused_before_anything_is_built(found, request_of, t
 def test_other_bytes_than_those_that_were_measured_are_never_handed_out(request_of, tmp_path, monkeypatch):
     monkeypatch.setattr(
         publish,
-        "_build",
-        lambda recipe, row, out: build(request_of().recipe("onnxruntime", "fp32", "plain"), out).artifact,
+        "_artifact",
+        lambda search, measured, row, out: build(request_of().recipe("onnxruntime", "fp32", "plain"), out).artifact,
     )
     with pytest.raises(CheckFailed, match="gave other bytes"):
         optimize.optimize(request_of(), tmp_path, fakes.opened)
@@ -175,10 +175,12 @@ def test_other_bytes_than_those_that_were_measured_are_never_handed_out(request_
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (("--max-bytes", "0"), "above 0"),
+        (("--precision", ","), "no name is given"),
         (("--backend", "onnxruntme"), "did you mean 'onnxruntime'"),
         (("--precision", "int7"), "did you mean"),
         (("--max-latency", "15 parsecs"), "a time, as in 15ms"),
-        (("--max-bytes", "lots"), "a size, as in 30MB"),
+        (("--max-bytes", "lots"), "a size in B, kB, MB"),
         (("--goal", "speed"), "latency"),
         (("--max-drop", "0.3"), "there are only synthetic images"),
         (("--device", "tpu"), "nothing can be tried on --device tpu"),
@@ -198,7 +200,7 @@ def test_times_are_read_with_their_unit(text, ms):
     assert optimize.OptimizeOptions(max_latency=text).latency_limit_ms == ms
 
 
-@pytest.mark.parametrize(("text", "count"), [("30MB", 30e6), ("30", 30), ("1.5KiB", 1536), ("2GB", 2e9)])
+@pytest.mark.parametrize(("text", "count"), [("30MB", 30e6), ("30", 30), ("3mb", 3e6), ("1.5KiB", 1536), ("2GB", 2e9)])
 def test_sizes_are_read_with_their_unit(text, count):
     assert optimize.OptimizeOptions(max_bytes=text).bytes_limit == count
 
@@ -213,3 +215,39 @@ def test_where_nothing_is_small_enough_the_nearest_is_written(request_of, tmp_pa
 def test_where_everything_crashes_the_reasons_are_named(request_of, tmp_path):
     with pytest.raises(CheckFailed, match=r"nothing could be timed: onnxruntime .*SIGSEGV"):
         optimize.optimize(request_of(), tmp_path, fakes.crashing)
+
+
+def test_a_slow_process_of_eager_decides_nothing(request_of, tmp_path):
+    """A model that was dropped after the first process, in which eager was slow, has the largest speed-up."""
+    result = optimize.optimize(request_of(), tmp_path, fakes.slow_eager_at_first).result
+    assert (result.winner.precision, result.winner.threads) == ("int8", 2)
+
+
+def test_a_device_that_is_not_here_is_refused_after_the_first_build(request_of, tmp_path):
+    with pytest.raises(Unavailable):
+        optimize.optimize(request_of(device="cuda"), tmp_path)
+    assert len(list((tmp_path / "optimize").rglob("built-*.json"))) == 1
+
+
+def test_what_int8_keeps_is_kept_when_it_is_built_again(request_of, tmp_path):
+    first = optimize.optimize(request_of(), tmp_path, fakes.opened).result
+    (path,) = (tmp_path / "optimize").rglob("built-onnxruntime-int8-linear.json")
+    path.write_text(path.read_text().replace('"kept":[]', '"kept":["stages.0.0"]'))
+    (tmp_path / "custom_int8.onnx").unlink()
+    again = optimize.optimize(request_of(), tmp_path, fakes.opened).result
+    assert again.winner.kept == artifact.load(tmp_path / "custom_int8.onnx").sidecar.quantization.kept
+    assert again.winner.kept == () or again.sha256 != first.sha256, "the report is of these bytes"
+
+
+def test_lost_pages_are_written_again(found, request_of, tmp_path):
+    for name in ("optimize.html", "custom_int8.onnx.yaml"):
+        (tmp_path / "out" / name).unlink()
+    optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened)
+    assert (tmp_path / "out" / "optimize.html").is_file()
+    assert (tmp_path / "out" / "custom_int8.onnx.yaml").is_file()
+
+
+def test_nothing_but_the_artifact_is_left_in_the_folder(found, tmp_path):
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    about = ("", ".json", ".report.json", ".yaml")
+    assert names == {*(f"custom_int8.onnx{suffix}" for suffix in about), "optimize.html", "optimize.json"}
