@@ -3,7 +3,7 @@
     python -m benchmarks.optimize --weights W.safetensors --data photos/val --calib photos/train -o optimize.json
 
 The first search is timed as a whole. Then everything that it built is timed in turn, with every number of threads and
-without dropping anything. Then the search is repeated, with the artifacts and their verification kept and every timing
+without dropping anything. Then the search is repeated (`--repetitions 0`: neither of both), with the artifacts and their verification kept and every timing
 done anew, and its choice is compared with the best of the long measurement.
 """
 
@@ -153,7 +153,8 @@ def main() -> None:
         out = Path(folder)
         first = optimize.optimize(request, out).result
         model = Path(asked.weights).stem if asked.variant is None else f"{asked.variant}, {asked.weights}"
-        result = Result(environment=environment(), model=model, search=first, speedups=exhaustive(request, out))
+        speedups = exhaustive(request, out) if asked.repetitions else {}
+        result = Result(environment=environment(), model=model, search=first, speedups=speedups)
         for number in range(1, asked.repetitions + 1):
             choice = repetition(request, out, result.speedups)
             result = msgspec.structs.replace(result, choices=(*result.choices, choice))
