@@ -23,6 +23,7 @@ from benchmarks import (
     gpu,
     int8,
     kill,
+    optimize,
     plans,
     provenance,
     recipes,
@@ -79,6 +80,7 @@ def tables() -> dict[str, str]:
         for name in ("int8.json", "int8-without-vnni.json")
     )
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
+    optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
@@ -97,6 +99,7 @@ def tables() -> dict[str, str]:
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
+        "optimize": optimize.tried_table(optimized) + machine(optimized.environment),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),
@@ -124,6 +127,12 @@ def tables() -> dict[str, str]:
     }
 
 
+def pictures() -> dict[str, str]:
+    """The pictures of the documents, as SVG, by their path."""
+    optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)
+    return {"docs/pictures/optimize.svg": optimize.picture(optimized)}
+
+
 def machine(facts: dict[str, Any], commit: str = "") -> str:
     """The machine, the runtimes and the commit of a run, in a line."""
     commit = commit or facts.get("commit", "")
@@ -147,6 +156,9 @@ def main() -> None:
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "cli.md").write_text(cli_help())
     (ROOT / "docs" / "results.md").write_text(provenance.page())
+    for name, picture in pictures().items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(picture)
     for name in DOCUMENTS:
         (ROOT / name).write_text(filled((ROOT / name).read_text()))
     recipes.main()

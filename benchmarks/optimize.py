@@ -3,8 +3,9 @@
     python -m benchmarks.optimize --weights W.safetensors --data photos/val --calib photos/train -o optimize.json
 
 The first search is timed as a whole. Then everything that it built is timed in turn, with every number of threads and
-without dropping anything. Then the search is repeated (`--repetitions 0`: neither of both), with the artifacts and their verification kept and every timing
-done anew, and its choice is compared with the best of the long measurement.
+without dropping anything. Then the search is repeated, with the artifacts and their verification kept and every timing
+done anew, and its choice is compared with the best of the long measurement. With `--repetitions 0` there is only the
+first search.
 """
 
 from __future__ import annotations

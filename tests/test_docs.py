@@ -156,6 +156,12 @@ def test_the_tables_in_the_documents_are_those_of_the_results(name):
     assert docs.filled(text) == text, "run `make docs`"
 
 
+@pytest.mark.parametrize("name", docs.pictures())
+def test_the_pictures_in_the_documents_are_those_of_the_results(name):
+    assert (ROOT / name).read_text() == docs.pictures()[name], "run `make docs`"
+    assert name in README
+
+
 def test_every_table_stands_in_a_document():
     texts = "".join((ROOT / name).read_text() for name in docs.DOCUMENTS)
     for mark, content in docs.tables().items():

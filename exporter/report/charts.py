@@ -122,7 +122,8 @@ def front(points: Sequence[Point], metric: str, eager: tuple[float, float] | Non
     """
     with _figure("Accuracy by latency", 3.8) as (axes, drawing):
         line = sorted((point.ms, point.value) for point in points if point.on_front)
-        axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=2, zorder=1, label="front") if line else None
+        if len(line) > 1:
+            axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=2, zorder=1, label="front")
         for index, point in enumerate(sorted(points, key=lambda point: point.ms)):
             color, ends = COLORS[index % len(COLORS)], [[point.value - point.low], [point.high - point.value]]
             label = f"{point.label}{', chosen' if point.chosen else ''}"
