@@ -28,9 +28,8 @@ def request_of(tiny):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def two_cores_and_three_processes():
-    """However many this machine has, and as few processes as give an interval."""
+def two_cores():
+    """However many this machine has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("exporter.machine.default_threads", lambda: 2)
-        patch.setattr("exporter.optimize.search.PROCESSES", 3)
         yield
