@@ -199,11 +199,14 @@ def graphs(out: Path) -> list[Path]:
 
 
 def read_on(path: Path, known: set[str], stop: Any, answers: Any) -> None:
-    """Read a graph with a stock OpenVINO until `stop` is set; put how often it was whole, absent, or anything else."""
+    """Read a graph with a stock OpenVINO until `stop` is set or the benchmark is killed; put how often it was whole,
+    absent, or anything else."""
+    benchmark = multiprocessing.parent_process()
+    assert benchmark is not None
     counts = {"a whole model": 0, "no file": 0, "a mixture or an error": 0}
-    while not stop.is_set():
-        found = content(path)
-        counts["a whole model" if found in known else "a mixture or an error" if found else "no file"] += 1
+    while not stop.is_set() and benchmark.is_alive():
+        digest = content(path)
+        counts["a whole model" if digest in known else "a mixture or an error" if digest else "no file"] += 1
         time.sleep(0.01)  # the runs that are killed need the processor too
     answers.put(counts)
 

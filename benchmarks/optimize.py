@@ -143,25 +143,27 @@ def main() -> None:
     parser.add_argument("--resize", type=int)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("-o", type=Path, default=Path("build/optimize.json"))
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     request = Request(
-        model=Model(weights=asked.weights, variant=asked.variant),
-        export=Export(imgsz=asked.imgsz),
-        preprocessing=PreprocessingOptions(resize=asked.resize),
-        quantization=Quantization(calib=asked.calib, data=asked.data),
+        model=Model(weights=arguments.weights, variant=arguments.variant),
+        export=Export(imgsz=arguments.imgsz),
+        preprocessing=PreprocessingOptions(resize=arguments.resize),
+        quantization=Quantization(calib=arguments.calib, data=arguments.data),
     )
     with tempfile.TemporaryDirectory() as folder, kept_artifacts(), drawing():
         out = Path(folder)
         first = optimize.optimize(request, out).result
-        model = Path(asked.weights).stem if asked.variant is None else f"{asked.variant}, {asked.weights}"
-        speedups = exhaustive(request, out) if asked.repetitions else {}
+        model = (
+            Path(arguments.weights).stem if arguments.variant is None else f"{arguments.variant}, {arguments.weights}"
+        )
+        speedups = exhaustive(request, out) if arguments.repetitions else {}
         result = Result(environment=environment(), model=model, search=first, speedups=speedups)
-        for number in range(1, asked.repetitions + 1):
+        for number in range(1, arguments.repetitions + 1):
             choice = repetition(request, out, result.speedups)
             result = msgspec.structs.replace(result, choices=(*result.choices, choice))
-            write_file(asked.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+            write_file(arguments.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
             print(f"{number}: {choice.chosen}, {choice.slower:.3f} × slower than the best", file=sys.stderr)
-        write_file(asked.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        write_file(arguments.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     print(table(result))
 
 

@@ -245,15 +245,15 @@ def _report(
     )
 
 
-def findings_of(timing: Timing, arm: Arm, made: Artifact) -> list[Finding]:
+def findings_of(timing: Timing, arm: Arm, artifact: Artifact) -> list[Finding]:
     """The findings of one arm of a timing: latency, outputs, share of the peak, and speed-ups over PyTorch."""
     case = f"batch {timing.plan.batch}"
     if arm.name in timing.failures or not any(arm.name in launch.blocks for launch in timing.launches):
         reason = timing.failures.get(arm.name, "was never timed")
         failed = Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)
         return [msgspec.structs.replace(failed, setting=arm.setting)]
-    found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, made)]
-    found += _share_of_peak(timing, arm.name, made, case)
+    found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, artifact)]
+    found += _share_of_peak(timing, arm.name, artifact, case)
     found += _parts(timing, arm.name, case)
     for other in timing.plan.arms:
         if other.runtime in OTHERS:

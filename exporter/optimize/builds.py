@@ -39,7 +39,7 @@ class Builder:
 
     def build(self, candidate: Candidate) -> Build:
         """Build a candidate, or take what was built before. A quantized one keeps no part in higher precision, or those
-        that were found to be needed."""
+        that its verification needed."""
         built = self.store.read(f"built-{candidate.name}", Build)
         if built is not None and (built.failure or self.store.artifact(candidate.name, built.file) is not None):
             return built

@@ -183,9 +183,9 @@ def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     channels = max(1, CACHED // (height * width))
     for image, result in zip(padded, output, strict=True):
         for start in range(0, x.shape[1], channels):
-            some = slice(start, start + channels)
-            total = result[some].zero_() if conv.bias is None else result[some].copy_(conv.bias[some, None, None])
-            _add_taps(image[some], conv.weight[some, 0], total)
+            group = slice(start, start + channels)
+            total = result[group].zero_() if conv.bias is None else result[group].copy_(conv.bias[group, None, None])
+            _add_taps(image[group], conv.weight[group, 0], total)
     return output
 
 

@@ -279,11 +279,11 @@ def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
         return session(pixels)
     outputs = []
     for start in range(0, len(pixels), fixed):
-        some = pixels[start : start + fixed]
-        count = len(some)
+        batch = pixels[start : start + fixed]
+        count = len(batch)
         if count < fixed:
-            some = np.concatenate([some, np.repeat(some[-1:], fixed - count, axis=0)])
-        outputs.append(tuple(output[:count].copy() for output in session(some)))
+            batch = np.concatenate([batch, np.repeat(batch[-1:], fixed - count, axis=0)])
+        outputs.append(tuple(output[:count].copy() for output in session(batch)))
     return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 

@@ -30,27 +30,27 @@ def searched(request_of, tmp_path_factory):
 
 
 @pytest.fixture
-def found(searched, tmp_path):
+def outcome(searched, tmp_path):
     """The result of a search, and in `out` a copy of what it wrote."""
     shutil.copytree(searched[0], tmp_path / "out")
     return searched[1]
 
 
-def test_the_fastest_within_the_budget_is_written_with_its_report_and_recipe(found, tmp_path):
-    winner = found.result.winner
+def test_the_fastest_within_the_budget_is_written_with_its_report_and_recipe(outcome, tmp_path):
+    winner = outcome.result.winner
     assert (winner.precision, winner.threads, winner.state) == ("int8", 2, "chosen")
     assert winner.p50_ms == pytest.approx(1.5, rel=0.1)
     assert winner.speedup[0] == pytest.approx(fakes.EAGER_MS / 1.5, rel=0.1)
     written = artifact.load(tmp_path / "out" / "custom_int8.onnx")
-    assert written.sidecar.sha256 == found.result.sha256
+    assert written.sidecar.sha256 == outcome.result.sha256
     assert written.sidecar.quality["passed"] == "yes"
     report = json.loads((tmp_path / "out" / "custom_int8.onnx.report.json").read_text())
     assert report["passed"]
     assert {"cosine", "p50_ms", "speedup", "tried"} <= {finding["metric"] for finding in report["findings"]}
-    assert json.loads((tmp_path / "out" / "optimize.json").read_text())["sha256"] == found.result.sha256
+    assert json.loads((tmp_path / "out" / "optimize.json").read_text())["sha256"] == outcome.result.sha256
 
 
-def test_the_recipe_builds_the_same_bytes(found, tmp_path, monkeypatch):
+def test_the_recipe_builds_the_same_bytes(outcome, tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.build.int8.speed.SECONDS_EACH", 0.3)
     recipe = read_recipe(tmp_path / "out" / "custom_int8.onnx.yaml")
     assert recipe.bench.threads == 2
@@ -60,17 +60,17 @@ def test_the_recipe_builds_the_same_bytes(found, tmp_path, monkeypatch):
     assert job.recipe == recipe
 
 
-def test_everything_that_was_tried_is_in_the_table_with_its_reason(found, tmp_path):
-    tried = {(row.precision, row.form, row.threads): row for row in found.result.rows}
+def test_everything_that_was_tried_is_in_the_table_with_its_reason(outcome, tmp_path):
+    tried = {(row.precision, row.form, row.threads): row for row in outcome.result.rows}
     assert {key[:2] for key in tried} == {*(("fp32", form) for form in fakes.SLOW["form"]), ("int8", "linear")}
-    assert all(row.reason for row in found.result.rows if row.state != "chosen")
+    assert all(row.reason for row in outcome.result.rows if row.state != "chosen")
     assert tried["fp32", "plain", 2].state == "dropped"
     assert "slower than onnxruntime fp32 (conv)" in tried["fp32", "plain", 2].reason
     assert tried["fp32", "conv", 2].accuracy is not None, "the best of each precision is verified"
     page = (tmp_path / "out" / "optimize.html").read_text()
     assert "slower than onnxruntime fp32 (conv)" in page
     assert "<svg" in page
-    assert "better than the next, onnxruntime fp32 (conv), 2 threads (95 %" in tables.sentence(found.result)
+    assert "better than the next, onnxruntime fp32 (conv), 2 threads (95 %" in tables.sentence(outcome.result)
 
 
 def test_int8_that_is_slower_is_not_chosen(request_of, tmp_path):
@@ -124,38 +124,38 @@ def test_images_a_second_are_counted_over_all_streams(request_of, tmp_path):
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(request_of, tmp_path, monkeypatch):
-    asked = request_of()
+    wanted = request_of()
     race_settings = Search._race_settings
     monkeypatch.setattr(Search, "_race_settings", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        optimize.optimize(asked, tmp_path, fakes.opened)
+        optimize.optimize(wanted, tmp_path, fakes.opened)
     assert not (tmp_path / "custom_int8.onnx").exists()
     monkeypatch.setattr(Search, "_race_settings", race_settings)
     monkeypatch.setattr("exporter.optimize.builds.Builder._artifact", lambda *_: pytest.fail("built again"))
     monkeypatch.setattr(search, "compare", lambda *_: pytest.fail("verified again"))
-    result = optimize.optimize(asked, tmp_path, fakes.opened).result
+    result = optimize.optimize(wanted, tmp_path, fakes.opened).result
     assert result.winner.precision == "int8"
 
 
-def test_the_same_search_again_does_nothing(found, request_of, tmp_path, monkeypatch):
+def test_the_same_search_again_does_nothing(outcome, request_of, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
     monkeypatch.setattr(Search, "run", lambda *_: pytest.fail("searched again"))
-    assert optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result == found.result
+    assert optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result == outcome.result
     assert snapshot(tmp_path) == before
 
 
-def test_another_file_in_place_of_the_artifact_is_noticed(found, request_of, tmp_path):
+def test_another_file_in_place_of_the_artifact_is_noticed(outcome, request_of, tmp_path):
     (tmp_path / "out" / "custom_int8.onnx").unlink()
     again = optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result
-    assert again.sha256 == found.result.sha256
+    assert again.sha256 == outcome.result.sha256
     assert (tmp_path / "out" / "custom_int8.onnx").is_file()
 
 
-def test_candidates_are_removed_from_the_disk_at_the_end(found, tmp_path):
+def test_candidates_are_removed_from_the_disk_at_the_end(outcome, tmp_path):
     assert not list((tmp_path / "out").rglob("artifacts"))
 
 
-def test_other_weights_are_refused_before_anything_is_built(found, request_of, tmp_path, monkeypatch):
+def test_other_weights_are_refused_before_anything_is_built(outcome, request_of, tmp_path, monkeypatch):
     monkeypatch.setattr("exporter.optimize.builds.Builder.build", lambda *_: pytest.fail("built"))
     other = request_of(weights=write_tiny(tmp_path / "other", seed=5))
     with pytest.raises(BadRequest, match="built from other weights"):
@@ -239,7 +239,7 @@ def test_what_int8_keeps_is_kept_when_it_is_built_again(request_of, tmp_path):
     assert again.winner.kept == () or again.sha256 != first.sha256, "the report is of these bytes"
 
 
-def test_lost_pages_are_written_again(found, request_of, tmp_path):
+def test_lost_pages_are_written_again(outcome, request_of, tmp_path):
     for name in ("optimize.html", "custom_int8.onnx.yaml"):
         (tmp_path / "out" / name).unlink()
     optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened)
@@ -247,7 +247,7 @@ def test_lost_pages_are_written_again(found, request_of, tmp_path):
     assert (tmp_path / "out" / "custom_int8.onnx.yaml").is_file()
 
 
-def test_nothing_but_the_artifact_is_left_in_the_folder(found, tmp_path):
+def test_nothing_but_the_artifact_is_left_in_the_folder(outcome, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     about = ("", ".json", ".report.json", ".yaml")
     assert names == {*(f"custom_int8.onnx{suffix}" for suffix in about), "optimize.html", "optimize.json"}

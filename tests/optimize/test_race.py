@@ -23,11 +23,11 @@ def launch(noise=0.0, rounds=6, **ms):
     )  # fmt: skip
 
 
-def runner(launches, names, groups=None, **told):
+def runner(launches, names, groups=None, **numbers):
     arms = tuple(Arm(name=name, path="", runtime="eager" if name == "eager" else "artifact") for name in names)
     groups = groups or {name: "all" for name in names if name != "eager"}
     plan = Plan(arms=arms, preprocessing=Preprocessing())
-    started = Runner(plan, groups, Race(launches=tuple(launches)), lambda _: None, **{"most": 12, **told})
+    started = Runner(plan, groups, Race(launches=tuple(launches)), lambda _: None, **{"most": 12, **numbers})
     started._drop()
     return started
 

@@ -126,7 +126,8 @@ def test_other_images_are_looked_at_again(recipe, run, tmp_path):
     assert result.json[0]["steps"] == {"build": "already there", "verify": "done", "bench": "not asked for"}
 
 
-def test_recipes_share_one_trace_and_one_calibration(recipe, run):
+def test_recipes_share_one_trace_and_one_calibration(recipe, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # other tests calibrate on these images too
     fp16, fp32 = recipe("openvino", "fp16", "a"), recipe("openvino", "fp32", "b")
     result = run("run", fp16, fp32)
     assert result.code == 0, result.err
