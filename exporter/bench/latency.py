@@ -252,13 +252,13 @@ def findings_of(timing: Timing, arm: Arm, artifact: Artifact) -> list[Finding]:
         reason = timing.failures.get(arm.name, "was never timed")
         failed = Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)
         return [msgspec.structs.replace(failed, setting=arm.setting)]
-    found = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, artifact)]
-    found += _share_of_peak(timing, arm.name, artifact, case)
-    found += _parts(timing, arm.name, case)
+    findings = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, artifact)]
+    findings += _share_of_peak(timing, arm.name, artifact, case)
+    findings += _parts(timing, arm.name, case)
     for other in timing.plan.arms:
         if other.runtime in OTHERS:
-            found += _against(timing, arm.name, other.name, OTHERS[other.runtime], case)
-    return found
+            findings += _against(timing, arm.name, other.name, OTHERS[other.runtime], case)
+    return findings
 
 
 def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
