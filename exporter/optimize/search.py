@@ -95,7 +95,7 @@ class Search:
         opened = calibration.open_calibration(
             quantization.calib, sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed
         )
-        return opened.to_compare
+        return opened.to_compare.first(checks.samples) if checks.samples else opened.to_compare
 
     def _race_forms(self) -> Contest:
         """Build fp32 and quantized candidates in every form, and find the fastest form of each group."""

@@ -4,14 +4,16 @@ import json
 import shutil
 
 import pytest
+from msgspec.structs import replace
 
 from exporter import artifact, optimize
 from exporter import run as running
 from exporter.build import build
 from exporter.build import read as read_recipe
 from exporter.errors import BadRequest, CheckFailed, Unavailable
-from exporter.optimize import publish, search, tables
+from exporter.optimize import candidates, publish, search, tables
 from exporter.optimize.search import Search
+from exporter.recipe import Checks
 from tests.conftest import snapshot, write_tiny
 from tests.optimize import fakes
 
@@ -251,3 +253,8 @@ def test_nothing_but_the_artifact_is_left_in_the_folder(outcome, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     about = ("", ".json", ".report.json", ".yaml")
     assert names == {*(f"custom_int8.onnx{suffix}" for suffix in about), "optimize.html", "optimize.json"}
+
+
+def test_the_number_of_images_holds_for_calibration_images_too(request_of, tmp_path):
+    few = replace(request_of(), checks=Checks(samples=3))
+    assert Search(few, tmp_path, *candidates.find(few), fakes.opened).samples.total == 3
