@@ -47,7 +47,11 @@ def main() -> None:
     digits.prepare(ROOT)
     run("calibrate", CALIBRATION)
     for words in builds():
-        judged = ["--calib", CALIBRATION, "--data", str(DATA), *UNSURE, *THREADS] if "--int8" in words else []
+        judged = (
+            ["--calib", CALIBRATION, "--data", str(DATA), "--even-if-slower", *UNSURE, *THREADS]
+            if "--int8" in words
+            else []
+        )
         run(*words, *judged, "--weights", str(WEIGHTS), "-o", str(ROOT))
     made = [artifact(words) for words in builds()]
     for path in made:

@@ -140,7 +140,7 @@ def build(
             graphs += (out / "onnx").glob(f"*_{precision}.onnx")
     engines: list[Path] = []
     for flavor, precision in itertools.product(library.here(), precisions):
-        extra = ("--calib-size", "32") if precision in ("int8", "fp8") else ()
+        extra = ("--calib-size", "32", "--even-if-slower") if precision in ("int8", "fp8") else ()
         words = ("trt", "--flavor", flavor, "--precision", precision, *extra, *weights, "--json", "-o", out / flavor)
         if runner.run([COMMAND], *words):
             engines += (out / flavor).glob(f"*_{precision}.plan")

@@ -6,6 +6,7 @@ With no reporter set nothing is drawn, so the library is silent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
@@ -41,6 +42,16 @@ class Silent:
 
 
 REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (it has no state)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Draw nothing inside the `with` block."""
+    token = REPORTER.set(Silent())
+    try:
+        yield
+    finally:
+        REPORTER.reset(token)
 
 
 def step(text: str) -> None:

@@ -85,6 +85,17 @@ def the_same_verdicts_in_ci():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def int8_of_tiny_networks_may_be_slower():
+    """Whether int8 is faster is probed by the tests of that, which take the function, and by no other."""
+    from exporter.build.int8 import probe
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = probe.refuse_slower
+        patch.setattr(probe, "refuse_slower", lambda *_: None)
+        yield real
+
+
+@pytest.fixture(autouse=True, scope="session")
 def two_processes_are_enough():
     """Whether a difference is significant is asked where it is measured."""
     with pytest.MonkeyPatch.context() as patch:

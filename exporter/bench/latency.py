@@ -191,19 +191,19 @@ def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOption
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
     models, processes = [Path(arm.name).name for arm in arms if arm.runtime != "peak"], supervisor.PROCESSES
     step(f"timing {', '.join(models)} in turn in {processes} fresh processes, batch {batch}")
-    plan = Plan(
-        arms=tuple(arms),
-        preprocessing=made.sidecar.preprocessing,
-        batch=batch,
-        seconds=options.duration / processes,
-        seed=options.seed,
-    )
-    timing, until = Timing(plan), options.until
+    timing, until = Timing(plan_of(arms, made, batch, options, options.duration / processes)), options.until
     if until is None:
         supervisor.measure(timing, opener, processes)
     else:
         supervisor.measure(timing, opener, processes, processes * MOST_TIMES, lambda: _widest(timing) <= until)
     return timing
+
+
+def plan_of(arms: Sequence[Arm], made: Artifact, batch: int, options: BenchOptions, seconds: float) -> Plan:
+    """The plan of a timing, with so many seconds in each process."""
+    return Plan(
+        arms=tuple(arms), preprocessing=made.sidecar.preprocessing, batch=batch, seconds=seconds, seed=options.seed
+    )
 
 
 def _widest(timing: Timing) -> float:

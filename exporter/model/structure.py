@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
@@ -39,6 +39,12 @@ def block(name: str) -> str:
     """The block that a module or operator belongs to (`stages.2.0`), or ""."""
     found = re.match(_BLOCK, name)
     return found[0] if found else ""
+
+
+def is_within(name: str, depths: Sequence[int]) -> bool:
+    """Whether a network of these depths has a module or weight of a deeper one; only blocks can be missing."""
+    found = re.match(r"stages\.(\d+)\.(\d+)(?=[./]|$)", name)
+    return found is None or int(found[2]) < depths[int(found[1])]
 
 
 def group(module: str) -> str:

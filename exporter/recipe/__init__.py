@@ -183,6 +183,13 @@ class Quantization(Record, frozen=True):
             "all 8 bits of weights; this is the class of this machine."
         ),
     ] = "portable"
+    even_if_slower: Annotated[
+        bool,
+        about(
+            "Build for this machine even if a short network of the same widths is slower than in the next higher "
+            "precision."
+        ),
+    ] = False
     max_drop: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
@@ -343,7 +350,7 @@ class Recipe(Record, frozen=True):
         for name in ("schema", "checks", "bench"):
             del fields[name]
         if fields["quantization"] is not None:
-            for name in ("max_drop", "data"):
+            for name in ("even_if_slower", "max_drop", "data"):
                 del fields["quantization"][name]
         return fields
 

@@ -140,3 +140,29 @@ def plain_is_closed(arm):
     if "/plain/" in arm.path and arm.runtime == "artifact":
         raise ValueError("no such device")
     yield by_form(arm)
+
+
+@contextlib.contextmanager
+def int8_is_slower(arm):
+    """Three milliseconds in int8, two in other precisions."""
+    yield Fake("any@3" if "int8" in arm.path.rpartition("/")[2] else "any@2")
+
+
+@contextlib.contextmanager
+def int8_is_faster(arm):
+    """One millisecond in int8, two in other precisions."""
+    yield Fake("any@1" if "int8" in arm.path.rpartition("/")[2] else "any@2")
+
+
+@contextlib.contextmanager
+def int8_is_alike(arm):
+    """Two milliseconds in every precision."""
+    yield Fake("any@2")
+
+
+@contextlib.contextmanager
+def int8_is_closed(arm):
+    """Int8 cannot be opened."""
+    if "int8" in arm.path.rpartition("/")[2]:
+        raise ValueError("no such kernel")
+    yield Fake("any@2")

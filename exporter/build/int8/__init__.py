@@ -11,7 +11,7 @@ import msgspec
 
 from exporter.artifact import Artifact
 from exporter.bench import Opener
-from exporter.build.int8 import speed
+from exporter.build.int8 import probe, speed
 from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search, sensitivities
 from exporter.build.int8.work import Work, prepare
 from exporter.build.resolve import Job, resolve
@@ -37,11 +37,13 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
     Returns: the artifact, and its report, which passes where the budget and the limits of the precision hold. If no
         candidate passes, the artifact is the one that loses least.
 
-    Raises: ExporterError, with nothing changed on disk.
+    Raises: CheckFailed where it would be slower on this machine (`probe`); other ExporterErrors. Nothing changed on
+        disk then.
     """
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
         data = open_data(job)  # before the calibration, which takes long
+        probe.refuse_slower(job, folder / "probe", opener)
         work = prepare(job, folder)
         with judging(work, folder, data) as judge:
             result = search(work, judge, partial(sensitivities, work))
