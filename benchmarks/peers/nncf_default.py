@@ -1,6 +1,6 @@
-"""Run by a peer's own Python: NNCF's post-training quantisation with its defaults, of an ONNX graph.
+"""Run by a peer's own Python: NNCF's post-training quantisation of an ONNX graph, with its defaults.
 
-`python nncf_default.py graph.onnx images.npy OUT.xml`
+`python nncf_default.py graph.onnx images.npy OUT.xml [OVERFLOW_FIX]`
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import sys
 import numpy as np
 
 
-def main(graph: str, images: str, out: str) -> None:
+def main(graph: str, images: str, out: str, overflow_fix: str = "") -> None:
     """Quantise and write the IR."""
     import nncf
     import openvino as ov
 
     batches = list(np.load(images))
-    quantised = nncf.quantize(ov.Core().read_model(graph), nncf.Dataset(batches), subset_size=len(batches))
+    options = {}
+    if overflow_fix:
+        fix = nncf.OverflowFix(overflow_fix)
+        options["advanced_parameters"] = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+    model = ov.Core().read_model(graph)
+    quantised = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), **options)
     ov.save_model(quantised, out, compress_to_fp16=False)
 
 
