@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from exporter.artifact.sidecar import Size, sides
 
-NAME = "dead leaves 1"  # and a number that rises when any image changes
-KEPT = 320  # images: a calibration set of 256 is gone through three times, and drawing one takes 40 ms
+NAME = "dead leaves 2"  # and a number that rises when any image changes
+KEPT = 320  # images: a calibration set is gone through up to three times, and drawing one takes 60 ms
 
 
 def dead_leaves(size: Size, seed: int, channels: int = 3) -> NDArray[np.uint8]:
@@ -42,12 +42,14 @@ def _square(size: int, seed: int) -> NDArray[np.uint8]:
     """One image (size, size, 3) of opaque discs that cover each other, not to be written to.
 
     Radii follow r⁻³, which gives the scale invariance and the 1/f² power spectrum of photographs (Lee, Mumford
-    and Huang, "Occlusion models for natural images", IJCV 2001); each disc is shaded by a linear gradient.
+    and Huang, "Occlusion models for natural images", IJCV 2001); each disc is shaded by a linear gradient. Colours are
+    those of the image's palette.
     """
     rng = np.random.default_rng(seed)
     smallest, largest = max(1.5, size / 100), size / 3
-    background = rng.uniform(0, 255, 3)
-    discs = [_disc(rng, size, smallest, largest) for _ in range(int(1200 * (size / 224) ** 0.5))]
+    palette = _palette(rng)
+    background = palette.color(rng)
+    discs = [_disc(rng, size, smallest, largest, palette) for _ in range(int(1200 * (size / 224) ** 0.5))]
     image = np.broadcast_to(background, (size, size, 3)).astype(np.float32)
     free = np.ones((size, size), bool)  # not covered by a disc that is further in front
     for disc in reversed(discs):  # most of them are covered entirely
@@ -55,6 +57,31 @@ def _square(size: int, seed: int) -> NDArray[np.uint8]:
     pixels = image.clip(0, 255).astype(np.uint8)
     pixels.flags.writeable = False
     return pixels
+
+
+class _Palette(NamedTuple):
+    """The colours of one image: their mean, and the deviation of what the channels share and of what they do not."""
+
+    mean: NDArray[np.float64]
+    luma: float
+    chroma: float
+
+    def color(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """One of the colours."""
+        return self.mean + rng.normal(0, self.luma) + rng.normal(0, self.chroma, 3)
+
+
+def _palette(rng: np.random.Generator) -> _Palette:
+    """The palette of an image, with a brightness, tint, contrast and saturation of its own.
+
+    Photographs differ in all four, and the channels of one vary together (Ruderman, Cronin and Chiao, "Statistics of
+    cone responses to natural images", JOSA A 1998). Without tints the ranges of a network with Global Response
+    Normalization come out too small. Of 520 photographs of Imagenette the 5th and the 95th percentile are 66 and 179
+    for the mean, 30 and 82 for the deviation of the grey image, and 3 and 29 for that of the channels around it; the
+    mean of a channel deviates by 8 to 17 from the grey one.
+    """
+    mean = rng.uniform(60, 190) + rng.normal(0, 20, 3)
+    return _Palette(mean, rng.uniform(15, 70), rng.uniform(3, 30))
 
 
 class _Disc(NamedTuple):
@@ -67,11 +94,11 @@ class _Disc(NamedTuple):
     slope: NDArray[np.float64]
 
 
-def _disc(rng: np.random.Generator, size: int, smallest: float, largest: float) -> _Disc:
+def _disc(rng: np.random.Generator, size: int, smallest: float, largest: float, palette: _Palette) -> _Disc:
     u = rng.uniform()  # the inverse of the cumulated r⁻³ between the two radii
     radius = (u * largest**-2 + (1 - u) * smallest**-2) ** -0.5
     x, y = rng.uniform(-radius, size + radius, 2)
-    return _Disc(x, y, radius, rng.uniform(0, 255, 3), rng.normal(0, 20, 2))
+    return _Disc(x, y, radius, palette.color(rng), rng.normal(0, 20, 2))
 
 
 def _paint(image: NDArray[np.float32], free: NDArray[np.bool_], disc: _Disc) -> None:

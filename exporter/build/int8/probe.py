@@ -9,13 +9,11 @@ from statistics import median
 
 from msgspec.structs import replace
 
-from exporter import artifact as artifacts
 from exporter.artifact import Artifact
 from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor
 from exporter.build.int8.work import prepare
 from exporter.build.resolve import Job
 from exporter.errors import CheckFailed, ExporterError, first_line
-from exporter.graph import files
 from exporter.model import structure
 from exporter.progress import note, silent, step
 from exporter.quantize.cpus import of_this_machine
@@ -91,15 +89,7 @@ def _build(short: Job, folder: Path) -> tuple[Artifact, Artifact]:
     """The short network in int8, and in the next higher precision."""
     folder.mkdir()
     work = prepare(short, folder)
-    quantized = work.make((), folder / "int8")
-    above, out = short.target.above_int8(), folder / "above"
-    sidecar = replace(work.sidecar, precision="fp32", recipe={**work.sidecar.recipe, "precision": "fp32"})
-    graph = artifacts.publish(
-        out / short.file("fp32").name, sidecar, lambda file: files.save(work.graph, file, sidecar.facts())
-    )
-    if short.target.lower is not None:
-        graph = short.target.lower(graph, above, out)
-    return quantized, short.target.build(graph, above, out, short.options)
+    return work.make((), folder / "int8"), work.above(folder / "above")
 
 
 def _time(job: Job, pair: tuple[Artifact, Artifact], opener: Opener) -> tuple[Timing, Center | None]:

@@ -70,12 +70,15 @@ class Timed:
 
 
 def baseline(work: Work, build: Callable[[Recipe, Path], Artifact], folder: Path) -> Artifact | None:
-    """The same network in the next higher precision; None where it cannot be built, with a note that says why."""
+    """The same network in the next higher precision, in its own form; None where it cannot be built, with a note that
+    says why."""
     job = work.job
     above = job.target.above_int8()
     export = msgspec.structs.replace(job.recipe.export, form=None)
     recipe = msgspec.structs.replace(job.recipe, precision=above, export=export, quantization=None)
     try:
+        if job.target.form(above, recipe.fixed_batch) == job.form:
+            return work.above(folder / "above")
         return build(recipe, folder / "above")
     except ExporterError as error:
         note(f"the {above} baseline for {job.recipe.precision} cannot be built: {first_line(error)}")

@@ -64,6 +64,21 @@ class Work:
         )
         return job.target.build(graph, job.recipe.precision, out, job.options)
 
+    def above(self, out: Path) -> Artifact:
+        """Build the same network in the next higher precision, from the same graph; smoothing changes no output of it.
+
+        Raises: ExporterError where the target cannot build it.
+        """
+        job, precision = self.job, self.job.target.above_int8()
+        recipe = {**self.sidecar.recipe, "precision": "fp32"}
+        sidecar = msgspec.structs.replace(self.sidecar, precision="fp32", recipe=recipe)
+        graph = artifacts.publish(
+            out / job.file("fp32").name, sidecar, lambda file: files.save(self.graph, file, sidecar.facts())
+        )
+        if job.target.lower is not None:
+            graph = job.target.lower(graph, precision, out)
+        return job.target.build(graph, precision, out, job.options)
+
     def _sidecar(self, kept: Collection[str]) -> Sidecar:
         layers = {
             name: int(self.statistics.macs(self.network.model, name)) for name in self.plan if part(name) not in kept
