@@ -148,13 +148,13 @@ def compare(source: Path, calib: str, data: str, sizes: tuple[int, int], seconds
     """Quantize a checkpoint in every way, compare the outputs with eager PyTorch, and time all."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        made = {runtime: _ours(runtime, source, calib, sizes, folder) for runtime in ("onnxruntime", "openvino")}
-        first = made["onnxruntime"]
+        ours = {runtime: _ours(runtime, source, calib, sizes, folder) for runtime in ("onnxruntime", "openvino")}
+        first = ours["onnxruntime"]
         images, labels = _photographs(first, data)
         network = weights.reload(first).model()
         with torch.inference_mode():
             expected = torch.cat([network(torch.from_numpy(images[i : i + 50])) for i in range(0, len(images), 50)])
-        paths, failures = _make(first, calib, folder, {runtime: one.path for runtime, one in made.items()}, network)
+        paths, failures = _make(first, calib, folder, {runtime: one.path for runtime, one in ours.items()}, network)
         arms = [
             Arm(name=name, path=str(path), threads=THREADS, weights=str(first.path)) for name, path in paths.items()
         ]

@@ -33,7 +33,7 @@ from exporter.recipe import bundled
 
 SIZE = 256  # images when no number is given
 SYNTHETIC_SIZE = 128  # with more, agreement of the trained atto networks with eager does not rise
-COMPARED = 32
+COMPARED = 32  # synthetic images on which a quantized network is compared with PyTorch
 COLUMNS = ("sha256", "path", "label")
 
 

@@ -42,9 +42,9 @@ def block(name: str) -> str:
 
 
 def is_within(name: str, depths: Sequence[int]) -> bool:
-    """Whether a network of these depths has a module or weight of a deeper one; only blocks can be missing."""
-    found = re.match(r"stages\.(\d+)\.(\d+)(?=[./]|$)", name)
-    return found is None or int(found[2]) < depths[int(found[1])]
+    """Whether a network with `depths` blocks in its stages has this module or weight of a deeper network."""
+    place = re.match(r"stages\.(\d+)\.(\d+)(?=[./]|$)", name)
+    return place is None or int(place[2]) < depths[int(place[1])]
 
 
 def group(module: str) -> str:

@@ -10,7 +10,7 @@ from statistics import median
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact
-from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor
+from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor, turns
 from exporter.build.int8.work import prepare
 from exporter.build.resolve import Job
 from exporter.errors import CheckFailed, ExporterError, first_line
@@ -52,7 +52,8 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
     try:
         with silent():
             pair = _build(short, folder)
-        timing, over = _time(job, pair, opener)
+        with turns.alone():
+            timing, over = _time(job, pair, opener)
     except ExporterError as error:
         note(f"whether {job.recipe.precision} is faster here cannot be measured: {first_line(error)}")
         return
