@@ -89,6 +89,7 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
     try:
         task(Line(connection, active, plan), plan, opener)
         connection.send(("done", None))
+        os._exit(0)  # all sessions are closed; an orderly end of the interpreter takes up to a second
     except (EOFError, BrokenPipeError):  # nobody is watching any more
         raise SystemExit(1) from None
     except Exception as error:
