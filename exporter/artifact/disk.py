@@ -12,6 +12,7 @@ from pathlib import Path
 
 from exporter.artifact import lockfile
 from exporter.errors import BadRequest, ExporterError, Unavailable
+from exporter.progress import note
 
 try:
     import fcntl
@@ -70,14 +71,27 @@ def _hold_lock_file(file: Path, wait: bool) -> Callable[[], None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One at a time: readers and writers of the artifacts of a folder."""
-    release = lock(folder) if folder.is_dir() else None
+def locked(folder: Path, waiting: str = "") -> Iterator[None]:
+    """One at a time: readers and writers of the artifacts of a folder.
+
+    Args:
+        folder: with the artifacts.
+        waiting: a note, if another process must be waited for.
+    """
+    release = _lock_or_wait(folder, waiting) if folder.is_dir() else None
     try:
         yield
     finally:
         if release is not None:
             release()
+
+
+def _lock_or_wait(folder: Path, waiting: str) -> Callable[[], None]:
+    if waiting:
+        with suppress(BlockingIOError):
+            return lock(folder, wait=False)
+        note(waiting)
+    return lock(folder)
 
 
 def cache_folder() -> Path:

@@ -56,7 +56,7 @@ def optimize(request: Request, out: Path, opener: Opener = worker.open_arm) -> O
         (out / "optimize").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o") from None
-    with locked(out / "optimize"):
+    with locked(out / "optimize", f"another search runs in {out}; waiting until it is done"):
         if (known := _known(search, out)) is not None:
             note(f"{known.result.artifact} is already there, from the same search")
             return known

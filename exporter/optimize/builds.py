@@ -17,7 +17,7 @@ from exporter.errors import ExporterError, first_line
 from exporter.optimize.candidates import Candidate
 from exporter.optimize.options import Request
 from exporter.optimize.store import Store
-from exporter.progress import note, step
+from exporter.progress import note, silent, step
 from exporter.recipe import Recipe
 
 
@@ -79,8 +79,9 @@ class Builder:
         folder = self.store.artifacts(candidate.name)
         if candidate.scope:
             return self.work(candidate).make(kept, folder)
-        self._copy_graph(candidate)
-        return build.build(self._recipe(candidate), folder).artifact
+        with silent():  # a step for each candidate is enough
+            self._copy_graph(candidate)
+            return build.build(self._recipe(candidate), folder).artifact
 
     def _copy_graph(self, candidate: Candidate) -> None:
         """Put the fp32 graph of the same form, if there is one, where the build of a candidate finds it."""

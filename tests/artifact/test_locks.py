@@ -241,3 +241,19 @@ def test_a_lock_of_another_machine_is_left_alone(tmp_path):
     with pytest.raises(lockfile.Held, match="is held by a process of another machine"):
         lockfile.hold(tmp_path / "lock", 0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch):
+    notes = []
+
+    def heard(text):
+        notes.append(text)
+        release()  # the other process is done
+
+    monkeypatch.setattr(disk, "note", heard)
+    release = disk.lock(tmp_path)
+    with disk.locked(tmp_path, "another search runs here"):
+        pass
+    with disk.locked(tmp_path, "nobody is waited for"):
+        pass
+    assert notes == ["another search runs here"]
