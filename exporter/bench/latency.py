@@ -62,9 +62,9 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     Raises: BadRequest for artifacts that cannot be timed together, or not at a batch size.
     """
     _check(artifacts, options)
+    _check_devices_here(artifacts, options, opener)
     if options.cache_dir is not None:
         _make(Path(options.cache_dir))
-    _check_devices_here(artifacts, options, opener)
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
