@@ -102,9 +102,10 @@ Opener = Callable[[Arm], AbstractContextManager[Session]]
 
 
 class Plan(Record, frozen=True):
-    """The schedule of a timing. All other arms are compared with the first one.
+    """The schedule of a timing.
 
-    `seconds` is the duration of the timing in one process, without loading and warm-up.
+    `seconds` is the duration of the timing in one process, without loading and warm-up. `compared` says whether the
+    outputs of the other arms are compared with those of the first one.
     """
 
     arms: tuple[Arm, ...]
@@ -112,12 +113,13 @@ class Plan(Record, frozen=True):
     batch: int = 1
     seconds: float = 1.0
     seed: int = 0
+    compared: bool = True
 
 
 class Launch(Record, frozen=True):
     """All arms timed in one fresh process: for each arm a list of blocks of milliseconds (one block a round), the
-    cosine of its outputs to those of the first arm, the number of batches it runs at once, the state of the machine,
-    and, if the arm reports them, milliseconds of the parts of a run."""
+    cosine of its outputs to those of the first arm (if they are compared), the number of batches it runs at once, the
+    state of the machine, and, if the arm reports them, milliseconds of the parts of a run."""
 
     blocks: dict[str, list[list[float]]]
     cosine: dict[str, float]

@@ -187,11 +187,14 @@ def peak_name(made: Artifact) -> str:
     return f"peak of {made.sidecar.backend} {made.sidecar.precision}"
 
 
-def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener) -> Timing:
+def time_batch(
+    arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener, compared: bool = True
+) -> Timing:
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
     models, processes = [Path(arm.name).name for arm in arms if arm.runtime != "peak"], supervisor.PROCESSES
     step(f"timing {', '.join(models)} in turn in {processes} fresh processes, batch {batch}")
-    timing, until = Timing(plan_of(arms, made, batch, options, options.duration / processes)), options.until
+    plan, until = plan_of(arms, made, batch, options, options.duration / processes, compared), options.until
+    timing = Timing(plan)
     if until is None:
         supervisor.measure(timing, opener, processes)
     else:
@@ -199,11 +202,14 @@ def time_batch(arms: list[Arm], made: Artifact, batch: int, options: BenchOption
     return timing
 
 
-def plan_of(arms: Sequence[Arm], made: Artifact, batch: int, options: BenchOptions, seconds: float) -> Plan:
+def plan_of(
+    arms: Sequence[Arm], made: Artifact, batch: int, options: BenchOptions, seconds: float, compared: bool = True
+) -> Plan:
     """The plan of a timing, with so many seconds in each process."""
     return Plan(
-        arms=tuple(arms), preprocessing=made.sidecar.preprocessing, batch=batch, seconds=seconds, seed=options.seed
-    )
+        arms=tuple(arms), preprocessing=made.sidecar.preprocessing, batch=batch, seconds=seconds, seed=options.seed,
+        compared=compared,
+    )  # fmt: skip
 
 
 def _widest(timing: Timing) -> float:

@@ -31,7 +31,9 @@ class _Failed(Exception):
         self.arm, self.reason = arm, reason
 
 
-def launches(timing: Timing, opener: Opener = worker.open_arm, hang_s: float = HANG_S) -> Iterator[Launch]:
+def launches(
+    timing: Timing, opener: Opener = worker.open_arm, hang_s: float = HANG_S, stop_on_failure: bool = False
+) -> Iterator[Launch]:
     """Time the arms of a plan, each time in a fresh process, until the caller stops the iteration.
 
     Launches and the failures of arms are stored in `timing`. No process is left while the caller handles a launch.
@@ -40,9 +42,10 @@ def launches(timing: Timing, opener: Opener = worker.open_arm, hang_s: float = H
         timing: what to time, and where to keep it.
         opener: opens an arm; a module-level function, because another process calls it.
         hang_s: seconds without a message after which an arm counts as hung.
+        stop_on_failure: stop as soon as an arm failed.
     """
     seed = timing.plan.seed
-    while any(arm.runtime != "peak" for arm in timing.standing()):
+    while any(arm.runtime != "peak" for arm in timing.standing()) and not (stop_on_failure and timing.failures):
         launch = _launch(timing, seed, opener, hang_s)
         seed += 1
         if launch is not None:
@@ -90,10 +93,10 @@ def measure(
     """
     most = max(most or 0, count * (1 + REPEATS))
     with turns.alone():
-        for _ in track(launches(timing, opener), count, "processes", lambda _: 1):
+        for _ in track(launches(timing, opener, HANG_S, stop_on_failure), count, "processes", lambda _: 1):
             measured = len(timing.launches)
             repeated = measured >= count * (1 + REPEATS) or len(_undisturbed(timing)) >= count
-            if measured >= most or (repeated and enough()) or (stop_on_failure and timing.failures):
+            if measured >= most or (repeated and enough()):
                 break
     if len(undisturbed := _undisturbed(timing)) >= count:
         timing.disturbed = len(timing.launches) - len(undisturbed)

@@ -126,7 +126,7 @@ def _launch(line: Line, plan: Plan, sessions: dict[str, Session], shuffle: rando
         conditions = watch.conditions()
     return Launch(
         blocks=rounds.blocks,
-        cosine=_cosines(bounds, [arm.name for arm in plan.arms if arm.runtime != "peak"], line),
+        cosine=_cosines(bounds, [arm.name for arm in plan.arms if plan.compared and arm.runtime != "peak"], line),
         streams={name: bounds[name].streams for name in names},
         facts={name: sessions[name].facts for name in names},
         settled={name: paces[name].settled for name in names},
@@ -154,12 +154,12 @@ def inputs(plan: Plan) -> list[Array]:
 
 
 def _cosines(bounds: dict[str, Bound], names: list[str], line: Line) -> dict[str, float]:
-    """The smallest cosine between outputs of an arm and the nearest output of the first arm.
+    """The smallest cosine between outputs of an arm and the nearest output of the first of `names`.
 
     The nearest is taken because arms are at different places in the rotation of inputs.
     """
     answers = {name: [_answer(bounds[name], name, line) for _ in range(INPUTS)] for name in names}
-    reference = answers[names[0]]
+    reference = next(iter(answers.values()), [])
     return {name: min(max(_cosine(got, one) for one in reference) for got in answers[name]) for name in names}
 
 

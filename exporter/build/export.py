@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
-PROBES = 1003  # seed of the first image; on these, the tanh form in one block of a small network differs by 2e-4
+FIRST_PROBE_SEED = 1003  # on these images the tanh form in one block of a small network differs by 2e-4
 
 
 def export(job: Job) -> Artifact:
@@ -242,7 +242,7 @@ def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
     resized = preprocessing if options.imgsz else preprocessing.at(96)
     count = min(3, options.batch or 3)
-    pixels = [synthetic.dead_leaves(resized.size, PROBES + i, resized.channels) for i in range(count)]
+    pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
     return np.stack([images.normalise(one, resized) for one in pixels])
 
 

@@ -296,7 +296,7 @@ def test_an_engine_is_timed_at_a_batch_that_it_runs(profiles, batch, artifacts, 
     engine = artifact.Artifact(made.path, msgspec.structs.replace(made.sidecar, target={"profiles": profiles}))
     search = SimpleNamespace(best=Candidate((), engine, None), tried=[Candidate((), engine, None)])
     work = SimpleNamespace(job=SimpleNamespace(recipe=recipe_of(precision="int8")))
-    monkeypatch.setattr(speed.latency, "time_batch", lambda arms, made, batch, options, opener: batch)
+    monkeypatch.setattr(speed.latency, "time_batch", lambda arms, made, batch, *rest, **others: batch)
     timed = speed.Timed(work, search, engine, None, None)
     assert (timed.batch, timed.timing) == (batch, batch)
 

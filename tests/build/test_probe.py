@@ -10,7 +10,7 @@ from exporter.bench import supervisor
 from exporter.build import int8, resolve
 from exporter.build.int8 import probe
 from exporter.errors import CheckFailed
-from exporter.model import structure
+from exporter.model import structure, weights
 from exporter.recipe import Quantization
 from exporter.recipe.fields import fields_of
 from tests.bench import fakes
@@ -42,10 +42,9 @@ def notes(monkeypatch):
 
 def refuse(source, tmp_path, opener, backend="onnxruntime", **fields):
     job = resolve(recipe_of(backend, "int8", weights=str(source), **fields), tmp_path)
-    state = dict(job.checkpoint.state)
+    before = weights.digest(job.checkpoint.state)
     probe.refuse_slower(job, tmp_path / "probe", opener)
-    assert job.checkpoint.state.keys() == state.keys(), "the whole network is still there to be built"
-    assert all(job.checkpoint.state[key] is state[key] for key in state)
+    assert weights.digest(job.checkpoint.state) == before, "the whole network is still there to be built"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,9 +52,10 @@ def test_slower_int8_stops_the_build_with_both_latencies(backend, tiny, tmp_path
     with pytest.raises(CheckFailed) as refused:
         refuse(tiny, tmp_path, fakes.int8_is_slower, backend)
     text = str(refused.value)
-    value, low, high = map(float, re.search(r"([\d.]+) × its speed \(95 % ([\d.]+)–([\d.]+);", text).groups())
+    value, low, high = map(float, re.search(r"([\d.]+) × \(95 % ([\d.]+)–([\d.]+);", text).groups())
     assert 0.6 < low <= value <= high < 0.72
-    assert re.search(r"3\.\d+ ms, 2\.\d+ ms in fp32|2\.9\d ms, (1\.9|2\.0)\d ms in fp32", text)
+    assert re.search(r"slower than (fp32|bf16) here: (2\.9|3\.)\d+ ms instead of (1\.9|2\.)\d+ ms", text)
+    assert "1, 1, 1, 1 of 1, 1, 2, 1 blocks" in text
     assert "--even-if-slower" in text
     assert len(launches) == supervisor.PROCESSES
 
@@ -70,14 +70,16 @@ def test_equal_speed_does_not_stop_the_build(tiny, tmp_path, launches, probing):
     assert len(launches) == supervisor.PROCESSES
 
 
-def test_what_cannot_be_timed_does_not_stop_the_build(tiny, tmp_path, notes, probing):
+def test_what_cannot_be_timed_does_not_stop_the_build(tiny, tmp_path, launches, notes, probing):
     refuse(tiny, tmp_path, fakes.int8_is_closed)
     assert "cannot be measured" in notes[-1]
     assert "no such kernel" in notes[-1]
+    assert len(launches) == 1, "the other model is not timed alone"
 
 
 @pytest.mark.parametrize("fields", [{"even_if_slower": True}, {"cpu": "arm"}])
-def test_nothing_is_timed_where_speed_here_does_not_matter(fields, tiny, tmp_path, launches, probing):
+def test_nothing_is_timed_where_speed_here_does_not_matter(fields, tiny, tmp_path, launches, probing, monkeypatch):
+    monkeypatch.setattr(probe, "of_this_machine", lambda: "portable")
     refuse(tiny, tmp_path, fakes.int8_is_slower, **fields)
     assert launches == []
 
@@ -90,8 +92,18 @@ def test_nothing_is_timed_where_only_weights_are_quantized(tiny, tmp_path, launc
 
 
 def test_nothing_is_timed_without_the_device(tiny, tmp_path, launches, probing):
-    refuse(tiny, tmp_path, fakes.int8_is_slower, "tensorrt")
+    job = resolve(recipe_of("tensorrt", "int8", weights=str(tiny)), tmp_path)
+    without_gpu = replace(job, runtime=replace(job.runtime, unable=lambda: "no GPU"))
+    probe.refuse_slower(without_gpu, tmp_path / "probe", fakes.int8_is_slower)
     assert launches == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_is_compared_with_the_form_that_the_higher_precision_ships_in(backend, tiny, tmp_path):
+    job = resolve(recipe_of(backend, "int8", weights=str(tiny)), tmp_path)
+    quantized, above = probe._build(job, tmp_path / "probe")
+    assert quantized.sidecar.recipe["export"]["form"] == job.form
+    assert above.sidecar.recipe["export"]["form"] == job.target.form(job.target.above_int8(), None)
 
 
 def test_the_command_ends_with_exit_code_5_and_leaves_nothing(tiny, run, tmp_path, monkeypatch, probing):

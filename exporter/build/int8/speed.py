@@ -41,9 +41,9 @@ class Timed:
             threads=setting.threads, hint=setting.hint, device=setting.device,
         )  # fmt: skip
         self.batch = batches_of(options, artifacts)[0]
-        self.timing: Timing = latency.time_batch(
-            latency.arms_of(artifacts, options), artifacts[0], self.batch, options, opener
-        )
+        arms = latency.arms_of(artifacts, options)
+        # Only latencies are used here, and the candidates were verified before.
+        self.timing: Timing = latency.time_batch(arms, artifacts[0], self.batch, options, opener, compared=False)
 
     def ms(self, artifact: Artifact) -> float:
         """The median latency of an artifact in milliseconds."""
@@ -78,7 +78,7 @@ def baseline(work: Work, build: Callable[[Recipe, Path], Artifact], folder: Path
     recipe = msgspec.structs.replace(job.recipe, precision=above, export=export, quantization=None)
     try:
         if job.target.form(above, recipe.fixed_batch) == job.form:
-            return work.above(folder / "above")
+            return work.build_above(folder / "above")
         return build(recipe, folder / "above")
     except ExporterError as error:
         note(f"the {above} baseline for {job.recipe.precision} cannot be built: {first_line(error)}")

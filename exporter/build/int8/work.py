@@ -64,7 +64,7 @@ class Work:
         )
         return job.target.build(graph, job.recipe.precision, out, job.options)
 
-    def above(self, out: Path) -> Artifact:
+    def build_above(self, out: Path) -> Artifact:
         """Build the same network in the next higher precision, from the same graph; smoothing changes no output of it.
 
         Raises: ExporterError where the target cannot build it.
