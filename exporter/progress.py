@@ -44,10 +44,21 @@ class Silent:
 REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039  (it has no state)
 
 
+class NotesOnly(Silent):
+    """Passes notes on, and draws nothing else."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def note(self, text: str) -> None:
+        """Pass a note on."""
+        self.reporter.note(text)
+
+
 @contextmanager
-def silent() -> Iterator[None]:
-    """Draw nothing inside the `with` block."""
-    token = REPORTER.set(Silent())
+def silent(notes: bool = False) -> Iterator[None]:
+    """Draw nothing inside the `with` block, or only `notes`."""
+    token = REPORTER.set(NotesOnly(REPORTER.get()) if notes else Silent())
     try:
         yield
     finally:

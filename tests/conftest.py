@@ -86,7 +86,7 @@ def the_same_verdicts_in_ci():
 
 @pytest.fixture(autouse=True, scope="session")
 def int8_of_tiny_networks_may_be_slower():
-    """Whether int8 is faster is probed by the tests of that, which take the function, and by no other."""
+    """Skip the speed test before int8 calibration; yields the real function for the tests of `probe`."""
     from exporter.build.int8 import probe
 
     with pytest.MonkeyPatch.context() as patch:

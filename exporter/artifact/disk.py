@@ -71,14 +71,14 @@ def _hold_lock_file(file: Path, wait: bool) -> Callable[[], None]:
 
 
 @contextmanager
-def locked(folder: Path, waiting: str = "") -> Iterator[None]:
+def locked(folder: Path, waiting_note: str = "") -> Iterator[None]:
     """One at a time: readers and writers of the artifacts of a folder.
 
     Args:
         folder: with the artifacts.
-        waiting: a note, if another process must be waited for.
+        waiting_note: printed before waiting for another process.
     """
-    release = _lock_or_wait(folder, waiting) if folder.is_dir() else None
+    release = _lock_or_wait(folder, waiting_note) if folder.is_dir() else None
     try:
         yield
     finally:
@@ -86,11 +86,11 @@ def locked(folder: Path, waiting: str = "") -> Iterator[None]:
             release()
 
 
-def _lock_or_wait(folder: Path, waiting: str) -> Callable[[], None]:
-    if waiting:
+def _lock_or_wait(folder: Path, waiting_note: str) -> Callable[[], None]:
+    if waiting_note:
         with suppress(BlockingIOError):
             return lock(folder, wait=False)
-        note(waiting)
+        note(waiting_note)
     return lock(folder)
 
 

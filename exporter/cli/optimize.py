@@ -16,7 +16,7 @@ JUDGED = ("samples", "outputs", "threshold", "when_unsure")
 """The fields of checks that a search needs."""
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_EXPORT = ("batch",)  # that of the search
-NO_QUANTIZATION = ("int8_scope",)  # all that a runtime takes are tried
+NO_QUANTIZATION = ("int8_scope", "even_if_slower")  # all scopes are tried, and speed is measured
 
 
 @click.command("optimize", short_help="Find the best artifact for this machine.")

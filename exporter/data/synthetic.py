@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from exporter.artifact.sidecar import Size, sides
 
 NAME = "dead leaves 2"  # and a number that rises when any image changes
-DRAWING = Lock()  # threads that draw at once wait for each other between short NumPy calls, and take twice as long
+DRAWING = Lock()  # one thread at a time: two at once take twice as long, because they wait for the interpreter
 KEPT = 320  # images: a calibration set is gone through up to three times, and drawing one takes 60 ms
 
 
@@ -63,7 +63,8 @@ def _square(size: int, seed: int) -> NDArray[np.uint8]:
 
 
 class _Palette(NamedTuple):
-    """The colours of one image: their mean, and the deviation of what the channels share and of what they do not."""
+    """The colours of one image: their mean, the standard deviation of the brightness, which all channels share, and
+    that of each channel on its own."""
 
     mean: NDArray[np.float64]
     luma: float

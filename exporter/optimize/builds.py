@@ -79,7 +79,7 @@ class Builder:
         folder = self.store.artifacts(candidate.name)
         if candidate.scope:
             return self.work(candidate).make(kept, folder)
-        with silent():  # a step for each candidate is enough
+        with silent(notes=True):  # each takes seconds; int8 shows its calibration
             self._copy_graph(candidate)
             return build.build(self._recipe(candidate), folder).artifact
 

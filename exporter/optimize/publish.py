@@ -107,9 +107,8 @@ def _recipe(search: Search, row: Row, artifact: Artifact) -> Recipe:
         limits = search.verifying
         checks = replace(checks, max_drop=limits.max_drop, min_agreement=limits.min_agreement)
     bench = Bench(threads=row.threads, batch=(options.batch,), hint=row.hint or "latency", device=_device(search))
-    if (
-        recipe.quantization is not None and artifact.sidecar.quantization is not None
-    ):  # in place of `this`; it was timed
+    if recipe.quantization is not None and artifact.sidecar.quantization is not None:
+        # The class of CPUs in place of `this`; no speed test, because the search timed the artifact.
         cpu = msgspec.convert(artifact.sidecar.quantization.cpu, CpuClass)
         recipe = replace(recipe, quantization=replace(recipe.quantization, cpu=cpu, even_if_slower=True))
     return replace(recipe, checks=checks, bench=bench)

@@ -187,8 +187,8 @@ class Quantization(Record, frozen=True):
     even_if_slower: Annotated[
         bool,
         about(
-            "Build for this machine even if a short network of the same widths is slower than in the next higher "
-            "precision."
+            "Skip the speed test before calibration, which stops the build where int8 is slower on this machine than "
+            "fp32, bf16 or fp16."
         ),
     ] = False
     max_drop: Annotated[

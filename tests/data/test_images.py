@@ -147,7 +147,7 @@ def test_dead_leaves_are_those_of_their_seed():
 
 
 def test_dead_leaves_of_other_shapes_are_cut_from_the_same_square():
-    """Those of three channels, which calibration sets are frozen from, are the same as ever."""
+    """Those of three channels, which calibration sets are frozen from, have this digest."""
     square = synthetic.dead_leaves(64, 3)
     assert hashlib.sha256(square.tobytes()).hexdigest()[:16] == "5af75324d3e04e99"
     assert np.array_equal(synthetic.dead_leaves((64, 32), 3), square[:, 16:48])
