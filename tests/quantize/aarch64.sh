@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Makes a folder with Python, NumPy and ONNX Runtime for Arm, which qemu-aarch64 runs: tests/quantize/aarch64.sh FOLDER
-# Needs apt-get of Debian 12; its lists and packages stay in the folder, and nothing is installed.
+# Needs apt-get of Debian 12 and a Python with pip (by default python3); nothing is installed outside the folder.
 set -euo pipefail
 folder=$(realpath -m "$1")
 here=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+rm -rf "$folder"/{debs,root,wheels,site}
 mkdir -p "$folder"/{lists/partial,cache/archives/partial,debs,root,wheels,site}
 touch "$folder/status"
 apt=(apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State="$folder" -o Dir::State::lists="$folder/lists"
@@ -18,8 +20,7 @@ for core in 0 1; do
   printf 'processor\t: %s\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp\n' "$core"
   printf 'CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n'
 done >"$folder/root/proc/cpuinfo"
-version=$(sed -n 's/^onnxruntime==//p' "$here/constraints.txt")
-python3 -m pip download --quiet --no-deps --only-binary :all: --python-version 311 --implementation cp \
+"$python" -m pip download --quiet --no-deps --only-binary :all: --python-version 311 --implementation cp \
   --platform manylinux_2_27_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
-  --dest "$folder/wheels" "onnxruntime==$version" numpy flatbuffers protobuf packaging
-for wheel in "$folder"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$folder/site"; done
+  --constraint "$here/constraints.txt" --dest "$folder/wheels" onnxruntime numpy flatbuffers protobuf packaging
+for wheel in "$folder"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$folder/site"; done
