@@ -107,8 +107,8 @@ def _kind_of_layer(layer: Any) -> str:
     return _kind(layer.node_type, {PRODUCT: products, NORM: ("MVN", "Norm", "Reduce"), GELU: ("Gelu",)})
 
 
-def _kind(operator: str, words: dict[str, tuple[str, ...]]) -> str:
-    return next((kind for kind, found in words.items() if any(word in operator for word in found)), REST)
+def _kind(operator: str, parts_of_names: dict[str, tuple[str, ...]]) -> str:
+    return next((kind for kind, parts in parts_of_names.items() if any(part in operator for part in parts)), REST)
 
 
 PROFILERS: dict[str, Callable[[Path, Array], list[list[Timed]]]] = {"onnxruntime": onnxruntime, "openvino": openvino}
@@ -125,10 +125,10 @@ def profile(backend: str, form: str | None, peak_gflops: float, folder: Path) ->
         whole = median(_ms(run) for _ in range(RUNS))
     sums: dict[str, list[float]] = defaultdict(list)
     for operations in PROFILERS[backend](artifact.path, images)[WARM_UP:]:
-        found = dict.fromkeys(KINDS, 0.0)
+        ms_of_kind = dict.fromkeys(KINDS, 0.0)
         for kind, taken in operations:
-            found[kind] += taken
-        for kind, taken in found.items():
+            ms_of_kind[kind] += taken
+        for kind, taken in ms_of_kind.items():
             sums[kind].append(taken)
     ms = {kind: median(values) for kind, values in sums.items()}
     macs = artifact.sidecar.macs or 0

@@ -1,10 +1,10 @@
-"""int8 of this tool beside the quantizers of NNCF and ONNX Runtime, calibrated and compared on the same photographs.
+"""int8 of this tool compared with NNCF and ONNX Runtime, calibrated and judged on the same photographs.
 
     python -m benchmarks.quantizers --weights W.safetensors … --calib photos/train --data photos/val -o FILE
 
 The others quantize the plain export of PyTorch as their documents say: `nncf.quantize` with each setting of its
 overflow fix, and `quantize_static` after `quant_pre_process`, with and without `reduce_range`. All are then timed in
-turn, batch 1, beside eager PyTorch.
+turn, batch 1, with eager PyTorch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from exporter.backends import Array, Session
 from exporter.bench import Arm, worker
 from exporter.build.int8.work import prepare
 from exporter.data.calibration import open_calibration
+from exporter.errors import first_line
 from exporter.model import weights
 from exporter.progress import note
 from exporter.recipe import Export, Model, PreprocessingOptions, Quantization, Recipe
@@ -165,7 +166,8 @@ def compare(source: Path, calib: str, data: str, sizes: tuple[int, int], seconds
         rows = {arm.name: _judge(arm, images, expected.numpy(), labels) for arm in arms}
         eager = Arm(name="eager", path=str(first.path), runtime="eager", threads=THREADS)
         timing = racing.race([eager, *arms], first.sidecar.preprocessing, 1, seconds, open_way)
-    for arm in arms:
+    failures |= timing.failures
+    for arm in (arm for arm in arms if arm.name not in failures):
         ms = racing.typical(racing.samples(timing, arm.name))
         timed = {"ms": ms, "over_eager": racing.ratio(timing, arm.name, "eager")}
         rows[arm.name] = msgspec.structs.replace(rows[arm.name], **timed)
@@ -216,8 +218,8 @@ def _make(
         try:
             paths[way.name] = ours[way.runtime] if way.make is None else way.make(folder, plain, batches)
         except Exception as error:  # noqa: BLE001  (whatever the other tools raise)
-            failures[way.name] = str(error)
-            note(f"{way.name}: {error}")
+            failures[way.name] = first_line(error).replace("|", "/")
+            note(f"{way.name}: {failures[way.name]}")
     return paths, failures
 
 
@@ -267,12 +269,12 @@ def main() -> None:
     parser.add_argument("--resize", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=60.0, help="Of timing, for each checkpoint.")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    said = parser.parse_args()
-    sizes, cases = (said.imgsz, said.resize), list[Case]()
-    for source in said.weights:
-        cases.append(compare(source, said.calib, said.data, sizes, said.seconds))
+    arguments = parser.parse_args()
+    sizes, cases = (arguments.imgsz, arguments.resize), list[Case]()
+    for source in arguments.weights:
+        cases.append(compare(source, arguments.calib, arguments.data, sizes, arguments.seconds))
         result = Result(environment=environment(THREADS), packages=peers.versions("nncf"), cases=tuple(cases))
-        write_file(said.output, msgspec.json.format(msgspec.json.encode(result)))
+        write_file(arguments.output, msgspec.json.format(msgspec.json.encode(result)))
     print(table(result))
 
 
