@@ -25,7 +25,9 @@ from benchmarks import (
     kill,
     optimize,
     plans,
+    profile,
     provenance,
+    quantizers,
     recipes,
 )
 from benchmarks.footprint import Footprint, table
@@ -46,6 +48,7 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/forms.md",
     "docs/int8.md",
+    "docs/optimize.md",
     "docs/peers.md",
     "docs/recipes.md",
     "docs/security.md",
@@ -80,7 +83,12 @@ def tables() -> dict[str, str]:
         for name in ("int8.json", "int8-without-vnni.json")
     )
     planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
-    optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)
+    optimized, of_tiny = (
+        msgspec.json.decode((MILAN / name).read_bytes(), type=optimize.Result)
+        for name in ("optimize.json", "optimize-tiny.json")
+    )
+    profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
+    side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
@@ -100,6 +108,9 @@ def tables() -> dict[str, str]:
         "agreement": agreement.table(others),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
         "optimize": optimize.tried_table(optimized) + machine(optimized.environment),
+        "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
+        "profile": profile.table(profiled) + machine(profiled.environment),
+        "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),

@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import exp
 from pathlib import Path
@@ -78,21 +78,20 @@ def picture(result: Result) -> str:
     return svg.replace("<svg ", f'<svg style="background: #fff" {namespace}', 1) + "\n"
 
 
-def table(result: Result) -> str:
-    """How good the choices of the repetitions were."""
-    good = sum(choice.slower <= WITHIN for choice in result.choices)
-    worst = max((choice.slower for choice in result.choices), default=1.0)
+def table(results: Sequence[Result]) -> str:
+    """How long the first search of each model took, and how good the choices of its repetitions were."""
     lines = [
         "| model | first search | repetitions | choice within 3 % of the best | worst choice |",
         "|---|--:|--:|--:|--:|",
     ]
-    whole, count = f"{result.search.seconds / 60:.1f} min", len(result.choices)
-    return (
-        "\n".join(
-            [*lines, f"| {result.model} | {whole} | {count} | {good} of {count} | {100 * (worst - 1):.1f} % slower |"]
-        )
-        + "\n"
-    )
+    for result in results:
+        cells = [result.model, f"{result.search.seconds / 60:.1f} min", "–", "–", "–"]
+        if result.choices:
+            good, count = sum(choice.slower <= WITHIN for choice in result.choices), len(result.choices)
+            worst = max(choice.slower for choice in result.choices)
+            cells[2:] = [str(count), f"{good} of {count}", f"{100 * (worst - 1):.1f} % slower"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def name_of(row: Row) -> str:
@@ -164,7 +163,7 @@ def main() -> None:
             write_file(arguments.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
             print(f"{number}: {choice.chosen}, {choice.slower:.3f} × slower than the best", file=sys.stderr)
         write_file(arguments.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-    print(table(result))
+    print(table([result]))
 
 
 if __name__ == "__main__":

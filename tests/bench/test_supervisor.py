@@ -150,7 +150,7 @@ def test_what_others_stretched_is_measured_again_and_left_out(field, monkeypatch
     monkeypatch.setattr(supervisor, "is_disturbed", IS_DISTURBED)
     first = timed(1, "eager").launches[0]
     made = [replace(first, conditions=conditions(**told)) for told in ({}, {field: 40}, {}, {}, {})]
-    monkeypatch.setattr(supervisor, "launches", lambda timing, opener: added(timing, made))
+    monkeypatch.setattr(supervisor, "launches", lambda timing, *rest: added(timing, made))
     timing = Timing(plan("eager"))
     supervisor.measure(timing, fakes.opened, 3)
     assert timing.launches == [made[0], made[2], made[3]]
@@ -160,7 +160,7 @@ def test_what_others_stretched_is_measured_again_and_left_out(field, monkeypatch
 def test_where_all_are_disturbed_each_is_measured_again_once_and_all_are_kept(monkeypatch):
     monkeypatch.setattr(supervisor, "is_disturbed", IS_DISTURBED)
     launch = replace(timed(1, "eager").launches[0], conditions=conditions(others_pct=50))
-    monkeypatch.setattr(supervisor, "launches", lambda timing, opener: added(timing, [launch] * 20))
+    monkeypatch.setattr(supervisor, "launches", lambda timing, *rest: added(timing, [launch] * 20))
     timing = Timing(plan("eager"))
     supervisor.measure(timing, fakes.opened, 3)
     assert len(timing.launches) == 6
