@@ -64,7 +64,7 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
 def _blocks(job: Job) -> str:
     """The blocks of each stage of the short network, and of the whole one."""
     depths = job.checkpoint.variant.architecture.depths
-    return f"{', '.join(map(str, shortened(depths)))} of {', '.join(map(str, depths))} blocks"
+    return f"{', '.join(map(str, shortened(depths)))} blocks instead of {', '.join(map(str, depths))}"
 
 
 def _short(job: Job) -> Job:
