@@ -46,22 +46,27 @@ def launches(
     """
     seed = timing.plan.seed
     while any(arm.runtime != "peak" for arm in timing.standing()) and not (stop_on_failure and timing.failures):
-        launch = _launch(timing, seed, opener, hang_s)
+        launch = _launch(timing, seed, opener, hang_s, goes_on=not stop_on_failure)
         seed += 1
         if launch is not None:
             timing.launches.append(launch)
             yield launch
 
 
-def _launch(timing: Timing, seed: int, opener: Opener, hang_s: float) -> Launch | None:
-    """Time the standing arms in one process; None, with the failure stored, if an arm failed."""
+def _launch(timing: Timing, seed: int, opener: Opener, hang_s: float, goes_on: bool) -> Launch | None:
+    """Time the standing arms in one process; None, with the failure stored, if an arm failed.
+
+    `goes_on` says whether the others are timed after a failure.
+    """
     launch: Launch | None = None
     try:
         for kind, content in _events(worker.time_arms, _plan(timing, seed), opener, hang_s):
             launch = content if kind == "launch" else launch
     except _Failed as failure:
         timing.failures[failure.arm] = failure.reason
-        note(f"{failure.arm} {failure.reason}{'; timing continues without it' if timing.standing() else ''}")
+        note(
+            f"{failure.arm} {failure.reason}{'; timing continues without it' if goes_on and timing.standing() else ''}"
+        )
         return None
     return launch
 

@@ -29,7 +29,7 @@ def probing(monkeypatch, int8_of_tiny_networks_may_be_slower):
 def launches(monkeypatch):
     """The timing processes that were started."""
     real, started = supervisor._launch, []
-    monkeypatch.setattr(supervisor, "_launch", lambda *words: started.append(1) or real(*words))
+    monkeypatch.setattr(supervisor, "_launch", lambda *words, **options: started.append(1) or real(*words, **options))
     return started
 
 
