@@ -133,7 +133,7 @@ def profile(backend: str, form: str | None, peak_gflops: float, folder: Path) ->
     ms = {kind: median(values) for kind, values in sums.items()}
     macs = artifact.sidecar.macs or 0
     return Row(
-        backend=backend, form=form or backends.target(backend).form("fp32", 1), ms=ms, whole_ms=whole,
+        backend=backend, form=artifact.sidecar.recipe["export"]["form"], ms=ms, whole_ms=whole,
         products_of_peak_pct=100 * 2e-6 * (macs - _depthwise_macs()) / ms[PRODUCT] / peak_gflops,
     )  # fmt: skip
 
