@@ -145,12 +145,12 @@ def keep_the_exporters_functions(patch: pytest.MonkeyPatch) -> None:
 def time_in_two_processes(patch: pytest.MonkeyPatch) -> None:
     """Time models in two or three processes instead of six after a short warm-up, compare them with the first product
     that could be the peak, and measure nothing again that another test disturbed."""
-    from exporter import backends
+    from exporter.backends import _peak
     from exporter.bench import supervisor, worker
     from exporter.optimize import search
 
     patch.setattr(worker, "WARM_UP_S", (0.02, 0.2))
-    patch.setattr(backends, "PRODUCTS", backends.PRODUCTS[:1])
+    patch.setattr(_peak, "PRODUCTS", _peak.PRODUCTS[:1])
     patch.setattr(supervisor, "PROCESSES", 2)
     for name in ("FORM_PROCESSES", "PROCESSES", "MOST_PROCESSES"):
         patch.setattr(search, name, 3)  # of which an interval is taken

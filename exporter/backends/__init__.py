@@ -6,11 +6,9 @@ A check sees only `Session`; runtimes never see each other.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
@@ -31,9 +29,6 @@ Outputs = tuple[Array, ...]
 
 NARROW = frozenset({"int8", "uint8", "fp8"})
 """8-bit precisions, as `Layer.precision` names them."""
-MAP_SIDE = 32
-ROWS = MAP_SIDE**2
-PEAK_RUNS = 8
 
 
 @dataclass(frozen=True)
@@ -62,88 +57,6 @@ class Session(Protocol):
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Put the inputs in place on the device: one or more batches (N, C, H, W), taken in turn, the first first."""
-
-
-@dataclass(frozen=True)
-class PeakProduct:
-    """A matrix product of `ROWS` rows, or a 1×1 convolution on as many pixels, with as many channels in as out."""
-
-    channels: int
-    convolution: bool
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of one product."""
-        return ROWS * self.channels**2
-
-    def __str__(self) -> str:
-        side = self.channels
-        if self.convolution:
-            return f"1×1 convolution of {side} to {side} channels on {MAP_SIDE} × {MAP_SIDE} pixels"
-        return f"{ROWS} × {side} × {side} matrix product"
-
-    def input(self) -> Array:
-        """The input, float32: (rows, channels) of a matrix product, (1, channels, H, W) of a convolution."""
-        shape = (1, self.channels, MAP_SIDE, MAP_SIDE) if self.convolution else (ROWS, self.channels)
-        return _normal(shape, 0)
-
-    def matrix(self) -> Array:
-        """The weights, float32: (in, out) of a matrix product, (out, in, 1, 1) of a convolution."""
-        shape = (self.channels, self.channels, 1, 1) if self.convolution else (self.channels, self.channels)
-        return _normal(shape, 1)
-
-
-@cache
-def _normal(shape: tuple[int, ...], seed: int) -> Array:
-    """Normal numbers, made once in a process: several runtimes and precisions take the same products."""
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-PRODUCTS = tuple(PeakProduct(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
-"""Candidates for the peak of a runtime."""
-LARGE_PRODUCTS = tuple(PeakProduct(4096, convolution) for convolution in (False, True))
-"""More candidates for devices other than a CPU."""
-
-
-class Product:
-    """A product on a runtime, as a session: the speed of a ConvNeXt there is compared with that of this."""
-
-    def __init__(self, session: Session, weights: PeakProduct) -> None:
-        self.session, self.weights = session, weights
-        self.facts = {**session.facts, "product": str(weights), "macs": str(weights.macs)}
-
-    def __call__(self, images: Array) -> Outputs:
-        """The product; the images are not looked at."""
-        del images
-        return self.session(self.weights.input())
-
-    def bind(self, batches: Sequence[Array]) -> Bound:
-        """The product, whatever the batches are."""
-        del batches
-        return self.session.bind([self.weights.input()])
-
-
-@contextmanager
-def fastest_product(
-    open_product: Callable[[PeakProduct], AbstractContextManager[Session]], device: str
-) -> Iterator[Product]:
-    """The product with the most multiply-accumulates a second on a runtime: the peak of the runtime."""
-    rates = {}
-    for weights in PRODUCTS if device.lower() == "cpu" else PRODUCTS + LARGE_PRODUCTS:
-        with open_product(weights) as session:
-            rates[weights] = weights.macs / _least_seconds(session.bind([weights.input()]))
-    best = max(rates, key=lambda weights: rates[weights])
-    with open_product(best) as session:
-        yield Product(session, best)
-
-
-def _least_seconds(bound: Bound) -> float:
-    taken = []
-    for _ in range(PEAK_RUNS):
-        begin = time.perf_counter()
-        bound.run()
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
 
 
 def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
@@ -210,7 +123,7 @@ class Runtime(Generic[Opt]):
     opens_onnx: whether `open` takes the fp32 ONNX graph of any target, so that a traced graph can be checked with it.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
-    peak: the fastest of `PRODUCTS` on this runtime in the arithmetic of an artifact, to be timed beside it.
+    peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it.
     """
 
     name: str
@@ -224,7 +137,7 @@ class Runtime(Generic[Opt]):
     opens_onnx: bool = False
     layers: Callable[[Artifact, Opt], list[Layer]] | None = None
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]] | None = None
-    peak: Callable[[Artifact, Opt], AbstractContextManager[Product]] | None = None
+    peak: Callable[[Artifact, Opt], AbstractContextManager[Session]] | None = None
 
 
 @dataclass(frozen=True)

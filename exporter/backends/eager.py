@@ -18,13 +18,11 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
-    PeakProduct,
-    Product,
     Runtime,
     _cuda,
-    fastest_product,
     require,
 )
+from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.errors import BadRequest, Unavailable
 from exporter.model.structure import last_operators
 
@@ -207,7 +205,7 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
         else:
             yield EagerSession(lambda matrix: matrix @ weight, options.device)
 
-    with _threads(options.threads), fastest_product(product, options.device) as fastest:
+    with _threads(options.threads), fastest_product(product) as fastest:
         yield fastest
 
 

@@ -23,17 +23,15 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
-    PeakProduct,
-    Product,
     Runtime,
     Target,
     TargetOptions,
     _cuda,
     as_taken,
-    fastest_product,
     installed,
     require,
 )
+from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
 from exporter.machine import cores
@@ -275,7 +273,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 
-    with fastest_product(product, options.device) as fastest:
+    with fastest_product(product) as fastest:
         yield fastest
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from exporter import report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
-from exporter.backends import PeakProduct
+from exporter.backends._peak import PeakProduct
 from exporter.bench import Arm, Launch, Plan, Timing, check_devices, latency, supervisor
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest

@@ -26,15 +26,13 @@ from exporter.backends import (
     Layer,
     Options,
     Outputs,
-    PeakProduct,
-    Product,
     Runtime,
     Target,
     TargetOptions,
     as_taken,
-    fastest_product,
     require,
 )
+from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.openvino.devices import in_use, members, properties, text
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
@@ -296,7 +294,7 @@ def peak(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Product]:
         compiled = _compile(artifact, options, lambda _: _product(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
-    with fastest_product(product, options.device) as fastest:
+    with fastest_product(product) as fastest:
         yield fastest
 
 
