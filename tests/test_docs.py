@@ -10,11 +10,12 @@ from msgspec.structs import replace
 from PIL import Image
 
 from benchmarks import docs, provenance
-from exporter.bench import latency
+from exporter.bench import Plan, latency
 from exporter.build import tune
 from exporter.build.int8 import speed
 from exporter.data.synthetic import dead_leaves
 from exporter.model import hub, variants
+from exporter.optimize import search
 from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
@@ -56,6 +57,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     bench = latency.bench  # for a second instead of ten: that the command runs, not how fast the model is
     monkeypatch.setattr(latency, "bench", lambda made, options, *rest: bench(made, replace(options, duration=1), *rest))
+    monkeypatch.setattr(search, "Plan", lambda **facts: Plan(**{**facts, "seconds": 0.5}))
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
