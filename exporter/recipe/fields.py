@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -45,7 +47,8 @@ class Field:
         return None
 
 
-def fields_of(kind: type[msgspec.Struct]) -> dict[str, Field]:
+@cache
+def fields_of(kind: type[msgspec.Struct]) -> Mapping[str, Field]:
     """The fields of a record by name, in order."""
     hints = get_type_hints(kind, include_extras=True)
     fields = {}
@@ -59,7 +62,7 @@ def fields_of(kind: type[msgspec.Struct]) -> dict[str, Field]:
             hint = Annotated[(hint.__origin__, *limits)] if limits else hint.__origin__
         default = info.default if info.default_factory is msgspec.NODEFAULT else info.default_factory()
         fields[info.name] = Field(info.name, hint, default, description, extra)
-    return fields
+    return MappingProxyType(fields)
 
 
 def kinds(hint: Any) -> Sequence[Any]:

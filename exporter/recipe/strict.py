@@ -141,7 +141,7 @@ def _override(root: yaml.Node, override: str, marks: Marks) -> None:
         node = new
 
 
-def read(root: yaml.Node, kind: type[Any], marks: Marks, path: Path = ()) -> dict[str, Any]:
+def read(root: yaml.Node, kind: type[msgspec.Struct], marks: Marks, path: Path = ()) -> dict[str, Any]:
     """The keys of a section whose values fit the fields of a record; every problem goes into the marks."""
     known = fields_of(kind)
     values: dict[str, Any] = {}
