@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import difflib
 import errno
 import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
@@ -22,6 +25,7 @@ FILES = {
 }
 """Commands by the module of this package that has them; commands that build are derived from the targets."""
 
+REPEATED_AFTER_S = 0.05  # seconds until an interrupt that Python discarded is repeated
 BUILD_WORDS = ("export", "build", "convert")
 
 
@@ -111,13 +115,36 @@ def _show(error: click.ClickException) -> None:
     error.show()
 
 
-def main() -> NoReturn:
-    """Run a command line. An error that the user can fix is one line and an exit code."""
-    for name in ("SIGTERM", "SIGHUP"):  # as CI and a closed terminal send them
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, as CI and a closed terminal send them.
+
+    Python discards an exception in a destructor or in the callback of a weak reference, and PyTorch's exporter runs
+    many of them: an interrupt that falls into one is repeated.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
+    report = sys.unraisablehook
+
+    def interrupt_again(discarded: sys.UnraisableHookArgs) -> None:
+        if issubclass(discarded.exc_type, KeyboardInterrupt):
+            threading.Timer(REPEATED_AFTER_S, _thread.interrupt_main).start()
+        else:
+            report(discarded)
+
+    sys.unraisablehook = interrupt_again
     try:
-        code = cli.main(standalone_mode=False)
+        yield
+    finally:
+        sys.unraisablehook = report
+
+
+def main() -> NoReturn:
+    """Run a command line. An error that the user can fix is one line and an exit code."""
+    try:
+        with _interruptible():
+            code = cli.main(standalone_mode=False)
     except click.NoSuchOption as error:
         close = _close(error.option_name, error.possibilities or ())
         _show(click.NoSuchOption(error.option_name, possibilities=close, ctx=error.ctx))

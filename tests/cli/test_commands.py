@@ -278,6 +278,34 @@ def test_ctrl_c_and_its_like_are_exit_4_and_leave_no_torn_file(name, tiny, tmp_p
     assert not out.exists() or list(out.iterdir()) == []
 
 
+INTERRUPTED_IN_A_CALLBACK = """
+import signal, time, weakref
+from exporter import cli
+
+class Weight: pass
+
+def work(standalone_mode):
+    weight = Weight()
+    reference = weakref.ref(weight, lambda _: signal.raise_signal(signal.{name}))
+    del weight
+    for _ in range(500):
+        time.sleep(0.01)
+    print("went on")
+
+cli.cli.main = work
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_python_discards_is_repeated(name):
+    """Python discards what the callback of a weak reference raises."""
+    script = INTERRUPTED_IN_A_CALLBACK.format(name=name)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.splitlines() == ["interrupted: no file is incomplete; run the same command again"]
+
+
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -c 'from exporter.cli import main; main()' variants | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
