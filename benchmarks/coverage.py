@@ -42,7 +42,7 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  #
 
 class Repetition(Record, frozen=True):
     """How many times faster one artifact is than the other, with the 95 % interval; the number of processes, and of
-    those that were measured again; and why the ratio is marked as noisy, or ""."""
+    those that were measured again; why the ratio is marked as noisy, or ""; and how other processes disturbed it."""
 
     loaded: bool
     ratio: float
@@ -52,6 +52,14 @@ class Repetition(Record, frozen=True):
     measured_again: int
     noise: str
     seconds: float
+    disturbances: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on the speed-up: none where other processes disturbed the timing."""
+        if self.disturbances:
+            return "no verdict"
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference measurable"
 
     @property
     def holds(self) -> bool:
@@ -110,6 +118,7 @@ def repeat(one: Artifact, other: Artifact, threads: int, seconds: float, seed: i
         processes=len(timing.launches),
         measured_again=timing.disturbed,
         noise=latency.noise_of(timing, ratio),
+        disturbances=tuple(machine.disturbances([launch.conditions for launch in timing.launches])),
         seconds=round(time.monotonic() - begin, 1),
     )
 
@@ -132,18 +141,20 @@ def summary(repetitions: Sequence[Repetition]) -> str:
     return "\n".join(lines)
 
 
+VERDICTS = ("faster", "no difference measurable", "slower", "no verdict")
+
+
 def verdicts(repetitions: Sequence[Repetition]) -> str:
-    """How often an artifact was called faster, slower, or neither."""
-    lines = ["| one core | repetitions | faster | no difference measurable | slower | speed-ups | marked noisy |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    """How often an artifact got each verdict."""
+    lines = [f"| one core | repetitions | {' | '.join(VERDICTS)} | speed-ups | marked noisy |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, loaded in (("free", False), ("loaded", True)):
         rows = [one for one in repetitions if one.loaded == loaded]
-        faster, slower = sum(one.low > 1 for one in rows), sum(one.high < 1 for one in rows)
+        counts = " | ".join(str(sum(one.verdict == verdict for one in rows)) for verdict in VERDICTS)
         ratios = [one.ratio for one in rows]
         span = f"{min(ratios):.2f}–{max(ratios):.2f} ×" if rows else "–"
         noisy = sum(bool(one.noise) for one in rows)
-        neither = len(rows) - faster - slower
-        lines.append(f"| {name} | {len(rows)} | {faster} | {neither} | {slower} | {span} | {noisy} |")
+        lines.append(f"| {name} | {len(rows)} | {counts} | {span} | {noisy} |")
     return "\n".join(lines)
 
 

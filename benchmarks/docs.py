@@ -90,6 +90,7 @@ def tables() -> dict[str, str]:
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
+    gains = msgspec.json.decode((MILAN / "gain.json").read_bytes(), type=coverage.Experiment)
     killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
     again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
     readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
@@ -107,6 +108,7 @@ def tables() -> dict[str, str]:
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
+        "gain": f"{coverage.verdicts(gains.repetitions)}\n" + machine(gains.environment, gains.commit),
         "optimize": optimize.tried_table(optimized) + machine(optimized.environment),
         "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
         "profile": profile.table(profiled) + machine(profiled.environment),

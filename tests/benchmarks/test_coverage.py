@@ -4,10 +4,11 @@ from benchmarks import coverage
 from benchmarks.coverage import Repetition
 
 
-def repetition(low, high, loaded=False, noise=""):
+def repetition(low, high, loaded=False, noise="", disturbances=()):
     return Repetition(
-        loaded=loaded, ratio=(low + high) / 2, low=low, high=high, processes=5, measured_again=0, noise=noise, seconds=1
-    )
+        loaded=loaded, ratio=(low + high) / 2, low=low, high=high, processes=5, measured_again=0, noise=noise,
+        seconds=1, disturbances=disturbances,
+    )  # fmt: skip
 
 
 def test_intervals_that_hold_one_are_counted_apart_from_those_that_call_one_faster():
@@ -34,7 +35,12 @@ def test_an_artifact_is_timed_against_itself(artifacts):
 
 
 def test_verdicts_are_counted_by_the_load_of_the_machine():
-    repetitions = [repetition(1.1, 1.3), repetition(0.9, 1.1), repetition(0.7, 0.9, True, "noisy")]
+    repetitions = [
+        repetition(1.1, 1.3),
+        repetition(0.9, 1.1),
+        repetition(0.7, 0.9, True, "noisy"),
+        repetition(0.7, 0.9, True, "noisy", ("other processes used 45 %",)),
+    ]
     lines = coverage.verdicts(repetitions).splitlines()
-    assert lines[2] == "| free | 2 | 1 | 1 | 0 | 1.00–1.20 × | 0 |"
-    assert lines[3] == "| loaded | 1 | 0 | 0 | 1 | 0.80–0.80 × | 1 |"
+    assert lines[2] == "| free | 2 | 1 | 1 | 0 | 0 | 1.00–1.20 × | 0 |"
+    assert lines[3] == "| loaded | 2 | 0 | 0 | 1 | 1 | 0.80–0.80 × | 2 |"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
+from exporter import machine
 from exporter.bench import supervisor
 from exporter.build import int8, resolve
 from exporter.build.int8 import probe
@@ -21,8 +22,9 @@ BACKENDS = ("onnxruntime", "openvino")
 
 @pytest.fixture
 def probing(monkeypatch, int8_of_tiny_networks_may_be_slower):
-    """The rest of the suite does not probe."""
+    """The rest of the suite does not probe; other tests run beside."""
     monkeypatch.setattr(probe, "refuse_slower", int8_of_tiny_networks_may_be_slower)
+    monkeypatch.setattr(machine, "disturbances", lambda conditions: [])
 
 
 @pytest.fixture
@@ -58,6 +60,12 @@ def test_slower_int8_stops_the_build_with_both_latencies(backend, tiny, tmp_path
     assert "1, 1, 2, 1 blocks instead of 1, 1, 2, 1" in text
     assert "--even-if-slower" in text
     assert len(launches) == supervisor.PROCESSES
+
+
+def test_nothing_is_concluded_beside_other_work(tiny, tmp_path, launches, notes, probing, monkeypatch):
+    monkeypatch.setattr(machine, "disturbances", lambda conditions: ["other processes used 45 % of the machine"])
+    refuse(tiny, tmp_path, fakes.int8_is_slower)
+    assert notes == ["whether int8 is faster here cannot be judged: other processes used 45 % of the machine"]
 
 
 def test_clearly_faster_int8_needs_one_process(tiny, tmp_path, launches, probing):

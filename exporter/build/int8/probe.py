@@ -9,6 +9,7 @@ from statistics import median
 
 from msgspec.structs import replace
 
+from exporter import machine
 from exporter.artifact import Artifact
 from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor, turns
 from exporter.build.int8.work import prepare
@@ -38,7 +39,8 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
         folder: for the two artifacts.
         opener: opens a model in the timing process.
 
-    Raises: CheckFailed with both latencies, where the whole 95 % interval of the speed-up is below 1.
+    Raises: CheckFailed with both latencies, where the whole 95 % interval of the speed-up is below 1 and no other
+        process disturbed the timing.
     """
     quantization, placement = job.recipe.quantization, job.placement
     assert quantization is not None
@@ -57,8 +59,12 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
     except ExporterError as error:
         note(f"whether {precision} is faster here cannot be measured: {first_line(error)}")
         return
-    if log_speedup is not None and log_speedup.high < 0:
-        _refuse(job, timing, log_speedup)
+    if log_speedup is None or log_speedup.high >= 0:
+        return
+    if disturbances := machine.disturbances([launch.conditions for launch in timing.launches]):
+        note(f"whether {precision} is faster here cannot be judged: {', '.join(disturbances)}")
+        return
+    _refuse(job, timing, log_speedup)
 
 
 def _blocks(job: Job) -> str:

@@ -9,6 +9,7 @@ from statistics import median
 
 import msgspec
 
+from exporter import machine
 from exporter.artifact import Artifact
 from exporter.backends import NARROW, Layer
 from exporter.bench import Opener, Timing, batches_of, flat, latency
@@ -125,12 +126,15 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
 
 
 def _verdict(timed: Timed, search: Search, layers: Sequence[Layer]) -> str:
-    """Both latencies, and which is faster, if the 95 % interval of the ratio tells."""
+    """Both latencies, and which is faster, if the 95 % interval of the ratio tells and no other process disturbed the
+    timing."""
     check, above, best = search.precision, timed.above, search.best
     _, low, high = timed.ratio(best.artifact, timed.baseline)
     quantized, baseline = timed.ms(best.artifact), timed.ms(timed.baseline)
     times = f"{quantized:.2f} ms, {baseline:.2f} ms in {above}, {timed.setting(best.artifact)}"
-    if low > 1:
+    if machine.disturbances([launch.conditions for launch in timed.timing.launches]):
+        verdict = f"no verdict beside other work: {times} ({low:.2f}–{high:.2f} ×)"
+    elif low > 1:
         verdict = times
     elif high < 1:
         verdict = f"{check} is slower than {above} here: {times}; {_reason(best, layers)}"
