@@ -52,6 +52,14 @@ def photographs_once(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def statistics_once(tmp_path_factory):
+    """A calibration set is measured for the first test that asks, in whichever process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(once.shared_folder(tmp_path_factory, "cache-of-photographs")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """Every second of the 2,000 photographs."""
