@@ -42,7 +42,7 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  #
 
 class Repetition(Record, frozen=True):
     """How many times faster one artifact is than the other, with the 95 % interval; the number of processes, and of
-    those that were measured again; why the ratio is marked as noisy, or ""; and how other processes disturbed it."""
+    those that were measured again; and why the ratio is marked as noisy, or ""."""
 
     loaded: bool
     ratio: float
@@ -52,12 +52,12 @@ class Repetition(Record, frozen=True):
     measured_again: int
     noise: str
     seconds: float
-    disturbances: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """The verdict on the speed-up: none where other processes disturbed the timing."""
-        if self.disturbances:
+        """The verdict on the speed-up: none if the timing was disturbed, which is a reason beside a wide interval."""
+        reasons = self.noise.removeprefix("noisy: ").split(", ")
+        if any(reason and not reason.startswith("interval") for reason in reasons):
             return "no verdict"
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "no difference measurable"
 
@@ -118,7 +118,6 @@ def repeat(one: Artifact, other: Artifact, threads: int, seconds: float, seed: i
         processes=len(timing.launches),
         measured_again=timing.disturbed,
         noise=latency.noise_of(timing, ratio),
-        disturbances=tuple(machine.disturbances([launch.conditions for launch in timing.launches])),
         seconds=round(time.monotonic() - begin, 1),
     )
 

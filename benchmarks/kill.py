@@ -121,7 +121,7 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     speed.SECONDS_EACH, supervisor.PROCESSES, supervisor.REPEATS, worker.WARM_UP_S = 0.3, 2, 0, (0.02, 0.2)
-    _peak.PRODUCTS = _peak.PRODUCTS[:1]
+    _peak.PRODUCTS, _peak.LARGE_PRODUCTS = _peak.PRODUCTS[:1], ()
     fork_timing_processes()
     os.chdir(recipes[0].parent)
     outcomes = run.run_all(run.read_all(recipes, out))

@@ -151,6 +151,7 @@ def time_in_two_processes(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(worker, "WARM_UP_S", (0.02, 0.2))
     patch.setattr(_peak, "PRODUCTS", _peak.PRODUCTS[:1])
+    patch.setattr(_peak, "LARGE_PRODUCTS", ())
     patch.setattr(supervisor, "PROCESSES", 2)
     for name in ("FORM_PROCESSES", "PROCESSES", "MOST_PROCESSES"):
         patch.setattr(search, name, 3)  # of which an interval is taken

@@ -54,7 +54,7 @@ def photographs_once(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def statistics_once(tmp_path_factory):
-    """A calibration set is measured for the first test that asks, in whichever process."""
+    """All tests of this module share one cache of calibration statistics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(once.shared_folder(tmp_path_factory, "cache-of-photographs")))
         yield

@@ -56,7 +56,7 @@ PRODUCTS = tuple(PeakProduct(channels, convolution) for channels in (512, 1024) 
 """Candidates for the peak of a runtime."""
 LARGE_PRODUCTS = tuple(PeakProduct(4096, convolution) for convolution in (False, True))
 SHORT_S = 2e-3
-"""The large products are candidates too where each of `PRODUCTS` takes less: then they are too small for the device."""
+"""Seconds. If each of `PRODUCTS` takes less, they are too small to reach the peak, and the large ones are timed too."""
 
 
 class Product:

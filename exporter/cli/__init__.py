@@ -120,23 +120,28 @@ def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, as CI and a closed terminal send them.
 
     Python discards an exception in a destructor or in the callback of a weak reference, and PyTorch's exporter runs
-    many of them: an interrupt that falls into one is repeated.
+    many of them. If an interrupt is discarded this way, it is raised again after `REPEATED_AFTER_S`.
     """
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.default_int_handler)
-    report = sys.unraisablehook
+    report, timers = sys.unraisablehook, list[threading.Timer]()
 
     def interrupt_again(discarded: sys.UnraisableHookArgs) -> None:
-        if issubclass(discarded.exc_type, KeyboardInterrupt):
-            threading.Timer(REPEATED_AFTER_S, _thread.interrupt_main).start()
-        else:
+        if not issubclass(discarded.exc_type, KeyboardInterrupt):
             report(discarded)
+        elif not any(timer.is_alive() for timer in timers):
+            timer = threading.Timer(REPEATED_AFTER_S, _thread.interrupt_main, (signal.SIGTERM,))
+            timer.daemon = True
+            timers.append(timer)
+            timer.start()
 
     sys.unraisablehook = interrupt_again
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         sys.unraisablehook = report
 
 

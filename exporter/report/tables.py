@@ -34,6 +34,8 @@ def name(report: Report) -> str:
     return str(report.artifact.get("label") or Path(str(report.artifact.get("path", "?"))).name)
 
 
+NO_VERDICT = "no verdict, the timing was disturbed"
+"""How the detail of a speed-up begins that other work disturbed."""
 METRICS = {
     "gain": "speed-up",
     "int8_speedup": "speed-up over eager PyTorch",
@@ -199,14 +201,14 @@ def sensitivity(reports: Sequence[Report]) -> Table:
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """The lines above all tables: artifacts whose int8 layers are not faster than the baseline."""
+    """The lines above all tables: artifacts whose int8 layers are not faster than the baseline, or have no verdict."""
     gains = ((name(report), report.find("gain")) for report in reports)
     return [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
 
 
 def not_faster(gain: Finding) -> bool:
-    """Whether the 95 % interval of a speed-up is missing or reaches down to 1."""
-    return gain.metric == "gain" and (gain.low is None or gain.low <= 1)
+    """Whether the 95 % interval of a speed-up is missing or reaches down to 1, or its timing was disturbed."""
+    return gain.metric == "gain" and (gain.low is None or gain.low <= 1 or gain.detail.startswith(NO_VERDICT))
 
 
 def latency(reports: Sequence[Report]) -> Table:

@@ -4,11 +4,10 @@ from benchmarks import coverage
 from benchmarks.coverage import Repetition
 
 
-def repetition(low, high, loaded=False, noise="", disturbances=()):
+def repetition(low, high, loaded=False, noise=""):
     return Repetition(
-        loaded=loaded, ratio=(low + high) / 2, low=low, high=high, processes=5, measured_again=0, noise=noise,
-        seconds=1, disturbances=disturbances,
-    )  # fmt: skip
+        loaded=loaded, ratio=(low + high) / 2, low=low, high=high, processes=5, measured_again=0, noise=noise, seconds=1
+    )
 
 
 def test_intervals_that_hold_one_are_counted_apart_from_those_that_call_one_faster():
@@ -38,8 +37,8 @@ def test_verdicts_are_counted_by_the_load_of_the_machine():
     repetitions = [
         repetition(1.1, 1.3),
         repetition(0.9, 1.1),
-        repetition(0.7, 0.9, True, "noisy"),
-        repetition(0.7, 0.9, True, "noisy", ("other processes used 45 %",)),
+        repetition(0.7, 0.9, True, "noisy: interval wider than ±5 %"),
+        repetition(0.7, 0.9, True, "noisy: interval wider than ±5 %, other processes used 45 % of the machine"),
     ]
     lines = coverage.verdicts(repetitions).splitlines()
     assert lines[2] == "| free | 2 | 1 | 1 | 0 | 0 | 1.00–1.20 × | 0 |"

@@ -244,7 +244,7 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_goes_on(tiny, run, tmp_pat
 
 def test_int8_that_is_not_faster_is_reported_first(tiny, run, tmp_path, monkeypatch):
     """A rival that is the artifact itself cannot be beaten."""
-    monkeypatch.setattr(machine, "disturbances", lambda conditions: [])  # other tests run beside
+    monkeypatch.setattr(machine, "disturbances", lambda conditions: [])  # by other tests
     monkeypatch.setattr(speed.Timed, "ratio", lambda self, made, over: (0.9, 0.8, 0.95))
     done = run("onnx", "--int8", "--weights", tiny, "--calib-size", 16, "-o", tmp_path)
     assert done.code == 0, "it holds; whether it is used is the user's choice"
@@ -280,11 +280,13 @@ def test_a_ratio_that_others_disturbed_is_marked_in_the_int8_table(artifacts):
     timed, search = timed_as(artifacts, [0.40, 0.41, 0.39, 0.40, 0.42], eager, others_pct=45.0)
     gain, over_eager = speed.findings(timed, search, [])[:2]
     assert "noisy: other processes used 45 % of the machine" in gain.detail
-    assert gain.detail.startswith("no verdict beside other work: 0.40 ms, 0.55 ms in fp32")
+    assert gain.detail.startswith("no verdict, the timing was disturbed: 0.40 ms, 0.55 ms in fp32")
     assert "interval wider" in over_eager.detail
     calibration = Finding(check="int8", metric="calibration", value=16.0)
     made = artifacts["onnxruntime", "int8"].to_dict()
     report = Report(passed=True, recipe={}, artifact=made, environment={}, findings=(gain, over_eager, calibration))
+    assert gain.low > 1
+    assert tables.warnings([report]) == [f"{tables.name(report)}: {gain.detail}"], "no verdict is not 'faster'"
     (row,) = tables.int8([report]).rows
     assert "noisy: other processes used 45 % of the machine" in row[-1]
     assert "× eager noisy: interval wider than ±5 %" in row[-1]

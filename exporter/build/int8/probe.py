@@ -39,8 +39,8 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
         folder: for the two artifacts.
         opener: opens a model in the timing process.
 
-    Raises: CheckFailed with both latencies, where the whole 95 % interval of the speed-up is below 1 and no other
-        process disturbed the timing.
+    Raises: CheckFailed with both latencies, where the whole 95 % interval of the speed-up is below 1 and the timing was
+        not disturbed.
     """
     quantization, placement = job.recipe.quantization, job.placement
     assert quantization is not None
@@ -62,7 +62,7 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
     if log_speedup is None or log_speedup.high >= 0:
         return
     if disturbances := machine.disturbances([launch.conditions for launch in timing.launches]):
-        note(f"whether {precision} is faster here cannot be judged: {', '.join(disturbances)}")
+        note(f"cannot tell whether {precision} is faster here: {', '.join(disturbances)}; the build continues")
         return
     _refuse(job, timing, log_speedup)
 

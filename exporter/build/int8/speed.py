@@ -19,6 +19,7 @@ from exporter.errors import ExporterError, first_line, some
 from exporter.progress import note
 from exporter.recipe import Bench, Recipe
 from exporter.report import Finding
+from exporter.report.tables import NO_VERDICT
 from exporter.stats import center
 
 SECONDS_EACH = 3.0  # of timing, for every model
@@ -126,14 +127,13 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
 
 
 def _verdict(timed: Timed, search: Search, layers: Sequence[Layer]) -> str:
-    """Both latencies, and which is faster, if the 95 % interval of the ratio tells and no other process disturbed the
-    timing."""
+    """Both latencies, and which is faster, if the 95 % interval of the ratio tells and the timing was not disturbed."""
     check, above, best = search.precision, timed.above, search.best
     _, low, high = timed.ratio(best.artifact, timed.baseline)
     quantized, baseline = timed.ms(best.artifact), timed.ms(timed.baseline)
     times = f"{quantized:.2f} ms, {baseline:.2f} ms in {above}, {timed.setting(best.artifact)}"
     if machine.disturbances([launch.conditions for launch in timed.timing.launches]):
-        verdict = f"no verdict beside other work: {times} ({low:.2f}–{high:.2f} ×)"
+        verdict = f"{NO_VERDICT}: {times} ({low:.2f}–{high:.2f} ×)"
     elif low > 1:
         verdict = times
     elif high < 1:
