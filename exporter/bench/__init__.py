@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from exporter import backends
+from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.backends import Session
@@ -152,6 +152,10 @@ class Timing:
     def standing(self) -> list[Arm]:
         """The arms that have not failed."""
         return [arm for arm in self.plan.arms if arm.name not in self.failures]
+
+    def disturbances(self) -> list[str]:
+        """How other processes, the hypervisor or heat stretched the timing, in words."""
+        return machine.disturbances([launch.conditions for launch in self.launches])
 
 
 class Cold(Record, frozen=True):

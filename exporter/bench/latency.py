@@ -384,7 +384,7 @@ def _computed(timing: Timing, name: str) -> str:
 def noise_of(timing: Timing, ratio: Center | None = None) -> str:
     """Sources of noise during the timing, and a wide interval of a ratio, as text, or ""."""
     reasons = [f"interval wider than ±{NOISY_PCT:g} %"] if ratio and 100 * ratio.half_width > NOISY_PCT else []
-    reasons += machine.disturbances([launch.conditions for launch in timing.launches])
+    reasons += timing.disturbances()
     return f"noisy: {', '.join(reasons)}" if reasons else ""
 
 

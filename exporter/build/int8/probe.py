@@ -9,7 +9,6 @@ from statistics import median
 
 from msgspec.structs import replace
 
-from exporter import machine
 from exporter.artifact import Artifact
 from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor, turns
 from exporter.build.int8.work import prepare
@@ -61,7 +60,7 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
         return
     if log_speedup is None or log_speedup.high >= 0:
         return
-    if disturbances := machine.disturbances([launch.conditions for launch in timing.launches]):
+    if disturbances := timing.disturbances():
         note(f"cannot tell whether {precision} is faster here: {', '.join(disturbances)}; the build continues")
         return
     _refuse(job, timing, log_speedup)

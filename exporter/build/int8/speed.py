@@ -9,7 +9,6 @@ from statistics import median
 
 import msgspec
 
-from exporter import machine
 from exporter.artifact import Artifact
 from exporter.backends import NARROW, Layer
 from exporter.bench import Opener, Timing, batches_of, flat, latency
@@ -132,7 +131,7 @@ def _verdict(timed: Timed, search: Search, layers: Sequence[Layer]) -> str:
     _, low, high = timed.ratio(best.artifact, timed.baseline)
     quantized, baseline = timed.ms(best.artifact), timed.ms(timed.baseline)
     times = f"{quantized:.2f} ms, {baseline:.2f} ms in {above}, {timed.setting(best.artifact)}"
-    if machine.disturbances([launch.conditions for launch in timed.timing.launches]):
+    if timed.timing.disturbances():
         verdict = f"{NO_VERDICT}: {times} ({low:.2f}–{high:.2f} ×)"
     elif low > 1:
         verdict = times
