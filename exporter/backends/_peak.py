@@ -1,4 +1,4 @@
-"""The peak of a runtime: the product that it computes fastest, which a ConvNeXt's speed is compared with."""
+"""The peak of a runtime: the speed of the product that it computes fastest. Other speeds are given as a share of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from exporter.backends import Array, Bound, Outputs, Session
 
-MAP_SIDE = 32
-ROWS = MAP_SIDE**2
-PEAK_RUNS = 8
+MAP_SIDE = 32  # height and width of the feature map of a convolution
+ROWS = MAP_SIDE**2  # of the input of a matrix product
+PEAK_RUNS = 8  # of each product; the shortest counts
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def _normal(shape: tuple[int, ...], seed: int) -> Array:
 PRODUCTS = tuple(PeakProduct(channels, convolution) for channels in (512, 1024) for convolution in (False, True))
 """Candidates for the peak of a runtime."""
 LARGE_PRODUCTS = tuple(PeakProduct(4096, convolution) for convolution in (False, True))
+"""More candidates, for devices that the others do not occupy."""
 SHORT_S = 2e-3
 """Seconds. If each of `PRODUCTS` takes less, they are too small to reach the peak, and the large ones are timed too."""
 
 
 class Product:
-    """A product on a runtime, as a session: the speed of a ConvNeXt there is compared with that of this."""
+    """A product on a runtime, as a session, so that it is timed as a ConvNeXt is."""
 
     def __init__(self, session: Session, weights: PeakProduct) -> None:
         self.session, self.weights = session, weights
@@ -82,7 +83,7 @@ OpenProduct = Callable[[PeakProduct], AbstractContextManager[Session]]
 
 @contextmanager
 def fastest_product(open_product: OpenProduct) -> Iterator[Product]:
-    """The product with the most multiply-accumulates a second on a runtime: the peak of the runtime."""
+    """Time the products on a runtime, and open the one with the most multiply-accumulates a second."""
     seconds = {weights: _least_seconds(open_product, weights) for weights in PRODUCTS}
     if max(seconds.values()) < SHORT_S:
         seconds |= {weights: _least_seconds(open_product, weights) for weights in LARGE_PRODUCTS}
@@ -92,6 +93,7 @@ def fastest_product(open_product: OpenProduct) -> Iterator[Product]:
 
 
 def _least_seconds(open_product: OpenProduct, weights: PeakProduct) -> float:
+    """The seconds of the fastest run of a product."""
     taken = []
     with open_product(weights) as session:
         bound = session.bind([weights.input()])

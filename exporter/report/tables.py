@@ -35,7 +35,7 @@ def name(report: Report) -> str:
 
 
 NO_VERDICT = "no verdict, the timing was disturbed"
-"""How the detail of a speed-up begins that other work disturbed."""
+"""How the detail of a speed-up begins if its timing was disturbed."""
 METRICS = {
     "gain": "speed-up",
     "int8_speedup": "speed-up over eager PyTorch",
