@@ -117,6 +117,7 @@ class Runtime(Generic[Opt]):
     probe: the installed version, or raises Unavailable with the line that installs it.
     open: opens an artifact.
     distributions: the packages whose versions are recorded beside every artifact and number.
+    modules: what `open` imports; timing processes on the CPU are forked from one that has imported them.
     devices: the words of `--device` that it takes, each with the kind of device that it names.
     devices_here: what it sees on this machine, for `doctor`, or raises Unavailable with what to do.
     unable: why it can open nothing on this machine, or "".
@@ -131,6 +132,7 @@ class Runtime(Generic[Opt]):
     probe: Callable[[], str]
     open: Callable[[Artifact, Opt], AbstractContextManager[Session]]
     distributions: tuple[str, ...]
+    modules: tuple[str, ...] = ()
     devices: Mapping[str, DeviceKind] = field(default_factory=lambda: CPU_ONLY)
     devices_here: Callable[[], str] | None = None
     unable: Callable[[], str] = lambda: ""

@@ -215,6 +215,7 @@ RUNTIME = Runtime(
     probe=probe,
     open=session,
     distributions=("torch",),
+    modules=("torch", "exporter.model.reference"),
     devices={"cpu": "CPU", "cuda": "NVIDIA GPU"},
     devices_here=_cuda.name,
     layers=layers,

@@ -338,6 +338,7 @@ RUNTIME = Runtime(
     probe=probe,
     open=session,
     distributions=("onnxruntime", "onnxruntime-gpu"),
+    modules=("onnxruntime",),
     devices={"cpu": "CPU", "cuda": "NVIDIA GPU", "tensorrt": "NVIDIA GPU"},
     devices_here=devices_here,
     opens_onnx=True,

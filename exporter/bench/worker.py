@@ -21,7 +21,7 @@ import numpy as np
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
-from exporter.backends import Array, Bound, Outputs, Session
+from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
 from exporter.errors import first_line
@@ -42,18 +42,25 @@ def checked(path: str) -> Artifact:
     return artifacts.load(Path(path))
 
 
+def runtime_of(arm: Arm) -> Runtime[Options]:
+    """The runtime of an arm.
+
+    Raises: BadRequest as `checked` does.
+    """
+    in_pytorch = arm.runtime not in ("artifact", "peak")
+    return backends.runtime("eager") if in_pytorch else backends.runtime_of(checked(arm.path))
+
+
 @contextmanager
 def open_arm(arm: Arm) -> Iterator[Session]:
     """Open the session of an arm.
 
     Raises: the errors of its runtime.
     """
-    artifact = checked(arm.path)
+    artifact, runtime = checked(arm.path), runtime_of(arm)
     options: dict[str, Any] = {"device": arm.device, "threads": arm.threads, "hint": arm.hint}
-    runtime = backends.runtime_of(artifact)
     options |= {"cache_dir": arm.cache_dir} if arm.cache_dir else {}
     if arm.runtime not in ("artifact", "peak"):
-        runtime = backends.runtime("eager")
         options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile", "reference": arm.reference}
         options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16", "bf16") else {}
     opening = runtime.peak if arm.runtime == "peak" else runtime.open
@@ -100,9 +107,12 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
 def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
     """Open every arm, in random order, and time them in turn."""
     shuffle = random.Random(plan.seed)
+    # Forked processes have the same addresses; memory of random sizes moves those of the models.
+    moved = np.empty(4096 * shuffle.randrange(1, 4096), np.uint8), bytearray(shuffle.randrange(1 << 14))
     with ExitStack() as stack:
         sessions = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(plan.arms, len(plan.arms))}
         launch = _launch(line, plan, sessions, shuffle)
+    del moved
     line.tell("launch", launch)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import time
 
 import numpy as np
@@ -43,7 +44,9 @@ class Fake:
             CLOCK.now, worker.CLOCK = worker.CLOCK(), CLOCK
         OPENED.append(name)
         self.name, self.facts = name, {"device": "cpu", "arithmetic": "fp32"}
-        self.facts |= {"process": str(os.getpid()), "opened": str(len(OPENED))}
+        self.facts |= {"process": str(os.getpid()), "parent": str(os.getppid()), "opened": str(len(OPENED))}
+        self.facts["imported"] = ", ".join({"torch", "onnxruntime", "openvino"} & set(sys.modules))
+        self.facts["loaded"] = f"imported: {self.facts['imported']}"
         self.ms = float(name.partition("@")[2] or 1)
 
     def __call__(self, images):

@@ -1,7 +1,10 @@
 """A model that crashes, hangs or raises falls out alone; the process that times is never left behind."""
 
 import itertools
+import json
 import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -34,7 +37,12 @@ def timed(count, *names, hang_s=20.0, **told):
 
 
 def children():
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    """The timing processes: new interpreters, and what the fork server forked."""
+    below = psutil.Process().children(recursive=True)
+    servers = [
+        child.pid for child in below if child.ppid() == os.getpid() and "forkserver" in " ".join(child.cmdline())
+    ]
+    return [child for child in below if "spawn_main" in " ".join(child.cmdline()) or child.ppid() in servers]
 
 
 def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards():
@@ -136,6 +144,51 @@ def test_every_launch_opens_every_arm_anew_in_a_process_of_its_own():
     assert all({one["opened"] for one in facts.values()} == {"1", "2", "3"} for facts in opened)
     assert len({tuple(sorted(names, key=lambda name: facts[name]["opened"])) for facts in opened}) > 1, "random order"
     assert not children()
+
+
+FORKED = """
+import json, os, sys
+from pathlib import Path
+from msgspec.structs import replace
+from exporter import artifact
+from exporter.bench import Arm, Plan, Timing, supervisor
+from tests.bench import fakes
+
+made = artifact.load(Path(sys.argv[1]))
+arm = Arm(name=sys.argv[2], path=str(made.path), device=sys.argv[3], threads=1)
+plan = Plan(arms=(arm,), preprocessing=made.sidecar.preprocessing, seconds=0.05)
+if sys.argv[2] == "cold":
+    found = {"loaded": supervisor.measure_cold(arm, plan, fakes.opened).cold_from}
+else:
+    timing = Timing(plan)
+    launches = supervisor.launches(timing, fakes.opened)
+    first, second = (next(launches).facts[arm.name] for _ in range(2))
+    found = {**first, "apart": first["process"] != second["process"], "same": first["parent"] == second["parent"]}
+print(json.dumps({**found, "own": os.getpid()}))
+"""
+
+
+def in_a_process_of_its_own(*words):
+    answer = subprocess.run([sys.executable, "-c", FORKED, *words], capture_output=True, text=True, check=True)
+    return json.loads(answer.stdout)
+
+
+def test_timing_processes_are_forked_from_one_that_has_imported_the_runtime(artifacts):
+    seen = in_a_process_of_its_own(str(artifacts["onnxruntime", "fp32"].path), "a", "cpu")
+    assert seen["imported"] == "onnxruntime"
+    assert seen["apart"]
+    assert seen["same"]
+    assert seen["parent"] != str(seen["own"])
+
+
+def test_beside_a_gpu_timing_processes_are_new_interpreters(artifacts):
+    seen = in_a_process_of_its_own(str(artifacts["onnxruntime", "fp32"].path), "a", "cuda")
+    assert seen["imported"] == ""
+    assert seen["parent"] == str(seen["own"])
+
+
+def test_a_cold_start_imports_the_runtime(artifacts):
+    assert in_a_process_of_its_own(str(artifacts["onnxruntime", "fp32"].path), "cold", "cpu")["loaded"] == "imported: "
 
 
 def conditions(others_pct=0.0, steal_pct=0.0, waited_pct=0.0, throttled=0):

@@ -351,6 +351,7 @@ RUNTIME = Runtime(
     probe=probe,
     open=session,
     distributions=("openvino",),
+    modules=("openvino",),
     devices={
         "cpu": "CPU",
         "gpu": "Intel GPU",
