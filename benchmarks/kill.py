@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -49,7 +48,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 LIBRARIES = [
     "torch", "torch._dynamo", "torch.export._trace", "torch.onnx._internal.exporter._core",
     "onnxscript.function_libs.torch_lib.ops", "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats",
-    "jinja2", "exporter.bench.worker", "exporter.cli",
+    "jinja2", "exporter.cli", "benchmarks.brief",
 ]  # fmt: skip
 
 
@@ -111,31 +110,18 @@ def work(recipes: list[Path], out: Path, log: Path, most: int | None) -> None:
     import resource
 
     from exporter import run
-    from exporter.backends import _peak
-    from exporter.bench import supervisor, worker
-    from exporter.build.int8 import speed
 
     os.setsid()
     os.environ["XDG_CACHE_HOME"] = str(log.parent / "cache")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    speed.SECONDS_EACH, supervisor.PROCESSES, supervisor.REPEATS, worker.WARM_UP_S = 0.3, 2, 0, (0.02, 0.2)
-    _peak.PRODUCTS, _peak.LARGE_PRODUCTS = _peak.PRODUCTS[:1], ()
-    fork_timing_processes()
+    vars(forkserver._forkserver)["ensure_running"] = lambda: None  # one server forks the runs and their processes
     os.chdir(recipes[0].parent)
     outcomes = run.run_all(run.read_all(recipes, out))
     for outcome in outcomes:
         print(outcome.error, file=sys.stderr)
     sys.exit(max(outcome.exit_code for outcome in outcomes))
-
-
-def fork_timing_processes() -> None:
-    """Fork timing processes from the process that this one was forked from: it has imported the libraries."""
-    from exporter.bench import supervisor
-
-    vars(forkserver._forkserver)["ensure_running"] = lambda: None
-    vars(supervisor)["multiprocessing"] = SimpleNamespace(get_context=lambda method: CONTEXT)
 
 
 def start(recipes: list[Path], out: Path, log: Path, most: int | None = None) -> Any:

@@ -20,7 +20,7 @@ from exporter.errors import ExporterError, nearest, printable
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
     "optimize": ("optimize",),
-    "measure": ("calibrate", "verify", "bench"),
+    "measure": ("calibrate", "verify", "bench", "predict"),
     "pipeline": ("run", "compare", "report"),
 }
 """Commands by the module of this package that has them; commands that build are derived from the targets."""

@@ -6,8 +6,9 @@ Images are read as they are asked for, so memory does not grow with their number
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
@@ -56,29 +57,57 @@ class Samples:
         return replace(self, total=min(count, self.total), items=lambda: islice(self.items(), count), skipped=[])
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All images in batches of `size`; the last one may be smaller."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            waiting: list[Item] = []
-            for item in self.items():
-                waiting.append(item)
-                if len(waiting) == size:
-                    yield from self._read(waiting, pool)
-                    waiting = []
-            yield from self._read(waiting, pool)
+        """All images in batches of `size`; the last one may be smaller, and so is one with unreadable images."""
+        for group in self.groups(size):
+            good = [(read.name, read.label, read.array) for read in group if read.array is not None]
+            if good:
+                names, labels, arrays = zip(*good, strict=True)
+                yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
 
-    def _read(self, items: list[Item], pool: ThreadPoolExecutor) -> Iterator[Batch]:
-        good = [found for found in pool.map(self._one, items) if found is not None]
-        if good:
-            names, labels, arrays = zip(*good, strict=True)
-            yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
-
-    def _one(self, item: Item) -> tuple[str, Label, NDArray[np.float32]] | None:
-        name, label, make = item
+    def groups(self, size: int) -> Iterator[list[Read]]:
+        """All images in lists of `size`, the last one may be shorter; the images of the next two are read meanwhile."""
+        pool = ThreadPoolExecutor(THREADS)
         try:
-            return name, label, make()
-        except images.Unreadable as error:
-            self.skipped.append(os.fsencode(f"{name}: {error}").decode("utf-8", "replace"))
-            return None
+            reads = _read_ahead(pool, self.items(), 2 * size)
+            while group := list(islice(reads, size)):
+                self.skipped += [f"{_text(read.name)}: {read.reason}" for read in group if read.array is None]
+                yield group
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image that was read: its name, its label, and its array (C, H, W), or why it could not be read."""
+
+    name: str
+    label: Label
+    array: NDArray[np.float32] | None
+    reason: str = ""
+
+
+def _read_ahead(pool: ThreadPoolExecutor, items: Iterable[Item], count: int) -> Iterator[Read]:
+    """The images in order; `count` of them are being read while the caller is at work."""
+    waiting: deque[Future[Read]] = deque()
+    for item in items:
+        waiting.append(pool.submit(_read, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(item: Item) -> Read:
+    name, label, make = item
+    try:
+        return Read(name, label, make())
+    except images.Unreadable as error:
+        return Read(name, label, None, _text(str(error)))
+
+
+def _text(name: str) -> str:
+    """The name of a file as UTF-8 text; bytes that are none are replaced."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def open_samples(

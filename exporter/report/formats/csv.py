@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Sequence
 
+from exporter.delimited import inactive
 from exporter.report import Report
 from exporter.report.tables import name
 
 ARTIFACT = ("variant", "task", "backend", "precision", "sha256")
-ACTIVE = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "::")
 FINDING = ("check", "metric", "case", "value", "unit", "low", "high", "limit", "passed", "detail", "noise", "setting")
 
 
@@ -24,12 +24,8 @@ def render(reports: Sequence[Report]) -> str:
         about = [name(report), *(report.artifact.get(key, "") for key in ARTIFACT), report.environment.get("cpu", "")]
         for finding in report.findings:
             cells = [*about, *(getattr(finding, key) for key in FINDING)]
-            writer.writerow([_escaped(cell) for cell in cells])
+            writer.writerow([inactive(cell) for cell in cells])
     return out.getvalue()
-
-
-def _escaped(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(ACTIVE) else cell
 
 
 RENDER = render

@@ -1,0 +1,217 @@
+"""Answers of an artifact for pictures: classes with their probabilities, values or feature vectors.
+
+PyTorch is not needed: the sidecar has the preprocessing, the labels and what the outputs are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import msgspec
+import numpy as np
+
+from exporter import artifact as artifacts
+from exporter import backends
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Record
+from exporter.backends import Outputs
+from exporter.data.samples import Read
+from exporter.errors import BadRequest, some
+from exporter.predict import store, writers
+from exporter.predict.answers import Answers, answers_of
+from exporter.predict.sources import Pictures, open_pictures
+from exporter.predict.store import Chunk, Job
+from exporter.progress import note, step, track
+from exporter.recipe import Checks, Count, OutputKind, Threads
+from exporter.recipe.fields import about
+from exporter.verify import run_batch
+
+BATCH = 16
+
+
+class PredictOptions(Record, frozen=True):
+    """Options of `predict`."""
+
+    top: Annotated[Count, about("Number of classes for each picture.", metavar="N")] = 5
+    outputs: Annotated[
+        OutputKind | None,
+        about(
+            "What a head computes: scores of classes, one of which is right; of labels, each right or not "
+            "(multilabel); or values of a regression.",
+            default="values for a head with one output, else classes",
+        ),
+    ] = None
+    threshold: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, lt=1)] | None,
+        about("Multi-label: probability from which a picture has a label.", metavar="P", default="0.5"),
+    ] = None
+    device: Annotated[
+        str | None,
+        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
+    ] = None
+    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+
+
+class Summary(Record, frozen=True):
+    """How many pictures were read in all and now, those that could not be read with the reason, and the seconds."""
+
+    total: int
+    now: int
+    unreadable: tuple[str, ...]
+    seconds: float
+
+
+def predict(
+    artifact: Artifact,
+    sources: Sequence[str],
+    options: PredictOptions,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    stdin: IO[bytes] | None = None,
+) -> Summary:
+    """Write the answers for all pictures to a file, in the order of the sources.
+
+    Memory does not grow with the number of pictures. The file is written at the end; until then the answers are in the
+    folder `.NAME.partial` beside it.
+
+    Args:
+        artifact: what answers.
+        sources: as for `open_pictures`.
+        options: what is kept of the outputs, the device and the threads.
+        out: ends in `.csv`, `.jsonl`, `.parquet` or `.npz`.
+        resume: continue an unfinished output.
+        overwrite: replace an output, finished or not.
+        stdin: read for the source `-`.
+
+    Raises: BadRequest for sources without pictures, none of which can be read, or an output that cannot be written;
+        Unavailable when the runtime or pyarrow is missing, or the disk is full.
+    """
+    writers.check(out)
+    artifacts.check_output(out)
+    answers = _answers(artifact, options, whole=out.suffix.lower() == ".npz")
+    writers.check_kinds(out, answers)
+    pictures = open_pictures(sources, artifact.sidecar.preprocessing, stdin)
+    job = Job(
+        artifact=artifact.sidecar.sha256,
+        images=pictures.key,
+        total=pictures.samples.total,
+        options={"format": out.suffix.lower(), **msgspec.to_builtins(options)},
+    )
+    with store.opened(out, job, resume, overwrite) as kept:
+        done, began = kept.done(), time.monotonic()
+        if done < job.total:
+            step(f"predicting {job.total - done:,} pictures with {artifact.path.name}")
+        try:
+            for chunk in track(
+                _chunks(artifact, answers, pictures, options, done), job.total - done, "pictures", _count
+            ):
+                kept.add(chunk)
+        finally:
+            kept.flush()
+        seconds = time.monotonic() - began
+        unreadable = _unreadable(kept.chunks())
+        _report(unreadable, job.total)
+        write = writers.WRITERS[out.suffix.lower()]
+        kept.finish(lambda file: write(file, answers, kept.chunks))
+    return Summary(total=job.total, now=job.total - done, unreadable=unreadable, seconds=seconds)
+
+
+def _count(chunk: Chunk) -> int:
+    return len(chunk.names)
+
+
+def _unreadable(chunks: Iterator[Chunk]) -> tuple[str, ...]:
+    both = ((name, error) for chunk in chunks for name, error in zip(chunk.names, chunk.errors, strict=True))
+    return tuple(f"{name}: {error}" for name, error in both if error)
+
+
+def answer(
+    artifact: Artifact, sources: Sequence[str], options: PredictOptions, stdin: IO[bytes] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The answers for all pictures as dictionaries, as a line of a `.jsonl` file has them.
+
+    Raises: as `predict` does.
+    """
+    answers = _answers(artifact, options, whole=False)
+    if any(output.is_map for output in answers.outputs):
+        raise BadRequest(f"{artifact.path}: the outputs are feature maps; write them with -o FILE.npz")
+    pictures = open_pictures(sources, artifact.sidecar.preprocessing, stdin)
+    total, unreadable = pictures.samples.total, list[str]()
+    step(f"predicting {total:,} pictures with {artifact.path.name}")
+    for chunk in track(_chunks(artifact, answers, pictures, options, 0), total, "pictures", _count):
+        unreadable += _unreadable(iter([chunk]))
+        yield from writers.records(answers, iter([chunk]))
+    _report(unreadable, total)
+
+
+def _report(unreadable: Sequence[str], total: int) -> None:
+    """Say which pictures could not be read.
+
+    Raises: BadRequest when none could.
+    """
+    if len(unreadable) == total:
+        raise BadRequest(f"none of {total} pictures can be read ({unreadable[0]})")
+    if unreadable:
+        note(f"{len(unreadable)} of {total:,} pictures have no answer: {some(unreadable)}")
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """An answer on one line."""
+    return f"{record['image']}  {_text({key: value for key, value in record.items() if key != 'image'})}"
+
+
+def _text(answers: Mapping[str, Any]) -> str:
+    if "error" in answers:
+        return f"no answer: {answers['error']}"
+    if "embedding" in answers:
+        vector = answers["embedding"]
+        return f"{len(vector)} numbers: {' '.join(f'{value:.4g}' for value in vector[:4])} …"
+    if "values" in answers:
+        return " ".join(f"{value:.6g}" for value in answers["values"])
+    if "predictions" not in answers:  # several outputs
+        return "; ".join(f"{name}: {_text(answer)}" for name, answer in answers.items())
+    first = (f"{one.get('label', one['class'])} {100 * one['probability']:.1f} %" for one in answers["predictions"])
+    decided = f"[{', '.join(answers['labels'])}] " if "labels" in answers else ""
+    return decided + ", ".join(first)
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """An answer as a line of JSON."""
+    return msgspec.json.encode(record).decode()
+
+
+def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answers:
+    checks = Checks(outputs=options.outputs, threshold=options.threshold)
+    return answers_of(artifact.sidecar, checks, options.top, whole)
+
+
+def _chunks(
+    artifact: Artifact, answers: Answers, pictures: Pictures, options: PredictOptions, done: int
+) -> Iterator[Chunk]:
+    """The answers after the first `done` images, a batch at a time. Batches begin at the same images every time."""
+    runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
+    fixed = artifact.sidecar.inputs[0].shape[0]
+    size = fixed * max(1, BATCH // fixed) if isinstance(fixed, int) else BATCH
+    opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads))
+    with opening as session:
+        for group in pictures.after(done).groups(size):
+            yield _answered(answers, group, partial(run_batch, session, fixed=fixed), done)
+            done += len(group)
+
+
+def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], start: int) -> Chunk:
+    """The answers for some images. One whose outputs are not finite has none."""
+    arrays = [read.array for read in group if read.array is not None]
+    errors, kept = [read.reason for read in group], {}
+    if arrays:
+        values = run(np.stack(arrays))
+        finite = np.logical_and.reduce([np.isfinite(value).reshape(len(value), -1).all(1) for value in values])
+        verdicts = iter(finite)
+        errors = [error or ("" if next(verdicts) else "the outputs are not finite") for error in errors]
+        kept = answers.of(tuple(value[finite] for value in values))
+    return store.chunk_of(start, [read.name for read in group], errors, kept)

@@ -1,0 +1,119 @@
+"""From the outputs of a batch to answers: classes with their probabilities, values or feature vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact.sidecar import Sidecar
+from exporter.backends import Array, Outputs
+from exporter.recipe import Checks
+from exporter.verify import outputs
+from exporter.verify.outputs import Kind
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of an artifact: its name, what it holds, the size of its last axis, and the names of its classes, if
+    they are known. `is_map` says whether it has more axes than (N, width)."""
+
+    name: str
+    kind: Kind
+    width: int
+    labels: tuple[str, ...]
+    is_map: bool = False
+
+    def named(self, number: int) -> dict[str, str]:
+        """The name of a class under `label`, if it is known."""
+        return {"label": self.labels[number]} if self.labels else {}
+
+    def label(self, number: int) -> str:
+        """The name of a class, or its number as text."""
+        return self.labels[number] if self.labels else str(number)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is kept of the outputs of a batch.
+
+    outputs: of the artifact.
+    top: how many classes of each image.
+    logit: from which an image has a label of a multi-label head.
+    whole: whether outputs are kept as they are, for `.npz` files.
+    """
+
+    outputs: tuple[Output, ...]
+    top: int
+    logit: float
+    whole: bool = False
+
+    def of(self, values: Outputs) -> Arrays:
+        """The arrays (N, …) that are kept of the outputs of N images, by name."""
+        kept: Arrays = {}
+        for output, array in zip(self.outputs, values, strict=True):
+            if self.whole or output.kind in ("values", "features"):
+                kept[output.name] = array
+                continue
+            order = np.argsort(-array, axis=1, kind="stable")[:, : self.top].astype(np.int32)
+            kept[f"{output.name}.classes"] = order
+            kept[f"{output.name}.probabilities"] = np.take_along_axis(_probabilities(array, output.kind), order, axis=1)
+            if output.kind == "multilabel":
+                kept[f"{output.name}.decided"] = array >= self.logit
+        return kept
+
+    def records(self, arrays: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, Any]]:
+        """For each of `count` images a dictionary of its answers, by the name of the output where there are several."""
+        for row in range(count):
+            answers = {output.name: self._record(output, arrays, row) for output in self.outputs}
+            yield answers if len(self.outputs) > 1 else next(iter(answers.values()))
+
+    def _record(self, output: Output, arrays: Mapping[str, NDArray[Any]], row: int) -> dict[str, Any]:
+        if output.kind in ("values", "features"):
+            word = "values" if output.kind == "values" else "embedding"
+            return {word: arrays[output.name][row].tolist()}
+        numbers = arrays[f"{output.name}.classes"][row].tolist()
+        probabilities = arrays[f"{output.name}.probabilities"][row].tolist()
+        first = [
+            {"class": number, **output.named(number), "probability": round(probability, 6)}
+            for number, probability in zip(numbers, probabilities, strict=True)
+        ]
+        if output.kind == "classes":
+            return {"predictions": first}
+        decided = np.flatnonzero(arrays[f"{output.name}.decided"][row]).tolist()
+        return {"labels": [output.label(number) for number in decided], "predictions": first}
+
+
+def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answers:
+    """What is kept of the outputs of an artifact.
+
+    Raises: BadRequest for `--outputs` that the artifact does not have, and `--threshold` without labels.
+    """
+    outputs.check(sidecar, checks)
+    kinds = outputs.kinds(sidecar, checks.outputs)
+    made = tuple(
+        Output(
+            tensor.name,
+            kind,
+            int(tensor.shape[-1]) if kind != "features" else 0,
+            sidecar.labels if len(sidecar.labels) == tensor.shape[-1] else (),
+            len(tensor.shape) > 2,
+        )
+        for tensor, kind in zip(sidecar.outputs, kinds, strict=True)
+    )
+    return Answers(made, top, outputs.decision_logit(checks), whole)
+
+
+def _probabilities(logits: Array, kind: Kind) -> Array:
+    """Softmax over the classes (N, C), or the sigmoid of each label; computed in fp64."""
+    wide = logits.astype(np.float64)
+    if kind == "multilabel":
+        return (0.5 + 0.5 * np.tanh(wide / 2)).astype(np.float32)  # the sigmoid, without overflow
+    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+    probabilities: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+    return probabilities

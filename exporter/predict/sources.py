@@ -1,0 +1,141 @@
+"""The pictures that a user means: files, folders, patterns, `file://` addresses, arrays, manifests, standard input."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from exporter.artifact import sha256_file
+from exporter.artifact.disk import user_path
+from exporter.artifact.sidecar import Preprocessing
+from exporter.backends import Array
+from exporter.data import images
+from exporter.data.classes import UNKNOWN
+from exporter.data.manifests import is_manifest
+from exporter.data.samples import Item, Samples, images_in, open_samples
+from exporter.errors import BadRequest, nearest
+from exporter.recipe import bundled
+
+STDIN = "-"
+MAX_STDIN_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures in order, and a key of their names, and of the content of arrays and lists."""
+
+    samples: Samples
+    key: str
+
+    def after(self, count: int) -> Samples:
+        """Those after the first `count`."""
+        return replace(self.samples, items=lambda: islice(self.samples.items(), count, None), skipped=[])
+
+
+def open_pictures(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | None = None) -> Pictures:
+    """The pictures of all sources, in order.
+
+    Args:
+        words: files, folders (with all below them), patterns such as `photos/*.jpg`, `file://` addresses, manifests,
+            `.npz` files, bundled sets, `synthetic`, or `-`.
+        recipe: how each picture becomes an input.
+        stdin: read for `-`: the bytes of one picture, or the names of files, one a line or separated by NUL.
+
+    Raises: BadRequest for a source that does not exist, or without a picture.
+    """
+    parts = [_open(word, recipe, stdin) for word in words]
+    total = sum(part.samples.total for part in parts)
+
+    def items() -> Iterator[Item]:
+        return chain.from_iterable(part.samples.items() for part in parts)
+
+    return Pictures(Samples(", ".join(words), total, items, labelled=False), _digest(part.key for part in parts))
+
+
+def _digest(words: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for word in words:
+        digest.update(os.fsencode(word) + b"\0")
+    return digest.hexdigest()
+
+
+def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Pictures:
+    if word == STDIN:
+        return _from_stdin(recipe, stdin)
+    if "://" in word:
+        word = _path_of(word)
+    path = user_path(word)
+    if path.is_dir():
+        return _of_files(word, [f"{word.rstrip('/')}/{name}" for name in images_in(path)], recipe)
+    if is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word):
+        samples = open_samples(word, recipe, (), None)
+        return Pictures(samples, f"{samples.total} of {sha256_file(path) if path.is_file() else word}")
+    if path.exists():
+        return _of_files(word, [word], recipe)
+    if glob.has_magic(word):
+        matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))  # noqa: PTH111, PTH207  (as typed)
+        return _of_files(word, [name for name in matches if Path(name).is_file()], recipe)
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
+
+
+def _is_a_set(word: str) -> bool:
+    return word == "synthetic" or word in bundled.sets()
+
+
+def _path_of(address: str) -> str:
+    """The path of a `file://` address.
+
+    Raises: BadRequest for addresses of other machines.
+    """
+    parts = urlsplit(address)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
+    return url2pathname(parts.path)
+
+
+def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Pictures:
+    content = stdin.read(MAX_STDIN_BYTES + 1) if stdin is not None else b""
+    if len(content) > MAX_STDIN_BYTES:
+        raise BadRequest(
+            f"{STDIN}: more than {MAX_STDIN_BYTES >> 20} MiB on standard input; give a folder or a pattern"
+        )
+    lines = content.split(b"\0" if content.endswith(b"\0") else b"\n")
+    names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
+    if names and all(map(_may_be_a_path, names)) and Path(names[0]).exists():
+        return _of_files(STDIN, names, recipe)
+    if not content:
+        raise BadRequest(f"{STDIN}: nothing on standard input; expected a picture, or names of files, one a line")
+    return _of([(STDIN, partial(_read_bytes, content, recipe))], hashlib.sha256(content).hexdigest())
+
+
+def _may_be_a_path(name: str) -> bool:
+    return "\0" not in name and len(name) < 4096
+
+
+def _read_bytes(content: bytes, recipe: Preprocessing) -> Array:
+    return images.read(io.BytesIO(content), recipe)
+
+
+def _of_files(word: str, names: Sequence[str], recipe: Preprocessing) -> Pictures:
+    if not names:
+        raise BadRequest(f"{word}: no pictures in it; expected files such as .jpg and .png")
+    return _of([(name, partial(images.read, Path(name).expanduser(), recipe)) for name in names], _digest(names))
+
+
+def _of(pictures: Sequence[tuple[str, Callable[[], Array]]], key: str) -> Pictures:
+    def items() -> Iterator[Item]:
+        for name, make in pictures:
+            yield name, UNKNOWN, make
+
+    return Pictures(Samples("", len(pictures), items, labelled=False), key)

@@ -1,0 +1,369 @@
+"""`predict`: the answers are those of the runtime for the pictures, in every format, after an interruption too."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+from exporter import artifact as artifacts_
+from exporter import predict
+from exporter.errors import BadRequest, Unavailable
+from exporter.predict import PredictOptions, sources, store, writers
+from tests.conftest import PX, build, tiny_config
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with pictures of several sizes and modes, and two files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    (folder / "below").mkdir()
+    for number in range(COUNT - 2):
+        pixels = draw.integers(0, 256, (draw.integers(40, 90), draw.integers(40, 90), 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("L" if number == 5 else "RGB").save(folder / "below" / f"{number:02d}.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html>not found</html>")
+    return folder
+
+
+def expected(artifact, path):
+    """The logits of a picture: PIL and ONNX Runtime alone, with the preprocessing of `tiny_config`."""
+    config = tiny_config()["pretrained_cfg"]
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+        size = [PX * side // min(picture.size) for side in picture.size]  # as torchvision's Resize
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        left, top = (round((side - PX) / 2) for side in size)
+        pixels = np.asarray(picture.crop((left, top, left + PX, top + PX)), np.float32) / 255
+    normalised = (pixels - np.float32(config["mean"])) / np.float32(config["std"])
+    session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: normalised.transpose(2, 0, 1)[None].copy()})
+    return logits[0]
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def test_the_answers_are_those_of_onnx_runtime_for_the_pictures(artifacts, photos):
+    artifact = artifacts["onnxruntime", "fp32"]
+    records = list(predict.answer(artifact, [str(photos)], PredictOptions(top=3)))
+    assert len(records) == COUNT
+    for record in records[: COUNT - 2]:
+        probabilities = softmax(expected(artifact, record["image"]))
+        answers = record["predictions"]
+        classes = [one["class"] for one in answers]
+        assert [one["label"] for one in answers] == [f"class {number}" for number in classes]
+        assert [one["probability"] for one in answers] == pytest.approx(probabilities[classes], abs=2e-5)
+        assert probabilities[classes] == pytest.approx(np.sort(probabilities)[::-1][:3], abs=2e-5), "the largest first"
+        assert len(set(classes)) == 3
+    assert [record["image"] for record in records] == sorted(map(str, photos.rglob("*.*")))
+    assert [bool(record.get("error")) for record in records] == [False] * (COUNT - 2) + [True] * 2
+
+
+def wrote(artifact, photos, out, **words):
+    options = words.pop("options", PredictOptions(top=2))
+    predict.predict(artifact, [str(photos)], options, out, **words)
+    return out
+
+
+def test_every_format_has_the_same_answers(artifacts, photos, tmp_path):
+    artifact = artifacts["onnxruntime", "fp32"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = wrote(artifact, photos, tmp_path / "a.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    rows = list(csv.DictReader(io.StringIO(wrote(artifact, photos, tmp_path / "a.csv").read_text())))
+    table = parquet.read_table(wrote(artifact, photos, tmp_path / "a.parquet")).to_pylist()
+    assert len(records) == len(rows) == len(table) == COUNT
+    for record, row, cells in zip(records, rows, table, strict=True):
+        assert record["image"] == row["image"] == cells["image"]
+        assert record.get("error", "") == row["error"] == (cells["error"] or "")
+        for rank, one in enumerate(record.get("predictions", ()), 1):
+            assert one["label"] == row[f"label_{rank}"] == cells[f"label_{rank}"]
+            assert one["class"] == int(row[f"class_{rank}"]) == cells[f"class_{rank}"]
+            assert one["probability"] == float(row[f"probability_{rank}"])
+            assert one["probability"] == pytest.approx(cells[f"probability_{rank}"], abs=1e-7)
+    with np.load(wrote(artifact, photos, tmp_path / "a.npz")) as arrays:
+        assert arrays["images"].tolist() == [r["image"] for r in records if "error" not in r]
+        assert arrays["unreadable"].tolist() == [r["image"] for r in records if "error" in r]
+        assert arrays["logits"].argmax(1).tolist() == [r["predictions"][0]["class"] for r in records[: COUNT - 2]]
+        assert arrays["logits.labels"].tolist() == [f"class {number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".npz"])
+def test_an_interrupted_run_continues_to_the_same_bytes(suffix, artifacts, photos, tmp_path, monkeypatch):
+    artifact = artifacts["onnxruntime", "fp32"]
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    whole = wrote(artifact, photos, tmp_path / f"whole{suffix}").read_bytes()
+    out = tmp_path / f"cut{suffix}"
+    real = predict._answered
+    starts = []
+
+    def answered(answers, group, run, start):
+        if start and len(starts) == 1:
+            raise KeyboardInterrupt
+        starts.append(start)
+        return real(answers, group, run, start)
+
+    monkeypatch.setattr(predict, "_answered", answered)
+    with pytest.raises(KeyboardInterrupt):
+        wrote(artifact, photos, out)
+    assert not out.exists()
+    with pytest.raises(BadRequest, match=r"unfinished output is there, 16 of 40 .* --resume continues it"):
+        wrote(artifact, photos, out)
+    monkeypatch.setattr(predict, "_answered", lambda *words: starts.append(words[-1]) or real(*words))
+    wrote(artifact, photos, out, resume=True)
+    assert starts == [0, 16, 32], "no batch is computed twice"
+    assert out.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"whole{suffix}"]
+
+
+def cut(artifact, photos, out):
+    """Leave an unfinished output."""
+    job = store.Job(artifact=artifact.sidecar.sha256, images="", total=40, options={})
+    with store.opened(out, job, False, False) as kept:
+        kept.add(store.chunk_of(0, ["a"], ["unreadable"], {}))
+        kept.flush()
+
+
+def test_what_was_begun_with_other_inputs_is_not_continued(artifacts, photos, tmp_path):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    cut(artifact, photos, out)
+    with pytest.raises(BadRequest, match="give the same, or --overwrite"):
+        wrote(artifact, photos, out, resume=True)
+    cut(artifacts["onnxruntime", "fp16"], photos, tmp_path / "b.csv")
+    with pytest.raises(BadRequest, match="of another artifact"):
+        wrote(artifact, photos, tmp_path / "b.csv", resume=True)
+    assert len(wrote(artifact, photos, out, overwrite=True).read_text().splitlines()) == COUNT + 1
+
+
+def test_a_damaged_chunk_is_computed_again(artifacts, photos, tmp_path, monkeypatch):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    whole = wrote(artifact, photos, tmp_path / "whole.csv").read_bytes()
+    monkeypatch.setattr(store, "FLUSH_S", 0.0)
+    monkeypatch.setattr(store.Store, "finish", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        wrote(artifact, photos, out)
+    monkeypatch.undo()
+    chunks = sorted(store.folder_of(out).glob("0*"))
+    assert len(chunks) == 3
+    chunks[1].write_bytes(chunks[1].read_bytes()[:-1])
+    assert wrote(artifact, photos, out, resume=True).read_bytes() == whole
+
+
+def test_an_output_is_not_replaced_and_not_written_twice_at_once(artifacts, photos, tmp_path):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    out.write_text("mine")
+    with pytest.raises(BadRequest, match="is there already"):
+        wrote(artifact, photos, out)
+    assert out.read_text() == "mine"
+    other = tmp_path / "b.csv"
+    job = store.Job(artifact="", images="", total=1, options={})
+    with store.opened(other, job, False, False), pytest.raises(BadRequest, match="another process is writing it"):
+        wrote(artifact, photos, other)
+
+
+def test_none_that_can_be_read_is_an_error_and_some_are_counted(artifacts, photos, tmp_path, run):
+    path = artifacts["onnxruntime", "fp32"].path
+    bad = run("predict", path, photos / "empty.png", photos / "page.jpg", "-o", tmp_path / "a.csv")
+    assert (bad.code, "none of 2 pictures can be read" in bad.err) == (2, True)
+    some = run("predict", path, photos, "-o", tmp_path / "b.csv")
+    assert some.code == 0
+    assert "2 of 40 pictures have no answer" in some.err
+    assert "empty.png" in some.err
+    assert "page.jpg" in some.err
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "size"),
+    [
+        ("one.png", "RGB", (1, 1)),
+        ("cmyk.jpg", "CMYK", (50, 60)),
+        ("deep.png", "I;16", (50, 60)),
+        ("p.gif", "P", (9, 70)),
+    ],
+)
+def test_odd_pictures_are_answered(name, mode, size, artifacts, tmp_path):
+    Image.new(mode, size, 7 if mode in ("I;16", "P") else None).save(tmp_path / name)
+    (record,) = predict.answer(artifacts["onnxruntime", "fp32"], [str(tmp_path / name)], PredictOptions())
+    assert len(record["predictions"]) == 5
+
+
+def test_a_huge_or_cut_picture_is_named(artifacts, photos, tmp_path):
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    whole = next(photos.glob("below/*")).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    good = next(photos.glob("below/*"))
+    words = [str(good), str(tmp_path)]
+    records = list(predict.answer(artifacts["onnxruntime", "fp32"], words, PredictOptions()))
+    assert [record["image"].rpartition("/")[2] for record in records] == [good.name, "cut.png", "huge.png"]
+    assert "truncated" in records[1]["error"]
+    assert "100,000,000" in records[2]["error"]
+
+
+def names_of(words, stdin=b""):
+    from exporter.artifact.sidecar import Preprocessing
+
+    pictures = sources.open_pictures(
+        [str(word) for word in words], Preprocessing(size=32, resize=32), io.BytesIO(stdin)
+    )
+    return [name for name, _, _ in pictures.samples.items()]
+
+
+def test_every_kind_of_source(photos, tmp_path):
+    first = photos / "below" / "00.png"
+    assert names_of([first]) == [str(first)]
+    assert names_of([f"{photos}/below/0?.png"]) == [str(photos / "below" / f"0{number}.png") for number in range(10)]
+    assert names_of([first.as_uri()]) == [str(first)]
+    assert names_of(["-"], f"{first}\n{photos}/page.jpg\n".encode()) == [str(first), f"{photos}/page.jpg"]
+    assert names_of(["-"], f"{first}\0".encode()) == [str(first)]
+    assert names_of(["-"], first.read_bytes()) == ["-"]
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 40, 40, 3), np.uint8))
+    assert names_of([tmp_path / "a.npz", first]) == ["a.npz[0]", "a.npz[1]", "a.npz[2]", str(first)]
+    assert names_of(["synthetic"])[:2] == ["dead leaves 0", "dead leaves 1"]
+    assert len(names_of([photos])) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("https://example.org/a.jpg", "only file:// addresses"),
+        ("{photos}/belov", "did you mean 'below'"),
+        ("{photos}/*.bmp", "no pictures in it"),
+        ("{photos}/nobody/*.png", "no pictures in it"),
+        ("-", "nothing on standard input"),
+    ],
+)
+def test_a_source_without_pictures_is_refused(word, message, photos):
+    with pytest.raises(BadRequest, match=message):
+        names_of([word.format(photos=photos)])
+
+
+def test_feature_vectors_go_to_arrays_and_tables(tiny, photos, tmp_path):
+    artifact = build(tiny, tmp_path, task="embed")
+    with pytest.raises(BadRequest, match=r"write them to \.npz or \.parquet"):
+        wrote(artifact, photos, tmp_path / "a.csv")
+    with np.load(wrote(artifact, photos, tmp_path / "a.npz")) as arrays:
+        vectors = arrays["embedding"]
+    assert vectors.shape == (COUNT - 2, 48)
+    first = json.loads(wrote(artifact, photos, tmp_path / "a.jsonl").read_text().splitlines()[0])
+    assert first["embedding"] == pytest.approx(vectors[0], rel=1e-6)
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.read_table(wrote(artifact, photos, tmp_path / "a.parquet")).column("embedding").to_pylist()
+    assert np.array_equal(np.asarray(column[: COUNT - 2], np.float32), vectors)
+    assert column[COUNT - 2 :] == [None, None]
+
+
+def test_feature_maps_go_to_arrays_only(tiny, photos, tmp_path):
+    artifact = build(tiny, tmp_path, task="features")
+    with pytest.raises(BadRequest, match=r"feature maps; write them to \.npz"):
+        wrote(artifact, photos, tmp_path / "a.jsonl")
+    with np.load(wrote(artifact, photos, tmp_path / "a.npz")) as arrays:
+        assert [arrays[tensor.name].shape[1] for tensor in artifact.sidecar.outputs] == [16, 24, 32, 48]
+
+
+def test_a_multilabel_head_gives_the_labels_above_the_threshold(artifacts, photos, tmp_path):
+    artifact, picture = artifacts["onnxruntime", "fp32"], photos / "below" / "03.png"
+    logits = expected(artifact, picture).astype(np.float64)
+    probabilities = 1 / (1 + np.exp(-logits))
+    ordered = np.sort(probabilities)[::-1]
+    count = 1 + int(np.argmax(ordered[:5] - ordered[1:6]))
+    threshold = float(ordered[count - 1 : count + 1].mean())
+    options = PredictOptions(outputs="multilabel", threshold=threshold, top=4)
+    (record,) = predict.answer(artifact, [str(picture)], options)
+    assert record["labels"] == [f"class {number}" for number in np.flatnonzero(probabilities >= threshold)]
+    assert len(record["labels"]) == count
+    assert [one["probability"] for one in record["predictions"]] == pytest.approx(
+        np.sort(probabilities)[::-1][:4], abs=1e-5
+    )
+    out = wrote(artifact, picture, tmp_path / "a.csv", options=options)
+    assert next(csv.DictReader(io.StringIO(out.read_text())))["labels"] == ";".join(record["labels"])
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_text(artifacts, photos, tmp_path):
+    name = tmp_path / "in" / '=HYPERLINK("x")\n.png'
+    name.parent.mkdir()
+    name.write_bytes((photos / "below" / "00.png").read_bytes())
+    records = [{"image": "=1+1", "error": "@x"}, {"image": "a", "error": ""}]
+    answers = predict._answers(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
+    chunk = store.chunk_of(0, [r["image"] for r in records], ["@x", "-1"], {})
+    writers.write_csv(tmp_path / "a.csv", answers, lambda: iter([chunk]))
+    assert [row["image"] for row in csv.DictReader((tmp_path / "a.csv").open())] == ["'=1+1", "a"]
+    assert [row["error"] for row in csv.DictReader((tmp_path / "a.csv").open())] == ["'@x", "'-1"]
+    wrote(artifacts["onnxruntime", "fp32"], name.parent, tmp_path / "b.csv")
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 2, "a line break in a name breaks no row"
+
+
+def test_outputs_that_are_not_finite_are_no_answer(artifacts, photos):
+    answers = predict._answers(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
+    group = [predict.Read(str(number), -1, np.zeros((3, 8, 8), np.float32)) for number in range(3)]
+    logits = np.zeros((3, 10), np.float32)
+    logits[1, 4] = np.nan
+    chunk = predict._answered(answers, group, lambda images: (logits,), 0)
+    assert chunk.errors == ("", "the outputs are not finite", "")
+    assert [record.get("error", "") for record in writers.records(answers, iter([chunk]))] == list(chunk.errors)
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues(artifacts, photos, tmp_path, monkeypatch):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    whole = wrote(artifact, photos, tmp_path / "whole.csv").read_bytes()
+
+    def full(file, *words):
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(writers.WRITERS, ".csv", full)
+    with pytest.raises(Unavailable, match="no space left"):
+        wrote(artifact, photos, out)
+    assert not out.exists()
+    monkeypatch.undo()
+    assert wrote(artifact, photos, out, resume=True).read_bytes() == whole
+
+
+WITHOUT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnxscript"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from exporter.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_it_works_where_pytorch_cannot_be_imported(backend, artifacts, photos, tmp_path):
+    words = ["predict", str(artifacts[backend, "fp32"].path), str(photos), "-o", str(tmp_path / "a.csv")]
+    answer = subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == COUNT + 1
+
+
+def test_the_command_prints_lines_and_json(artifacts, photos, run, refused):
+    path, picture = artifacts["onnxruntime", "fp32"].path, photos / "below" / "00.png"
+    line = run("predict", path, picture, "--top", "2").out.splitlines()
+    assert len(line) == 1
+    assert line[0].startswith(f"{picture}  class ")
+    assert line[0].count(" %") == 2
+    record = json.loads(run("predict", path, picture, "--json").out)
+    assert record["image"] == str(picture)
+    assert "add -o FILE" in refused(2, "predict", path, picture, "--resume")
+    assert "ends in .csv, .jsonl, .parquet, .npz" in refused(2, "predict", path, picture, "-o", "a.xlsx")
+    assert "--outputs multilabel" in refused(2, "predict", path, picture, "--threshold", "0.2")
+
+
+def test_an_artifact_is_never_the_output(onnx_copy, photos, refused):
+    folder = onnx_copy.path.parent
+    refused(2, "predict", onnx_copy.path, photos, "-o", onnx_copy.path, folder=folder)
+    assert artifacts_.load(onnx_copy.path)
