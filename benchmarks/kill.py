@@ -41,7 +41,7 @@ from exporter.errors import BadRequest, ExporterError
 RECIPES = {
     "custom_int8.xml": "backend: openvino\nprecision: int8\nbench: null\n"
     "quantization: {calib: synthetic, calib_size: 4, even_if_slower: true}\n",
-    "custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: {duration: 0.5}\n",
+    "custom_fp16.onnx": "backend: onnxruntime\nprecision: fp16\nbench: null\n",
 }
 REST = "model: {weights: model.safetensors}\nexport: {imgsz: 64, batch: 1}\n"
 CONTEXT = multiprocessing.get_context("forkserver")
