@@ -20,7 +20,8 @@ from exporter.errors import ExporterError, nearest, printable
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
     "optimize": ("optimize",),
-    "measure": ("calibrate", "verify", "bench", "predict"),
+    "measure": ("calibrate", "verify", "bench"),
+    "predict": ("predict",),
     "pipeline": ("run", "compare", "report"),
 }
 """Commands by the module of this package that has them; commands that build are derived from the targets."""
@@ -40,6 +41,7 @@ def groups() -> dict[str, list[str]]:
     """All commands by group, in the order of `--help`."""
     files = {group: list(names) for group, names in FILES.items()}
     builds = [*build_commands(), *files.pop("optimize")]
+    files["measure"] += files.pop("predict")
     return {"discover": files.pop("discover"), "build": builds, **files}
 
 

@@ -1,4 +1,4 @@
-"""The commands that measure and answer: `calibrate`, `verify`, `bench`, `predict`."""
+"""The commands that measure: `calibrate`, `verify`, `bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 
 from exporter.bench.latency import BenchOptions
 from exporter.cli.options import add, devices, options_of
-from exporter.predict import PredictOptions
 from exporter.verify import VerifyOptions
 
 
@@ -174,58 +173,3 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in reports):
         raise click.exceptions.Exit(5)
-
-
-@click.command("predict", short_help="Classes, values or feature vectors of pictures.")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-@add(options_of(PredictOptions, more={"device": devices()}))
-@click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
-    help="File that ends in .csv, .jsonl, .parquet or .npz (outputs as they are); by default stdout.",
-)  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue an unfinished output.")
-@click.option("--overwrite", is_flag=True, help="Replace an output, finished or not.")
-@click.option("--json", "as_json", is_flag=True, help="On stdout a JSON object a line.")
-def predict_command(
-    artifact: Path,
-    sources: tuple[str, ...],
-    output: Path | None,
-    resume: bool,
-    overwrite: bool,
-    as_json: bool,
-    **values: Any,
-) -> None:
-    """Run an artifact on pictures, with the preprocessing and the labels that its sidecar has.
-
-    SRC is a file, a folder, a pattern, a file:// address, a manifest, an .npz file, or - for standard input: the bytes
-    of a picture, or names of files, one a line. A picture that cannot be read has a reason in place of an answer.
-
-    \b
-    Examples:
-      convnext-export predict build/tiny_fp32.onnx photo.jpg
-      convnext-export predict build/tiny_fp32.onnx photos more/*.png -o answers.csv
-      convnext-export predict build/tiny_fp32.onnx photos -o answers.csv --resume
-    """
-    import sys
-
-    from exporter import artifact as artifacts
-    from exporter import predict
-    from exporter.cli.console import console, drawing, plain, print_json
-    from exporter.errors import BadRequest, printable
-
-    if output is None and (resume or overwrite):
-        raise BadRequest("--resume and --overwrite are for an output file; add -o FILE")
-    options, stdin = PredictOptions(**values), sys.stdin.buffer if "-" in sources else None
-    with drawing():
-        opened = artifacts.load(artifact)
-        if output is None:
-            for record in predict.answer(opened, sources, options, stdin):
-                click.echo(predict.as_json(record) if as_json else printable(predict.as_text(record)))
-            return
-        summary = predict.predict(opened, sources, options, output, resume, overwrite, stdin)
-    if as_json:
-        print_json({"path": str(output), "summary": summary})
-        return
-    rate = f", {summary.now / summary.seconds:.0f} a second" if summary.now and summary.seconds > 1 else ""
-    console().print(f"[bold]{plain(output)}[/]  {summary.total:,} pictures{rate}", soft_wrap=True)

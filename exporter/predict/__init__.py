@@ -6,10 +6,12 @@ PyTorch is not needed: the sidecar has the preprocessing, the labels and what th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -31,6 +33,7 @@ from exporter.recipe.fields import about
 from exporter.verify import run_batch
 
 BATCH = 16
+CPU_BATCH = 4  # of each core: larger ones leave its cache
 
 
 class PredictOptions(Record, frozen=True):
@@ -193,15 +196,26 @@ def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answer
 def _chunks(
     artifact: Artifact, answers: Answers, pictures: Pictures, options: PredictOptions, done: int
 ) -> Iterator[Chunk]:
-    """The answers after the first `done` images, a batch at a time. Batches begin at the same images every time."""
+    """The answers after the first `done` images, a batch at a time, in order. Batches begin at the same images every
+    time, and on a CPU each runs in one thread, so that the answers do not depend on the number of cores."""
     runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
-    fixed = artifact.sidecar.inputs[0].shape[0]
-    size = fixed * max(1, BATCH // fixed) if isinstance(fixed, int) else BATCH
-    opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads))
-    with opening as session:
-        for group in pictures.after(done).groups(size):
-            yield _answered(answers, group, partial(run_batch, session, fixed=fixed), done)
-            done += len(group)
+    on_cpu = backends.device_kind(artifact, device) == "CPU"
+    fixed, most = artifact.sidecar.inputs[0].shape[0], CPU_BATCH if on_cpu else BATCH
+    size = fixed * max(1, most // fixed) if isinstance(fixed, int) else most
+    hint: Literal["latency", "throughput"] = "throughput" if on_cpu else "latency"
+    opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint))
+    with opening as session, ThreadPoolExecutor(streams := getattr(session, "streams", 1)) as pool:
+        run, waiting = partial(run_batch, session, fixed=fixed), deque[Future[Chunk]]()
+        try:
+            for group in pictures.after(done).groups(size):
+                waiting.append(pool.submit(_answered, answers, group, run, done))
+                done += len(group)
+                if len(waiting) > 2 * streams:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], start: int) -> Chunk:

@@ -12,8 +12,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote, urlsplit
 
 from exporter.artifact import sha256_file
 from exporter.artifact.disk import user_path
@@ -101,7 +100,7 @@ def _path_of(address: str) -> str:
     parts = urlsplit(address)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
-    return url2pathname(parts.path)
+    return unquote(parts.path)
 
 
 def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Pictures:

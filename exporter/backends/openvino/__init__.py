@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,12 +67,14 @@ class OpenVinoSession:
 
     def __init__(self, compiled: Any, recipe: Preprocessing, device: str, arithmetic: str, streams: int) -> None:
         self.compiled, self.recipe, self.streams = compiled, recipe, streams
-        self.request = compiled.create_infer_request()
+        self.requests = threading.local()  # each thread has one
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
-        results = self.request.infer([as_taken(images, self.recipe)], share_inputs=True)
+        if not hasattr(self.requests, "own"):
+            self.requests.own = self.compiled.create_infer_request()
+        results = self.requests.own.infer([as_taken(images, self.recipe)], share_inputs=True)
         return tuple(results[output] for output in self.compiled.outputs)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
