@@ -20,7 +20,7 @@ from exporter.errors import ExporterError, nearest, printable
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
     "optimize": ("optimize",),
-    "measure": ("calibrate", "verify", "bench"),
+    "measure": ("calibrate", "verify", "bench", "bisect"),
     "predict": ("predict",),
     "pipeline": ("run", "compare", "report"),
 }
@@ -41,7 +41,7 @@ def groups() -> dict[str, list[str]]:
     """All commands by group, in the order of `--help`."""
     files = {group: list(names) for group, names in FILES.items()}
     builds = [*build_commands(), *files.pop("optimize")]
-    files["measure"] += files.pop("predict")
+    files["measure"][-1:-1] = files.pop("predict")
     return {"discover": files.pop("discover"), "build": builds, **files}
 
 

@@ -1,4 +1,4 @@
-"""The commands that measure: `calibrate`, `verify`, `bench`."""
+"""The commands that measure: `calibrate`, `verify`, `bench`, `bisect`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from exporter.bench.latency import BenchOptions
+from exporter.bisect import BisectOptions
 from exporter.cli.options import add, devices, options_of
 from exporter.verify import VerifyOptions
 
@@ -172,4 +173,40 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in reports):
+        raise click.exceptions.Exit(5)
+
+
+@click.command("bisect", short_help="The first module that leaves the network, and why.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@add(options_of(BisectOptions, more={"device": devices()}))
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
+    """Run every part of the network in PyTorch on the input that the part has in the artifact, and compare the outputs.
+
+    The first part that differs by more than the artifact's precision allows is named, with the likely reason: an
+    overflow in fp16, a range of int8 that is too narrow, another operator, scale, eps or order of channels. Exit code 5
+    means that there is one.
+
+    \b
+    Example:
+      convnext-export bisect build/tiny_int8.onnx --data imagenet/val
+    """
+    from exporter import artifact as artifacts
+    from exporter import bisect
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+
+    with drawing():
+        report = bisect.bisect(artifacts.load(artifact), BisectOptions(**values))
+    if as_json:
+        print_json(report)
+    else:
+        print_findings([finding for finding in report.findings if finding.metric != "reason"])
+        reason = report.find("reason")
+        text = (
+            f"[red]{plain(reason.case)}[/]: {plain(reason.detail)}"
+            if reason
+            else "[green]no part leaves the tolerance[/]"
+        )
+        console().print(text, soft_wrap=True)
+    if not report.passed:
         raise click.exceptions.Exit(5)

@@ -1,4 +1,4 @@
-"""The command `predict`; apart from the other commands, because it starts fast."""
+"""The command `predict`, apart from the other commands so that it starts fast."""
 
 from __future__ import annotations
 

@@ -216,18 +216,21 @@ class ConvNeXt(nn.Module):
             maps.append(x)
         return tuple(maps)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to pooled and normalized features (N, C)."""
-        x = self.forward_features(images)[-1]
+    def embed(self, x: Tensor) -> Tensor:
+        """The output of the last stage (N, C, H, W) to pooled and normalized features (N, C)."""
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         x = pooling(x, self.pool)
         return x if self.norm is None else self.norm(x)
 
+    def finish(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The output of the last stage (N, C, H, W) to logits (N, classes), or to those of each head."""
+        x = self.head_layers(self.embed(x))
+        return tuple(head(x) for head in self.heads.values()) if self.head is None else self.head(x)
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(N, C, H, W) to logits (N, classes), or to those of each head."""
-        x = self.head_layers(self.embed(images))
-        return tuple(head(x) for head in self.heads.values()) if self.head is None else self.head(x)
+        return self.finish(self.forward_features(images)[-1])
 
 
 class Features(nn.Module):
@@ -258,10 +261,14 @@ class Embedding(nn.Module):
         """(N, C, H, W) to the output of every stage."""
         return ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C), or (N, E) of a projection."""
-        x = ConvNeXt.embed(self, images)  # type: ignore[arg-type]
+    def finish(self, x: Tensor) -> Tensor:
+        """The output of the last stage (N, C, H, W) to (N, C), or (N, E) of a projection."""
+        x = ConvNeXt.embed(self, x)  # type: ignore[arg-type]
         if self.head is None:
             return x
         assert self.head_layers is not None
         return self.head(self.head_layers(x))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C), or (N, E) of a projection."""
+        return self.finish(self.forward_features(images)[-1])

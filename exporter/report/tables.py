@@ -39,6 +39,7 @@ NO_VERDICT = "no verdict, the timing was disturbed"
 METRICS = {
     "gain": "speed-up",
     "int8_speedup": "speed-up over eager PyTorch",
+    "part_error": "error",
     "kept_back": "kept in higher precision",
     "tried_loss": "loss",
     "tried_ms": "latency",

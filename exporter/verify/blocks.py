@@ -28,7 +28,7 @@ def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], image
     for name in (name for name in artifact.names if name in expected):
         a, b = expected[name].astype(np.float64), given[name].astype(np.float64)
         error = float(np.sqrt(np.mean((a - b) ** 2)) / (a.std() or 1.0)) if a.shape == b.shape else float("nan")
-        precisions = sorted({layer.precision for layer in layers if _belongs(layer, name)})
+        precisions = sorted({layer.precision for layer in layers if belongs(layer, name)})
         findings.append(
             Finding(
                 check="blocks",
@@ -42,5 +42,6 @@ def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], image
     return findings
 
 
-def _belongs(layer: Layer, block: str) -> bool:
+def belongs(layer: Layer, block: str) -> bool:
+    """Whether a layer computes a product of a block, downsampling layer or head."""
     return layer.operator in PRODUCTS and (layer.module == block or layer.module.startswith(f"{block}."))

@@ -1,0 +1,226 @@
+"""`bisect` names the module that was spoiled on purpose, and how it was spoiled."""
+
+import json
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from safetensors.torch import load_file, save_file
+
+from exporter import artifact as artifacts_
+from exporter import backends, bisect
+from exporter.backends import eager
+from exporter.bisect import BisectOptions
+from exporter.data.samples import open_samples
+from exporter.errors import BadRequest
+from exporter.graph import files
+from tests.conftest import build, needs_bf16
+
+SPOILT = "stages.2.1"
+
+
+def spoil(artifact, folder, change):
+    """A copy of an ONNX artifact whose graph is another, with its sidecar."""
+    model = ir.load(artifact.path)
+    change(model)
+    target = folder / artifact.path.name
+    return artifacts_.publish(target, artifact.sidecar, lambda file: files.save(model, file, artifact.sidecar.facts()))
+
+
+def scale(model, name, factor):
+    """Multiply an initializer, element by element or as a whole."""
+    value = model.graph.initializers[name]
+    array = value.const_value.numpy()
+    value.const_value = ir.tensor((array * np.asarray(factor, array.dtype)).astype(array.dtype), name=name)
+
+
+def of_operator(model, operator, place=1):
+    """The initializer that an operator takes."""
+    node = next(node for node in model.graph if node.name == operator)
+    return node.inputs[place].name
+
+
+def examined(artifact, **options):
+    report = bisect.bisect(artifact, BisectOptions(**options))
+    reason = report.find("reason")
+    return report, reason.case if reason else "", reason.detail if reason else ""
+
+
+def product(model, layer):
+    """The weight and the bias of a pointwise layer, in any form."""
+    names = {node.name: node for node in model.graph}
+    if f"{layer}/MatMul" in names:
+        return of_operator(model, f"{layer}/MatMul"), of_operator(model, f"{layer}/Add")
+    return of_operator(model, f"{layer}/Conv"), of_operator(model, f"{layer}/Conv", 2)
+
+
+def test_a_scale(artifacts, tmp_path):
+    def change(model):
+        for name in product(model, f"{SPOILT}.pwconv2"):
+            scale(model, name, 1.5)
+
+    report, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert not report.passed
+    assert module == SPOILT
+    assert "1.5 times that of the network" in reason
+    failed = [finding.case for finding in report.findings if not finding.passed]
+    assert failed == [SPOILT, SPOILT], "the parts behind it compute what the network computes"
+
+
+def test_a_scale_in_openvino(artifacts, tmp_path):
+    def change(model):
+        for name in product(model, f"{SPOILT}.pwconv2"):
+            scale(model, name, 1.5)
+
+    graph = spoil(artifacts["onnxruntime", "fp32"], tmp_path, change)
+    target = backends.target("openvino")
+    _, module, reason = examined(target.build(graph, "fp32", tmp_path, target.options()))
+    assert (module, "1.5 times" in reason) == (SPOILT, True)
+
+
+def test_some_channels(artifacts, tmp_path):
+    def change(model):
+        weight, bias = product(model, f"{SPOILT}.pwconv2")
+        factors = np.ones(32, np.float32)
+        factors[[3, 8]] = 2
+        shape = model.graph.initializers[weight].const_value.numpy().shape
+        scale(model, weight, factors if shape[-1] == 32 else factors[:, None, None, None])
+        scale(model, bias, factors)
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert (module, "the scale of channels 3, 8 is another" in reason) == (SPOILT, True)
+
+
+def test_gelu_in_its_tanh_form(artifacts, tmp_path):
+    def change(model):
+        node = next(node for node in model.graph if node.name == f"{SPOILT}/Gelu")
+        node.attributes["approximate"] = ir.AttrString("approximate", "tanh")
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert (module, "gelu_tanh in place of gelu" in reason) == (SPOILT, True)
+
+
+def test_the_channels_of_the_pictures_in_another_order(artifacts, tmp_path):
+    def change(model):
+        name = of_operator(model, "downsample_layers.0.0/Conv")
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.ascontiguousarray(value.const_value.numpy()[:, ::-1]), name=name)
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert (module, "order 2, 1, 0 (BGR in place of RGB)" in reason) == ("downsample_layers.0", True)
+
+
+def test_channels_of_a_block_in_another_order(artifacts, tmp_path):
+    def change(model):
+        order = np.arange(32)
+        order[[4, 9]] = 9, 4
+        for name in product(model, f"{SPOILT}.pwconv2"):
+            value = model.graph.initializers[name]
+            array = value.const_value.numpy()
+            axis = array.shape.index(32) if array.ndim == 1 or array.shape[-1] != 32 else array.ndim - 1
+            value.const_value = ir.tensor(np.ascontiguousarray(array.take(order, axis)), name=name)
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert (module, "channels 4, 9 of its output are in another order" in reason) == (SPOILT, True)
+
+
+def test_another_eps(artifacts, tmp_path):
+    def change(model):
+        node = next(node for node in model.graph if node.name == f"{SPOILT}.norm/LayerNormalization")
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-3)
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert (module, f"eps of {SPOILT}.norm is 0.001" in reason) == (SPOILT, True)
+
+
+def test_a_range_that_is_too_narrow(artifacts, tmp_path):
+    """Int8 whose range was chosen on other images: its scale is an eighth."""
+    healthy = artifacts["onnxruntime", "int8"]
+    assert examined(healthy)[0].passed
+
+    spoilt = spoil(healthy, tmp_path, lambda model: scale(model, f"{SPOILT}.pwconv2.input_scale", 1 / 8))
+    _, module, reason = examined(spoilt)
+    assert module == SPOILT
+    assert f"the input of {SPOILT}.pwconv2 has a range of about" in reason
+
+
+def test_a_norm_that_overflows(tiny, tmp_path, monkeypatch):
+    """The depthwise convolution reaches what fp16 cannot hold; the norm behind it makes it small again in fp32."""
+    state = load_file(tiny / "model.safetensors")
+    for end in ("weight", "bias"):
+        state[f"{SPOILT}.dwconv.{end}"] *= 1e6
+    source = tmp_path / "big"
+    source.mkdir()
+    save_file(state, source / "model.safetensors")
+    (source / "config.json").write_text((tiny / "config.json").read_text())
+    kept = build(source, tmp_path / "kept", precision="fp16")
+    assert examined(kept)[0].passed, "a build keeps it in fp32"
+    monkeypatch.setattr(sys.modules["exporter.build.export"], "_beyond_fp16", lambda network: ())
+    _, module, reason = examined(build(source, tmp_path / "not", precision="fp16"))
+    assert module == SPOILT
+    assert f"fp16 overflow: {SPOILT}.dwconv reaches" in reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        *(("onnxruntime", precision) for precision in ("fp32", "fp16", "int8")),
+        *(("openvino", precision) for precision in ("fp32", "fp16", "bf16", "int8")),
+        *(("tensorrt", precision) for precision in ("fp32", "fp16", "int8", "fp8")),
+    ],
+)
+def test_a_sound_artifact_leaves_no_tolerance(backend, precision, artifacts):
+    """A TensorRT engine is examined by the graph that it was built from."""
+    needs_bf16(backend, precision)
+    report, module, reason = examined(artifacts[backend, precision])
+    assert report.passed, (module, reason)
+    assert len([finding for finding in report.findings if finding.metric == "part_error"]) == 10
+
+
+@pytest.mark.parametrize(("task", "parts"), [("embed", 10), ("features", 9)])
+def test_artifacts_without_a_head(task, parts, tiny_v2, tmp_path):
+    report, *_ = examined(build(tiny_v2, tmp_path, task=task, batch=2))
+    assert report.passed
+    assert len([finding for finding in report.findings if finding.metric == "part_error"]) == parts
+
+
+def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypatch):
+    made = artifacts["onnxruntime", "int8"]
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pictures)
+    samples = open_samples(str(tmp_path / "a.npz"), made.sidecar.preprocessing, (), 10)
+    (batch,) = samples.batches(40)
+    with eager.RUNTIME.open(made, eager.EagerOptions()) as network:
+        (expected,) = network(batch.images)
+    session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: batch.images})
+    worst = np.argsort(-np.square(outputs - expected).mean(1))[:4]
+    seen = []
+    real = bisect._parts
+    monkeypatch.setattr(bisect, "_parts", lambda *words: seen.append(words[2]) or real(*words))
+    examined(made, data=str(tmp_path / "a.npz"))
+    assert np.array_equal(seen[0], batch.images[worst])
+
+
+def test_the_command(artifacts, tmp_path, run):
+    sound = artifacts["onnxruntime", "fp32"]
+    good = run("bisect", sound.path)
+    assert (good.code, "no part leaves the tolerance" in good.out) == (0, True)
+
+    def change(model):
+        for name in product(model, f"{SPOILT}.pwconv2"):
+            scale(model, name, 1.5)
+
+    bad = run("bisect", spoil(sound, tmp_path, change).path)
+    assert bad.code == 5
+    assert bad.out.splitlines()[-1].startswith(f"{SPOILT}: what it adds is 1.5 times")
+    assert "largest activation" in bad.out
+    as_json = json.loads(run("bisect", sound.path, "--json").out)
+    assert as_json["passed"]
+
+
+def test_weights_of_another_network_are_refused(artifacts, tiny_v2):
+    with pytest.raises(BadRequest):
+        examined(artifacts["onnxruntime", "fp32"], weights=str(tiny_v2))
