@@ -20,15 +20,7 @@ from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
-PAGES = (
-    "int8",
-    "multilabel",
-    "new-runtime",
-    "openvino",
-    "optimize",
-    "predict",
-    "tensorrt",
-)  # of docs, the pages with commands
+PAGES = ("bisect", "int8", "multilabel", "new-runtime", "openvino", "optimize", "predict", "tensorrt")  # with commands
 
 
 def commands(text):
