@@ -20,7 +20,17 @@ from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
-PAGES = ("bisect", "int8", "multilabel", "new-runtime", "openvino", "optimize", "predict", "tensorrt")  # with commands
+PAGES = (
+    "bisect",
+    "inputs",
+    "int8",
+    "multilabel",
+    "new-runtime",
+    "openvino",
+    "optimize",
+    "predict",
+    "tensorrt",
+)  # with commands
 
 
 def commands(text):

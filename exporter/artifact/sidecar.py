@@ -70,6 +70,9 @@ class Preprocessing(Record, frozen=True):
     `size` and `resize` are one number, or height and width. Where `resize` is both, `center` resizes the image, with
     its ratio of sides, to the smallest size that covers them. `mean` and `std` have one value for each input channel.
     Images are read as grey (ITU-R 601-2 luma), RGB or RGBA for 1, 3 or 4 channels, else as `bands`.
+
+    `layout` and `color` are those of the artifact's input: channels first or last, and RGB or BGR. `mean` and `std` are
+    in the order of the network, which takes RGB.
     """
 
     size: Size = 224
@@ -80,8 +83,8 @@ class Preprocessing(Record, frozen=True):
     interpolation: Interpolation = "bicubic"
     mean: PerChannel = (0.485, 0.456, 0.406)
     std: PerChannel = (0.229, 0.224, 0.225)
-    layout: Literal["NCHW"] = "NCHW"
-    color: Literal["RGB", "L", "RGBA", "bands"] = "RGB"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    color: Literal["RGB", "BGR", "L", "RGBA", "bands"] = "RGB"
     input: Literal["normalized", "float01", "uint8"] = "normalized"
 
     def __post_init__(self) -> None:
@@ -93,7 +96,8 @@ class Preprocessing(Record, frozen=True):
             raise ValueError(f"mean has {len(self.mean)} values, std has {len(self.std)}")
         for name in ("size", "resize"):
             msgspec.structs.force_setattr(self, name, as_size(*sides(getattr(self, name))))
-        msgspec.structs.force_setattr(self, "color", COLORS.get(self.channels, "bands"))
+        if self.color != "BGR" or self.channels != 3:
+            msgspec.structs.force_setattr(self, "color", COLORS.get(self.channels, "bands"))
 
     @property
     def height(self) -> int:
@@ -119,6 +123,16 @@ class Preprocessing(Record, frozen=True):
     def share(self) -> float:
         """The input size as a share of the size that images are resized to."""
         return self.crop_pct or self.height / sides(self.resize)[0]
+
+    @property
+    def is_of_network(self) -> bool:
+        """Whether the artifact takes what the network takes: normalized, channels first, not BGR."""
+        return self == self.of_network()
+
+    def of_network(self) -> Preprocessing:
+        """The same preprocessing for the input of the network itself."""
+        color: Any = "RGB" if self.color == "BGR" else self.color
+        return msgspec.structs.replace(self, input="normalized", layout="NCHW", color=color)
 
     def at(self, size: Size) -> Preprocessing:
         """The same preprocessing for another input size in pixels, with the same ratio of crop to resize."""

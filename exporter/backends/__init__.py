@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,12 +60,16 @@ class Session(Protocol):
 
 
 def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
-    """Normalised images (N, C, H, W) as an artifact takes them: these, or the pixels that they were made from."""
-    if recipe.input == "normalized":
-        return np.ascontiguousarray(images)
-    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
-    pixels = images * std + mean
-    return np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
+    """Normalised images (N, C, H, W) as an artifact takes them: these, or the pixels that they were made from, with its
+    order of channels and axes."""
+    taken: NDArray[Any] = images
+    if recipe.input != "normalized":
+        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
+        pixels = images * std + mean
+        taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
+    if recipe.color == "BGR":
+        taken = taken[:, ::-1]
+    return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if recipe.layout == "NHWC" else taken)
 
 
 @dataclass(frozen=True)

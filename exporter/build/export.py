@@ -232,7 +232,7 @@ def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessin
 
     first = network.model.downsample_layers[0]
     try:
-        forms.take_pixels(network.model, preprocessing)
+        forms.take_input(network.model, preprocessing)
         return trace.trace(network.model, options)
     finally:
         network.model.downsample_layers[0] = first

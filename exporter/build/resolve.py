@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, precision
-from exporter.artifact.sidecar import Record, Sidecar, Size
+from exporter.artifact.sidecar import Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build.problems import find_problems, scope_of
 from exporter.data import calibration, samples
-from exporter.errors import Unavailable
+from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
 from exporter.model import reference as references
 from exporter.model import sources, variants, weights
@@ -28,7 +28,7 @@ from exporter.precision import Precision
 from exporter.progress import note, step
 from exporter.quantize.cpus import of_this_machine, placement_for
 from exporter.quantize.placement import Placement
-from exporter.recipe import CpuClass, Quantization, Recipe, file
+from exporter.recipe import CpuClass, Export, Quantization, Recipe, file
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
 
@@ -233,7 +233,24 @@ def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
         batch=recipe.fixed_batch,
         uint8=recipe.export.input == "uint8",
         channels=checkpoint.stated.preprocessing.channels,
+        channels_last=recipe.export.layout == "nhwc",
     )
+
+
+def _of_artifact(preprocessing: Preprocessing, export: Export) -> Preprocessing:
+    """The preprocessing with the input that the artifact takes.
+
+    Raises: BadRequest for BGR of a network that does not take three channels.
+    """
+    color = preprocessing.color
+    if export.color == "bgr":
+        if preprocessing.channels != 3:
+            raise BadRequest(
+                f"--color bgr: the network takes {preprocessing.channels} channels; it is for 3, leave it out"
+            )
+        color = "BGR"
+    layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" else "NCHW"
+    return replace(preprocessing, input=export.input, layout=layout, color=color)
 
 
 def _sidecar(
@@ -254,7 +271,7 @@ def _sidecar(
         outputs=(),
         reference=reference.name if reference is not None else references.OURS,
         architecture=msgspec.to_builtins(checkpoint.variant.architecture),
-        preprocessing=replace(preprocessing, input=recipe.export.input),
+        preprocessing=_of_artifact(preprocessing, recipe.export),
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
         origins=checkpoint.origins | origins,

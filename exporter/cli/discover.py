@@ -204,7 +204,7 @@ def _print_facts(artifact: Artifact) -> None:
         (
             "preprocessing",
             f"{preprocessing.interpolation} to {size_text(preprocessing.resize)}, {preprocessing.crop} "
-            f"{size_text(preprocessing.size)}, {preprocessing.color}",
+            f"{size_text(preprocessing.size)}, {preprocessing.color}, {preprocessing.layout}",
         ),
         ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),

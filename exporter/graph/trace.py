@@ -24,7 +24,8 @@ INPUT = "images"
 
 class TraceOptions(Record, frozen=True):
     """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
-    whether the input is bytes, its channels, and the names of heads where there are several."""
+    whether the input is bytes, its channels, whether these are its last axis, and the names of heads where there are
+    several."""
 
     task: Task
     strides: tuple[int, ...]
@@ -32,6 +33,7 @@ class TraceOptions(Record, frozen=True):
     batch: int | None
     uint8: bool
     channels: int = 3
+    channels_last: bool = False
     heads: tuple[str, ...] = ()
 
 
@@ -51,15 +53,16 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
         model: in eval mode; its outputs are those of the task.
         options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
 
-    Returns: a graph from `images` (N, C, H, W), float32 or uint8, to `logits` (N, classes), `embedding` (N, C) or the
-        stages' outputs.
+    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), float32 or uint8, to `logits` (N, classes), `embedding`
+        (N, C) or the stages' outputs.
     """
     import torch
 
     dtype = torch.uint8 if options.uint8 else torch.float32
     # A batch of one would be taken for a constant, and so would a side of one stride.
     size = options.imgsz or 2 * options.strides[-1]
-    example = torch.zeros(options.batch or 2, options.channels, *sides(size), dtype=dtype)
+    shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
+    example = torch.zeros(options.batch or 2, *shape, dtype=dtype)
     with torch.no_grad(), _quiet():
         exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
         program = _converted(exported, options)
@@ -115,8 +118,9 @@ def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
     if options.batch is None:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
-        axes[2] = options.strides[-1] * torch.export.Dim("rows")
-        axes[3] = options.strides[-1] * torch.export.Dim("columns")
+        first = 1 if options.channels_last else 2
+        axes[first] = options.strides[-1] * torch.export.Dim("rows")
+        axes[first + 1] = options.strides[-1] * torch.export.Dim("columns")
     return axes
 
 
@@ -145,7 +149,8 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         stage = value.name[5:] if options.task == "features" and value.name != INPUT and value.name else ""
         stride = options.strides[int(stage) - 1] if stage else 1
         over = f"/{stride}" if stride > 1 else ""
-        words = {0: "batch", 2: f"height{over}", 3: f"width{over}"}
+        first = 1 if options.channels_last and value.name == INPUT else 2
+        words = {0: "batch", first: f"height{over}", first + 1: f"width{over}"}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]
         value.shape = ir.Shape(dims)
 

@@ -131,31 +131,40 @@ class FoldedBlock(nn.Module):
         return x + (y.permute(0, 3, 1, 2) if self.channels_last else y)
 
 
-class PixelConv(nn.Conv2d):
-    """The first convolution, on pixels from 0 to `top` instead of normalized ones.
+class InputConv(nn.Conv2d):
+    """The first convolution, on the artifact's input instead of the network's.
 
-    The scale is folded into its weights, and so is the mean if the convolution does not pad. With padding the mean is
-    subtracted first, because the padding must be zero after normalization.
+    The scale of pixels is folded into its weights, and so is the mean if the convolution does not pad. With padding the
+    mean is subtracted first, because the padding must be zero after normalization. For BGR the weights of red and blue
+    change places.
     """
 
-    def __init__(self, conv: nn.Conv2d, recipe: Preprocessing, top: int) -> None:
+    def __init__(self, conv: nn.Conv2d, recipe: Preprocessing) -> None:
         super().__init__(conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride))
-        self.padding = conv.padding
+        self.padding, self.channels_last = conv.padding, recipe.layout == "NHWC"
         assert conv.bias is not None
-        mean, std = (
-            torch.tensor(values, dtype=conv.weight.dtype)[:, None, None] for values in (recipe.mean, recipe.std)
-        )
-        padded = any(int(side) for side in conv.padding)
-        self.weight = nn.Parameter(conv.weight / (std * top))
-        shift = _exact_sum(conv.weight * (mean / std))
-        self.bias = conv.bias if padded else nn.Parameter((conv.bias.double() - shift).to(conv.bias.dtype))
+        weight, bias, mean = conv.weight, conv.bias, None
+        if recipe.input != "normalized":
+            top = 255 if recipe.input == "uint8" else 1
+            mean, std = (
+                torch.tensor(values, dtype=weight.dtype)[:, None, None] for values in (recipe.mean, recipe.std)
+            )
+            if not any(int(side) for side in conv.padding):
+                bias = nn.Parameter((bias.double() - _exact_sum(weight * (mean / std))).to(bias.dtype))
+                mean = None
+            weight, mean = nn.Parameter(weight / (std * top)), None if mean is None else mean * top
+        if recipe.color == "BGR":
+            weight, mean = nn.Parameter(weight.flip(1)), None if mean is None else mean.flip(0)
+        self.weight, self.bias = weight, bias
         self.mean: Tensor | None
-        self.register_buffer("mean", mean * top if padded else None)
+        self.register_buffer("mean", mean)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) pixels, of any type, to (N, C, H/s, W/s)."""
+        """The artifact's input, (N, in_chans, H, W) or (N, H, W, in_chans) of any type, to (N, C, H/s, W/s)."""
         if x.dtype != self.weight.dtype:
             x = torch.ops.aten._to_copy.default(x, dtype=self.weight.dtype)  # unlike `x.to`, it has an ONNX function
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
         return super().forward(x if self.mean is None else x - self.mean)
 
 
@@ -254,13 +263,12 @@ def as_conv(layer: nn.Linear) -> nn.Conv2d:
     return _with(conv, layer.weight[:, :, None, None], layer.bias)
 
 
-def take_pixels(model: Network, recipe: Preprocessing) -> None:
-    """Change a network, in place, to take pixels as in `recipe.input`: `uint8` (0…255) or `float01` (0…1)."""
-    if recipe.input != "normalized":
+def take_input(model: Network, recipe: Preprocessing) -> None:
+    """Change a network, in place, to take the artifact's input: pixels as in `recipe.input`, `layout` and `color`."""
+    if not recipe.is_of_network:
         first, *others = _parts(model.downsample_layers[0], nn.Module)
         assert isinstance(first, nn.Conv2d)
-        top = 255 if recipe.input == "uint8" else 1
-        model.downsample_layers[0] = _sequence([PixelConv(first, recipe, top), *others])
+        model.downsample_layers[0] = _sequence([InputConv(first, recipe), *others])
 
 
 def _parts(sequence: nn.Module, kind: type[M]) -> list[M]:

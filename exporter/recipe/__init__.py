@@ -141,6 +141,12 @@ class Export(Record, frozen=True):
         Literal["normalized", "float01", "uint8"],
         about("Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255."),
     ] = "normalized"
+    layout: Annotated[
+        Literal["nchw", "nhwc"], about("Axes of the artifact's input: channels first, or last as cameras and PIL have.")
+    ] = "nchw"
+    color: Annotated[
+        Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
+    ] = "rgb"
 
     def __post_init__(self) -> None:
         """Write equal sides as one number."""

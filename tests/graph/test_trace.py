@@ -101,7 +101,7 @@ def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(varie
 
     model = network(variety)
     if options.get("uint8"):
-        forms.take_pixels(model, Preprocessing(input="uint8"))
+        forms.take_input(model, Preprocessing(input="uint8"))
     options = trace_options(**options)
     example = torch.zeros(2, 3, 64, 64, dtype=torch.uint8 if options.uint8 else torch.float32)
     shapes = (trace._dynamic_axes(options),)

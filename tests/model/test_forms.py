@@ -124,16 +124,21 @@ def test_in_single_precision_a_form_is_as_near_to_the_truth_as_eager(kind, form)
 
 
 @pytest.mark.parametrize("kind", ["v1", "overlap", "overlap_tiered", "overlap_act with simple norm", "isotropic"])
-@pytest.mark.parametrize(("word", "top"), [("uint8", 255), ("float01", 1)])
-def test_pixels_as_they_are_give_what_normalised_ones_gave(kind, word, top):
+@pytest.mark.parametrize("word", ["uint8", "float01", "normalized"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("color", ["RGB", "BGR"])
+def test_pixels_as_they_are_give_what_normalised_ones_gave(kind, word, layout, color):
     """At the border too: around the image an overlapped stem sees the mean, not black."""
-    recipe = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), input=word)
+    recipe = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), input=word, layout=layout, color=color)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (recipe.mean, recipe.std))
     model = network(**DIFFERENCES[kind])
-    expected = answers(model, (pixels.double() / 255 - mean) / std)
-    forms.take_pixels(model, recipe)
-    taken = pixels if word == "uint8" else pixels.double() / 255
+    normalized = (pixels.double() / 255 - mean) / std
+    expected = answers(model, normalized)
+    forms.take_input(model, recipe)
+    taken = {"uint8": pixels, "float01": pixels.double() / 255, "normalized": normalized}[word]
+    taken = taken.flip(1) if color == "BGR" else taken
+    taken = taken.permute(0, 2, 3, 1).contiguous() if layout == "NHWC" else taken
     assert worst(expected, answers(model, taken)) <= 1e-9
     assert worst(expected, answers(forms.rewrite(model, "nchw"), taken)) <= 1e-9
     assert worst(expected, answers(model, taken.double() * 0.9)) > 1e-3, "the input matters"
@@ -142,7 +147,7 @@ def test_pixels_as_they_are_give_what_normalised_ones_gave(kind, word, top):
 def test_normalised_input_leaves_the_stem_alone():
     model = network()
     before = model.downsample_layers[0][0]
-    forms.take_pixels(model, Preprocessing())
+    forms.take_input(model, Preprocessing())
     assert model.downsample_layers[0][0] is before
 
 
@@ -205,6 +210,6 @@ def test_backbones_and_open_sizes_are_traced_in_every_form(form):
 
 def test_bytes_are_the_type_of_the_graphs_input():
     model = network(dtype=torch.float32)
-    forms.take_pixels(model, Preprocessing(input="uint8"))
+    forms.take_input(model, Preprocessing(input="uint8"))
     graph = trace.trace(model, trace_options(imgsz=64, uint8=True)).graph
     assert graph.inputs[0].dtype.numpy() == np.uint8

@@ -148,5 +148,5 @@ def _cache_key(sidecar: Sidecar) -> dict[str, object]:
     return {
         "weights": sidecar.weights.digest,
         "variant": sidecar.variant,
-        "preprocessing": msgspec.to_builtins(msgspec.structs.replace(sidecar.preprocessing, input="normalized")),
+        "preprocessing": msgspec.to_builtins(sidecar.preprocessing.of_network()),
     }
