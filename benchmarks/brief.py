@@ -1,6 +1,6 @@
-"""Importing this makes timing as brief as can be, for experiments that ask other things than how fast a model is.
+"""Import for short timings (0.3 seconds, two processes) in experiments that do not measure speed.
 
-The process that timing processes are forked from imports it, so that it holds there too.
+The process that timing processes are forked from imports it too.
 """
 
 from exporter.backends import _peak

@@ -36,18 +36,18 @@ REPETITIONS = 7
 
 
 class Result(Record, frozen=True):
-    """Pictures a second of each way, once for each repetition."""
+    """Images a second of each way, once for each repetition."""
 
     environment: dict[str, Any]
     artifact: str
-    pictures: int
+    images: int
     rates: dict[str, list[float]]
     peak_bytes: int
     schema: int = 1
 
     def table(self) -> str:
         """A row for each way, with the median ratio of `predict` to it and the range of the ratios."""
-        lines = ["| way | pictures a second | `predict` is |", "|---|--:|--:|"]
+        lines = ["| way | images a second | `predict` is |", "|---|--:|--:|"]
         rates = {**self.rates, "bound": [1 / (1 / d + 1 / i) for d, i in zip(*map(self.rates.get, PARTS), strict=True)]}
         for way, values in rates.items():
             ratios = sorted(own / other for own, other in zip(self.rates["predict"], values, strict=True))
@@ -59,7 +59,7 @@ class Result(Record, frozen=True):
 PARTS = ("decoding", "inference")
 NAMES = {
     "predict": "`predict -o answers.csv`",
-    "loop": "the plain loop: a picture at a time with PIL, NumPy and ONNX Runtime",
+    "loop": "the plain loop: an image at a time with PIL, NumPy and ONNX Runtime",
     "decoding": "decoding and preprocessing alone, all cores",
     "inference": "inference alone, batches of 16, all cores",
     "bound": "the most that these two allow on the same cores",
@@ -92,7 +92,7 @@ def by_decoding(path: Path, folder: Path) -> None:
 
 
 def by_inference(path: Path, folder: Path) -> None:
-    """As many batches as the pictures fill, of one picture."""
+    """As many batches as the images fill, of one image."""
     artifact, files = artifacts.load(path), images_in(folder)
     batch = np.repeat(images.read(folder / files[0], artifact.sidecar.preprocessing)[None], predict.BATCH, axis=0)
     runtime = backends.runtime_of(artifact)
@@ -130,7 +130,7 @@ def measure(path: Path, folder: Path, repetitions: int) -> Result:
             rates[way].append(count / took)
             peak = max(peak, memory if way == "predict" else 0)
             print(f"{repetition + 1}: {way} {count / took:.1f} a second", file=sys.stderr, flush=True)
-    return Result(environment=environment(), artifact=path.name, pictures=count, rates=rates, peak_bytes=peak)
+    return Result(environment=environment(), artifact=path.name, images=count, rates=rates, peak_bytes=peak)
 
 
 def main() -> None:

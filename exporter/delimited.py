@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 Row = tuple[int, list[str]]  # the number of a line and its cells
-ACTIVE = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "::")
+FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "::")
 _WHOLE = re.compile(r"(-?\d{1,9})(?:\.0*)?")
 
 
@@ -53,6 +53,6 @@ def check_width(body: Iterable[Row], width: int, head: str = "the header") -> No
             raise csv.Error(f"line {line} has {len(cells)} cells: another number of columns than the {width} of {head}")
 
 
-def inactive(cell: object) -> object:
+def escape_formula(cell: object) -> object:
     """A cell with an apostrophe before it if a spreadsheet would take it for a formula, or a CI for a command."""
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(ACTIVE) else cell
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(FORMULA_STARTS) else cell

@@ -47,7 +47,7 @@ class Bound:
 
 
 class Session(Protocol):
-    """A loaded model. One that several threads may call at once has their number as `streams`."""
+    """A loaded model. A session that `streams` threads may call at once has this attribute."""
 
     facts: dict[str, str]
     """What is really in use: device or provider, and the precision of its arithmetic."""

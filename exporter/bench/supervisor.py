@@ -172,10 +172,10 @@ def _ending(code: int | None) -> str:
 @contextmanager
 def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[tuple[BaseProcess, Connection, Any]]:
     """Run a task in a new process, which ends with the block."""
-    fresh = _context(task, plan)
-    ours, theirs = fresh.Pipe()
-    active = fresh.Value("i", 0, lock=False)
-    process = fresh.Process(target=worker.work, args=(task, theirs, active, plan, opener), daemon=True)
+    context = _context(task, plan)
+    ours, theirs = context.Pipe()
+    active = context.Value("i", 0, lock=False)
+    process = context.Process(target=worker.work, args=(task, theirs, active, plan, opener), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -189,19 +189,20 @@ def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[t
 
 
 def _context(task: Callable[..., None], plan: Plan) -> ForkServerContext | SpawnContext:
-    """How a timing process starts: forked from a process that has imported the libraries of the arms, which saves 2 to
-    3 seconds each time; or as a new interpreter where the import is timed too, where an arm runs on another device than
-    the CPU (its driver may not survive a fork), and where forking is not safe."""
+    """How a timing process starts: on Linux CPUs forked from a process that has imported the libraries of the arms,
+    which saves 2 to 3 seconds each time; as a new interpreter for cold starts, where the import is timed too, for other
+    devices, whose drivers may not survive a fork, and on other systems."""
     on_cpu = all(arm.device == "cpu" for arm in plan.arms)
     if task is worker.time_cold or not on_cpu or sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__, *_modules(plan.arms)])  # read when the first process starts
+    context.set_forkserver_preload([worker.__name__, *_modules(plan.arms)])  # the first call counts
     return context
 
 
 def _modules(arms: Sequence[Arm]) -> list[str]:
-    """The modules that the arms import. What an arm imports that cannot be opened is left to its timing process."""
+    """The modules of the runtimes of the arms; none of an artifact that cannot be loaded, which its timing process
+    reports."""
     modules: list[str] = []
     for arm in arms:
         with suppress(ExporterError):

@@ -107,12 +107,12 @@ def work(task: Callable[..., None], connection: Connection, active: Any, plan: P
 def time_arms(line: Line, plan: Plan, opener: Opener) -> None:
     """Open every arm, in random order, and time them in turn."""
     shuffle = random.Random(plan.seed)
-    # Forked processes have the same addresses; memory of random sizes moves those of the models.
-    moved = np.empty(4096 * shuffle.randrange(1, 4096), np.uint8), bytearray(shuffle.randrange(1 << 14))
+    # Forked processes share addresses; padding of random size moves the models in memory.
+    padding = np.empty(4096 * shuffle.randrange(1, 4096), np.uint8), bytearray(shuffle.randrange(1 << 14))
     with ExitStack() as stack:
         sessions = {arm.name: _open(arm, line, opener, stack) for arm in shuffle.sample(plan.arms, len(plan.arms))}
         launch = _launch(line, plan, sessions, shuffle)
-    del moved
+    del padding
     line.tell("launch", launch)
 
 

@@ -1,8 +1,10 @@
-"""The reference network as a chain of parts, each of which can be run on any input of its own."""
+"""The reference model as a chain of parts, each of which can be run on any input of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from exporter.model.convnext import ConvNeXt, Embedding, Features
 
 TAIL = "norm and head"
-"""The name of the last part: pooling, the last norm, and the head."""
+"""The name of the last part: pooling, the last norm and the head, or the norms of feature maps."""
+Keep = Callable[[str, "Module", "Tensor", "Tensor"], None]
 
 
 class Chain:
@@ -25,9 +28,11 @@ class Chain:
     def __init__(self, model: ConvNeXt | Embedding | Features) -> None:
         self.model = model
         self.parts: dict[str, Module] = {}
+        self.last: set[str] = set()  # of each stage
         for stage, (downsample, blocks) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
             self.parts[f"downsample_layers.{stage}"] = downsample
             self.parts |= {f"stages.{stage}.{index}": block for index, block in blocks.named_children()}
+            self.last.add(list(self.parts)[-1])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,54 +43,73 @@ class Chain:
         """Whether a part adds its input to its output."""
         return name.startswith("stages.")
 
+    def ends_stage(self, name: str) -> bool:
+        """Whether a part is the last one of its stage."""
+        return name in self.last
+
+    def tail_name(self, hidden: Sequence[str]) -> str:
+        """The name of the tail together with the parts before it that an artifact does not show."""
+        return f"{hidden[0]} … {TAIL}" if hidden else TAIL
+
     def run(self, name: str, x: Array) -> Array:
         """The output of one part (N, C', H', W') for its input (N, C, H, W)."""
-        return _as_array(self._run(self.parts[name], x))
+        return _as_arrays(_run(self.parts[name], x))[0]
 
-    def tail(self, x: Array) -> Outputs | None:
-        """The outputs for the output of the last block; None where the outputs are feature maps."""
-        import torch
+    def run_all(self, names: Sequence[str], x: Array) -> Array:
+        """The output of the last of these parts for the input of the first; without parts the input."""
+        for name in names:
+            x = self.run(name, x)
+        return x
 
+    def finish(self, stages: Sequence[Array]) -> Outputs:
+        """The outputs of the network for the outputs of its stages."""
         from exporter.model.convnext import Features
 
         if isinstance(self.model, Features):
-            return None
-        with torch.inference_mode():
-            outputs = self.model.finish(torch.from_numpy(np.ascontiguousarray(x)))
-        return tuple(map(_as_array, outputs if isinstance(outputs, tuple) else (outputs,)))
+            norms = self.model.stage_norms
+            return tuple(_as_arrays(_run(norms[str(i)], x))[0] if str(i) in norms else x for i, x in enumerate(stages))
+        return _as_arrays(_run(self.model.finish, stages[-1]))
 
     def whole(self, images: Array) -> Outputs:
         """The outputs for images (N, C, H, W)."""
-        import torch
+        return _as_arrays(_run(self.model, images))
 
-        with torch.inference_mode():
-            outputs = self.model(torch.from_numpy(images))
-        return tuple(map(_as_array, outputs if isinstance(outputs, tuple) else (outputs,)))
-
-    def inner(self, name: str, x: Array) -> dict[str, Array]:
-        """What every module within a part gives for its input, by name."""
-        seen: dict[str, Array] = {}
-
-        def keep(inner: str) -> Callable[..., None]:
-            return lambda module, inputs, output: seen.__setitem__(f"{name}.{inner}", _as_array(output))
-
+    def record(self, name: str, x: Array, keep: Keep) -> None:
+        """Run a part, and call `keep` with the full name of each module within it, the module, its input and output."""
         modules = [(inner, module) for inner, module in self.parts[name].named_modules() if inner]
-        handles = [module.register_forward_hook(keep(inner)) for inner, module in modules]
+
+        def see(inner: str, module: Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            keep(f"{name}.{inner}", module, inputs[0], output)
+
+        handles = [module.register_forward_hook(partial(see, inner)) for inner, module in modules]
         try:
-            self._run(self.parts[name], x)
+            self.run(name, x)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
-
-    def _run(self, module: Module, x: Array) -> Tensor:
-        import torch
-
-        with torch.inference_mode():
-            output: Tensor = module(torch.from_numpy(np.ascontiguousarray(x)))
-        return output
 
 
-def _as_array(tensor: Tensor) -> Array:
-    array: Array = tensor.numpy()
-    return array
+def _run(module: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Array) -> tuple[Tensor, ...]:
+    import torch
+
+    with torch.inference_mode():
+        outputs = module(torch.from_numpy(np.ascontiguousarray(x)))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _as_arrays(tensors: tuple[Tensor, ...]) -> Outputs:
+    return tuple(tensor.numpy() for tensor in tensors)
+
+
+@contextmanager
+def changed_input(layer: Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the input of a layer inside the `with` block."""
+
+    def hook(module: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (change(inputs[0]),)
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,9 +1,10 @@
-"""Why a part of an artifact differs from the network: each possible mistake is made in the network on purpose, and the
-one whose output is nearest to the artifact's is named."""
+"""The likely cause of a part's error: each possible mistake is made in the reference model on purpose, and the one
+whose output is nearest to the artifact's is named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import permutations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exporter.backends import Array
-from exporter.bisect.network import Chain
+from exporter.bisect.network import Chain, changed_input
+from exporter.bisect.parts import Part, rms
 from exporter.errors import some
 
 if TYPE_CHECKING:
@@ -25,151 +27,140 @@ SHARES = np.geomspace(0.02, 0.98, 24)  # of the largest activation, at which a r
 EPSILONS = (1e-3, 1e-5, 1e-6, 1e-8, 1e-12)
 
 
-def rms(x: Array) -> float:
-    """Root mean square."""
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-
-
-def of(chain: Chain, name: str, x: Array, y: Array, expected: Array, precision: str) -> str:
-    """Why a part gives `y` for `x` in place of `expected`, its largest activations and weights, in words.
+def of(chain: Chain, part: Part) -> str:
+    """A sentence: the likely cause of a part's error, and its largest activation and weight.
 
     Args:
-        chain: the network.
-        name: of the part.
-        x, y, expected: (N, C, H, W), or (N, C) behind the head.
-        precision: of the artifact.
+        chain: the reference model.
+        part: one that exceeds its limit.
     """
-    if name not in chain.parts:
-        return "its outputs differ; the norm, the pooling or the head is another"
-    facts = _facts(chain, name, x)
-    if reason := _overflow(chain, name, x, y, precision):
-        return f"{reason}; {facts}"
+    if part.name not in chain.parts:
+        several = " … " in part.name
+        return (
+            "the artifact shows no output between these parts"
+            if several
+            else "the pooling, the last norm or the head differs"
+        )
+    inside = _Inside(chain, part)
+    facts = inside.facts()
+    if not np.isfinite(part.y).all():
+        return f"{inside.overflow() or 'its outputs are not finite, and those of the reference model are'}; {facts}"
     left: dict[str, float] = {}
-    for text, guess in _guesses(chain, name, x, y, expected):
-        left[text] = min(left.get(text, np.inf), rms(y - guess))
-    best = min(left, key=lambda text: left[text], default="")
-    if best and left[best] < EXPLAINS * rms(y - expected):
-        return f"{best} ({100 * (1 - left[best] / rms(y - expected)):.0f} % of the error); {facts}"
-    narrow = precision in ("int8", "fp8")
-    reason = f"its values do not fit {precision}" if narrow else "its weights or its operators are others"
-    return f"no single cause was recognized; {reason}; {facts}"
+    for cause, guess in _guesses(chain, part):
+        left[cause] = min(left.get(cause, np.inf), rms(part.y - guess))
+    best, error = min(left, key=lambda cause: left[cause]), rms(part.y - part.expected)
+    if left[best] < EXPLAINS * error:
+        return f"{best} ({100 * (1 - left[best] / error):.0f} % of the error); {facts}"
+    if overflow := inside.overflow():
+        return f"{overflow}; {facts}"
+    narrow = part.precisions & {"int8", "fp8"}
+    cause = "the range of an activation or weight may be too narrow" if narrow else "weights or operators differ"
+    return f"no single cause was recognized; {cause}; {facts}"
 
 
-def _facts(chain: Chain, name: str, x: Array) -> str:
-    """The largest activation and weight of a part, each with its module."""
-    inner = chain.inner(name, x)
-    sizes = {module: float(np.abs(values).max()) for module, values in inner.items()}
-    weights = {key: float(value.detach().abs().max()) for key, value in chain.parts[name].named_parameters()}
-    most, heaviest = max(sizes, key=lambda key: sizes[key]), max(weights, key=lambda key: weights[key])
-    return (
-        f"largest activation {sizes[most]:.4g} in {most}, largest weight {weights[heaviest]:.4g} in {name}.{heaviest}"
-    )
+class _Inside:
+    """What the modules within a part of the reference model compute for its input."""
+
+    def __init__(self, chain: Chain, part: Part) -> None:
+        self.part, self.module = part, chain.parts[part.name]
+        self.largest: dict[str, float] = {}
+        """The largest |activation| of each module."""
+        self.variances: dict[str, float] = {}
+        """The largest variance over the channels of the input of each norm."""
+        chain.record(part.name, part.x, self._see)
+
+    def _see(self, name: str, module: Module, x: Tensor, y: Tensor) -> None:
+        from exporter.model.convnext import Norm, Norm2d
+
+        self.largest[name] = float(y.abs().max())
+        if isinstance(module, Norm):
+            axis, values = 1 if isinstance(module, Norm2d) else -1, x.double()
+            self.variances[name] = float((values - values.mean(axis, keepdim=True)).square().mean(axis).max())
+
+    def facts(self) -> str:
+        """The largest activation and weight, each with its module."""
+        weights = {key: float(value.detach().abs().max()) for key, value in self.module.named_parameters()}
+        most, heaviest = (max(sizes, key=lambda key: sizes[key]) for sizes in (self.largest, weights))
+        weight = f"{weights[heaviest]:.4g} in {self.part.name}.{heaviest}"
+        return f"largest activation {self.largest[most]:.4g} in {most}, largest weight {weight}"
+
+    def overflow(self) -> str:
+        """The module whose values, or whose variance, fp16 cannot hold, if products are computed in it; else ""."""
+        if "fp16" not in self.part.precisions:
+            return ""
+        reached = [
+            *((f"{module} reaches", largest) for module, largest in self.largest.items()),
+            *((f"the variance in {module} reaches", variance) for module, variance in self.variances.items()),
+        ]
+        beyond = ((what, value) for what, value in reached if value > FP16_LARGEST)
+        what, value = next(beyond, ("", 0.0))
+        return f"fp16 overflow: {what} {value:,.0f}, and fp16 holds {FP16_LARGEST:,}" if what else ""
 
 
-def _overflow(chain: Chain, name: str, x: Array, y: Array, precision: str) -> str:
-    """The module whose values, or whose variance, fp16 cannot hold; or that outputs are not finite."""
-    if precision == "fp16":
-        for module, values in chain.inner(name, x).items():
-            if (largest := float(np.abs(values).max())) > FP16_LARGEST:
-                return f"fp16 overflow: {module} reaches {largest:,.0f}, and fp16 holds {FP16_LARGEST:,}"
-        for module, variance in _variances(chain, name, x).items():
-            if variance > FP16_LARGEST:
-                return (
-                    f"fp16 overflow: the variance in {module} reaches {variance:,.0f}, and fp16 holds {FP16_LARGEST:,}"
-                )
-    return "" if np.isfinite(y).all() else "its outputs are not finite, and those of the network are"
+def _guesses(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
+    """Possible mistakes, each with the output (N, C, H, W) of a part that makes it."""
+    before = part.x if chain.is_block(part.name) else np.zeros_like(part.expected)
+    yield from _other_scales(part, before)
+    yield from _other_channels(chain, part, before)
+    yield from _other_operators(chain, part)
+    yield from _narrow_ranges(chain, part)
 
 
-def _variances(chain: Chain, name: str, x: Array) -> dict[str, float]:
-    """The largest mean square over the channels of what each norm of a part is given."""
-    from exporter.model.convnext import Norm, Norm2d
-
-    seen: dict[str, float] = {}
-
-    def keep(inner: str, module: Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = inputs[0].double()
-        axis = 1 if values.ndim == 4 and isinstance(module, Norm2d) else -1
-        seen[f"{name}.{inner}"] = float((values - values.mean(axis, keepdim=True)).square().mean(axis).max())
-
-    norms = [(inner, module) for inner, module in chain.parts[name].named_modules() if isinstance(module, Norm)]
-    handles = [module.register_forward_hook(partial(keep, inner)) for inner, module in norms]
-    try:
-        chain.run(name, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _guesses(chain: Chain, name: str, x: Array, y: Array, expected: Array) -> Iterator[tuple[str, Array]]:
-    """Possible mistakes, each with the output of the part that makes it."""
-    yield from _other_scales(x if chain.is_block(name) else np.zeros_like(expected), y, expected)
-    yield from _other_channels(chain, name, x, y, expected)
-    yield from _other_operators(chain, name, x)
-    yield from _cut_ranges(chain, name, x)
-
-
-def _other_scales(x: Array, y: Array, expected: Array) -> Iterator[tuple[str, Array]]:
-    """A factor or shift of what a part adds to its input, for all channels or for some."""
-    adds, found = expected - x, y - x
-    factor = float((adds * found).sum() / max(float((adds * adds).sum()), 1e-30))
-    yield f"what it adds is {factor:.4g} times that of the network: a scale is another", x + factor * adds
-    axes = tuple(axis for axis in range(y.ndim) if axis != 1)
-    factors = (adds * found).sum(axes, keepdims=True) / np.maximum((adds * adds).sum(axes, keepdims=True), 1e-30)
+def _other_scales(part: Part, before: Array) -> Iterator[tuple[str, Array]]:
+    """A factor or shift of the update, for all channels or for some."""
+    update, own = part.expected - before, part.y - before
+    factor = float((update * own).sum() / max(float((update * update).sum()), 1e-30))
+    yield f"the update is {factor:.6g} × that of the reference model: a scale differs", before + factor * update
+    axes = tuple(axis for axis in range(own.ndim) if axis != 1)
+    factors = (update * own).sum(axes, keepdims=True) / np.maximum((update * update).sum(axes, keepdims=True), 1e-30)
     others = np.flatnonzero(np.abs(factors.ravel() - 1) > 0.01)
-    if 0 < len(others) < y.shape[1]:
-        yield f"the scale of channels {some(map(str, others))} is another", x + factors * adds
-    shifts = (y - expected).mean(axes, keepdims=True)
-    largest = int(np.abs(shifts).argmax())
-    yield (
-        f"a bias is another: channel {largest} is shifted by {float(shifts.ravel()[largest]):.4g}",
-        (expected + shifts).astype(np.float32),
-    )
+    if 0 < len(others) < own.shape[1]:
+        yield f"the scale of channels {some(map(str, others))} differs", before + factors * update
+    shifts = (part.y - part.expected).mean(axes, keepdims=True)
+    most = int(np.abs(shifts).argmax())
+    cause = f"a bias differs: channel {most} is shifted by {float(shifts.ravel()[most]):.4g}"
+    yield cause, (part.expected + shifts).astype(np.float32)
 
 
-def _other_channels(chain: Chain, name: str, x: Array, y: Array, expected: Array) -> Iterator[tuple[str, Array]]:
-    """Channels of the input, or of what a part adds, in another order."""
-    if x.shape[1] <= 4:
-        for order in list(permutations(range(x.shape[1])))[1:]:
+def _other_channels(chain: Chain, part: Part, before: Array) -> Iterator[tuple[str, Array]]:
+    """Channels of the input, or of the update, in another order."""
+    if part.x.shape[1] <= 4:
+        for order in list(permutations(range(part.x.shape[1])))[1:]:
             bgr = " (BGR in place of RGB)" if order == (2, 1, 0) else ""
-            text = f"it takes the channels of its input in the order {', '.join(map(str, order))}{bgr}"
-            yield text, chain.run(name, np.ascontiguousarray(x[:, list(order)]))
-    before = x if chain.is_block(name) else np.zeros_like(expected)
-    rows = [
-        np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
-        for values in (y - before, expected - before)
-    ]
-    units = [values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-30) for values in rows]
-    order_found = (units[0] @ units[1].T).argmax(1)
-    moved = np.flatnonzero(order_found != np.arange(len(order_found)))
-    if len(moved) and len(set(order_found.tolist())) == len(order_found):
-        text = f"channels {some(map(str, moved))} of its output are in another order"
-        yield text, before + (expected - before)[:, order_found]
+            cause = f"the channels of its input are in the order {', '.join(map(str, order))}{bgr}"
+            yield cause, chain.run(part.name, part.x[:, list(order)])
+    rows = [_channel_rows(values - before) for values in (part.y, part.expected)]
+    best_match = (rows[0] @ rows[1].T).argmax(1)
+    moved = np.flatnonzero(best_match != np.arange(len(best_match)))
+    if len(moved) and len(set(best_match.tolist())) == len(best_match):
+        cause = f"channels {some(map(str, moved))} of its output are in another order"
+        yield cause, before + (part.expected - before)[:, best_match]
 
 
-def _other_operators(chain: Chain, name: str, x: Array) -> Iterator[tuple[str, Array]]:
+def _channel_rows(values: Array) -> Any:
+    """(N, C, H, W) to a row of unit length for each channel, (C, N · H · W) in fp64."""
+    rows = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1).astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+
+def _other_operators(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
     """Another activation, or another eps of a norm."""
     from exporter.model.convnext import ACTIVATIONS, Norm
 
-    part: Any = chain.parts[name]
-    if hasattr(part, "act"):
-        own = part.act
-        for kind, function in ACTIVATIONS.items():
-            if function is not own:
-                with _with(part, "act", function):
-                    yield f"its activation is {kind} in place of {_name_of(own)}", chain.run(name, x)
-    for inner, module in part.named_modules():
-        for eps in EPSILONS if isinstance(module, Norm) else ():
-            if eps != module.eps:
-                with _with(module, "eps", eps):
-                    text = f"eps of {name}.{inner} is {eps:g} in place of {module.eps:g}"
-                    yield text.replace(f"place of {eps:g}", "place of the network's"), chain.run(name, x)
-
-
-def _name_of(function: Callable[[Any], Any]) -> str:
-    from exporter.model.convnext import ACTIVATIONS
-
-    return next(kind for kind, other in ACTIVATIONS.items() if other is function)
+    module: Any = chain.parts[part.name]
+    own = getattr(module, "act", None)
+    for kind, function in ACTIVATIONS.items() if own is not None else ():
+        if function is not own:
+            with _with(module, "act", function):
+                name = next(name for name, other in ACTIVATIONS.items() if other is own)
+                yield f"its activation is {kind} in place of {name}", chain.run(part.name, part.x)
+    norms = [(inner, one) for inner, one in module.named_modules() if isinstance(one, Norm)]
+    for inner, norm in norms:
+        for eps in EPSILONS:
+            if not math.isclose(eps, norm.eps, rel_tol=1e-3):
+                cause = f"eps of {part.name}.{inner} is {eps:g} in place of {norm.eps:g}"
+                with _with(norm, "eps", eps):
+                    yield cause, chain.run(part.name, part.x)
 
 
 @contextmanager
@@ -182,42 +173,31 @@ def _with(module: Any, attribute: str, value: object) -> Iterator[None]:
         setattr(module, attribute, own)
 
 
-def _cut_ranges(chain: Chain, name: str, x: Array) -> Iterator[tuple[str, Array]]:
-    """The input of a layer, cut off at an end of a range that is too narrow for it."""
+def _narrow_ranges(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
+    """The input of a layer, cut off at the ends of a range that is too narrow for it."""
     from torch import nn
 
-    for inner, layer in chain.parts[name].named_modules():
+    for inner, layer in chain.parts[part.name].named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         ends: list[float] = []
-        with _before(layer, partial(_note_ends, ends)):
-            chain.run(name, x)
+        with changed_input(layer, partial(_note_ends, ends)):
+            chain.run(part.name, part.x)
         low, high = min(ends), max(ends)
         for share in SHARES:
             for least, most in ((low, share * high), (-share * max(-low, high), share * max(-low, high))):
-                with _before(layer, partial(_cut, least, most)):
-                    text = f"{least:.3g} to {most:.3g}, and its values from {low:.3g} to {high:.3g}"
-                    yield f"the input of {name}.{inner} has a range of about {text}", chain.run(name, x)
+                cause = (
+                    f"the input of {part.name}.{inner} has a range of about {least:.3g} to {most:.3g}, and its "
+                    f"values are from {low:.3g} to {high:.3g}"
+                )
+                with changed_input(layer, partial(_cut, least, most)):
+                    yield cause, chain.run(part.name, part.x)
 
 
-def _note_ends(ends: list[float], values: Tensor) -> None:
+def _note_ends(ends: list[float], values: Tensor) -> Tensor:
     ends += [float(values.min()), float(values.max())]
+    return values
 
 
 def _cut(least: float, most: float, values: Tensor) -> Tensor:
     return values.clamp(least, most)
-
-
-@contextmanager
-def _before(layer: Module, change: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Change the input of a layer inside the `with` block; None leaves it."""
-
-    def hook(module: Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        changed = change(inputs[0])
-        return None if changed is None else (changed,)
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

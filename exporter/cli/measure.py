@@ -176,16 +176,16 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
         raise click.exceptions.Exit(5)
 
 
-@click.command("bisect", short_help="The first module that leaves the network, and why.")
+@click.command("bisect", short_help="The first part that differs from PyTorch, and why.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @add(options_of(BisectOptions, more={"device": devices()}))
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     """Run every part of the network in PyTorch on the input that the part has in the artifact, and compare the outputs.
 
-    The first part that differs by more than the artifact's precision allows is named, with the likely reason: an
-    overflow in fp16, a range of int8 that is too narrow, another operator, scale, eps or order of channels. Exit code 5
-    means that there is one.
+    The first part that differs by more than its precision explains is named, with the likely cause: an overflow in
+    fp16, a range of int8 that is too narrow, another operator, scale, eps or order of channels. Exit code 5: a part
+    exceeds its limit.
 
     \b
     Example:
@@ -205,7 +205,7 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
         text = (
             f"[red]{plain(reason.case)}[/]: {plain(reason.detail)}"
             if reason
-            else "[green]no part leaves the tolerance[/]"
+            else "[green]every part is within its limit[/]"
         )
         console().print(text, soft_wrap=True)
     if not report.passed:

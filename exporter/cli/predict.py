@@ -11,7 +11,7 @@ from exporter.cli.options import add, devices, options_of
 from exporter.predict import PredictOptions
 
 
-@click.command("predict", short_help="Classes, values or feature vectors of pictures.")
+@click.command("predict", short_help="Classes, values or feature vectors of images.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @add(options_of(PredictOptions, more={"device": devices()}))
@@ -19,9 +19,9 @@ from exporter.predict import PredictOptions
     "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
     help="File that ends in .csv, .jsonl, .parquet or .npz (outputs as they are); by default stdout.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue an unfinished output.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished output after its last stored batch.")
 @click.option("--overwrite", is_flag=True, help="Replace an output, finished or not.")
-@click.option("--json", "as_json", is_flag=True, help="On stdout a JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image; with -o one of the counts.")
 def predict_command(
     artifact: Path,
     sources: tuple[str, ...],
@@ -31,10 +31,10 @@ def predict_command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Run an artifact on pictures, with the preprocessing and the labels that its sidecar has.
+    """Run an artifact on images, with the preprocessing and the labels that its sidecar has.
 
     SRC is a file, a folder, a pattern, a file:// address, a manifest, an .npz file, or - for standard input: the bytes
-    of a picture, or names of files, one a line. A picture that cannot be read has a reason in place of an answer.
+    of an image, or names of files, one a line. An image that cannot be read has a reason in place of an answer.
 
     \b
     Examples:
@@ -51,6 +51,8 @@ def predict_command(
 
     if output is None and (resume or overwrite):
         raise BadRequest("--resume and --overwrite are for an output file; add -o FILE")
+    if resume and overwrite:
+        raise BadRequest("--resume continues an output and --overwrite replaces it; give one of them")
     options, stdin = PredictOptions(**values), sys.stdin.buffer if "-" in sources else None
     with drawing():
         opened = artifacts.load(artifact)
@@ -63,4 +65,4 @@ def predict_command(
         print_json({"path": str(output), "summary": summary})
         return
     rate = f", {summary.now / summary.seconds:.0f} a second" if summary.now and summary.seconds > 1 else ""
-    console().print(f"[bold]{plain(output)}[/]  {summary.total:,} pictures{rate}", soft_wrap=True)
+    console().print(f"[bold]{plain(output)}[/]  {summary.total:,} images{rate}", soft_wrap=True)

@@ -65,7 +65,7 @@ class Samples:
                 yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
 
     def groups(self, size: int) -> Iterator[list[Read]]:
-        """All images in lists of `size`, the last one may be shorter; the images of the next two are read meanwhile."""
+        """All images in lists of `size`, the last one may be shorter; up to 2 · `size` more are decoded ahead."""
         pool = ThreadPoolExecutor(THREADS)
         try:
             reads = _read_ahead(pool, self.items(), 2 * size)

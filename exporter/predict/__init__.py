@@ -1,4 +1,4 @@
-"""Answers of an artifact for pictures: classes with their probabilities, values or feature vectors.
+"""Predictions of an artifact for images: classes with their probabilities, values or feature vectors.
 
 PyTorch is not needed: the sidecar has the preprocessing, the labels and what the outputs are.
 """
@@ -22,10 +22,10 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.backends import Outputs
 from exporter.data.samples import Read
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, printable, some
 from exporter.predict import store, writers
 from exporter.predict.answers import Answers, answers_of
-from exporter.predict.sources import Pictures, open_pictures
+from exporter.predict.sources import Images, open_images
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
 from exporter.recipe import Checks, Count, OutputKind, Threads
@@ -33,13 +33,13 @@ from exporter.recipe.fields import about
 from exporter.verify import run_batch
 
 BATCH = 16
-CPU_BATCH = 4  # of each core: larger ones leave its cache
+CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 
 
 class PredictOptions(Record, frozen=True):
     """Options of `predict`."""
 
-    top: Annotated[Count, about("Number of classes for each picture.", metavar="N")] = 5
+    top: Annotated[Count, about("Number of classes for each image.", metavar="N")] = 5
     outputs: Annotated[
         OutputKind | None,
         about(
@@ -50,7 +50,7 @@ class PredictOptions(Record, frozen=True):
     ] = None
     threshold: Annotated[
         Annotated[float, msgspec.Meta(gt=0, lt=1)] | None,
-        about("Multi-label: probability from which a picture has a label.", metavar="P", default="0.5"),
+        about("Multi-label: probability from which an image has a label.", metavar="P", default="0.5"),
     ] = None
     device: Annotated[
         str | None,
@@ -60,7 +60,8 @@ class PredictOptions(Record, frozen=True):
 
 
 class Summary(Record, frozen=True):
-    """How many pictures were read in all and now, those that could not be read with the reason, and the seconds."""
+    """The images in all, those of them that this run read, `NAME: reason` of each that has no answer, and the seconds
+    of this run."""
 
     total: int
     now: int
@@ -77,47 +78,50 @@ def predict(
     overwrite: bool = False,
     stdin: IO[bytes] | None = None,
 ) -> Summary:
-    """Write the answers for all pictures to a file, in the order of the sources.
+    """Write the answers for all images to a file, in the order of the sources.
 
-    Memory does not grow with the number of pictures. The file is written at the end; until then the answers are in the
+    Only the names of all images are in memory. The file is written at the end; until then the answers are in the
     folder `.NAME.partial` beside it.
 
     Args:
-        artifact: what answers.
-        sources: as for `open_pictures`.
+        artifact: the one to run.
+        sources: as for `open_images`.
         options: what is kept of the outputs, the device and the threads.
         out: ends in `.csv`, `.jsonl`, `.parquet` or `.npz`.
         resume: continue an unfinished output.
         overwrite: replace an output, finished or not.
         stdin: read for the source `-`.
 
-    Raises: BadRequest for sources without pictures, none of which can be read, or an output that cannot be written;
+    Raises: BadRequest for sources without images, none of which can be read, or an output that cannot be written;
         Unavailable when the runtime or pyarrow is missing, or the disk is full.
     """
     writers.check(out)
     artifacts.check_output(out)
     answers = _answers(artifact, options, whole=out.suffix.lower() == ".npz")
     writers.check_kinds(out, answers)
-    pictures = open_pictures(sources, artifact.sidecar.preprocessing, stdin)
+    images = open_images(sources, artifact.sidecar.preprocessing, stdin)
     job = Job(
         artifact=artifact.sidecar.sha256,
-        images=pictures.key,
-        total=pictures.samples.total,
+        images=images.key,
+        total=images.samples.total,
         options={"format": out.suffix.lower(), **msgspec.to_builtins(options)},
     )
     with store.opened(out, job, resume, overwrite) as kept:
         done, began = kept.done(), time.monotonic()
         if done < job.total:
-            step(f"predicting {job.total - done:,} pictures with {artifact.path.name}")
+            step(f"predicting {job.total - done:,} images with {artifact.path.name}")
         try:
-            for chunk in track(
-                _chunks(artifact, answers, pictures, options, done), job.total - done, "pictures", _count
-            ):
+            for chunk in track(_chunks(artifact, answers, images, options, done), job.total - done, "images", _count):
                 kept.add(chunk)
+        except KeyboardInterrupt:
+            note(f"{out} is unfinished; the same command with --resume continues it")
+            raise
         finally:
             kept.flush()
         seconds = time.monotonic() - began
         unreadable = _unreadable(kept.chunks())
+        if len(unreadable) == job.total:
+            kept.discard()
         _report(unreadable, job.total)
         write = writers.WRITERS[out.suffix.lower()]
         kept.finish(lambda file: write(file, answers, kept.chunks))
@@ -136,31 +140,31 @@ def _unreadable(chunks: Iterator[Chunk]) -> tuple[str, ...]:
 def answer(
     artifact: Artifact, sources: Sequence[str], options: PredictOptions, stdin: IO[bytes] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The answers for all pictures as dictionaries, as a line of a `.jsonl` file has them.
+    """The answers for all images as dictionaries, as a line of a `.jsonl` file has them.
 
     Raises: as `predict` does.
     """
     answers = _answers(artifact, options, whole=False)
     if any(output.is_map for output in answers.outputs):
         raise BadRequest(f"{artifact.path}: the outputs are feature maps; write them with -o FILE.npz")
-    pictures = open_pictures(sources, artifact.sidecar.preprocessing, stdin)
-    total, unreadable = pictures.samples.total, list[str]()
-    step(f"predicting {total:,} pictures with {artifact.path.name}")
-    for chunk in track(_chunks(artifact, answers, pictures, options, 0), total, "pictures", _count):
+    images = open_images(sources, artifact.sidecar.preprocessing, stdin)
+    total, unreadable = images.samples.total, list[str]()
+    step(f"predicting {total:,} images with {artifact.path.name}")
+    for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
         unreadable += _unreadable(iter([chunk]))
         yield from writers.records(answers, iter([chunk]))
     _report(unreadable, total)
 
 
 def _report(unreadable: Sequence[str], total: int) -> None:
-    """Say which pictures could not be read.
+    """Say which images could not be read.
 
     Raises: BadRequest when none could.
     """
     if len(unreadable) == total:
-        raise BadRequest(f"none of {total} pictures can be read ({unreadable[0]})")
+        raise BadRequest(f"none of {total} images can be read ({unreadable[0]})")
     if unreadable:
-        note(f"{len(unreadable)} of {total:,} pictures have no answer: {some(unreadable)}")
+        note(f"{len(unreadable)} of {total:,} images have no answer: {some(unreadable)}")
 
 
 def as_text(record: Mapping[str, Any]) -> str:
@@ -194,10 +198,10 @@ def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answer
 
 
 def _chunks(
-    artifact: Artifact, answers: Answers, pictures: Pictures, options: PredictOptions, done: int
+    artifact: Artifact, answers: Answers, images: Images, options: PredictOptions, done: int
 ) -> Iterator[Chunk]:
     """The answers after the first `done` images, a batch at a time, in order. Batches begin at the same images every
-    time, and on a CPU each runs in one thread, so that the answers do not depend on the number of cores."""
+    time. On a CPU as many of them run at once as the runtime has streams; ONNX Runtime runs each in one thread."""
     runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
     on_cpu = backends.device_kind(artifact, device) == "CPU"
     fixed, most = artifact.sidecar.inputs[0].shape[0], CPU_BATCH if on_cpu else BATCH
@@ -207,7 +211,7 @@ def _chunks(
     with opening as session, ThreadPoolExecutor(streams := getattr(session, "streams", 1)) as pool:
         run, waiting = partial(run_batch, session, fixed=fixed), deque[Future[Chunk]]()
         try:
-            for group in pictures.after(done).groups(size):
+            for group in images.after(done).groups(size):
                 waiting.append(pool.submit(_answered, answers, group, run, done))
                 done += len(group)
                 if len(waiting) > 2 * streams:
@@ -219,13 +223,12 @@ def _chunks(
 
 
 def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], start: int) -> Chunk:
-    """The answers for some images. One whose outputs are not finite has none."""
-    arrays = [read.array for read in group if read.array is not None]
-    errors, kept = [read.reason for read in group], {}
-    if arrays:
-        values = run(np.stack(arrays))
+    """The answers for the images of a batch. One whose outputs are not finite has an error in place of an answer."""
+    errors, kept = np.array([read.reason for read in group], dtype=object), dict[str, Any]()
+    readable = np.flatnonzero([read.array is not None for read in group])
+    if len(readable):
+        values = run(np.stack([read.array for read in group if read.array is not None]))
         finite = np.logical_and.reduce([np.isfinite(value).reshape(len(value), -1).all(1) for value in values])
-        verdicts = iter(finite)
-        errors = [error or ("" if next(verdicts) else "the outputs are not finite") for error in errors]
+        errors[readable[~finite]] = "the outputs are not finite"
         kept = answers.of(tuple(value[finite] for value in values))
-    return store.chunk_of(start, [read.name for read in group], errors, kept)
+    return store.chunk_of(start, [printable(read.name) for read in group], errors.tolist(), kept)

@@ -96,7 +96,7 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
     """
     outputs.check(sidecar, checks)
     kinds = outputs.kinds(sidecar, checks.outputs)
-    made = tuple(
+    every = tuple(
         Output(
             tensor.name,
             kind,
@@ -106,7 +106,7 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
         )
         for tensor, kind in zip(sidecar.outputs, kinds, strict=True)
     )
-    return Answers(made, top, outputs.decision_logit(checks), whole)
+    return Answers(every, top, outputs.decision_logit(checks), whole)
 
 
 def _probabilities(logits: Array, kind: Kind) -> Array:

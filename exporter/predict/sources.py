@@ -1,4 +1,4 @@
-"""The pictures that a user means: files, folders, patterns, `file://` addresses, arrays, manifests, standard input."""
+"""The images that a user means: files, folders, patterns, `file://` addresses, arrays, manifests, standard input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from exporter.artifact import sha256_file
-from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import Array
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
-from exporter.data.manifests import is_manifest
+from exporter.data.manifests import is_manifest, locate
 from exporter.data.samples import Item, Samples, images_in, open_samples
 from exporter.errors import BadRequest, nearest
 from exporter.recipe import bundled
@@ -30,8 +29,8 @@ MAX_STDIN_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures in order, and a key of their names, and of the content of arrays and lists."""
+class Images:
+    """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists."""
 
     samples: Samples
     key: str
@@ -41,16 +40,16 @@ class Pictures:
         return replace(self.samples, items=lambda: islice(self.samples.items(), count, None), skipped=[])
 
 
-def open_pictures(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | None = None) -> Pictures:
-    """The pictures of all sources, in order.
+def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | None = None) -> Images:
+    """The images of all sources, in order.
 
     Args:
         words: files, folders (with all below them), patterns such as `photos/*.jpg`, `file://` addresses, manifests,
             `.npz` files, bundled sets, `synthetic`, or `-`.
-        recipe: how each picture becomes an input.
-        stdin: read for `-`: the bytes of one picture, or the names of files, one a line or separated by NUL.
+        recipe: how each image becomes an input.
+        stdin: read for `-`: the bytes of one image, or the names of files, one a line or separated by NUL.
 
-    Raises: BadRequest for a source that does not exist, or without a picture.
+    Raises: BadRequest for a source that does not exist, or without an image.
     """
     parts = [_open(word, recipe, stdin) for word in words]
     total = sum(part.samples.total for part in parts)
@@ -58,7 +57,7 @@ def open_pictures(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] 
     def items() -> Iterator[Item]:
         return chain.from_iterable(part.samples.items() for part in parts)
 
-    return Pictures(Samples(", ".join(words), total, items, labelled=False), _digest(part.key for part in parts))
+    return Images(Samples(", ".join(words), total, items, labelled=False), _digest(part.key for part in parts))
 
 
 def _digest(words: Iterable[str]) -> str:
@@ -68,20 +67,24 @@ def _digest(words: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Pictures:
+def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     if word == STDIN:
         return _from_stdin(recipe, stdin)
+    if not word:
+        raise BadRequest("a source is empty; give a file, a folder or a pattern")
     if "://" in word:
         word = _path_of(word)
-    path = user_path(word)
+    path, split = locate(word)
     if path.is_dir():
         return _of_files(word, [f"{word.rstrip('/')}/{name}" for name in images_in(path)], recipe)
-    if is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word):
+    is_pattern = glob.has_magic(word) and not path.exists()
+    if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
         samples = open_samples(word, recipe, (), None)
-        return Pictures(samples, f"{samples.total} of {sha256_file(path) if path.is_file() else word}")
+        content = sha256_file(path) if path.is_file() else word
+        return Images(samples, f"{samples.total} of {split} of {content}")
     if path.exists():
-        return _of_files(word, [word], recipe)
-    if glob.has_magic(word):
+        return _of([(word, partial(images.read, path, recipe))], f"{word} {_state(path)}")
+    if is_pattern:
         matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))  # noqa: PTH111, PTH207  (as typed)
         return _of_files(word, [name for name in matches if Path(name).is_file()], recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -103,38 +106,57 @@ def _path_of(address: str) -> str:
     return unquote(parts.path)
 
 
-def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Pictures:
+def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     content = stdin.read(MAX_STDIN_BYTES + 1) if stdin is not None else b""
     if len(content) > MAX_STDIN_BYTES:
         raise BadRequest(
             f"{STDIN}: more than {MAX_STDIN_BYTES >> 20} MiB on standard input; give a folder or a pattern"
         )
+    if _is_image(content):
+        return _of([(STDIN, partial(_read_bytes, content, recipe))], hashlib.sha256(content).hexdigest())
     lines = content.split(b"\0" if content.endswith(b"\0") else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
-    if names and all(map(_may_be_a_path, names)) and Path(names[0]).exists():
-        return _of_files(STDIN, names, recipe)
-    if not content:
-        raise BadRequest(f"{STDIN}: nothing on standard input; expected a picture, or names of files, one a line")
-    return _of([(STDIN, partial(_read_bytes, content, recipe))], hashlib.sha256(content).hexdigest())
+    if not names or any("\0" in name for name in names):
+        found = "neither an image nor names of files" if names else "nothing"
+        raise BadRequest(f"{STDIN}: {found} on standard input; expected an image, or names of files, one a line")
+    return _of_files(STDIN, names, recipe)
 
 
-def _may_be_a_path(name: str) -> bool:
-    return "\0" not in name and len(name) < 4096
+def _is_image(content: bytes) -> bool:
+    """Whether Pillow knows the format."""
+    from PIL import Image
+
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _read_bytes(content: bytes, recipe: Preprocessing) -> Array:
     return images.read(io.BytesIO(content), recipe)
 
 
-def _of_files(word: str, names: Sequence[str], recipe: Preprocessing) -> Pictures:
+def _of_files(word: str, names: Sequence[str], recipe: Preprocessing) -> Images:
     if not names:
-        raise BadRequest(f"{word}: no pictures in it; expected files such as .jpg and .png")
-    return _of([(name, partial(images.read, Path(name).expanduser(), recipe)) for name in names], _digest(names))
+        raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png")
+    paths = list(map(Path, names))
+    named = [(name, partial(images.read, path, recipe)) for name, path in zip(names, paths, strict=True)]
+    return _of(named, _digest(f"{name} {_state(path)}" for name, path in zip(names, paths, strict=True)))
 
 
-def _of(pictures: Sequence[tuple[str, Callable[[], Array]]], key: str) -> Pictures:
+def _state(path: Path) -> str:
+    """Size and time of the last change of a file, or "" where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _of(named: Sequence[tuple[str, Callable[[], Array]]], key: str) -> Images:
     def items() -> Iterator[Item]:
-        for name, make in pictures:
+        for name, make in named:
             yield name, UNKNOWN, make
 
-    return Pictures(Samples("", len(pictures), items, labelled=False), key)
+    return Images(Samples("", len(named), items, labelled=False), key)

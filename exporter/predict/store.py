@@ -36,8 +36,8 @@ class Tensor(Record, frozen=True):
 
 
 class Chunk(Record, frozen=True):
-    """The answers for one batch: the names of its images; for each why it has no answer, or ""; and the arrays, which
-    have a row for each of the others."""
+    """The answers for one batch: the index of its first image, the names of its images, for each of them why it has no
+    answer, or "", and arrays by name, with one row for each image whose error is ""."""
 
     start: int
     names: tuple[str, ...]
@@ -64,7 +64,8 @@ def chunk_of(start: int, names: list[str], errors: list[str], arrays: Mapping[st
 
 
 class Job(Record, frozen=True):
-    """Every input that determines the answers. `total` is the number of images."""
+    """What a resumed run must have in common with the one before: the sha256 of the artifact, a digest of the images
+    (`Images.key`), their number, and the options."""
 
     artifact: str
     images: str
@@ -118,6 +119,10 @@ class Store:
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.*"))
 
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self, write: Callable[[Path], None]) -> None:
         """Write the output, all at once, and remove the folder.
 
@@ -132,7 +137,7 @@ class Store:
         except OSError as error:
             new.unlink(missing_ok=True)
             raise disk.write_error(error, self.out.parent) from None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.discard()
 
 
 def _read(file: Path) -> list[Chunk]:
@@ -155,9 +160,12 @@ def opened(out: Path, job: Job, resume: bool, overwrite: bool) -> Iterator[Store
     Raises: BadRequest for an output that exists, an unfinished one that is neither resumed nor overwritten, one that
         was begun with other inputs, and one that another process is writing.
     """
-    folder, command = folder_of(out), "--overwrite replaces it"
-    if out.exists() and not overwrite:
-        raise BadRequest(f"{out}: is there already; {command}, or give another -o")
+    folder, hint = folder_of(out), "--overwrite replaces it"
+    is_begun = (folder / "job.json").is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not is_begun:
+        raise BadRequest(f"{folder}: a folder of this name is not an unfinished output of this tool; move it away")
+    if out.exists() and not overwrite and not (resume and is_begun):
+        raise BadRequest(f"{out}: is there already; {hint}, or give another -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         release = disk.lock(folder, wait=False)
@@ -173,9 +181,12 @@ def opened(out: Path, job: Job, resume: bool, overwrite: bool) -> Iterator[Store
 
 
 def _begin(store: Store, file: Path, resume: bool, overwrite: bool) -> None:
-    """Take over what is in the folder, or empty it."""
+    """Take over what is in the folder, or empty it.
+
+    Raises: BadRequest for an unfinished output without `resume`, or of other inputs.
+    """
     content = msgspec.json.encode(store.job, order="deterministic")
-    if not file.exists() or overwrite:
+    if not file.exists() or overwrite or not store.done():
         for old in store.folder.iterdir():
             old.unlink()
         disk.write_file(file, content)

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from exporter.delimited import inactive
-from exporter.errors import BadRequest, Unavailable, printable
+from exporter.delimited import escape_formula
+from exporter.errors import BadRequest, Unavailable
 from exporter.predict.answers import Answers
 from exporter.predict.store import Chunk
 
@@ -30,11 +30,11 @@ def write_jsonl(file: Path, answers: Answers, chunks: Chunks) -> None:
 
 def write_csv(file: Path, answers: Answers, chunks: Chunks) -> None:
     """A header and a row for each image. An apostrophe is put before cells that a spreadsheet takes for a formula."""
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+    with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, columns(answers), restval="", lineterminator="\n")
         writer.writeheader()
         for record in records(answers, chunks()):
-            writer.writerow({key: inactive(cell) for key, cell in flat(answers, record).items()})
+            writer.writerow({key: escape_formula(cell) for key, cell in flat(answers, record).items()})
 
 
 def write_parquet(file: Path, answers: Answers, chunks: Chunks) -> None:
@@ -66,7 +66,7 @@ def write_npz(file: Path, answers: Answers, chunks: Chunks) -> None:
     bad = [name for chunk in chunks() for name, error in zip(chunk.names, chunk.errors, strict=True) if error]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, names in (("images", good), ("unreadable", bad)):
-            _write_array(archive, name, iter([np.asarray(list(map(_text, names)), dtype=str)]), len(names))
+            _write_array(archive, name, iter([np.asarray(names, dtype=str)]), len(names))
         for output in answers.outputs:
             if output.labels:
                 _write_array(archive, f"{output.name}.labels", iter([np.asarray(output.labels)]), len(output.labels))
@@ -122,7 +122,7 @@ def records(answers: Answers, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any
     for chunk in chunks:
         good = answers.records(chunk.arrays(), sum(not error for error in chunk.errors))
         for name, error in zip(chunk.names, chunk.errors, strict=True):
-            yield {"image": _text(name), "error": error} if error else {"image": _text(name), **next(good)}
+            yield {"image": name, "error": error} if error else {"image": name, **next(good)}
 
 
 def columns(answers: Answers) -> list[str]:
@@ -161,8 +161,3 @@ def flat(answers: Answers, record: dict[str, Any]) -> dict[str, Any]:
         for rank, one in enumerate(answer.get("predictions", ())):
             row |= {f"{before}{word}_{rank + 1}": value for word, value in one.items()}
     return row
-
-
-def _text(name: str) -> str:
-    """The name of a file on one line."""
-    return printable(name)

@@ -82,8 +82,8 @@ def verify(
     _refuse_limits(sidecar, options, samples)
     session_options = _session_options(runtime, options)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
-    with runnable(artifact, runtime) as stand_in:
-        measured = _measured(artifact, stand_in, layers, options, samples, reference_session)
+    with open_runnable(artifact, runtime) as runnable:
+        measured = _measured(artifact, runnable, layers, options, samples, reference_session)
     return Report(
         passed=all(finding.passed for finding in measured.findings),
         recipe={**sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": measured.images}},
@@ -155,7 +155,7 @@ class Measured:
 
 def _measured(
     artifact: Artifact,
-    stand_in: Runnable,
+    runnable: Runnable,
     layers: list[Layer],
     options: VerifyOptions,
     samples: Samples,
@@ -165,7 +165,7 @@ def _measured(
 
     Raises: BadRequest for blocks of a runtime that does not show them.
     """
-    runtime = stand_in.runtime
+    runtime = runnable.runtime
     if options.blocks and runtime.blocks is None:
         raise BadRequest(f"--blocks: {artifact.path}: {runtime.name} does not show the outputs of blocks; leave it out")
     session_options = _session_options(runtime, options)
@@ -174,7 +174,7 @@ def _measured(
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
     fixed = artifact.sidecar.inputs[0].shape[0]
     count, digest = 0, hashlib.sha256()
-    with opening as original, runtime.open(stand_in.artifact, session_options) as candidate:
+    with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
         size = fixed * max(1, BATCH // fixed) if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
@@ -189,24 +189,24 @@ def _measured(
     if not count:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
-    findings += [*stand_in.findings, *_data_findings(samples.skipped, count, options.data)]
+    findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data)]
     if options.blocks:
         images = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
-        findings += _compare_blocks(artifact, stand_in, layers, options, images)
+        findings += _compare_blocks(artifact, runnable, layers, options, images)
     return Measured(findings, facts, digest.hexdigest())
 
 
 def _compare_blocks(
-    artifact: Artifact, stand_in: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
+    artifact: Artifact, runnable: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
 ) -> list[Finding]:
-    runtime = stand_in.runtime
+    runtime = runnable.runtime
     step("comparing block by block")
     assert eager.RUNTIME.blocks is not None
     assert runtime.blocks is not None
     session_options = _session_options(runtime, options)
     with (
         eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,
-        runtime.blocks(stand_in.artifact, session_options) as measured,
+        runtime.blocks(runnable.artifact, session_options) as measured,
     ):
         return block_errors(expected, measured, layers, images)
 
@@ -219,9 +219,14 @@ class Runnable:
     runtime: Runtime[Options]
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it replaces an artifact that cannot run here."""
+        return bool(self.findings)
+
 
 @contextmanager
-def runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnable]:
+def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Runnable]:
     """The artifact, or, if it cannot run here, the ONNX graph that it was built from, with every result rounded to its
     precision.
 

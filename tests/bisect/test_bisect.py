@@ -1,5 +1,7 @@
 """`bisect` names the module that was spoiled on purpose, and how it was spoiled."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 
@@ -16,7 +18,7 @@ from exporter.bisect import BisectOptions
 from exporter.data.samples import open_samples
 from exporter.errors import BadRequest
 from exporter.graph import files
-from tests.conftest import build, needs_bf16
+from tests.conftest import build, needs_bf16, tiny_state
 
 SPOILT = "stages.2.1"
 
@@ -64,7 +66,7 @@ def test_a_scale(artifacts, tmp_path):
     report, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
     assert not report.passed
     assert module == SPOILT
-    assert "1.5 times that of the network" in reason
+    assert "1.5 × that of the reference model" in reason
     failed = [finding.case for finding in report.findings if not finding.passed]
     assert failed == [SPOILT, SPOILT], "the parts behind it compute what the network computes"
 
@@ -77,7 +79,7 @@ def test_a_scale_in_openvino(artifacts, tmp_path):
     graph = spoil(artifacts["onnxruntime", "fp32"], tmp_path, change)
     target = backends.target("openvino")
     _, module, reason = examined(target.build(graph, "fp32", tmp_path, target.options()))
-    assert (module, "1.5 times" in reason) == (SPOILT, True)
+    assert (module, "1.5 ×" in reason) == (SPOILT, True)
 
 
 def test_some_channels(artifacts, tmp_path):
@@ -90,7 +92,7 @@ def test_some_channels(artifacts, tmp_path):
         scale(model, bias, factors)
 
     _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
-    assert (module, "the scale of channels 3, 8 is another" in reason) == (SPOILT, True)
+    assert (module, "the scale of channels 3, 8 differs" in reason) == (SPOILT, True)
 
 
 def test_gelu_in_its_tanh_form(artifacts, tmp_path):
@@ -179,11 +181,57 @@ def test_a_sound_artifact_leaves_no_tolerance(backend, precision, artifacts):
     assert len([finding for finding in report.findings if finding.metric == "part_error"]) == 10
 
 
-@pytest.mark.parametrize(("task", "parts"), [("embed", 10), ("features", 9)])
+@pytest.mark.parametrize(("task", "parts"), [("embed", 10), ("features", 13)])
 def test_artifacts_without_a_head(task, parts, tiny_v2, tmp_path):
     report, *_ = examined(build(tiny_v2, tmp_path, task=task, batch=2))
     assert report.passed
     assert len([finding for finding in report.findings if finding.metric == "part_error"]) == parts
+
+
+@pytest.mark.parametrize("hidden", [{"stages.2.0"}, {SPOILT}, {"stages.3.0"}, {"downsample_layers.3", "stages.3.0"}])
+def test_parts_that_the_artifact_does_not_show_are_examined_together(hidden, artifacts, tmp_path, monkeypatch):
+    """An optimizer may remove the operators by which the output of a block is recognized."""
+    runtime = backends.runtime("onnxruntime")
+
+    @contextlib.contextmanager
+    def some_blocks(artifact, options):
+        with runtime.blocks(artifact, options) as every:
+            places = [place for place, name in enumerate(every.names) if name not in hidden]
+            names = tuple(every.names[place] for place in places)
+            yield backends.Blocks(names, lambda images: tuple(every.run(images)[place] for place in places))
+
+    monkeypatch.setattr(backends, "runtime_of", lambda artifact: dataclasses.replace(runtime, blocks=some_blocks))
+    assert examined(artifacts["onnxruntime", "fp32"])[0].passed
+
+    def change(model):
+        for name in product(model, f"{max(hidden)}.pwconv2"):
+            scale(model, name, 1.5)
+
+    report, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert not report.passed
+    assert module.startswith(min(hidden))
+    assert reason == "the artifact shows no output between these parts"
+
+
+def test_every_head_is_examined(tmp_path):
+    state = tiny_state()
+    for name, size in (("kind", 4), ("age", 3)):
+        state |= {f"{name}.{end}": state[f"head.{end}"][:size].clone() for end in ("weight", "bias")}
+    for end in ("weight", "bias"):
+        del state[f"head.{end}"]
+    save_file(state, tmp_path / "two.safetensors")
+    sound = build(tmp_path / "two.safetensors", tmp_path / "out", head="kind,age")
+    assert examined(sound)[0].passed
+
+    def change(model):
+        names = [name for name in model.graph.initializers if "heads.age" in name and name.endswith("bias")]
+        value = model.graph.initializers[names[0]]
+        value.const_value = ir.tensor(value.const_value.numpy() + np.float32(1), name=names[0])
+
+    _, module, reason = examined(spoil(sound, tmp_path, change))
+    assert module.startswith("norm and head (")
+    assert "age" in module
+    assert reason == "the pooling, the last norm or the head differs"
 
 
 def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypatch):
@@ -198,8 +246,8 @@ def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypat
     (outputs,) = session.run(None, {session.get_inputs()[0].name: batch.images})
     worst = np.argsort(-np.square(outputs - expected).mean(1))[:4]
     seen = []
-    real = bisect._parts
-    monkeypatch.setattr(bisect, "_parts", lambda *words: seen.append(words[2]) or real(*words))
+    real = bisect.measure
+    monkeypatch.setattr(bisect, "measure", lambda *words: seen.append(words[2]) or real(*words))
     examined(made, data=str(tmp_path / "a.npz"))
     assert np.array_equal(seen[0], batch.images[worst])
 
@@ -207,7 +255,7 @@ def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypat
 def test_the_command(artifacts, tmp_path, run):
     sound = artifacts["onnxruntime", "fp32"]
     good = run("bisect", sound.path)
-    assert (good.code, "no part leaves the tolerance" in good.out) == (0, True)
+    assert (good.code, "every part is within its limit" in good.out) == (0, True)
 
     def change(model):
         for name in product(model, f"{SPOILT}.pwconv2"):
@@ -215,7 +263,7 @@ def test_the_command(artifacts, tmp_path, run):
 
     bad = run("bisect", spoil(sound, tmp_path, change).path)
     assert bad.code == 5
-    assert bad.out.splitlines()[-1].startswith(f"{SPOILT}: what it adds is 1.5 times")
+    assert bad.out.splitlines()[-1].startswith(f"{SPOILT}: the update is 1.5 ×")
     assert "largest activation" in bad.out
     as_json = json.loads(run("bisect", sound.path, "--json").out)
     assert as_json["passed"]

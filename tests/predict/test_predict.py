@@ -1,14 +1,17 @@
-"""`predict`: the answers are those of the runtime for the pictures, in every format, after an interruption too."""
+"""`predict`: the answers are those of the runtime for the images, in every format, after an interruption too."""
 
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import onnxruntime
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from exporter import artifact as artifacts_
@@ -22,7 +25,7 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder with pictures of several sizes and modes, and two files that are none."""
+    """A folder with images of several sizes and modes, and two files that are none."""
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     (folder / "below").mkdir()
@@ -35,14 +38,14 @@ def photos(tmp_path_factory):
 
 
 def expected(artifact, path):
-    """The logits of a picture: PIL and ONNX Runtime alone, with the preprocessing of `tiny_config`."""
+    """The logits of an image: PIL and ONNX Runtime alone, with the preprocessing of `tiny_config`."""
     config = tiny_config()["pretrained_cfg"]
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-        size = [PX * side // min(picture.size) for side in picture.size]  # as torchvision's Resize
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        size = [PX * side // min(image.size) for side in image.size]  # as torchvision's Resize
+        image = image.resize(size, Image.Resampling.BILINEAR)
         left, top = (round((side - PX) / 2) for side in size)
-        pixels = np.asarray(picture.crop((left, top, left + PX, top + PX)), np.float32) / 255
+        pixels = np.asarray(image.crop((left, top, left + PX, top + PX)), np.float32) / 255
     normalised = (pixels - np.float32(config["mean"])) / np.float32(config["std"])
     session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: normalised.transpose(2, 0, 1)[None].copy()})
@@ -54,7 +57,7 @@ def softmax(logits):
     return powers / powers.sum()
 
 
-def test_the_answers_are_those_of_onnx_runtime_for_the_pictures(artifacts, photos):
+def test_the_answers_are_those_of_onnx_runtime_for_the_images(artifacts, photos):
     artifact = artifacts["onnxruntime", "fp32"]
     records = list(predict.answer(artifact, [str(photos)], PredictOptions(top=3)))
     assert len(records) == COUNT
@@ -175,10 +178,11 @@ def test_an_output_is_not_replaced_and_not_written_twice_at_once(artifacts, phot
 def test_none_that_can_be_read_is_an_error_and_some_are_counted(artifacts, photos, tmp_path, run):
     path = artifacts["onnxruntime", "fp32"].path
     bad = run("predict", path, photos / "empty.png", photos / "page.jpg", "-o", tmp_path / "a.csv")
-    assert (bad.code, "none of 2 pictures can be read" in bad.err) == (2, True)
+    assert (bad.code, "none of 2 images can be read" in bad.err) == (2, True)
+    assert not list(tmp_path.iterdir()), "the next run is not asked to continue this one"
     some = run("predict", path, photos, "-o", tmp_path / "b.csv")
     assert some.code == 0
-    assert "2 of 40 pictures have no answer" in some.err
+    assert "2 of 40 images have no answer" in some.err
     assert "empty.png" in some.err
     assert "page.jpg" in some.err
 
@@ -192,13 +196,13 @@ def test_none_that_can_be_read_is_an_error_and_some_are_counted(artifacts, photo
         ("p.gif", "P", (9, 70)),
     ],
 )
-def test_odd_pictures_are_answered(name, mode, size, artifacts, tmp_path):
+def test_odd_images_are_answered(name, mode, size, artifacts, tmp_path):
     Image.new(mode, size, 7 if mode in ("I;16", "P") else None).save(tmp_path / name)
     (record,) = predict.answer(artifacts["onnxruntime", "fp32"], [str(tmp_path / name)], PredictOptions())
     assert len(record["predictions"]) == 5
 
 
-def test_a_huge_or_cut_picture_is_named(artifacts, photos, tmp_path):
+def test_a_huge_or_cut_image_is_named(artifacts, photos, tmp_path):
     Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
     whole = next(photos.glob("below/*")).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -213,10 +217,8 @@ def test_a_huge_or_cut_picture_is_named(artifacts, photos, tmp_path):
 def names_of(words, stdin=b""):
     from exporter.artifact.sidecar import Preprocessing
 
-    pictures = sources.open_pictures(
-        [str(word) for word in words], Preprocessing(size=32, resize=32), io.BytesIO(stdin)
-    )
-    return [name for name, _, _ in pictures.samples.items()]
+    images = sources.open_images([str(word) for word in words], Preprocessing(size=32, resize=32), io.BytesIO(stdin))
+    return [name for name, _, _ in images.samples.items()]
 
 
 def test_every_kind_of_source(photos, tmp_path):
@@ -238,12 +240,12 @@ def test_every_kind_of_source(photos, tmp_path):
     [
         ("https://example.org/a.jpg", "only file:// addresses"),
         ("{photos}/belov", "did you mean 'below'"),
-        ("{photos}/*.bmp", "no pictures in it"),
-        ("{photos}/nobody/*.png", "no pictures in it"),
+        ("{photos}/*.bmp", "no images in it"),
+        ("{photos}/nobody/*.png", "no images in it"),
         ("-", "nothing on standard input"),
     ],
 )
-def test_a_source_without_pictures_is_refused(word, message, photos):
+def test_a_source_without_images_is_refused(word, message, photos):
     with pytest.raises(BadRequest, match=message):
         names_of([word.format(photos=photos)])
 
@@ -272,20 +274,20 @@ def test_feature_maps_go_to_arrays_only(tiny, photos, tmp_path):
 
 
 def test_a_multilabel_head_gives_the_labels_above_the_threshold(artifacts, photos, tmp_path):
-    artifact, picture = artifacts["onnxruntime", "fp32"], photos / "below" / "03.png"
-    logits = expected(artifact, picture).astype(np.float64)
+    artifact, image = artifacts["onnxruntime", "fp32"], photos / "below" / "03.png"
+    logits = expected(artifact, image).astype(np.float64)
     probabilities = 1 / (1 + np.exp(-logits))
     ordered = np.sort(probabilities)[::-1]
     count = 1 + int(np.argmax(ordered[:5] - ordered[1:6]))
     threshold = float(ordered[count - 1 : count + 1].mean())
     options = PredictOptions(outputs="multilabel", threshold=threshold, top=4)
-    (record,) = predict.answer(artifact, [str(picture)], options)
+    (record,) = predict.answer(artifact, [str(image)], options)
     assert record["labels"] == [f"class {number}" for number in np.flatnonzero(probabilities >= threshold)]
     assert len(record["labels"]) == count
     assert [one["probability"] for one in record["predictions"]] == pytest.approx(
         np.sort(probabilities)[::-1][:4], abs=1e-5
     )
-    out = wrote(artifact, picture, tmp_path / "a.csv", options=options)
+    out = wrote(artifact, image, tmp_path / "a.csv", options=options)
     assert next(csv.DictReader(io.StringIO(out.read_text())))["labels"] == ";".join(record["labels"])
 
 
@@ -350,16 +352,18 @@ def test_it_works_where_pytorch_cannot_be_imported(backend, artifacts, photos, t
 
 
 def test_the_command_prints_lines_and_json(artifacts, photos, run, refused):
-    path, picture = artifacts["onnxruntime", "fp32"].path, photos / "below" / "00.png"
-    line = run("predict", path, picture, "--top", "2").out.splitlines()
+    path, image = artifacts["onnxruntime", "fp32"].path, photos / "below" / "00.png"
+    line = run("predict", path, image, "--top", "2").out.splitlines()
     assert len(line) == 1
-    assert line[0].startswith(f"{picture}  class ")
+    assert line[0].startswith(f"{image}  class ")
     assert line[0].count(" %") == 2
-    record = json.loads(run("predict", path, picture, "--json").out)
-    assert record["image"] == str(picture)
-    assert "add -o FILE" in refused(2, "predict", path, picture, "--resume")
-    assert "ends in .csv, .jsonl, .parquet, .npz" in refused(2, "predict", path, picture, "-o", "a.xlsx")
-    assert "--outputs multilabel" in refused(2, "predict", path, picture, "--threshold", "0.2")
+    record = json.loads(run("predict", path, image, "--json").out)
+    assert record["image"] == str(image)
+    both = refused(2, "predict", path, image, "-o", "a.csv", "--resume", "--overwrite")
+    assert "give one of them" in both
+    assert "add -o FILE" in refused(2, "predict", path, image, "--resume")
+    assert "ends in .csv, .jsonl, .parquet, .npz" in refused(2, "predict", path, image, "-o", "a.xlsx")
+    assert "--outputs multilabel" in refused(2, "predict", path, image, "--threshold", "0.2")
 
 
 def test_an_artifact_is_never_the_output(onnx_copy, photos, refused):
@@ -377,3 +381,33 @@ def test_a_fixed_batch_and_several_threads_give_the_same_answers(backend, artifa
         assert one["image"] == other["image"]
         for answer, same in zip(one.get("predictions", ()), other.get("predictions", ()), strict=True):
             assert answer["probability"] == pytest.approx(same["probability"], abs=1e-5)
+
+
+def test_names_of_any_bytes_are_answered(artifacts, photos, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    content = (photos / "below" / "00.png").read_bytes()
+    for name in (b"caf\xe9.png", "Ärger.png".encode(), b"-o.png", b"two words.png"):
+        (folder / os.fsdecode(name)).write_bytes(content)
+    for suffix in (".csv", ".jsonl", ".npz"):
+        wrote(artifacts["onnxruntime", "fp32"], folder, tmp_path / f"a{suffix}")
+    names = [json.loads(line)["image"].rpartition("/")[2] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert names == ["-o.png", "caf\\udce9.png", "two words.png", "Ärger.png"]
+
+
+def test_images_that_changed_are_not_continued(artifacts, photos, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "a.csv"
+    shutil.copytree(photos, folder)
+    images = sources.open_images([str(folder)], artifacts["onnxruntime", "fp32"].sidecar.preprocessing)
+    (folder / "below" / "00.png").write_bytes((folder / "below" / "01.png").read_bytes())
+    changed = sources.open_images([str(folder)], artifacts["onnxruntime", "fp32"].sidecar.preprocessing)
+    assert images.key != changed.key
+    job = store.Job(artifact="a", images=images.key, total=40, options={})
+    with store.opened(out, job, False, False) as unfinished:
+        unfinished.add(store.chunk_of(0, ["a"], ["unreadable"], {}))
+        unfinished.flush()
+    with (
+        pytest.raises(BadRequest, match="of 40 other images"),
+        store.opened(out, replace(job, images=changed.key), True, False),
+    ):
+        pass

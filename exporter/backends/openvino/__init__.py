@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -67,15 +67,19 @@ class OpenVinoSession:
 
     def __init__(self, compiled: Any, recipe: Preprocessing, device: str, arithmetic: str, streams: int) -> None:
         self.compiled, self.recipe, self.streams = compiled, recipe, streams
-        self.requests = threading.local()  # each thread has one
+        self.requests: SimpleQueue[Any] = SimpleQueue()  # a call takes one and puts it back
+        for _ in range(streams):
+            self.requests.put(compiled.create_infer_request())
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
-        if not hasattr(self.requests, "own"):
-            self.requests.own = self.compiled.create_infer_request()
-        results = self.requests.own.infer([as_taken(images, self.recipe)], share_inputs=True)
-        return tuple(results[output] for output in self.compiled.outputs)
+        request = self.requests.get()
+        try:
+            results = request.infer([as_taken(images, self.recipe)], share_inputs=True)
+            return tuple(results[output] for output in self.compiled.outputs)
+        finally:
+            self.requests.put(request)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The inputs as the requests' own tensors, and one run over them."""

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from exporter.delimited import inactive
+from exporter.delimited import escape_formula
 from exporter.report import Report
 from exporter.report.tables import name
 
@@ -24,7 +24,7 @@ def render(reports: Sequence[Report]) -> str:
         about = [name(report), *(report.artifact.get(key, "") for key in ARTIFACT), report.environment.get("cpu", "")]
         for finding in report.findings:
             cells = [*about, *(getattr(finding, key) for key in FINDING)]
-            writer.writerow([inactive(cell) for cell in cells])
+            writer.writerow([escape_formula(cell) for cell in cells])
     return out.getvalue()
 
 
