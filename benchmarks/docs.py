@@ -25,6 +25,7 @@ from benchmarks import (
     kill,
     optimize,
     plans,
+    predict,
     profile,
     provenance,
     quantizers,
@@ -50,6 +51,7 @@ DOCUMENTS = (
     "docs/int8.md",
     "docs/optimize.md",
     "docs/peers.md",
+    "docs/predict.md",
     "docs/recipes.md",
     "docs/security.md",
     "docs/tensorrt.md",
@@ -88,6 +90,7 @@ def tables() -> dict[str, str]:
         for name in ("optimize.json", "optimize-tiny.json")
     )
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
+    predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     gains = msgspec.json.decode((MILAN / "gain.json").read_bytes(), type=coverage.Experiment)
@@ -112,6 +115,7 @@ def tables() -> dict[str, str]:
         "optimize": optimize.tried_table(optimized) + machine(optimized.environment),
         "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
         "profile": profile.table(profiled) + machine(profiled.environment),
+        "predict": predicted.table() + machine(predicted.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),

@@ -2,8 +2,7 @@
 
     python -m benchmarks.predict ARTIFACT FOLDER -o FILE
 
-The four take turns, in processes of their own, with all cores each. On the same cores the shares of decoding and
-inference add up, so no program can be faster than 1 / (1/decoding + 1/inference); `bound` is that rate.
+The four take turns, in processes of their own, with all cores each.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ REPETITIONS = 7
 
 
 class Result(Record, frozen=True):
-    """Images a second of each way, once for each repetition."""
+    """Images a second of each way, once for each repetition, and the peak of resident memory of `predict` in bytes."""
 
     environment: dict[str, Any]
     artifact: str
@@ -48,32 +47,29 @@ class Result(Record, frozen=True):
     def table(self) -> str:
         """A row for each way, with the median ratio of `predict` to it and the range of the ratios."""
         lines = ["| way | images a second | `predict` is |", "|---|--:|--:|"]
-        rates = {**self.rates, "bound": [1 / (1 / d + 1 / i) for d, i in zip(*map(self.rates.get, PARTS), strict=True)]}
-        for way, values in rates.items():
+        for way, values in self.rates.items():
             ratios = sorted(own / other for own, other in zip(self.rates["predict"], values, strict=True))
             ratio = "" if way == "predict" else f"{median(ratios):.2f} × ({ratios[0]:.2f}–{ratios[-1]:.2f})"
             lines.append(f"| {NAMES[way]} | {median(values):.0f} | {ratio} |")
         return "\n".join(lines) + "\n"
 
 
-PARTS = ("decoding", "inference")
 NAMES = {
     "predict": "`predict -o answers.csv`",
     "loop": "the plain loop: an image at a time with PIL, NumPy and ONNX Runtime",
     "decoding": "decoding and preprocessing alone, all cores",
     "inference": "inference alone, batches of 16, all cores",
-    "bound": "the most that these two allow on the same cores",
 }
 
 
 def by_predict(path: Path, folder: Path) -> None:
-    """The product."""
+    """`predict.predict` to a CSV file."""
     with tempfile.TemporaryDirectory() as out:
         predict.predict(artifacts.load(path), [str(folder)], PredictOptions(), Path(out) / "a.csv")
 
 
 def by_loop(path: Path, folder: Path) -> None:
-    """What people write."""
+    """One image at a time through ONNX Runtime."""
     import onnxruntime
 
     recipe = artifacts.load(path).sidecar.preprocessing
@@ -106,14 +102,14 @@ WAYS: dict[str, Callable[[Path, Path], None]] = {
 }  # fmt: skip
 
 
-def seconds(way: str, path: Path, folder: Path, answers: Any) -> None:
-    """The seconds of one way, and the peak of memory in bytes."""
+def seconds(way: str, path: Path, folder: Path, results: Any) -> None:
+    """Run one way, and put the seconds and the peak of resident memory in bytes into a queue."""
     import resource
 
     os.environ.pop("OMP_NUM_THREADS", None)
     begin = time.perf_counter()
     WAYS[way](path, folder)
-    answers.put((time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    results.put((time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def measure(path: Path, folder: Path, repetitions: int) -> Result:
@@ -122,10 +118,10 @@ def measure(path: Path, folder: Path, repetitions: int) -> Result:
     fresh = multiprocessing.get_context("spawn")
     for repetition in range(repetitions):
         for way in WAYS:
-            answers = fresh.Queue()
-            process = fresh.Process(target=seconds, args=(way, path, folder, answers))
+            results = fresh.Queue()
+            process = fresh.Process(target=seconds, args=(way, path, folder, results))
             process.start()
-            took, memory = answers.get()
+            took, memory = results.get()
             process.join()
             rates[way].append(count / took)
             peak = max(peak, memory if way == "predict" else 0)
