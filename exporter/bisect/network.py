@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporter.backends import Array, Outputs
+from exporter.model import structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class Chain:
 
     def is_block(self, name: str) -> bool:
         """Whether a part adds its input to its output."""
-        return name.startswith("stages.")
+        return bool(structure.block(name))
 
     def ends_stage(self, name: str) -> bool:
         """Whether a part is the last one of its stage."""

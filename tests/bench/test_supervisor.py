@@ -38,11 +38,10 @@ def timed(count, *names, hang_s=20.0, **told):
 
 def children():
     """The timing processes: new interpreters, and what the fork server forked."""
-    below = psutil.Process().children(recursive=True)
-    servers = [
-        child.pid for child in below if child.ppid() == os.getpid() and "forkserver" in " ".join(child.cmdline())
-    ]
-    return [child for child in below if "spawn_main" in " ".join(child.cmdline()) or child.ppid() in servers]
+    below = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    words = {child: " ".join(child.cmdline()) for child in below}
+    servers = [child.pid for child in below if child.ppid() == os.getpid() and "forkserver" in words[child]]
+    return [child for child in below if "spawn_main" in words[child] or child.ppid() in servers]
 
 
 def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards():
