@@ -162,7 +162,8 @@ def opened(out: Path, job: Job, resume: bool, overwrite: bool) -> Iterator[Store
     """
     folder, hint = folder_of(out), "--overwrite replaces it"
     is_begun = (folder / "job.json").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not is_begun:
+    # Hidden files are of a process that was killed before it had written the job, or lock the folder.
+    if folder.is_dir() and not is_begun and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise BadRequest(f"{folder}: a folder of this name is not an unfinished output of this tool; move it away")
     if out.exists() and not overwrite and not (resume and is_begun):
         raise BadRequest(f"{out}: is there already; {hint}, or give another -o")
@@ -188,7 +189,8 @@ def _begin(store: Store, file: Path, resume: bool, overwrite: bool) -> None:
     content = msgspec.json.encode(store.job, order="deterministic")
     if not file.exists() or overwrite or not store.done():
         for old in store.folder.iterdir():
-            old.unlink()
+            if old.name != ".lock":
+                old.unlink()
         disk.write_file(file, content)
         return
     if not resume:

@@ -411,3 +411,17 @@ def test_images_that_changed_are_not_continued(artifacts, photos, tmp_path):
         store.opened(out, replace(job, images=changed.key), True, False),
     ):
         pass
+
+
+def test_a_folder_of_another_origin_is_left_alone(artifacts, photos, tmp_path):
+    out = tmp_path / "a.csv"
+    folder = store.folder_of(out)
+    folder.mkdir()
+    (folder / ".job.json.1.new").write_text("of a process that was killed")
+    wrote(artifacts["onnxruntime", "fp32"], photos, out)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(BadRequest, match="not an unfinished output of this tool"):
+        wrote(artifacts["onnxruntime", "fp32"], photos, out, overwrite=True)
+    assert (folder / "mine.txt").read_text() == "mine"
