@@ -117,8 +117,8 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     lines = content.split(b"\0" if content.endswith(b"\0") else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
     if not names or any("\0" in name for name in names):
-        found = "neither an image nor names of files" if names else "nothing"
-        raise BadRequest(f"{STDIN}: {found} on standard input; expected an image, or names of files, one a line")
+        content_kind = "neither an image nor names of files" if names else "nothing"
+        raise BadRequest(f"{STDIN}: {content_kind} on standard input; expected an image, or names of files, one a line")
     return _of_files(STDIN, names, recipe)
 
 

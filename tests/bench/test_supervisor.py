@@ -153,17 +153,17 @@ from exporter import artifact
 from exporter.bench import Arm, Plan, Timing, supervisor
 from tests.bench import fakes
 
-made = artifact.load(Path(sys.argv[1]))
-arm = Arm(name=sys.argv[2], path=str(made.path), device=sys.argv[3], threads=1)
-plan = Plan(arms=(arm,), preprocessing=made.sidecar.preprocessing, seconds=0.05)
+model = artifact.load(Path(sys.argv[1]))
+arm = Arm(name=sys.argv[2], path=str(model.path), device=sys.argv[3], threads=1)
+plan = Plan(arms=(arm,), preprocessing=model.sidecar.preprocessing, seconds=0.05)
 if sys.argv[2] == "cold":
-    found = {"loaded": supervisor.measure_cold(arm, plan, fakes.opened).cold_from}
+    facts = {"loaded": supervisor.measure_cold(arm, plan, fakes.opened).cold_from}
 else:
     timing = Timing(plan)
     launches = supervisor.launches(timing, fakes.opened)
     first, second = (next(launches).facts[arm.name] for _ in range(2))
-    found = {**first, "apart": first["process"] != second["process"], "same": first["parent"] == second["parent"]}
-print(json.dumps({**found, "own": os.getpid()}))
+    facts = {**first, "apart": first["process"] != second["process"], "same": first["parent"] == second["parent"]}
+print(json.dumps({**facts, "own": os.getpid()}))
 """
 
 

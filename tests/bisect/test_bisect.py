@@ -235,20 +235,20 @@ def test_every_head_is_examined(tmp_path):
 
 
 def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypatch):
-    made = artifacts["onnxruntime", "int8"]
+    artifact = artifacts["onnxruntime", "int8"]
     pictures = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pictures)
-    samples = open_samples(str(tmp_path / "a.npz"), made.sidecar.preprocessing, (), 10)
+    samples = open_samples(str(tmp_path / "a.npz"), artifact.sidecar.preprocessing, (), 10)
     (batch,) = samples.batches(40)
-    with eager.RUNTIME.open(made, eager.EagerOptions()) as network:
+    with eager.RUNTIME.open(artifact, eager.EagerOptions()) as network:
         (expected,) = network(batch.images)
-    session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
     (outputs,) = session.run(None, {session.get_inputs()[0].name: batch.images})
     worst = np.argsort(-np.square(outputs - expected).mean(1))[:4]
     seen = []
     real = bisect.measure
     monkeypatch.setattr(bisect, "measure", lambda *words: seen.append(words[2]) or real(*words))
-    examined(made, data=str(tmp_path / "a.npz"))
+    examined(artifact, data=str(tmp_path / "a.npz"))
     assert np.array_equal(seen[0], batch.images[worst])
 
 

@@ -80,23 +80,23 @@ def test_it_takes_pixels(name, word, networks, tmp_path):
 @pytest.mark.parametrize(("layout", "color"), [("nhwc", "rgb"), ("nchw", "bgr"), ("nhwc", "bgr")])
 def test_a_stock_runtime_gets_what_opencv_reads(word, layout, color, networks, tmp_path):
     """The pixels of PIL, as (H, W, 3) with blue first where it is asked for, into ONNX Runtime without this tool."""
-    made = conftest.build(networks(3), tmp_path, imgsz="dynamic", input=word, layout=layout, color=color)
-    recipe = made.sidecar.preprocessing
+    artifact = conftest.build(networks(3), tmp_path, imgsz="dynamic", input=word, layout=layout, color=color)
+    recipe = artifact.sidecar.preprocessing
     assert (recipe.layout, recipe.color) == (layout.upper(), color.upper())
     axes = ("batch", "height", "width", 3) if layout == "nhwc" else ("batch", 3, "height", "width")
-    assert made.sidecar.inputs[0].shape == axes
+    assert artifact.sidecar.inputs[0].shape == axes
     pixels = synthetic.dead_leaves(SIZE, 0, 3)
-    given = {
+    inputs = {
         "uint8": pixels,
         "float01": pixels / np.float32(255),
         "normalized": normalise(pixels, recipe).transpose(1, 2, 0),
     }
-    taken = given[word][:, :, ::-1] if color == "bgr" else given[word]
+    taken = inputs[word][:, :, ::-1] if color == "bgr" else inputs[word]
     taken = taken if layout == "nhwc" else taken.transpose(2, 0, 1)
-    session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"images": np.ascontiguousarray(taken[None])})
     eager = backends.runtime("eager")
-    with eager.open(made, eager.options()) as reference:
+    with eager.open(artifact, eager.options()) as reference:
         (expected,) = reference(normalise(pixels, recipe)[None])
     assert np.abs(got - expected).max() <= 1e-4 * expected.std()
 
@@ -111,15 +111,15 @@ def test_a_stock_runtime_gets_what_opencv_reads(word, layout, color, networks, t
     ],
 )
 def test_every_runtime_takes_bytes_with_blue_first_and_channels_last(name, precision, networks, tmp_path):
-    made = conftest.build(networks(3), tmp_path, name, precision, input="uint8", layout="nhwc", color="bgr")
-    assert made.sidecar.inputs[0].dtype == "uint8"
-    report = verify(made, VerifyOptions(samples=4))
+    artifact = conftest.build(networks(3), tmp_path, name, precision, input="uint8", layout="nhwc", color="bgr")
+    assert artifact.sidecar.inputs[0].dtype == "uint8"
+    report = verify(artifact, VerifyOptions(samples=4))
     assert report.passed, [finding for finding in report.findings if not finding.passed]
 
 
 def test_bgr_of_other_channels_is_refused(networks, refused, tmp_path):
-    told = refused(2, "onnx", "--weights", networks(4), "--color", "bgr", "-o", tmp_path / "out", folder=tmp_path)
-    assert "--color bgr: the network takes 4 channels" in told
+    message = refused(2, "onnx", "--weights", networks(4), "--color", "bgr", "-o", tmp_path / "out", folder=tmp_path)
+    assert "--color bgr: the network takes 4 channels" in message
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
