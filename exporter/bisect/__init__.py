@@ -28,7 +28,7 @@ from exporter.recipe.fields import about
 from exporter.report import Finding, Report, number
 from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
 
-IMAGES, WORST = 64, 4
+IMAGES, WORST = 64, 4  # that are compared by default, and that are examined
 
 
 class BisectOptions(Record, frozen=True):

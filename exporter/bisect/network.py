@@ -63,7 +63,7 @@ class Chain:
         return x
 
     def finish(self, stages: Sequence[Array]) -> Outputs:
-        """The outputs of the network for the outputs of its stages."""
+        """The outputs of the network for the outputs of its stages, (N, C, H, W) each."""
         from exporter.model.convnext import Features
 
         if isinstance(self.model, Features):

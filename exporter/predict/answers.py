@@ -44,7 +44,7 @@ class Answers:
 
     outputs: of the artifact.
     top: how many classes of each image.
-    logit: from which an image has a label of a multi-label head.
+    logit: the output at or above which an image has a label of a multi-label head.
     whole: whether outputs are kept as they are, for `.npz` files.
     """
 
