@@ -36,15 +36,22 @@ def timed(count, *names, hang_s=20.0, **told):
     return timing
 
 
-def children():
-    """The timing processes: new interpreters, and what the fork server forked."""
+def processes():
+    """The new interpreters, and what the fork server forked."""
     below = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     words = {child: " ".join(child.cmdline()) for child in below}
     servers = [child.pid for child in below if child.ppid() == os.getpid() and "forkserver" in words[child]]
-    return [child for child in below if "spawn_main" in words[child] or child.ppid() in servers]
+    return {child for child in below if "spawn_main" in words[child] or child.ppid() in servers}
 
 
-def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards():
+@pytest.fixture
+def children():
+    """A function that returns the timing processes; those of other tests' fixtures are none."""
+    others = processes()
+    return lambda: processes() - others
+
+
+def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards(children):
     timing = timed(3, "eager", "a@1", "b@2")
     assert len(timing.launches) == 3
     for launch in timing.launches:
@@ -66,7 +73,7 @@ def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards():
         ("hang", "did not respond for 2 s"),
     ],
 )
-def test_an_arm_that_falls_falls_alone(name, reason):
+def test_an_arm_that_falls_falls_alone(name, reason, children):
     timing = timed(4, "eager", name, "b@1", hang_s=2.0, seconds=0.2)
     assert set(timing.failures) == {name}
     assert reason in timing.failures[name]
@@ -125,7 +132,7 @@ def test_no_clock_runs_while_digests_are_checked_and_the_file_is_read_from_the_d
     assert events == ["digest", "forget", *["clock"] * 5, "cold"]
 
 
-def test_a_caller_that_stops_early_leaves_nothing_behind():
+def test_a_caller_that_stops_early_leaves_nothing_behind(children):
     timing = Timing(plan("a@1"))
     launches = supervisor.launches(timing, fakes.opened, 20.0)
     next(launches)
@@ -134,7 +141,7 @@ def test_a_caller_that_stops_early_leaves_nothing_behind():
     assert not children()
 
 
-def test_every_launch_opens_every_arm_anew_in_a_process_of_its_own():
+def test_every_launch_opens_every_arm_anew_in_a_process_of_its_own(children):
     names = ["eager", "a@1", "b@2"]
     timing = timed(4, *names)
     opened = [launch.facts for launch in timing.launches]
