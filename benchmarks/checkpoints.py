@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import libraries
 from benchmarks.provenance import commit
+from exporter.artifact.sidecar import OutputSpec
 from exporter.model import layouts, weights
 
 Build = Callable[[], torch.nn.Module]
@@ -90,7 +91,7 @@ def measure(key: tuple[str, str], folder: Path) -> dict[str, Any]:
     model = build()
     libraries.save(folder, model, config_of(key, model))
     checkpoint = weights.load(str(folder), choices=layouts.Choices())
-    ours = libraries.outputs(checkpoint.model(task), libraries.images())
+    ours = libraries.outputs(checkpoint.model(OutputSpec(tasks=(task,))), libraries.images())
     deviation = libraries.largest_difference(ours, libraries.outputs(model, libraries.images()))
     version = libraries.library(library).__version__
     return {"layout": key[0], "network": key[1], "library": f"{library} {version}", "task": task,

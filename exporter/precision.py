@@ -20,12 +20,13 @@ class ValueLimits:
 
 @dataclass(frozen=True)
 class Limits:
-    """The default limits of parity: cosine, largest error as a share of the outputs' standard deviation, agreement, and
-    those of values."""
+    """The default limits of parity: cosine, largest error as a share of the outputs' standard deviation, agreement,
+    agreement of nearest neighbours, and those of values."""
 
     cosine: float
     share: float
     agreement_pct: float
+    neighbours_pct: float
     values: ValueLimits
 
 
@@ -56,20 +57,19 @@ class Precision:
 # 0.998, 0.996; smallest rank correlation 1, 0.997, 0.997, 0.991.
 # Colours are told apart by people who see them differently, on white and on black (Okabe and Ito, 2008).
 _NARROW = ValueLimits(10.0, 0.98, 0.95)
+_EIGHT_BITS = Limits(0.998, 1.0, 97.0, 80.0, _NARROW)
 PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision(
-            "fp32", 32, "float", Limits(0.99999, 1e-4, 99.9, ValueLimits(0.01, 0.9999, 0.999)), 0.1, "", "#0072b2"
+            "fp32", 32, "float", Limits(0.99999, 1e-4, 99.9, 99.5, ValueLimits(0.01, 0.9999, 0.999)), 0.1, "", "#0072b2"
         ),
         Precision(
-            "fp16", 16, "float", Limits(0.9999, 0.05, 99.0, ValueLimits(1.0, 0.999, 0.99)), 0.2, "fp32", "#56b4e9"
+            "fp16", 16, "float", Limits(0.9999, 0.05, 99.0, 97.0, ValueLimits(1.0, 0.999, 0.99)), 0.2, "fp32", "#56b4e9"
         ),
-        Precision("bf16", 16, "bfloat", Limits(0.999, 0.4, 97.0, _NARROW), 0.5, "fp32", "#cc79a7"),
-        Precision("int8", 8, "int", Limits(0.998, 1.0, 97.0, _NARROW), 0.5, "fp16", "#e69f00", needs_calibration=True),
-        Precision(
-            "fp8", 8, "float8 e4m3", Limits(0.998, 1.0, 97.0, _NARROW), 0.5, "fp16", "#d55e00", needs_calibration=True
-        ),
+        Precision("bf16", 16, "bfloat", Limits(0.999, 0.4, 97.0, 85.0, _NARROW), 0.5, "fp32", "#cc79a7"),
+        Precision("int8", 8, "int", _EIGHT_BITS, 0.5, "fp16", "#e69f00", needs_calibration=True),
+        Precision("fp8", 8, "float8 e4m3", _EIGHT_BITS, 0.5, "fp16", "#d55e00", needs_calibration=True),
     )
 }
 

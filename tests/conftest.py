@@ -218,13 +218,13 @@ def tiny_config(classes: int = 10) -> dict[str, Any]:
     }
 
 
-def write_tiny(folder: Path, **differences: object) -> Path:
+def write_tiny(folder: Path, classes: int = 10, **differences: object) -> Path:
     """A folder with a tiny ConvNeXt as `model.safetensors` and `config.json`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tiny_state(**differences), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(tiny_config()))
+    save_file(tiny_state(classes=classes, **differences), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny_config(classes)))
     return folder
 
 
@@ -257,9 +257,11 @@ def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: A
 
 def trace_options(**fields: Any):
     """Options of a trace, those of a recipe's defaults where nothing is said."""
+    from exporter.artifact.sidecar import OutputSpec
     from exporter.graph.trace import TraceOptions
 
-    defaults = {"task": "classify", "strides": (4, 8, 16, 32), "imgsz": None, "batch": None, "uint8": False}
+    spec = OutputSpec(tasks=tuple(fields.pop("task", "classify").split(",")))
+    defaults = {"spec": spec, "strides": (4, 8, 16, 32), "imgsz": None, "batch": None}
     return TraceOptions(**{**defaults, **fields})
 
 

@@ -53,7 +53,8 @@ class Artifact:
 
 def file_name(sidecar: Sidecar, suffix: str, form: str = "") -> str:
     """The name of an artifact: variant, task and precision. Intermediate ONNX files also carry the form."""
-    words = [sidecar.variant, "" if sidecar.task == "classify" else sidecar.task, form, sidecar.precision]
+    task = "" if sidecar.task == "classify" else sidecar.task.replace(",", "-")
+    words = [sidecar.variant, task, form, sidecar.precision]
     return "_".join(filter(None, words)) + suffix
 
 

@@ -10,9 +10,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from exporter.artifact.outputs import PROBABILITIES as PROBABILITIES
+from exporter.artifact.outputs import Answer as Answer
+from exporter.artifact.outputs import Content as Content
+from exporter.artifact.outputs import OutputSpec as OutputSpec
+from exporter.artifact.outputs import Task as Task
 from exporter.errors import BadRequest
 
-SCHEMA = 6
+SCHEMA = 7
 MAX_SIDECAR_BYTES = 32 * 2**20  # 21,841 labels take 1 MB
 
 _COMMANDS = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "trt"}  # that wrote sidecars of schema 1 to 4
@@ -72,7 +77,7 @@ class Preprocessing(Record, frozen=True):
     Images are read as grey (ITU-R 601-2 luma), RGB or RGBA for 1, 3 or 4 channels, else as `bands`.
 
     `layout` and `color` are those of the artifact's input: channels first or last, and RGB or BGR. `mean` and `std` are
-    in the order of the network, which takes RGB.
+    in the order of the network, which takes RGB. `dtype` is the type of an input that is not `uint8`.
     """
 
     size: Size = 224
@@ -86,6 +91,7 @@ class Preprocessing(Record, frozen=True):
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     color: Literal["RGB", "BGR", "L", "RGBA", "bands"] = "RGB"
     input: Literal["normalized", "float01", "uint8"] = "normalized"
+    dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         """Write equal sides as one number, and name the colours.
@@ -126,13 +132,13 @@ class Preprocessing(Record, frozen=True):
 
     @property
     def is_of_network(self) -> bool:
-        """Whether the artifact takes what the network takes: normalized, channels first, not BGR."""
+        """Whether the artifact takes what the network takes: normalized, in fp32, channels first, not BGR."""
         return self == self.of_network()
 
     def of_network(self) -> Preprocessing:
         """The same preprocessing for the input of the network itself."""
         color: Any = "RGB" if self.color == "BGR" else self.color
-        return msgspec.structs.replace(self, input="normalized", layout="NCHW", color=color)
+        return msgspec.structs.replace(self, input="normalized", dtype="float32", layout="NCHW", color=color)
 
     def at(self, size: Size) -> Preprocessing:
         """The same preprocessing for another input size in pixels, with the same ratio of crop to resize."""
@@ -158,11 +164,12 @@ class Preprocessing(Record, frozen=True):
 
 
 class Tensor(Record, frozen=True):
-    """An input or output: name, shape (a word stands for a dynamic axis) and element type."""
+    """An input or output: name, shape (a word stands for a dynamic axis), element type, and what an output holds."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
+    holds: Content = ""
 
 
 class Weights(Record, frozen=True):
@@ -210,11 +217,11 @@ class Quantization(Record, frozen=True):
 class Sidecar(Record, frozen=True):
     """The facts about an artifact. The runtime opens the first of `files`.
 
-    `architecture` are the fields of `exporter.model.variants.Architecture`; `reference` names the model that the
-    network was compared with; `macs` are the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16`
-    are the modules whose activations exceed fp16; `target` has the hardware and versions that the artifact is
-    restricted to; `origins` says for each value of preprocessing, labels and architecture where it comes from: a file,
-    an option, a published preprocessing.
+    `task` is one or more of `Task`, joined by commas; `architecture` are the fields of
+    `exporter.model.variants.Architecture`; `reference` names the model that the network was compared with; `macs` are
+    the multiply-accumulates of one image of `preprocessing.size`; `beyond_fp16` are the modules whose activations
+    exceed fp16; `target` has the hardware and versions that the artifact is restricted to; `origins` says for each
+    value of preprocessing, labels and architecture where it comes from: a file, an option, a published preprocessing.
     """
 
     backend: str
@@ -242,6 +249,13 @@ class Sidecar(Record, frozen=True):
     bytes: int = 0
     schema: int = SCHEMA
     seal: str = ""
+
+    @property
+    def spec(self) -> OutputSpec:
+        """The outputs of the network."""
+        export = self.recipe.get("export", {})
+        tasks: Any = tuple(self.task.split(","))
+        return OutputSpec(tasks=tasks, answer=export.get("output", "logits"), l2=export.get("l2", False))
 
     def facts(self) -> dict[str, str]:
         """The metadata that the model file carries: every fact known before the file is written, without locations,

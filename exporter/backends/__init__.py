@@ -6,7 +6,7 @@ A check sees only `Session`; runtimes never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -59,9 +59,9 @@ class Session(Protocol):
         """Put the inputs in place on the device: one or more batches (N, C, H, W), taken in turn, the first first."""
 
 
-def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDArray[np.uint8]:
+def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
     """Normalised images (N, C, H, W) as an artifact takes them: these, or the pixels that they were made from, with its
-    order of channels and axes."""
+    order of channels, axes and type."""
     taken: NDArray[Any] = images
     if recipe.input != "normalized":
         mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
@@ -69,7 +69,14 @@ def as_taken(images: Array, recipe: Preprocessing) -> NDArray[np.float32] | NDAr
         taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
     if recipe.color == "BGR":
         taken = taken[:, ::-1]
+    if recipe.dtype == "float16" and recipe.input != "uint8":
+        taken = taken.astype(np.float16)
     return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if recipe.layout == "NHWC" else taken)
+
+
+def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
+    """Outputs in fp32; those that are already so are not copied."""
+    return tuple(np.asarray(output, np.float32) for output in outputs)
 
 
 @dataclass(frozen=True)

@@ -155,18 +155,18 @@ def _network(artifact: Artifact, options: EagerOptions) -> Any:
     from exporter.model import reference, weights
 
     checkpoint = weights.reload(artifact, options.weights)
-    task = artifact.sidecar.task
+    spec = artifact.sidecar.spec
     if options.reference is None:
-        return checkpoint.model(task)
+        return checkpoint.model(spec)
     choices = weights.choices_of(artifact.sidecar.recipe["model"])
-    return reference.load(options.reference, checkpoint, checkpoint.weights.source, choices).for_task(task)
+    return reference.load(options.reference, checkpoint, checkpoint.weights.source, choices).with_outputs(spec)
 
 
 def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:
     """The modules of the network."""
     from exporter.model import weights
 
-    model = weights.reload(artifact, options.weights).model(artifact.sidecar.task)
+    model = weights.reload(artifact, options.weights).model(artifact.sidecar.spec)
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     return [Layer(name=n, module=n, operator=type(m).__name__, precision="fp32") for n, m in leaves]
 

@@ -13,7 +13,19 @@ from typing import Any
 
 from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.sidecar import Preprocessing
-from exporter.backends import Array, Bound, Layer, Options, Outputs, Runtime, Target, TargetOptions, as_taken, require
+from exporter.backends import (
+    Array,
+    Bound,
+    Layer,
+    Options,
+    Outputs,
+    Runtime,
+    Target,
+    TargetOptions,
+    as_fp32,
+    as_taken,
+    require,
+)
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.graph import files
 
@@ -33,7 +45,7 @@ class NullSession:
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
-        return tuple(self.evaluator.run(None, {self.input: as_taken(images, self.preprocessing)}))
+        return as_fp32(self.evaluator.run(None, {self.input: as_taken(images, self.preprocessing)}))
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """A run takes the next of the batches; numpy has no device that they could be moved to."""

@@ -27,6 +27,7 @@ from exporter.backends import (
     Target,
     TargetOptions,
     _cuda,
+    as_fp32,
     as_taken,
     installed,
     require,
@@ -78,7 +79,7 @@ class OrtSession:
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
-        return tuple(self.session.run(None, {self.input: as_taken(images, self.recipe)}))
+        return as_fp32(self.session.run(None, {self.input: as_taken(images, self.recipe)}))
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Input and outputs on the device, and one run over them."""
@@ -92,7 +93,7 @@ class OrtSession:
             last.synchronize_outputs()
 
         def outputs() -> Outputs:
-            return tuple(last.copy_outputs_to_cpu())
+            return as_fp32(last.copy_outputs_to_cpu())
 
         if self.streams == 1:
             return Bound(run, outputs)

@@ -68,7 +68,7 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
     samples = open_data(
         artifact.sidecar, VerifyOptions(data=options.data, samples=options.samples, weights=options.weights)
     )
-    chain = Chain(weights.reload(artifact, options.weights).model(artifact.sidecar.task))
+    chain = Chain(weights.reload(artifact, options.weights).model(artifact.sidecar.spec))
     with open_runnable(artifact, runtime) as runnable:
         if runnable.runtime.blocks is None:
             raise BadRequest(f"{artifact.path}: {runnable.runtime.name} does not show the outputs of blocks")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from exporter.model.convnext import ConvNeXt, Embedding, Features
+    from exporter.model.convnext import ConvNeXt
 
 TAIL = "norm and head"
 """The name of the last part: pooling, the last norm and the head, or the norms of feature maps."""
@@ -26,7 +26,7 @@ Keep = Callable[[str, "Module", "Tensor", "Tensor"], None]
 class Chain:
     """The parts of a network in the order they run: downsampling layers, blocks, and what follows the last block."""
 
-    def __init__(self, model: ConvNeXt | Embedding | Features) -> None:
+    def __init__(self, model: ConvNeXt) -> None:
         self.model = model
         self.parts: dict[str, Module] = {}
         self.last: set[str] = set()  # of each stage
@@ -64,12 +64,10 @@ class Chain:
 
     def finish(self, stages: Sequence[Array]) -> Outputs:
         """The outputs of the network for the outputs of its stages, (N, C, H, W) each."""
-        from exporter.model.convnext import Features
+        import torch
 
-        if isinstance(self.model, Features):
-            norms = self.model.stage_norms
-            return tuple(_as_arrays(_run(norms[str(i)], x))[0] if str(i) in norms else x for i, x in enumerate(stages))
-        return _as_arrays(_run(self.model.finish, stages[-1]))
+        with torch.inference_mode():
+            return _as_arrays(self.model.finish([torch.from_numpy(np.ascontiguousarray(x)) for x in stages]))
 
     def whole(self, images: Array) -> Outputs:
         """The outputs for images (N, C, H, W)."""

@@ -106,6 +106,8 @@ def measure(
     label = chain.tail_name(hidden)
     both = chain.finish([own for own, _ in stages]), chain.finish([whole for _, whole in stages])
     for (output, y), expected, whole in zip(outputs.items(), *both, strict=True):
+        if expected.dtype.kind == "i":  # numbers of classes, which their probabilities judge
+            continue
         name = label if len(outputs) == 1 else f"{label} ({output})"
         yield _part(name, precisions.of([*hidden, "head"]), x, y, expected, expected, whole)
 

@@ -70,7 +70,7 @@ def export(
             built = build(replace(recipe, model=model), out, reference=opened)
         if built.report is not None:
             return built
-        session = eager.EagerSession(opened.for_task(built.artifact.sidecar.task), "cpu")
+        session = eager.EagerSession(opened.with_outputs(built.artifact.sidecar.spec), "cpu")
         options = VerifyOptions(weights=str(folder), **msgspec.structs.asdict(recipe.checks))
         report = verify(built.artifact, options, reference_session=session)
     record_quality(built.artifact, report)

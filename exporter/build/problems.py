@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import msgspec
 
 from exporter import backends, precision
+from exporter.artifact.sidecar import OutputSpec
 from exporter.backends import Target, TargetOptions
 from exporter.build import budget
 from exporter.data.samples import is_synthetic
@@ -42,6 +44,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
         (("export",), lambda: _check_opset(recipe, target)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
+        (("model",), lambda: _check_outputs(recipe)),
         (("checks",), lambda: _check_checks(recipe)),
         (("checks",), lambda: _check_device(recipe, recipe.checks.device)),
         (("bench",), lambda: _check_bench(recipe)),
@@ -131,9 +134,19 @@ def _check_placement(recipe: Recipe, target: Target) -> None:
         )
 
 
+def _check_outputs(recipe: Recipe) -> None:
+    """Options of outputs are for tasks that the recipe has; a task that is left out is known with the weights."""
+    if recipe.model.task is not None:
+        tasks: Any = tuple(recipe.model.task.split(","))
+        spec = OutputSpec(tasks=tasks, answer=recipe.export.output, l2=recipe.export.l2)
+        if problem := spec.contradiction():
+            raise BadRequest(problem)
+
+
 def _check_checks(recipe: Recipe) -> None:
-    check_threshold(checks := recipe.checks)
-    if checks.max_drop is not None and (is_synthetic(checks.data) or recipe.model.task in ("embed", "features")):
+    check_threshold(checks := recipe.checks, recipe.export.output)
+    has_classes = recipe.model.task is None or "classify" in recipe.model.task.split(",")
+    if checks.max_drop is not None and (is_synthetic(checks.data) or not has_classes):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
 
 

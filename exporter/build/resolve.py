@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, precision
-from exporter.artifact.sidecar import Preprocessing, Record, Sidecar, Size
+from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build.problems import find_problems, scope_of
 from exporter.data import calibration, samples
@@ -28,7 +28,7 @@ from exporter.precision import Precision
 from exporter.progress import note, step
 from exporter.quantize.cpus import of_this_machine, placement_for
 from exporter.quantize.placement import Placement
-from exporter.recipe import CpuClass, Export, Quantization, Recipe, file
+from exporter.recipe import TASKS, CpuClass, Export, Quantization, Recipe, file
 from exporter.recipe.fields import problems
 from exporter.recipe.strict import Marks
 
@@ -173,7 +173,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     choices = weights.choices_of(msgspec.to_builtins(recipe.model))
     checkpoint = weights.load(recipe.model.weights, recipe.model.variant, labels, choices)
     weights.note_license(checkpoint.weights)
-    checkpoint.check(recipe.model.task or checkpoint.task)
+    checkpoint.check(_output_spec(recipe, checkpoint))
     checkpoint = _with_channels(checkpoint)
     trace = _trace_options(recipe, checkpoint)
     if reference is None and recipe.model.reference is not None:
@@ -223,17 +223,26 @@ def _with_channels(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, stated=dataclasses.replace(stated, preprocessing=derived))
 
 
+def _output_spec(recipe: Recipe, checkpoint: Checkpoint) -> OutputSpec:
+    """The outputs of a recipe, in one order for all."""
+    wanted = (recipe.model.task or checkpoint.task).split(",")
+    tasks: Any = tuple(task for task in TASKS if task in wanted)
+    return OutputSpec(tasks=tasks, answer=recipe.export.output, l2=recipe.export.l2)
+
+
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size
+    half = recipe.export.io == "fp16"
     return TraceOptions(
-        task=recipe.model.task or checkpoint.task,
+        spec=_output_spec(recipe, checkpoint),
         strides=checkpoint.variant.architecture.strides,
         heads=tuple(variants.head_layer(head)[0] for head in checkpoint.variant.architecture.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
-        uint8=recipe.export.input == "uint8",
+        dtype="uint8" if recipe.export.input == "uint8" else "float16" if half else "float32",
         channels=checkpoint.stated.preprocessing.channels,
         channels_last=recipe.export.layout == "nhwc",
+        half_outputs=half,
     )
 
 
@@ -250,7 +259,8 @@ def _of_artifact(preprocessing: Preprocessing, export: Export) -> Preprocessing:
             )
         color = "BGR"
     layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" else "NCHW"
-    return replace(preprocessing, input=export.input, layout=layout, color=color)
+    dtype: Literal["float32", "float16"] = "float16" if export.io == "fp16" and export.input != "uint8" else "float32"
+    return replace(preprocessing, input=export.input, dtype=dtype, layout=layout, color=color)
 
 
 def _sidecar(
@@ -258,14 +268,14 @@ def _sidecar(
 ) -> Sidecar:
     """Facts of the fp32 graph that are known before it is traced."""
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
-    classes = checkpoint.weights.num_classes if trace.task == "classify" else 0
+    classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
     source = weights.relative(checkpoint.weights.source, out)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={})
     return Sidecar(
         backend=backends.ONNX,
         precision="fp32",
         variant=checkpoint.variant.name,
-        task=trace.task,
+        task=",".join(trace.spec.tasks),
         weights=replace(checkpoint.weights, source=source),
         inputs=(),
         outputs=(),

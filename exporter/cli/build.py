@@ -26,7 +26,7 @@ JUDGED, TIMED = ("outputs", "threshold", "when_unsure"), ("threads",)
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)
 OUTPUT = (
-    click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
+    click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Folder for the artifact."),
     click.option("--precision", metavar="NAME", help="The precision by name, instead of its flag."),
     click.option("--save-config", metavar="FILE", type=click.Path(path_type=Path),
@@ -85,7 +85,7 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     from exporter.cli.console import drawing, print_json
     from exporter.recipe import file
 
-    as_json, out, save, dry_run = (values.pop(key) for key in ("as_json", "output", "save_config", "dry_run"))
+    as_json, out, save, dry_run = (values.pop(key) for key in ("as_json", "out", "save_config", "dry_run"))
     force = values.pop("force")
     if out.suffix == target.suffix and not out.is_dir():
         raise BadRequest(f"-o {out}: expected a folder; the file in it is named after network and precision")

@@ -16,7 +16,7 @@ from exporter.verify import VerifyOptions
 @click.command("calibrate", short_help="Create a calibration set, or show one.")
 @click.argument("source", metavar="[SRC]", required=False)
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
+    "-o", "--out", metavar="FILE", type=click.Path(path_type=Path),
     help="The manifest; by default calibration/NAME.tsv, NAME being that of the folder.",
 )  # fmt: skip
 @click.option(
@@ -24,7 +24,7 @@ from exporter.verify import VerifyOptions
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-def calibrate_command(source: str | None, output: Path | None, size: int | None, seed: int, as_json: bool) -> None:
+def calibrate_command(source: str | None, out: Path | None, size: int | None, seed: int, as_json: bool) -> None:
     """Draw the same number of images from every sub-folder of SRC, and write a manifest with their digests.
 
     If SRC is a manifest, print its content after comparing every image with its digest. Images are not copied. Without
@@ -43,15 +43,15 @@ def calibrate_command(source: str | None, output: Path | None, size: int | None,
     from exporter.recipe import bundled
 
     if source is None:
-        if output or size:
+        if out or size:
             raise BadRequest("-o and --calib-size are for a new set; give the folder of images too")
         _print_sets(as_json)
         return
     given = bundled.find_images(source)
     listed = given.suffix.lower() in (".tsv", ".csv") and given.is_file()
-    if listed and (output or size):
+    if listed and (out or size):
         raise BadRequest(f"{source} is a manifest already; give a folder to create another")
-    path = given if listed else output or Path("calibration") / f"{given.resolve().name}.tsv"
+    path = given if listed else out or Path("calibration") / f"{given.resolve().name}.tsv"
     with drawing():
         if not listed:
             artifact.check_output(path)
@@ -95,13 +95,13 @@ def _print_sets(as_json: bool) -> None:
 @add(options_of(VerifyOptions, more={"device": devices()}))
 @click.option(
     "-o",
-    "--output",
+    "--out",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="The report; by default ARTIFACT.report.json.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def verify_command(artifact: Path, output: Path | None, as_json: bool, **values: Any) -> None:
+def verify_command(artifact: Path, out: Path | None, as_json: bool, **values: Any) -> None:
     """Compare an artifact with the PyTorch model that it was built from, on the same images.
 
     Each precision has limits, which options replace. Exit code 5 means that a check failed.
@@ -114,7 +114,7 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
     from exporter import report, verify
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
-    path = output or artifact.parent / f"{artifact.name}.report.json"
+    path = out or artifact.parent / f"{artifact.name}.report.json"
     artifacts.check_output(path)
     with drawing():
         opened = artifacts.load(artifact)
@@ -136,11 +136,11 @@ def verify_command(artifact: Path, output: Path | None, as_json: bool, **values:
 @click.argument("artifacts", metavar="ARTIFACT…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @add(options_of(BenchOptions, more={"device": devices()}))
 @click.option(
-    "-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
+    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path),
     help="A folder for the reports; by default each is beside its artifact.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
-def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
+def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, **values: Any) -> None:
     """Time artifacts and the eager PyTorch model they were built from, in turn, in six fresh processes.
 
     Each round runs every model once, in random order. Speed-ups are medians over pairs of the same round, with a 95 %
@@ -158,7 +158,7 @@ def bench_command(artifacts: tuple[Path, ...], output: Path | None, as_json: boo
     from exporter.cli.console import console, drawing, plain, print_json, print_rows
     from exporter.report import tables
 
-    paths = [(output or path.parent) / f"{path.name}.report.json" for path in artifacts]
+    paths = [(out or path.parent) / f"{path.name}.report.json" for path in artifacts]
     for path in paths:
         artifact.check_output(path)
     options = BenchOptions(**values)

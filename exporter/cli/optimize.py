@@ -26,11 +26,11 @@ NO_QUANTIZATION = ("int8_scope", "even_if_slower")  # all scopes are tried, and 
 @add(options_of(Model))
 @add(options_of(PreprocessingOptions))
 @add(options_of(Export, skip=NO_EXPORT, more={"form": "Here all are tried unless one is named."}))
-@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
+@click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
               show_default=True, help="Folder for the artifact.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
-def optimize_command(output: Path, force: bool, as_json: bool, **values: Any) -> None:
+def optimize_command(out: Path, force: bool, as_json: bool, **values: Any) -> None:
     """Try runtimes, precisions, forms and numbers of threads, and write the best artifact for this machine.
 
     Artifacts are timed in turn, in fresh processes, beside eager PyTorch; those that cannot win by their 95 % interval
@@ -58,9 +58,9 @@ def optimize_command(output: Path, force: bool, as_json: bool, **values: Any) ->
         export=take(Export, values, NO_EXPORT),
     )
     for name in (publish.PAGE, publish.DETAILS):
-        artifact.check_output(output / name)
+        artifact.check_output(out / name)
     with drawing(), artifact.forced(force):
-        result = optimize.optimize(request, output).result
+        result = optimize.optimize(request, out).result
     if as_json:
         print_json(result)
     else:
@@ -69,7 +69,7 @@ def optimize_command(output: Path, force: bool, as_json: bool, **values: Any) ->
         console().print(plain(tables.sentence(result)), soft_wrap=True)
         console().print(
             f"the artifact is [bold]{plain(result.artifact)}[/], its recipe {plain(result.recipe)}, "
-            f"everything that was tried {plain(output / publish.PAGE)}",
+            f"everything that was tried {plain(out / publish.PAGE)}",
             soft_wrap=True,
         )
     if not result.passed:

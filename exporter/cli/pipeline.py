@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("run", short_help="Build, verify, time and report recipes; finished steps are skipped.")
 @click.argument("recipes", metavar="RECIPE…", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
+@click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
               show_default=True, help="Folder for artifacts and reports.")  # fmt: skip
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True,
               help="Override a value of the recipes, as in quantization.calib_size=512.")  # fmt: skip
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="The result of each recipe, as a JSON list on stdout.")
 def run_command(
     recipes: tuple[str, ...],
-    output: Path,
+    out: Path,
     overrides: tuple[str, ...],
     jobs: int,
     force: bool,
@@ -51,7 +51,7 @@ def run_command(
     from exporter.recipe import bundled
     from exporter.run import pool
 
-    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], output, overrides, force)
+    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], out, overrides, force)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}
         if as_json:
@@ -62,7 +62,7 @@ def run_command(
         return
     with drawing():
         outcomes = pool.run_all(recipe_runs, jobs) if jobs > 1 else run.run_all(recipe_runs)
-        page = run.report_page(outcomes, output)
+        page = run.report_page(outcomes, out)
     if as_json:
         print_json([run.to_dict(outcome) for outcome in outcomes])
     else:
@@ -104,11 +104,11 @@ def _number(value: float | None, digits: int) -> str:
 @click.argument("sides", metavar="[BASE] HEAD", nargs=-1, required=True, type=click.Path(path_type=Path))
 @add(options_of(GateOptions, more={"device": devices()}))
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
+    "-o", "--out", metavar="FILE", type=click.Path(path_type=Path),
     help="The report; by default HEAD.compare.json.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool, **values: Any) -> None:
+def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **values: Any) -> None:
     """Compare HEAD with BASE: two artifacts, two reports, or one artifact and the git revision to build its base from.
 
     Artifacts are timed in turn on this machine, and BASE twice, to measure the noise. A regression is significant by
@@ -131,7 +131,7 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     from exporter.compare import gate
     from exporter.report import tables
 
-    path = output or sides[-1].parent / f"{sides[-1].name.removesuffix('.report.json')}.compare.json"
+    path = out or sides[-1].parent / f"{sides[-1].name.removesuffix('.report.json')}.compare.json"
     artifact.check_output(path)
     with drawing():
         comparison = gate.compare(sides, GateOptions(**values))
@@ -156,13 +156,13 @@ def compare_command(sides: tuple[Path, ...], output: Path | None, as_json: bool,
     show_default=True,
     help="html, markdown, junit, github (annotations) or csv.",
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Output file; by default stdout.")
+@click.option("-o", "--out", metavar="FILE", type=click.Path(path_type=Path), help="Output file; by default stdout.")
 @click.option(
     "--history", metavar="FILE", type=click.Path(path_type=Path), help="Also append the reports to this .jsonl file."
 )
 @click.option("--commit", metavar="SHA", help="Commit of the reports in the history; by default git's HEAD.")
 def report_command(
-    reports: tuple[Path, ...], form: str, output: Path | None, history: Path | None, commit: str | None
+    reports: tuple[Path, ...], form: str, out: Path | None, history: Path | None, commit: str | None
 ) -> None:
     """Render one or more reports for people or a CI, or a history as a page with its steps.
 
@@ -176,15 +176,15 @@ def report_command(
     from exporter.artifact import disk
     from exporter.report import rendering
 
-    for path in (path for path in (output, history) if path):
+    for path in (path for path in (out, history) if path):
         artifact.check_output(path)
     text, notes = rendering.rendered(reports, form)
     for note in notes:
         click.echo(printable(f"note: {note}"), err=True)
     if history:
         rendering.remember(reports, history, commit)
-    if output:
-        disk.write_file(output, text.encode())
-        click.echo(printable(f"the report is {output}"))
+    if out:
+        disk.write_file(out, text.encode())
+        click.echo(printable(f"the report is {out}"))
     else:
         click.echo(text, nl=False)

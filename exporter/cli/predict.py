@@ -16,7 +16,7 @@ from exporter.predict import PredictOptions
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @add(options_of(PredictOptions, more={"device": devices()}))
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path),
+    "-o", "--out", metavar="FILE", type=click.Path(path_type=Path),
     help="File that ends in .csv, .jsonl, .parquet or .npz (outputs as they are); by default stdout.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue an unfinished output after its last stored batch.")
@@ -25,7 +25,7 @@ from exporter.predict import PredictOptions
 def predict_command(
     artifact: Path,
     sources: tuple[str, ...],
-    output: Path | None,
+    out: Path | None,
     resume: bool,
     overwrite: bool,
     as_json: bool,
@@ -49,20 +49,20 @@ def predict_command(
     from exporter.cli.console import console, drawing, plain, print_json
     from exporter.errors import BadRequest, printable
 
-    if output is None and (resume or overwrite):
+    if out is None and (resume or overwrite):
         raise BadRequest("--resume and --overwrite are for an output file; add -o FILE")
     if resume and overwrite:
         raise BadRequest("--resume continues an output and --overwrite replaces it; give one of them")
     options, stdin = PredictOptions(**values), sys.stdin.buffer if "-" in sources else None
     with drawing():
         opened = artifacts.load(artifact)
-        if output is None:
+        if out is None:
             for record in predict.answer(opened, sources, options, stdin):
                 click.echo(predict.as_json(record) if as_json else printable(predict.as_text(record)))
             return
-        summary = predict.predict(opened, sources, options, output, resume, overwrite, stdin)
+        summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
     if as_json:
-        print_json({"path": str(output), "summary": summary})
+        print_json({"path": str(out), "summary": summary})
         return
     rate = f", {summary.now / summary.seconds:.0f} a second" if summary.now and summary.seconds > 1 else ""
-    console().print(f"[bold]{plain(output)}[/]  {summary.total:,} images{rate}", soft_wrap=True)
+    console().print(f"[bold]{plain(out)}[/]  {summary.total:,} images{rate}", soft_wrap=True)

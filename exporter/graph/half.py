@@ -2,7 +2,8 @@
 
 Statistics stay in fp32. A LayerNormalization or RMSNormalization node computes its own in fp32 (its `stash_type`).
 Norms made of elementary operators, GRN and the pooling sum squares or whole images; such sums exceed 65,504 and would
-make every output constant, so these modules stay in fp32 between two casts. Inputs and outputs keep their types.
+make every output constant, so these modules stay in fp32 between two casts. So do softmax and sigmoid of the outputs.
+Inputs and outputs keep their types.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ())
     if wanted == "fp16":
         work.beyond = frozenset(node for node in model.graph if _touches(node, beyond))
         work.kept += sorted(beyond)
-    outputs = list(model.graph.outputs)
+    outputs = [(value, value.dtype) for value in model.graph.outputs]
     for node in list(model.graph):
         target = ir.DataType.FLOAT if _stays(node, work) else work.half
         for index, value in enumerate(node.inputs):
@@ -91,8 +92,8 @@ def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ())
         for value in node.outputs:
             if _is_float(value):
                 value.dtype = target
-    for index, value in enumerate(outputs):
-        _fp32_output(model.graph, index, value)
+    for index, (value, dtype) in enumerate(outputs):
+        _keep_type(model.graph, index, value, dtype)
     files.drop_unused(model.graph)
     return work.kept
 
@@ -137,6 +138,8 @@ def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
     if structure.is_response_norm(module) or node.op_type.startswith("Reduce"):
         return True
+    if not module and node.op_type in ("Softmax", "Sigmoid", "TopK"):
+        return True
     if structure.is_norm(module) and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
         return True
     if node in work.beyond:
@@ -178,15 +181,16 @@ def _as(work: _Halving, value: ir.Value, target: ir.DataType, before: ir.Node) -
     return work.cast[key]
 
 
-def _fp32_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
+def _keep_type(graph: ir.Graph, index: int, value: ir.Value, dtype: ir.DataType | None) -> None:
+    """Cast an output of the graph back to the type that it had."""
     import onnx_ir as ir
 
-    if value.dtype == ir.DataType.FLOAT:
+    if value.dtype == dtype or dtype is None:
         return
     name, producer = value.name, value.producer()
     value.name = f"{name}_half"
-    cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
-    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, ir.DataType.FLOAT, value.shape
+    cast = ir.node("Cast", [value], attributes={"to": dtype}, name=f"{name}/Cast")
+    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, dtype, value.shape
     assert producer is not None
     graph.insert_after(producer, cast)
     graph.outputs[index] = cast.outputs[0]

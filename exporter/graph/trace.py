@@ -9,11 +9,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from exporter.artifact.sidecar import Record, Size, sides
+from exporter.artifact.sidecar import Content, OutputSpec, Record, Size, sides
 from exporter.graph.opset import TRACED
-from exporter.recipe import Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,45 +23,40 @@ INPUT = "images"
 
 class TraceOptions(Record, frozen=True):
     """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
-    whether the input is bytes, its channels, whether these are its last axis, and the names of heads where there are
-    several."""
+    the type of the input, its channels, whether these are its last axis, the names of heads where there are several,
+    and whether outputs are in fp16."""
 
-    task: Task
+    spec: OutputSpec
     strides: tuple[int, ...]
     imgsz: Size | None
     batch: int | None
-    uint8: bool
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
     channels: int = 3
     channels_last: bool = False
     heads: tuple[str, ...] = ()
+    half_outputs: bool = False
 
-
-def output_names(options: TraceOptions) -> list[str]:
-    """`logits` or the names of several heads, `embedding`, or `stage1`, `stage2`, …"""
-    if options.task == "features":
-        return [f"stage{number}" for number, _ in enumerate(options.strides, 1)]
-    if options.task == "classify" and options.heads:
-        return list(options.heads)
-    return ["logits" if options.task == "classify" else "embedding"]
+    @property
+    def outputs(self) -> dict[str, Content]:
+        """The name of each output, with what it holds."""
+        return self.spec.named(self.heads, len(self.strides))
 
 
 def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     """Trace the network to an ONNX graph of opset `TRACED`. Its tensors share memory with the model.
 
     Args:
-        model: in eval mode; its outputs are those of the task.
+        model: in eval mode; its outputs are those of the options.
         options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
 
-    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), float32 or uint8, to `logits` (N, classes), `embedding`
-        (N, C) or the stages' outputs.
+    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C) to the outputs of `options`.
     """
     import torch
 
-    dtype = torch.uint8 if options.uint8 else torch.float32
     # A batch of one would be taken for a constant, and so would a side of one stride.
     size = options.imgsz or 2 * options.strides[-1]
     shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
-    example = torch.zeros(options.batch or 2, *shape, dtype=dtype)
+    example = torch.zeros(options.batch or 2, *shape, dtype=getattr(torch, options.dtype))
     with torch.no_grad(), _quiet():
         exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
         program = _converted(exported, options)
@@ -88,7 +82,7 @@ def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) ->
             dynamo=True,
             opset_version=TRACED,
             input_names=[INPUT],
-            output_names=output_names(options),
+            output_names=list(options.outputs),
             verbose=False,
         )
         assert program is not None
@@ -141,16 +135,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_axes(model: ir.Model, options: TraceOptions) -> None:
-    """Name the dynamic axes: batch, height, width, and height/4 … of a feature map."""
+    """Name the dynamic axes: batch, height, width, and height/4 … of a feature map; tokens."""
     import onnx_ir as ir
 
     for value in [*model.graph.inputs, *model.graph.outputs]:
         assert value.shape is not None
-        stage = value.name[5:] if options.task == "features" and value.name != INPUT and value.name else ""
-        stride = options.strides[int(stage) - 1] if stage else 1
+        holds = options.outputs.get(value.name or "", "")
+        stride = options.strides[int((value.name or "").removeprefix("stage")) - 1] if holds == "map" else 1
         over = f"/{stride}" if stride > 1 else ""
         first = 1 if options.channels_last and value.name == INPUT else 2
         words = {0: "batch", first: f"height{over}", first + 1: f"width{over}"}
+        words |= {1: "tokens"} if holds == "tokens" else {}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]
         value.shape = ir.Shape(dims)
 

@@ -7,13 +7,14 @@ Names are those of the original code (`dwconv`, `pwconv1`, `gamma`), and so are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.artifact.sidecar import OutputSpec
 from exporter.model.variants import Architecture, head_layer
 
 
@@ -180,12 +181,35 @@ def head_layers(arch: Architecture, width: int) -> tuple[nn.Sequential, int]:
     return nn.Sequential(*layers), width
 
 
+def answers(logits: Tensor, answer: str) -> tuple[Tensor, ...]:
+    """Logits (N, classes) as they are returned: themselves, their softmax or sigmoid, or the numbers and the
+    probabilities of the five most probable classes, (N, 5) each; fewer where the head has fewer."""
+    if answer == "logits":
+        return (logits,)
+    if answer == "sigmoid":
+        return (torch.sigmoid(logits),)
+    probabilities = torch.softmax(logits, -1)
+    if answer == "softmax":
+        return (probabilities,)
+    largest, classes = torch.topk(probabilities, min(5, logits.shape[-1]))
+    return classes, largest
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Vectors (N, C) divided by their L2 norm."""
+    return F.normalize(vectors, dim=-1)
+
+
 class ConvNeXt(nn.Module):
     """The whole network.
 
     Args:
         arch: depths, widths and the published differences.
         num_classes: outputs of the head.
+
+    Attributes:
+        spec: the outputs.
+        half_outputs: whether they are in fp16.
     """
 
     def __init__(self, arch: Architecture, num_classes: int = 1000) -> None:
@@ -206,6 +230,7 @@ class ConvNeXt(nn.Module):
         self.head_layers, width = head_layers(arch, last * (2 if arch.pool == "catavgmax" else 1))
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in map(head_layer, arch.heads)})
         self.head = None if arch.heads else nn.Linear(width, num_classes)
+        self.spec, self.half_outputs = OutputSpec(), False
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
         """(N, C, H, W) to the output of every stage, (N, C, H/s, W/s) for the strides s of the architecture."""
@@ -216,59 +241,64 @@ class ConvNeXt(nn.Module):
             maps.append(x)
         return tuple(maps)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """The output of the last stage (N, C, H, W) to pooled and normalized features (N, C)."""
-        if self.norm_pre is not None:
-            x = self.norm_pre(x)
-        x = pooling(x, self.pool)
-        return x if self.norm is None else self.norm(x)
+    def finish(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of every task for the outputs of the stages, (N, C, H/s, W/s) each."""
+        tasks, last = self.spec.tasks, maps[-1]
+        outputs: list[Tensor] = []
+        if set(tasks) != {"features"}:
+            last = last if self.norm_pre is None else self.norm_pre(last)
+            pooled = pooling(last, self.pool)
+            pooled = pooled if self.norm is None else self.norm(pooled)
+        for task in tasks:
+            if task == "classify":
+                outputs += self.classify(pooled)
+            elif task == "embed":
+                outputs.append(self.embed(pooled))
+            elif task == "tokens":
+                outputs.append(self.tokens(pooled, last))
+            else:
+                norms = self.stage_norms
+                outputs += [norms[str(i)](x) if str(i) in norms else x for i, x in enumerate(maps)]
+        return tuple(outputs)
 
-    def finish(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The output of the last stage (N, C, H, W) to logits (N, classes), or to those of each head."""
-        x = self.head_layers(self.embed(x))
-        return tuple(head(x) for head in self.heads.values()) if self.head is None else self.head(x)
+    def classify(self, pooled: Tensor) -> list[Tensor]:
+        """Pooled features (N, C) to the outputs of each head: (N, classes), or of the first five (N, 5) twice."""
+        x = self.head_layers(pooled)
+        logits = [head(x) for head in self.heads.values()] if self.head is None else [self.head(x)]
+        return [output for one in logits for output in answers(one, self.spec.answer)]
+
+    def embed(self, pooled: Tensor) -> Tensor:
+        """Pooled features (N, C) to the feature vector (N, C), or (N, E) of a CLIP tower's projection."""
+        if self.projection:
+            assert self.head is not None
+            pooled = self.head(self.head_layers(pooled))
+        return unit_length(pooled) if self.spec.l2 else pooled
+
+    def tokens(self, pooled: Tensor, x: Tensor) -> Tensor:
+        """Pooled features (N, C) and the last map (N, C, H, W) to normalized tokens (N, 1 + H·W, C), the pooled one
+        first, as transformers' DINOv3 returns them."""
+        patches = x.flatten(2).transpose(1, 2)
+        return torch.cat([pooled[:, None], patches if self.norm is None else self.norm(patches)], 1)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """(N, C, H, W) to logits (N, classes), or to those of each head."""
-        return self.finish(self.forward_features(images)[-1])
+        """(N, C, H, W) to the outputs of every task; a tuple if there are several."""
+        outputs = self.finish(self.forward_features(images))
+        if self.half_outputs:
+            outputs = tuple(output.half() if output.is_floating_point() else output for output in outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
+    def select(self, spec: OutputSpec) -> ConvNeXt:
+        """The same network with other outputs, in place; what these do not need is removed."""
+        self.spec = spec
+        if "classify" not in spec.tasks and not (self.projection and "embed" in spec.tasks):
+            self.head, self.heads, self.head_layers = None, nn.ModuleDict(), nn.Sequential()
+        if set(spec.tasks) == {"features"}:
+            self.norm_pre = self.norm = None
+        if "features" not in spec.tasks:
+            self.stage_norms = nn.ModuleDict()
+        return self
 
-class Features(nn.Module):
-    """The network as a backbone: its stages are the outputs, and it has no head."""
-
-    def __init__(self, model: ConvNeXt) -> None:
-        super().__init__()
-        self.downsample_layers, self.stages, self.stage_norms = model.downsample_layers, model.stages, model.stage_norms
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, C, H, W) to (N, C, H/s, W/s) for the strides s of the architecture, through the stage's norm if any."""
-        maps = ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]
-        norms = self.stage_norms
-        return tuple(norms[str(i)](x) if str(i) in norms else x for i, x in enumerate(maps))
-
-
-class Embedding(nn.Module):
-    """The network without its classifier: pooled and normalized features, projected where it is a CLIP tower."""
-
-    def __init__(self, model: ConvNeXt) -> None:
-        super().__init__()
-        self.downsample_layers, self.stages = model.downsample_layers, model.stages
-        self.norm_pre, self.norm, self.pool = model.norm_pre, model.norm, model.pool
-        self.head_layers = model.head_layers if model.projection else None
-        self.head = model.head if model.projection else None
-
-    def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, C, H, W) to the output of every stage."""
-        return ConvNeXt.forward_features(self, images)  # type: ignore[arg-type]
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The output of the last stage (N, C, H, W) to (N, C), or (N, E) of a projection."""
-        x = ConvNeXt.embed(self, x)  # type: ignore[arg-type]
-        if self.head is None:
-            return x
-        assert self.head_layers is not None
-        return self.head(self.head_layers(x))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C), or (N, E) of a projection."""
-        return self.finish(self.forward_features(images)[-1])
+    @property
+    def norm_feeds_head_only(self) -> bool:
+        """Whether only linear layers take the last norm's output."""
+        return self.spec.tasks == ("classify",) or (self.projection and self.spec.tasks == ("embed",))

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS
-from exporter.model.convnext import GRN, Block, ConvNeXt, Embedding, Features, Norm
+from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
-Network = ConvNeXt | Features | Embedding
 M = TypeVar("M", bound=nn.Module)
 Pointwise = TypeVar("Pointwise", nn.Linear, nn.Conv2d)
 
@@ -168,11 +167,11 @@ class InputConv(nn.Conv2d):
         return super().forward(x if self.mean is None else x - self.mean)
 
 
-def rewrite(model: Network, form: str) -> Network:
+def rewrite(model: ConvNeXt, form: str) -> ConvNeXt:
     """Rewrite a network or a backbone to a form, in place.
 
     Args:
-        model: a ConvNeXt, Embedding or Features, in eval mode.
+        model: in eval mode.
         form: one of `FORMS`.
 
     Raises: BadRequest for another form.
@@ -187,7 +186,7 @@ def rewrite(model: Network, form: str) -> Network:
     return model.eval().requires_grad_(False)
 
 
-def fold_norms(model: Network, layout: Layout) -> None:
+def fold_norms(model: ConvNeXt, layout: Layout) -> None:
     """Fold scale and shift of the norms outside the blocks into the layers behind them: of each downsampling layer
     into its convolution, of the last norm into the head. What stands before a mean over the image may go behind it.
     The stem's norm is in front of a residual, and stays; so does one in front of a padded convolution.
@@ -202,21 +201,21 @@ def fold_norms(model: Network, layout: Layout) -> None:
             elif isinstance(part, Norm) and layout == "first":
                 parts[at] = ScaledNorm(part)
         model.downsample_layers[index] = _sequence(parts)
-    if isinstance(model, Features):
-        if layout == "first":
-            for name, norm in model.stage_norms.items():
-                model.stage_norms[name] = ScaledNorm(cast("Norm", norm))
-        return
+    if layout == "first":
+        for name, norm in model.stage_norms.items():
+            model.stage_norms[name] = ScaledNorm(cast("Norm", norm))
     _fold_last_norm(model, layout, around)
 
 
-def _fold_last_norm(model: ConvNeXt | Embedding, layout: Layout, around: Layout) -> None:
-    """Fold the last norm into the first linear layer behind it, if there is one."""
+def _fold_last_norm(model: ConvNeXt, layout: Layout, around: Layout) -> None:
+    """Fold the last norm into the first linear layer behind it, if nothing else takes its output."""
     name = "norm" if model.norm_pre is None else "norm_pre"
     norm = getattr(model, name)
     layers = model.head_layers
-    first = layers[0] if layers else model.head
-    if norm is not None and isinstance(first, nn.Linear) and (name == "norm" or model.pool == "avg"):
+    first = (layers[0] if layers else model.head) if model.norm_feeds_head_only else None
+    if norm is None:
+        return
+    if isinstance(first, nn.Linear) and (name == "norm" or model.pool == "avg"):
         if layers:
             layers[0] = folded(norm, first)
         else:
@@ -263,7 +262,7 @@ def as_conv(layer: nn.Linear) -> nn.Conv2d:
     return _with(conv, layer.weight[:, :, None, None], layer.bias)
 
 
-def take_input(model: Network, recipe: Preprocessing) -> None:
+def take_input(model: ConvNeXt, recipe: Preprocessing) -> None:
     """Change a network, in place, to take the artifact's input: pixels as in `recipe.input`, `layout` and `color`."""
     if not recipe.is_of_network:
         first, *others = _parts(model.downsample_layers[0], nn.Module)

@@ -180,7 +180,7 @@ def outputs_of(module: Any, images: Tensor, task: str) -> Any:
         return module.forward_head(module.forward_features(images), pre_logits=True)
     if task == "embed" and package == "torchvision" and hasattr(module, "classifier"):
         return module.classifier[:-1](module.avgpool(module.features(images)))
-    if task == "embed" and package == "transformers" and hasattr(module, "base_model"):
+    if task in ("embed", "tokens") and package == "transformers" and hasattr(module, "base_model"):
         return module.base_model(images)
     return module(images)
 
@@ -192,7 +192,12 @@ def tensors_of(outputs: Any, task: str) -> tuple[Tensor, ...]:
     """
     import torch
 
-    names = {"classify": ("logits",), "embed": ("image_embeds", "pooler_output"), "features": ("feature_maps",)}[task]
+    names = {
+        "classify": ("logits",),
+        "embed": ("image_embeds", "pooler_output"),
+        "tokens": ("last_hidden_state",),
+        "features": ("feature_maps",),
+    }[task]
     for name in names:
         value = outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
         if value is not None:

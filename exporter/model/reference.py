@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest, Unavailable, first_line, some
 from exporter.model import checkpoint, sources, weights
 from exporter.model.layouts import Choices, to_ours
@@ -32,9 +33,16 @@ class Reference:
     module: nn.Module
     names: Mapping[str, str]
 
-    def for_task(self, task: str) -> nn.Module:
-        """A module that returns the outputs of a task as a tuple."""
+    def with_outputs(self, spec: OutputSpec) -> nn.Module:
+        """A module that returns the outputs of a spec as a tuple."""
         from torch import nn
+
+        from exporter.model.convnext import answers, unit_length
+
+        def of_task(task: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if task == "classify":
+                return tuple(output for logits in tensors for output in answers(logits, spec.answer))
+            return tuple(map(unit_length, tensors)) if task == "embed" and spec.l2 else tensors
 
         class Outputs(nn.Module):
             def __init__(self, module: nn.Module) -> None:
@@ -42,7 +50,8 @@ class Reference:
                 self.module = module
 
             def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-                return tensors_of(outputs_of(self.module, images, task), task)
+                each = [(task, tensors_of(outputs_of(self.module, images, task), task)) for task in spec.tasks]
+                return tuple(output for task, tensors in each for output in of_task(task, tensors))
 
         return Outputs(self.module).eval()
 

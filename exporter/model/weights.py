@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact, sha256_file
-from exporter.artifact.sidecar import Preprocessing, Weights
+from exporter.artifact.sidecar import OutputSpec, Preprocessing, Task, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub, sources, written
 from exporter.model.config import CONFIG_FILES, from_training, read_config, together
@@ -24,15 +24,15 @@ from exporter.model.fit import empty, fit
 from exporter.model.labels import read_labels
 from exporter.model.layouts import Choices
 from exporter.model.preprocessing import VALUES, Stated, known, published, with_keras
-from exporter.model.variants import Architecture, Variant, resolve
+from exporter.model.variants import Architecture, Variant, head_layer, resolve
 from exporter.progress import note
-from exporter.recipe import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from exporter.model.convnext import ConvNeXt, Embedding, Features
+    from exporter.model.convnext import ConvNeXt
 
+_OTHER_OUTPUTS = {"images", "embedding", "tokens", *(f"stage{number}" for number in range(1, 9))}
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
 
 
@@ -69,27 +69,33 @@ class Checkpoint:
             return "classify"
         return "embed" if arch.head_norm or arch.projection else "features"
 
-    def model(self, task: str | None = None) -> ConvNeXt | Embedding | Features:
-        """The network in eval mode, or the part of it that a task needs. It shares memory with `state`.
+    def model(self, spec: OutputSpec | None = None) -> ConvNeXt:
+        """The network in eval mode, with these outputs. It shares memory with `state`.
 
         Raises: BadRequest when these weights have no classifier, or no last norm for an embedding.
         """
-        from exporter.model.convnext import Embedding, Features
-
-        self.check(task or self.task)
+        spec = spec or OutputSpec(tasks=(self.task,))
+        self.check(spec)
         head = self.state.get("head.weight")
         model = empty(self.variant.architecture, 1 if head is None else head.shape[0])
         model.load_state_dict(self.state, assign=True, strict=head is not None or self.variant.architecture.heads != ())
-        model.eval().requires_grad_(False)
-        if (task or self.task) == "classify":
-            return model
-        return Embedding(model) if (task or self.task) == "embed" else Features(model)
+        return model.eval().requires_grad_(False).select(spec)
 
-    def check(self, task: str) -> None:
-        """Refuse a task that these weights are not for.
+    def check(self, spec: OutputSpec) -> None:
+        """Refuse outputs that these weights are not for.
 
         Raises: BadRequest.
         """
+        for task in spec.tasks:
+            self._check_task(task)
+        if problem := spec.contradiction():
+            raise BadRequest(f"{self.weights.source}: {problem}")
+        if spec.answer in ("softmax", "top5") and self.weights.num_classes == 1:
+            raise BadRequest(f"--output {spec.answer}: the head has one output, and a choice needs two; leave it out")
+        if same := {head for head, _ in map(head_layer, self.variant.architecture.heads)} & _OTHER_OUTPUTS:
+            raise BadRequest(f"{self.weights.source}: a head has the name of another output: {', '.join(sorted(same))}")
+
+    def _check_task(self, task: str) -> None:
         if task != "features" and self.variant.architecture.pool == "none":
             raise BadRequest(
                 f"{self.weights.source}: global_pool is none, so the model returns a map; --task features takes it, "
@@ -97,7 +103,12 @@ class Checkpoint:
             )
         if task == "classify" and not self.weights.num_classes:
             raise BadRequest(f"{self.weights.source}: no classifier in these weights; --task {self.task} takes them")
-        if task == "embed" and self.task == "features":
+        if task == "tokens" and self.variant.architecture.pool == "catavgmax":
+            raise BadRequest(
+                f"--task tokens: {self.weights.source} pools with catavgmax, so its vector is wider than a token; "
+                "--task embed,features takes both apart"
+            )
+        if task in ("embed", "tokens") and self.task == "features":
             raise BadRequest(f"{self.weights.source}: no norm behind the last stage; --task features takes them")
 
 

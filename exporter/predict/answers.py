@@ -9,21 +9,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.artifact.sidecar import Sidecar
+from exporter.artifact.sidecar import PROBABILITIES, Content, Sidecar
 from exporter.backends import Array, Outputs
+from exporter.errors import BadRequest
 from exporter.recipe import Checks
 from exporter.verify import outputs
 from exporter.verify.outputs import Kind
 
 Arrays = dict[str, NDArray[Any]]
+VECTORS = ("values", "embedding", "features")
+"""Kinds of outputs that are kept as they are."""
+MOST_RETURNED = 5
 
 
 @dataclass(frozen=True)
 class Output:
     """One output of an artifact: its name, what it holds, the size of its last axis, and the names of its classes, if
-    they are known. `is_map` says whether it has more axes than (N, width)."""
+    they are known. `place` is its number among the artifact's outputs, `is_map` says whether it has more axes than
+    (N, width)."""
 
     name: str
+    place: int
+    holds: Content
     kind: Kind
     width: int
     labels: tuple[str, ...]
@@ -44,27 +51,31 @@ class Answers:
 
     outputs: of the artifact.
     top: how many classes of each image.
-    logit: the output at or above which an image has a label of a multi-label head.
+    checks: with the probability at or above which an image has a label of a multi-label head.
     whole: whether outputs are kept as they are, for `.npz` files.
     """
 
     outputs: tuple[Output, ...]
     top: int
-    logit: float
+    checks: Checks
     whole: bool = False
 
     def of(self, values: Outputs) -> Arrays:
         """The arrays (N, …) that are kept of the outputs of N images, by name."""
         kept: Arrays = {}
-        for output, array in zip(self.outputs, values, strict=True):
-            if self.whole or output.kind in ("values", "features"):
+        for output in self.outputs:
+            array = values[output.place]
+            if self.whole or output.kind in VECTORS:
                 kept[output.name] = array
                 continue
-            order = np.argsort(-array, axis=1, kind="stable")[:, : self.top].astype(np.int32)
-            kept[f"{output.name}.classes"] = order
-            kept[f"{output.name}.probabilities"] = np.take_along_axis(_probabilities(array, output.kind), order, axis=1)
+            if output.kind == "top":
+                order, probabilities = array[:, : self.top].astype(np.int32), values[output.place + 1][:, : self.top]
+            else:
+                order = np.argsort(-array, axis=1, kind="stable")[:, : self.top].astype(np.int32)
+                probabilities = np.take_along_axis(_probabilities(array, output), order, axis=1)
+            kept[f"{output.name}.classes"], kept[f"{output.name}.probabilities"] = order, probabilities
             if output.kind == "multilabel":
-                kept[f"{output.name}.decided"] = array >= self.logit
+                kept[f"{output.name}.decided"] = array >= outputs.decision(self.checks, output.holds)
         return kept
 
     def records(self, arrays: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, Any]]:
@@ -74,7 +85,7 @@ class Answers:
             yield answers if len(self.outputs) > 1 else next(iter(answers.values()))
 
     def _record(self, output: Output, arrays: Mapping[str, NDArray[Any]], row: int) -> dict[str, Any]:
-        if output.kind in ("values", "features"):
+        if output.kind in VECTORS:
             word = "values" if output.kind == "values" else "embedding"
             return {word: arrays[output.name][row].tolist()}
         numbers = arrays[f"{output.name}.classes"][row].tolist()
@@ -83,7 +94,7 @@ class Answers:
             {"class": number, **output.named(number), "probability": round(probability, 6)}
             for number, probability in zip(numbers, probabilities, strict=True)
         ]
-        if output.kind == "classes":
+        if output.kind != "multilabel":
             return {"predictions": first}
         decided = np.flatnonzero(arrays[f"{output.name}.decided"][row]).tolist()
         return {"labels": [output.label(number) for number in decided], "predictions": first}
@@ -92,27 +103,31 @@ class Answers:
 def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answers:
     """What is kept of the outputs of an artifact.
 
-    Raises: BadRequest for `--outputs` that the artifact does not have, and `--threshold` without labels.
+    Raises: BadRequest for `--outputs` that the artifact does not have, `--threshold` without labels, and more classes
+        than the artifact returns.
     """
     outputs.check(sidecar, checks)
-    kinds = outputs.kinds(sidecar, checks.outputs)
-    every = tuple(
-        Output(
-            tensor.name,
-            kind,
-            int(tensor.shape[-1]) if kind != "features" else 0,
-            sidecar.labels if len(sidecar.labels) == tensor.shape[-1] else (),
-            len(tensor.shape) > 2,
-        )
-        for tensor, kind in zip(sidecar.outputs, kinds, strict=True)
-    )
-    return Answers(every, top, outputs.decision_logit(checks), whole)
+    every = []
+    for place, kind in enumerate(outputs.kinds(sidecar, checks.outputs)):
+        tensor = sidecar.outputs[place]
+        width = int(tensor.shape[-1]) if kind not in ("embedding", "features") else 0
+        if kind == "top" and top > max(width, MOST_RETURNED):
+            raise BadRequest(f"--top {top}: the artifact returns the {width} most probable classes (--output top5)")
+        if kind == "probabilities" and not whole:
+            continue  # they are with their classes
+        classes = sidecar.weights.num_classes if kind == "top" and not place else width
+        labels = sidecar.labels if len(sidecar.labels) == classes else ()
+        every.append(Output(tensor.name, place, tensor.holds, kind, width, labels, len(tensor.shape) > 2))
+    return Answers(tuple(every), top, checks, whole)
 
 
-def _probabilities(logits: Array, kind: Kind) -> Array:
-    """Softmax over the classes (N, C), or the sigmoid of each label; computed in fp64."""
-    wide = logits.astype(np.float64)
-    if kind == "multilabel":
+def _probabilities(array: Array, output: Output) -> Array:
+    """Softmax over the classes (N, C), or the sigmoid of each label; computed in fp64. Probabilities stay as they
+    are."""
+    if output.holds in PROBABILITIES:
+        return array
+    wide = array.astype(np.float64)
+    if output.kind == "multilabel":
         return (0.5 + 0.5 * np.tanh(wide / 2)).astype(np.float32)  # the sigmoid, without overflow
     powers = np.exp(wide - wide.max(axis=1, keepdims=True))
     probabilities: Array = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -113,7 +113,7 @@ def check_kinds(out: Path, answers: Answers) -> None:
     """
     if out.suffix.lower() != ".npz" and any(output.is_map for output in answers.outputs):
         raise BadRequest(f"-o {out}: the outputs are feature maps; write them to .npz")
-    if out.suffix.lower() == ".csv" and any(output.kind == "features" for output in answers.outputs):
+    if out.suffix.lower() == ".csv" and any(output.kind in ("embedding", "features") for output in answers.outputs):
         raise BadRequest(f"-o {out}: the outputs are feature vectors; write them to .npz or .parquet")
 
 
@@ -135,7 +135,7 @@ def columns(answers: Answers) -> list[str]:
 
 
 def _columns_of(answers: Answers, output: Any) -> list[str]:
-    if output.kind == "features":
+    if output.kind in ("embedding", "features"):
         return ["embedding"]
     if output.kind == "values":
         return [f"value_{number + 1}" for number in range(output.width)]

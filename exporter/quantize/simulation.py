@@ -12,14 +12,16 @@ from functools import partial
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from exporter.data.calibration import CalibrationSet
+from exporter.model.convnext import ConvNeXt
 from exporter.model.structure import part
 from exporter.progress import step, track
 from exporter.quantize import QuantizeOptions, ranges
 from exporter.quantize.rounding import LARGEST, Floats, Plan, Rounding, round_weights
-from exporter.quantize.smoothing import Layer, Network, layers
+from exporter.quantize.smoothing import Layer, layers
 from exporter.quantize.statistics import Statistics, in_double
 
 CORRECTING = 32  # images at once that the full bias correction looks at
@@ -27,7 +29,7 @@ JUDGING = 32  # images that sensitivities are measured on
 
 
 def plan(
-    model: Network,
+    model: ConvNeXt,
     kinds: frozenset[str],
     symmetric: bool,
     statistics: Statistics,
@@ -71,7 +73,7 @@ def _fast_shift(layer: Layer, mean: Floats, rounding: Rounding) -> Floats:
     return shift
 
 
-def _full(model: Network, roundings: Plan, images: CalibrationSet) -> Plan:
+def _full(model: ConvNeXt, roundings: Plan, images: CalibrationSet) -> Plan:
     """Correct the mean output of one layer after the other, with all earlier layers quantized and corrected.
 
     The fp32 and the quantized network run on the same batch, so memory does not grow with the set.
@@ -103,7 +105,7 @@ def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(model: Network, names: Iterable[str], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+def _hooked(model: ConvNeXt, names: Iterable[str], hook: Callable[..., Tensor | None]) -> Iterator[None]:
     handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
         yield
@@ -113,7 +115,7 @@ def _hooked(model: Network, names: Iterable[str], hook: Callable[..., Tensor | N
 
 
 @contextmanager
-def rounded(model: Network, roundings: Plan) -> Iterator[None]:
+def rounded(model: ConvNeXt, roundings: Plan) -> Iterator[None]:
     """Quantize the inputs and weights, and shift the biases, of a plan's layers inside the `with` block."""
     kept: list[tuple[Layer, Tensor, Tensor]] = []
     handles = []
@@ -156,7 +158,7 @@ def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
     return torch.from_numpy(whole.astype(np.float32) * scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
-def sensitivities(model: Network, plan: Plan, images: CalibrationSet) -> dict[str, float]:
+def sensitivities(model: ConvNeXt, plan: Plan, images: CalibrationSet) -> dict[str, float]:
     """The sensitivity of each part: the mean square error of the outputs, as a share of their variance, with only this
     part quantized; the most sensitive part first."""
     batch = torch.from_numpy(next(iter(images.batches(min(JUDGING, images.total)))).images)
@@ -173,7 +175,17 @@ def sensitivities(model: Network, plan: Plan, images: CalibrationSet) -> dict[st
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def _outputs(model: Network, batch: Tensor) -> tuple[Tensor, ...]:
+def _outputs(model: ConvNeXt, batch: Tensor) -> tuple[Tensor, ...]:
+    """The outputs, of heads as logits: numbers of classes say nothing about the size of an error."""
+    spec = model.spec
+    model.spec = structs.replace(spec, answer="logits")
+    try:
+        return _run(model, batch)
+    finally:
+        model.spec = spec
+
+
+def _run(model: ConvNeXt, batch: Tensor) -> tuple[Tensor, ...]:
     outputs = [model(batch[start : start + 8]) for start in range(0, len(batch), 8)]
     columns = zip(*(one if isinstance(one, tuple) else (one,) for one in outputs), strict=True)
     return tuple(torch.cat(column) for column in columns)

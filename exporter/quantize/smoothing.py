@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.model.convnext import ConvNeXt, Embedding, Features
+from exporter.model.convnext import ConvNeXt
 from exporter.model.forms import FoldedBlock, ResponseScale, Standardise
 from exporter.model.structure import kind, order, part
 from exporter.quantize.rounding import Floats
 
 LEAST = 1e-5
-Network = ConvNeXt | Embedding | Features
 Layer = nn.Linear | nn.Conv2d
 
 
-def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
+def layers(model: ConvNeXt, kinds: frozenset[str]) -> dict[str, Layer]:
     """The layers of these kinds, by name, in the order they run."""
     by_name = {
         name: module
@@ -33,7 +32,7 @@ def layers(model: Network, kinds: frozenset[str]) -> dict[str, Layer]:
     return {name: by_name[name] for name in sorted(by_name, key=order)}
 
 
-def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
+def in_front(model: ConvNeXt, name: str) -> Standardise | ResponseScale | None:
     """The module that can absorb the scale of a layer's input, or None."""
     if kind(name) not in ("pwconv1", "pwconv2", "downsampling"):
         return None
@@ -44,7 +43,7 @@ def in_front(model: Network, name: str) -> Standardise | ResponseScale | None:
     return before if isinstance(before, Standardise) else None
 
 
-def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict[str, Floats]:
+def factors(model: ConvNeXt, largest: Mapping[str, Floats], alpha: float) -> dict[str, Floats]:
     """The factor s of each layer whose input can be scaled (C,), with a geometric mean of one.
 
     Args:
@@ -64,7 +63,7 @@ def factors(model: Network, largest: Mapping[str, Floats], alpha: float) -> dict
     return result
 
 
-def smooth(model: Network, scales: Mapping[str, Floats]) -> None:
+def smooth(model: ConvNeXt, scales: Mapping[str, Floats]) -> None:
     """Fold the factors into a network, in place; its function does not change."""
     for name, s in scales.items():
         layer, factor = _layer(model, name), torch.from_numpy(s).to(_layer(model, name).weight.dtype)
@@ -78,7 +77,7 @@ def smooth(model: Network, scales: Mapping[str, Floats]) -> None:
             before.scale = _put(inverse)
 
 
-def _layer(model: Network, name: str) -> Layer:
+def _layer(model: ConvNeXt, name: str) -> Layer:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     return layer

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from exporter.artifact.disk import cache_folder, write_file
 from exporter.data.calibration import CalibrationSet
 from exporter.errors import CheckFailed, ExporterError
+from exporter.model.convnext import ConvNeXt
 from exporter.progress import note, step, track
 from exporter.quantize.rounding import Floats
-from exporter.quantize.smoothing import Layer, Network, factors, layers
+from exporter.quantize.smoothing import Layer, factors, layers
 
 BINS = 4096
 BATCH = 8
@@ -75,7 +76,7 @@ class Statistics:
         s = self.factor.get(name, np.float32(1))
         return min(0.0, float((self.low[name] / s).min())), max(0.0, float((self.high[name] / s).max()))
 
-    def macs(self, model: Network, name: str) -> int:
+    def macs(self, model: ConvNeXt, name: str) -> int:
         """Multiply-accumulates of a layer for one image of the calibration's size."""
         layer = model.get_submodule(name)
         positions = int(self.count[name]) // self.done("extremes")
@@ -107,7 +108,7 @@ def _output_side(conv: torch.nn.Conv2d, axis: int, side: int) -> int:
 
 
 def collect(
-    model: Network,
+    model: ConvNeXt,
     kinds: frozenset[str],
     alpha: float,
     images: CalibrationSet,
@@ -147,7 +148,7 @@ def collect(
 
 
 @contextmanager
-def in_double(model: Network) -> Iterator[None]:
+def in_double(model: ConvNeXt) -> Iterator[None]:
     """Run an fp32 network in fp64 inside the `with` block, in place, and restore fp32 on exit.
 
     The last bits of an fp32 sum depend on the instruction set and the number of threads, and scales, biases and the
@@ -197,7 +198,7 @@ def _add_taps(padded: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -
             total.addcmul_(padded[:, i : i + height, j : j + width], weight[:, i, j, None, None])
 
 
-def _pass(model: Network, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:
+def _pass(model: ConvNeXt, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:
     """Run the images that this pass has not counted yet, and save the statistics from time to time.
 
     They are saved between batches only, so that no image is counted twice.

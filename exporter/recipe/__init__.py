@@ -11,12 +11,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from exporter.artifact.sidecar import Crop, Interpolation, Record
+from exporter.artifact.sidecar import Answer, Crop, Interpolation, Record
 from exporter.recipe.fields import about
 
 SYNTHETIC = "synthetic"
 
-Task = Literal["classify", "embed", "features"]
+TASKS = ("classify", "embed", "tokens", "features")
+Tasks = Annotated[
+    str,
+    Meta(
+        pattern=rf"^({'|'.join(TASKS)})(,({'|'.join(TASKS)}))*$",
+        title=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}, or several as in classify,embed",
+    ),
+]
 Form = Literal["plain", "linear", "conv", "nchw"]
 CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
 BiasCorrection = Literal["none", "fast", "full"]
@@ -56,9 +63,11 @@ class Model(Record, frozen=True):
         about("Class names: text, one a line, with or without numbers; JSON; or CSV.", metavar="FILE", path=True),
     ] = None
     task: Annotated[
-        Task | None,
+        Tasks | None,
         about(
-            "Outputs: logits, one feature vector an image, or the feature map of each stage.",
+            "Outputs: of the heads (classify), one feature vector an image (embed), that and those of all patches "
+            "(tokens), or the map of each stage (features); several as in classify,embed.",
+            metavar="TASK,…",
             default="classify, or embed for weights without a classifier",
         ),
     ] = None
@@ -147,6 +156,18 @@ class Export(Record, frozen=True):
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
     ] = "rgb"
+
+    output: Annotated[
+        Answer,
+        about(
+            "What is returned of a head: logits, their softmax or sigmoid, or the numbers and probabilities of the "
+            "five most probable classes."
+        ),
+    ] = "logits"
+    l2: Annotated[bool, about("Scale the feature vectors of --task embed to unit length.")] = False
+    io: Annotated[
+        Literal["fp32", "fp16"], about("Type of inputs and outputs; uint8 inputs and numbers of classes keep theirs.")
+    ] = "fp32"
 
     def __post_init__(self) -> None:
         """Write equal sides as one number."""

@@ -33,7 +33,7 @@ MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
     *("relative_error", "r2", "spearman"),
-    *("label_agreement", "map_eager", "map", "map_drop"),
+    *("label_agreement", "map_eager", "map", "map_drop", "neighbour_agreement"),
 )
 """The metrics that an artifact's sidecar keeps."""
 
@@ -103,7 +103,7 @@ def open_data(sidecar: Sidecar, options: Checks) -> Samples:
 
     Raises: BadRequest for data that cannot be used.
     """
-    classes = sidecar.weights.num_classes if outputs.has_budget(sidecar, options.outputs) else None
+    classes = sidecar.weights.num_classes if outputs.has_labels(sidecar, options.outputs) else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"
     return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples, several)
 
@@ -111,11 +111,12 @@ def open_data(sidecar: Sidecar, options: Checks) -> Samples:
 def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
     """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
     kinds = outputs.kinds(sidecar, options.outputs)
-    if options.max_drop is not None and not outputs.has_budget(sidecar, options.outputs):
-        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; leave it out")
+    if options.max_drop is not None and not outputs.has_labels(sidecar, options.outputs):
+        instead = "give --min-agreement" if kinds[0] == "embedding" else "leave it out"
+        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; {instead}")
     if options.max_drop is not None and not samples.labelled:
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    if options.min_agreement is not None and not {"classes", "multilabel"} & set(kinds):
+    if options.min_agreement is not None and not any(map(outputs.has_agreement, kinds)):
         raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
     regression = (options.max_relative_error, options.min_r2, options.min_spearman)
     if any(limit is not None for limit in regression) and "values" not in kinds:
@@ -184,7 +185,7 @@ def _measured(
             both = original(batch.images), run_batch(candidate, batch.images, fixed)
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
-                meter.see(checks.Seen(batch.labels, *both))
+                meter.see(checks.Seen(batch.labels, *both, tuple(batch.names)))
         facts = candidate.facts
     if not count:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")

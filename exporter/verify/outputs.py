@@ -5,11 +5,13 @@ from __future__ import annotations
 from math import log
 from typing import Literal
 
-from exporter.artifact.sidecar import Sidecar
+from exporter.artifact.sidecar import PROBABILITIES, Answer, Content, Sidecar
 from exporter.errors import BadRequest
 from exporter.recipe import Checks, OutputKind
 
-Kind = Literal["classes", "multilabel", "values", "features"]
+Kind = Literal["classes", "multilabel", "values", "top", "probabilities", "embedding", "features"]
+"""Scores of classes or of labels; values of a regression; the numbers of the most probable classes, and their
+probabilities; a feature vector an image; or other features."""
 THRESHOLD = 0.5
 
 
@@ -20,23 +22,35 @@ def kinds(sidecar: Sidecar, wanted: OutputKind | None) -> tuple[Kind, ...]:
         sidecar: with its outputs.
         wanted: `--outputs`; None takes an output of one number as a value, and one of several as scores of classes.
     """
-    widths = [tensor.shape[-1] for tensor in sidecar.outputs]
-    return tuple(_kind(sidecar.task, width, wanted) for width in widths)
+    return tuple(_kind(tensor.holds, tensor.shape[-1], wanted) for tensor in sidecar.outputs)
 
 
 def first(sidecar: Sidecar, wanted: OutputKind | None) -> Kind:
     """What the first output holds, with which labels of images are compared; the artifact need not be traced yet."""
-    return _kind(sidecar.task, sidecar.weights.num_classes, wanted)
+    spec = sidecar.spec
+    holds = next(iter(spec.named((), len(sidecar.architecture.get("depths", ())) or 1).values()))
+    return _kind(holds, sidecar.weights.num_classes, wanted)
 
 
 def has_classes(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
-    """Whether the first output holds scores of classes."""
-    return first(sidecar, wanted) == "classes"
+    """Whether the first output holds scores of classes, or the most probable ones."""
+    return first(sidecar, wanted) in ("classes", "top")
 
 
-def has_budget(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
-    """Whether a loss of accuracy, or of agreement, can be measured in points."""
-    return first(sidecar, wanted) in ("classes", "multilabel")
+def has_labels(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
+    """Whether the first output can be compared with labels of images."""
+    return first(sidecar, wanted) in ("classes", "top", "multilabel")
+
+
+def has_agreement(kind: Kind) -> bool:
+    """Whether the answers of an output are equal to PyTorch's or not: classes, labels, or nearest neighbours."""
+    return kind in ("classes", "top", "multilabel", "embedding")
+
+
+def is_centred(holds: Content, kind: Kind) -> bool:
+    """Whether errors of an output are compared with its standard deviation. Values of a regression may all be alike,
+    and probabilities of untrained heads are: errors of these are compared with the root mean square."""
+    return kind != "values" and holds not in PROBABILITIES
 
 
 def has_cosine(kind: Kind, width: int | str) -> bool:
@@ -44,22 +58,25 @@ def has_cosine(kind: Kind, width: int | str) -> bool:
     return kind != "values" and not (kind == "multilabel" and width == 1)
 
 
-def decision_logit(options: Checks) -> float:
-    """The output from which an image has a label: the logit of `--threshold`. The last layer of every head is linear,
-    so outputs are logits, never probabilities."""
+def decision(options: Checks, holds: Content) -> float:
+    """The output from which an image has a label: the threshold of a probability, else its logit."""
     threshold = THRESHOLD if options.threshold is None else options.threshold
-    return log(threshold / (1 - threshold))
+    return threshold if holds in PROBABILITIES else log(threshold / (1 - threshold))
 
 
-def _kind(task: str, width: int | str, wanted: OutputKind | None) -> Kind:
-    if task != "classify":
-        return "features"
-    return wanted or ("values" if width == 1 else "classes")
+def _kind(holds: Content, width: int | str, wanted: OutputKind | None) -> Kind:
+    if holds == "logits":
+        return wanted or ("values" if width == 1 else "classes")
+    others: dict[Content, Kind] = {
+        "softmax": "classes", "sigmoid": "multilabel", "classes": "top", "top5": "probabilities",
+        "embedding": "embedding",
+    }  # fmt: skip
+    return others.get(holds, "features")
 
 
-def check_threshold(options: Checks) -> None:
-    """Raises: BadRequest for `--threshold` without `--outputs multilabel`."""
-    if options.threshold is not None and options.outputs != "multilabel":
+def check_threshold(options: Checks, answer: Answer) -> None:
+    """Raises: BadRequest for `--threshold` where the outputs are not scores of labels."""
+    if options.threshold is not None and options.outputs != "multilabel" and answer != "sigmoid":
         raise BadRequest(
             f"--threshold {options.threshold}: only a multi-label head has a threshold; add --outputs multilabel, or "
             "leave it out"
@@ -71,9 +88,16 @@ def check(sidecar: Sidecar, options: Checks) -> None:
 
     Raises: BadRequest for an artifact without a head, and for classes of a head with one output.
     """
-    wanted = options.outputs
-    check_threshold(options)
-    if wanted is not None and sidecar.task != "classify":
+    wanted, spec = options.outputs, sidecar.spec
+    check_threshold(options, spec.answer if "classify" in spec.tasks else "logits")
+    if wanted is not None and "classify" in spec.tasks and spec.answer != "logits":
+        holds = "multilabel" if spec.answer == "sigmoid" else "classes"
+        if wanted != holds:
+            raise BadRequest(
+                f"--outputs {wanted}: the artifact was built with --output {spec.answer}, which is of {holds}; leave "
+                "it out"
+            )
+    if wanted is not None and "classify" not in spec.tasks:
         raise BadRequest(f"--outputs {wanted}: the outputs of task {sidecar.task} are features; leave it out")
     if wanted == "classes" and sidecar.weights.num_classes == 1:
         raise BadRequest(

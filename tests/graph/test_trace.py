@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from exporter import artifact, backends
+from exporter.artifact.sidecar import OutputSpec
 from exporter.model import weights
 from tests.conftest import build, tiny_architecture, tiny_state, trace_options, write_tiny
 
@@ -22,7 +23,7 @@ def outputs(made, images):
 
 def eager(source, task, images):
     with torch.inference_mode():
-        found = weights.load(str(source)).model(task)(images)
+        found = weights.load(str(source)).model(OutputSpec(tasks=(task,)))(images)
     return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
 
 
@@ -92,7 +93,11 @@ def shape_of(graph):
 
 @pytest.mark.parametrize(
     ("variety", "options"),
-    [("v1", {"imgsz": 64}), ("v2", {"imgsz": 64, "batch": 1, "uint8": True}), ("overlap", {"imgsz": 64, "batch": 1})],
+    [
+        ("v1", {"imgsz": 64}),
+        ("v2", {"imgsz": 64, "batch": 1, "dtype": "uint8"}),
+        ("overlap", {"imgsz": 64, "batch": 1}),
+    ],
 )
 def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(variety, options, traced_anew):
     from exporter.data.images import Preprocessing
@@ -100,10 +105,10 @@ def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(varie
     from exporter.model import forms
 
     model = network(variety)
-    if options.get("uint8"):
+    if "dtype" in options:
         forms.take_input(model, Preprocessing(input="uint8"))
     options = trace_options(**options)
-    example = torch.zeros(2, 3, 64, 64, dtype=torch.uint8 if options.uint8 else torch.float32)
+    example = torch.zeros(2, 3, 64, 64, dtype=getattr(torch, options.dtype))
     shapes = (trace._dynamic_axes(options),)
     plain = torch.onnx.export(
         model, (example,), dynamo=True, opset_version=trace.TRACED, dynamic_shapes=shapes, verbose=False

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import OutputSpec, Preprocessing
 from exporter.errors import BadRequest
 from exporter.graph import trace
 from exporter.model import FORMS, forms
-from exporter.model.convnext import ConvNeXt, Embedding, Features
+from exporter.model.convnext import ConvNeXt
 from tests.conftest import tiny_architecture, tiny_state, trace_options
 
 # Every published difference between two ConvNeXts.
@@ -57,7 +57,7 @@ def network(task="classify", dtype=torch.float64, seed=0, spread=1.0, **differen
             tensor *= torch.exp(spread * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))).to(
                 dtype
             )
-    return {"classify": lambda: model, "embed": lambda: Embedding(model), "features": lambda: Features(model)}[task]()
+    return model.select(OutputSpec(tasks=(task,)))
 
 
 def images(size=64, count=2, seed=0, dtype=torch.float64):
@@ -211,5 +211,5 @@ def test_backbones_and_open_sizes_are_traced_in_every_form(form):
 def test_bytes_are_the_type_of_the_graphs_input():
     model = network(dtype=torch.float32)
     forms.take_input(model, Preprocessing(input="uint8"))
-    graph = trace.trace(model, trace_options(imgsz=64, uint8=True)).graph
+    graph = trace.trace(model, trace_options(imgsz=64, dtype="uint8")).graph
     assert graph.inputs[0].dtype.numpy() == np.uint8

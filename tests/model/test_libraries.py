@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import libraries
+from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest
 from exporter.model import weights
 from tests.reference import library
@@ -60,7 +61,7 @@ def ours(folder, pixels, task=None, **choices):
     from exporter.model.layouts import Choices
 
     checkpoint = weights.load(str(folder), choices=Choices(**choices))
-    return libraries.outputs(checkpoint.model(task), pixels), checkpoint
+    return libraries.outputs(checkpoint.model(OutputSpec(tasks=(task,))), pixels), checkpoint
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -228,7 +229,7 @@ def test_a_network_without_pooling_gives_feature_maps_alone(tmp_path):
     assert checkpoint.task == "features"
     for task in ("classify", "embed"):
         with pytest.raises(BadRequest, match="global_pool is none"):
-            checkpoint.model(task)
+            checkpoint.model(OutputSpec(tasks=(task,)))
 
 
 @pytest.mark.parametrize(

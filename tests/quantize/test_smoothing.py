@@ -13,7 +13,7 @@ FOLDED = ("linear", "conv", "nchw")
 
 
 def network(source, form):
-    model = weights.load(str(source)).model("classify")
+    model = weights.load(str(source)).model()
     return forms.rewrite(model, form).double()
 
 

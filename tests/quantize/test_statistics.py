@@ -26,7 +26,7 @@ def a_cache_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def model(tiny):
-    return forms.rewrite(weights.load(str(tiny)).model("classify"), "nchw")
+    return forms.rewrite(weights.load(str(tiny)).model(), "nchw")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_work_is_that_of_the_layer(model, images):
 
 def test_work_on_odd_feature_maps_is_what_torch_counts(tiny):
     """225 × 301 pixels give maps of 56 × 75, 28 × 37, 14 × 18 and 7 × 9."""
-    model = forms.rewrite(weights.load(str(tiny)).model("classify"), "nchw")
+    model = forms.rewrite(weights.load(str(tiny)).model(), "nchw")
     recipe = Preprocessing(size=(225, 301), resize=(225, 301))
     found = collect(model, ALL, 0.5, open_calibration("synthetic", recipe, 10, 2), ABOUT, histogram=False)
     counted = {}

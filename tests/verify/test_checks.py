@@ -35,6 +35,7 @@ def test_every_check_is_found():
     assert discover.names("exporter.verify.checks") == [
         "accuracy",
         "multilabel",
+        "neighbours",
         "parity",
         "sanity",
         "structure",
@@ -104,7 +105,7 @@ def test_one_answer_is_found_whenever_it_begins(subject, logits):
 
 def test_a_constant_feature_map_is_found(artifacts):
     made = artifacts["onnxruntime", "fp32"]
-    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}") for i in (1, 2))
+    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}", holds="map") for i in (1, 2))
     features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) for i in (0, 1))
     meters = checks.start_all(Checks(), Subject(features, []))
@@ -175,7 +176,7 @@ def test_limits_fit_the_precision(artifacts, logits):
 
 def test_features_are_checked_map_by_map(artifacts):
     made = artifacts["onnxruntime", "fp32"]
-    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}") for i in (1, 2))
+    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}", holds="map") for i in (1, 2))
     features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
     meters = checks.start_all(Checks(), Subject(features, []))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) * 10**i for i in (0, 2))

@@ -30,6 +30,7 @@ from exporter.backends import (
     Runtime,
     Target,
     TargetOptions,
+    as_fp32,
     as_taken,
     require,
 )
@@ -77,7 +78,7 @@ class OpenVinoSession:
         request = self.requests.get()
         try:
             results = request.infer([as_taken(images, self.recipe)], share_inputs=True)
-            return tuple(results[output] for output in self.compiled.outputs)
+            return as_fp32(results[output] for output in self.compiled.outputs)
         finally:
             self.requests.put(request)
 

@@ -131,7 +131,7 @@ class PlanSession:
         count = self.engine.num_optimization_profiles
         self.profiles = [self.engine.get_tensor_profile_shape(self.input, index) for index in range(count)]
         self.active = 0
-        self.outputs = [tensor.name for tensor in artifact.sidecar.outputs]
+        self.outputs = {tensor.name: tensor.dtype for tensor in artifact.sidecar.outputs}
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.rtx = library.rtx
         self.facts = {"device": torch.cuda.get_device_name(), "arithmetic": artifact.sidecar.precision}
@@ -239,8 +239,9 @@ class PlanSession:
         self.held_input = given  # the context keeps its address only
         self.context.set_tensor_address(self.input, given.data_ptr())
         held = []
-        for name in self.outputs:
-            output = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=torch.float32, device="cuda")
+        for name, dtype in self.outputs.items():
+            shape = tuple(self.context.get_tensor_shape(name))
+            output = torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
             self.context.set_tensor_address(name, output.data_ptr())
             held.append(output)
         torch.cuda.current_stream().synchronize()  # the input may still be on its way

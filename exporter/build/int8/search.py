@@ -24,9 +24,9 @@ from exporter.recipe import Quantization
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, budgets, outputs
 
-JUDGED = ("accuracy", "multilabel", "parity", "values", "sanity")
+JUDGED = ("accuracy", "multilabel", "neighbours", "parity", "values", "sanity")
 """The checks that keeping parts in higher precision can help."""
-DROPS, AGREEMENTS = ("top1_drop", "map_drop"), ("top1_agreement", "label_agreement")
+DROPS, AGREEMENTS = ("top1_drop", "map_drop"), ("top1_agreement", "label_agreement", "neighbour_agreement")
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,9 @@ def open_data(job: Job) -> Samples | None:
     outputs.check(sidecar, job.recipe.checks)
     if quantization is None:
         return None
-    if quantization.max_drop is not None and not outputs.has_budget(sidecar, job.recipe.checks.outputs):
-        raise BadRequest(
-            f"--max-drop {quantization.max_drop:g}: the outputs are no classes, without a top-1; leave it out"
-        )
+    kind = outputs.first(sidecar, job.recipe.checks.outputs)
+    if quantization.max_drop is not None and not outputs.has_agreement(kind):
+        raise BadRequest(f"--max-drop {quantization.max_drop:g}: the outputs are {kind}, without a top-1; leave it out")
     if quantization.data is None:
         return None
     data = verify.open_data(sidecar, _options(job, quantization.data))
@@ -147,7 +146,8 @@ def budgeted(job: Job, samples: Samples) -> VerifyOptions:
     if quantization.max_drop is None:  # the default budget
         options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(quantization, "int8", samples.source, recipe.model.weights)
-    if not outputs.has_budget(sidecar, options.outputs):
+    kind = outputs.first(sidecar, options.outputs)
+    if not outputs.has_agreement(kind) or (kind == "embedding" and quantization.max_drop is None):
         return options  # the limits of the precision hold
     if points is None:
         note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")
@@ -199,11 +199,12 @@ def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[S
     are too large."""
     opening: AbstractContextManager[Session]
     if job.reference is not None:
-        opening = nullcontext(eager.EagerSession(job.reference.for_task(job.sidecar.task), "cpu"))
+        opening = nullcontext(eager.EagerSession(job.reference.with_outputs(job.sidecar.spec), "cpu"))
     else:
         opening = verify.reference(Artifact(folder / "reference", job.sidecar), options)
     with opening as session:
-        yield CachedReference(session) if job.sidecar.task == "classify" else session
+        whole = {"tokens", "features"} & set(job.sidecar.spec.tasks)
+        yield session if whole else CachedReference(session)
 
 
 def sensitivities(work: Work) -> dict[str, float]:

@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import discover
+from exporter import discover, precision
 from exporter.artifact import Artifact
 from exporter.backends import Layer, Outputs
 from exporter.data.samples import is_synthetic
+from exporter.precision import Precision
 from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import proportion
 from exporter.verify import budgets
-from exporter.verify.outputs import Kind
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ class Subject:
 
     artifact: Artifact
     layers: Sequence[Layer]
+
+    @property
+    def precision(self) -> Precision:
+        """The precision whose limits hold: the artifact's, or fp16 where an fp32 artifact has inputs or outputs in
+        fp16."""
+        sidecar = self.artifact.sidecar
+        is_half = any(tensor.dtype == "float16" for tensor in (*sidecar.inputs, *sidecar.outputs))
+        return precision.get("fp16" if is_half and sidecar.precision == "fp32" else sidecar.precision)
 
 
 @dataclass
@@ -47,22 +55,23 @@ class Moments:
         self.total += float(wide.sum())
         self.count += wide.size
 
-    def scale(self, kind: Kind) -> float:
-        """What errors are compared with: the standard deviation, or of values the root mean square, as a few values of
-        a regression may all be alike; 1 where that is 0."""
+    def scale(self, centred: bool) -> float:
+        """What errors are compared with: the standard deviation, or where not `centred` the root mean square; 1 where
+        that is 0."""
         mean = self.total / self.count
-        variance = self.squares / self.count - (0.0 if kind == "values" else mean**2)
+        variance = self.squares / self.count - (mean**2 if centred else 0.0)
         return float(np.sqrt(max(variance, 0.0))) or 1.0
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch: the classes (N,), −1 where unknown, or of a multi-label head 0 and 1 for each label (N, L), and the
-    outputs of eager and of the artifact."""
+    """One batch: the classes (N,), −1 where unknown, or of a multi-label head 0 and 1 for each label (N, L), the
+    outputs of eager and of the artifact, and the names of the images."""
 
     labels: NDArray[np.int64]
     eager: Outputs
     outputs: Outputs
+    names: tuple[str, ...] = ()
 
 
 class Meter(Protocol):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import precision
 from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import drop_interval, paired_drop
 from exporter.verify.budgets import Budget, judged, when_unsure
 from exporter.verify.checks import Check, Seen, Subject, share
-from exporter.verify.outputs import has_classes
+from exporter.verify.outputs import first, has_classes
 
 
 class Accuracy:
@@ -19,11 +18,12 @@ class Accuracy:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        default = precision.get(sidecar.precision).max_drop_points
+        default = subject.precision.max_drop_points
         is_set = options.max_drop is not None
         limit = default if options.max_drop is None else options.max_drop
         self.budget = Budget(limit, "low", when_unsure(options.when_unsure, is_set))
         self.classify = has_classes(sidecar, options.outputs)
+        self.ranked = first(sidecar, options.outputs) == "top"
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
 
@@ -33,9 +33,10 @@ class Accuracy:
         if not self.classify or not known.any():
             return
         for name, outputs in (("_eager", seen.eager), ("", seen.outputs)):
-            logits = outputs[0][known]
-            self.right[f"top1{name}"] += _within(logits, seen.labels[known], 1).tolist()
-            self.right[f"top5{name}"] += _within(logits, seen.labels[known], 5).tolist()
+            scores, labels = outputs[0][known], seen.labels[known]
+            for k in (1, 5):
+                right = (scores[:, :k] == labels[:, None]).any(1) if self.ranked else _within(scores, labels, k)
+                self.right[f"top{k}{name}"] += right.tolist()
 
     def findings(self) -> list[Finding]:
         """top1_eager, top1, top1_drop and, of more than five classes, top5_eager and top5; none without labels."""

@@ -8,14 +8,13 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from exporter import precision
 from exporter.backends import Array, Outputs
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify import average_precision, budgets
 from exporter.verify.average_precision import Ranking
 from exporter.verify.checks import Check, Moments, Seen, Subject, agreement, share
-from exporter.verify.outputs import THRESHOLD, decision_logit, kinds
+from exporter.verify.outputs import THRESHOLD, decision, is_centred, kinds
 
 
 class Multilabel:
@@ -23,14 +22,15 @@ class Multilabel:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        self.options, self.precision = options, precision.get(sidecar.precision)
+        self.options, self.precision = options, subject.precision
         self.places = [place for place, kind in enumerate(kinds(sidecar, options.outputs)) if kind == "multilabel"]
         self.names = [
             sidecar.labels[label] if not place and label < len(sidecar.labels) else f"{output.name}[{label}]"
             for place, output in enumerate(sidecar.outputs)
             for label in range(int(output.shape[-1]) if place in self.places else 0)
         ]
-        self.cut = decision_logit(options)
+        holds = sidecar.outputs[self.places[0]].holds if self.places else ""
+        self.cut, self.centred = decision(options, holds), is_centred(holds, "multilabel")
         self.shares: list[float] = []
         self.equal = np.zeros(len(self.names), np.int64)
         self.moments = Moments()
@@ -89,7 +89,7 @@ class Multilabel:
         """The number of labels with one score for every image, where eager's lie further apart than the largest error
         of this precision. A label whose eager score is constant too is not counted."""
         eager, got = (ends[1] - ends[0] for ends in self.ends)
-        stuck = np.flatnonzero((got == 0) & (eager > self.precision.limits.share * self.moments.scale("multilabel")))
+        stuck = np.flatnonzero((got == 0) & (eager > self.precision.limits.share * self.moments.scale(self.centred)))
         named = f": {', '.join(self.names[label] for label in stuck[:3])}" if len(stuck) else ""
         named += " …" if len(stuck) > 3 else ""
         detail = f"of {len(self.names)}{named}"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from exporter import precision
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
 from exporter.verify.checks import Check, Moments, Seen, Subject, agreement, share
-from exporter.verify.outputs import Kind, has_cosine, kinds
+from exporter.verify.outputs import Kind, has_cosine, is_centred, kinds
 
 
 @dataclass
 class Output:
-    """Running sums over one output of the model, and what it holds."""
+    """Running sums over one output of the model, and what it holds. `centred`: its scale is the standard deviation;
+    else the root mean square, as a few values of a regression, or all probabilities, may be alike."""
 
     kind: Kind
+    centred: bool
     eager: Moments = field(default_factory=Moments)
     error_squares: float = 0.0
     error_total: float = 0.0
@@ -26,7 +28,7 @@ class Output:
     @property
     def scale(self) -> float:
         """What errors are compared with, in the unit of the output."""
-        return self.eager.scale(self.kind)
+        return self.eager.scale(self.centred)
 
 
 class Parity:
@@ -34,10 +36,14 @@ class Parity:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         self.options = options
-        self.limits = precision.get(subject.artifact.sidecar.precision).limits
-        self.names = [tensor.name for tensor in subject.artifact.sidecar.outputs]
-        self.outputs = [Output(kind) for kind in kinds(subject.artifact.sidecar, options.outputs)]
-        self.chooses = any(output.kind == "classes" for output in self.outputs)
+        self.limits = subject.precision.limits
+        every = subject.artifact.sidecar.outputs
+        self.outputs = {
+            tensor.name: Output(kind, is_centred(tensor.holds, kind))
+            for tensor, kind in zip(every, kinds(subject.artifact.sidecar, options.outputs), strict=True)
+        }
+        self.chooses = any(output.kind in ("classes", "top") for output in self.outputs.values())
+        self.images: list[str] = []
         self.cosines: list[float] = []
         self.agree: list[bool] = []
         self.labelled = False
@@ -45,8 +51,11 @@ class Parity:
     def see(self, seen: Seen) -> None:
         """Accumulate one batch."""
         cosines, agree = [], []
-        for output, eager, got in zip(self.outputs, seen.eager, seen.outputs, strict=True):
+        for output, eager, got in zip(self.outputs.values(), seen.eager, seen.outputs, strict=True):
             a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (eager, got))
+            if output.kind == "top":  # numbers of classes have no distance
+                agree.append(a[:, 0] == b[:, 0])
+                continue
             error = np.abs(a - b)
             output.eager.see(a)
             output.error_squares += float((error * error).sum())
@@ -59,6 +68,7 @@ class Parity:
                 agree.append(a.argmax(1) == b.argmax(1))
         self.cosines += np.mean(cosines, axis=0).tolist() if cosines else []
         self.agree += np.all(agree, axis=0).tolist() if agree else []
+        self.images += seen.names
         self.labelled |= bool((seen.labels >= 0).any())
 
     def findings(self) -> list[Finding]:
@@ -76,35 +86,46 @@ class Parity:
             check="parity",
             metric="cosine",
             value=number(float(np.mean(self.cosines))),
-            detail=f"mean over {len(samples)} images, worst {min(samples):.6f}",
+            detail=f"mean over {len(samples)} images, worst {min(samples):.6f}{self._worst(samples)}",
             samples=samples,
         )
         limit = self.options.min_cosine
         return judged(finding, self.limits.cosine if limit is None else limit, "high")
 
+    def _worst(self, cosines: Sequence[float]) -> str:
+        """The name of the image with the smallest cosine, where names are known."""
+        return f" ({self.images[int(np.argmin(cosines))]})" if len(self.images) == len(cosines) else ""
+
+    @property
+    def measured(self) -> dict[str, Output]:
+        """The outputs whose errors have a size."""
+        return {name: output for name, output in self.outputs.items() if output.kind != "top"}
+
     def _max_abs(self) -> Finding:
-        shares = [output.max_abs / output.scale for output in self.outputs]
-        worst = int(np.argmax(shares))
-        name, output = self.names[worst], self.outputs[worst]
-        scale = "root mean square" if output.kind == "values" else "standard deviation"
+        shares = {name: output.max_abs / output.scale for name, output in self.measured.items()}
+        name = max(shares, key=lambda name: shares[name] if np.isfinite(shares[name]) else np.inf)
+        output = self.outputs[name]
+        scale = "standard deviation" if output.centred else "root mean square"
         finding = Finding(
             check="parity",
             metric="max_abs",
             value=number(output.max_abs),
-            detail=f"{shares[worst]:.2g} of the {scale} of {name} ({output.scale:.4g})",
+            detail=f"{shares[name]:.2g} of the {scale} of {name} ({output.scale:.4g})",
         )
         limit = self.options.atol if self.options.atol is not None else self.limits.share * output.scale
         return judged(finding, limit, "low")
 
     def _mean_abs(self) -> Finding:
-        value = sum(output.error_total for output in self.outputs) / sum(output.eager.count for output in self.outputs)
+        every = self.measured.values()
+        value = sum(output.error_total for output in every) / sum(output.eager.count for output in every)
         return Finding(check="parity", metric="mean_abs", value=number(value))
 
     def _sqnr(self) -> Finding:
         """Signal to quantization noise, 10·log10(Σ eager² / Σ error²); 200 dB stands for no error at all."""
-        noise = max(sum(output.error_squares for output in self.outputs), 1e-300)
+        every = self.measured.values()
+        noise = max(sum(output.error_squares for output in every), 1e-300)
         with np.errstate(divide="ignore"):
-            value = 10 * np.log10(sum(output.eager.squares for output in self.outputs) / noise)
+            value = 10 * np.log10(sum(output.eager.squares for output in every) / noise)
         return Finding(check="parity", metric="sqnr_db", value=number(min(float(value), 200.0)), unit="dB")
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import precision
 from exporter.backends import Array
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify.checks import Check, Moments, Seen, Subject
-from exporter.verify.outputs import kinds
+from exporter.verify.outputs import is_centred, kinds
 
 
 class Sanity:
@@ -21,10 +20,11 @@ class Sanity:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        self.kinds = kinds(sidecar, options.outputs)
-        self.share = precision.get(sidecar.precision).limits.share
+        every = zip(sidecar.outputs, kinds(sidecar, options.outputs), strict=True)
+        self.centred = [is_centred(tensor.holds, kind) for tensor, kind in every]
+        self.share = subject.precision.limits.share
         self.images = self.nan = self.infinite = 0
-        self.moments = [Moments() for _ in self.kinds]
+        self.moments = [Moments() for _ in self.centred]
         self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager
         self.alike: list[tuple[int, int, float]] = []  # image, output, and how far eager's outputs lie apart
 
@@ -44,7 +44,7 @@ class Sanity:
     def _constant(self) -> int:
         """The number of images whose output is constant. Two images, or two values, that are equal by rounding are not:
         eager's must lie further apart than the largest error of this precision."""
-        scales = [moments.scale(kind) for moments, kind in zip(self.moments, self.kinds, strict=True)]
+        scales = [moments.scale(centred) for moments, centred in zip(self.moments, self.centred, strict=True)]
         return len({image for image, index, apart in self.alike if apart > self.share * scales[index]})
 
     def _count(self, seen: Seen, is_bad: np.ufunc) -> int:

@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import precision
 from exporter.backends import Array
 from exporter.precision import ValueLimits
 from exporter.recipe import Checks
@@ -64,7 +63,7 @@ class Values:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
-        own = precision.get(sidecar.precision).limits.values
+        own = subject.precision.limits.values
         self.least_spread = ROUNDING * own.relative_error / 100
         given = (options.max_relative_error, options.min_r2, options.min_spearman)
         self.limits = ValueLimits(*(b if a is None else a for a, b in zip(given, astuple(own), strict=True)))

@@ -1,0 +1,69 @@
+"""What the outputs of an artifact hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+Task = Literal["classify", "embed", "tokens", "features"]
+Answer = Literal["logits", "softmax", "sigmoid", "top5"]
+Content = Literal["", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map"]
+"""What an output holds: logits; their softmax or sigmoid; the numbers of the five most probable classes, and with them
+`top5`, their probabilities; a feature vector; tokens; or the feature map of a stage. "" for an input."""
+
+PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
+
+
+class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The outputs of a network: those of each task, in order.
+
+    tasks: `classify`, the output of each head; `embed`, one feature vector an image; `tokens`, the same and those of
+        all patches; `features`, the map of each stage.
+    answer: what is returned of a head: logits, their softmax or sigmoid, or the five most probable classes with their
+        probabilities.
+    l2: whether feature vectors have unit length.
+    """
+
+    tasks: tuple[Task, ...] = ("classify",)
+    answer: Answer = "logits"
+    l2: bool = False
+
+    def contradiction(self) -> str:
+        """Why the fields do not fit each other, as a message; "" where they do."""
+        task = ",".join(self.tasks)
+        if len(set(self.tasks)) < len(self.tasks):
+            return f"--task {task}: give each task once"
+        if self.answer != "logits" and "classify" not in self.tasks:
+            return f"--output {self.answer}: task {task} has no classifier; leave it out, or add classify"
+        if self.l2 and "embed" not in self.tasks:
+            return f"--l2: task {task} has no single feature vector; leave it out, or add embed"
+        return ""
+
+    def named(self, heads: Sequence[str], stages: int) -> dict[str, Content]:
+        """The name of each output, with what it holds.
+
+        Args:
+            heads: their names, where there are several.
+            stages: their number.
+        """
+        outputs: dict[str, Content] = {}
+        for task in self.tasks:
+            if task == "classify":
+                outputs |= self._of_heads(heads)
+            elif task == "features":
+                outputs |= {f"stage{number}": "map" for number in range(1, stages + 1)}
+            else:
+                outputs |= {"embedding": "embedding"} if task == "embed" else {"tokens": "tokens"}
+        return outputs
+
+    def _of_heads(self, heads: Sequence[str]) -> dict[str, Content]:
+        outputs: dict[str, Content] = {}
+        for head in heads or ("",):
+            if self.answer == "top5":
+                before = f"{head}_" if head else ""
+                outputs |= {f"{before}classes": "classes", f"{before}probabilities": "top5"}
+            else:
+                outputs[head or ("logits" if self.answer == "logits" else "probabilities")] = self.answer
+        return outputs

@@ -1,0 +1,82 @@
+"""Feature vectors are judged by whom they have as neighbours."""
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from scipy.spatial import cKDTree
+
+from exporter.recipe import Checks
+from exporter.verify import checks
+from exporter.verify.checks import Seen, Subject
+from exporter.verify.checks.neighbours import NEAREST, recall
+
+
+def vectors(count, seed=0, width=16):
+    return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+
+
+def by_tree(expected, got):
+    """The same by scipy's tree: of unit vectors the nearest by distance are those of the largest cosine."""
+    nearest = []
+    for rows in (expected, got):
+        units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        nearest.append(cKDTree(units).query(units, NEAREST + 1)[1][:, 1:])
+    return [len(set(a) & set(b)) / NEAREST for a, b in zip(*nearest, strict=True)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_recall_is_that_of_a_tree(noise):
+    eager = vectors(700)
+    got = 3 * eager + noise * vectors(700, seed=1)
+    assert recall(eager, got).tolist() == pytest.approx(by_tree(eager, got))
+
+
+def measured(artifacts, eager, got, **options):
+    made = artifacts["onnxruntime", "fp32"]
+    output = replace(made.sidecar.outputs[0], name="embedding", holds="embedding", shape=("batch", 16))
+    weights = replace(made.sidecar.weights, layout="timm")
+    subject = Subject(
+        type(made)(made.path, replace(made.sidecar, task="embed", outputs=(output,), weights=weights)), []
+    )
+    meters = checks.start_all(Checks(data="photos", **options), subject)
+    for start in range(0, len(eager), 7):
+        names = tuple(f"{number}.jpg" for number in range(start, min(start + 7, len(eager))))
+        batch = slice(start, start + 7)
+        for meter in meters:
+            meter.see(Seen(np.full(len(names), -1), (eager[batch],), (got[batch],), names))
+    return {finding.metric: finding for meter in meters for finding in meter.findings()}
+
+
+def test_the_same_vectors_have_the_same_neighbours(artifacts):
+    findings = measured(artifacts, vectors(60), vectors(60), min_agreement=90)
+    assert findings["neighbour_agreement"].value == 100
+    assert findings["neighbour_agreement"].passed
+
+
+def test_two_vectors_in_each_others_place_are_seen(artifacts):
+    """Each has a cosine near that of the other, so only their neighbours show it."""
+    eager = vectors(2000) + 20
+    got = eager.copy()
+    got[::2], got[1::2] = eager[1::2], eager[::2]
+    findings = measured(artifacts, eager, got)
+    assert findings["cosine"].value > 0.99
+    assert findings["neighbour_agreement"].value < 5
+    assert not findings["neighbour_agreement"].passed
+
+
+def test_the_image_with_the_smallest_cosine_is_named(artifacts):
+    eager, got = vectors(30), vectors(30)
+    got[17] *= -1
+    assert "(17.jpg)" in measured(artifacts, eager, got)["cosine"].detail
+
+
+def test_a_vector_that_is_not_finite_has_no_neighbours(artifacts):
+    eager, got = vectors(50), vectors(50)
+    got[3] = np.nan
+    assert recall(eager, got)[3] == 0
+
+
+def test_too_few_images_are_not_judged(artifacts):
+    finding = measured(artifacts, vectors(20), vectors(20))["neighbour_agreement"]
+    assert finding.value is None
+    assert "at least 21" in finding.detail
