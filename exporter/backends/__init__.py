@@ -161,7 +161,8 @@ class Target:
     options: the record that `build` and `check` take.
     form: (precision, batch size or None for any) to the form that the runtime runs best.
     placements: where it wants Q and DQ, if it runs int8, by the scope of what is quantized, its own choice first.
-    lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision; None where `build` takes that one.
+    lower: (fp32 ONNX artifact, precision, folder, parts that stay in fp32) to the graph at that precision; None where
+        `build` takes the fp32 one.
     build: (that graph, precision, folder, options) to what the runtime opens.
     above_int8: the next higher precision that this machine computes in, which int8 and fp8 have to beat.
     reproducible: whether the same graph gives the same bytes every time.
@@ -186,7 +187,7 @@ class Target:
     placements: Mapping[str, Placement] = field(default_factory=dict)
     above_int8: Callable[[], str] = lambda: PRECISIONS["int8"].higher
     reproducible: bool = True
-    lower: Callable[[Artifact, str, Path], Artifact] | None = None
+    lower: Callable[[Artifact, str, Path, Sequence[str]], Artifact] | None = None
     check: Callable[[str, int | None, TargetOptions], None] | None = None
     findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None
 

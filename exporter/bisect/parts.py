@@ -9,6 +9,7 @@ import numpy as np
 
 from exporter.backends import Array, Layer
 from exporter.bisect.network import Chain
+from exporter.graph.half import HALVES
 from exporter.verify.blocks import belongs
 
 # (a, b): the limit of a part's error is a · rms(update) + b · rms(output), where the update of a block is its output
@@ -58,6 +59,12 @@ def rms(x: Array) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
+def share_of_deviation(y: Array, reference: Array) -> float:
+    """Root mean square of the difference, over the standard deviation of the reference."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return rms(y - reference) / (float(reference.std()) or 1.0)
+
+
 @dataclass(frozen=True)
 class Precisions:
     """The precisions of the products of an artifact, part by part; those of the artifact where no layers are known."""
@@ -69,7 +76,9 @@ class Precisions:
         """The precisions of the products of these parts."""
         every = {layer.precision for layer in self.layers for name in names if belongs(layer, name)}
         known = {"int8" if word == "uint8" else word for word in every} & TOLERANCES.keys()
-        return frozenset(known or {self.artifact})
+        # A part kept in fp32 takes its input rounded to fp16, or not, where the runtime removes the rounding.
+        is_kept = known == {"fp32"} and self.artifact in HALVES
+        return frozenset({*known, self.artifact} if is_kept or not known else known)
 
 
 def measure(
@@ -116,6 +125,7 @@ def _part(
     of_update, of_output = max(TOLERANCES[precision] for precision in precisions)
     size = rms(update) or 1.0
     with np.errstate(invalid="ignore", over="ignore"):
-        error, accumulated = rms(y - expected) / size, rms(y - reference) / (float(reference.std()) or 1.0)
+        error = rms(y - expected) / size
     limit = of_update + of_output * rms(expected) / size
-    return Part(name, precisions, x, y, expected, error if np.isfinite(error) else np.inf, limit, accumulated)
+    error = error if np.isfinite(error) else np.inf
+    return Part(name, precisions, x, y, expected, error, limit, share_of_deviation(y, reference))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from exporter.backends import Array
+from exporter.backends import NARROW, Array
 from exporter.bisect.network import Chain, changed_input
 from exporter.bisect.parts import Part, rms
 from exporter.errors import some
@@ -27,32 +28,54 @@ SHARES = np.geomspace(0.02, 0.98, 24)  # of the largest activation, at which a r
 EPSILONS = (1e-3, 1e-5, 1e-6, 1e-8, 1e-12)
 
 
-def of(chain: Chain, part: Part) -> str:
-    """A sentence: the likely cause of a part's error, and its largest activation and weight.
+@dataclass(frozen=True)
+class Reason:
+    """Why a part exceeds its limit: a sentence, and `missing`, the kind of precision by whose lack it does: `overflow`
+    of fp16, `range` of 8-bit integers or floats, or "" where more precision does not help."""
+
+    text: str
+    missing: Literal["overflow", "range", ""] = ""
+
+
+def of(chain: Chain, part: Part) -> Reason:
+    """The likely cause of a part's error, with its largest activation and weight.
 
     Args:
         chain: the reference model.
         part: one that exceeds its limit.
     """
     if " … " in part.name:
-        return "the artifact shows no output between these parts"
+        return Reason("the artifact shows no output between these parts")
     if part.name not in chain.parts:
-        return "the pooling, the last norm or the head differs"
+        return Reason("the pooling, the last norm or the head differs")
     inside = _Inside(chain, part)
-    facts = inside.facts()
+    facts, overflow = inside.facts(), inside.overflow()
     if not np.isfinite(part.y).all():
-        return f"{inside.overflow() or 'its outputs are not finite, and those of the reference model are'}; {facts}"
-    left: dict[str, float] = {}
-    for cause, guess in _guesses(chain, part):
-        left[cause] = min(left.get(cause, np.inf), rms(part.y - guess))
-    best, error = min(left, key=lambda cause: left[cause]), rms(part.y - part.expected)
-    if left[best] < EXPLAINS * error:
-        return f"{best} ({100 * (1 - left[best] / error):.0f} % of the error); {facts}"
-    if overflow := inside.overflow():
-        return f"{overflow}; {facts}"
-    narrow = part.precisions & {"int8", "fp8"}
-    cause = "the range of an activation or weight may be too narrow" if narrow else "weights or operators differ"
-    return f"no single cause was recognized; {cause}; {facts}"
+        if overflow:
+            return Reason(f"{overflow}; {facts}", "overflow")
+        return Reason(f"its outputs are not finite, and those of the reference model are; {facts}")
+    cause, left, missing = _best_guess(chain, part)
+    if left < EXPLAINS:
+        return Reason(f"{cause} ({100 * (1 - left):.0f} % of the error); {facts}", missing)
+    if overflow:
+        return Reason(f"{overflow}; {facts}", "overflow")
+    if part.precisions & NARROW:
+        cause = "the range of an activation or weight may be too narrow"
+        return Reason(f"no single cause was recognized; {cause}; {facts}", "range")
+    return Reason(f"no single cause was recognized; weights or operators differ; {facts}")
+
+
+def _best_guess(chain: Chain, part: Part) -> tuple[str, float, Literal["range", ""]]:
+    """The possible mistake whose output is nearest to the artifact's, the share of the error that it leaves, and what
+    is missing then."""
+    error, missing = rms(part.y - part.expected), "range" if part.precisions & NARROW else ""
+    best: tuple[str, float, Literal["range", ""]] = ("", np.inf, "")
+    for guesses, lack in ((_mistakes(chain, part), ""), (_narrow_ranges(chain, part), missing)):
+        for cause, guess in guesses:
+            left = rms(part.y - guess) / error
+            if left < best[1]:
+                best = (cause, left, "range" if lack else "")
+    return best
 
 
 class _Inside:
@@ -94,13 +117,12 @@ class _Inside:
         return f"fp16 overflow: {what} {value:,.0f}, and fp16 holds {FP16_LARGEST:,}" if what else ""
 
 
-def _guesses(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
+def _mistakes(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
     """Possible mistakes, each with the output (N, C, H, W) of a part that makes it."""
     before = part.x if chain.is_block(part.name) else np.zeros_like(part.expected)
     yield from _other_scales(part, before)
     yield from _other_channels(chain, part, before)
     yield from _other_operators(chain, part)
-    yield from _narrow_ranges(chain, part)
 
 
 def _other_scales(part: Part, before: Array) -> Iterator[tuple[str, Array]]:

@@ -147,6 +147,14 @@ class Export(Record, frozen=True):
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
     ] = "rgb"
+    keep: Annotated[
+        tuple[str, ...] | None,
+        about(
+            "Parts that stay in higher precision than the artifact, as in stages.2.3,head.",
+            metavar="PART,…",
+            commas=True,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Write equal sides as one number."""
