@@ -1,0 +1,30 @@
+"""What `predict` takes and writes at the edges: lists, pipes, addresses, names, links, damaged arrays."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from exporter import predict
+from exporter.predict import PredictOptions
+from tests.predict.test_predict import names_of
+
+FULL = Path("/dev/full")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image in a folder of its own."""
+    path = tmp_path / "in" / "one.png"
+    path.parent.mkdir()
+    Image.new("RGB", (70, 60), "red").save(path)
+    return path
+
+
+def test_a_list_of_names_alone_is_a_source(photo, artifacts):
+    (photo.parent / "two words.png").write_bytes(photo.read_bytes())
+    listed = photo.parent / "images.txt"
+    listed.write_text("one.png\r\n\ntwo words.png\n")
+    assert names_of([listed]) == ["one.png", "two words.png"]
+    records = list(predict.answer(artifacts["onnxruntime", "fp32"], [str(listed)], PredictOptions()))
+    assert ["predictions" in record for record in records] == [True, True]
