@@ -1,11 +1,14 @@
 """What `predict` takes and writes at the edges: lists, pipes, addresses, names, links, damaged arrays."""
 
+import io
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from exporter import predict
+from exporter.errors import BadRequest
 from exporter.predict import PredictOptions
 from tests.predict.test_predict import names_of
 
@@ -28,3 +31,20 @@ def test_a_list_of_names_alone_is_a_source(photo, artifacts):
     assert names_of([listed]) == ["one.png", "two words.png"]
     records = list(predict.answer(artifacts["onnxruntime", "fp32"], [str(listed)], PredictOptions()))
     assert ["predictions" in record for record in records] == [True, True]
+
+
+def test_a_named_pipe_is_refused_in_place_of_waiting(photo, tmp_path):
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for word in (pipe, tmp_path / "pipe.txt", tmp_path / "pipe.npz"):
+        if word != pipe:
+            os.mkfifo(word)
+        with pytest.raises(BadRequest, match=r"no regular file; .* standard input with -"):
+            names_of([word])
+
+
+def test_a_named_pipe_in_a_list_has_no_answer(photo, artifacts):
+    os.mkfifo(photo.parent / "pipe.png")
+    names = f"{photo}\n{photo.parent / 'pipe.png'}\n".encode()
+    records = list(predict.answer(artifacts["onnxruntime", "fp32"], ["-"], PredictOptions(), io.BytesIO(names)))
+    assert [record.get("error") for record in records] == [None, "no regular file"]
