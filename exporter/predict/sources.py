@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
@@ -102,10 +102,11 @@ def _path_of(address: str) -> str:
 
     Raises: BadRequest for addresses of other machines.
     """
-    parts = urlsplit(address)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    if scheme.lower() != "file" or host.lower() not in ("", "localhost"):
         raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
-    return unquote(parts.path)
+    return os.fsdecode(unquote_to_bytes(slash + path))  # names of files are bytes, and may have # and ? in them
 
 
 def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:

@@ -48,3 +48,18 @@ def test_a_named_pipe_in_a_list_has_no_answer(photo, artifacts):
     names = f"{photo}\n{photo.parent / 'pipe.png'}\n".encode()
     records = list(predict.answer(artifacts["onnxruntime", "fp32"], ["-"], PredictOptions(), io.BytesIO(names)))
     assert [record.get("error") for record in records] == [None, "no regular file"]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"a#b.png", b"a?b.png", "Ärger 1%.png".encode()])
+def test_the_address_of_any_name_is_read(name, photo):
+    path = photo.parent / os.fsdecode(name)
+    path.write_bytes(photo.read_bytes())
+    assert names_of([path.as_uri()]) == [str(path)]
+    if b"%" not in name:
+        assert names_of([f"file://{path}"]) == [str(path)]
+        assert names_of([f"file://localhost{path}"]) == [str(path)]
+
+
+def test_an_address_may_name_a_split(photo):
+    (photo.parent / "list.csv").write_text("path,split\none.png,train\none.png,val\none.png,val\n")
+    assert len(names_of([f"{(photo.parent / 'list.csv').as_uri()}#val"])) == 2
