@@ -22,7 +22,7 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.backends import Outputs
 from exporter.data.samples import Read
-from exporter.errors import BadRequest, printable, some
+from exporter.errors import BadRequest, escaped, some
 from exporter.predict import store, writers
 from exporter.predict.answers import Answers, answers_of
 from exporter.predict.sources import Images, open_images
@@ -231,4 +231,4 @@ def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], st
         finite = np.logical_and.reduce([np.isfinite(value).reshape(len(value), -1).all(1) for value in values])
         errors[readable[~finite]] = "the outputs are not finite"
         kept = answers.of(tuple(value[finite] for value in values))
-    return store.chunk_of(start, [printable(read.name) for read in group], errors.tolist(), kept)
+    return store.chunk_of(start, [escaped(read.name) for read in group], errors.tolist(), kept)

@@ -63,3 +63,14 @@ def test_the_address_of_any_name_is_read(name, photo):
 def test_an_address_may_name_a_split(photo):
     (photo.parent / "list.csv").write_text("path,split\none.png,train\none.png,val\none.png,val\n")
     assert len(names_of([f"{(photo.parent / 'list.csv').as_uri()}#val"])) == 2
+
+
+def test_names_that_differ_look_different(photo, artifacts, tmp_path, run):
+    folder = photo.parent
+    names = ["a b.png", "a\tb.png", "a\nb.png", "a\\tb.png", "a\x1bb.png"]
+    for name in names:
+        (folder / name).write_bytes(photo.read_bytes())
+    photo.unlink()
+    result = run("predict", artifacts["onnxruntime", "fp32"].path, folder)
+    lines = [line.partition("  ")[0].rpartition("/")[2] for line in result.out.splitlines()]
+    assert sorted(lines) == sorted(["a b.png", r"a\tb.png", r"a\nb.png", r"a\\tb.png", r"a\x1bb.png"])
