@@ -74,3 +74,11 @@ def test_names_that_differ_look_different(photo, artifacts, tmp_path, run):
     result = run("predict", artifacts["onnxruntime", "fp32"].path, folder)
     lines = [line.partition("  ")[0].rpartition("/")[2] for line in result.out.splitlines()]
     assert sorted(lines) == sorted(["a b.png", r"a\tb.png", r"a\nb.png", r"a\\tb.png", r"a\x1bb.png"])
+
+
+def test_a_link_to_nothing_is_not_replaced(photo, artifacts, tmp_path, refused):
+    out, target = tmp_path / "a.csv", tmp_path / "elsewhere" / "b.csv"
+    out.symlink_to(target)
+    said = refused(2, "predict", artifacts["onnxruntime", "fp32"].path, photo, "-o", out, folder=tmp_path)
+    assert "a link to a file that does not exist" in said
+    assert out.is_symlink()
