@@ -82,3 +82,16 @@ def test_a_link_to_nothing_is_not_replaced(photo, artifacts, tmp_path, refused):
     said = refused(2, "predict", artifacts["onnxruntime", "fp32"].path, photo, "-o", out, folder=tmp_path)
     assert "a link to a file that does not exist" in said
     assert out.is_symlink()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout_is_what_a_full_disk_is_elsewhere(photo, artifacts, installed):
+    import subprocess
+
+    words = [installed, "predict", artifacts["onnxruntime", "fp32"].path, photo]
+    with FULL.open("w") as full:
+        done = subprocess.run(list(map(str, words)), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
+        "error: output: No space left on device"
+    ]
