@@ -83,6 +83,8 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
         samples = open_samples(word, recipe, (), None)
         content = sha256_file(path) if path.is_file() else word
+        if path.suffix.lower() == ".npz":
+            samples = replace(samples, items=partial(_to_the_end, samples, path.name))
         return Images(samples, f"{samples.total} of {split} of {content}")
     if path.exists():
         return _of([(word, partial(images.read, path, recipe))], f"{word} {_state(path)}")
@@ -91,6 +93,22 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         return _of_files(word, [name for name in matches if Path(name).is_file()], recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
+
+
+def _to_the_end(samples: Samples, name: str) -> Iterator[Item]:
+    """All images of an archive; where it is damaged, the rest of them cannot be read."""
+    count = 0
+    try:
+        for item in samples.items():
+            yield item
+            count += 1
+    except BadRequest as error:
+        for index in range(count, samples.total):
+            yield f"{name}[{index}]", UNKNOWN, partial(_unreadable, str(error))
+
+
+def _unreadable(reason: str) -> Array:
+    raise images.Unreadable(reason)
 
 
 def _is_a_set(word: str) -> bool:

@@ -2,8 +2,10 @@
 
 import io
 import os
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -95,3 +97,24 @@ def test_a_full_disk_behind_stdout_is_what_a_full_disk_is_elsewhere(photo, artif
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
         "error: output: No space left on device"
     ]
+
+
+def damaged(tmp_path):
+    """An archive of six images whose bytes are damaged from the fourth on."""
+    path, draw = tmp_path / "a.npz", np.random.default_rng(0)
+    np.savez(path, images=draw.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("images.npy").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 3 * 64 * 64 * 3 + 5000] ^= 255
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_array_is_counted_and_the_others_are_answered(photo, artifacts, tmp_path):
+    words = [str(damaged(tmp_path)), str(photo)]
+    records = list(predict.answer(artifacts["onnxruntime", "fp32"], words, PredictOptions()))
+    assert [record["image"] for record in records] == [*(f"a.npz[{number}]" for number in range(6)), str(photo)]
+    errors = [record.get("error", "") for record in records]
+    assert (errors[0], errors[-1]) == ("", "")
+    assert "damaged" in errors[5]
