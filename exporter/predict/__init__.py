@@ -32,6 +32,7 @@ from exporter.recipe import Checks, Count, OutputKind, Threads
 from exporter.recipe.fields import about
 from exporter.verify import run_batch
 
+TOP = 5  # classes of each image, where no number is given
 BATCH = 16
 CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 
@@ -39,7 +40,7 @@ CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 class PredictOptions(Record, frozen=True):
     """Options of `predict`."""
 
-    top: Annotated[Count, about("Number of classes for each image.", metavar="N")] = 5
+    top: Annotated[Count | None, about("Number of classes for each image.", metavar="N", default="5")] = None
     outputs: Annotated[
         OutputKind | None,
         about(
@@ -194,7 +195,13 @@ def as_json(record: Mapping[str, Any]) -> str:
 
 def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answers:
     checks = Checks(outputs=options.outputs, threshold=options.threshold)
-    return answers_of(artifact.sidecar, checks, options.top, whole)
+    answers = answers_of(artifact.sidecar, checks, options.top or TOP, whole)
+    for option, value in (("--top", options.top), ("--threshold", options.threshold)):
+        if value is not None and whole:
+            raise BadRequest(f"{option} {value:g}: .npz files hold the outputs as they are; leave it out")
+    if options.top is not None and all(output.kind in ("values", "features") for output in answers.outputs):
+        raise BadRequest(f"--top {options.top}: it is for scores of classes, and there are none; leave it out")
+    return answers
 
 
 def _chunks(

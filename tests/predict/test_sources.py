@@ -12,6 +12,7 @@ from PIL import Image
 from exporter import predict
 from exporter.errors import BadRequest
 from exporter.predict import PredictOptions
+from tests.conftest import build
 from tests.predict.test_predict import names_of
 
 FULL = Path("/dev/full")
@@ -118,3 +119,24 @@ def test_a_damaged_array_is_counted_and_the_others_are_answered(photo, artifacts
     errors = [record.get("error", "") for record in records]
     assert (errors[0], errors[-1]) == ("", "")
     assert "damaged" in errors[5]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "suffix", "option"),
+    [
+        ("embed", None, ".jsonl", "--top 3: it is for scores of classes"),
+        ("classify", "values", ".csv", "--top 3: it is for scores of classes"),
+        ("classify", None, ".npz", "--top 3: .npz files hold the outputs as they are"),
+    ],
+)
+def test_top_is_refused_where_it_does_nothing(task, outputs, suffix, option, tiny, photo, tmp_path, refused):
+    artifact = build(tiny, tmp_path / "out", task=task)
+    words = ("--outputs", outputs) if outputs else ()
+    said = refused(2, "predict", artifact.path, photo, "--top", 3, *words, "-o", tmp_path / f"a{suffix}")
+    assert option in said
+
+
+def test_a_threshold_is_refused_where_no_label_is_decided(artifacts, photo, tmp_path, refused):
+    words = ("--outputs", "multilabel", "--threshold", 0.2, "-o", tmp_path / "a.npz")
+    said = refused(2, "predict", artifacts["onnxruntime", "fp32"].path, photo, *words)
+    assert "--threshold 0.2: .npz files hold the outputs as they are" in said
