@@ -1,6 +1,7 @@
 """What `predict` takes and writes at the edges: lists, pipes, addresses, names, links, damaged arrays."""
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -140,3 +141,29 @@ def test_a_threshold_is_refused_where_no_label_is_decided(artifacts, photo, tmp_
     words = ("--outputs", "multilabel", "--threshold", 0.2, "-o", tmp_path / "a.npz")
     said = refused(2, "predict", artifacts["onnxruntime", "fp32"].path, photo, *words)
     assert "--threshold 0.2: .npz files hold the outputs as they are" in said
+
+
+def test_several_outputs_have_the_same_columns_in_every_table(tmp_path, photo):
+    import csv
+
+    from safetensors.torch import save_file
+
+    from tests.conftest import tiny_state
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    state = tiny_state()
+    for name, size in (("kind", 4), ("age", 1)):
+        state |= {f"{name}.{end}": state[f"head.{end}"][:size].clone() for end in ("weight", "bias")}
+    for end in ("weight", "bias"):
+        del state[f"head.{end}"]
+    save_file(state, tmp_path / "two.safetensors")
+    artifact = build(tmp_path / "two.safetensors", tmp_path / "out", head="kind,age")
+    for suffix in (".csv", ".parquet", ".jsonl"):
+        predict.predict(artifact, [str(photo)], PredictOptions(), tmp_path / f"a{suffix}")
+    (row,) = csv.DictReader((tmp_path / "a.csv").open())
+    (cells,) = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    record = json.loads((tmp_path / "a.jsonl").read_text())
+    assert list(row) == list(cells)
+    assert cells["kind.class_1"] == int(row["kind.class_1"]) == record["kind"]["predictions"][0]["class"]
+    assert cells["age.value_1"] == pytest.approx(float(row["age.value_1"]))
+    assert isinstance(cells["kind.probability_2"], float)
