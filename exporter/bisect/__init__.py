@@ -24,7 +24,7 @@ from exporter.bisect.parts import Part, Precisions, measure, share_of_deviation
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
-from exporter.recipe import SYNTHETIC, Count, Threads
+from exporter.recipe import SYNTHETIC, Count, Device, MovedWeights, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, number
 from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
@@ -39,14 +39,9 @@ class BisectOptions(Record, frozen=True):
         str, about("Images as for verify; those with the largest output error are examined.", metavar="SRC", path=True)
     ] = SYNTHETIC
     samples: Annotated[Count, about("Largest number of images.", metavar="N")] = IMAGES
-    weights: Annotated[
-        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
-    ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    weights: MovedWeights = None
+    device: Device = None
+    threads: RuntimeThreads = None
 
 
 @dataclass(frozen=True)

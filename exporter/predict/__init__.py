@@ -28,7 +28,7 @@ from exporter.predict.answers import Answers, answers_of
 from exporter.predict.sources import Images, open_images
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
-from exporter.recipe import Checks, Count, OutputKind, Threads
+from exporter.recipe import Checks, Count, Device, OutputKind, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.verify import run_batch
 
@@ -53,11 +53,8 @@ class PredictOptions(Record, frozen=True):
         Annotated[float, msgspec.Meta(gt=0, lt=1)] | None,
         about("Multi-label: probability from which an image has a label.", metavar="P", default="0.5"),
     ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    device: Device = None
+    threads: RuntimeThreads = None
 
 
 class Summary(Record, frozen=True):

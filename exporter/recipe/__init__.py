@@ -35,6 +35,14 @@ Reference = Annotated[
     ),
 ]
 BatchSize = Annotated[int, Meta(ge=1, le=4096)]
+# Fields of several records.
+Device = Annotated[
+    str | None, about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes")
+]
+RuntimeThreads = Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")]
+MovedWeights = Annotated[
+    str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
+]
 
 
 class Model(Record, frozen=True):
@@ -285,10 +293,7 @@ class Checks(Record, frozen=True):
             default="0.5",
         ),
     ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
+    device: Device = None
 
 
 class TimingOptions(Record, frozen=True):
@@ -303,10 +308,7 @@ class TimingOptions(Record, frozen=True):
         Literal["latency", "throughput"],
         about("One batch at a time, or as many at once as the runtime has streams for."),
     ] = "latency"
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
+    device: Device = None
     duration: Annotated[
         Seconds,
         about("Seconds of timing for each batch size, all models together.", metavar="SECONDS"),
