@@ -47,10 +47,12 @@ class Bound:
 
 
 class Session(Protocol):
-    """A loaded model. A session that `streams` threads may call at once has this attribute."""
+    """A loaded model."""
 
     facts: dict[str, str]
     """What is really in use: device or provider, and the precision of its arithmetic."""
+    streams: int
+    """The number of threads that may call it at once."""
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32, whatever runs inside."""

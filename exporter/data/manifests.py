@@ -69,8 +69,8 @@ class Listed(NamedTuple):
 
 def read_manifest(path: Path, split: str = "") -> Listed:
     """Read a manifest: a table with columns `path` and, if known, `label`, `sha256` and `split`, or lines `NAME LABEL`
-    in a `.txt` file, as in ImageNet's `val.txt`, or names alone; above a table a header of lines `# key: value`. In place of `label` a
-    table may have a column for each label, with 0 or 1.
+    in a `.txt` file, as in ImageNet's `val.txt`, or names alone; above a table a header of lines `# key: value`. In
+    place of `label` a table may have a column for each label, with 0 or 1.
 
     Paths are relative to the manifest's own folder, or to one beside it: of the manifest's or the split's name, or
     `images`. Those of a calibration set are relative to the header's `source`.

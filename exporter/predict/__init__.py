@@ -212,7 +212,7 @@ def _chunks(
     size = fixed * max(1, most // fixed) if isinstance(fixed, int) else most
     hint: Literal["latency", "throughput"] = "throughput" if on_cpu else "latency"
     opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint))
-    with opening as session, ThreadPoolExecutor(streams := getattr(session, "streams", 1)) as pool:
+    with opening as session, ThreadPoolExecutor(streams := session.streams) as pool:
         run, waiting = partial(run_batch, session, fixed=fixed), deque[Future[Chunk]]()
         try:
             for group in images.after(done).groups(size):

@@ -143,6 +143,17 @@ def test_a_threshold_is_refused_where_no_label_is_decided(artifacts, photo, tmp_
     assert "--threshold 0.2: .npz files hold the outputs as they are" in said
 
 
+def test_every_session_says_how_many_batches_run_at_once(artifacts):
+    from exporter import backends
+
+    for name in ("onnxruntime", "openvino"):
+        artifact, runtime = artifacts[name, "fp32"], backends.runtime(name)
+        with runtime.open(artifact, runtime.options(threads=2, hint="throughput")) as session:
+            assert session.streams >= 1
+    with backends.runtime("null").open(artifacts["onnxruntime", "fp32"], backends.Options()) as session:
+        assert session.streams == 1
+
+
 def test_several_outputs_have_the_same_columns_in_every_table(tmp_path, photo):
     import csv
 

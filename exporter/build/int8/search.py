@@ -65,7 +65,7 @@ class CachedReference:
     """A reference session that runs once over the images and repeats its outputs afterwards."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.facts = session, session.facts
+        self.session, self.facts, self.streams = session, session.facts, 1
         self.outputs: list[Outputs] = []
         self.position = 0
 
