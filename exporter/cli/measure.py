@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from exporter.bench.latency import BenchOptions
-from exporter.build.keep import KeepOptions
 from exporter.cli.options import add, devices, options_of
+from exporter.keep import KeepOptions
 from exporter.verify import VerifyOptions
 
 
@@ -196,7 +196,7 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
       convnext-export bisect build/tiny_fp16.onnx --try-keep
     """
     from exporter import artifact as artifacts
-    from exporter.build import keep
+    from exporter import keep
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     with drawing():

@@ -7,9 +7,9 @@ import msgspec
 import onnx_ir as ir
 import pytest
 
-from exporter import backends
+from exporter import backends, keep
 from exporter import build as builds
-from exporter.build import keep, resolve
+from exporter.build import resolve
 from exporter.build.int8.search import search
 from exporter.errors import BadRequest
 from exporter.model import structure
