@@ -124,7 +124,9 @@ def _path_of(address: str) -> str:
     host, slash, path = rest.partition("/")
     if scheme.lower() != "file" or host.lower() not in ("", "localhost"):
         raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
-    return os.fsdecode(unquote_to_bytes(slash + path))  # names of files are bytes, and may have # and ? in them
+    return os.fsdecode(
+        unquote_to_bytes(os.fsencode(slash + path))
+    )  # names of files are bytes, and may have # and ? in them
 
 
 def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
