@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Part:
 
     name: of its module; of the first and the last one; or of an output.
     precisions: of its products, as `TOLERANCES` names them.
+    place: of the output among those of the network, for the tail.
     x, y: its input and output in the artifact, (N, C, H, W), or (N, C) behind the head.
     expected: the output of the reference model for `x`.
     error: root mean square of `y - expected` over that of the update, infinite where `y` is not finite.
@@ -47,6 +48,7 @@ class Part:
     error: float
     limit: float
     accumulated: float
+    place: int = 0
 
     @property
     def passed(self) -> bool:
@@ -114,9 +116,9 @@ def measure(
             stages.append((chain.run_all(hidden, x), reference))
     label = chain.tail_name(hidden)
     both = chain.finish([own for own, _ in stages]), chain.finish([whole for _, whole in stages])
-    for (output, y), expected, whole in zip(outputs.items(), *both, strict=True):
+    for place, ((output, y), expected, whole) in enumerate(zip(outputs.items(), *both, strict=True)):
         name = label if len(outputs) == 1 else f"{label} ({output})"
-        yield _part(name, precisions.of([*hidden, "head"]), x, y, expected, expected, whole)
+        yield replace(_part(name, precisions.of([*hidden, "head"]), x, y, expected, expected, whole), place=place)
 
 
 def _part(

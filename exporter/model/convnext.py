@@ -272,3 +272,16 @@ class Embedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C), or (N, E) of a projection."""
         return self.finish(self.forward_features(images)[-1])
+
+
+class Tail(nn.Module):
+    """What follows the last stage of a network, as a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The output of the last stage (N, C, H, W) to the outputs of the network."""
+        outputs: Tensor | tuple[Tensor, ...] = self.model.finish(x)  # type: ignore[operator]
+        return outputs
