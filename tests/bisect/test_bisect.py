@@ -336,6 +336,7 @@ def test_the_command_it_prints_keeps_a_block_with_a_bad_range_in_fp32(tiny, tmp_
     assert "% before" in row
     typed(advice(before), run)
     after = artifacts_.load(artifact.path)
+    assert after.sidecar.recipe["export"]["keep"] == [SPOILT]
     assert SPOILT in after.sidecar.quantization.kept
     assert not any(name.startswith(SPOILT) for name in after.sidecar.quantization.layers)
     assert after.sidecar.quantization.images == artifact.sidecar.quantization.images
