@@ -34,6 +34,7 @@ from benchmarks import (
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from exporter import report
+from exporter.bisect.parts import TOLERANCES
 from exporter.cli import cli, groups
 from exporter.report.formats import markdown
 from exporter.report.tables import machine as report_machine
@@ -46,6 +47,7 @@ XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
 DOCUMENTS = (
     "README.md",
+    "docs/bisect.md",
     "docs/checkpoints.md",
     "docs/forms.md",
     "docs/int8.md",
@@ -117,6 +119,7 @@ def tables() -> dict[str, str]:
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
+        "tolerances": tolerances(),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),
@@ -142,6 +145,12 @@ def tables() -> dict[str, str]:
         "peers-tiny": peers.case_table(next(one for one in cases if (one.variant, one.batch) == ("tiny", 1))),
         "peers-summary": peers.summary(cases),
     }
+
+
+def tolerances() -> str:
+    """The limits of the error of a part in `bisect`, in percent, by precision."""
+    rows = [f"| {name} | {100 * a:.4g} % | {100 * b:.4g} % |" for name, (a, b) in TOLERANCES.items()]
+    return "\n".join(["| precision | a | b |", "|---|--:|--:|", *rows]) + "\n"
 
 
 def pictures() -> dict[str, str]:

@@ -84,7 +84,7 @@ class Slower:
     """A session whose every run takes longer by a fixed share of itself."""
 
     def __init__(self, session: Session, share: float) -> None:
-        self.session, self.share, self.facts = session, share, session.facts
+        self.session, self.share, self.facts, self.streams = session, share, session.facts, session.streams
 
     def __call__(self, images: Array) -> tuple[Array, ...]:
         """Run, no slower."""

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 # halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_ESCAPES = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
+
 
 class ExporterError(Exception):
     """An error that the user can fix. The message has the cause, the expected value and the next step.
@@ -87,3 +89,13 @@ def printable(text: str) -> str:
         return f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}"
 
     return _UNPRINTABLE.sub(spelled, text)
+
+
+def escaped(name: str) -> str:
+    """A name with its unprintable characters and backslashes as escapes, so that two names never look alike."""
+
+    def spelled(match: re.Match[str]) -> str:
+        sign = match[0]
+        return _ESCAPES.get(sign) or (f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}")
+
+    return _UNPRINTABLE.sub(spelled, name.replace("\\", "\\\\"))

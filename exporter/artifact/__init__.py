@@ -315,7 +315,7 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write a report or table over an artifact, its sidecar, a folder or a device.
+    """Refuse to write a report or table over an artifact, its sidecar, a folder, a device, or a link to nothing.
 
     Raises: BadRequest.
     """
@@ -324,6 +324,8 @@ def check_output(path: Path) -> None:
         raise BadRequest(f"{path}: an artifact or its sidecar has this name; write the report elsewhere with -o")
     if path.exists() and not path.is_file():
         raise BadRequest(f"{path}: not a regular file; give -o a file name")
+    if path.is_symlink() and not path.exists():
+        raise BadRequest(f"{path}: a link to a file that does not exist; remove it, or give -o the name of the file")
 
 
 def _commit_folder(target: Path) -> Path:

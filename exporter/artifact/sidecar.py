@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,6 +268,11 @@ class Sidecar(Record, frozen=True):
                 section = section.get(key) or {}
             section.pop(name, None)
         return {key: msgspec.json.encode(fields[key]).decode() for key in sorted(fields) if key not in late}
+
+    def keeping(self, parts: Sequence[str]) -> Sidecar:
+        """The facts of an artifact that keeps these parts in higher precision."""
+        export = {**self.recipe.get("export", {}), "keep": list(parts) or None}
+        return msgspec.structs.replace(self, recipe={**self.recipe, "export": export})
 
     def derived(
         self,

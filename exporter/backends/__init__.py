@@ -47,10 +47,12 @@ class Bound:
 
 
 class Session(Protocol):
-    """A loaded model. A session that `streams` threads may call at once has this attribute."""
+    """A loaded model."""
 
     facts: dict[str, str]
     """What is really in use: device or provider, and the precision of its arithmetic."""
+    streams: int
+    """The number of threads that may call it at once."""
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
@@ -168,7 +170,8 @@ class Target:
     options: the record that `build` and `check` take.
     form: (precision, batch size or None for any) to the form that the runtime runs best.
     placements: where it wants Q and DQ, if it runs int8, by the scope of what is quantized, its own choice first.
-    lower: (fp32 ONNX artifact, precision, folder) to the graph at that precision; None where `build` takes that one.
+    lower: (fp32 ONNX artifact, precision, folder, parts that stay in fp32) to the graph at that precision; None where
+        `build` takes the fp32 one.
     build: (that graph, precision, folder, options) to what the runtime opens.
     above_int8: the next higher precision that this machine computes in, which int8 and fp8 have to beat.
     reproducible: whether the same graph gives the same bytes every time.
@@ -193,7 +196,7 @@ class Target:
     placements: Mapping[str, Placement] = field(default_factory=dict)
     above_int8: Callable[[], str] = lambda: PRECISIONS["int8"].higher
     reproducible: bool = True
-    lower: Callable[[Artifact, str, Path], Artifact] | None = None
+    lower: Callable[[Artifact, str, Path, Sequence[str]], Artifact] | None = None
     check: Callable[[str, int | None, TargetOptions], None] | None = None
     findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None
 

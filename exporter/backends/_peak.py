@@ -64,7 +64,7 @@ class Product:
     """A product on a runtime, as a session, so that it is timed as a ConvNeXt is."""
 
     def __init__(self, session: Session, weights: PeakProduct) -> None:
-        self.session, self.weights = session, weights
+        self.session, self.weights, self.streams = session, weights, session.streams
         self.facts = {**session.facts, "product": str(weights), "macs": str(weights.macs)}
 
     def __call__(self, images: Array) -> Outputs:

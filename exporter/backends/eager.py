@@ -51,7 +51,7 @@ class EagerSession:
 
     def __init__(self, model: Any, device: str, arithmetic: str = "fp32") -> None:
         self.model, self.device, self.arithmetic = model, device, arithmetic
-        self.facts = {"device": device, "arithmetic": arithmetic}
+        self.facts, self.streams = {"device": device, "arithmetic": arithmetic}, 1
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""

@@ -41,7 +41,7 @@ class NullSession:
     def __init__(self, evaluator: Any, preprocessing: Preprocessing) -> None:
         self.evaluator, self.preprocessing = evaluator, preprocessing
         self.input = evaluator.input_names[0]
-        self.facts = {"device": "cpu", "arithmetic": "fp32"}
+        self.facts, self.streams = {"device": "cpu", "arithmetic": "fp32"}, 1
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""

@@ -195,9 +195,9 @@ def provider_of(device: str) -> Any:
     return (PROVIDERS["cuda"], {"use_tf32": "0"}) if device == "cuda" else PROVIDERS[device]
 
 
-def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
+def lower(artifact: Artifact, wanted: str, out: Path, keep: Sequence[str] = ()) -> Artifact:
     """The fp16 graph of an fp32 one; others are what they have to be already."""
-    return half.lower(artifact, wanted, out) if wanted == "fp16" else artifact
+    return half.lower(artifact, wanted, out, keep=keep) if wanted == "fp16" else artifact
 
 
 def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) -> Artifact:

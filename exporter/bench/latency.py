@@ -31,7 +31,7 @@ from exporter.bench import (
 )
 from exporter.errors import BadRequest
 from exporter.progress import step, track
-from exporter.recipe import Bench, Reference
+from exporter.recipe import Bench, MovedWeights, Reference
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.stats import Center, center
@@ -47,9 +47,7 @@ NOISY_PCT = 5.0
 class BenchOptions(Bench, frozen=True):
     """Options of `bench`."""
 
-    weights: Annotated[
-        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
-    ] = None
+    weights: MovedWeights = None
     reference: Annotated[
         Reference | None,
         about("Time this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"),

@@ -8,6 +8,7 @@ So the error of a part is its own, whatever the parts before it did.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -19,11 +20,11 @@ from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Layer, Options, Outputs
 from exporter.bisect import reasons
 from exporter.bisect.network import Chain
-from exporter.bisect.parts import Part, Precisions, measure
+from exporter.bisect.parts import Part, Precisions, measure, share_of_deviation
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
-from exporter.recipe import SYNTHETIC, Count, Threads
+from exporter.recipe import SYNTHETIC, Count, Device, MovedWeights, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, number
 from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
@@ -38,14 +39,34 @@ class BisectOptions(Record, frozen=True):
         str, about("Images as for verify; those with the largest output error are examined.", metavar="SRC", path=True)
     ] = SYNTHETIC
     samples: Annotated[Count, about("Largest number of images.", metavar="N")] = IMAGES
-    weights: Annotated[
-        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
-    ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    weights: MovedWeights = None
+    device: Device = None
+    threads: RuntimeThreads = None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The parts of an artifact in order, up to the first whose output is not finite.
+
+    artifact: the one that was examined.
+    images: (N, C, H, W), those that the parts ran on.
+    output_error: root mean square of the difference of the outputs from those of PyTorch, over the standard deviation
+        of these; of several outputs the largest.
+    reason: why the first part that exceeds its limit does; None where there is none.
+    notes: how the artifact was run.
+    """
+
+    artifact: Artifact
+    images: Array
+    parts: tuple[Part, ...]
+    output_error: float
+    reason: reasons.Reason | None
+    notes: tuple[Finding, ...]
+
+    @property
+    def first(self) -> Part | None:
+        """The first part that exceeds its limit."""
+        return next((part for part in self.parts if not part.passed), None)
 
 
 def bisect(artifact: Artifact, options: BisectOptions) -> Report:
@@ -57,6 +78,19 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
 
     Returns: a report with the error of every part, in order, and for the first that exceeds its limit a finding
         `reason`; it passes where there is none.
+
+    Raises: as `examine` does.
+    """
+    return report_of(examine(artifact, options), options)
+
+
+def examine(artifact: Artifact, options: BisectOptions, images: Array | None = None) -> Examination:
+    """Compare every part of an artifact with PyTorch.
+
+    Args:
+        artifact, options: as for `bisect`.
+        images: (N, C, H, W), of a batch that the artifact takes, to run the parts on; by default the images of
+            `options.data` that differ most.
 
     Raises: BadRequest for an artifact whose runtime shows no blocks, and for data or weights that cannot be used;
         Unavailable when the weights are missing.
@@ -72,10 +106,14 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
     with open_runnable(artifact, runtime) as runnable:
         if runnable.runtime.blocks is None:
             raise BadRequest(f"{artifact.path}: {runnable.runtime.name} does not show the outputs of blocks")
-        step(f"comparing {artifact.path.name} with PyTorch on {samples.total} images of {options.data}")
-        images, outputs = _worst_images(chain, runnable, options, samples)
-        step(f"running {len(chain.names)} parts on the {len(images)} images that differ most")
         session_options = _session_options(runnable, options)
+        if images is None:
+            step(f"comparing {artifact.path.name} with PyTorch on {samples.total} images of {options.data}")
+            images, outputs = _worst_images(chain, runnable, options, samples)
+        else:
+            with runnable.runtime.open(runnable.artifact, session_options) as session:
+                outputs = run_batch(session, images, artifact.sidecar.inputs[0].shape[0])
+        step(f"running {len(chain.names)} parts on the {len(images)} images that differ most")
         with runnable.runtime.blocks(runnable.artifact, session_options) as blocks:
             block_outputs = dict(zip(blocks.names, blocks.run(images), strict=True))
         layers: Sequence[Layer] = ()
@@ -83,8 +121,12 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
             layers = runnable.runtime.layers(artifact, session_options)
     precisions = Precisions(layers, artifact.sidecar.precision)
     named = dict(zip((tensor.name for tensor in artifact.sidecar.outputs), outputs, strict=True))
-    parts = list(measure(chain, block_outputs, images, named, precisions))
-    return _report(artifact, chain, parts, options, runnable.findings)
+    parts = tuple(measure(chain, block_outputs, images, named, precisions))
+    first = next((part for part in parts if not part.passed), None)
+    reason = reasons.of(chain, first) if first is not None else None
+    whole = zip(outputs, chain.whole(images), strict=True)
+    output_error = max(share_of_deviation(y, expected) for y, expected in whole if expected.dtype.kind == "f")
+    return Examination(artifact, images, parts, output_error, reason, runnable.findings)
 
 
 def _session_options(runnable: Runnable, options: BisectOptions) -> Options:
@@ -122,6 +164,8 @@ def _with_errors(images: Array, outputs: Outputs, expected: Outputs) -> list[tup
     for which the outputs of the reference model are not finite."""
     errors, sound = np.zeros(len(images)), np.ones(len(images), bool)
     for output, reference in zip(outputs, expected, strict=True):
+        if reference.dtype.kind == "i":  # numbers of classes have no distance
+            continue
         rows = (len(images), -1)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = np.square((output - reference).reshape(rows), dtype=np.float64).mean(1)
@@ -131,30 +175,29 @@ def _with_errors(images: Array, outputs: Outputs, expected: Outputs) -> list[tup
     return [(float(errors[row]), images[row], tuple(one[row] for one in outputs)) for row in rows_kept]
 
 
-def _report(
-    artifact: Artifact, chain: Chain, parts: list[Part], options: BisectOptions, notes: tuple[Finding, ...]
-) -> Report:
+def report_of(examined: Examination, options: BisectOptions) -> Report:
+    """The report of an examination."""
     findings = [
         Finding(
             check="bisect", metric="part_error", case=part.name, value=number(100 * part.error), unit="%",
-            limit=100 * part.limit, passed=part.passed, detail=f"{_percent(part.accumulated)} so far",
+            limit=100 * part.limit, passed=part.passed, detail=f"{percent(part.accumulated)} so far",
         )
-        for part in parts
+        for part in examined.parts
     ]  # fmt: skip
-    first = next((part for part in parts if not part.passed), None)
-    if first is not None:
-        text = reasons.of(chain, first)
+    first, reason, sidecar = examined.first, examined.reason, examined.artifact.sidecar
+    if first is not None and reason is not None:
         findings.insert(
-            0, Finding(check="bisect", metric="reason", case=first.name, value=None, passed=False, detail=text)
+            0, Finding(check="bisect", metric="reason", case=first.name, value=None, passed=False, detail=reason.text)
         )
     return Report(
         passed=first is None,
-        recipe={**artifact.sidecar.recipe, "bisect": msgspec.to_builtins(options)},
-        artifact=artifact.to_dict(),
+        recipe={**sidecar.recipe, "bisect": msgspec.to_builtins(options)},
+        artifact=examined.artifact.to_dict(),
         environment=backends.environment(),
-        findings=(*findings, *notes),
+        findings=(*findings, *examined.notes),
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share as a text in percent."""
     return f"{100 * share:.2g} %" if np.isfinite(share) else "not finite"

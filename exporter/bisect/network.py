@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,6 +44,10 @@ class Chain:
         """Whether a part adds its input to its output."""
         return bool(structure.block(name))
 
+    def is_tail(self, name: str) -> bool:
+        """Whether a part is all that follows the last block, for a network with one output of the last stage."""
+        return name.startswith(TAIL) and "features" not in self.model.spec.tasks
+
     def ends_stage(self, name: str) -> bool:
         """Whether a part is the last one of its stage."""
         return name in self.last
@@ -56,11 +60,34 @@ class Chain:
         """The output of one part (N, C', H', W') for its input (N, C, H, W)."""
         return _as_arrays(_run(self.parts[name], x))[0]
 
+    def run_part(self, name: str, place: int, x: Array) -> Array:
+        """The output of one part, of the tail the one at a place, for its input (N, C, H, W)."""
+        return self.run(name, x) if name in self.parts else self.finish([x])[place]
+
     def run_all(self, names: Sequence[str], x: Array) -> Array:
         """The output of the last of these parts for the input of the first; without parts the input."""
         for name in names:
             x = self.run(name, x)
         return x
+
+    def modules(self, name: str) -> dict[str, Module]:
+        """The modules of a part by their names within it; those of the tail by their full names."""
+        if name in self.parts:
+            return dict(self.parts[name].named_modules())
+        return {inner: one for inner, one in self.model.named_modules() if structure.is_in(inner, ["head"])}
+
+    def run_with(self, name: str, place: int, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The output of a part, of the tail the one at a place, with other weights, as tensors that gradients reach."""
+        from torch.func import functional_call
+
+        from exporter.model.convnext import Tail
+
+        if name in self.parts:
+            output: Tensor = functional_call(self.parts[name], dict(tensors), (x,))
+            return output
+        outputs = functional_call(Tail(self.model), {f"model.{key}": value for key, value in tensors.items()}, (x,))
+        tail: Tensor = outputs[place]
+        return tail
 
     def finish(self, stages: Sequence[Array]) -> Outputs:
         """The outputs of the network for the outputs of its stages, (N, C, H, W) each."""
@@ -75,14 +102,15 @@ class Chain:
 
     def record(self, name: str, x: Array, keep: Keep) -> None:
         """Run a part, and call `keep` with the full name of each module within it, the module, its input and output."""
-        modules = [(inner, module) for inner, module in self.parts[name].named_modules() if inner]
+        modules = [(inner, module) for inner, module in self.modules(name).items() if inner]
+        before = f"{name}." if name in self.parts else ""
 
         def see(inner: str, module: Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            keep(f"{name}.{inner}", module, inputs[0], output)
+            keep(f"{before}{inner}", module, inputs[0], output)
 
         handles = [module.register_forward_hook(partial(see, inner)) for inner, module in modules]
         try:
-            self.run(name, x)
+            self.run_part(name, 0, x)
         finally:
             for handle in handles:
                 handle.remove()

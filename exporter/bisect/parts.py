@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from exporter.backends import Array, Layer
 from exporter.bisect.network import Chain
+from exporter.graph.half import HALVES
 from exporter.verify.blocks import belongs
 
 # (a, b): the limit of a part's error is a · rms(update) + b · rms(output), where the update of a block is its output
@@ -30,6 +31,7 @@ class Part:
 
     name: of its module; of the first and the last one; or of an output.
     precisions: of its products, as `TOLERANCES` names them.
+    place: of the output among those of the network, for the tail.
     x, y: its input and output in the artifact, (N, C, H, W), or (N, C) behind the head.
     expected: the output of the reference model for `x`.
     error: root mean square of `y - expected` over that of the update, infinite where `y` is not finite.
@@ -46,6 +48,7 @@ class Part:
     error: float
     limit: float
     accumulated: float
+    place: int = 0
 
     @property
     def passed(self) -> bool:
@@ -56,6 +59,12 @@ class Part:
 def rms(x: Array) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def share_of_deviation(y: Array, reference: Array) -> float:
+    """Root mean square of the difference, over the standard deviation of the reference."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return rms(y - reference) / (float(reference.std()) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class Precisions:
         """The precisions of the products of these parts."""
         every = {layer.precision for layer in self.layers for name in names if belongs(layer, name)}
         known = {"int8" if word == "uint8" else word for word in every} & TOLERANCES.keys()
-        return frozenset(known or {self.artifact})
+        # A part kept in fp32 takes its input rounded to fp16, or not, where the runtime removes the rounding.
+        is_kept = known == {"fp32"} and self.artifact in HALVES
+        return frozenset({*known, self.artifact} if is_kept or not known else known)
 
 
 def measure(
@@ -105,11 +116,11 @@ def measure(
             stages.append((chain.run_all(hidden, x), reference))
     label = chain.tail_name(hidden)
     both = chain.finish([own for own, _ in stages]), chain.finish([whole for _, whole in stages])
-    for (output, y), expected, whole in zip(outputs.items(), *both, strict=True):
+    for place, ((output, y), expected, whole) in enumerate(zip(outputs.items(), *both, strict=True)):
         if expected.dtype.kind == "i":  # numbers of classes, which their probabilities judge
             continue
         name = label if len(outputs) == 1 else f"{label} ({output})"
-        yield _part(name, precisions.of([*hidden, "head"]), x, y, expected, expected, whole)
+        yield replace(_part(name, precisions.of([*hidden, "head"]), x, y, expected, expected, whole), place=place)
 
 
 def _part(
@@ -118,6 +129,7 @@ def _part(
     of_update, of_output = max(TOLERANCES[precision] for precision in precisions)
     size = rms(update) or 1.0
     with np.errstate(invalid="ignore", over="ignore"):
-        error, accumulated = rms(y - expected) / size, rms(y - reference) / (float(reference.std()) or 1.0)
+        error = rms(y - expected) / size
     limit = of_update + of_output * rms(expected) / size
-    return Part(name, precisions, x, y, expected, error if np.isfinite(error) else np.inf, limit, accumulated)
+    error = error if np.isfinite(error) else np.inf
+    return Part(name, precisions, x, y, expected, error, limit, share_of_deviation(y, reference))

@@ -57,7 +57,7 @@ def build(recipe: Recipe, out: Path, opener: Opener = worker.open_arm, reference
         step(f"{recipe.precision} for {recipe.backend}")
     gc.collect()  # networks and graphs have reference cycles; free them before the next is made
     if job.target.lower is not None:
-        graph = job.target.lower(graph, recipe.precision, out)
+        graph = job.target.lower(graph, recipe.precision, out, recipe.export.keep or ())
         gc.collect()
     artifact = job.target.build(graph, recipe.precision, out, job.options)
     return Built(artifact, _report(job, artifact))
@@ -70,8 +70,10 @@ def _note_replaced(path: Path, job: Job) -> None:
         return
     with suppress(BadRequest):  # an unreadable sidecar names no options to compare
         before, after = _graph_options(read_sidecar(path)), _graph_options(job.sidecar)
-        if path != job.files[-1]:
-            after.pop("form", None)
+        if path == job.files[-1]:
+            after["keep"] = list(job.recipe.export.keep or ()) or None
+        else:
+            after = {name: value for name, value in after.items() if name not in ("form", "keep")}
         changed = [f"{name} {before.get(name)} → {value}" for name, value in after.items() if before.get(name) != value]
         if changed:
             note(f"{path.name} is replaced: {', '.join(changed)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from exporter.build import budget
 from exporter.data.samples import is_synthetic
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph import opset
-from exporter.model import variants
+from exporter.model import structure, variants
 from exporter.model.preprocessing import refuse_contradiction
 from exporter.quantize.cpus import placement_for
+from exporter.quantize.placement import Placement
 from exporter.recipe import Recipe, strict
 from exporter.recipe.strict import Marks
 from exporter.verify.outputs import check_threshold
@@ -42,6 +43,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
         (("model", "variant"), lambda: variants.resolve(recipe.model.variant) if recipe.model.variant else None),
         (("preprocessing",), lambda: refuse_contradiction(recipe.preprocessing)),
         (("export",), lambda: _check_opset(recipe, target)),
+        (("export",), lambda: _check_precision_of_kept(recipe, target)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
         (("model",), lambda: _check_outputs(recipe)),
@@ -116,6 +118,48 @@ def _check_quantization(recipe: Recipe, target: Target) -> None:
             )
         source = recipe.quantization.data or recipe.quantization.calib
         budget.points(recipe.quantization, recipe.precision, source, recipe.model.weights)
+
+
+def _check_precision_of_kept(recipe: Recipe, target: Target) -> None:
+    """The target can keep parts in higher precision than the recipe's."""
+    if not recipe.export.keep or recipe.precision not in target.precisions:
+        return
+    if recipe.precision == "fp32":
+        raise BadRequest("--keep: fp32 is the highest precision; leave --keep out")
+    if target.lower is None and not precision.get(recipe.precision).needs_calibration:
+        every = {name: backends.target(name) for name in backends.targets()}
+        others = [name for name, one in every.items() if one.lower is not None and recipe.precision in one.precisions]
+        raise BadRequest(
+            f"--keep: {recipe.backend} takes one precision for all layers, {recipe.precision} or another; "
+            f"{' and '.join(others) or 'no other'} can keep parts in fp32"
+        )
+
+
+def check_keep(recipe: Recipe, placement: Placement | None, depths: Sequence[int], task: str) -> None:
+    """Refuse to keep parts that the network does not have, that are not quantized anyway, or all that are.
+
+    Args:
+        recipe: its `export.keep` names the parts.
+        placement: of quantization; None for other precisions.
+        depths: blocks in each stage.
+        task: whose network has a head, or not.
+
+    Raises: BadRequest.
+    """
+    keep, known = recipe.export.keep or (), structure.parts(depths)
+    if task == "features":
+        known.remove("head")
+    for name in keep:
+        if name not in known:
+            raise BadRequest(f"--keep {name}: the network has no such part; {nearest(name, known)}")
+    if not keep or placement is None:
+        return
+    quantized = [name for name in known if structure.kinds_of(name) & placement.kinds]
+    for name in keep:
+        if name not in quantized:
+            raise BadRequest(f"--keep {name}: it is not quantized anyway; leave it out")
+    if not set(quantized) - set(keep):
+        raise BadRequest(f"--keep: nothing would be left to quantize; take {precision.get(recipe.precision).higher}")
 
 
 def _check_placement(recipe: Recipe, target: Target) -> None:

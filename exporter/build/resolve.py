@@ -15,7 +15,7 @@ from exporter import artifact as artifacts
 from exporter import backends, precision
 from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build.problems import find_problems, scope_of
+from exporter.build.problems import check_keep, find_problems, scope_of
 from exporter.data import calibration, samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
@@ -175,6 +175,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     weights.note_license(checkpoint.weights)
     checkpoint.check(_output_spec(recipe, checkpoint))
     checkpoint = _with_channels(checkpoint)
+    check_keep(recipe, placement, checkpoint.variant.architecture.depths, recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
@@ -270,7 +271,8 @@ def _sidecar(
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
     source = weights.relative(checkpoint.weights.source, out)
-    fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={})
+    export = replace(recipe.export, keep=None)
+    fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={}, export=export)
     return Sidecar(
         backend=backends.ONNX,
         precision="fp32",

@@ -171,5 +171,5 @@ def main() -> NoReturn:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         click.echo(f"error: {printable(str(error.filename or 'output')[:200])}: {error.strerror}", err=True)
-        sys.exit(2)
+        sys.exit(3 if error.errno == errno.ENOSPC else 2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from exporter.bench.latency import BenchOptions
-from exporter.bisect import BisectOptions
 from exporter.cli.options import add, devices, options_of
+from exporter.keep import KeepOptions
 from exporter.verify import VerifyOptions
 
 
@@ -178,7 +178,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
 
 @click.command("bisect", short_help="The first part that differs from PyTorch, and why.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@add(options_of(BisectOptions, more={"device": devices()}))
+@add(options_of(KeepOptions, more={"device": devices()}))
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     """Run every part of the network in PyTorch on the input that the part has in the artifact, and compare the outputs.
@@ -187,20 +187,24 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     fp16, a range of int8 that is too narrow, another operator, scale, eps or order of channels. Exit code 5: a part
     exceeds its limit.
 
+    If precision is what the part lacks, the command that builds the artifact with this part in higher precision is
+    printed, and --try-keep tries it.
+
     \b
-    Example:
+    Examples:
       convnext-export bisect build/tiny_int8.onnx --data imagenet/val
+      convnext-export bisect build/tiny_fp16.onnx --try-keep
     """
     from exporter import artifact as artifacts
-    from exporter import bisect
+    from exporter import keep
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     with drawing():
-        report = bisect.bisect(artifacts.load(artifact), BisectOptions(**values))
+        report = keep.bisect(artifacts.load(artifact), KeepOptions(**values))
     if as_json:
         print_json(report)
     else:
-        print_findings([finding for finding in report.findings if finding.metric != "reason"])
+        print_findings([finding for finding in report.findings if finding.metric not in ("reason", "keep")])
         reason = report.find("reason")
         text = (
             f"[red]{plain(reason.case)}[/]: {plain(reason.detail)}"
@@ -208,5 +212,7 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
             else "[green]every part is within its limit[/]"
         )
         console().print(text, soft_wrap=True)
+        if advice := report.find("keep"):
+            console().print(f"keep it in higher precision: {plain(advice.detail)}", soft_wrap=True)
     if not report.passed:
         raise click.exceptions.Exit(5)

@@ -15,7 +15,7 @@ from exporter.recipe.fields import fields_of
 JUDGED = ("samples", "outputs", "threshold", "when_unsure")
 """The fields of checks that a search needs."""
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
-NO_EXPORT = ("batch",)  # that of the search
+NO_EXPORT = ("batch", "keep")  # of the search; parts are kept where int8 loses too much
 NO_QUANTIZATION = ("int8_scope", "even_if_slower")  # all scopes are tried, and speed is measured
 
 

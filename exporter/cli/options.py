@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from exporter import backends
-from exporter.recipe.fields import Field, bare, bounds, choices, expected, fields_of, fits, is_pair, kinds
+from exporter.recipe.fields import Field, array_of, bare, bounds, choices, expected, fields_of, fits, is_pair, kinds
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=msgspec.Struct)
@@ -86,20 +86,12 @@ def _with(field: Field, sentence: str) -> Field:
 def _fields(record: type[msgspec.Struct]) -> Iterator[Field]:
     """The fields of a record; a list of arrays has one option for each of the array's places, which may be repeated."""
     for field in fields_of(record).values():
-        if (array := _array_of(field)) is None:
+        if (array := array_of(field)) is None:
             yield field
         else:
             for place in fields_of(array).values():
                 hint = tuple[place.hint, ...]  # type: ignore[name-defined]
                 yield Field(f"{field.name}_{place.name}", hint, (), place.help, place.extra)
-
-
-def _array_of(field: Field) -> type[msgspec.Struct] | None:
-    """The record of a field that is a list of arrays with named places."""
-    item = get_args(field.hint)[0] if get_origin(field.hint) is tuple else None
-    if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__struct_config__.array_like:
-        return item
-    return None
 
 
 def _option(field: Field, words: Sequence[str], prefix: str) -> Callable[[F], F]:
@@ -156,7 +148,7 @@ def take(record: type[R], values: dict[str, Any], skip: Sequence[str] = ()) -> R
     for field in fields_of(record).values():
         if field.name in skip:
             continue
-        array = _array_of(field)
+        array = array_of(field)
         taken[field.name] = values.pop(field.name) if array is None else _arrays(field, array, values)
     return record(**taken)
 

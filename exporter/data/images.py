@@ -47,6 +47,8 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
     """
     from PIL import Image, ImageOps
 
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for
+        raise Unreadable("no regular file")
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -69,8 +69,8 @@ class Listed(NamedTuple):
 
 def read_manifest(path: Path, split: str = "") -> Listed:
     """Read a manifest: a table with columns `path` and, if known, `label`, `sha256` and `split`, or lines `NAME LABEL`
-    in a `.txt` file, as in ImageNet's `val.txt`; above a table a header of lines `# key: value`. In place of `label` a
-    table may have a column for each label, with 0 or 1.
+    in a `.txt` file, as in ImageNet's `val.txt`, or names alone; above a table a header of lines `# key: value`. In
+    place of `label` a table may have a column for each label, with 0 or 1.
 
     Paths are relative to the manifest's own folder, or to one beside it: of the manifest's or the split's name, or
     `images`. Those of a calibration set are relative to the header's `source`.
@@ -170,14 +170,16 @@ def _label_columns(path: Path, words: list[str], names: list[str], body: list[de
 
 
 def _lines(path: Path, lines: list[str], first: int) -> _Rows:
-    """Lines `NAME LABEL`."""
+    """Lines `NAME LABEL`, or names alone."""
     expected = (
         "expected a folder, a .tsv or .csv manifest, lines 'IMAGE CLASS' in a .txt file, an .npz file or 'synthetic'"
     )
+    filled = [(number, line) for number, line in enumerate(lines, first) if line.strip()]
+    names = [(number, {"path": line.strip(" \t\r")}) for number, line in filled]
+    if all(Path(row["path"]).suffix.lower() in images.SUFFIXES for _, row in names) and names:
+        return names
     rows: _Rows = []
-    for number, line in enumerate(lines, first):
-        if not line.strip():
-            continue
+    for number, line in filled:
         pair = _PAIR.fullmatch(line.strip(" \t"))
         if not pair or Path(pair[1]).suffix.lower() not in images.SUFFIXES:
             raise BadRequest(f"{path}: line {number} is {line.strip()[:60]!r}; {expected}")

@@ -8,7 +8,7 @@ Inputs and outputs keep their types.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +36,12 @@ class _Halving:
     graph: ir.Graph
     half: ir.DataType
     beyond: frozenset[ir.Node] = frozenset()
+    parts: Collection[str] = ()
     cast: dict[tuple[str, str], ir.Value] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
 
-def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifact:
+def lower(artifact: Artifact, wanted: str, out: Path, form: str = "", keep: Sequence[str] = ()) -> Artifact:
     """Convert an fp32 ONNX artifact to another precision, as a new artifact.
 
     Args:
@@ -48,12 +49,13 @@ def lower(artifact: Artifact, wanted: str, out: Path, form: str = "") -> Artifac
         wanted: fp16 or bf16.
         out: the folder to write to.
         form: name of the form, for intermediate ONNX files (`custom_nchw_fp16.onnx`).
+        keep: parts of the network that stay in fp32.
     """
     import onnx_ir as ir
 
     model = ir.load(artifact.path)
-    tell(to_half(model, wanted, artifact.sidecar.beyond_fp16))
-    sidecar = artifact.sidecar.derived(precision=wanted)
+    tell(to_half(model, wanted, artifact.sidecar.beyond_fp16, keep))
+    sidecar = artifact.sidecar.derived(precision=wanted).keeping(keep)
     target = out / file_name(sidecar, ".onnx", form)
     return publish(target, sidecar, lambda file: files.save(model, file, sidecar.facts()))
 
@@ -64,20 +66,23 @@ def tell(kept: list[str]) -> None:
         note(f"{len(kept)} weights or modules do not fit fp16 (65,504; lost below 6e-8) and stay in fp32: {some(kept)}")
 
 
-def to_half(model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = ()) -> list[str]:
+def to_half(
+    model: ir.Model, wanted: str = "fp16", beyond: Collection[str] = (), keep: Collection[str] = ()
+) -> list[str]:
     """Convert a graph from fp32 to fp16 or bf16, in place. Q and DQ nodes keep their types.
 
     Args:
         model: in fp32.
         wanted: fp16 or bf16.
         beyond: modules whose activations fp16 cannot hold, which stay in fp32 there.
+        keep: parts of the network that stay in fp32.
 
     Returns: names of what stays in fp32, with the nodes that use it: the modules of `beyond`, weights beyond ±65,504,
         and weights so small that their relative error in fp16 exceeds `MAX_FP16_ERROR`.
     """
     import onnx_ir as ir
 
-    work = _Halving(model.graph, ir.DataType[HALVES[wanted]])
+    work = _Halving(model.graph, ir.DataType[HALVES[wanted]], parts=keep)
     if wanted == "fp16":
         work.beyond = frozenset(node for node in model.graph if _touches(node, beyond))
         work.kept += sorted(beyond)
@@ -136,7 +141,7 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    if structure.is_response_norm(module) or node.op_type.startswith("Reduce"):
+    if structure.is_response_norm(module) or structure.is_in(module, work.parts) or node.op_type.startswith("Reduce"):
         return True
     if not module and node.op_type in ("Softmax", "Sigmoid", "TopK"):
         return True

@@ -302,3 +302,15 @@ class ConvNeXt(nn.Module):
     def norm_feeds_head_only(self) -> bool:
         """Whether only linear layers take the last norm's output."""
         return self.spec.tasks == ("classify",) or (self.projection and self.spec.tasks == ("embed",))
+
+
+class Tail(nn.Module):
+    """What follows the last stage of a network, as a module."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The output of the last stage (N, C, H, W) to the outputs of the network."""
+        return self.model.finish([x])

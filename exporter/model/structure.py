@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 
 KINDS = {
     "stem": r"downsample_layers\.0\.0",
@@ -22,12 +23,21 @@ KINDS = {
 """Kinds of layers with weights, each with the pattern of its modules' names."""
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
+_TAIL = r"norm_pre|norm|head_layers|heads|head"
 _OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head)[\w.]*(?=/)"
 
 
 def kind(module: str) -> str | None:
     """The kind of a layer, one of `KINDS`, or None for another module."""
     return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, module)), None)
+
+
+def kinds_of(name: str) -> frozenset[str]:
+    """The kinds of the layers with weights in a part of the network (`parts`)."""
+    if name == "head":
+        return frozenset({"head"})
+    layers = ("dwconv", "pwconv1", "pwconv2") if block(name) else ("0", "1")
+    return frozenset(filter(None, (kind(f"{name}.{layer}") for layer in layers)))
 
 
 def part(module: str) -> str:
@@ -51,6 +61,19 @@ def group(module: str) -> str:
     """The block, downsampling layer, or outermost module that a module belongs to; "" for the name ""."""
     found = re.match(_PART, module)
     return found[0] if found else module.partition(".")[0]
+
+
+def parts(depths: Sequence[int]) -> list[str]:
+    """The parts of a network with `depths` blocks in its stages, in the order they run: downsampling layers, blocks,
+    and `head` for all that follows the last block."""
+    before = [[f"downsample_layers.{i}", *(f"stages.{i}.{j}" for j in range(depth))] for i, depth in enumerate(depths)]
+    return [*chain.from_iterable(before), "head"]
+
+
+def is_in(module: str, wanted: Collection[str]) -> bool:
+    """Whether a module belongs to one of these parts (`parts`)."""
+    outermost = group(module)
+    return outermost in wanted or ("head" in wanted and re.fullmatch(_TAIL, outermost) is not None)
 
 
 def order(module: str) -> tuple[float, int, int, str]:

@@ -22,16 +22,17 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.backends import Outputs
 from exporter.data.samples import Read
-from exporter.errors import BadRequest, printable, some
+from exporter.errors import BadRequest, escaped, some
 from exporter.predict import store, writers
 from exporter.predict.answers import Answers, answers_of
 from exporter.predict.sources import Images, open_images
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
-from exporter.recipe import Checks, Count, OutputKind, Threads
+from exporter.recipe import Checks, Count, Device, OutputKind, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.verify import run_batch
 
+TOP = 5  # classes of each image, where no number is given
 BATCH = 16
 CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 
@@ -39,7 +40,7 @@ CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 class PredictOptions(Record, frozen=True):
     """Options of `predict`."""
 
-    top: Annotated[Count, about("Number of classes for each image.", metavar="N")] = 5
+    top: Annotated[Count | None, about("Number of classes for each image.", metavar="N", default="5")] = None
     outputs: Annotated[
         OutputKind | None,
         about(
@@ -52,11 +53,8 @@ class PredictOptions(Record, frozen=True):
         Annotated[float, msgspec.Meta(gt=0, lt=1)] | None,
         about("Multi-label: probability from which an image has a label.", metavar="P", default="0.5"),
     ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    device: Device = None
+    threads: RuntimeThreads = None
 
 
 class Summary(Record, frozen=True):
@@ -194,7 +192,13 @@ def as_json(record: Mapping[str, Any]) -> str:
 
 def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answers:
     checks = Checks(outputs=options.outputs, threshold=options.threshold)
-    return answers_of(artifact.sidecar, checks, options.top, whole)
+    answers = answers_of(artifact.sidecar, checks, options.top or TOP, whole)
+    for option, value in (("--top", options.top), ("--threshold", options.threshold)):
+        if value is not None and whole:
+            raise BadRequest(f"{option} {value:g}: .npz files hold the outputs as they are; leave it out")
+    if options.top is not None and all(output.kind in ("values", "features") for output in answers.outputs):
+        raise BadRequest(f"--top {options.top}: it is for scores of classes, and there are none; leave it out")
+    return answers
 
 
 def _chunks(
@@ -208,7 +212,7 @@ def _chunks(
     size = fixed * max(1, most // fixed) if isinstance(fixed, int) else most
     hint: Literal["latency", "throughput"] = "throughput" if on_cpu else "latency"
     opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint))
-    with opening as session, ThreadPoolExecutor(streams := getattr(session, "streams", 1)) as pool:
+    with opening as session, ThreadPoolExecutor(streams := session.streams) as pool:
         run, waiting = partial(run_batch, session, fixed=fixed), deque[Future[Chunk]]()
         try:
             for group in images.after(done).groups(size):
@@ -231,4 +235,4 @@ def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], st
         finite = np.logical_and.reduce([np.isfinite(value).reshape(len(value), -1).all(1) for value in values])
         errors[readable[~finite]] = "the outputs are not finite"
         kept = answers.of(tuple(value[finite] for value in values))
-    return store.chunk_of(start, [printable(read.name) for read in group], errors.tolist(), kept)
+    return store.chunk_of(start, [escaped(read.name) for read in group], errors.tolist(), kept)

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
@@ -77,10 +77,14 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     path, split = locate(word)
     if path.is_dir():
         return _of_files(word, [f"{word.rstrip('/')}/{name}" for name in images_in(path)], recipe)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BadRequest(f"{word}: no regular file; give a pipe as standard input with -")
     is_pattern = glob.has_magic(word) and not path.exists()
     if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
         samples = open_samples(word, recipe, (), None)
         content = sha256_file(path) if path.is_file() else word
+        if path.suffix.lower() == ".npz":
+            samples = replace(samples, items=partial(_to_the_end, samples, path.name))
         return Images(samples, f"{samples.total} of {split} of {content}")
     if path.exists():
         return _of([(word, partial(images.read, path, recipe))], f"{word} {_state(path)}")
@@ -89,6 +93,22 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         return _of_files(word, [name for name in matches if Path(name).is_file()], recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
+
+
+def _to_the_end(samples: Samples, name: str) -> Iterator[Item]:
+    """All images of an archive; where it is damaged, the rest of them cannot be read."""
+    count = 0
+    try:
+        for item in samples.items():
+            yield item
+            count += 1
+    except BadRequest as error:
+        for index in range(count, samples.total):
+            yield f"{name}[{index}]", UNKNOWN, partial(_unreadable, str(error))
+
+
+def _unreadable(reason: str) -> Array:
+    raise images.Unreadable(reason)
 
 
 def _is_a_set(word: str) -> bool:
@@ -100,10 +120,13 @@ def _path_of(address: str) -> str:
 
     Raises: BadRequest for addresses of other machines.
     """
-    parts = urlsplit(address)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    if scheme.lower() != "file" or host.lower() not in ("", "localhost"):
         raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
-    return unquote(parts.path)
+    return os.fsdecode(
+        unquote_to_bytes(os.fsencode(slash + path))
+    )  # names of files are bytes, and may have # and ? in them
 
 
 def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from exporter.delimited import escape_formula
 from exporter.errors import BadRequest, Unavailable
-from exporter.predict.answers import Answers
+from exporter.predict.answers import Answers, Output
 from exporter.predict.store import Chunk
 
 Chunks = Callable[[], Iterator[Chunk]]
@@ -30,11 +31,12 @@ def write_jsonl(file: Path, answers: Answers, chunks: Chunks) -> None:
 
 def write_csv(file: Path, answers: Answers, chunks: Chunks) -> None:
     """A header and a row for each image. An apostrophe is put before cells that a spreadsheet takes for a formula."""
+    table = columns(answers)
     with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns(answers), restval="", lineterminator="\n")
+        writer = csv.DictWriter(out, [column.name for column in table], restval="", lineterminator="\n")
         writer.writeheader()
         for record in records(answers, chunks()):
-            writer.writerow({key: escape_formula(cell) for key, cell in flat(answers, record).items()})
+            writer.writerow({key: escape_formula(cell) for key, cell in flat(table, record).items()})
 
 
 def write_parquet(file: Path, answers: Answers, chunks: Chunks) -> None:
@@ -42,22 +44,13 @@ def write_parquet(file: Path, answers: Answers, chunks: Chunks) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    schema = pa.schema([(name, _parquet_type(answers, name)) for name in columns(answers)])
-    rows = (flat(answers, record) for record in records(answers, chunks()))
+    types = {"text": pa.string(), "integer": pa.int32(), "float": pa.float32(), "vector": pa.list_(pa.float32())}
+    table = columns(answers)
+    schema = pa.schema([(column.name, types[column.cell]) for column in table])
+    rows = (flat(table, record) for record in records(answers, chunks()))
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
-
-
-def _parquet_type(answers: Answers, column: str) -> Any:
-    import pyarrow as pa
-
-    word = column.rpartition(".")[2]
-    if word == "embedding":
-        return pa.list_(pa.float32())
-    if word.startswith("class_"):
-        return pa.int32()
-    return pa.float32() if word.startswith(("probability_", "value_")) else pa.string()
 
 
 def write_npz(file: Path, answers: Answers, chunks: Chunks) -> None:
@@ -125,39 +118,57 @@ def records(answers: Answers, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any
             yield {"image": name, "error": error} if error else {"image": name, **next(good)}
 
 
-def columns(answers: Answers) -> list[str]:
+Cell = Literal["text", "integer", "float", "vector"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of answers: its name, what its cells hold, and the keys that lead to it in a record."""
+
+    name: str
+    cell: Cell
+    keys: tuple[str | int, ...]
+
+    def of(self, record: dict[str, Any]) -> Any:
+        """The cell of a record, None where it has none."""
+        value: Any = record
+        for key in self.keys:
+            if isinstance(key, str) and key not in value:
+                return None
+            value = value[key]
+        return ";".join(value) if self.cell == "text" and isinstance(value, list) else value
+
+
+CELLS: dict[str, Cell] = {"class": "integer", "label": "text", "probability": "float"}
+"""What the cells of an answer hold, by the word of its record."""
+
+
+def columns(answers: Answers) -> list[Column]:
     """The columns of a table of answers."""
-    names = ["image"]
+    every = [Column("image", "text", ("image",))]
     for output in answers.outputs:
-        before = f"{output.name}." if len(answers.outputs) > 1 else ""
-        names += [before + column for column in _columns_of(answers, output)]
-    return [*names, "error"]
+        before, keys = (f"{output.name}.", (output.name,)) if len(answers.outputs) > 1 else ("", ())
+        for column in _columns_of(answers, output):
+            every.append(Column(before + column.name, column.cell, (*keys, *column.keys)))
+    return [*every, Column("error", "text", ("error",))]
 
 
-def _columns_of(answers: Answers, output: Any) -> list[str]:
+def _columns_of(answers: Answers, output: Output) -> Iterator[Column]:
+    """The columns of one output, with the keys that lead to them in its own answer."""
     if output.kind in ("embedding", "features"):
-        return ["embedding"]
+        yield Column("embedding", "vector", ("embedding",))
+        return
     if output.kind == "values":
-        return [f"value_{number + 1}" for number in range(output.width)]
-    words = ("class", "label", "probability") if output.labels else ("class", "probability")
-    top = [f"{word}_{rank + 1}" for rank in range(min(answers.top, output.width)) for word in words]
-    return ["labels", *top] if output.kind == "multilabel" else top
+        yield from (Column(f"value_{number + 1}", "float", ("values", number)) for number in range(output.width))
+        return
+    if output.kind == "multilabel":
+        yield Column("labels", "text", ("labels",))
+    words = [word for word in CELLS if word != "label" or output.labels]
+    for rank in range(min(answers.top, output.width)):
+        yield from (Column(f"{word}_{rank + 1}", CELLS[word], ("predictions", rank, word)) for word in words)
 
 
-def flat(answers: Answers, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with one value for each column."""
-    several = len(answers.outputs) > 1
-    row: dict[str, Any] = {key: record[key] for key in ("image", "error") if key in record}
-    if "error" in record:
-        return row
-    for output in answers.outputs:
-        before, answer = (f"{output.name}.", record[output.name]) if several else ("", record)
-        if "embedding" in answer:
-            row[f"{before}embedding"] = answer["embedding"]
-        for number, value in enumerate(answer.get("values", ())):
-            row[f"{before}value_{number + 1}"] = value
-        if "labels" in answer:
-            row[f"{before}labels"] = ";".join(answer["labels"])
-        for rank, one in enumerate(answer.get("predictions", ())):
-            row |= {f"{before}{word}_{rank + 1}": value for word, value in one.items()}
-    return row
+def flat(table: Sequence[Column], record: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a record by the names of their columns."""
+    cells = {column.name: column.of(record) for column in table}
+    return {name: cell for name, cell in cells.items() if cell is not None}

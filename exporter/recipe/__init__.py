@@ -42,6 +42,14 @@ Reference = Annotated[
     ),
 ]
 BatchSize = Annotated[int, Meta(ge=1, le=4096)]
+# Fields of several records.
+Device = Annotated[
+    str | None, about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes")
+]
+RuntimeThreads = Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")]
+MovedWeights = Annotated[
+    str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
+]
 
 
 class Model(Record, frozen=True):
@@ -156,6 +164,14 @@ class Export(Record, frozen=True):
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
     ] = "rgb"
+    keep: Annotated[
+        tuple[str, ...] | None,
+        about(
+            "Parts that stay in higher precision than the artifact, as in stages.2.3,head.",
+            metavar="PART,…",
+            commas=True,
+        ),
+    ] = None
 
     output: Annotated[
         Answer,
@@ -298,10 +314,7 @@ class Checks(Record, frozen=True):
             default="0.5",
         ),
     ] = None
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
+    device: Device = None
 
 
 class TimingOptions(Record, frozen=True):
@@ -316,10 +329,7 @@ class TimingOptions(Record, frozen=True):
         Literal["latency", "throughput"],
         about("One batch at a time, or as many at once as the runtime has streams for."),
     ] = "latency"
-    device: Annotated[
-        str | None,
-        about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes"),
-    ] = None
+    device: Device = None
     duration: Annotated[
         Seconds,
         about("Seconds of timing for each batch size, all models together.", metavar="SECONDS"),

@@ -65,6 +65,14 @@ def fields_of(kind: type[msgspec.Struct]) -> Mapping[str, Field]:
     return MappingProxyType(fields)
 
 
+def array_of(field: Field) -> type[msgspec.Struct] | None:
+    """The record of a field that is a list of arrays with named places."""
+    item = get_args(field.hint)[0] if get_origin(field.hint) is tuple else None
+    if isinstance(item, type) and issubclass(item, msgspec.Struct) and item.__struct_config__.array_like:
+        return item
+    return None
+
+
 def kinds(hint: Any) -> Sequence[Any]:
     """The alternatives of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

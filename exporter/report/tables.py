@@ -40,6 +40,8 @@ METRICS = {
     "gain": "speed-up",
     "int8_speedup": "speed-up over eager PyTorch",
     "part_error": "error",
+    "kept_error": "error if kept in higher precision",
+    "kept_output_error": "error of the outputs if kept",
     "kept_back": "kept in higher precision",
     "tried_loss": "loss",
     "tried_ms": "latency",

@@ -22,7 +22,7 @@ from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
 from exporter.progress import step, track
-from exporter.recipe import Checks, Reference, Threads
+from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, judged
 from exporter.verify import checks, outputs
@@ -41,16 +41,14 @@ QUALITY = (
 class VerifyOptions(Checks, frozen=True):
     """Options of `verify`."""
 
-    weights: Annotated[
-        str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
-    ] = None
+    weights: MovedWeights = None
     reference: Annotated[
         Reference | None,
         about(
             "Compare with this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"
         ),
     ] = None
-    threads: Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")] = None
+    threads: RuntimeThreads = None
     blocks: Annotated[bool, about("Also compare the output of each ConvNeXt block, on the first images.")] = False
 
 

@@ -36,7 +36,7 @@ class MineOptions(TargetOptions, frozen=True):
 class Session:
     def __init__(self, inference, preprocessing):
         self.inference, self.preprocessing = inference, preprocessing
-        self.facts = {"device": "cpu", "arithmetic": "fp32"}
+        self.facts, self.streams = {"device": "cpu", "arithmetic": "fp32"}, 1
 
     def __call__(self, images):
         name = self.inference.get_inputs()[0].name

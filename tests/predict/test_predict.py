@@ -74,7 +74,8 @@ def test_the_answers_are_those_of_onnx_runtime_for_the_images(artifacts, photos)
 
 
 def wrote(artifact, photos, out, **words):
-    options = words.pop("options", PredictOptions(top=2))
+    has_top = out.suffix != ".npz" and artifact.sidecar.task == "classify"
+    options = words.pop("options", PredictOptions(top=2 if has_top else None))
     predict.predict(artifact, [str(photos)], options, out, **words)
     return out
 

@@ -7,7 +7,7 @@ and what it is made of in `FILE.kernels.json` beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,9 +44,9 @@ def probe() -> str:
     return f"{found.flavor} {found.version}"
 
 
-def lower(artifact: Artifact, wanted: str, out: Path) -> Artifact:
+def lower(artifact: Artifact, wanted: str, out: Path, keep: Sequence[str] = ()) -> Artifact:
     """The graph in fp16 or bf16, with statistics in fp32; others are what they have to be already."""
-    return half.lower(artifact, wanted, out, FORM) if wanted in half.HALVES else artifact
+    return half.lower(artifact, wanted, out, FORM, keep) if wanted in half.HALVES else artifact
 
 
 def check(wanted: str, batch: int | None, options: TargetOptions) -> None:

@@ -134,6 +134,7 @@ class PlanSession:
         self.outputs = {tensor.name: tensor.dtype for tensor in artifact.sidecar.outputs}
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.rtx = library.rtx
+        self.streams = 1
         self.facts = {"device": torch.cuda.get_device_name(), "arithmetic": artifact.sidecar.precision}
 
     def _context(self, library: Library) -> Any:

@@ -46,7 +46,7 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
         probe.refuse_slower(job, folder / "probe", opener)
         work = prepare(job, folder)
         with judging(work, folder, data) as judge:
-            result = search(work, judge, partial(sensitivities, work))
+            result = search(work, judge, partial(sensitivities, work), job.recipe.export.keep or ())
             cost = _cost_of_synthetic(work, result.best, judge, folder) if _has_real_data(work) else []
         best = result.best.artifact
         layers = job.runtime.layers(best, job.runtime.options()) if job.runtime.layers is not None else []

@@ -18,7 +18,7 @@ from exporter.build import budget
 from exporter.build.int8.work import Work
 from exporter.build.resolve import Job
 from exporter.data.samples import Samples
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
 from exporter.progress import note, step
 from exporter.recipe import Quantization
 from exporter.report import Finding, Report
@@ -65,7 +65,7 @@ class CachedReference:
     """A reference session that runs once over the images and repeats its outputs afterwards."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.facts = session, session.facts
+        self.session, self.facts, self.streams = session, session.facts, 1
         self.outputs: list[Outputs] = []
         self.position = 0
 
@@ -240,24 +240,27 @@ class Search:
         return self.tried[-1]
 
 
-def search(work: Work, judge: Judge, sensitivities: Callable[[], dict[str, float]]) -> Search:
+def search(
+    work: Work, judge: Judge, sensitivities: Callable[[], dict[str, float]], keep: tuple[str, ...] = ()
+) -> Search:
     """Keep as few parts as possible in higher precision, the most sensitive first.
 
-    The first candidate quantizes everything. If it fails, 1, 2, 4 … parts are kept until one passes, and the fewest
-    that pass are found by bisection. If none passes, the best is the one that loses least.
+    The first candidate quantizes everything but the parts of `keep`, which no candidate quantizes. If it fails, 1, 2,
+    4 … more parts are kept until one passes, and the fewest that pass are found by bisection. If none passes, the best
+    is the one that loses least.
     """
-    first = judge(work, ())
+    first = judge(work, keep)
     if first.passed:
         return Search((first,), {})
-    note(f"fully quantized, it fails: {_failures(first)}")
+    note(f"{f'with {some(keep)} kept' if keep else 'fully quantized'}, it fails: {_failures(first)}")
     measured = sensitivities()
-    order = list(measured)
+    order = [part for part in measured if part not in keep]
     tried = {0: first}
 
     def passes(count: int) -> bool:
         if count not in tried:
             step(f"keeping {', '.join(order[:count][:4])}{' …' if count > 4 else ''} in higher precision")
-            tried[count] = judge(work, tuple(order[:count]))
+            tried[count] = judge(work, (*keep, *order[:count]))
         return tried[count].passed
 
     enough = _fewest(passes, len(order) - 1)

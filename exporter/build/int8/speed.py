@@ -196,6 +196,6 @@ def _kept(timed: Timed, search: Search) -> list[Finding]:
         cost = "not timed alone"
         if alone is not None and first is not None and not timed.failure(alone) and not timed.failure(first.artifact):
             cost = f"{-100 * log(timed.ratio(alone, first.artifact)[0]):+.1f} % latency"
-        value = search.sensitivities[part]
+        value = search.sensitivities.get(part)  # not measured where the first candidate passes
         rows.append(Finding(check=search.precision, metric="kept_back", value=value, case=part, detail=cost))
     return rows

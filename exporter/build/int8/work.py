@@ -71,12 +71,12 @@ class Work:
         """
         job, precision = self.job, self.job.target.above_int8()
         recipe = {**self.sidecar.recipe, "precision": "fp32"}
-        sidecar = msgspec.structs.replace(self.sidecar, precision="fp32", recipe=recipe)
+        sidecar = msgspec.structs.replace(self.sidecar, precision="fp32", recipe=recipe).keeping(())
         graph = artifacts.publish(
             out / job.file("fp32").name, sidecar, lambda file: files.save(self.graph, file, sidecar.facts())
         )
         if job.target.lower is not None:
-            graph = job.target.lower(graph, precision, out)
+            graph = job.target.lower(graph, precision, out, ())
         return job.target.build(graph, precision, out, job.options)
 
     def _sidecar(self, kept: Collection[str]) -> Sidecar:
@@ -140,6 +140,7 @@ def prepare(job: Job, folder: Path) -> Work:
     graph, sidecar = graph_of(job, network, folder / "traced.onnx")
     recipe = {**sidecar.recipe, "precision": job.recipe.precision}
     sidecar = msgspec.structs.replace(sidecar, precision=job.recipe.precision, recipe=recipe)
+    sidecar = sidecar.keeping(job.recipe.export.keep or ())
     return Work(job, quantization, placement, grid, images, network, measured, plan, graph, sidecar)
 
 
