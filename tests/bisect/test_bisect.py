@@ -450,3 +450,9 @@ def test_a_norm_of_pooled_features_that_is_missing(tiny, tmp_path):
     _, module, reason = examined(spoil(build(tiny, tmp_path, task="embed"), tmp_path / "spoilt", change))
     assert module == "norm and head"
     assert "norm is missing" in reason
+
+
+@pytest.mark.parametrize("fields", [{"output": "top5"}, {"task": "classify,embed,tokens,features"}, {"io": "fp16"}])
+def test_a_sound_artifact_with_other_outputs_passes(fields, tiny, tmp_path):
+    artifact = build(tiny, tmp_path, precision="fp16", **fields)
+    assert bisect.bisect(artifact, BisectOptions(samples=16)).passed
