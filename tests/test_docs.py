@@ -28,6 +28,7 @@ PAGES = (
     "new-runtime",
     "openvino",
     "optimize",
+    "package",
     "predict",
     "tensorrt",
 )  # with commands
