@@ -131,6 +131,21 @@ class TritonModel:
 
 
 @dataclass(frozen=True)
+class WebRuntime:
+    """What runs artifacts in a browser.
+
+    package, version: of the package of npm that has it in its folder `dist`.
+    files: the files of `dist` that a page needs, each with its sha256.
+    precisions: that it computes in.
+    """
+
+    package: str
+    version: str
+    files: Mapping[str, str]
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Serving:
     """How applications and servers run the artifacts of a runtime. A part that it has not is None.
 
@@ -140,6 +155,7 @@ class Serving:
         the file `MODEL`, and `run(model, batch)`, which gives a list of arrays.
     triton: a sidecar to the model's settings in Triton; raises BadRequest for an artifact that Triton does not run.
     model_server: a sidecar to the settings of OpenVINO's plugin in OpenVINO Model Server.
+    web: what runs its artifacts in a browser.
     """
 
     title: str
@@ -147,6 +163,7 @@ class Serving:
     code: Callable[[Sidecar], str] | None = None
     triton: Callable[[Sidecar], TritonModel] | None = None
     model_server: Callable[[Sidecar], dict[str, str]] | None = None
+    web: WebRuntime | None = None
 
 
 @dataclass(frozen=True)

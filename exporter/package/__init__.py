@@ -140,4 +140,4 @@ def _write_common(aim: Destination, contents: Contents, out: Path) -> None:
         file = io.BytesIO()
         np.savez(file, **arrays)
         folder.write(out / "expected.npz", file.getvalue())
-    folder.write(out / "selftest.py", render("selftest.py", contents, program=aim.program))
+    folder.write(out / "selftest.py", render(aim.selftest, contents, program=aim.program))

@@ -90,6 +90,12 @@ class Contents:
         return first if isinstance(first, int) else None
 
     @property
+    def sides(self) -> tuple[int, int, int]:
+        """The axes of one input, as the artifact has them: channels first or last."""
+        channels, height, width = self.preprocessing.shape
+        return (channels, height, width) if self.preprocessing.layout == "NCHW" else (height, width, channels)
+
+    @property
     def limit(self) -> float:
         """The largest difference that the self-test lets pass, as a share of the largest output."""
         return LARGEST_ERROR.get(self.artifact.sidecar.precision, LARGEST_ERROR_NARROW)

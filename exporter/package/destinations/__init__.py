@@ -27,6 +27,7 @@ class Destination:
     check: raises BadRequest for an artifact that it cannot be written for, before anything is run.
     write: writes the files into a folder; those that every package has (`common`) come from `exporter.package`.
     program: the module of the package that the self-test runs: `predict` or `client`.
+    selftest: the template of the self-test.
     options: the record that `check` and `write` take.
     """
 
@@ -35,6 +36,7 @@ class Destination:
     check: Callable[[Contents, DestinationOptions], None]
     write: Callable[[Contents, DestinationOptions, Path], None]
     program: str = "client"
+    selftest: str = "selftest.py"
     options: type[DestinationOptions] = DestinationOptions
 
 
