@@ -5,7 +5,6 @@ Every file has to have the digest that this version of the tool was tested with,
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tarfile
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from exporter.artifact import sha256_file
-from exporter.artifact.disk import cache_folder, write_error
+from exporter.artifact.disk import cache_folder, locked, write_error
 from exporter.backends import WebRuntime
 from exporter.errors import Unavailable
 from exporter.progress import step
@@ -51,31 +50,29 @@ def _is_whole(folder: Path, web: WebRuntime) -> bool:
 
 
 def _download(web: WebRuntime, target: Path) -> None:
+    """Download the files of a package to the cache."""
     npm, name = shutil.which("npm"), f"{web.package}@{web.version}"
-    install = f"`npm install {name}` in this folder, or copy its {DIST} to {target}"
+    by_hand = f"without a network, copy node_modules/{web.package}/{DIST} of another machine to {target}"
     if npm is None:
         raise Unavailable(
-            f"{name} is not on this machine, and npm, which downloads it, is missing: apt-get install npm; or, on "
-            f"another machine, {install}"
+            f"{name} is not here, and npm, which downloads it, is missing: apt-get install npm; {by_hand}"
         )
-    step(f"npm downloads {name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            archive = _packed(npm, name, Path(temporary), install)
-            unpacked = _unpack(archive, Path(temporary) / "new", web)
+        with locked(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            if _is_whole(target, web):  # another process has downloaded it meanwhile
+                return
+            step(f"npm downloads {name}")
+            unpacked = _unpack(_packed(npm, name, Path(temporary), by_hand), Path(temporary) / "new", web)
             if not _is_whole(unpacked, web):
-                raise Unavailable(
-                    f"npm downloaded {name} with other files than this version was tested with; {install}"
-                )
+                raise Unavailable(f"npm downloads other files as {name} than this version was tested with; {by_hand}")
             shutil.rmtree(target, ignore_errors=True)
-            with suppress(FileExistsError):  # another process has just put the same there
-                os.rename(unpacked, target)
+            unpacked.rename(target)
     except OSError as error:
         raise write_error(error, target) from None
 
 
-def _packed(npm: str, name: str, folder: Path, install: str) -> Path:
+def _packed(npm: str, name: str, folder: Path, by_hand: str) -> Path:
     """The archive of a package, downloaded without running anything of it."""
     words = [npm, "pack", name, "--ignore-scripts", "--silent", "--fetch-retries=1", f"--pack-destination={folder}"]
     try:
@@ -85,7 +82,7 @@ def _packed(npm: str, name: str, folder: Path, install: str) -> Path:
         reason = f"no answer in {SECONDS} s"
     archives = sorted(folder.glob("*.tgz"))
     if not archives:
-        raise Unavailable(f"npm cannot download {name} ({reason}); where there is a network: {install}")
+        raise Unavailable(f"npm cannot download {name} ({reason}); {by_hand}")
     return archives[0]
 
 
