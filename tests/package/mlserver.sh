@@ -4,4 +4,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 "${PYTHON:-python3}" -m venv --clear "$1"
-"$1/bin/python" -m pip install --quiet --no-compile --constraint "$here/mlserver.txt" mlserver onnxruntime numpy Pillow
+"$1/bin/python" -m pip install --quiet --no-compile --no-deps --requirement "$here/mlserver.txt"
