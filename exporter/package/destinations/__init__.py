@@ -28,6 +28,7 @@ class Destination:
     write: writes the files into a folder; those that every package has (`common`) come from `exporter.package`.
     program: the module of the package that the self-test runs: `predict` or `client`.
     options: the record that `check` and `write` take.
+    exact: whether the arithmetic there is always that of the artifact.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Destination:
     write: Callable[[Contents, DestinationOptions, Path], None]
     program: str = "client"
     options: type[DestinationOptions] = DestinationOptions
+    exact: Callable[[Contents], bool] = lambda _: True
 
 
 def names() -> list[str]:
