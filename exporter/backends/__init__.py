@@ -117,17 +117,21 @@ class TritonModel:
     """How Triton Inference Server runs an artifact.
 
     backend: its name in Triton.
-    kind: of the instances: "KIND_CPU" or "KIND_GPU".
+    devices: that instances run on, the default first.
     batches: whether Triton puts requests together to batches.
     profiles: for an engine, the smallest, best and largest batch of each of its profiles.
     parameters: of the backend.
+    remark: a sentence for the README, or "".
+    exact: whether the arithmetic is always that of the artifact.
     """
 
     backend: str
-    kind: Literal["KIND_CPU", "KIND_GPU"] = "KIND_CPU"
+    devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu",)
     batches: bool = True
     profiles: tuple[tuple[int, int, int], ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""
+    exact: bool = True
 
 
 @dataclass(frozen=True)

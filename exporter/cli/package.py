@@ -54,7 +54,7 @@ def package_command(artifact: Path, aim: str, output: Path, as_json: bool, **val
     \b
     Examples:
       convnext-export package build/tiny_fp32.onnx --for python -o tiny
-      convnext-export package build/tiny_fp32.xml --for python -o tiny --labels labels.txt
+      convnext-export package build/tiny_fp32.xml --for triton -o tiny --labels labels.txt
     """
     from exporter import artifact as artifacts
     from exporter import package

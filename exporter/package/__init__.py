@@ -86,6 +86,7 @@ def package(
     labels = outputs[0].labels if outputs[0].kind != "features" else ()
     contents = Contents(artifact, serving, outputs, labels, answers.top, logit, sample, None)
     aim.check(contents, own)
+    contents = dataclasses.replace(contents, exact=aim.exact(contents))
     with folder.staged(out, artifact.sidecar.bytes) as staging:
         step(f"running {artifact.path.name} on {sample.name}")
         expected, unexpected = expected_of(artifact, sample)

@@ -12,6 +12,7 @@ from exporter import __version__
 from exporter.artifact.sidecar import COLORS, Preprocessing, sides, size_text
 from exporter.errors import printable
 from exporter.package.contents import Contents
+from exporter.package.protocol import DATATYPES
 
 TEMPLATES = Path(__file__).with_name("templates")
 MEANINGS = {
@@ -61,6 +62,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "steps": _steps(preprocessing),
         "threshold": round(1 / (1 + exp(-contents.logit)), 6),
         "meanings": MEANINGS,
+        "datatypes": DATATYPES,
         "sidecar": contents.artifact.sidecar,
         "version": __version__,
     }

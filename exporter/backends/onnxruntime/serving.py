@@ -36,7 +36,7 @@ SERVING = Serving(
     title="ONNX Runtime",
     requirement="onnxruntime>=1.22",
     code=lambda _: CODE,
-    triton=lambda _: TritonModel("onnxruntime"),
+    triton=lambda _: TritonModel("onnxruntime", devices=("cpu", "gpu")),
     model_server=lambda _: {"INFERENCE_PRECISION_HINT": "f32"},  # OpenVINO reads ONNX too
     web=WEB,
 )

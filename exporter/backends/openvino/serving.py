@@ -26,9 +26,12 @@ def _arithmetic(sidecar: Sidecar) -> str:
 
 def triton(sidecar: Sidecar) -> TritonModel:
     """The settings in Triton. Its backend for OpenVINO would pad every batch to the largest size, so Triton puts no
-    requests together."""
-    hint = {"HINT_BF16": "YES"} if sidecar.precision == "bf16" else {}
-    return TritonModel("openvino", batches=False, parameters={"PERFORMANCE_HINT": "LATENCY", **hint})
+    requests together; and it has no setting for arithmetic but bf16."""
+    is_bf16 = sidecar.precision == "bf16"
+    remark = "" if is_bf16 else "On a CPU with bf16 arithmetic, Triton's backend for OpenVINO computes in bf16."
+    hint = {"HINT_BF16": "YES"} if is_bf16 else {}
+    parameters = {"PERFORMANCE_HINT": "LATENCY", **hint}
+    return TritonModel("openvino", batches=False, parameters=parameters, remark=remark, exact=is_bf16)
 
 
 SERVING = Serving(

@@ -29,6 +29,7 @@ class Destination:
     program: the module of the package that the self-test runs: `predict` or `client`.
     selftest: the template of the self-test.
     options: the record that `check` and `write` take.
+    exact: whether the arithmetic there is always that of the artifact.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Destination:
     program: str = "client"
     selftest: str = "selftest.py"
     options: type[DestinationOptions] = DestinationOptions
+    exact: Callable[[Contents], bool] = lambda _: True
 
 
 def names() -> list[str]:
