@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from exporter.backends.onnxruntime.serving import WEB
+from exporter.errors import Unavailable
+from exporter.package import npm
+from tests.conftest import ROOT
+
 NEEDED = ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime", "openvino", "flatbuffers", "google", "packaging")
 
 
@@ -27,6 +32,16 @@ def bare(tmp_path_factory):
     program.write_text(f'#!/bin/sh\n{words} "$@"\n')
     program.chmod(0o755)
     return program
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """Files of npm, downloaded once for all runs in this checkout; without npm or network the test is skipped."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ROOT / "build"))
+    try:
+        return npm.folder_of(WEB)
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 def execute(*words, folder):

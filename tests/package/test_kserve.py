@@ -232,7 +232,7 @@ def chunked(port, body):
 
 @pytest.mark.slow
 def test_clients_that_hang_up_do_not_stop_the_server(server):
-    out, http, _, _ = server
+    _, http, _, _ = server
     body = json.dumps({"inputs": [tensor()]}).encode()
     head = b"POST /v2/models/custom_fp32/infer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for sent in (0.5, 1.0):
@@ -252,8 +252,9 @@ zeros = np.zeros((1, 3, 64, 64), np.float32)
 nan = np.full_like(zeros, np.nan)
 def ask(raw, shape=zeros.shape, datatype="FP32", model="custom_fp32"):
     tensor = protocol.ModelInferRequest.InferInputTensor(name="images", datatype=datatype, shape=shape)
+    request = protocol.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=raw)
     try:
-        server.ModelInfer(protocol.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=raw), timeout=60)
+        server.ModelInfer(request, timeout=60)
         return "OK"
     except grpc.RpcError as error:
         return error.code().name
@@ -311,8 +312,8 @@ def test_pixels_in_a_fixed_batch_are_served_and_the_self_test_sees_another_model
 def test_a_package_has_the_files_that_its_readme_names(artifacts, tmp_path):
     written = package.package(artifacts["openvino", "fp32"], "kserve", tmp_path / "package")
     assert set(written.files) == {
-        "README.md", "client.py", "expected.npz", "labels.txt", "requirements.txt", "sample.png", "selftest.py", "serve.py",
-        "settings.json", *(f"custom_fp32/{name}" for name in (
+        "README.md", "client.py", "expected.npz", "labels.txt", "requirements.txt", "sample.png", "selftest.py",
+        "serve.py", "settings.json", *(f"custom_fp32/{name}" for name in (
             "custom_fp32.bin", "custom_fp32.xml", "custom_fp32.xml.json", "model-settings.json", "runtime.py")),
     }  # fmt: skip
     for name in ("client.py", "serve.py", "custom_fp32/runtime.py", "selftest.py"):

@@ -24,7 +24,7 @@ from exporter.backends import as_taken
 from exporter.backends.onnxruntime.serving import WEB
 from exporter.data import images
 from exporter.data.synthetic import dead_leaves
-from exporter.errors import BadRequest, Unavailable
+from exporter.errors import BadRequest
 from exporter.package import PackageOptions, npm
 from exporter.package.rendering import TEMPLATES
 from exporter.predict import PredictOptions
@@ -39,16 +39,6 @@ IMAGENETTE = (
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
     "golf ball", "parachute",
 )  # fmt: skip
-
-
-@pytest.fixture
-def runtime(monkeypatch):
-    """Files of npm, downloaded once for all runs in this checkout; without npm or network the test is skipped."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(ROOT / "build"))
-    try:
-        return npm.folder_of(WEB)
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
