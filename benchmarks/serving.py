@@ -124,7 +124,7 @@ class Result(Record, frozen=True):
     def table(self) -> str:
         """A row for each number of clients, with the medians of the turns."""
         lines = [
-            "| clients | session p50 ms | HTTP p50 ms | gRPC p50 ms | session images/s | HTTP images/s | gRPC images/s | errors |",
+            "| clients | p50 ms: session | HTTP | gRPC | images/s: session | HTTP | gRPC | errors |",
             "|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for clients in sorted({one.clients for one in self.rounds}):
