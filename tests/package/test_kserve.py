@@ -27,7 +27,7 @@ MLSERVER = "CONVNEXT_EXPORT_MLSERVER"  # the virtual environment that tests/pack
 SHAPE = (1, 3, 64, 64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment():
     """A virtual environment with MLServer."""
     folder = os.environ.get(MLSERVER)
@@ -86,7 +86,7 @@ def is_ready(port):
         return False
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(artifacts, environment, tmp_path_factory):
     """A package, and the ports at which it is served."""
     out, ports = tmp_path_factory.mktemp("kserve") / "package", free_ports(3)
