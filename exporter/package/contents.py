@@ -63,7 +63,7 @@ class Contents:
     @property
     def name(self) -> str:
         """The name of the model: that of the artifact's file without its suffix, in letters that a URL can have."""
-        return re.sub(r"[^\w.-]", "_", self.artifact.path.name.partition(".")[0], flags=re.ASCII)
+        return re.sub(r"[^\w.-]", "_", self.artifact.path.stem, flags=re.ASCII)
 
     @property
     def preprocessing(self) -> Preprocessing:

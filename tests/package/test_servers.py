@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_an_engine_that_triton_cannot_serve_is_refused(target, profiles, message
     with pytest.raises(BadRequest, match=message):
         package.package(artifact, "triton", tmp_path / "package")
     assert not (tmp_path / "package").exists()
+
+
+def test_an_engine_cannot_run_where_pytorch_cannot_be_imported(monkeypatch):
+    from exporter.backends.tensorrt import runtime
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert runtime.unable() == "PyTorch, whose memory it uses, is not installed"
 
 
 @pytest.mark.parametrize("destination", ["python", "ovms"])

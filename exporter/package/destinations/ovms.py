@@ -43,7 +43,7 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
 
 DESTINATION = Destination(
     name="ovms",
-    summary="a folder of OpenVINO Model Server, with its config.json",
+    summary="a folder of the OVMS model server, with its config.json",
     check=check,
     write=write,
 )
