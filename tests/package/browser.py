@@ -11,6 +11,11 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
 )  # fmt: skip
+# WebGPU that is computed on the CPU.
+WEBGPU = (
+    *(flag for flag in FLAGS if flag != "--disable-gpu"),
+    "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan",
+)  # fmt: skip
 
 
 class Page:
@@ -90,11 +95,11 @@ class Page:
 
 
 @contextlib.contextmanager
-def page(profile, width=1100, height=760):
+def page(profile, flags=FLAGS, width=1100, height=760):
     """A page of a Chromium whose profile is a new folder."""
     reading, to_browser = os.pipe()
     from_browser, writing = os.pipe()
-    words = ["chromium", *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+    words = ["chromium", *flags, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$0" "$@" 3<&{reading} 4>&{writing}', *words],
         pass_fds=(reading, writing), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

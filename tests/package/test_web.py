@@ -239,6 +239,23 @@ def test_a_page_of_labels_pixels_and_a_fixed_batch(tiny, runtime, page, served, 
 
 @pytest.mark.slow
 @needs_chromium
+def test_webgpu_gives_the_same_outputs_and_is_left_out_where_the_cpu_computes_it(artifacts, runtime, served, tmp_path):
+    out = tmp_path / "package"
+    package.package(artifacts["onnxruntime", "fp32"], "web", out)
+    address = served(out)
+    with browser.page(tmp_path / "profile", browser.WEBGPU) as page:
+        page.send("Page.navigate", url=f"{address}labels.txt")
+        if not page.value("navigator.gpu && navigator.gpu.requestAdapter().then(Boolean)"):
+            pytest.skip("this Chromium has no WebGPU")
+        page.open(f"{address}?selftest&runtime=webgpu")
+        assert page.text("runtime") == "WebGPU"
+        assert page.until("document.getElementById('selftest').innerText").startswith("Self-test passed")
+        page.open(f"{address}?selftest")
+        assert page.text("runtime").startswith("WebAssembly")
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_the_trained_network_answers_20_photographs_in_the_browser(runtime, page, served, tmp_path):
     weights = shared("data", "weights", "convnext_atto_imagenette.safetensors")
     photographs = sorted(shared("data", "images", "val").glob("*/*.JPEG"))[::100]

@@ -7,18 +7,22 @@ let facts, session, runtime;
 
 const within = (path) => new URL(path, import.meta.url).href;
 
-async function adapter() {
+/** Whether there is a WebGPU of the kind that is wanted. One that is computed on the CPU is slower than WebAssembly. */
+async function hasWebGpu(wanted) {
+  if (wanted === "wasm") return false;
   try {
-    return (await navigator.gpu?.requestAdapter()) ?? null;
+    const adapter = await navigator.gpu?.requestAdapter();
+    const slow = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter;
+    return Boolean(adapter) && (!slow || wanted === "webgpu");
   } catch {
-    return null;
+    return false;
   }
 }
 
 /** Open the model on WebGPU, or on the CPU where there is no WebGPU or it does not run the model. */
 async function open({ runtime: wanted }) {
   const model = await fetched(facts.file);
-  if (wanted !== "wasm" && (await adapter())) {
+  if (await hasWebGpu(wanted)) {
     try {
       return await opened("webgpu", model);
     } catch (error) {
