@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from exporter import discover, machine, precision
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Preprocessing, Record
+from exporter.artifact.sidecar import Preprocessing, Record, Sidecar
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.precision import PRECISIONS
 from exporter.quantize.placement import Placement
@@ -122,6 +122,64 @@ CPU_ONLY: Mapping[str, DeviceKind] = {"cpu": "CPU"}
 
 
 @dataclass(frozen=True)
+class TritonModel:
+    """How Triton Inference Server runs an artifact.
+
+    backend: its name in Triton.
+    devices: that instances run on, the default first.
+    batches: whether Triton puts requests together to batches.
+    profiles: for an engine, the smallest, best and largest batch of each of its profiles.
+    parameters: of the backend.
+    remark: a sentence for the README, or "".
+    exact: whether the arithmetic is always that of the artifact.
+    """
+
+    backend: str
+    devices: tuple[Literal["cpu", "gpu"], ...] = ("cpu",)
+    batches: bool = True
+    profiles: tuple[tuple[int, int, int], ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class WebRuntime:
+    """What runs artifacts in a browser.
+
+    package, version: of the package of npm that has it in its folder `dist`.
+    files: the files of `dist` that a page needs, each with its sha256.
+    precisions: that it computes in.
+    """
+
+    package: str
+    version: str
+    files: Mapping[str, str]
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How applications and servers run the artifacts of a runtime. A part that it has not is None.
+
+    title: the runtime's own name, for texts.
+    requirement: what pip installs.
+    code: a sidecar to Python source that imports the runtime and, after two blank lines, defines `load()`, which opens
+        the file `MODEL`, and `run(model, batch)`, which gives a list of arrays.
+    triton: a sidecar to the model's settings in Triton; raises BadRequest for an artifact that Triton does not run.
+    model_server: a sidecar to the settings of OpenVINO's plugin in OpenVINO Model Server.
+    web: what runs its artifacts in a browser.
+    """
+
+    title: str
+    requirement: str
+    code: Callable[[Sidecar], str] | None = None
+    triton: Callable[[Sidecar], TritonModel] | None = None
+    model_server: Callable[[Sidecar], dict[str, str]] | None = None
+    web: WebRuntime | None = None
+
+
+@dataclass(frozen=True)
 class Runtime(Generic[Opt]):
     """What runs a model. A part that a runtime has not is None.
 
@@ -138,6 +196,7 @@ class Runtime(Generic[Opt]):
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
     peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it.
+    serving: how applications and servers run its artifacts.
     """
 
     name: str
@@ -153,6 +212,7 @@ class Runtime(Generic[Opt]):
     layers: Callable[[Artifact, Opt], list[Layer]] | None = None
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]] | None = None
     peak: Callable[[Artifact, Opt], AbstractContextManager[Session]] | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from exporter.errors import ExporterError, nearest, printable
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
     "optimize": ("optimize",),
+    "package": ("package",),
     "measure": ("calibrate", "verify", "bench", "bisect"),
     "predict": ("predict",),
     "pipeline": ("run", "compare", "report"),
@@ -40,7 +41,7 @@ def build_commands() -> dict[str, str]:
 def groups() -> dict[str, list[str]]:
     """All commands by group, in the order of `--help`."""
     files = {group: list(names) for group, names in FILES.items()}
-    builds = [*build_commands(), *files.pop("optimize")]
+    builds = [*build_commands(), *files.pop("optimize"), *files.pop("package")]
     files["measure"][-1:-1] = files.pop("predict")
     return {"discover": files.pop("discover"), "build": builds, **files}
 

@@ -35,7 +35,8 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
-from exporter.backends.openvino.devices import in_use, members, properties, text
+from exporter.backends.openvino.devices import computed_in, in_use, members, properties, text
+from exporter.backends.openvino.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
@@ -53,14 +54,6 @@ class OpenVinoOptions(Options, frozen=True):
 def probe() -> str:
     """The version of OpenVINO."""
     return require("openvino", "openvino")
-
-
-def _arithmetic(precision: str, devices: Sequence[str]) -> str:
-    """The element type that OpenVINO computes in."""
-    if precision == "fp16":
-        return "f32" if set(devices) == {"CPU"} else "f16"
-    # What an int8 IR does not round stays fp32: bf16 there is faster and flips more answers.
-    return "bf16" if precision == "bf16" else "f32"
 
 
 class OpenVinoSession:
@@ -161,7 +154,7 @@ def _compile(
         raise BadRequest(
             f"{artifact.path}: an NPU takes fixed shapes only; build it with --batch, and --imgsz in pixels"
         )
-    arithmetic = _arithmetic(artifact.sidecar.precision, devices)
+    arithmetic = computed_in(artifact.sidecar.precision, devices)
     for member in devices if arithmetic == "bf16" else ():
         if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
@@ -373,6 +366,7 @@ RUNTIME = Runtime(
     layers=layers,
     blocks=blocks,
     peak=peak,
+    serving=SERVING,
 )
 
 TARGET = Target(

@@ -11,6 +11,14 @@ GROUPS = ("AUTO", "MULTI", "HETERO")
 """Names of OpenVINO for a group of devices: AUTO takes the best one, MULTI spreads batches, HETERO splits the graph."""
 
 
+def computed_in(precision: str, devices: Sequence[str]) -> str:
+    """The element type that OpenVINO computes in."""
+    if precision == "fp16":
+        return "f32" if set(devices) == {"CPU"} else "f16"
+    # What an int8 IR does not round stays fp32: bf16 there is faster and flips more answers.
+    return "bf16" if precision == "bf16" else "f32"
+
+
 def group_of(device: str) -> str:
     """AUTO, MULTI or HETERO of `AUTO:GPU,CPU`; "" of a single device."""
     name = device.partition(":")[0]

@@ -18,6 +18,7 @@ from exporter.artifact.disk import check_space
 from exporter.backends import Layer, Options, Runtime, Target, TargetOptions
 from exporter.backends.tensorrt import builder, library, lint, plan, runtime
 from exporter.backends.tensorrt.library import OS, TensorRtOptions
+from exporter.backends.tensorrt.serving import SERVING
 from exporter.errors import BadRequest, some
 from exporter.graph import half
 from exporter.model.structure import KINDS
@@ -153,6 +154,7 @@ RUNTIME = Runtime(
     devices={"cuda": "NVIDIA GPU"},
     unable=runtime.unable,
     layers=layers,
+    serving=SERVING,
 )
 
 TARGET = Target(

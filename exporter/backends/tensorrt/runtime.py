@@ -30,8 +30,10 @@ WARM_UP = 3  # runs before a CUDA graph is taken; the first compiles on TensorRT
 
 def unable() -> str:
     """Why no plan can run on this machine, or ""."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch, whose memory it uses, is not installed"
     return "" if torch.cuda.is_available() else "there is no NVIDIA GPU here, or torch is a CPU build"
 
 

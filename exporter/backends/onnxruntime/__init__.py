@@ -33,6 +33,7 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
+from exporter.backends.onnxruntime.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
 from exporter.machine import cores
@@ -346,6 +347,7 @@ RUNTIME = Runtime(
     layers=layers,
     blocks=blocks,
     peak=peak,
+    serving=SERVING,
 )
 
 TARGET = Target(

@@ -1,0 +1,83 @@
+"""A folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exporter.artifact.disk import check_space, flush, lock, locked, write_error
+from exporter.errors import BadRequest
+
+SPARE_BYTES = 4 << 20  # for the files beside the artifact
+
+
+@contextmanager
+def staged(out: Path, needed: int) -> Iterator[Path]:
+    """A new folder beside `out`, which becomes `out` when the block ends without an error, else it is removed.
+
+    The next process removes the folder of a killed one.
+
+    Args:
+        out: a folder that is not there yet, or empty.
+        needed: bytes of the artifact.
+
+    Raises: BadRequest where `out` is a file or not empty, or cannot be written; Unavailable when the disk is full.
+    """
+    out = out.absolute()
+    _refuse_filled(out)
+    check_space(out, needed + SPARE_BYTES)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.parent):
+            _sweep(out)
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".new", dir=out.parent))
+            release = lock(folder, file=folder.with_suffix(".lock"))
+    except OSError as error:
+        raise write_error(error, out) from None
+    try:
+        folder.chmod(0o755)  # a server of another user reads it
+        yield folder
+        for path in folder.rglob("*"):
+            flush(path)
+        _refuse_filled(out)  # another process may have written it meanwhile
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+        flush(out.parent)
+    except OSError as error:
+        raise write_error(error, out) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release()
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.is_dir() and (entry := next(out.iterdir(), None)):
+        raise BadRequest(f"{out}: not empty ({entry.name} is in it); give -o a folder that is empty or not there")
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise BadRequest(f"{out}: not a folder; give -o a folder that is empty or not there")
+
+
+def _sweep(out: Path) -> None:
+    """Remove the folders of dead processes, whose locks are free."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.new"):
+        with suppress(OSError):
+            release = lock(folder, wait=False, file=folder.with_suffix(".lock"))
+            shutil.rmtree(folder, ignore_errors=True)
+            release()
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy one file, with the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def write(target: Path, content: str | bytes) -> None:
+    """Write one file, with the folders above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content.encode() if isinstance(content, str) else content)
