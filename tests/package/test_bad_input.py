@@ -63,10 +63,11 @@ def test_an_empty_folder_is_taken(artifacts, tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
-def test_another_task_is_refused(artifacts, tmp_path):
+def test_several_heads_are_refused(artifacts, tmp_path):
     artifact = artifacts["onnxruntime", "fp32"]
-    other = type(artifact)(artifact.path, replace(artifact.sidecar, task="custom"))
-    with pytest.raises(BadRequest, match="task custom, and packages are written for classify, embed, features"):
+    architecture = {**artifact.sidecar.architecture, "heads": ("one:3", "other:4")}
+    other = type(artifact)(artifact.path, replace(artifact.sidecar, architecture=architecture))
+    with pytest.raises(BadRequest, match="2 heads; packages are written for one"):
         package.package(other, "python", tmp_path / "out")
 
 
