@@ -16,7 +16,7 @@ import numpy as np
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
-from exporter.backends import Array, Layer, Options, Outputs
+from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
 from exporter.bisect.network import Chain
 from exporter.bisect.parts import Part, Precisions, measure
@@ -83,7 +83,8 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
             layers = runnable.runtime.layers(artifact, session_options)
     precisions = Precisions(layers, artifact.sidecar.precision)
     named = dict(zip((tensor.name for tensor in artifact.sidecar.outputs), outputs, strict=True))
-    parts = list(measure(chain, block_outputs, images, named, precisions))
+    inputs = as_network_takes(images, artifact.sidecar.preprocessing)
+    parts = list(measure(chain, block_outputs, inputs, named, precisions))
     return _report(artifact, chain, parts, options, runnable.findings)
 
 
@@ -99,19 +100,19 @@ def _worst_images(chain: Chain, runnable: Runnable, options: BisectOptions, samp
 
     Raises: BadRequest where none can be read.
     """
-    fixed = runnable.artifact.sidecar.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else WORST
+    fixed, recipe = runnable.artifact.sidecar.batch, runnable.artifact.sidecar.preprocessing
+    size = fixed or WORST
     seen: list[tuple[float, Array, Outputs]] = []
     with runnable.runtime.open(runnable.artifact, _session_options(runnable, options)) as session:
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             outputs = run_batch(session, batch.images, fixed)
-            seen += _with_errors(batch.images, outputs, chain.whole(batch.images))
+            seen += _with_errors(batch.images, outputs, chain.whole(as_network_takes(batch.images, recipe)))
             seen = sorted(seen, key=lambda one: -one[0])[:size]
     if samples.skipped:
         note(f"{len(samples.skipped)} of {samples.total} images cannot be read: {some(samples.skipped)}")
     if not seen:
         raise BadRequest(f"{options.data}: none of its {samples.total} images gives outputs of PyTorch that are finite")
-    if isinstance(fixed, int):  # a batch that the artifact takes
+    if fixed is not None:  # a batch that the artifact takes
         seen += [seen[-1]] * (fixed - len(seen))
     rows = zip(*(outputs for _, _, outputs in seen), strict=True)
     return np.stack([image for _, image, _ in seen]), tuple(map(np.stack, rows))

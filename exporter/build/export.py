@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
+# Root mean square, of pictures: a sum of pixels near a half is rounded to either level. Another filter gives 20 times it.
+PICTURE_SHARE = 2e-3
 FIRST_PROBE_SEED = 1003  # on these images the tanh form in one block of a small network differs by 2e-4
 
 
@@ -230,20 +233,29 @@ def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessin
     """The graph, whose input is the artifact's; the input of the network itself stays normalized."""
     from exporter.model import forms
 
-    first = network.model.downsample_layers[0]
+    change_back = forms.take_input(network.model, preprocessing)
     try:
-        forms.take_input(network.model, preprocessing)
         return trace.trace(network.model, options)
     finally:
-        network.model.downsample_layers[0] = first
+        change_back()
 
 
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
+    if pictures := _probe_pictures(preprocessing):
+        return np.concatenate([images.preprocess_pictures(picture, preprocessing) for picture in pictures])
     resized = preprocessing if options.imgsz else preprocessing.at(96)
     count = min(3, options.batch or 3)
     pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
     return np.stack([images.normalise(one, resized) for one in pixels])
+
+
+def _probe_pictures(preprocessing: Preprocessing) -> list[NDArray[Any]]:
+    """A few pictures (1, H, W, C), for an artifact that takes them: smaller and larger than they are resized to."""
+    if preprocessing.input != "image":
+        return []
+    sizes = synthetic.PICTURES[:3]
+    return [synthetic.dead_leaves(size, FIRST_PROBE_SEED, preprocessing.channels)[None] for size in sizes]
 
 
 def _expected(model: Module, probe: Array) -> Outputs:
@@ -257,13 +269,14 @@ def _expected(model: Module, probe: Array) -> Outputs:
 
 def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str:
     """How the graph in a file differs from the network, or "" where it does not."""
-    checker = job.checker
+    checker, pictures = job.checker, _probe_pictures(sidecar.preprocessing)
     with checker.open(Artifact(file, sidecar), checker.options()) as session:
-        outputs = run_batch(session, network.probe, sidecar.inputs[0].shape[0])
+        batches = [run_batch(session, images, sidecar.batch) for images in pictures or [network.probe]]
+    outputs = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     for tensor, a, b, scale in zip(sidecar.outputs, network.expected, outputs, network.scales, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
-        share = _share(a, b, scale)
-        if not share <= TRACE_SHARE:
+        share = float(np.sqrt(np.mean((a - b) ** 2)) / scale) if pictures else _share(a, b, scale)
+        if not share <= (PICTURE_SHARE if pictures else TRACE_SHARE):
             return f"{tensor.name} differs by {share:.2g} of its scale"
     return ""

@@ -15,7 +15,7 @@ from exporter import artifact as artifacts
 from exporter import backends, precision
 from exporter.artifact.sidecar import Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build.problems import find_problems, scope_of
+from exporter.build.problems import find_problems, refuse_picture, scope_of
 from exporter.data import calibration, samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
@@ -77,6 +77,12 @@ class Job:
         built = replace(self.sidecar, precision=self.precision.name)
         graphs = [self.file(name) for name in ("fp32", self.precision.name)]
         return list(dict.fromkeys([*graphs, self.out / artifacts.file_name(built, self.target.suffix)]))
+
+    @property
+    def above_int8(self) -> str:
+        """The next higher precision that int8 and fp8 have to beat; fp32 where that one cannot take pictures."""
+        above = self.target.above_int8()
+        return "fp32" if self.trace.picture and self.target.no_pictures(above) else above
 
     def in_form(self, form: str) -> Job:
         """The same job with the network written in another form."""
@@ -231,9 +237,10 @@ def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
         heads=tuple(variants.head_layer(head)[0] for head in checkpoint.variant.architecture.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
-        uint8=recipe.export.input == "uint8",
+        uint8=recipe.export.input in ("uint8", "image"),
         channels=checkpoint.stated.preprocessing.channels,
         channels_last=recipe.export.layout == "nhwc",
+        picture=recipe.export.input == "image",
     )
 
 
@@ -249,7 +256,9 @@ def _of_artifact(preprocessing: Preprocessing, export: Export) -> Preprocessing:
                 f"--color bgr: the network takes {preprocessing.channels} channels; it is for 3, leave it out"
             )
         color = "BGR"
-    layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" else "NCHW"
+    if export.input == "image":
+        refuse_picture(preprocessing)
+    layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" or export.input == "image" else "NCHW"
     return replace(preprocessing, input=export.input, layout=layout, color=color)
 
 

@@ -135,7 +135,7 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    if structure.is_response_norm(module) or node.op_type.startswith("Reduce"):
+    if structure.is_picture(module) or structure.is_response_norm(module) or node.op_type.startswith("Reduce"):
         return True
     if structure.is_norm(module) and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
         return True

@@ -24,8 +24,8 @@ INPUT = "images"
 
 class TraceOptions(Record, frozen=True):
     """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
-    whether the input is bytes, its channels, whether these are its last axis, and the names of heads where there are
-    several."""
+    whether the input is bytes, its channels, whether these are its last axis, the names of heads where there are
+    several, and whether the input is one picture of any size, as bytes (H, W, C)."""
 
     task: Task
     strides: tuple[int, ...]
@@ -35,6 +35,7 @@ class TraceOptions(Record, frozen=True):
     channels: int = 3
     channels_last: bool = False
     heads: tuple[str, ...] = ()
+    picture: bool = False
 
 
 def output_names(options: TraceOptions) -> list[str]:
@@ -53,16 +54,13 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
         model: in eval mode; its outputs are those of the task.
         options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
 
-    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), float32 or uint8, to `logits` (N, classes), `embedding`
-        (N, C) or the stages' outputs.
+    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), float32 or uint8, or one picture (H, W, C), to
+        `logits` (N, classes), `embedding` (N, C) or the stages' outputs.
     """
     import torch
 
     dtype = torch.uint8 if options.uint8 else torch.float32
-    # A batch of one would be taken for a constant, and so would a side of one stride.
-    size = options.imgsz or 2 * options.strides[-1]
-    shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
-    example = torch.zeros(options.batch or 2, *shape, dtype=dtype)
+    example = torch.zeros(*_example_shape(options), dtype=dtype)
     with torch.no_grad(), _quiet():
         exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
         program = _converted(exported, options)
@@ -70,6 +68,16 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     _name_axes(graph_model, options)
     _name_after_modules(graph_model)
     return graph_model
+
+
+def _example_shape(options: TraceOptions) -> tuple[int, ...]:
+    """A shape of the input in which no dynamic axis would be taken for a constant: a batch of one, or a side of one
+    stride or of the input of the network."""
+    if options.picture:
+        return 611, 823, options.channels
+    size = options.imgsz or 2 * options.strides[-1]
+    shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
+    return options.batch or 2, *shape
 
 
 def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) -> torch.onnx.ONNXProgram:
@@ -115,6 +123,8 @@ def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
     import torch
 
     axes: dict[int, Any] = {}
+    if options.picture:
+        return {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}
     if options.batch is None:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
@@ -150,7 +160,8 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         stride = options.strides[int(stage) - 1] if stage else 1
         over = f"/{stride}" if stride > 1 else ""
         first = 1 if options.channels_last and value.name == INPUT else 2
-        words = {0: "batch", first: f"height{over}", first + 1: f"width{over}"}
+        first = 0 if options.picture and value.name == INPUT else first
+        words = {0: "batch"} | {first: f"height{over}", first + 1: f"width{over}"}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]
         value.shape = ir.Shape(dims)
 

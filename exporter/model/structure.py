@@ -20,6 +20,7 @@ KINDS = {
     "head": r"head",
 }
 """Kinds of layers with weights, each with the pattern of its modules' names."""
+PICTURE = "picture"
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
 _OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head)[\w.]*(?=/)"
@@ -72,6 +73,11 @@ def is_norm(module: str) -> bool:
 def is_response_norm(module: str) -> bool:
     """Whether a module is a Global Response Normalization."""
     return module.rpartition(".")[2] == "grn"
+
+
+def is_picture(module: str) -> bool:
+    """Whether a module resizes pictures in front of the network."""
+    return module == PICTURE
 
 
 def module_of(operators: str) -> str:

@@ -161,6 +161,9 @@ def _compile(
             f"{artifact.path}: an NPU takes fixed shapes only; build it with --batch, and --imgsz in pixels"
         )
     arithmetic = _arithmetic(artifact.sidecar.precision, devices)
+    if artifact.sidecar.preprocessing.input == "image" and arithmetic != "f32":
+        raise Unavailable(f"{artifact.path}: pictures are resized in fp32, and {device} computes in {arithmetic}; use "
+                          "--device cpu, or build it with --input uint8")  # fmt: skip
     for member in devices if arithmetic == "bf16" else ():
         if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
@@ -338,6 +341,11 @@ def form(precision: str, batch: int | None) -> str:
     return "nchw"
 
 
+def no_pictures(precision: str) -> str:
+    """bf16 is the precision of the whole IR, and its 8 bits do not hold the pixels between two passes."""
+    return "OpenVINO would resize in bf16 too, whose 8 bits are too few" if precision == "bf16" else ""
+
+
 def above_int8() -> str:
     """bf16 where the CPU has it."""
     import openvino as ov
@@ -395,5 +403,6 @@ TARGET = Target(
     form=form,
     build=build,
     placements={"linear+conv": PLACEMENT},
+    no_pictures=no_pictures,
     above_int8=above_int8,
 )
