@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
-# Root mean square, of pictures: a sum of pixels near a half is rounded to either level. Another filter gives 20 times it.
+# Root mean square, of pictures: a sum of pixels near a half is rounded to either level.
 PICTURE_SHARE = 2e-3
 FIRST_PROBE_SEED = 1003  # on these images the tanh form in one block of a small network differs by 2e-4
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.artifact.sidecar import Record, Size, sides
 from exporter.graph.opset import TRACED
+from exporter.model import structure
 from exporter.recipe import Task
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def _name_after_modules(model: ir.Model) -> None:
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
         module = scopes[-2] if len(scopes) > 1 else ""
+        if module.startswith("_empty_nn_module_stack"):  # the size of the input
+            module = structure.PICTURE
         node.metadata_props.clear()
         node.metadata_props["module"] = module
         node.doc_string = None

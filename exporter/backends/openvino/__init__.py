@@ -34,7 +34,7 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
-from exporter.backends.openvino.devices import in_use, members, properties, text
+from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
@@ -52,14 +52,6 @@ class OpenVinoOptions(Options, frozen=True):
 def probe() -> str:
     """The version of OpenVINO."""
     return require("openvino", "openvino")
-
-
-def _arithmetic(precision: str, devices: Sequence[str]) -> str:
-    """The element type that OpenVINO computes in."""
-    if precision == "fp16":
-        return "f32" if set(devices) == {"CPU"} else "f16"
-    # What an int8 IR does not round stays fp32: bf16 there is faster and flips more answers.
-    return "bf16" if precision == "bf16" else "f32"
 
 
 class OpenVinoSession:
@@ -160,10 +152,7 @@ def _compile(
         raise BadRequest(
             f"{artifact.path}: an NPU takes fixed shapes only; build it with --batch, and --imgsz in pixels"
         )
-    arithmetic = _arithmetic(artifact.sidecar.precision, devices)
-    if artifact.sidecar.preprocessing.input == "image" and arithmetic != "f32":
-        raise Unavailable(f"{artifact.path}: pictures are resized in fp32, and {device} computes in {arithmetic}; use "
-                          "--device cpu, or build it with --input uint8")  # fmt: skip
+    arithmetic = arithmetic_of(artifact, device, devices)
     for member in devices if arithmetic == "bf16" else ():
         if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
@@ -339,11 +328,6 @@ def form(precision: str, batch: int | None) -> str:
     """
     del precision, batch
     return "nchw"
-
-
-def no_pictures(precision: str) -> str:
-    """bf16 is the precision of the whole IR, and its 8 bits do not hold the pixels between two passes."""
-    return "OpenVINO would resize in bf16 too, whose 8 bits are too few" if precision == "bf16" else ""
 
 
 def above_int8() -> str:
