@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter import artifact as artifacts
-from exporter import backends, precision
+from exporter import backends, machine, precision
 from exporter.artifact.sidecar import Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build.problems import find_problems, refuse_picture, scope_of
@@ -284,7 +284,7 @@ def _sidecar(
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
         origins=checkpoint.origins | origins,
-        versions=backends.versions(),
+        versions=backends.versions() | (machine.versions(["Pillow"]) if trace.picture else {}),
         recipe=_with_form(fp32.of_build(), form),
     )
 

@@ -1,16 +1,18 @@
 """The resize and crop of a picture of any size as part of the network: the pixels that Pillow gives.
 
-Pillow resizes rows, rounds them to bytes, and then resizes columns. Both passes are matrix products here, with weights
-that are computed from the size of the picture. So the graph has all of Pillow's continuous filters, and asks nothing of
-a runtime but elementary operators. Source of the formulas: Pillow, `src/libImaging/Resample.c`.
+Pillow resizes rows, rounds them to bytes, and then resizes columns, or columns first. Both passes are matrix products
+here, with weights that are computed from the size of the picture. So the graph has all of Pillow's continuous filters,
+and asks nothing of a runtime but elementary operators. Source of the formulas: Pillow, `src/libImaging/Resample.c`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,12 +52,24 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 """The filters by name: the weight of a pixel at a distance of 0 and above, in pixels of the smaller of both sizes."""
 
 
+@cache
+def may_begin_with_columns() -> bool:
+    """Whether the Pillow of this machine resizes columns first where the height shrinks, and by more than twice as many
+    pixels as the width. Pillow 13.0 does, other versions begin with rows."""
+    from PIL import Image
+
+    noise = Image.fromarray((np.arange(64 * 16).reshape(64, 16) ** 2 % 251).astype(np.uint8))
+    bicubic = Image.Resampling.BICUBIC
+    rows_first = noise.resize((9, 64), bicubic).resize((9, 11), bicubic)
+    return noise.resize((9, 11), bicubic).tobytes() != rows_first.tobytes()
+
+
 class Picture(nn.Module):
     """Resizes and crops a picture as `exporter.data.images` does, to whole numbers from 0 to 255."""
 
     def __init__(self, recipe: Preprocessing) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.may_begin_with_columns = recipe, may_begin_with_columns()
         fill = torch.tensor([float(round(255 * mean)) for mean in recipe.mean])[:, None, None]
         self.register_buffer("fill", fill.flip(0) if recipe.color == "BGR" else fill)
         self.fill: Tensor
@@ -72,12 +86,23 @@ class Picture(nn.Module):
         rows, columns = resized(height, width, self.recipe)
         at_rows, at_columns = self._cropped(rows, self.recipe.height), self._cropped(columns, self.recipe.width)
         x = torch.ops.aten._to_copy.default(picture.permute(2, 0, 1), dtype=torch.float32)
-        x = _as_bytes(x @ self._weights(at_columns, width, columns).T)
-        x = _as_bytes(self._weights(at_rows, height, rows) @ x)
+        x = self._resize(
+            _smaller(height - rows, height - rows - 2 * (width - columns)) > 0,
+            (x, self._weights(at_rows, height, rows), self._weights(at_columns, width, columns).T),
+        )
         if self.pads:
             in_rows, in_columns = (at_rows >= 0) & (at_rows < rows), (at_columns >= 0) & (at_columns < columns)
             x = torch.where(in_rows[:, None] & in_columns, x, self.fill)
         return x[None]
+
+    def _resize(self, tall: bool, parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The resized picture, in Pillow's order; a branch of the graph where the size of the picture is dynamic."""
+        if not self.may_begin_with_columns or tall is False:
+            return _rows_first(*parts)
+        if tall is True:
+            return _columns_first(*parts)
+        x: Tensor = torch.cond(tall, _columns_first, _rows_first, parts)
+        return x
 
     def _cropped(self, side: int, wanted: int) -> Tensor:
         """The places of the input's pixels in the resized picture, on one axis; those to be filled up are outside."""
@@ -125,6 +150,16 @@ def _larger(a: Number, b: Number) -> Number:
 def _divided(number: int, by: int) -> int:
     """The quotient of whole numbers, rounded; halves to even."""
     return (2 * number + by - 1 + number // by % 2) // (2 * by)
+
+
+def _rows_first(x: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """Each row of a picture (C, H, W) resized, then each column."""
+    return _as_bytes(of_rows @ _as_bytes(x @ of_columns))
+
+
+def _columns_first(x: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """Each column of a picture (C, H, W) resized, then each row."""
+    return _as_bytes(_as_bytes(of_rows @ x) @ of_columns)
 
 
 def _as_bytes(x: Tensor) -> Tensor:
