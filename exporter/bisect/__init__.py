@@ -7,6 +7,7 @@ So the error of a part is its own, whatever the parts before it did.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from exporter.report import Finding, Report, number
 from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
 
 IMAGES, WORST = 64, 4  # that are compared by default, and that are examined
+PICTURE_LIMIT = 2e-3  # of the first part, which resizes pictures: Pillow rounds a sum near half a level otherwise
 
 
 class BisectOptions(Record, frozen=True):
@@ -85,6 +87,8 @@ def bisect(artifact: Artifact, options: BisectOptions) -> Report:
     named = dict(zip((tensor.name for tensor in artifact.sidecar.outputs), outputs, strict=True))
     inputs = as_network_takes(images, artifact.sidecar.preprocessing)
     parts = list(measure(chain, block_outputs, inputs, named, precisions))
+    if artifact.sidecar.preprocessing.input == "image":
+        parts[0] = dataclasses.replace(parts[0], limit=max(parts[0].limit, PICTURE_LIMIT))
     return _report(artifact, chain, parts, options, runnable.findings)
 
 

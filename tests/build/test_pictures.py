@@ -184,7 +184,8 @@ def test_predict_and_bench_give_it_pictures(built, run, tmp_path):
 
 
 def test_bisect_runs_the_network_on_pillows_pixels(built):
-    assert bisect(built(), BisectOptions(samples=3)).passed
+    report = bisect(built(), BisectOptions(samples=3))
+    assert report.passed, [finding for finding in report.findings if not finding.passed]
 
 
 def test_a_grey_network_takes_grey_pictures(tmp_path):
