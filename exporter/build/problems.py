@@ -102,8 +102,8 @@ def _check_picture(recipe: Recipe, target: Target) -> None:
         return
     if reason := target.no_pictures(recipe.precision):
         raise BadRequest(f"--input image: {reason}; take --input uint8, and resize before it")
-    if export.layout is not None:
-        raise BadRequest(f"--layout {export.layout}: a picture is (H, W, C) as PIL and OpenCV have it; leave it out")
+    if export.layout != "nchw":
+        raise BadRequest(f"--layout {export.layout}: it is for batches, and a picture is (H, W, C); leave it out")
     if export.imgsz == "dynamic":
         raise BadRequest("--imgsz dynamic: pictures of any size are resized to one size; give it in pixels")
     if export.batch not in ("dynamic", 1):

@@ -145,12 +145,11 @@ class Export(Record, frozen=True):
         ),
     ] = "normalized"
     layout: Annotated[
-        Literal["nchw", "nhwc"] | None,
+        Literal["nchw", "nhwc"],
         about(
-            "Axes of the artifact's input: channels first, or last as cameras and PIL have.",
-            default="nchw; (H, W, C) for --input image",
+            "Axes of the artifact's input: channels first, or last as cameras and PIL have; a picture has (H, W, C)."
         ),
-    ] = None
+    ] = "nchw"
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
     ] = "rgb"

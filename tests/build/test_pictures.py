@@ -196,7 +196,7 @@ def test_a_grey_network_takes_grey_pictures(tmp_path):
 
 
 REFUSED = {
-    ("--layout", "nhwc"): "--layout nhwc: a picture is (H, W, C)",
+    ("--layout", "nhwc"): "--layout nhwc: it is for batches, and a picture is (H, W, C)",
     ("--imgsz", "dynamic"): "--imgsz dynamic: pictures of any size are resized to one size",
     ("--batch", "4"): "--batch 4: pictures of any size run one at a time",
     ("--interpolation", "nearest"): "--input image: of nearest the last bit of a sum decides",
