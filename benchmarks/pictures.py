@@ -129,7 +129,7 @@ def timed(ways: Sequence[Callable[[Pixels], object]], photographs: list[Pixels])
 def measured(artifact: Artifact, graph: Artifact, expected: list[int], photographs: list[Pixels]) -> Row:
     """Run all photographs; `expected` are their classes."""
     runtime, recipe = backends.runtime_of(artifact), artifact.sidecar.preprocessing
-    with runtime.open(artifact, runtime.options()) as session:
+    with runtime.open(artifact, runtime.options(threads=1)) as session:
         classes = classes_of(session, photographs)
     with resize_of(graph, runtime.name) as resize:
         errors = [np.abs(resize(picture) - by_pillow(picture, recipe)) for picture in photographs]
@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace) -> Result:
             if not photographs:
                 opened = open_samples(str(options.folder), graph.sidecar.preprocessing, (), None, options.samples)
                 photographs = [batch.images[0] for batch in opened.batches(1)]
-            with eager.open(graph, eager.options()) as reference:
+            with eager.open(graph, eager.options(threads=1)) as reference:
                 expected = classes_of(reference, photographs)
             for artifact in artifacts:
                 rows.append(measured(artifact, graph, expected, photographs))
