@@ -33,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
+from benchmarks.pictures import Result as Pictures
 from exporter import report
 from exporter.bisect.parts import TOLERANCES
 from exporter.cli import cli, groups
@@ -50,6 +51,7 @@ DOCUMENTS = (
     "docs/bisect.md",
     "docs/checkpoints.md",
     "docs/forms.md",
+    "docs/inputs.md",
     "docs/int8.md",
     "docs/optimize.md",
     "docs/peers.md",
@@ -93,6 +95,7 @@ def tables() -> dict[str, str]:
     )
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
+    resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     gains = msgspec.json.decode((MILAN / "gain.json").read_bytes(), type=coverage.Experiment)
@@ -118,6 +121,7 @@ def tables() -> dict[str, str]:
         "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
+        "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "tolerances": tolerances(),
         "forms": forms.form_table(formed),

@@ -69,8 +69,8 @@ class Preprocessing(Record, frozen=True):
     cuts the centre, which is everything where `resize` is `size`, as published for inputs of 384 pixels and more.
     `border` resizes the long side to `resize` and fills up with the mean colour. `crop_pct` is size / resize where the
     source states that ratio. `offset` is how half a pixel beside the crop is rounded: to even (torchvision, timm) or
-    down (transformers). `input` is the type of pixels that the artifact takes: `normalized`, `float01` (0…1) or
-    `uint8` (0…255); the artifact contains the remaining steps.
+    down (transformers). `input` is the type of pixels that the artifact takes: `normalized`, `float01` (0…1), `uint8`
+    (0…255), or `image`, one decoded picture (H, W, C) of any size in bytes; the artifact contains the remaining steps.
 
     `size` and `resize` are one number, or height and width. Where `resize` is both, `center` resizes the image, with
     its ratio of sides, to the smallest size that covers them. `mean` and `std` have one value for each input channel.
@@ -90,7 +90,7 @@ class Preprocessing(Record, frozen=True):
     std: PerChannel = (0.229, 0.224, 0.225)
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     color: Literal["RGB", "BGR", "L", "RGBA", "bands"] = "RGB"
-    input: Literal["normalized", "float01", "uint8"] = "normalized"
+    input: Literal["normalized", "float01", "uint8", "image"] = "normalized"
     dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -256,6 +256,12 @@ class Sidecar(Record, frozen=True):
         export = self.recipe.get("export", {})
         tasks: Any = tuple(self.task.split(","))
         return OutputSpec(tasks=tasks, answer=export.get("output", "logits"), l2=export.get("l2", False))
+
+    @property
+    def batch(self) -> int | None:
+        """The number of images that a run takes: a fixed one, which is 1 for pictures of any size, or None for any."""
+        first = self.inputs[0].shape[0]
+        return 1 if self.preprocessing.input == "image" else first if isinstance(first, int) else None
 
     def facts(self) -> dict[str, str]:
         """The metadata that the model file carries: every fact known before the file is written, without locations,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from exporter import discover, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing, Record, Sidecar
+from exporter.data.images import preprocess_pictures
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.precision import PRECISIONS
 from exporter.quantize.placement import Placement
@@ -55,16 +56,20 @@ class Session(Protocol):
     """The number of threads that may call it at once."""
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, C, H, W) float32 to outputs (N, …) float32, whatever runs inside."""
+        """Run: images (N, C, H, W) float32, or for `--input image` one picture (1, H, W, C) uint8 in RGB or grey, to
+        outputs (N, …) float32, whatever runs inside."""
 
     def bind(self, batches: Sequence[Array]) -> Bound:
-        """Put the inputs in place on the device: one or more batches (N, C, H, W), taken in turn, the first first."""
+        """Put the inputs in place on the device: one or more batches, as for a call, taken in turn, the first first."""
 
 
 def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
-    """Normalised images (N, C, H, W) as an artifact takes them: these, or the pixels that they were made from, with its
-    order of channels, axes and type."""
+    """Images as an artifact takes them, from those that a session gets: normalised images (N, C, H, W), or the pixels
+    that they were made from, with its order of channels, axes and type; or a picture (1, H, W, C) without its first
+    axis."""
     taken: NDArray[Any] = images
+    if recipe.input == "image":
+        return np.ascontiguousarray(taken[0, ..., ::-1] if recipe.color == "BGR" else taken[0])
     if recipe.input != "normalized":
         mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
         pixels = images * std + mean
@@ -79,6 +84,11 @@ def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
 def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
     """Outputs in fp32; those that are already so are not copied."""
     return tuple(np.asarray(output, np.float32) for output in outputs)
+
+
+def as_network_takes(images: Array, recipe: Preprocessing) -> Array:
+    """Images as the network takes them, from those that a session gets: normalised images, or pictures."""
+    return preprocess_pictures(images, recipe) if recipe.input == "image" else images
 
 
 @dataclass(frozen=True)
@@ -235,6 +245,7 @@ class Target:
     build: (that graph, precision, folder, options) to what the runtime opens.
     above_int8: the next higher precision that this machine computes in, which int8 and fp8 have to beat.
     reproducible: whether the same graph gives the same bytes every time.
+    no_pictures: (precision) to the reason why its artifacts cannot take pictures of any size (`--input image`), or "".
     check: (precision, batch size or None for any, options): raises BadRequest for what cannot be built, Unavailable for
         what is not installed.
     findings: what is known of an artifact without running it, beside the same network in the next higher precision
@@ -256,6 +267,7 @@ class Target:
     placements: Mapping[str, Placement] = field(default_factory=dict)
     above_int8: Callable[[], str] = lambda: PRECISIONS["int8"].higher
     reproducible: bool = True
+    no_pictures: Callable[[str], str] = lambda _: ""
     lower: Callable[[Artifact, str, Path, Sequence[str]], Artifact] | None = None
     check: Callable[[str, int | None, TargetOptions], None] | None = None
     findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
     Array,
     Blocks,
@@ -20,6 +21,7 @@ from exporter.backends import (
     Outputs,
     Runtime,
     _cuda,
+    as_network_takes,
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
@@ -49,20 +51,24 @@ class EagerOptions(Options, frozen=True):
 class EagerSession:
     """The PyTorch network an artifact was made from."""
 
-    def __init__(self, model: Any, device: str, arithmetic: str = "fp32") -> None:
+    def __init__(self, model: Any, device: str, arithmetic: str = "fp32", recipe: Preprocessing | None = None) -> None:
         self.model, self.device, self.arithmetic = model, device, arithmetic
-        self.facts, self.streams = {"device": device, "arithmetic": arithmetic}, 1
+        self.recipe, self.streams = recipe or Preprocessing(), 1
+        self.facts = {"device": device, "arithmetic": arithmetic}
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
+        """Run: images (N, C, H, W) float32, or a picture that Pillow resizes, to outputs (N, …) float32."""
         import torch
 
+        images = as_network_takes(images, self.recipe)
         outputs = self._forward(self._placed(torch.from_numpy(np.ascontiguousarray(images))))
         return tuple(output.float().cpu().numpy() for output in outputs)
 
     def bind(self, batches: Sequence[Array]) -> Bound:
-        """The images on the device, and one run of the model over a batch."""
+        """The images on the device, pictures preprocessed, and one run of the model over a batch."""
         import torch
+
+        batches = [as_network_takes(images, self.recipe) for images in batches]
 
         held = [self._placed(torch.from_numpy(np.ascontiguousarray(images))) for images in batches]
         turn = itertools.cycle(held)
@@ -125,7 +131,8 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     with _threads(options.threads):
         model = _network(artifact, options).to(options.device)
         model = _narrowed(model, options.arithmetic)
-        yield EagerSession(torch.compile(model) if options.compiled else model, options.device, options.arithmetic)
+        model = torch.compile(model) if options.compiled else model
+        yield EagerSession(model, options.device, options.arithmetic, artifact.sidecar.preprocessing)
 
 
 def _narrowed(model_or_images: Any, arithmetic: str) -> Any:

@@ -55,7 +55,7 @@ def batches_of(options: TimingOptions, artifacts: Sequence[Artifact]) -> tuple[i
 
     Raises: BadRequest for batch sizes that an artifact cannot run.
     """
-    fixed = {made.path: size for made in artifacts if isinstance(size := made.sidecar.inputs[0].shape[0], int)}
+    fixed = {made.path: size for made in artifacts if (size := made.sidecar.batch) is not None}
     batches = options.batch or tuple(fixed.values())[:1] or (_smallest(artifacts),)
     for path, size in fixed.items():
         if set(batches) != {size}:

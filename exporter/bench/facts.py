@@ -9,6 +9,7 @@ import msgspec
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
 from exporter.bench import Cold, Timing
+from exporter.data import synthetic
 from exporter.report import Finding
 
 COLD = "new process, file not in memory, to the first answer; runtime imported"
@@ -19,7 +20,10 @@ def work(artifact: Artifact) -> list[Finding]:
     macs = artifact.sidecar.macs
     if macs is None:
         return []
-    detail = f"multiply-accumulates of one image of {size_text(artifact.sidecar.preprocessing.size)} pixels"
+    preprocessing = artifact.sidecar.preprocessing
+    detail = f"multiply-accumulates of one image of {size_text(preprocessing.size)} pixels"
+    if preprocessing.input == "image":
+        detail += f"; artifacts also resize it, from {size_text(synthetic.picture_size(1))}, and PyTorch does not"
     return [Finding(check="latency", metric="gmacs", value=macs / 1e9, unit="GMAC", detail=detail)]
 
 

@@ -145,7 +145,7 @@ def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions, op
 
 def _pixels(recipe: Preprocessing) -> Preprocessing:
     """The preprocessing without its scaling, which may differ between artifacts that are timed together."""
-    return recipe.of_network()
+    return recipe if recipe.input == "image" else recipe.of_network()
 
 
 def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:

@@ -17,11 +17,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
-from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session
+from exporter.backends import Bound, Options, Outputs, Runtime, Session
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
 from exporter.errors import first_line
@@ -152,9 +153,12 @@ def _parts(measured: Callable[[], dict[str, float]]) -> dict[str, float]:
     return {part: median(run[part] for run in runs) for part in runs[0]}
 
 
-def inputs(plan: Plan) -> list[Array]:
-    """Different batches of images with the statistics of photographs."""
+def inputs(plan: Plan) -> list[NDArray[Any]]:
+    """Different batches of images with the statistics of photographs; or pictures of one size."""
     recipe = plan.preprocessing
+    if recipe.input == "image":
+        size = synthetic.picture_size(1)
+        return [synthetic.dead_leaves(size, turn, recipe.channels)[None] for turn in range(INPUTS)]
     pixels = [synthetic.dead_leaves(recipe.size, seed, recipe.channels) for seed in range(4)]
     scenes = [images.normalise(one, recipe) for one in pixels]
     return [

@@ -8,7 +8,7 @@ So the error of a part is its own, whatever the parts before it did.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import msgspec
@@ -17,7 +17,7 @@ import numpy as np
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
-from exporter.backends import Array, Layer, Options, Outputs
+from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
 from exporter.bisect.network import Chain
 from exporter.bisect.parts import Part, Precisions, measure, share_of_deviation
@@ -30,6 +30,7 @@ from exporter.report import Finding, Report, number
 from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
 
 IMAGES, WORST = 64, 4  # that are compared by default, and that are examined
+PICTURE_LIMIT = 2e-3  # of the first part, which resizes pictures: Pillow rounds a sum near half a level otherwise
 
 
 class BisectOptions(Record, frozen=True):
@@ -112,7 +113,7 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
             images, outputs = _worst_images(chain, runnable, options, samples)
         else:
             with runnable.runtime.open(runnable.artifact, session_options) as session:
-                outputs = run_batch(session, images, artifact.sidecar.inputs[0].shape[0])
+                outputs = run_batch(session, images, artifact.sidecar.batch)
         step(f"running {len(chain.names)} parts on the {len(images)} images that differ most")
         with runnable.runtime.blocks(runnable.artifact, session_options) as blocks:
             block_outputs = dict(zip(blocks.names, blocks.run(images), strict=True))
@@ -121,12 +122,15 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
             layers = runnable.runtime.layers(artifact, session_options)
     precisions = Precisions(layers, artifact.sidecar.precision)
     named = dict(zip((tensor.name for tensor in artifact.sidecar.outputs), outputs, strict=True))
-    parts = tuple(measure(chain, block_outputs, images, named, precisions))
+    inputs = as_network_takes(images, artifact.sidecar.preprocessing)
+    parts = list(measure(chain, block_outputs, inputs, named, precisions))
+    if artifact.sidecar.preprocessing.input == "image":
+        parts[0] = replace(parts[0], limit=max(parts[0].limit, PICTURE_LIMIT))
     first = next((part for part in parts if not part.passed), None)
     reason = reasons.of(chain, first) if first is not None else None
-    whole = zip(outputs, chain.whole(images), strict=True)
+    whole = zip(outputs, chain.whole(inputs), strict=True)
     output_error = max(share_of_deviation(y, expected) for y, expected in whole if expected.dtype.kind == "f")
-    return Examination(artifact, images, parts, output_error, reason, runnable.findings)
+    return Examination(artifact, images, tuple(parts), output_error, reason, runnable.findings)
 
 
 def _session_options(runnable: Runnable, options: BisectOptions) -> Options:
@@ -141,19 +145,19 @@ def _worst_images(chain: Chain, runnable: Runnable, options: BisectOptions, samp
 
     Raises: BadRequest where none can be read.
     """
-    fixed = runnable.artifact.sidecar.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else WORST
+    fixed, recipe = runnable.artifact.sidecar.batch, runnable.artifact.sidecar.preprocessing
+    size = fixed or WORST
     seen: list[tuple[float, Array, Outputs]] = []
     with runnable.runtime.open(runnable.artifact, _session_options(runnable, options)) as session:
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             outputs = run_batch(session, batch.images, fixed)
-            seen += _with_errors(batch.images, outputs, chain.whole(batch.images))
+            seen += _with_errors(batch.images, outputs, chain.whole(as_network_takes(batch.images, recipe)))
             seen = sorted(seen, key=lambda one: -one[0])[:size]
     if samples.skipped:
         note(f"{len(samples.skipped)} of {samples.total} images cannot be read: {some(samples.skipped)}")
     if not seen:
         raise BadRequest(f"{options.data}: none of its {samples.total} images gives outputs of PyTorch that are finite")
-    if isinstance(fixed, int):  # a batch that the artifact takes
+    if fixed is not None:  # a batch that the artifact takes
         seen += [seen[-1]] * (fixed - len(seen))
     rows = zip(*(outputs for _, _, outputs in seen), strict=True)
     return np.stack([image for _, image, _ in seen]), tuple(map(np.stack, rows))

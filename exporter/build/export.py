@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
@@ -34,6 +35,8 @@ FP16_REACH = 65504 / 4  # other images reach further than the few that are looke
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
 HALF_SHARE = 1e-2  # of pixels or outputs rounded to fp16, eleven bits, by an fp32 network
+# Root mean square, of pictures: a sum of pixels near a half is rounded to either level.
+PICTURE_SHARE = 2e-3
 FIRST_PROBE_SEED = 1003  # on these images the tanh form in one block of a small network differs by 2e-4
 
 
@@ -144,18 +147,26 @@ def _compared(network: Network, reference: Reference, options: TraceOptions) -> 
     return answers
 
 
-def _shares(options: TraceOptions, expected: Outputs, outputs: Outputs, scales: Sequence[float]) -> list[float]:
-    """The largest difference of each output as a share of its scale. For numbers of classes it is infinite where one
-    differs whose probability is not nearly that of its neighbours; the last of five may have an unknown neighbour."""
+def _shares(
+    options: TraceOptions,
+    expected: Outputs,
+    outputs: Outputs,
+    scales: Sequence[float],
+    limit: float = TRACE_SHARE,
+) -> list[float]:
+    """The largest difference of each output as a share of its scale; of pictures the root mean square. For numbers of
+    classes it is infinite where one differs whose probability is further than the limit from that of its neighbours;
+    the last of five may have an unknown neighbour."""
     shares = []
     for index, holds in enumerate(options.outputs.values()):
         difference = np.abs(expected[index].astype(np.float64) - outputs[index])
         if holds == "classes":
-            gaps = np.abs(np.diff(expected[index + 1], axis=1)) / scales[index + 1] > TRACE_SHARE
+            gaps = np.abs(np.diff(expected[index + 1], axis=1)) / scales[index + 1] > limit
             clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
             shares.append(float("inf") if (difference[clear] > 0).any() else 0.0)
         else:
-            shares.append(float(difference.max() / scales[index]))
+            size = np.sqrt(np.square(difference).mean()) if options.picture else difference.max()
+            shares.append(float(size / scales[index]))
     return shares
 
 
@@ -248,21 +259,31 @@ def _traced(network: Network, options: TraceOptions, preprocessing: Preprocessin
     """The graph, whose input and types are the artifact's; those of the network itself stay normalized and fp32."""
     from exporter.model import forms
 
-    first = network.model.downsample_layers[0]
+    change_back = forms.take_input(network.model, preprocessing)
     try:
-        forms.take_input(network.model, preprocessing)
         network.model.half_outputs = options.half_outputs
         return trace.trace(network.model, options)
     finally:
-        network.model.downsample_layers[0], network.model.half_outputs = first, False
+        change_back()
+        network.model.half_outputs = False
 
 
 def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
+    if pictures := _probe_pictures(preprocessing):
+        return np.concatenate([images.preprocess_pictures(picture, preprocessing) for picture in pictures])
     resized = preprocessing if options.imgsz else preprocessing.at(96)
     count = min(3, options.batch or 3)
     pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
     return np.stack([images.normalise(one, resized) for one in pixels])
+
+
+def _probe_pictures(preprocessing: Preprocessing) -> list[NDArray[Any]]:
+    """A few pictures (1, H, W, C), for an artifact that takes them: smaller and larger than they are resized to."""
+    if preprocessing.input != "image":
+        return []
+    sizes = synthetic.PICTURES[:3]
+    return [synthetic.dead_leaves(size, FIRST_PROBE_SEED, preprocessing.channels)[None] for size in sizes]
 
 
 def _expected(model: Module, probe: Array) -> Outputs:
@@ -276,14 +297,16 @@ def _expected(model: Module, probe: Array) -> Outputs:
 
 def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str:
     """How the graph in a file differs from the network, or "" where it does not."""
-    checker = job.checker
+    checker, pictures = job.checker, _probe_pictures(sidecar.preprocessing)
     with checker.open(Artifact(file, sidecar), checker.options()) as session:
-        outputs = run_batch(session, network.probe, sidecar.inputs[0].shape[0])
+        batches = [run_batch(session, images, sidecar.batch) for images in pictures or [network.probe]]
+    outputs = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
     for tensor, a, b in zip(sidecar.outputs, network.expected, outputs, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
-    shares = _shares(job.trace, network.expected, outputs, network.scales)
-    limit = HALF_SHARE if job.trace.half_outputs or job.trace.dtype == "float16" else TRACE_SHARE
+    rounds = job.trace.half_outputs or job.trace.dtype == "float16"
+    limit = PICTURE_SHARE if pictures else HALF_SHARE if rounds else TRACE_SHARE
+    shares = _shares(job.trace, network.expected, outputs, network.scales, limit)
     for tensor, share in zip(sidecar.outputs, shares, strict=True):
         if not share <= limit:
             return f"{tensor.name} differs by {share:.2g} of its scale"

@@ -70,7 +70,8 @@ def export(
             built = build(replace(recipe, model=model), out, reference=opened)
         if built.report is not None:
             return built
-        session = eager.EagerSession(opened.with_outputs(built.artifact.sidecar.spec), "cpu")
+        sidecar = built.artifact.sidecar
+        session = eager.EagerSession(opened.with_outputs(sidecar.spec), "cpu", recipe=sidecar.preprocessing)
         options = VerifyOptions(weights=str(folder), **msgspec.structs.asdict(recipe.checks))
         report = verify(built.artifact, options, reference_session=session)
     record_quality(built.artifact, report)

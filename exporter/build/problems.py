@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from exporter import backends, precision
-from exporter.artifact.sidecar import OutputSpec
+from exporter.artifact.sidecar import OutputSpec, Preprocessing
 from exporter.backends import Target, TargetOptions
 from exporter.build import budget
 from exporter.data.samples import is_synthetic
@@ -44,6 +44,7 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
         (("preprocessing",), lambda: refuse_contradiction(recipe.preprocessing)),
         (("export",), lambda: _check_opset(recipe, target)),
         (("export",), lambda: _check_precision_of_kept(recipe, target)),
+        (("export",), lambda: _check_picture(recipe, target)),
         (("target",), lambda: _options(recipe, target)),
         (("quantization",), lambda: _check_quantization(recipe, target)),
         (("model",), lambda: _check_outputs(recipe)),
@@ -96,6 +97,35 @@ def _check_opset(recipe: Recipe, target: Target) -> None:
     graph = recipe.precision if quantized or target.lower is not None else "fp32"
     placement = target.placements.get(scope_of(recipe, target)) if quantized else None
     opset.check(recipe.export.opset, recipe.export.ir_version, graph, placement.rest if placement else "fp32")
+
+
+def _check_picture(recipe: Recipe, target: Target) -> None:
+    """Pictures of any size go with the other options and the target."""
+    export = recipe.export
+    if export.input != "image":
+        return
+    if reason := target.no_pictures(recipe.precision):
+        raise BadRequest(f"--input image: {reason}; take --input uint8, and resize before it")
+    if export.layout != "nchw":
+        raise BadRequest(f"--layout {export.layout}: it is for batches, and a picture is (H, W, C); leave it out")
+    if export.imgsz == "dynamic":
+        raise BadRequest("--imgsz dynamic: pictures of any size are resized to one size; give it in pixels")
+    if export.batch not in ("dynamic", 1):
+        raise BadRequest(f"--batch {export.batch}: pictures of any size run one at a time; leave it out")
+
+
+def refuse_picture(preprocessing: Preprocessing) -> None:
+    """Raises: BadRequest for preprocessing of pictures that a graph does not have."""
+    if preprocessing.interpolation in ("nearest", "box"):
+        raise BadRequest(
+            f"--input image: of {preprocessing.interpolation} the last bit of a sum decides which pixels count, and "
+            "runtimes differ in it; give --interpolation bilinear, bicubic, hamming or lanczos"
+        )
+    if preprocessing.channels not in (1, 3):
+        raise BadRequest(
+            f"--input image: the network takes {preprocessing.channels} channels, and pictures have 1 (grey) or 3; "
+            "take --input uint8, and resize before it"
+        )
 
 
 def _check_quantization(recipe: Recipe, target: Target) -> None:
@@ -215,5 +245,6 @@ def _check_device(recipe: Recipe, device: str | None) -> None:
         return
     backends.kind_of(device, backends.runtime(recipe.backend), "this recipe")
     on_npu = any(name.strip().startswith("npu") for name in re.split("[:,]", device.lower()))
-    if on_npu and (recipe.fixed_batch is None or recipe.export.imgsz == "dynamic"):
+    dynamic = recipe.fixed_batch is None or recipe.export.imgsz == "dynamic" or recipe.export.input == "image"
+    if on_npu and dynamic:
         raise BadRequest(f"--device {device}: an NPU takes fixed shapes only; give --batch, and --imgsz in pixels")

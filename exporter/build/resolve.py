@@ -12,10 +12,10 @@ import msgspec
 from msgspec.structs import replace
 
 from exporter import artifact as artifacts
-from exporter import backends, precision
+from exporter import backends, machine, precision
 from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build.problems import check_keep, find_problems, scope_of
+from exporter.build.problems import check_keep, find_problems, refuse_picture, scope_of
 from exporter.data import calibration, samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
@@ -77,6 +77,12 @@ class Job:
         built = replace(self.sidecar, precision=self.precision.name)
         graphs = [self.file(name) for name in ("fp32", self.precision.name)]
         return list(dict.fromkeys([*graphs, self.out / artifacts.file_name(built, self.target.suffix)]))
+
+    @property
+    def above_int8(self) -> str:
+        """The next higher precision that int8 and fp8 have to beat; fp32 where that one cannot take pictures."""
+        above = self.target.above_int8()
+        return "fp32" if self.trace.picture and self.target.no_pictures(above) else above
 
     def in_form(self, form: str) -> Job:
         """The same job with the network written in another form."""
@@ -233,18 +239,24 @@ def _output_spec(recipe: Recipe, checkpoint: Checkpoint) -> OutputSpec:
 
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size
-    half = recipe.export.io == "fp16"
     return TraceOptions(
         spec=_output_spec(recipe, checkpoint),
         strides=checkpoint.variant.architecture.strides,
         heads=tuple(variants.head_layer(head)[0] for head in checkpoint.variant.architecture.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
-        dtype="uint8" if recipe.export.input == "uint8" else "float16" if half else "float32",
+        dtype=_input_type(recipe.export),
         channels=checkpoint.stated.preprocessing.channels,
         channels_last=recipe.export.layout == "nhwc",
-        half_outputs=half,
+        half_outputs=recipe.export.io == "fp16",
+        picture=recipe.export.input == "image",
     )
+
+
+def _input_type(export: Export) -> Literal["float32", "float16", "uint8"]:
+    if export.input in ("uint8", "image"):
+        return "uint8"
+    return "float16" if export.io == "fp16" else "float32"
 
 
 def _of_artifact(preprocessing: Preprocessing, export: Export) -> Preprocessing:
@@ -259,8 +271,10 @@ def _of_artifact(preprocessing: Preprocessing, export: Export) -> Preprocessing:
                 f"--color bgr: the network takes {preprocessing.channels} channels; it is for 3, leave it out"
             )
         color = "BGR"
-    layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" else "NCHW"
-    dtype: Literal["float32", "float16"] = "float16" if export.io == "fp16" and export.input != "uint8" else "float32"
+    if export.input == "image":
+        refuse_picture(preprocessing)
+    layout: Literal["NCHW", "NHWC"] = "NHWC" if export.layout == "nhwc" or export.input == "image" else "NCHW"
+    dtype: Literal["float32", "float16"] = "float16" if _input_type(export) == "float16" else "float32"
     return replace(preprocessing, input=export.input, dtype=dtype, layout=layout, color=color)
 
 
@@ -287,7 +301,7 @@ def _sidecar(
         macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
         labels=checkpoint.labels,
         origins=checkpoint.origins | origins,
-        versions=backends.versions(),
+        versions=backends.versions() | (machine.versions(["Pillow"]) if trace.picture else {}),
         recipe=_with_form(fp32.of_build(), form),
     )
 

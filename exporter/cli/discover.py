@@ -171,6 +171,7 @@ _INPUTS = {
     "normalized": "",
     "float01": ", applied inside the artifact; it takes pixels from 0 to 1",
     "uint8": ", applied inside the artifact; it takes uint8 pixels from 0 to 255",
+    "image": "; resized and normalized inside the artifact, which takes a picture of any size as uint8",
 }
 
 

@@ -76,6 +76,10 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{size_text(base.preprocessing.size)}; "
             "build both with one --imgsz"
         )
+    if (base.preprocessing.input == "image") != (head.preprocessing.input == "image"):
+        raise BadRequest(
+            f"{pair.head.path} or {pair.base.path} takes pictures of any size; build both with one --input"
+        )
     for side in (pair.base, pair.head):
         backends.runtime_of(side)
     check_devices((pair.base, pair.head), options.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed images (N, C, H, W) float32, their names, and their classes (N,), −1 where unknown, or for a
-    multi-label head 0 or 1 for each label (N, L)."""
+    """Preprocessed images (N, C, H, W) float32, or one picture (1, H, W, C) uint8; their names, and their classes (N,),
+    −1 where unknown, or for a multi-label head 0 or 1 for each label (N, L)."""
 
-    images: NDArray[np.float32]
+    images: NDArray[Any]
     labels: NDArray[np.int64]
     names: tuple[str, ...]

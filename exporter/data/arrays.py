@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,8 @@ class Arrays:
         """The number of images."""
         return self.shape[0]
 
-    def rows(self) -> Iterator[NDArray[np.float32]]:
-        """Each image as an input (C, H, W) float32."""
+    def rows(self) -> Iterator[NDArray[Any]]:
+        """Each image as sessions get it: an input (C, H, W) float32, or a picture (H, W, C) uint8."""
         from PIL import Image
 
         bytes_each = int(np.prod(self.shape[1:])) * self.dtype.itemsize
@@ -49,7 +49,9 @@ class Arrays:
                 if len(content) < bytes_each:
                     raise BadRequest(f"{self.path}: damaged: it ends after {index} of {self.count} images")
                 row = np.frombuffer(content, self.dtype).reshape(self.shape[1:])
-                if self.dtype == np.uint8:
+                if self.recipe.input == "image":
+                    yield row
+                elif self.dtype == np.uint8:
                     planes = [Image.fromarray(plane) for plane in np.moveaxis(row, -1, 0)]
                     yield images.preprocess_planes(planes, self.recipe)
                 else:

@@ -13,7 +13,7 @@ import io
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -73,11 +73,13 @@ class Manifest(Record, frozen=True):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Images to calibrate with: what they are called, the digest of their contents, and the images."""
+    """Images to calibrate with: what they are called, the digest of their contents, the images as the network takes
+    them, and as sessions of the artifact get them."""
 
     source: str
     digest: str
     samples: Samples
+    compared: Samples
 
     @property
     def total(self) -> int:
@@ -93,7 +95,7 @@ class CalibrationSet:
     def to_compare(self) -> Samples:
         """The images on which a quantized network is compared with PyTorch where there are no others. Synthetic ones
         show no loss of accuracy, only errors of outputs, for which `COMPARED` are enough."""
-        return self.samples.first(COMPARED) if self.synthetic else self.samples
+        return self.compared.first(COMPARED) if self.synthetic else self.compared
 
     def batches(self, size: int, skip: int = 0) -> Iterator[Batch]:
         """All images after the first `skip`, in batches.
@@ -286,15 +288,25 @@ def open_calibration(
 
     Raises: BadRequest for data that cannot be used, or fewer images than were asked for.
     """
+    digest, open_as = _digest_and_images(source, recipe, classes, size, seed)
+    opened = open_as(recipe)
+    of_network = open_as(recipe.of_network()) if recipe.input == "image" else opened
+    return CalibrationSet(source, digest, of_network, opened)
+
+
+def _digest_and_images(
+    source: str, recipe: Preprocessing, classes: int | None, size: int | None, seed: int
+) -> tuple[str, Callable[[Preprocessing], Samples]]:
+    """The digest of a set, and a function that opens its images for a preprocessing."""
     if source == SYNTHETIC:
-        opened = open_samples(SYNTHETIC, recipe, (), classes, size or SYNTHETIC_SIZE)
-        return CalibrationSet(source, hashlib.sha256(f"{synthetic.NAME}, {opened.total}".encode()).hexdigest(), opened)
+        total = size or SYNTHETIC_SIZE
+        digest = hashlib.sha256(f"{synthetic.NAME}, {total}".encode()).hexdigest()
+        return digest, lambda recipe: open_samples(SYNTHETIC, recipe, (), classes, total)
     path = bundled.find_images(source)
     if path.suffix.lower() == ".npz" and path.is_file():
-        total = open_samples(source, recipe, (), classes).total
-        opened = open_samples(source, recipe, (), classes, _wanted(size, total, source))
-        digest = hashlib.sha256(f"{sha256_file(path)} {opened.total}".encode()).hexdigest()
-        return CalibrationSet(source, digest, opened)
+        total = _wanted(size, open_samples(source, recipe, (), classes).total, source)
+        digest = hashlib.sha256(f"{sha256_file(path)} {total}".encode()).hexdigest()
+        return digest, lambda recipe: open_samples(source, recipe, (), classes, total)
     if path.suffix.lower() in (".tsv", ".csv") and path.is_file():
         manifest = read(path)
         wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source)
@@ -307,7 +319,5 @@ def open_calibration(
         raise BadRequest(f"--calib {samples.no_such_data(source)}")
     found = [(entry.path, -1) for entry in manifest.entries]
     if manifest.generator:
-        opened = samples.of_generator(source, manifest.generator, found, recipe)
-    else:
-        opened = samples.of_files(source, Path(manifest.source), found, recipe)
-    return CalibrationSet(source, manifest.digest, opened)
+        return manifest.digest, lambda recipe: samples.of_generator(source, manifest.generator, found, recipe)
+    return manifest.digest, lambda recipe: samples.of_files(source, Path(manifest.source), found, recipe)

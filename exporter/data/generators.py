@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +31,16 @@ class Generator:
     sized: bool
     synthetic: bool
 
-    def input(self, number: int, recipe: Preprocessing) -> NDArray[np.float32]:
-        """An image as an input (C, H, W) float32."""
+    def input(self, number: int, recipe: Preprocessing) -> NDArray[Any]:
+        """An image as sessions get it: an input (C, H, W) float32, or a picture (H, W, C) uint8."""
         from PIL import Image
 
+        if self.sized and recipe.input == "image":
+            return self.image(number, synthetic.picture_size(number), recipe.channels)
         pixels = self.image(number, recipe.size, recipe.channels)
         if self.sized:
             return images.normalise(pixels, recipe)
-        return images.preprocess(images.in_color(Image.fromarray(pixels), recipe), recipe)
+        return images.prepared(images.in_color(Image.fromarray(pixels), recipe), recipe)
 
     def digest(self, number: int, size: int) -> str:
         """The sha256 of the pixels of an image, row by row, three bytes for each pixel."""

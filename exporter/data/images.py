@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -38,8 +38,9 @@ class Unreadable(Exception):
     """An image that cannot be used; the message has the reason."""
 
 
-def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
-    """Decode and preprocess an image to (C, H, W) float32.
+def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[Any]:
+    """Decode an image, and preprocess it to (C, H, W) float32; one for an artifact that takes pictures stays (H, W, C)
+    uint8.
 
     The pages of a TIFF file are the bands of an input that is neither grey nor RGB nor RGBA.
 
@@ -55,7 +56,7 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[np.float32]:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
             if recipe.channels not in COLORS:
                 return preprocess_planes(list(_pages(image, recipe.channels)), recipe)
-            return preprocess(in_color(ImageOps.exif_transpose(image), recipe), recipe)
+            return prepared(in_color(ImageOps.exif_transpose(image), recipe), recipe)
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE as error:
@@ -93,6 +94,26 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def prepared(image: Image.Image, recipe: Preprocessing) -> NDArray[Any]:
+    """An image, which has the channels of the input, as sessions get it: preprocessed to (C, H, W) float32; or, where
+    the artifact takes pictures, as they are, (H, W, C) uint8.
+
+    Raises: Unreadable for an image that is too long and thin.
+    """
+    if recipe.input != "image":
+        return preprocess(image, recipe)
+    _resized(image.width, image.height, recipe)
+    return np.atleast_3d(np.asarray(image))
+
+
+def preprocess_pictures(pictures: NDArray[Any], recipe: Preprocessing) -> NDArray[np.float32]:
+    """Pictures (N, H, W, C) uint8 as the input of the network, (N, C, height, width) float32."""
+    from PIL import Image
+
+    flat = pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+    return np.stack([preprocess(Image.fromarray(picture), recipe) for picture in flat])
 
 
 def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
-Item = tuple[str, Label, Callable[[], NDArray[np.float32]]]
+Item = tuple[str, Label, Callable[[], NDArray[Any]]]
 
 
 @dataclass
@@ -65,10 +66,11 @@ class Samples:
                 yield Batch(np.stack(arrays), np.asarray(labels, np.int64), names)
 
     def groups(self, size: int) -> Iterator[list[Read]]:
-        """All images in lists of `size`, the last one may be shorter; up to 2 · `size` more are decoded ahead."""
+        """All images in lists of `size`, the last one may be shorter; up to 2 · `size` more are decoded ahead, or one
+        for each thread."""
         pool = ThreadPoolExecutor(THREADS)
         try:
-            reads = _read_ahead(pool, self.items(), 2 * size)
+            reads = _read_ahead(pool, self.items(), max(2 * size, THREADS))
             while group := list(islice(reads, size)):
                 self.skipped += [f"{_text(read.name)}: {read.reason}" for read in group if read.array is None]
                 yield group
@@ -78,11 +80,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Read:
-    """An image that was read: its name, its label, and its array (C, H, W), or why it could not be read."""
+    """An image that was read: its name, its label, and its array (C, H, W), or (H, W, C) of a picture; or why it could
+    not be read."""
 
     name: str
     label: Label
-    array: NDArray[np.float32] | None
+    array: NDArray[Any] | None
     reason: str = ""
 
 
@@ -216,7 +219,7 @@ def of_files(
     )
 
 
-def _read_file(path: Path, recipe: Preprocessing, digest: str) -> NDArray[np.float32]:
+def _read_file(path: Path, recipe: Preprocessing, digest: str) -> NDArray[Any]:
     array = images.read(path, recipe)
     if digest and sha256_file(path) != digest.lower():
         raise images.Unreadable(f"its SHA-256 is not the {digest[:12]}… of the manifest; restore the file")
@@ -257,8 +260,8 @@ def _synthetic(recipe: Preprocessing, count: int) -> Samples:
     return Samples("synthetic", count, items, labelled=False, synthetic=True)
 
 
-def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[np.float32]:
-    return images.normalise(synthetic.dead_leaves(recipe.size, seed, recipe.channels), recipe)
+def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[Any]:
+    return generators.GENERATORS[synthetic.NAME].input(seed, recipe)
 
 
 def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None, multilabel: bool) -> Samples:

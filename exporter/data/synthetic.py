@@ -16,6 +16,15 @@ DRAWING = Lock()  # one thread at a time: two at once take twice as long, becaus
 KEPT = 320  # images: a calibration set is gone through up to three times, and drawing one takes 60 ms
 
 
+PICTURES = ((240, 320), (375, 500), (333, 250), (97, 211), (480, 360))
+"""Heights and widths of pictures for artifacts that resize them."""
+
+
+def picture_size(number: int) -> tuple[int, int]:
+    """Height and width of a picture by its number."""
+    return PICTURES[number % len(PICTURES)]
+
+
 def dead_leaves(size: Size, seed: int, channels: int = 3) -> NDArray[np.uint8]:
     """One image (H, W, C) of a seed, not to be written to.
 

@@ -141,7 +141,8 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    if structure.is_response_norm(module) or structure.is_in(module, work.parts) or node.op_type.startswith("Reduce"):
+    whole = structure.is_picture(module) or structure.is_response_norm(module) or structure.is_in(module, work.parts)
+    if whole or node.op_type.startswith("Reduce"):
         return True
     if not module and node.op_type in ("Softmax", "Sigmoid", "TopK"):
         return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from exporter.artifact.sidecar import Content, OutputSpec, Record, Size, sides
 from exporter.graph.opset import TRACED
+from exporter.model import structure
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +25,7 @@ INPUT = "images"
 class TraceOptions(Record, frozen=True):
     """Options of a trace: the outputs, the strides of the stages, the input size and batch (None for a dynamic axis),
     the type of the input, its channels, whether these are its last axis, the names of heads where there are several,
-    and whether outputs are in fp16."""
+    whether outputs are in fp16, and whether the input is one picture of any size, as bytes (H, W, C)."""
 
     spec: OutputSpec
     strides: tuple[int, ...]
@@ -35,6 +36,7 @@ class TraceOptions(Record, frozen=True):
     channels_last: bool = False
     heads: tuple[str, ...] = ()
     half_outputs: bool = False
+    picture: bool = False
 
     @property
     def outputs(self) -> dict[str, Content]:
@@ -49,14 +51,11 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
         model: in eval mode; its outputs are those of the options.
         options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
 
-    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C) to the outputs of `options`.
+    Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), or one picture (H, W, C), to the outputs of `options`.
     """
     import torch
 
-    # A batch of one would be taken for a constant, and so would a side of one stride.
-    size = options.imgsz or 2 * options.strides[-1]
-    shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
-    example = torch.zeros(options.batch or 2, *shape, dtype=getattr(torch, options.dtype))
+    example = torch.zeros(*_example_shape(options), dtype=getattr(torch, options.dtype))
     with torch.no_grad(), _quiet():
         exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
         program = _converted(exported, options)
@@ -64,6 +63,16 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     _name_axes(graph_model, options)
     _name_after_modules(graph_model)
     return graph_model
+
+
+def _example_shape(options: TraceOptions) -> tuple[int, ...]:
+    """A shape of the input in which no dynamic axis would be taken for a constant: a batch of one, or a side of one
+    stride or of the input of the network."""
+    if options.picture:
+        return 611, 823, options.channels
+    size = options.imgsz or 2 * options.strides[-1]
+    shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
+    return options.batch or 2, *shape
 
 
 def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) -> torch.onnx.ONNXProgram:
@@ -109,6 +118,8 @@ def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
     import torch
 
     axes: dict[int, Any] = {}
+    if options.picture:
+        return {0: torch.export.Dim("height"), 1: torch.export.Dim("width")}
     if options.batch is None:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
@@ -144,7 +155,8 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         stride = options.strides[int((value.name or "").removeprefix("stage")) - 1] if holds == "map" else 1
         over = f"/{stride}" if stride > 1 else ""
         first = 1 if options.channels_last and value.name == INPUT else 2
-        words = {0: "batch", first: f"height{over}", first + 1: f"width{over}"}
+        first = 0 if options.picture and value.name == INPUT else first
+        words = {0: "batch"} | {first: f"height{over}", first + 1: f"width{over}"}
         words |= {1: "tokens"} if holds == "tokens" else {}
         dims = [words[axis] if isinstance(dim, ir.SymbolicDim) else int(dim) for axis, dim in enumerate(value.shape)]
         value.shape = ir.Shape(dims)
@@ -156,6 +168,8 @@ def _name_after_modules(model: ir.Model) -> None:
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
         module = scopes[-2] if len(scopes) > 1 else ""
+        if module.startswith("_empty_nn_module_stack"):  # the size of the input
+            module = structure.PICTURE
         node.metadata_props.clear()
         node.metadata_props["module"] = module
         node.doc_string = None

@@ -11,17 +11,19 @@ Each rewrite replaces modules and creates new weights; the old weights are not c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, nearest
-from exporter.model import FORMS
+from exporter.model import FORMS, structure
 from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
+from exporter.model.picture import Picture
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
@@ -262,12 +264,36 @@ def as_conv(layer: nn.Linear) -> nn.Conv2d:
     return _with(conv, layer.weight[:, :, None, None], layer.bias)
 
 
-def take_input(model: ConvNeXt, recipe: Preprocessing) -> None:
-    """Change a network, in place, to take the artifact's input: pixels as in `recipe.input`, `layout` and `color`."""
-    if not recipe.is_of_network:
-        first, *others = _parts(model.downsample_layers[0], nn.Module)
-        assert isinstance(first, nn.Conv2d)
-        model.downsample_layers[0] = _sequence([InputConv(first, recipe), *others])
+def take_input(model: ConvNeXt, recipe: Preprocessing) -> Callable[[], None]:
+    """Change a network, in place, to take the artifact's input: pixels as in `recipe.input`, `layout` and `color`.
+
+    Returns: a function that changes it back.
+    """
+    stem = model.downsample_layers[0]
+    if recipe.is_of_network:
+        return lambda: None
+    hook = None
+    if recipe.input == "image":
+        model.add_module(structure.PICTURE, Picture(recipe))
+        hook = model.register_forward_pre_hook(_resize)
+        recipe = replace(recipe, input="uint8", layout="NCHW")
+    first, *others = _parts(stem, nn.Module)
+    assert isinstance(first, nn.Conv2d)
+    model.downsample_layers[0] = _sequence([InputConv(first, recipe), *others])
+
+    def change_back() -> None:
+        model.downsample_layers[0] = stem
+        if hook is not None:
+            hook.remove()
+            del model.picture
+
+    return change_back
+
+
+def _resize(network: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """The input of the network for a picture: a hook that runs before it."""
+    assert isinstance(network.picture, Picture)
+    return network.picture(inputs[0])
 
 
 def _parts(sequence: nn.Module, kind: type[M]) -> list[M]:

@@ -21,6 +21,7 @@ KINDS = {
     "head": r"head",
 }
 """Kinds of layers with weights, each with the pattern of its modules' names."""
+PICTURE = "picture"
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
 _TAIL = r"norm_pre|norm|head_layers|heads|head"
@@ -95,6 +96,11 @@ def is_norm(module: str) -> bool:
 def is_response_norm(module: str) -> bool:
     """Whether a module is a Global Response Normalization."""
     return module.rpartition(".")[2] == "grn"
+
+
+def is_picture(module: str) -> bool:
+    """Whether a module resizes pictures in front of the network."""
+    return module == PICTURE
 
 
 def module_of(operators: str) -> str:

@@ -114,8 +114,14 @@ def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:
 def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> tuple[Output, ...]:
     """What the outputs hold.
 
-    Raises: BadRequest for several heads, and for options that do not fit the outputs.
+    Raises: BadRequest for an artifact that takes pictures, for several heads, and for options that do not fit the
+        outputs.
     """
+    if sidecar.preprocessing.input == "image":
+        raise BadRequest(
+            f"{artifact.path}: takes pictures (--input image), and packages resize them themselves; export it with "
+            "--input uint8"
+        )
     heads = sidecar.architecture.get("heads", ())
     if "classify" in sidecar.spec.tasks and len(heads) > 1:
         raise BadRequest(f"{artifact.path}: {len(heads)} heads; packages are written for one")

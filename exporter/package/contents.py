@@ -174,7 +174,7 @@ def expected_of(artifact: Artifact, sample: Sample) -> tuple[Outputs | None, str
             opened, runtime = runnable.artifact, runnable.runtime
             options = runtime.options(device=backends.device_of(opened))
             with runtime.open(opened, options) as session:
-                outputs = run_batch(session, pixels, opened.sidecar.inputs[0].shape[0])
+                outputs = run_batch(session, pixels, opened.sidecar.batch)
             how = runnable.findings[0].detail if runnable.is_simulated else ""
     except Unavailable as error:
         return None, str(error)

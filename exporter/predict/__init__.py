@@ -30,7 +30,7 @@ from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
 from exporter.recipe import Checks, Count, Device, OutputKind, RuntimeThreads
 from exporter.recipe.fields import about
-from exporter.verify import run_batch
+from exporter.verify import batch_size, run_batch
 
 TOP = 5  # classes of each image, where no number is given
 BATCH = 16
@@ -208,8 +208,7 @@ def _chunks(
     time. On a CPU as many of them run at once as the runtime has streams; ONNX Runtime runs each in one thread."""
     runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
     on_cpu = backends.device_kind(artifact, device) == "CPU"
-    fixed, most = artifact.sidecar.inputs[0].shape[0], CPU_BATCH if on_cpu else BATCH
-    size = fixed * max(1, most // fixed) if isinstance(fixed, int) else most
+    fixed, size = artifact.sidecar.batch, batch_size(artifact.sidecar, CPU_BATCH if on_cpu else BATCH)
     hint: Literal["latency", "throughput"] = "throughput" if on_cpu else "latency"
     opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint))
     with opening as session, ThreadPoolExecutor(streams := session.streams) as pool:

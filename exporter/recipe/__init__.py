@@ -155,11 +155,17 @@ class Export(Record, frozen=True):
         about("How the network is written; by default as the runtime runs it fastest, 'auto' measures on this CPU."),
     ] = None
     input: Annotated[
-        Literal["normalized", "float01", "uint8"],
-        about("Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255."),
+        Literal["normalized", "float01", "uint8", "image"],
+        about(
+            "Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255; or image, a decoded "
+            "picture of any size as bytes, which the artifact resizes itself."
+        ),
     ] = "normalized"
     layout: Annotated[
-        Literal["nchw", "nhwc"], about("Axes of the artifact's input: channels first, or last as cameras and PIL have.")
+        Literal["nchw", "nhwc"],
+        about(
+            "Axes of the artifact's input: channels first, or last as cameras and PIL have; a picture has (H, W, C)."
+        ),
     ] = "nchw"
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
@@ -394,5 +400,7 @@ class Recipe(Record, frozen=True):
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch size of the artifact, or None for any."""
+        """The batch size of the artifact, or None for any. Pictures of any size run one at a time."""
+        if self.export.input == "image":
+            return 1
         return self.export.batch if isinstance(self.export.batch, int) else None

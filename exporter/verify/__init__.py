@@ -171,10 +171,9 @@ def _measured(
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
-    fixed = artifact.sidecar.inputs[0].shape[0]
+    fixed, size = artifact.sidecar.batch, batch_size(artifact.sidecar, BATCH)
     count, digest = 0, hashlib.sha256()
     with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
-        size = fixed * max(1, BATCH // fixed) if isinstance(fixed, int) else BATCH
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             for name, label in zip(batch.names, batch.labels, strict=True):
@@ -190,7 +189,7 @@ def _measured(
     findings = [finding for meter in meters for finding in meter.findings()]
     findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data)]
     if options.blocks:
-        images = next(iter(samples.batches(fixed if isinstance(fixed, int) else 2))).images
+        images = next(iter(samples.batches(fixed or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
     return Measured(findings, facts, digest.hexdigest())
 
@@ -276,10 +275,18 @@ def _write_rounding(graph: Path, path: Path) -> None:
     files.save(model, path, {})
 
 
-def run_batch(session: Session, pixels: Array, fixed: int | str) -> Outputs:
+def batch_size(sidecar: Sidecar, most: int) -> int:
+    """How many images are read at once for an artifact: at most `most`, but full batches; one picture."""
+    fixed = sidecar.batch
+    if fixed is None:
+        return most
+    return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)
+
+
+def run_batch(session: Session, pixels: Array, fixed: int | None) -> Outputs:
     """Run images through a session. One with a fixed batch size runs so many at a time; the last batch is padded, and
     its outputs are cut."""
-    if not isinstance(fixed, int):
+    if fixed is None:
         return session(pixels)
     outputs = []
     for start in range(0, len(pixels), fixed):

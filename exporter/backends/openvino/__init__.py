@@ -35,7 +35,7 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
-from exporter.backends.openvino.devices import computed_in, in_use, members, properties, text
+from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
 from exporter.backends.openvino.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
@@ -154,7 +154,7 @@ def _compile(
         raise BadRequest(
             f"{artifact.path}: an NPU takes fixed shapes only; build it with --batch, and --imgsz in pixels"
         )
-    arithmetic = computed_in(artifact.sidecar.precision, devices)
+    arithmetic = arithmetic_of(artifact, device, devices)
     for member in devices if arithmetic == "bf16" else ():
         if "BF16" not in core.get_property(member, "OPTIMIZATION_CAPABILITIES"):
             raise Unavailable(f"this {member} has no bf16 arithmetic; build fp32 or fp16 for it")
@@ -390,5 +390,6 @@ TARGET = Target(
     form=form,
     build=build,
     placements={"linear+conv": PLACEMENT},
+    no_pictures=no_pictures,
     above_int8=above_int8,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from exporter.artifact import Artifact
 from exporter.errors import BadRequest, Unavailable
 
 GROUPS = ("AUTO", "MULTI", "HETERO")
@@ -57,6 +58,25 @@ def _check_here(name: str, available: Sequence[str]) -> None:
     """Raises: Unavailable."""
     if not any(_is(other, name) for other in available):
         raise Unavailable(f"OpenVINO sees {', '.join(available)} here, and no {name or 'device without a name'}")
+
+
+def arithmetic_of(artifact: Artifact, device: str, devices: Sequence[str]) -> str:
+    """The element type that OpenVINO computes in.
+
+    Raises: Unavailable for an artifact that takes pictures, where this is not f32.
+    """
+    arithmetic = computed_in(artifact.sidecar.precision, devices)
+    if artifact.sidecar.preprocessing.input == "image" and arithmetic != "f32":
+        raise Unavailable(
+            f"{artifact.path}: pictures are resized in fp32, and {device} computes all of it in {arithmetic}; use "
+            "--device cpu, or build it with --input uint8"
+        )
+    return arithmetic
+
+
+def no_pictures(precision: str) -> str:
+    """Why an IR of a precision cannot take pictures: bf16 is the precision of every layer."""
+    return "OpenVINO would resize in bf16 too, whose 8 bits do not hold every level" if precision == "bf16" else ""
 
 
 def properties(device: str, devices: Sequence[str], arithmetic: str, threads: int | None) -> dict[str, Any]:

@@ -184,6 +184,7 @@ TARGET = Target(
     build=build,
     placements=PLACEMENTS,
     reproducible=False,
+    no_pictures=lambda _: "TensorRT builds engines for sizes that are known before",
     lower=lower,
     check=check,
     findings=findings,

@@ -48,7 +48,7 @@ def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
         return
     if quantization.cpu not in ("portable", of_this_machine()):
         return
-    precision, higher = job.recipe.precision, job.target.above_int8()
+    precision, higher = job.recipe.precision, job.above_int8
     step(f"is {precision} faster than {higher} here? timing both on a short network ({_blocks(job)})")
     try:
         with silent():
@@ -100,7 +100,7 @@ def _build(job: Job, folder: Path) -> tuple[Artifact, Artifact]:
     folder.mkdir()
     work = prepare(_short(job), folder)
     quantized = work.make((), folder / "int8")
-    form = job.target.form(job.target.above_int8(), job.recipe.fixed_batch)
+    form = job.target.form(job.above_int8, job.recipe.fixed_batch)
     if form != job.form:
         work = prepare(_short(job).in_form(form), folder)
     return quantized, work.build_above(folder / "above")
@@ -127,7 +127,7 @@ def _refuse(job: Job, timing: Timing, log_speedup: Center) -> None:
     """Raises: CheckFailed, always."""
     arms = timing.plan.arms
     quantized, above = (median(median(flat(one.blocks[arm.name])) for one in timing.launches) for arm in arms)
-    precision, higher = job.recipe.precision, job.target.above_int8()
+    precision, higher = job.recipe.precision, job.above_int8
     value, low, high = exp(log_speedup.value), exp(log_speedup.low), exp(log_speedup.high)
     raise CheckFailed(
         f"{precision} is slower than {higher} here: {quantized:.2f} ms instead of {above:.2f} ms, {value:.2f} × (95 % "

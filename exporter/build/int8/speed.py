@@ -74,7 +74,7 @@ def baseline(work: Work, build: Callable[[Recipe, Path], Artifact], folder: Path
     """The same network in the next higher precision, in its own form; None where it cannot be built, with a note that
     says why."""
     job = work.job
-    above = job.target.above_int8()
+    above = job.above_int8
     export = msgspec.structs.replace(job.recipe.export, form=None)
     recipe = msgspec.structs.replace(job.recipe, precision=above, export=export, quantization=None)
     try:
@@ -91,7 +91,7 @@ def time(work: Work, search: Search, baseline: Artifact | None, folder: Path, op
     if reason := work.job.runtime.unable():
         return reason
     if baseline is None:
-        return f"there is no {work.job.target.above_int8()} baseline"
+        return f"there is no {work.job.above_int8} baseline"
     try:
         timed = Timed(work, search, baseline, folder, opener)
     except ExporterError as error:

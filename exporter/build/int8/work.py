@@ -69,7 +69,7 @@ class Work:
 
         Raises: ExporterError where the target cannot build it.
         """
-        job, precision = self.job, self.job.target.above_int8()
+        job, precision = self.job, self.job.above_int8
         recipe = {**self.sidecar.recipe, "precision": "fp32"}
         sidecar = msgspec.structs.replace(self.sidecar, precision="fp32", recipe=recipe).keeping(())
         graph = artifacts.publish(
