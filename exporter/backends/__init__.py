@@ -6,27 +6,25 @@ A check sees only `Session`; runtimes never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Generic, Literal, Protocol, TypeVar
 
 from exporter import discover, machine, precision
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Preprocessing, Record, Sidecar
-from exporter.data.images import preprocess_pictures
+from exporter.artifact.sidecar import Record, Sidecar
+from exporter.data.inputs import Array as Array
+from exporter.data.inputs import Outputs as Outputs
+from exporter.data.inputs import as_fp32 as as_fp32
+from exporter.data.inputs import as_network_takes as as_network_takes
+from exporter.data.inputs import as_taken as as_taken
 from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.precision import PRECISIONS
 from exporter.quantize.placement import Placement
 from exporter.report import Finding
-
-Array = NDArray[np.float32]
-Outputs = tuple[Array, ...]
 
 NARROW = frozenset({"int8", "uint8", "fp8"})
 """8-bit precisions, as `Layer.precision` names them."""
@@ -61,34 +59,6 @@ class Session(Protocol):
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Put the inputs in place on the device: one or more batches, as for a call, taken in turn, the first first."""
-
-
-def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
-    """Images as an artifact takes them, from those that a session gets: normalised images (N, C, H, W), or the pixels
-    that they were made from, with its order of channels, axes and type; or a picture (1, H, W, C) without its first
-    axis."""
-    taken: NDArray[Any] = images
-    if recipe.input == "image":
-        return np.ascontiguousarray(taken[0, ..., ::-1] if recipe.color == "BGR" else taken[0])
-    if recipe.input != "normalized":
-        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
-        pixels = images * std + mean
-        taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
-    if recipe.color == "BGR":
-        taken = taken[:, ::-1]
-    if recipe.dtype == "float16" and recipe.input != "uint8":
-        taken = taken.astype(np.float16)
-    return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if recipe.layout == "NHWC" else taken)
-
-
-def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
-    """Outputs in fp32; those that are already so are not copied."""
-    return tuple(np.asarray(output, np.float32) for output in outputs)
-
-
-def as_network_takes(images: Array, recipe: Preprocessing) -> Array:
-    """Images as the network takes them, from those that a session gets: normalised images, or pictures."""
-    return preprocess_pictures(images, recipe) if recipe.input == "image" else images
 
 
 @dataclass(frozen=True)

@@ -13,43 +13,25 @@ from msgspec import Meta
 
 from exporter.artifact.sidecar import Answer, Crop, Interpolation, Record
 from exporter.recipe.fields import about
+from exporter.recipe.types import TASKS as TASKS
+from exporter.recipe.types import BatchSize as BatchSize
+from exporter.recipe.types import BiasCorrection as BiasCorrection
+from exporter.recipe.types import CalibMethod as CalibMethod
+from exporter.recipe.types import Count as Count
+from exporter.recipe.types import CpuClass as CpuClass
+from exporter.recipe.types import Device as Device
+from exporter.recipe.types import Form as Form
+from exporter.recipe.types import MovedWeights as MovedWeights
+from exporter.recipe.types import OutputKind as OutputKind
+from exporter.recipe.types import Reference as Reference
+from exporter.recipe.types import RuntimeThreads as RuntimeThreads
+from exporter.recipe.types import Seconds as Seconds
+from exporter.recipe.types import Side as Side
+from exporter.recipe.types import Tasks as Tasks
+from exporter.recipe.types import Threads as Threads
+from exporter.recipe.types import WhenUnsure as WhenUnsure
 
 SYNTHETIC = "synthetic"
-
-TASKS = ("classify", "embed", "tokens", "features")
-Tasks = Annotated[
-    str,
-    Meta(
-        pattern=rf"^({'|'.join(TASKS)})(,({'|'.join(TASKS)}))*$",
-        title=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}, or several as in classify,embed",
-    ),
-]
-Form = Literal["plain", "linear", "conv", "nchw"]
-CalibMethod = Literal["minmax", "entropy", "percentile", "mse"]
-BiasCorrection = Literal["none", "fast", "full"]
-OutputKind = Literal["classes", "multilabel", "values"]
-WhenUnsure = Literal["fail", "pass", "warn"]
-CpuClass = Literal["portable", "vnni", "arm", "this"]
-Count = Annotated[int, Meta(ge=1)]
-Threads = Annotated[int, Meta(ge=1, le=512)]
-Seconds = Annotated[float, Meta(ge=0.5, le=86400)]
-Side = Annotated[int, Meta(ge=32, le=4096)]
-Reference = Annotated[
-    str,
-    Meta(
-        pattern=r"^(timm|transformers|torchvision|[^:]+:[^:]+)$",
-        title="one of module:callable, timm, transformers, torchvision",
-    ),
-]
-BatchSize = Annotated[int, Meta(ge=1, le=4096)]
-# Fields of several records.
-Device = Annotated[
-    str | None, about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes")
-]
-RuntimeThreads = Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")]
-MovedWeights = Annotated[
-    str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
-]
 
 
 class Model(Record, frozen=True):

@@ -1,0 +1,43 @@
+"""Images as artifacts and networks take them, and outputs as sessions return them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data.images import preprocess_pictures
+
+Array = NDArray[np.float32]
+Outputs = tuple[Array, ...]
+
+
+def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
+    """Images as an artifact takes them, from those that a session gets: normalised images (N, C, H, W), or the pixels
+    that they were made from, with its order of channels, axes and type; or a picture (1, H, W, C) without its first
+    axis."""
+    taken: NDArray[Any] = images
+    if recipe.input == "image":
+        return np.ascontiguousarray(taken[0, ..., ::-1] if recipe.color == "BGR" else taken[0])
+    if recipe.input != "normalized":
+        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
+        pixels = images * std + mean
+        taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
+    if recipe.color == "BGR":
+        taken = taken[:, ::-1]
+    if recipe.dtype == "float16" and recipe.input != "uint8":
+        taken = taken.astype(np.float16)
+    return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if recipe.layout == "NHWC" else taken)
+
+
+def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
+    """Outputs in fp32; those that are already so are not copied."""
+    return tuple(np.asarray(output, np.float32) for output in outputs)
+
+
+def as_network_takes(images: Array, recipe: Preprocessing) -> Array:
+    """Images as the network takes them, from those that a session gets: normalised images, or pictures."""
+    return preprocess_pictures(images, recipe) if recipe.input == "image" else images
