@@ -28,6 +28,7 @@ PAGES = (
     "new-runtime",
     "openvino",
     "optimize",
+    "outputs",
     "package",
     "predict",
     "tensorrt",

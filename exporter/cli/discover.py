@@ -11,7 +11,7 @@ from exporter.errors import printable
 
 if TYPE_CHECKING:
     from exporter.artifact import Artifact
-    from exporter.artifact.sidecar import Quantization
+    from exporter.artifact.sidecar import Quantization, Sidecar, Tensor
     from exporter.backends import Layer
     from exporter.model.variants import Variant
 
@@ -201,7 +201,7 @@ def _print_facts(artifact: Artifact) -> None:
         ("weights", f"{sidecar.weights.source} (digest {sidecar.weights.digest})"),
         ("license", f"{sidecar.weights.license or 'not known'} (of the weights)"),
         *(("input", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.inputs),
-        *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}") for t in sidecar.outputs),
+        *(("output", f"{t.name} {_shape(t.shape)} {t.dtype}, {_content(sidecar, t)}") for t in sidecar.outputs),
         (
             "preprocessing",
             f"{preprocessing.interpolation} to {size_text(preprocessing.resize)}, {preprocessing.crop} "
@@ -230,6 +230,25 @@ def _quantization(quantization: Quantization | None) -> list[tuple[str, str]]:
         ("quantized", f"{len(quantization.layers)} layers; {method}; kept in higher precision: {kept}"),
         *([("built for", f"CPUs of the class {quantization.cpu}")] if quantization.cpu != "portable" else []),
     ]
+
+
+def _content(sidecar: Sidecar, output: Tensor) -> str:
+    """What an output holds, in words."""
+    if output.holds == "map":
+        stages = [tensor.name for tensor in sidecar.outputs if tensor.holds == "map"]
+        has_norm = stages.index(output.name) in sidecar.architecture["stage_norms"]
+        return "the map through the norm of its stage" if has_norm else "the map of its stage, without a norm"
+    length = " of unit length" if sidecar.spec.l2 else ""
+    words: dict[str, str] = {
+        "logits": "logits",
+        "softmax": "softmax of the logits",
+        "sigmoid": "sigmoid of the logits",
+        "classes": "numbers of the most probable classes",
+        "top5": "their probabilities",
+        "embedding": f"feature vector{length}",
+        "tokens": "feature vector, then those of all patches",
+    }
+    return words[output.holds]
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

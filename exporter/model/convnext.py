@@ -197,7 +197,8 @@ def answers(logits: Tensor, answer: str) -> tuple[Tensor, ...]:
 
 def unit_length(vectors: Tensor) -> Tensor:
     """Vectors (N, C) divided by their L2 norm."""
-    return F.normalize(vectors, dim=-1)
+    # Not F.normalize, whose graph expands the norms to the shape of the vectors.
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class ConvNeXt(nn.Module):

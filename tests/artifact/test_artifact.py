@@ -24,13 +24,13 @@ def test_a_sidecar_of_an_older_schema_is_refused_with_the_command_that_rebuilds(
     older = {**json.loads(path.read_text()), "schema": 4, "recipe": {"form": "conv"}}
     path.write_text(json.dumps(older))
     message = refused(2, "inspect", onnx_copy.path, folder=onnx_copy.path.parent)
-    assert "sidecar schema 4, this version reads schema 6; build the artifact again: convnext-export onnx" in message
+    assert "sidecar schema 4, this version reads schema 7; build the artifact again: convnext-export onnx" in message
     assert f"--weights {older['weights']['source']} --precision fp32 -o {onnx_copy.path.parent}" in message
 
 
 def test_a_sidecar_of_a_later_schema_asks_for_an_upgrade(onnx_copy, refused):
     path = sidecar_path(onnx_copy.path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 7}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 8}))
     assert "pip install --upgrade" in refused(2, "inspect", onnx_copy.path)
 
 
@@ -61,7 +61,7 @@ def test_a_truncated_file_is_refused(onnx_copy):
         (lambda s: s.update(precision="fp16"), "changed after it was written"),
         (lambda s: s["preprocessing"].update(mean=[0, 0, 0]), "changed after it was written"),
         (lambda s: s.update(colour="red"), "unknown field `colour`"),
-        (lambda s: s.update(schema=99), "sidecar schema 99, this version reads schema 6"),
+        (lambda s: s.update(schema=99), "sidecar schema 99, this version reads schema 7"),
         (lambda s: s.update(bytes="many"), "Expected `int`, got `str`"),
         (lambda s: s.pop("variant"), "missing required field `variant`"),
     ],

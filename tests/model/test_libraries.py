@@ -61,7 +61,8 @@ def ours(folder, pixels, task=None, **choices):
     from exporter.model.layouts import Choices
 
     checkpoint = weights.load(str(folder), choices=Choices(**choices))
-    return libraries.outputs(checkpoint.model(OutputSpec(tasks=(task,))), pixels), checkpoint
+    spec = OutputSpec(tasks=tuple(task.split(","))) if task else None
+    return libraries.outputs(checkpoint.model(spec), pixels), checkpoint
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -140,6 +141,18 @@ def test_a_backbone_of_transformers_gives_its_maps(kind, tmp_path):
     folder = libraries.save(tmp_path, model, json.loads(model.config.to_json_string()))
     got, _ = ours(folder, libraries.images(), "features")
     assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
+def test_tokens_are_those_of_dinov3(tmp_path):
+    model = libraries.huggingface_model("DINOv3ConvNextModel")
+    folder = libraries.save(tmp_path, model, json.loads(model.config.to_json_string()))
+    pixels = libraries.images()
+    got, _ = ours(folder, pixels, "embed,tokens")
+    with torch.inference_mode():
+        theirs = model(pixels)
+    assert got[1].shape == theirs.last_hidden_state.shape
+    expected = [theirs.pooler_output, theirs.last_hidden_state]
+    assert libraries.largest_difference(got, expected) < NOISE
 
 
 def test_a_timm_network_wrapped_by_transformers_gives_its_outputs(tmp_path):
