@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from exporter.artifact.sidecar import Preprocessing, sides
 
 Number = TypeVar("Number", int, float)
+UPPER_BITS, LOWER_BITS = 12, 10
 
 
 def _sinc(x: Tensor) -> Tensor:
     angle = math.pi * torch.where(x == 0, 1.0, x)
     return torch.where(x == 0, 1.0, torch.sin(angle) / angle)
-
-
-def _bilinear(x: Tensor) -> Tensor:
-    return (1 - x).clamp(min=0)
 
 
 def _hamming(x: Tensor) -> Tensor:
@@ -44,12 +41,12 @@ def _lanczos(x: Tensor) -> Tensor:
 
 
 FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bilinear": _bilinear,
     "hamming": _hamming,
     "bicubic": _bicubic,
     "lanczos": _lanczos,
 }
-"""The filters by name: the weight of a pixel at a distance of 0 and above, in pixels of the smaller of both sizes."""
+"""Filters by name, but `bilinear` (`_bilinear_bits`): the weight of a pixel at a distance of 0 and above, in pixels of
+the smaller of both sizes."""
 
 
 @cache
@@ -88,7 +85,7 @@ class Picture(nn.Module):
         x = torch.ops.aten._to_copy.default(picture.permute(2, 0, 1), dtype=torch.float32)
         x = self._resize(
             _smaller(height - rows, height - rows - 2 * (width - columns)) > 0,
-            (x, self._weights(at_rows, height, rows), self._weights(at_columns, width, columns).T),
+            (x, self._weights(at_rows, height, rows), self._weights(at_columns, width, columns).mT),
         )
         if self.pads:
             in_rows, in_columns = (at_rows >= 0) & (at_rows < rows), (at_columns >= 0) & (at_columns < columns)
@@ -111,12 +108,38 @@ class Picture(nn.Module):
         return torch.arange(wanted, dtype=torch.float32) + (half - missing // 2)
 
     def _weights(self, at: Tensor, side: int, side_resized: int) -> Tensor:
-        """The weight of each pixel of the picture (columns) for each place in the resized one (rows), on one axis."""
+        """The weight of each pixel of the picture (columns) for each place in the resized one (rows), on one axis:
+        (1, 1, rows, columns).
+
+        Of `bilinear`, whose sums are often exactly half a level, they are Pillow's own: whole numbers of 22 bits, whose
+        upper 12 and lower 10 bits are two matrices, (2, 1, rows, columns).
+        """
         at = at.clamp(0, side_resized - 1) if self.pads else at
+        if self.recipe.interpolation == "bilinear":
+            return _bilinear_bits(at, side, side_resized)[:, None]
         scale = side / side_resized
         distance = torch.arange(side, dtype=torch.float32) + 0.5 - (at[:, None] + 0.5) * scale
         weights = FILTERS[self.recipe.interpolation](distance.abs() / _larger(scale, 1.0))
-        return weights / weights.sum(1, keepdim=True)
+        return (weights / weights.sum(1, keepdim=True))[None, None]
+
+
+def _bilinear_bits(at: Tensor, side: int, side_resized: int) -> Tensor:
+    """The weights of `bilinear` as their upper and their lower bits (2, rows, columns), exact in fp32.
+
+    In units of half a pixel over the size, weights are whole numbers; each is divided by their sum bit by bit.
+    """
+    ends = 2 * _larger(side, side_resized)
+    distance = (2 * torch.arange(side, dtype=torch.float32) + 1) * side_resized - (2 * at[:, None] + 1) * side
+    rest = (ends - distance.abs()).clamp(min=0)
+    total, weights = rest.sum(1, keepdim=True), torch.zeros_like(rest)
+    for bits in (8, 7, 7):
+        rest = rest * 2**bits
+        quotient = torch.floor(rest / total)
+        quotient = torch.where(quotient * total > rest, quotient - 1, quotient)
+        rest, weights = rest - quotient * total, weights * 2**bits + quotient
+    weights = torch.where(2 * rest >= total, weights + 1, weights)
+    upper = torch.floor(weights / 2**LOWER_BITS)
+    return torch.stack([upper, weights - upper * 2**LOWER_BITS])
 
 
 def resized(height: int, width: int, recipe: Preprocessing) -> tuple[int, int]:
@@ -162,6 +185,8 @@ def _columns_first(x: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
     return _as_bytes(_as_bytes(of_rows @ x) @ of_columns)
 
 
-def _as_bytes(x: Tensor) -> Tensor:
-    """Rounded as Pillow does, halves up."""
-    return torch.floor(x + 0.5).clamp(0, 255)
+def _as_bytes(sums: Tensor) -> Tensor:
+    """Rounded as Pillow does, halves up: sums (1, C, …), or of the upper and lower bits of weights (2, C, …)."""
+    if len(sums) == 2:
+        sums = (sums[:1] + torch.floor(sums[1:] / 2**LOWER_BITS)) / 2**UPPER_BITS
+    return torch.floor(sums[0] + 0.5).clamp(0, 255)

@@ -20,7 +20,7 @@ from tests import conftest
 
 RUNTIMES = ("onnxruntime", "openvino")
 SIZES = [(97, 211), (300, 200), (227, 640), (480, 333), (511, 187)]
-ODD_SIZES = [(1, 1), (1, 700), (200, 1), (2, 3), (64, 64), (73, 73)]  # whose sums may be exactly half a level
+ODD_SIZES = [(1, 1), (1, 700), (200, 1), (2, 3), (64, 64), (73, 73)]  # whose sums are often exactly half a level
 CROPS = {
     "center": {"size": 64, "resize": 73},
     "center, half a pixel down": {"size": 64, "resize": 73, "offset": "floor"},
@@ -58,15 +58,15 @@ def differences(recipe, sizes):
 
 
 @pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("interpolation", picture.FILTERS)
+@pytest.mark.parametrize("interpolation", ["bilinear", *picture.FILTERS])
 def test_every_crop_and_filter_gives_the_pixels_of_pillow(interpolation, crop):
     recipe = Preprocessing(interpolation=interpolation, **CROPS[crop])
     largest, share = differences(recipe, SIZES)
     assert largest <= 1
     assert share <= 0.005
     largest, share = differences(recipe, ODD_SIZES)
-    assert largest <= 2
-    assert share <= 0.1
+    assert largest <= 1
+    assert share <= 0.005
 
 
 def test_the_order_of_passes_is_that_of_pillow(monkeypatch):
@@ -84,14 +84,14 @@ def test_the_order_of_passes_is_that_of_pillow(monkeypatch):
     assert differences(recipe, [size])[0] <= 1
 
 
-@pytest.mark.parametrize("interpolation", picture.FILTERS)
+@pytest.mark.parametrize("interpolation", ["bilinear", *picture.FILTERS])
 def test_a_picture_of_the_right_size_is_not_changed(interpolation):
     recipe = Preprocessing(size=64, resize=64, interpolation=interpolation)
     assert differences(recipe, [(64, 64), (64, 100), (300, 64)]) == (0, 0)
 
 
 def test_another_filter_would_be_seen(monkeypatch):
-    monkeypatch.setitem(picture.FILTERS, "bicubic", picture.FILTERS["bilinear"])
+    monkeypatch.setitem(picture.FILTERS, "bicubic", picture.FILTERS["hamming"])
     largest, share = differences(Preprocessing(size=64, resize=73), SIZES)
     assert largest > 5
     assert share > 0.1
