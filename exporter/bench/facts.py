@@ -8,6 +8,7 @@ import msgspec
 
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import size_text
+from exporter.backends import _cuda
 from exporter.bench import Cold, Timing
 from exporter.data import synthetic
 from exporter.report import Finding
@@ -59,3 +60,16 @@ def circumstances(timings: list[Timing]) -> dict[str, object]:
     return {"launches": len(seen), "measured_again": disturbed, "dropped_rounds": dropped} | {
         k: median(v) for k, v in known.items() if v
     }
+
+
+def parts(timing: Timing, name: str, case: str) -> list[Finding]:
+    """Upload, computation and download separately, where a GPU measured them."""
+    launches = [launch.parts[name] for launch in timing.launches if name in launch.parts]
+    return [
+        Finding(
+            check="latency", metric=part, case=case, value=median(one[part] for one in launches), unit="ms",
+            detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in launches),
+            setting=timing.setting(name),
+        )
+        for part in (_cuda.PARTS if launches else ())
+    ]  # fmt: skip

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
-from exporter.backends import _cuda
 from exporter.bench import (
     Arm,
     Cold,
@@ -52,6 +51,9 @@ class BenchOptions(Bench, frozen=True):
         Reference | None,
         about("Time this model instead: module:callable, or timm, transformers or torchvision.", metavar="NAME"),
     ] = None
+    eager: Annotated[
+        bool, about("Also time the PyTorch model; without it there are no speed-ups, and PyTorch is not needed.")
+    ] = True
 
 
 def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
@@ -79,9 +81,8 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     environment = {**backends.environment(), "timing": facts.circumstances(timings)}
     if gpu is not None:
         environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
-    return [
-        _report(made, arm, timings, cold, environment, options) for made, arm in zip(artifacts, arms[1:], strict=False)
-    ]
+    own = [arm for arm in arms if arm.runtime == "artifact"]
+    return [_report(made, arm, timings, cold, environment, options) for made, arm in zip(artifacts, own, strict=True)]
 
 
 def _make(folder: Path) -> None:
@@ -107,6 +108,8 @@ def _limited(finding: Finding, limits: Bench) -> Finding:
 
 
 def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
+    if not options.eager and (options.also or options.until is not None or options.min_speedup is not None):
+        raise BadRequest("--no-eager: --also, --until and --min-speedup are about PyTorch; leave them out")
     first = artifacts[0].sidecar
     for made in artifacts:
         backends.runtime_of(made)
@@ -154,12 +157,12 @@ def _on_gpu(artifacts: Sequence[Artifact], options: BenchOptions) -> bool:
 
 
 def arms_of(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Arm]:
-    """The arms: eager first, then the artifacts, then those of `--also`."""
+    """The arms: eager first, if it is timed, then the artifacts, then those of `--also`."""
     torch: dict[str, Any] = {"device": "cuda" if _on_gpu(artifacts, options) else "cpu"}
     torch["threads"] = options.threads or machine.default_threads()
     torch |= {"weights": options.weights, "reference": options.reference}
     path = str(artifacts[0].path)
-    arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)]
+    arms = [Arm(name=EAGER, path=path, runtime="eager", **torch)] if options.eager else []
     arms += [_arm(str(made.path), made, options) for made in artifacts]
     return arms + [Arm(name=name, path=path, runtime=name, **torch) for name in options.also]
 
@@ -256,26 +259,15 @@ def findings_of(timing: Timing, arm: Arm, artifact: Artifact) -> list[Finding]:
         reason = timing.failures.get(arm.name, "was never timed")
         failed = Finding(check="latency", metric="p50_ms", case=case, value=None, passed=False, detail=reason)
         return [msgspec.structs.replace(failed, setting=arm.setting)]
-    findings = [*_latency(timing, arm.name, case), _outputs(timing, arm.name, case, artifact)]
+    findings = _latency(timing, arm.name, case)
+    if any(other.name == EAGER for other in timing.plan.arms):
+        findings.append(_outputs(timing, arm.name, case, artifact))
     findings += _share_of_peak(timing, arm.name, artifact, case)
-    findings += _parts(timing, arm.name, case)
+    findings += facts.parts(timing, arm.name, case)
     for other in timing.plan.arms:
         if other.runtime in OTHERS:
             findings += _against(timing, arm.name, other.name, OTHERS[other.runtime], case)
     return findings
-
-
-def _parts(timing: Timing, name: str, case: str) -> list[Finding]:
-    """Upload, computation and download separately, where a GPU measured them."""
-    launches = [launch.parts[name] for launch in timing.launches if name in launch.parts]
-    return [
-        Finding(
-            check="latency", metric=part, case=case, value=median(one[part] for one in launches), unit="ms",
-            detail="by the GPU's clock, one after the other", samples=tuple(one[part] for one in launches),
-            setting=timing.setting(name),
-        )
-        for part in (_cuda.PARTS if launches else ())
-    ]  # fmt: skip
 
 
 def _latency(timing: Timing, name: str, case: str, prefix: str = "") -> list[Finding]:

@@ -311,3 +311,43 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_timed(artifacts
     assert "and no NPU" in refused(3, "bench", made.path, "--device", "npu", folder=tmp_path)
     plan = copy_artifact(artifacts["tensorrt", "fp16"], tmp_path)
     assert "an engine runs only on a GPU" in refused(3, "bench", plan.path, folder=tmp_path)
+
+
+WITHOUT_PYTORCH = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnxscript"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+if __name__ == "__main__":
+    from exporter.bench import supervisor
+    from exporter.cli import main
+    supervisor.PROCESSES = 2
+    main()
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_inspect_bench_and_report_work_where_pytorch_cannot_be_imported(backend, artifacts, tmp_path):
+    script = tmp_path / "typed.py"  # a file: timing processes run it too, and are blocked as well
+    script.write_text(WITHOUT_PYTORCH)
+    path = copy_artifact(artifacts[backend, "fp32"], tmp_path).path
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for words in (
+        ["inspect", path],
+        ["bench", path, "--no-eager", *QUICK],
+        ["report", f"{path}.report.json", "--format", "markdown"],
+    ):
+        command = [sys.executable, str(script), *map(str, words)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert answer.returncode == 0, answer.stderr
+    findings = json.loads(Path(f"{path}.report.json").read_text())["findings"]
+    metrics = {finding["metric"] for finding in findings}
+    assert {"p50_ms", "throughput_ips", "cold_ms"} <= metrics
+    assert not metrics & {"speedup", "eager_p50_ms", "outputs_cosine"}
+
+
+def test_without_pytorch_nothing_is_compared_with_it(artifacts):
+    with pytest.raises(BadRequest, match="--no-eager: --also, --until and --min-speedup are about PyTorch"):
+        latency.bench([artifacts["onnxruntime", "fp32"]], latency.BenchOptions(eager=False, min_speedup=1.0))
