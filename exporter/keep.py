@@ -60,7 +60,9 @@ def bisect(artifact: Artifact, options: KeepOptions) -> Report:
     try:
         recipe = recipe_with(artifact, part, options.weights)
     except BadRequest as error:
-        detail = f"build it again with --keep {part}; the command is not known: {error}"
+        if options.try_keep:
+            note(f"nothing was built: {error}")
+        detail = f"higher precision of {part} would help, and this artifact cannot be built so: {error}"
         return _with(report, [Finding(check="bisect", metric="keep", case=part, value=None, detail=detail)])
     findings = [Finding(check="bisect", metric="keep", case=part, value=None, detail=command(recipe, artifact))]
     if options.try_keep:

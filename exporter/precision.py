@@ -55,6 +55,7 @@ class Precision:
 # Values, each logit and each difference of two logits of trained models being one (200 photographs, 16 and 64 synthetic
 # images): largest relative error fp32 1e-4 %, fp16 0.1 %, bf16 4.4 %, int8 4.1 %; smallest R² 1 − 1e-11, 1 − 2e-6,
 # 0.998, 0.996; smallest rank correlation 1, 0.997, 0.997, 0.991.
+# Agreement of nearest neighbours, trained atto, 2,000 photographs: fp32 100 %, int8 98.6 %.
 # Colours are told apart by people who see them differently, on white and on black (Okabe and Ito, 2008).
 _NARROW = ValueLimits(10.0, 0.98, 0.95)
 _EIGHT_BITS = Limits(0.998, 1.0, 97.0, 80.0, _NARROW)

@@ -108,13 +108,15 @@ def _limited(finding: Finding, limits: Bench) -> Finding:
 
 
 def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
-    if not options.eager and (options.also or options.until is not None or options.min_speedup is not None):
-        raise BadRequest("--no-eager: --also, --until and --min-speedup are about PyTorch; leave them out")
+    _check_eager(options)
     first = artifacts[0].sidecar
     for made in artifacts:
         backends.runtime_of(made)
         sidecar = made.sidecar
-        if (sidecar.weights.digest, sidecar.task) != (first.weights.digest, first.task):
+        if sidecar.weights.digest == first.weights.digest and sidecar.spec != first.spec:
+            both = f"returns {sidecar.spec.text}, and {artifacts[0].path} {first.spec.text}"
+            raise BadRequest(f"{made.path}: {both}; bench them separately")
+        if sidecar.weights.digest != first.weights.digest:
             raise BadRequest(
                 f"{made.path}: built from other weights than {artifacts[0].path}; models timed together share one "
                 "eager model, so bench them separately"
@@ -132,6 +134,16 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; use `compare` to compare an artifact with itself")
+
+
+def _check_eager(options: BenchOptions) -> None:
+    """Refuse options about PyTorch where it is not timed."""
+    if options.eager:
+        return
+    if options.also or options.until is not None or options.min_speedup is not None:
+        raise BadRequest("--no-eager: --also, --until and --min-speedup are about PyTorch; leave them out")
+    if options.weights is not None or options.reference is not None:
+        raise BadRequest("--no-eager: --weights and --reference say which PyTorch model is timed; leave them out")
 
 
 def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener) -> None:

@@ -137,7 +137,7 @@ def _launch(line: Line, plan: Plan, sessions: dict[str, Session], shuffle: rando
         conditions = watch.conditions()
     return Launch(
         blocks=rounds.blocks,
-        cosine=_cosines(bounds, [arm.name for arm in plan.arms if plan.compared and arm.runtime != "peak"], line),
+        cosine=_cosines(bounds, [arm for arm in plan.arms if plan.compared and arm.runtime != "peak"], line),
         streams={name: bounds[name].streams for name in names},
         facts={name: sessions[name].facts for name in names},
         settled={name: paces[name].settled for name in names},
@@ -167,20 +167,25 @@ def inputs(plan: Plan) -> list[NDArray[Any]]:
     ]
 
 
-def _cosines(bounds: dict[str, Bound], names: list[str], line: Line) -> dict[str, float]:
-    """The smallest cosine between outputs of an arm and the nearest output of the first of `names`.
+def _cosines(bounds: dict[str, Bound], arms: list[Arm], line: Line) -> dict[str, float]:
+    """The smallest cosine between outputs of an arm and the nearest output of the first arm.
 
     The nearest is taken because arms are at different places in the rotation of inputs.
     """
-    answers = {name: [_answer(bounds[name], name, line) for _ in range(INPUTS)] for name in names}
+    answers = {arm.name: [_answer(bounds[arm.name], arm, line) for _ in range(INPUTS)] for arm in arms}
     reference = next(iter(answers.values()), [])
-    return {name: min(max(_cosine(got, one) for one in reference) for got in answers[name]) for name in names}
+    return {name: min(max(_cosine(got, one) for one in reference) for got in own) for name, own in answers.items()}
 
 
-def _answer(bound: Bound, name: str, line: Line) -> Outputs:
-    line.starting(name)
+def _answer(bound: Bound, arm: Arm, line: Line) -> Outputs:
+    """The outputs of a run, without numbers of classes, which have no cosine."""
+    line.starting(arm.name)
     bound.run()
-    return bound.outputs()
+    outputs = bound.outputs()
+    path = Path(arm.path)
+    tensors = artifacts.read_sidecar(path).outputs if artifacts.sidecar_path(path).exists() else ()
+    numbers = [place for place, tensor in enumerate(tensors) if tensor.holds == "classes"]
+    return tuple(output for place, output in enumerate(outputs) if place not in numbers)
 
 
 def _cosine(first: Outputs, second: Outputs) -> float:

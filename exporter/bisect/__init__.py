@@ -20,7 +20,7 @@ from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
 from exporter.bisect.network import Chain
-from exporter.bisect.parts import Part, Precisions, measure, share_of_deviation
+from exporter.bisect.parts import TOLERANCES, Part, Precisions, measure, share_of_deviation
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
@@ -126,6 +126,9 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     parts = list(measure(chain, block_outputs, inputs, named, precisions))
     if artifact.sidecar.preprocessing.input == "image":
         parts[0] = replace(parts[0], limit=max(parts[0].limit, PICTURE_LIMIT))
+    if any(tensor.dtype == "float16" for tensor in (*artifact.sidecar.inputs, *artifact.sidecar.outputs)):
+        for place in (0, *range(len(chain.names), len(parts))):  # those that are computed from or to fp16
+            parts[place] = replace(parts[place], limit=max(parts[place].limit, TOLERANCES["fp16"][0]))
     first = next((part for part in parts if not part.passed), None)
     reason = reasons.of(chain, first) if first is not None else None
     whole = zip(outputs, chain.whole(inputs), strict=True)

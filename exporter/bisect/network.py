@@ -48,6 +48,11 @@ class Chain:
         """Whether a part is all that follows the last block, for a network with one output of the last stage."""
         return name.startswith(TAIL) and "features" not in self.model.spec.tasks
 
+    def is_logits(self, place: int) -> bool:
+        """Whether an output of the network is the logits of a head."""
+        spec, heads = self.model.spec, max(1, len(self.model.heads))
+        return "classify" in spec.tasks and spec.answer == "logits" and place < heads
+
     def ends_stage(self, name: str) -> bool:
         """Whether a part is the last one of its stage."""
         return name in self.last

@@ -96,6 +96,8 @@ def _other_weights(chain: Chain, part: Part) -> str:
         return f"{before}{text} ({100 * (1 - left):.0f} % of the error)"
     if part.name in chain.parts:
         return ""
+    if not chain.is_logits(part.place):
+        return ""
     errors = np.sqrt(np.mean(np.square(part.y - part.expected, dtype=np.float64), 0))
     rows = np.flatnonzero(errors > ROW * errors.max())
     return f"the weights of classes {some(map(str, rows))} of the head differ" if 2 * len(rows) < len(errors) else ""

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from exporter.model.convnext import ConvNeXt
     from exporter.model.reference import Reference
 
-FP16_REACH = 65504 / 4  # other images reach further than the few that are looked at
+FP16_MAX = 65504
+FP16_REACH = FP16_MAX / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
 HALF_SHARE = 1e-2  # of pixels or outputs rounded to fp16, eleven bits, by an fp32 network
@@ -304,6 +305,11 @@ def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str
     for tensor, a, b in zip(sidecar.outputs, network.expected, outputs, strict=True):
         if a.shape != b.shape:
             return f"{tensor.name} is {b.shape}, in PyTorch {a.shape}"
+    for tensor, a in zip(sidecar.outputs, network.expected, strict=True):
+        if tensor.dtype == "float16" and float(np.abs(a).max()) > FP16_MAX:
+            raise BadRequest(
+                f"--io fp16: {tensor.name} reaches {np.abs(a).max():.3g}, and fp16 holds 65,504; leave --io fp16 out"
+            )
     rounds = job.trace.half_outputs or job.trace.dtype == "float16"
     limit = PICTURE_SHARE if pictures else HALF_SHARE if rounds else TRACE_SHARE
     shares = _shares(job.trace, network.expected, outputs, network.scales, limit)

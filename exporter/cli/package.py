@@ -39,13 +39,13 @@ def _take_own(aim: Destination, values: dict[str, Any]) -> Any:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--for", "aim", type=click.Choice(names()), required=True,
               help="; ".join(f"{aim.name}: {aim.summary}" for aim in DESTINATIONS) + ".")  # fmt: skip
-@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), required=True,
+@click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), required=True,
               help="Folder that is not there yet, or empty.")  # fmt: skip
 @add(options_of(PackageOptions))
 @add(options_of(PredictOptions, skip=NO_ANSWERS))
 @add(_own_options())
 @click.option("--json", "as_json", is_flag=True, help="The folder and its files as JSON on stdout.")
-def package_command(artifact: Path, aim: str, output: Path, as_json: bool, **values: Any) -> None:
+def package_command(artifact: Path, aim: str, out: Path, as_json: bool, **values: Any) -> None:
     """Write a folder with an artifact and everything that a server or an application needs around it.
 
     The folder works as it is: it has a README, the labels, a sample picture, a client, and a self-test that compares
@@ -64,11 +64,11 @@ def package_command(artifact: Path, aim: str, output: Path, as_json: bool, **val
     answers = take(PredictOptions, values, NO_ANSWERS)
     own = _take_own(destination(aim), values)
     with drawing():
-        written = package.package(artifacts.load(artifact), aim, output, options, answers, own)
+        written = package.package(artifacts.load(artifact), aim, out, options, answers, own)
     if as_json:
         print_json(written)
         return
     console().print(
-        f"[bold]{plain(output)}[/]  {len(written.files)} files; {plain(output / 'README.md')} has the commands",
+        f"[bold]{plain(out)}[/]  {len(written.files)} files; {plain(out / 'README.md')} has the commands",
         soft_wrap=True,
     )

@@ -70,6 +70,11 @@ def check_pair(pair: Pair, options: CompareOptions) -> None:
             f"{pair.head.path} is {head.variant} {head.task}, {pair.base.path} is {base.variant} {base.task}: two "
             "models; add --across model to compare them anyway"
         )
+    if base.task == head.task and base.spec != head.spec:
+        raise BadRequest(
+            f"{pair.head.path} returns {head.spec.text}, {pair.base.path} {base.spec.text}; build both with the same "
+            "--output and --l2"
+        )
     if base.preprocessing.size != head.preprocessing.size:
         raise BadRequest(
             f"{pair.head.path} takes {size_text(head.preprocessing.size)} pixels, {pair.base.path} "

@@ -151,7 +151,8 @@ def _stays(node: ir.Node, work: _Halving) -> bool:
     if node in work.beyond:
         return True
     misfits = [v.name or "" for v in node.inputs if v is not None and not _fits(v, work.half.name)]
-    work.kept += [name for name in misfits if name not in work.kept]
+    if module:  # functions of outputs have constants, not weights
+        work.kept += [name for name in misfits if name not in work.kept]
     return bool(misfits)
 
 

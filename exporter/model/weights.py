@@ -90,9 +90,10 @@ class Checkpoint:
             self._check_task(task)
         if problem := spec.contradiction():
             raise BadRequest(f"{self.weights.source}: {problem}")
-        if spec.answer in ("softmax", "top5") and self.weights.num_classes == 1:
-            raise BadRequest(f"--output {spec.answer}: the head has one output, and a choice needs two; leave it out")
-        if same := {head for head, _ in map(head_layer, self.variant.architecture.heads)} & _OTHER_OUTPUTS:
+        heads = dict(map(head_layer, self.variant.architecture.heads))
+        if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):
+            raise BadRequest(f"--output {spec.answer}: a head has one output, and a choice needs two; leave it out")
+        if same := heads.keys() & _OTHER_OUTPUTS:
             raise BadRequest(f"{self.weights.source}: a head has the name of another output: {', '.join(sorted(same))}")
 
     def _check_task(self, task: str) -> None:

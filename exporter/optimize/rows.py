@@ -26,6 +26,7 @@ METRICS = {
     "map": "map_eager",
     "top1_agreement": "",
     "label_agreement": "",
+    "neighbour_agreement": "",
     "r2": "",
     "cosine": "",
 }

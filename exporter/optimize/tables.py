@@ -16,6 +16,7 @@ WORDS = {
     "map": "mAP, %",
     "top1_agreement": "agreement with PyTorch, %",
     "label_agreement": "agreement with PyTorch, % of decisions",
+    "neighbour_agreement": "nearest neighbours as by PyTorch, %",
     "r2": "R² to PyTorch",
     "cosine": "cosine to PyTorch",
 }

@@ -95,8 +95,7 @@ class Contents:
     @property
     def batch(self) -> int | None:
         """The size of a fixed batch, None where any number of images is taken."""
-        first = self.input.shape[0]
-        return first if isinstance(first, int) else None
+        return self.artifact.sidecar.batch
 
     @property
     def sides(self) -> tuple[int, int, int]:

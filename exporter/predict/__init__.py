@@ -173,13 +173,13 @@ def as_text(record: Mapping[str, Any]) -> str:
 def _text(answers: Mapping[str, Any]) -> str:
     if "error" in answers:
         return f"no answer: {answers['error']}"
+    if all(isinstance(answer, dict) for answer in answers.values()):  # several outputs
+        return "; ".join(f"{name}: {_text(answer)}" for name, answer in answers.items())
     if "embedding" in answers:
         vector = answers["embedding"]
         return f"{len(vector)} numbers: {' '.join(f'{value:.4g}' for value in vector[:4])} …"
     if "values" in answers:
         return " ".join(f"{value:.6g}" for value in answers["values"])
-    if "predictions" not in answers:  # several outputs
-        return "; ".join(f"{name}: {_text(answer)}" for name, answer in answers.items())
     first = (f"{one.get('label', one['class'])} {100 * one['probability']:.1f} %" for one in answers["predictions"])
     decided = f"[{', '.join(answers['labels'])}] " if "labels" in answers else ""
     return decided + ", ".join(first)

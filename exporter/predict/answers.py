@@ -115,7 +115,8 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
             raise BadRequest(f"--top {top}: the artifact returns the {width} most probable classes (--output top5)")
         if kind == "probabilities" and not whole:
             continue  # they are with their classes
-        classes = sidecar.weights.num_classes if kind == "top" and not place else width
+        # Of numbers of classes the width is five; labels are those of the first head.
+        classes = (0 if place else sidecar.weights.num_classes) if kind == "top" else width
         labels = sidecar.labels if len(sidecar.labels) == classes else ()
         every.append(Output(tensor.name, place, tensor.holds, kind, width, labels, len(tensor.shape) > 2))
     return Answers(tuple(every), top, checks, whole)

@@ -77,6 +77,7 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
         "top1_agreement": "agreement with eager, %",
         "map": "mAP, %",
         "label_agreement": "agreement with eager, % of decisions",
+        "neighbour_agreement": "nearest neighbours as by eager, %",
         "cosine": "cosine to eager",
         "r2": "R² to eager",
     }
@@ -186,7 +187,7 @@ def tried(report: Report) -> str:
 
 
 def _accuracy(report: Report) -> Any:
-    metrics = ("top1", "map", "top1_agreement", "label_agreement", "cosine", "r2")
+    metrics = ("top1", "map", "top1_agreement", "label_agreement", "neighbour_agreement", "cosine", "r2")
     found = (report.find(metric) for metric in metrics)
     return next((one for one in found if one and one.value is not None), None)
 

@@ -23,7 +23,7 @@ from exporter.report.tables import Table, name
 SCHEMA = 1
 METRICS = (
     *("speedup", "p50_ms", "p99_ms", "throughput_ips", "top1", "top1_agreement", "map", "label_agreement"),
-    *("cosine", "r2", "bytes"),
+    *("neighbour_agreement", "cosine", "r2", "bytes"),
 )
 MAX_BYTES = 256 * 2**20
 LEAST_SEGMENT = 3  # commits on either side of a step

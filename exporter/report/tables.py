@@ -137,9 +137,10 @@ def _accuracy(report: Report, of: str) -> str:
 
 
 def _agreement(report: Report) -> str:
-    """The share of images with the same top-1, or of equal decisions of a multi-label head; of a regression, R² of its
+    """The share of images with the same top-1, or of equal decisions of a multi-label head, or of equal
+    nearest neighbours of feature vectors; of a regression, R² of its
     values."""
-    agreement = report.find("top1_agreement") or report.find("label_agreement")
+    agreement = next(filter(None, map(report.find, ("top1_agreement", "label_agreement", "neighbour_agreement"))), None)
     if agreement is None and report.find("r2") is not None:
         return number(report.find("r2"), "R² {:.5f}")
     return number(agreement, "{:.2f} %")

@@ -109,7 +109,7 @@ def _graph(recipe: Recipe) -> tuple[object, ...]:
     """What determines the fp32 graph that every precision of a network is built from."""
     weights_path = Path(recipe.model.weights)
     model = msgspec.structs.replace(recipe.model, weights=str(weights_path.resolve()))
-    return model, msgspec.structs.replace(recipe.export, form=None), recipe.preprocessing
+    return model, msgspec.structs.replace(recipe.export, form=None, keep=None), recipe.preprocessing
 
 
 def _network(model: Model) -> str:

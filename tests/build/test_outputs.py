@@ -118,3 +118,36 @@ def test_outputs_option_that_contradicts_the_artifact_is_refused(tiny, tmp_path)
     artifact = build(tiny, tmp_path, output="softmax")
     with pytest.raises(BadRequest, match="built with --output softmax, which is of classes"):
         verify(artifact, VerifyOptions(outputs="multilabel", samples=2))
+
+
+def test_several_outputs_are_said_on_a_line(tiny, tmp_path):
+    from exporter import predict
+    from exporter.predict import PredictOptions
+
+    artifact = build(tiny, tmp_path, task="classify,embed", l2=True)
+    (record,) = predict.answer(artifact, ["synthetic"], PredictOptions(top=2))[:1]
+    line = predict.as_text(record)
+    assert line.startswith(f"{record['image']}  logits: class ")
+    assert "; embedding: 48 numbers: " in line
+
+
+def test_artifacts_that_return_other_things_are_not_compared(tiny, tmp_path):
+    from exporter.bench import latency
+    from exporter.compare import artifacts as comparing
+
+    logits, five = build(tiny, tmp_path / "a"), build(tiny, tmp_path / "b", output="top5")
+    with pytest.raises(BadRequest, match=r"returns classify \(top5\), and .* classify; bench them separately"):
+        latency.bench([logits, five], latency.BenchOptions())
+    with pytest.raises(BadRequest, match=r"returns classify \(top5\), .*same --output and --l2"):
+        comparing.check_pair(comparing.Pair(logits, five), comparing.CompareOptions())
+
+
+def test_outputs_beyond_fp16_are_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = write_tiny(tmp_path / "weights")
+    state = load_file(folder / "model.safetensors")
+    state["head.weight"] *= 1e7
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(BadRequest, match="--io fp16: logits reaches .*, and fp16 holds 65,504"):
+        build(folder, tmp_path / "out", io="fp16")

@@ -80,3 +80,24 @@ def test_too_few_images_are_not_judged(artifacts):
     finding = measured(artifacts, vectors(20), vectors(20))["neighbour_agreement"]
     assert finding.value is None
     assert "at least 21" in finding.detail
+
+
+def test_a_limit_of_agreement_is_not_passed_by_too_few_images(artifacts):
+    assert not measured(artifacts, vectors(20), vectors(20), min_agreement=90)["neighbour_agreement"].passed
+
+
+def test_numbers_of_classes_may_be_alike(artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    classes = replace(made.sidecar.outputs[0], name="classes", holds="classes", shape=("batch", 5), dtype="int64")
+    probabilities = replace(made.sidecar.outputs[0], name="probabilities", holds="top5", shape=("batch", 5))
+    subject = Subject(type(made)(made.path, replace(made.sidecar, outputs=(classes, probabilities))), [])
+    meters = checks.start_all(Checks(), subject)
+    same = np.tile(np.arange(5, dtype=np.float32), (30, 1))
+    other = same.copy()
+    other[::2] = other[::2, ::-1]
+    values = np.sort(np.abs(vectors(30, width=5)), axis=1)[:, ::-1].copy()
+    for meter in meters:
+        meter.see(Seen(np.full(30, -1), (other, values), (same, values)))
+    findings = {finding.metric: finding for meter in meters for finding in meter.findings()}
+    assert findings["constant_outputs"].value == 0
+    assert findings["top1_agreement"].value == 50

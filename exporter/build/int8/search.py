@@ -199,7 +199,9 @@ def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[S
     are too large."""
     opening: AbstractContextManager[Session]
     if job.reference is not None:
-        opening = nullcontext(eager.EagerSession(job.reference.with_outputs(job.sidecar.spec), "cpu"))
+        opening = nullcontext(
+            eager.EagerSession(job.reference.with_outputs(job.sidecar.spec), "cpu", recipe=job.sidecar.preprocessing)
+        )
     else:
         opening = verify.reference(Artifact(folder / "reference", job.sidecar), options)
     with opening as session:

@@ -75,7 +75,7 @@ def baseline(work: Work, build: Callable[[Recipe, Path], Artifact], folder: Path
     says why."""
     job = work.job
     above = job.above_int8
-    export = msgspec.structs.replace(job.recipe.export, form=None)
+    export = msgspec.structs.replace(job.recipe.export, form=None, keep=None)
     recipe = msgspec.structs.replace(job.recipe, precision=above, export=export, quantization=None)
     try:
         if job.target.form(above, recipe.fixed_batch) == job.form:

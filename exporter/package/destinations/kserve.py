@@ -34,7 +34,7 @@ def check(contents: Contents, options: DestinationOptions) -> None:
     if unknown:
         raise BadRequest(
             f"{contents.artifact.path}: inputs or outputs of {', '.join(sorted(unknown))}, and --for kserve takes "
-            f"{', '.join(DATATYPES)}; export it with one of them"
+            f"{', '.join(DATATYPES)}; export it with --output softmax in place of top5, and with --io fp32"
         )
 
 

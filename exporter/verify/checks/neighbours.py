@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from exporter.backends import Array
 from exporter.data.samples import is_synthetic
 from exporter.recipe import Checks
-from exporter.report import Finding
+from exporter.report import Finding, judged
 from exporter.verify.checks import Check, Seen, Subject, agreement, share
-from exporter.verify.outputs import kinds
+from exporter.verify.outputs import first, kinds
 
 NEAREST = 10
 LEAST_IMAGES = 2 * NEAREST + 1  # with fewer, half of all images are among the nearest by chance
@@ -27,6 +27,8 @@ class Neighbours:
 
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
+        is_first = first(sidecar, options.outputs) == "embedding"  # a limit of agreement is that of the first output
+        options = options if is_first else replace(options, min_agreement=None)
         self.options, self.limits = options, subject.precision.limits
         self.places = [place for place, kind in enumerate(kinds(sidecar, options.outputs)) if kind == "embedding"]
         self.eager: list[Array] = []
@@ -48,7 +50,8 @@ class Neighbours:
         if count < LEAST_IMAGES:
             detail = f"not measured: the {NEAREST} nearest of {count} images say little; give at least {LEAST_IMAGES}"
             finding = Finding(check="neighbours", metric="neighbour_agreement", value=None, unit="%", detail=detail)
-            return [finding]
+            limit = self.options.min_agreement
+            return [finding if limit is None else judged(finding, limit, "high")]
         recalls = recall(np.concatenate(self.eager), np.concatenate(self.got))
         finding = share("neighbours", "neighbour_agreement", recalls.tolist())
         finding = replace(finding, detail=f"of the {NEAREST} nearest of {count} images, the mean over all of them")

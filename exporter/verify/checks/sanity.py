@@ -21,7 +21,8 @@ class Sanity:
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
         every = zip(sidecar.outputs, kinds(sidecar, options.outputs), strict=True)
-        self.centred = [is_centred(tensor.holds, kind) for tensor, kind in every]
+        # Numbers of classes may be equal for images whose probabilities differ.
+        self.centred = [None if kind == "top" else is_centred(tensor.holds, kind) for tensor, kind in every]
         self.share = subject.precision.limits.share
         self.images = self.nan = self.infinite = 0
         self.moments = [Moments() for _ in self.centred]
@@ -35,6 +36,8 @@ class Sanity:
         pairs = [(_flat(got), _flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
         last = self.last or [(got[:0], eager[:0]) for got, eager in pairs]
         for index, ((a, b), (got, eager)) in enumerate(zip(last, pairs, strict=True)):
+            if self.centred[index] is None:
+                continue
             self.moments[index].see(eager)
             apart = _apart(np.vstack([a, got]), np.vstack([b, eager]))[len(a) :]
             self.alike += [(self.images + int(row), index, float(apart[row])) for row in np.flatnonzero(apart)]
@@ -44,7 +47,11 @@ class Sanity:
     def _constant(self) -> int:
         """The number of images whose output is constant. Two images, or two values, that are equal by rounding are not:
         eager's must lie further apart than the largest error of this precision."""
-        scales = [moments.scale(centred) for moments, centred in zip(self.moments, self.centred, strict=True)]
+        scales = {
+            index: self.moments[index].scale(centred)
+            for index, centred in enumerate(self.centred)
+            if centred is not None
+        }
         return len({image for image, index, apart in self.alike if apart > self.share * scales[index]})
 
     def _count(self, seen: Seen, is_bad: np.ufunc) -> int:
