@@ -125,7 +125,7 @@ def test_several_outputs_are_said_on_a_line(tiny, tmp_path):
     from exporter.predict import PredictOptions
 
     artifact = build(tiny, tmp_path, task="classify,embed", l2=True)
-    (record,) = predict.answer(artifact, ["synthetic"], PredictOptions(top=2))[:1]
+    record = next(iter(predict.answer(artifact, ["synthetic"], PredictOptions(top=2))))
     line = predict.as_text(record)
     assert line.startswith(f"{record['image']}  logits: class ")
     assert "; embedding: 48 numbers: " in line
@@ -149,5 +149,5 @@ def test_outputs_beyond_fp16_are_refused_by_name(tmp_path):
     state = load_file(folder / "model.safetensors")
     state["head.weight"] *= 1e7
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(BadRequest, match="--io fp16: logits reaches .*, and fp16 holds 65,504"):
+    with pytest.raises(BadRequest, match=r"--io fp16: logits reaches .*, and fp16 holds 65,504"):
         build(folder, tmp_path / "out", io="fp16")
