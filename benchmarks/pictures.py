@@ -104,10 +104,10 @@ def classes_of(session: Session, photographs: list[Pixels]) -> list[int]:
     return [int(session(picture[None])[0].argmax()) for picture in photographs]
 
 
-def by_pillow(picture: Pixels, recipe: Preprocessing) -> Pixels:
+def by_pillow(picture: Pixels, preprocessing: Preprocessing) -> Pixels:
     """The pixels of the network's input as whole numbers (3, height, width)."""
-    mean, std = (np.array(values)[:, None, None] for values in (recipe.mean, recipe.std))
-    pixels: Pixels = np.rint((images.preprocess_pictures(picture[None], recipe)[0] * std + mean) * 255)
+    mean, std = (np.array(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    pixels: Pixels = np.rint((images.preprocess_pictures(picture[None], preprocessing)[0] * std + mean) * 255)
     return pixels
 
 
@@ -128,15 +128,15 @@ def timed(ways: Sequence[Callable[[Pixels], object]], photographs: list[Pixels])
 
 def measured(artifact: Artifact, graph: Artifact, expected: list[int], photographs: list[Pixels]) -> Row:
     """Run all photographs; `expected` are their classes."""
-    runtime, recipe = backends.runtime_of(artifact), artifact.sidecar.preprocessing
+    runtime, preprocessing = backends.runtime_of(artifact), artifact.sidecar.preprocessing
     with runtime.open(artifact, runtime.options(threads=1)) as session:
         classes = classes_of(session, photographs)
     with resize_of(graph, runtime.name) as resize:
-        errors = [np.abs(resize(picture) - by_pillow(picture, recipe)) for picture in photographs]
-        preprocess = partial(images.preprocess_pictures, recipe=recipe)
+        errors = [np.abs(resize(picture) - by_pillow(picture, preprocessing)) for picture in photographs]
+        preprocess = partial(images.preprocess_pictures, recipe=preprocessing)
         pillow_ms, artifact_ms = timed([lambda picture: preprocess(picture[None]), resize], photographs)
     return Row(
-        interpolation=recipe.interpolation,
+        interpolation=preprocessing.interpolation,
         runtime=runtime.name,
         largest=max(int(error.max()) for error in errors),
         differing=sum(int((error > 0).sum()) for error in errors),

@@ -42,9 +42,9 @@ class KeepOptions(BisectOptions, frozen=True):
 
 
 def bisect(artifact: Artifact, options: KeepOptions) -> Report:
-    """The report of `bisect` with advice. If precision is what the first part beyond its limit lacks, the finding
-    `keep` has the command that keeps it in higher precision; with `try_keep`, `kept_error` and `kept_output_error` are
-    the errors of the part and of the outputs of such an artifact.
+    """The report of `bisect` with advice. If the first part that exceeds its limit needs higher precision, the finding
+    `keep` has the command that builds it so; with `try_keep`, `kept_error` and `kept_output_error` are the errors of
+    the part and of the outputs of such an artifact.
 
     Raises: as `bisect.examine` and `build` do.
     """
@@ -54,7 +54,7 @@ def bisect(artifact: Artifact, options: KeepOptions) -> Report:
         return report
     if not _helps(examined):
         if options.try_keep:
-            note("higher precision does not mend this; nothing was built")
+            note("higher precision does not reduce this error; nothing was built")
         return report
     part = _word(examined.first.name)
     try:
@@ -78,7 +78,7 @@ def _with(report: Report, findings: list[Finding]) -> Report:
 
 
 def _helps(examined: Examination) -> bool:
-    """Whether the artifact with the part in the next higher precision would have what the part lacks."""
+    """Whether higher precision of the part removes the cause: an overflow of fp16, or a range of int8 or fp8."""
     lacks = examined.reason.missing if examined.reason is not None else ""
     own = precision.get(examined.artifact.sidecar.precision)
     return lacks == "range" if own.needs_calibration else lacks == "overflow"

@@ -1,4 +1,4 @@
-"""What the outputs of an artifact hold."""
+"""Outputs of an artifact."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
 class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The outputs of a network: those of each task, in order.
 
-    tasks: `classify`, the output of each head; `embed`, one feature vector an image; `tokens`, the same and those of
-        all patches; `features`, the map of each stage.
-    answer: what is returned of a head: logits, their softmax or sigmoid, or the five most probable classes with their
+    tasks: `classify`, the output of each head; `embed`, one feature vector an image; `tokens`, the feature
+        vector and one token for each position of the last map; `features`, the map of each stage.
+    answer: the output of each head: logits, their softmax or sigmoid, or the five most probable classes with their
         probabilities.
     l2: whether feature vectors have unit length.
     """

@@ -1,4 +1,4 @@
-"""What runs a model, and what is built for it. Each module of this folder is one runtime, and ends in
+"""Runtimes and targets. Each module of this folder is one runtime, and ends in
 `RUNTIME = Runtime(...)` and, where artifacts are built for it, `TARGET = Target(...)`.
 
 A check sees only `Session`; runtimes never see each other.
@@ -140,7 +140,7 @@ class WebRuntime:
 
 @dataclass(frozen=True)
 class Serving:
-    """How applications and servers run the artifacts of a runtime. A part that it has not is None.
+    """How applications and servers run the artifacts of a runtime. Missing parts are None.
 
     title: the runtime's own name, for texts.
     requirement: what pip installs.
@@ -161,7 +161,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Runtime(Generic[Opt]):
-    """What runs a model. A part that a runtime has not is None.
+    """Runs models. Missing parts are None.
 
     name: of its module, of its target, and in the sidecars of the artifacts that it opens.
     options: the record that `open` takes.
@@ -197,7 +197,7 @@ class Runtime(Generic[Opt]):
 
 @dataclass(frozen=True)
 class Target:
-    """What artifacts are built for: a runtime, and how it wants them. A part that a target has not is None.
+    """A runtime that artifacts are built for, and how it wants them. Missing parts are None.
 
     name: of the runtime that opens its artifacts.
     command: the word that a user types to build for it.

@@ -1,4 +1,4 @@
-"""Eager PyTorch: the model that every artifact is held against."""
+"""Eager PyTorch: the model that every artifact is compared with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which one tensor of a part must be another so that the part computes what the artifact does.
+"""Finds the single weight or bias whose change explains the error of a part.
 
-Each weight or bias is fitted alone, the smallest first. A fit with as many numbers as there are equations explains any
-error, so what is left is compared with what a fit to noise would leave.
+Each weight or bias is fitted alone, the smallest first. With as many numbers as equations any error can be fitted, so
+the remaining error is compared with that of a fit to noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from exporter.errors import some
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEFT = 1 / 4  # of what a fit to noise would leave
+LEFT = 1 / 4  # share of a noise fit's remaining error below which a tensor counts as the cause
 ITERATIONS = 60
 MOST = 2**20  # numbers of an input that are used, whole images
 SHOWN = 0.1  # of the largest change of a channel: a channel that changes less is not named
@@ -37,12 +37,12 @@ def other_weights(tensors: Mapping[str, Tensor], run: Run, x: Array, y: Array) -
     import torch
 
     count = max(1, min(len(x), MOST * len(x) // x.size))
-    given, wanted = torch.from_numpy(x[:count].copy()), torch.from_numpy(y[:count].copy())
+    inputs, wanted = torch.from_numpy(x[:count].copy()), torch.from_numpy(y[:count].copy())
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].numel()):
         free = 1 - tensor.numel() / wanted.numel()
         if free <= 0:
             return  # the others are larger
-        change, left = _fit(tensor.detach(), lambda fitted, name=name: run({name: fitted}, given), wanted)  # type: ignore[misc]
+        change, left = _fit(tensor.detach(), lambda fitted, name=name: run({name: fitted}, inputs), wanted)  # type: ignore[misc]
         if left < LEFT * math.sqrt(free):
             yield f"{name} differs{_channels(change)}", left
 

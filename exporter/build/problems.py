@@ -105,7 +105,7 @@ def _check_picture(recipe: Recipe, target: Target) -> None:
     if export.input != "image":
         return
     if reason := target.no_pictures(recipe.precision):
-        raise BadRequest(f"--input image: {reason}; take --input uint8, and resize before it")
+        raise BadRequest(f"--input image: {reason}; give --input uint8, and resize images before the artifact")
     if export.layout != "nchw":
         raise BadRequest(f"--layout {export.layout}: it is for batches, and a picture is (H, W, C); leave it out")
     if export.imgsz == "dynamic":
@@ -118,13 +118,13 @@ def refuse_picture(preprocessing: Preprocessing) -> None:
     """Raises: BadRequest for preprocessing of pictures that a graph does not have."""
     if preprocessing.interpolation in ("nearest", "box"):
         raise BadRequest(
-            f"--input image: of {preprocessing.interpolation} the last bit of a sum decides which pixels count, and "
-            "runtimes differ in it; give --interpolation bilinear, bicubic, hamming or lanczos"
+            f"--input image: {preprocessing.interpolation} picks pixels by the last bit of a sum, and runtimes compute "
+            "this bit differently; give --interpolation bilinear, bicubic, hamming or lanczos"
         )
     if preprocessing.channels not in (1, 3):
         raise BadRequest(
             f"--input image: the network takes {preprocessing.channels} channels, and pictures have 1 (grey) or 3; "
-            "take --input uint8, and resize before it"
+            "give --input uint8, and resize images before the artifact"
         )
 
 

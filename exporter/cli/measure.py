@@ -187,8 +187,8 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     fp16, a range of int8 that is too narrow, another operator, scale, eps or order of channels. Exit code 5: a part
     exceeds its limit.
 
-    If precision is what the part lacks, the command that builds the artifact with this part in higher precision is
-    printed, and --try-keep tries it.
+    If a part needs higher precision, the command that builds the artifact with it is printed; --try-keep tries this
+    command.
 
     \b
     Examples:

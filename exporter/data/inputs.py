@@ -15,22 +15,24 @@ Array = NDArray[np.float32]
 Outputs = tuple[Array, ...]
 
 
-def as_taken(images: Array, recipe: Preprocessing) -> NDArray[Any]:
+def as_taken(images: Array, preprocessing: Preprocessing) -> NDArray[Any]:
     """Images as an artifact takes them, from those that a session gets: normalised images (N, C, H, W), or the pixels
     that they were made from, with its order of channels, axes and type; or a picture (1, H, W, C) without its first
     axis."""
     taken: NDArray[Any] = images
-    if recipe.input == "image":
-        return np.ascontiguousarray(taken[0, ..., ::-1] if recipe.color == "BGR" else taken[0])
-    if recipe.input != "normalized":
-        mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (recipe.mean, recipe.std))
+    if preprocessing.input == "image":
+        return np.ascontiguousarray(taken[0, ..., ::-1] if preprocessing.color == "BGR" else taken[0])
+    if preprocessing.input != "normalized":
+        mean, std = (
+            np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+        )
         pixels = images * std + mean
-        taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if recipe.input == "uint8" else pixels
-    if recipe.color == "BGR":
+        taken = np.rint(pixels * 255).clip(0, 255).astype(np.uint8) if preprocessing.input == "uint8" else pixels
+    if preprocessing.color == "BGR":
         taken = taken[:, ::-1]
-    if recipe.dtype == "float16" and recipe.input != "uint8":
+    if preprocessing.dtype == "float16" and preprocessing.input != "uint8":
         taken = taken.astype(np.float16)
-    return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if recipe.layout == "NHWC" else taken)
+    return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if preprocessing.layout == "NHWC" else taken)
 
 
 def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
@@ -38,6 +40,6 @@ def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
     return tuple(np.asarray(output, np.float32) for output in outputs)
 
 
-def as_network_takes(images: Array, recipe: Preprocessing) -> Array:
+def as_network_takes(images: Array, preprocessing: Preprocessing) -> Array:
     """Images as the network takes them, from those that a session gets: normalised images, or pictures."""
-    return preprocess_pictures(images, recipe) if recipe.input == "image" else images
+    return preprocess_pictures(images, preprocessing) if preprocessing.input == "image" else images

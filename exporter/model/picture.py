@@ -2,7 +2,7 @@
 
 Pillow resizes rows, rounds them to bytes, and then resizes columns, or columns first. Both passes are matrix products
 here, with weights that are computed from the size of the picture. So the graph has all of Pillow's continuous filters,
-and asks nothing of a runtime but elementary operators. Source of the formulas: Pillow, `src/libImaging/Resample.c`.
+and needs only elementary operators. Source of the formulas: Pillow, `src/libImaging/Resample.c`.
 """
 
 from __future__ import annotations
@@ -64,24 +64,27 @@ def may_begin_with_columns() -> bool:
 class Picture(nn.Module):
     """Resizes and crops a picture as `exporter.data.images` does, to whole numbers from 0 to 255."""
 
-    def __init__(self, recipe: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.recipe, self.may_begin_with_columns = recipe, may_begin_with_columns()
-        fill = torch.tensor([float(round(255 * mean)) for mean in recipe.mean])[:, None, None]
-        self.register_buffer("fill", fill.flip(0) if recipe.color == "BGR" else fill)
+        self.preprocessing, self.may_begin_with_columns = preprocessing, may_begin_with_columns()
+        fill = torch.tensor([float(round(255 * mean)) for mean in preprocessing.mean])[:, None, None]
+        self.register_buffer("fill", fill.flip(0) if preprocessing.color == "BGR" else fill)
         self.fill: Tensor
 
     @property
     def pads(self) -> bool:
         """Whether a resized picture may be smaller than the input, and is filled up with the mean colour."""
-        sizes = zip(sides(self.recipe.resize), sides(self.recipe.size), strict=True)
-        return self.recipe.crop == "border" or any(resized < wanted for resized, wanted in sizes)
+        sizes = zip(sides(self.preprocessing.resize), sides(self.preprocessing.size), strict=True)
+        return self.preprocessing.crop == "border" or any(resized < wanted for resized, wanted in sizes)
 
     def forward(self, picture: Tensor) -> Tensor:
         """(H, W, C) uint8 to (1, C, height, width) float32."""
         height, width, _ = picture.shape
-        rows, columns = resized(height, width, self.recipe)
-        at_rows, at_columns = self._cropped(rows, self.recipe.height), self._cropped(columns, self.recipe.width)
+        rows, columns = resized(height, width, self.preprocessing)
+        at_rows, at_columns = (
+            self._cropped(rows, self.preprocessing.height),
+            self._cropped(columns, self.preprocessing.width),
+        )
         x = torch.ops.aten._to_copy.default(picture.permute(2, 0, 1), dtype=torch.float32)
         x = self._resize(
             _smaller(height - rows, height - rows - 2 * (width - columns)) > 0,
@@ -104,7 +107,8 @@ class Picture(nn.Module):
     def _cropped(self, side: int, wanted: int) -> Tensor:
         """The places of the input's pixels in the resized picture, on one axis; those to be filled up are outside."""
         spare, missing = _larger(side - wanted, 0), _larger(wanted - side, 0)
-        half = spare // 2 + (0 if self.recipe.offset == "floor" else spare % 4 // 3)  # 1.5 pixels are rounded to 2
+        odd = 0 if self.preprocessing.offset == "floor" else spare % 4 // 3  # 1.5 pixels are rounded to 2
+        half = spare // 2 + odd
         return torch.arange(wanted, dtype=torch.float32) + (half - missing // 2)
 
     def _weights(self, at: Tensor, side: int, side_resized: int) -> Tensor:
@@ -115,11 +119,11 @@ class Picture(nn.Module):
         upper 12 and lower 10 bits are two matrices, (2, 1, rows, columns).
         """
         at = at.clamp(0, side_resized - 1) if self.pads else at
-        if self.recipe.interpolation == "bilinear":
+        if self.preprocessing.interpolation == "bilinear":
             return _bilinear_bits(at, side, side_resized)[:, None]
         scale = side / side_resized
         distance = torch.arange(side, dtype=torch.float32) + 0.5 - (at[:, None] + 0.5) * scale
-        weights = FILTERS[self.recipe.interpolation](distance.abs() / _larger(scale, 1.0))
+        weights = FILTERS[self.preprocessing.interpolation](distance.abs() / _larger(scale, 1.0))
         return (weights / weights.sum(1, keepdim=True))[None, None]
 
 
@@ -142,18 +146,18 @@ def _bilinear_bits(at: Tensor, side: int, side_resized: int) -> Tensor:
     return torch.stack([upper, weights - upper * 2**LOWER_BITS])
 
 
-def resized(height: int, width: int, recipe: Preprocessing) -> tuple[int, int]:
+def resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Height and width after resizing, in whole numbers: those of `exporter.data.images`, which divides floats.
 
     The two may differ by one where a quotient ends in exactly .5, for about one of 40,000 sizes.
     """
-    rows, columns = sides(recipe.resize)
-    if recipe.crop == "squash":
+    rows, columns = sides(preprocessing.resize)
+    if preprocessing.crop == "squash":
         return rows, columns
-    if recipe.crop == "center" and isinstance(recipe.resize, int):
+    if preprocessing.crop == "center" and isinstance(preprocessing.resize, int):
         short = _smaller(height, width)
-        return recipe.resize * height // short, recipe.resize * width // short
-    choose = _smaller if recipe.crop == "border" else _larger
+        return preprocessing.resize * height // short, preprocessing.resize * width // short
+    choose = _smaller if preprocessing.crop == "border" else _larger
     rows, columns = choose(rows, _divided(height * columns, width)), choose(columns, _divided(width * rows, height))
     return _larger(rows, 1), _larger(columns, 1)
 

@@ -1,4 +1,4 @@
-"""What packages are written from: the artifact, what its outputs are, a sample picture, and the answers for it."""
+"""Content of a package: artifact, outputs, sample picture and expected outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a package is written from.
+    """Content of a package.
 
     artifact: the one that is packaged.
     serving: how its runtime is installed and run.

@@ -144,7 +144,7 @@ def answer(
     """
     answers = _answers(artifact, options, whole=False)
     if any(output.is_map for output in answers.outputs):
-        raise BadRequest(f"{artifact.path}: the outputs are feature maps; write them with -o FILE.npz")
+        raise BadRequest(f"{artifact.path}: the outputs are feature maps or tokens; write them with -o FILE.npz")
     images = open_images(sources, artifact.sidecar.preprocessing, stdin)
     total, unreadable = images.samples.total, list[str]()
     step(f"predicting {total:,} images with {artifact.path.name}")

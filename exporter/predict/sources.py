@@ -78,7 +78,7 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
     if path.is_dir():
         return _of_files(word, [f"{word.rstrip('/')}/{name}" for name in images_in(path)], recipe)
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise BadRequest(f"{word}: no regular file; give a pipe as standard input with -")
+        raise BadRequest(f"{word}: a pipe or device; pipe it to standard input and give -")
     is_pattern = glob.has_magic(word) and not path.exists()
     if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
         samples = open_samples(word, recipe, (), None)

@@ -102,10 +102,10 @@ def check(out: Path) -> None:
 def check_kinds(out: Path, answers: Answers) -> None:
     """Refuse outputs that a file cannot hold.
 
-    Raises: BadRequest for feature maps anywhere but in `.npz`, and for feature vectors in a CSV.
+    Raises: BadRequest for feature maps and tokens anywhere but in `.npz`, and for feature vectors in a CSV.
     """
     if out.suffix.lower() != ".npz" and any(output.is_map for output in answers.outputs):
-        raise BadRequest(f"-o {out}: the outputs are feature maps; write them to .npz")
+        raise BadRequest(f"-o {out}: the outputs are feature maps or tokens; write them to .npz")
     if out.suffix.lower() == ".csv" and any(output.kind in ("embedding", "features") for output in answers.outputs):
         raise BadRequest(f"-o {out}: the outputs are feature vectors; write them to .npz or .parquet")
 

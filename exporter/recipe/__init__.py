@@ -55,8 +55,9 @@ class Model(Record, frozen=True):
     task: Annotated[
         Tasks | None,
         about(
-            "Outputs: of the heads (classify), one feature vector an image (embed), that and those of all patches "
-            "(tokens), or the map of each stage (features); several as in classify,embed.",
+            "Outputs: of the heads (classify), one feature vector an image (embed), the feature vector and one token "
+            "for each position of the last map (tokens), or the map of each stage (features); several as in "
+            "classify,embed.",
             metavar="TASK,…",
             default="classify, or embed for weights without a classifier",
         ),
@@ -139,15 +140,13 @@ class Export(Record, frozen=True):
     input: Annotated[
         Literal["normalized", "float01", "uint8", "image"],
         about(
-            "Pixels that the artifact takes: normalized, from 0 to 1, or bytes from 0 to 255; or image, a decoded "
-            "picture of any size as bytes, which the artifact resizes itself."
+            "Input of the artifact: normalized pixels, pixels from 0 to 1 (float01), bytes (uint8), or an image of any "
+            "size in bytes, which the artifact resizes (image)."
         ),
     ] = "normalized"
     layout: Annotated[
         Literal["nchw", "nhwc"],
-        about(
-            "Axes of the artifact's input: channels first, or last as cameras and PIL have; a picture has (H, W, C)."
-        ),
+        about("Axes of the artifact's input: channels first, or last as cameras and PIL have; not for --input image."),
     ] = "nchw"
     color: Annotated[
         Literal["rgb", "bgr"], about("Order of the input's channels: red first, or blue first as OpenCV has.")
@@ -164,7 +163,7 @@ class Export(Record, frozen=True):
     output: Annotated[
         Answer,
         about(
-            "What is returned of a head: logits, their softmax or sigmoid, or the numbers and probabilities of the "
+            "Output of each head: logits, their softmax or sigmoid, or the numbers and probabilities of the "
             "five most probable classes."
         ),
     ] = "logits"
@@ -225,7 +224,8 @@ class Quantization(Record, frozen=True):
     max_drop: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
-            "Largest loss of top-1 (multi-label: mAP) on --data; without labels, of agreement with PyTorch.",
+            "Largest loss of top-1 (multi-label: mAP) on --data; without labels, of agreement with PyTorch; of feature "
+            "vectors, of agreement of the nearest neighbours.",
             metavar="POINTS",
             default="0.5 where real images are given",
         ),
@@ -255,8 +255,8 @@ class Checks(Record, frozen=True):
     min_agreement: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
-            "Smallest share of images with the same top-1 as PyTorch, or of equal decisions of a multi-label head, in "
-            "percent.",
+            "Smallest share of images with the same top-1 as PyTorch, of equal decisions of a multi-label head, or of "
+            "equal nearest neighbours of feature vectors, in percent.",
             metavar="PCT",
         ),
     ] = None

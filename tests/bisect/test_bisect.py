@@ -351,7 +351,7 @@ def test_no_command_is_printed_where_precision_is_not_what_lacks(artifacts, tmp_
     bad = run("bisect", spoil(artifacts["onnxruntime", "fp16"], tmp_path, change).path, "--try-keep")
     assert bad.code == 5
     assert "--keep" not in bad.out
-    assert "higher precision does not mend this" in bad.err
+    assert "higher precision does not reduce this error" in bad.err
 
 
 def test_files_of_the_build_that_are_gone_leave_no_command(tiny, tmp_path, monkeypatch, run):

@@ -199,8 +199,8 @@ REFUSED = {
     ("--layout", "nhwc"): "--layout nhwc: it is for batches, and a picture is (H, W, C)",
     ("--imgsz", "dynamic"): "--imgsz dynamic: pictures of any size are resized to one size",
     ("--batch", "4"): "--batch 4: pictures of any size run one at a time",
-    ("--interpolation", "nearest"): "--input image: of nearest the last bit of a sum decides",
-    ("--interpolation", "box"): "--input image: of box the last bit of a sum decides",
+    ("--interpolation", "nearest"): "--input image: nearest picks pixels by the last bit of a sum",
+    ("--interpolation", "box"): "--input image: box picks pixels by the last bit of a sum",
 }
 
 
@@ -215,7 +215,7 @@ def test_targets_that_cannot_resize_say_why(name, precision, tiny, refused, tmp_
     words = name, "--weights", tiny, f"--{precision}", "--input", "image", "-o", tmp_path / "o"
     message = refused(2, *words, folder=tmp_path)
     assert "--input image: " in message
-    assert "take --input uint8, and resize before it" in message
+    assert "give --input uint8, and resize images before the artifact" in message
 
 
 def test_four_channels_are_refused(refused, tmp_path):

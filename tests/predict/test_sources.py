@@ -43,7 +43,7 @@ def test_a_named_pipe_is_refused_in_place_of_waiting(photo, tmp_path):
     for word in (pipe, tmp_path / "pipe.txt", tmp_path / "pipe.npz"):
         if word != pipe:
             os.mkfifo(word)
-        with pytest.raises(BadRequest, match=r"no regular file; .* standard input with -"):
+        with pytest.raises(BadRequest, match=r"a pipe or device; .* standard input and give -"):
             names_of([word])
 
 

@@ -1,4 +1,4 @@
-"""What packages are written for. Each module of this folder is one destination, and ends in
+"""Destinations of packages. Each module of this folder is one destination, and ends in
 `DESTINATION = Destination(...)`.
 """
 
@@ -20,7 +20,7 @@ class DestinationOptions(Record, frozen=True):
 
 @dataclass(frozen=True)
 class Destination:
-    """What a package is written for.
+    """A destination of packages.
 
     name: of its module, the word of `--for`.
     summary: a sentence for the help of the command.

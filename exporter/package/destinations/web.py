@@ -51,7 +51,8 @@ def _of_files(contents: Contents) -> str:
     if len(files) > 1 or contents.artifact.sidecar.bytes >= MOST_BYTES:
         size = contents.artifact.sidecar.bytes
         return (
-            f"{len(files)} files with {size:,} bytes, and browsers run one below {MOST_BYTES:,}; use a smaller variant"
+            f"{len(files)} files with {size:,} bytes, and a browser opens one file below {MOST_BYTES:,} bytes; "
+            "use a smaller variant"
         )
     return ""
 
@@ -94,7 +95,7 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
 
 
 def _facts(contents: Contents) -> dict[str, Any]:
-    """What the page knows of the model. The size of images is that of the preprocessing, also where any is taken."""
+    """Facts of the model for the page. The size of images is that of the preprocessing, also where any is taken."""
     expected = contents.expected
     return {
         "file": contents.artifact.path.name,
