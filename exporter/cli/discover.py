@@ -246,7 +246,7 @@ def _content(sidecar: Sidecar, output: Tensor) -> str:
         "classes": "numbers of the most probable classes",
         "top5": "their probabilities",
         "embedding": f"feature vector{length}",
-        "tokens": "feature vector, then those of all patches",
+        "tokens": "feature vector, then a token for each position of the last map",
     }
     return words[output.holds]
 

@@ -24,7 +24,7 @@ MEANINGS = {
     ("probabilities", "top5"): "their probabilities",
     ("values", "logits"): "values",
     ("embedding", "embedding"): "a feature vector",
-    ("features", "tokens"): "tokens: the feature vector, and those of all patches",
+    ("features", "tokens"): "tokens: the feature vector, then one for each position of the last map",
     ("features", "map"): "a feature map",
 }
 """What outputs hold, by their kind and content."""
