@@ -88,10 +88,11 @@ def config_of(key: tuple[str, str], model: torch.nn.Module) -> dict[str, Any] | 
 def measure(key: tuple[str, str], folder: Path) -> dict[str, Any]:
     """One row: layout, library with its version, task, and the largest deviation as a share of the spread."""
     library, task, build = ROWS[key]
+    tasks: Any = (task,)
     model = build()
     libraries.save(folder, model, config_of(key, model))
     checkpoint = weights.load(str(folder), choices=layouts.Choices())
-    ours = libraries.outputs(checkpoint.model(OutputSpec(tasks=(task,))), libraries.images())
+    ours = libraries.outputs(checkpoint.model(OutputSpec(tasks=tasks)), libraries.images())
     deviation = libraries.largest_difference(ours, libraries.outputs(model, libraries.images()))
     version = libraries.library(library).__version__
     return {"layout": key[0], "network": key[1], "library": f"{library} {version}", "task": task,

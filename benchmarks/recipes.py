@@ -32,7 +32,7 @@ def files() -> dict[str, bytes]:
         recipe = Recipe(
             backend=backend,
             precision=precision,
-            model=Model(variant=variant, task=task),  # type: ignore[arg-type]
+            model=Model(variant=variant, task=task),
             quantization=Quantization() if precision == "int8" else None,
         )
         text = file.write(recipe, path, backends.target(backend).options).decode()
