@@ -13,19 +13,8 @@ from typing import Any
 
 from exporter.artifact import Artifact, file_name, publish
 from exporter.artifact.sidecar import Preprocessing
-from exporter.backends import (
-    Array,
-    Bound,
-    Layer,
-    Options,
-    Outputs,
-    Runtime,
-    Target,
-    TargetOptions,
-    as_fp32,
-    as_taken,
-    require,
-)
+from exporter.backends import Array, Bound, Layer, Options, Outputs, Runtime, Target, TargetOptions, require
+from exporter.data.inputs import as_fp32, as_taken
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.graph import files
 
