@@ -187,7 +187,7 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
 
     class Timed:
         def __init__(self, weights):
-            self.facts = {"device": "cpu"}
+            self.facts, self.streams = {"device": "cpu"}, 1
             self.seconds = seconds[weights.channels, weights.convolution]
 
         def bind(self, batches):
