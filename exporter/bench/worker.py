@@ -182,8 +182,8 @@ def _answer(bound: Bound, arm: Arm, line: Line) -> Outputs:
     line.starting(arm.name)
     bound.run()
     outputs = bound.outputs()
-    path = Path(arm.path)
-    tensors = artifacts.read_sidecar(path).outputs if artifacts.sidecar_path(path).exists() else ()
+    has_sidecar = arm.path and artifacts.sidecar_path(Path(arm.path)).exists()
+    tensors = artifacts.read_sidecar(Path(arm.path)).outputs if has_sidecar else ()
     numbers = [place for place, tensor in enumerate(tensors) if tensor.holds == "classes"]
     return tuple(output for place, output in enumerate(outputs) if place not in numbers)
 
