@@ -17,7 +17,7 @@ from exporter import report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends._peak import PeakProduct
-from exporter.bench import Arm, Launch, Plan, Timing, check_devices, latency, supervisor
+from exporter.bench import Arm, Launch, Plan, Timing, check_devices, facts, latency, supervisor
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
@@ -130,10 +130,10 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
     told = [
         replace(launch, parts={"a.onnx": {"h2d_ms": 1.0, "compute_ms": ms, "d2h_ms": 0.5}}) for ms in (2.0, 9.0, 3.0)
     ]
-    parts = latency._parts(Timing(timing.plan, told), "a.onnx", "batch 2")
+    parts = facts.parts(Timing(timing.plan, told), "a.onnx", "batch 2")
     assert {f.metric: f.value for f in parts} == {"h2d_ms": 1.0, "compute_ms": 3.0, "d2h_ms": 0.5}
     assert {f.setting for f in [share, *parts]} == {"cuda, latency"}
-    assert latency._parts(timing, "a.onnx", "batch 2") == []
+    assert facts.parts(timing, "a.onnx", "batch 2") == []
 
 
 def test_artifacts_that_take_pixels_in_other_units_are_timed_together(artifacts, tiny, run, tmp_path):

@@ -363,7 +363,7 @@ def test_files_of_the_build_that_are_gone_leave_no_command(tiny, tmp_path, monke
     labels.unlink()
     bad = run("bisect", artifact.path)
     assert bad.code == 5
-    assert f"build it again with --keep {SPOILT}; the command is not known: {labels}" in advice(bad)
+    assert f"higher precision of {SPOILT} would help, and this artifact cannot be built so: {labels}" in advice(bad)
 
 
 FIRST = "stages.0.0"  # its output has many more numbers than it has weights

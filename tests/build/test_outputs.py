@@ -110,7 +110,7 @@ def test_outputs_that_do_not_fit_each_other_are_refused(fields, message, tiny, t
 
 def test_a_choice_of_one_is_refused(tmp_path):
     folder = write_tiny(tmp_path / "weights", classes=1)
-    with pytest.raises(BadRequest, match="--output top5: the head has one output"):
+    with pytest.raises(BadRequest, match="--output top5: a head has one output"):
         build(folder, tmp_path / "out", output="top5")
 
 

@@ -397,7 +397,7 @@ def scans(artifacts, tmp_path_factory):
     runtime = backends.runtime_of(made)
     samples = open_data(made.sidecar, Checks(data=str(root)))
     with runtime.open(made, runtime.options()) as session:
-        batches = [(batch.names, run_batch(session, batch.images, "batch")[0]) for batch in samples.batches(16)]
+        batches = [(batch.names, run_batch(session, batch.images, None)[0]) for batch in samples.batches(16)]
     names = [name for batch, _ in batches for name in batch]
     logits = np.concatenate([outputs for _, outputs in batches])
     truth = noisy(logits, 0.3 * logits.std(), 5) > np.quantile(logits, 0.7, axis=0)
