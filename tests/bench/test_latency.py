@@ -127,10 +127,10 @@ def test_the_share_of_the_peak_is_work_over_time_against_that_of_the_product(art
     (share,) = latency._share_of_peak(timing, "a.onnx", made, "batch 2")
     assert (share.low, share.value, share.high) == pytest.approx((25, 25, 25))
     assert f"of the {2e-6 * weights.macs / 2:.0f} GFLOP/s of a 1×1 convolution of 1024 to 1024 channels" in share.detail
-    told = [
+    launches = [
         replace(launch, parts={"a.onnx": {"h2d_ms": 1.0, "compute_ms": ms, "d2h_ms": 0.5}}) for ms in (2.0, 9.0, 3.0)
     ]
-    parts = facts.parts(Timing(timing.plan, told), "a.onnx", "batch 2")
+    parts = facts.parts(Timing(timing.plan, launches), "a.onnx", "batch 2")
     assert {f.metric: f.value for f in parts} == {"h2d_ms": 1.0, "compute_ms": 3.0, "d2h_ms": 0.5}
     assert {f.setting for f in [share, *parts]} == {"cuda, latency"}
     assert facts.parts(timing, "a.onnx", "batch 2") == []

@@ -23,8 +23,8 @@ def outputs(made, images):
 
 def eager(source, task, images):
     with torch.inference_mode():
-        found = weights.load(str(source)).model(OutputSpec(tasks=(task,)))(images)
-    return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
+        answers = weights.load(str(source)).model(OutputSpec(tasks=(task,)))(images)
+    return [x.numpy() for x in (answers if isinstance(answers, tuple) else (answers,))]
 
 
 def agree(made, source, task, *shape):

@@ -32,11 +32,11 @@ def test_recall_is_that_of_a_tree(noise):
 
 
 def measured(artifacts, eager, got, **options):
-    made = artifacts["onnxruntime", "fp32"]
-    output = replace(made.sidecar.outputs[0], name="embedding", holds="embedding", shape=("batch", 16))
-    weights = replace(made.sidecar.weights, layout="timm")
+    artifact = artifacts["onnxruntime", "fp32"]
+    output = replace(artifact.sidecar.outputs[0], name="embedding", holds="embedding", shape=("batch", 16))
+    weights = replace(artifact.sidecar.weights, layout="timm")
     subject = Subject(
-        type(made)(made.path, replace(made.sidecar, task="embed", outputs=(output,), weights=weights)), []
+        type(artifact)(artifact.path, replace(artifact.sidecar, task="embed", outputs=(output,), weights=weights)), []
     )
     meters = checks.start_all(Checks(data="photos", **options), subject)
     for start in range(0, len(eager), 7):
@@ -87,10 +87,10 @@ def test_a_limit_of_agreement_is_not_passed_by_too_few_images(artifacts):
 
 
 def test_numbers_of_classes_may_be_alike(artifacts):
-    made = artifacts["onnxruntime", "fp32"]
-    classes = replace(made.sidecar.outputs[0], name="classes", holds="classes", shape=("batch", 5), dtype="int64")
-    probabilities = replace(made.sidecar.outputs[0], name="probabilities", holds="top5", shape=("batch", 5))
-    subject = Subject(type(made)(made.path, replace(made.sidecar, outputs=(classes, probabilities))), [])
+    artifact = artifacts["onnxruntime", "fp32"]
+    classes = replace(artifact.sidecar.outputs[0], name="classes", holds="classes", shape=("batch", 5), dtype="int64")
+    probabilities = replace(artifact.sidecar.outputs[0], name="probabilities", holds="top5", shape=("batch", 5))
+    subject = Subject(type(artifact)(artifact.path, replace(artifact.sidecar, outputs=(classes, probabilities))), [])
     meters = checks.start_all(Checks(), subject)
     same = np.tile(np.arange(5, dtype=np.float32), (30, 1))
     other = same.copy()
