@@ -172,20 +172,24 @@ def _cosines(bounds: dict[str, Bound], arms: list[Arm], line: Line) -> dict[str,
 
     The nearest is taken because arms are at different places in the rotation of inputs.
     """
-    answers = {arm.name: [_answer(bounds[arm.name], arm, line) for _ in range(INPUTS)] for arm in arms}
+    numbers = {arm.name: _class_numbers(arm) for arm in arms}
+    answers = {name: [_answer(bounds[name], name, line, numbers[name]) for _ in range(INPUTS)] for name in numbers}
     reference = next(iter(answers.values()), [])
     return {name: min(max(_cosine(got, one) for one in reference) for got in own) for name, own in answers.items()}
 
 
-def _answer(bound: Bound, arm: Arm, line: Line) -> Outputs:
-    """The outputs of a run, without numbers of classes, which have no cosine."""
-    line.starting(arm.name)
-    bound.run()
-    outputs = bound.outputs()
+def _class_numbers(arm: Arm) -> set[int]:
+    """The places of outputs that are numbers of classes, which have no cosine; none for an arm without a file."""
     has_sidecar = arm.path and artifacts.sidecar_path(Path(arm.path)).exists()
     tensors = artifacts.read_sidecar(Path(arm.path)).outputs if has_sidecar else ()
-    numbers = [place for place, tensor in enumerate(tensors) if tensor.holds == "classes"]
-    return tuple(output for place, output in enumerate(outputs) if place not in numbers)
+    return {place for place, tensor in enumerate(tensors) if tensor.holds == "classes"}
+
+
+def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
+    """The outputs of a run, without those at some places."""
+    line.starting(name)
+    bound.run()
+    return tuple(output for place, output in enumerate(bound.outputs()) if place not in left_out)
 
 
 def _cosine(first: Outputs, second: Outputs) -> float:
