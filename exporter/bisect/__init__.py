@@ -116,7 +116,8 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
                 outputs = run_batch(session, images, artifact.sidecar.batch)
         step(f"running {len(chain.names)} parts on the {len(images)} images that differ most")
         with runnable.runtime.blocks(runnable.artifact, session_options) as blocks:
-            block_outputs = dict(zip(blocks.names, blocks.run(images), strict=True))
+            every = run_batch(blocks.run, images, artifact.sidecar.batch)
+            block_outputs = dict(zip(blocks.names, every, strict=True))
         layers: Sequence[Layer] = ()
         if runnable.runtime.layers is not None and not runnable.is_simulated:  # else its layers are others
             layers = runnable.runtime.layers(artifact, session_options)
@@ -144,15 +145,15 @@ def _session_options(runnable: Runnable, options: BisectOptions) -> Options:
 
 
 def _worst_images(chain: Chain, runnable: Runnable, options: BisectOptions, samples: Samples) -> tuple[Array, Outputs]:
-    """The images that differ most, `WORST` or a fixed batch of them, and the outputs of the artifact for them.
+    """The images that differ most, `WORST` or a fixed batch if that is more, and the outputs of the artifact for them.
 
     Raises: BadRequest where none can be read.
     """
     fixed, recipe = runnable.artifact.sidecar.batch, runnable.artifact.sidecar.preprocessing
-    size = fixed or WORST
+    size = 1 if recipe.input == "image" else max(WORST, fixed or 0)  # pictures have different sizes
     seen: list[tuple[float, Array, Outputs]] = []
     with runnable.runtime.open(runnable.artifact, _session_options(runnable, options)) as session:
-        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
+        for batch in track(samples.batches(fixed or size), samples.total, "images", lambda batch: len(batch.names)):
             outputs = run_batch(session, batch.images, fixed)
             seen += _with_errors(batch.images, outputs, chain.whole(as_network_takes(batch.images, recipe)))
             seen = sorted(seen, key=lambda one: -one[0])[:size]
@@ -160,8 +161,6 @@ def _worst_images(chain: Chain, runnable: Runnable, options: BisectOptions, samp
         note(f"{len(samples.skipped)} of {samples.total} images cannot be read: {some(samples.skipped)}")
     if not seen:
         raise BadRequest(f"{options.data}: none of its {samples.total} images gives outputs of PyTorch that are finite")
-    if fixed is not None:  # a batch that the artifact takes
-        seen += [seen[-1]] * (fixed - len(seen))
     rows = zip(*(outputs for _, _, outputs in seen), strict=True)
     return np.stack([image for _, image, _ in seen]), tuple(map(np.stack, rows))
 

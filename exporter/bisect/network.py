@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
+from exporter.artifact.outputs import Content
 from exporter.backends import Array, Outputs
 from exporter.model import structure
 
@@ -27,6 +30,8 @@ class Chain:
     """The parts of a network in the order they run: downsampling layers, blocks, and what follows the last block."""
 
     def __init__(self, model: ConvNeXt) -> None:
+        from exporter.model.convnext import Tail
+
         self.model = model
         self.parts: dict[str, Module] = {}
         self.last: set[str] = set()  # of each stage
@@ -34,6 +39,9 @@ class Chain:
             self.parts[f"downsample_layers.{stage}"] = downsample
             self.parts |= {f"stages.{stage}.{index}": block for index, block in blocks.named_children()}
             self.last.add(list(self.parts)[-1])
+        without_maps = copy.copy(model)  # of the same modules
+        without_maps.spec = replace(model.spec, tasks=tuple(task for task in model.spec.tasks if task != "features"))
+        self.tail = Tail(without_maps)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,14 +52,17 @@ class Chain:
         """Whether a part adds its input to its output."""
         return bool(structure.block(name))
 
-    def is_tail(self, name: str) -> bool:
-        """Whether a part is all that follows the last block, for a network with one output of the last stage."""
-        return name.startswith(TAIL) and "features" not in self.model.spec.tasks
+    def contents(self) -> list[Content]:
+        """What each output of the network holds."""
+        return list(self.model.spec.named(list(self.model.heads), len(self.model.stages)).values())
+
+    def is_tail(self, place: int) -> bool:
+        """Whether an output of the network is computed from that of the last block alone: it is no feature map."""
+        return self.contents()[place] != "map"
 
     def is_logits(self, place: int) -> bool:
         """Whether an output of the network is the logits of a head."""
-        spec, heads = self.model.spec, max(1, len(self.model.heads))
-        return "classify" in spec.tasks and spec.answer == "logits" and place < heads
+        return self.contents()[place] == "logits"
 
     def ends_stage(self, name: str) -> bool:
         """Whether a part is the last one of its stage."""
@@ -67,7 +78,9 @@ class Chain:
 
     def run_part(self, name: str, place: int, x: Array) -> Array:
         """The output of one part, of the tail the one at a place, for its input (N, C, H, W)."""
-        return self.run(name, x) if name in self.parts else self.finish([x])[place]
+        if name in self.parts:
+            return self.run(name, x)
+        return _as_arrays(_run(self.tail, x))[self._place_without_maps(place)]
 
     def run_all(self, names: Sequence[str], x: Array) -> Array:
         """The output of the last of these parts for the input of the first; without parts the input."""
@@ -85,14 +98,17 @@ class Chain:
         """The output of a part, of the tail the one at a place, with other weights, as tensors that gradients reach."""
         from torch.func import functional_call
 
-        from exporter.model.convnext import Tail
-
         if name in self.parts:
             output: Tensor = functional_call(self.parts[name], dict(tensors), (x,))
             return output
-        outputs = functional_call(Tail(self.model), {f"model.{key}": value for key, value in tensors.items()}, (x,))
-        tail: Tensor = outputs[place]
+        weights = {f"model.{key}": value for key, value in tensors.items()}
+        outputs = functional_call(self.tail, weights, (x,))
+        tail: Tensor = outputs[self._place_without_maps(place)]
         return tail
+
+    def _place_without_maps(self, place: int) -> int:
+        """The place of an output among those that are no feature maps."""
+        return sum(content != "map" for content in self.contents()[:place])
 
     def finish(self, stages: Sequence[Array]) -> Outputs:
         """The outputs of the network for the outputs of its stages, (N, C, H, W) each."""

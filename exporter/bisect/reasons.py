@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from exporter.artifact.outputs import PROBABILITIES
 from exporter.backends import NARROW, Array
 from exporter.bisect import fitting
 from exporter.bisect.network import Chain, changed_input
@@ -49,8 +50,8 @@ def of(chain: Chain, part: Part) -> Reason:
     """
     if " … " in part.name:
         return Reason("the artifact shows no output between these parts")
-    if part.name not in chain.parts and not chain.is_tail(part.name):
-        return Reason("the pooling or a norm differs")
+    if part.name not in chain.parts and not chain.is_tail(part.place):
+        return Reason("the norm of this feature map differs")
     inside = _Inside(chain, part)
     facts, overflow = inside.facts(), inside.overflow()
     if not np.isfinite(part.y).all():
@@ -152,8 +153,9 @@ class _Inside:
 def _mistakes(chain: Chain, part: Part) -> Iterator[tuple[str, Array]]:
     """Possible mistakes, each with the output (N, C, H, W) of a part that makes it."""
     before = part.x if chain.is_block(part.name) else np.zeros_like(part.expected)
-    yield from _other_scales(part, before)
-    yield from _other_channels(chain, part, before)
+    if part.name in chain.parts or chain.contents()[part.place] not in PROBABILITIES:  # no factor passes a softmax
+        yield from _other_scales(part, before)
+        yield from _other_channels(chain, part, before)
     yield from _other_operators(chain, part)
 
 
@@ -162,15 +164,26 @@ def _other_scales(part: Part, before: Array) -> Iterator[tuple[str, Array]]:
     update, own = part.expected - before, part.y - before
     factor = float((update * own).sum() / max(float((update * update).sum()), 1e-30))
     yield f"the update is {factor:.6g} × that of the reference model: a scale differs", before + factor * update
+    if own.size == own.shape[1]:
+        return  # one value a channel, which any factor or shift of the channels explains
     axes = tuple(axis for axis in range(own.ndim) if axis != 1)
     factors = (update * own).sum(axes, keepdims=True) / np.maximum((update * update).sum(axes, keepdims=True), 1e-30)
     others = np.flatnonzero(np.abs(factors.ravel() - 1) > 0.01)
     if 0 < len(others) < own.shape[1]:
         yield f"the scale of channels {some(map(str, others))} differs", before + factors * update
     shifts = (part.y - part.expected).mean(axes, keepdims=True)
+    yield _shift_text(shifts.ravel()), (part.expected + shifts).astype(np.float32)
+
+
+def _shift_text(shifts: Array) -> str:
+    """A change of the biases (C,) in words, with the channels if they are fewer than half."""
     most = int(np.abs(shifts).argmax())
-    cause = f"a bias differs: channel {most} is shifted by {float(shifts.ravel()[most]):.4g}"
-    yield cause, (part.expected + shifts).astype(np.float32)
+    size = f"{float(shifts[most]):.4g}"
+    changed = np.flatnonzero(np.abs(shifts) > fitting.SHOWN * abs(shifts[most]))
+    if len(changed) == 1:
+        return f"a bias differs: channel {most} is shifted by {size}"
+    which = f"channels {some(map(str, changed))}" if 2 * len(changed) < len(shifts) else "most channels"
+    return f"a bias differs: {which} are shifted, channel {most} the most, by {size}"
 
 
 def _other_channels(chain: Chain, part: Part, before: Array) -> Iterator[tuple[str, Array]]:
@@ -228,10 +241,11 @@ def _other_norms(name: str, norm: Any, rerun: Callable[[], Array]) -> Iterator[t
 
 def _other_poolings(chain: Chain, rerun: Callable[[], Array]) -> Iterator[tuple[str, Array]]:
     """Another pooling of the same width."""
-    own = chain.model.pool
+    model = chain.tail.model
+    own = model.pool
     for kind in POOLINGS if own in POOLINGS else ():
         if kind != own:
-            with _with(chain.model, "pool", kind):
+            with _with(model, "pool", kind):
                 yield f"the pooling is {kind} in place of {own}", rerun()
 
 

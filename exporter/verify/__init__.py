@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +283,7 @@ def batch_size(sidecar: Sidecar, most: int) -> int:
     return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)
 
 
-def run_batch(session: Session, pixels: Array, fixed: int | None) -> Outputs:
+def run_batch(session: Callable[[Array], Outputs], pixels: Array, fixed: int | None) -> Outputs:
     """Run images through a session. One with a fixed batch size runs so many at a time; the last batch is padded, and
     its outputs are cut."""
     if fixed is None:

@@ -456,3 +456,40 @@ def test_a_norm_of_pooled_features_that_is_missing(tiny, tmp_path):
 def test_a_sound_artifact_with_other_outputs_passes(fields, tiny, tmp_path):
     artifact = build(tiny, tmp_path, precision="fp16", **fields)
     assert bisect.bisect(artifact, BisectOptions(samples=16)).passed
+
+
+def head_bias(model):
+    """The bias of the head of a graph, whatever follows the head."""
+    node = next(node for node in model.graph if node.name.startswith("head/") and node.op_type in ("Gemm", "Add"))
+    return node.inputs[2 if node.op_type == "Gemm" else 1].name
+
+
+def test_a_scale_of_the_head_of_an_artifact_for_one_image(tiny, tmp_path):
+    def change(model):
+        node = next(node for node in model.graph if node.name.startswith("head/"))
+        scale(model, node.inputs[1].name, 1.5)
+        scale(model, head_bias(model), 1.5)
+
+    _, module, reason = examined(spoil(build(tiny, tmp_path, batch=1), tmp_path / "spoilt", change))
+    assert module == "norm and head"
+    assert "1.5 × that of the reference model" in reason
+
+
+@pytest.mark.parametrize("task", ["classify", "classify,embed,tokens,features", "features,classify"])
+def test_a_bias_of_the_head_below_probabilities(task, tiny, tmp_path):
+    def change(model):
+        scale(model, head_bias(model), np.where(np.arange(10) == 2, -20, 1))
+
+    artifact = build(tiny, tmp_path, task=task, output="softmax")
+    _, module, reason = examined(spoil(artifact, tmp_path / "spoilt", change))
+    assert module.startswith("norm and head"), reason
+    assert "head.bias differs" in reason  # in which channels, a softmax does not show: it ignores a common shift
+
+
+def test_a_shift_of_all_channels_is_not_the_fault_of_one(artifacts, tmp_path):
+    def change(model):
+        scale(model, product(model, f"{FIRST}.pwconv2")[1], 1.5)
+
+    _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
+    assert module == FIRST
+    assert "a bias differs: most channels are shifted" in reason
