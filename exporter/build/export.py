@@ -17,7 +17,7 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import PROBABILITIES, Content, Preprocessing, Sidecar
 from exporter.backends import Array, Outputs
 from exporter.build.resolve import Job
-from exporter.data import images, synthetic
+from exporter.data import images, inputs, synthetic
 from exporter.errors import BadRequest, CheckFailed, first_line
 from exporter.graph import files, opset, simplify, trace
 from exporter.graph.trace import TraceOptions
@@ -35,7 +35,7 @@ FP16_MAX = 65504
 FP16_REACH = FP16_MAX / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
-HALF_SHARE = 1e-2  # of pixels or outputs rounded to fp16, eleven bits, by an fp32 network
+FP16_STEP = 2.0**-10  # between neighbouring fp16 numbers, as a share of them
 # Root mean square, of pictures: a sum of pixels near a half is rounded to either level.
 PICTURE_SHARE = 2e-3
 FIRST_PROBE_SEED = 1003  # on these images the tanh form in one block of a small network differs by 2e-4
@@ -154,13 +154,17 @@ def _shares(
     outputs: Outputs,
     scales: Sequence[float],
     limit: float = TRACE_SHARE,
+    half_outputs: bool = False,
 ) -> list[float]:
     """The largest difference of each output as a share of its scale; of pictures the root mean square. For numbers of
     classes it is infinite where one differs whose probability is further than the limit from that of its neighbours;
-    the last of five may have an unknown neighbour."""
+    the last of five may have an unknown neighbour. Of outputs in fp16 the step to the next fp16 number is subtracted
+    from each difference."""
     shares = []
     for index, holds in enumerate(options.outputs.values()):
         difference = np.abs(expected[index].astype(np.float64) - outputs[index])
+        if half_outputs and holds != "classes":
+            difference = np.maximum(difference - FP16_STEP * np.abs(expected[index]), 0)
         if holds == "classes":
             gaps = np.abs(np.diff(expected[index + 1], axis=1)) / scales[index + 1] > limit
             clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
@@ -276,7 +280,7 @@ def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     resized = preprocessing if options.imgsz else preprocessing.at(96)
     count = min(3, options.batch or 3)
     pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
-    return np.stack([images.normalise(one, resized) for one in pixels])
+    return inputs.rounded(np.stack([images.normalise(one, resized) for one in pixels]), preprocessing)
 
 
 def _probe_pictures(preprocessing: Preprocessing) -> list[NDArray[Any]]:
@@ -310,9 +314,8 @@ def _difference(job: Job, file: Path, sidecar: Sidecar, network: Network) -> str
             raise BadRequest(
                 f"--io fp16: {tensor.name} reaches {np.abs(a).max():.3g}, and fp16 holds 65,504; leave --io fp16 out"
             )
-    rounds = job.trace.half_outputs or job.trace.dtype == "float16"
-    limit = PICTURE_SHARE if pictures else HALF_SHARE if rounds else TRACE_SHARE
-    shares = _shares(job.trace, network.expected, outputs, network.scales, limit)
+    limit = PICTURE_SHARE if pictures else TRACE_SHARE
+    shares = _shares(job.trace, network.expected, outputs, network.scales, limit, job.trace.half_outputs)
     for tensor, share in zip(sidecar.outputs, shares, strict=True):
         if not share <= limit:
             return f"{tensor.name} differs by {share:.2g} of its scale"

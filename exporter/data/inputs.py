@@ -35,6 +35,18 @@ def as_taken(images: Array, preprocessing: Preprocessing) -> NDArray[Any]:
     return np.ascontiguousarray(np.moveaxis(taken, 1, -1) if preprocessing.layout == "NHWC" else taken)
 
 
+def rounded(images: Array, preprocessing: Preprocessing) -> Array:
+    """Normalised images (N, C, H, W), or the pixels that they were made from, rounded to fp16 and back where an
+    artifact takes fp16: what its network gets."""
+    if preprocessing.dtype != "float16" or preprocessing.input in ("uint8", "image"):
+        return images
+    if preprocessing.input == "normalized":
+        return images.astype(np.float16).astype(np.float32)
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    halves: Array = (images * std + mean).astype(np.float16).astype(np.float32)
+    return (halves - mean) / std
+
+
 def as_fp32(outputs: Iterable[NDArray[Any]]) -> Outputs:
     """Outputs in fp32; those that are already so are not copied."""
     return tuple(np.asarray(output, np.float32) for output in outputs)

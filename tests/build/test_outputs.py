@@ -4,12 +4,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
-from tests.conftest import PX, build, write_tiny
+from tests.conftest import PX, build, tiny_state, write_tiny
 
 IMAGES = torch.randn(5, 3, PX, PX, generator=torch.Generator().manual_seed(3))
 
@@ -151,3 +152,14 @@ def test_outputs_beyond_fp16_are_refused_by_name(tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(BadRequest, match=r"--io fp16: logits reaches .*, and fp16 holds 65,504"):
         build(folder, tmp_path / "out", io="fp16")
+
+
+@pytest.mark.parametrize("pixels", ["normalized", "float01"])
+def test_a_network_that_depends_on_the_last_bits_of_images_in_fp16(pixels, tmp_path):
+    """Its first filters see the differences of neighbouring pixels alone."""
+    state = tiny_state()
+    stem = state["downsample_layers.0.0.weight"]
+    state["downsample_layers.0.0.weight"] = 5 * (stem - stem.mean((2, 3), keepdim=True))
+    save_file(state, tmp_path / "weights.safetensors")
+    artifact = build(tmp_path / "weights.safetensors", tmp_path, task="features", io="fp16", input=pixels)
+    assert [tensor.dtype for tensor in artifact.sidecar.outputs] == ["float16"] * 4
