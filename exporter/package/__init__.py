@@ -23,7 +23,7 @@ from exporter.package.contents import Contents, expected_of, sample_of, serving_
 from exporter.package.destinations import Destination, DestinationOptions, destination, names
 from exporter.package.rendering import render
 from exporter.predict import TOP, PredictOptions
-from exporter.predict.answers import VECTORS, Output, answers_of
+from exporter.predict.answers import Output, answers_of, check_top
 from exporter.progress import note, step
 from exporter.recipe import Checks
 from exporter.recipe.fields import about
@@ -81,8 +81,7 @@ def package(
     labels = _labels(options.labels, artifact.sidecar)
     checks = Checks(outputs=answers.outputs, threshold=answers.threshold)
     outputs = _outputs(artifact, replace(artifact.sidecar, labels=labels), checks, answers.top or TOP)
-    if answers.top is not None and all(output.kind in VECTORS for output in outputs):
-        raise BadRequest(f"--top {answers.top}: it is for scores of classes, and there are none; leave it out")
+    check_top(answers.top, outputs)
     sample = sample_of(None if options.sample is None else Path(options.sample), artifact.sidecar.preprocessing)
     contents = Contents(artifact, serving, outputs, outputs[0].labels, answers.top or TOP, checks, sample, None)
     aim.check(contents, own)

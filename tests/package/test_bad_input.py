@@ -37,13 +37,14 @@ def test_the_command_writes_a_package_and_names_it(artifacts, tmp_path, run):
         (["--for", "python", "--labels", "labels.txt"], "3 labels, and the artifact has 10 classes"),
         (["--for", "python", "--labels", "missing.txt"], "no such file"),
         (["--for", "python", "--sample", "missing.png"], "--sample missing.png: No such file"),
-        (["--for", "python", "--sample", "labels.txt"], "--sample labels.txt: cannot identify"),
+        (["--for", "python", "--sample", "labels.txt"], "--sample labels.txt: no image of a known format"),
         (["--for", "python", "--threshold", "0.3"], "add --outputs multilabel"),
         (["--for", "python", "--instances", "2"], "--instances is for --for triton; leave it out with --for python"),
         (["--for", "triton", "--instances", "0"], "1"),
         (["--for", "triton", "-o", "full"], "full: not empty (mine is in it)"),
         (["--for", "triton", "-o", "labels.txt"], "labels.txt: not a folder"),
-        (["--for", "triton", "-o", "labels.txt/below"], "labels.txt"),
+        (["--for", "triton", "-o", "labels.txt/below"], "labels.txt is a file, not a folder"),
+        (["--for", "python", "--top", "11"], "--top 11: the artifact has 10 classes; give at most 10"),
     ],
 )
 def test_bad_input_is_one_line(words, message, artifacts, tmp_path, monkeypatch, refused):

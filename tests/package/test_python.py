@@ -156,6 +156,13 @@ def test_a_file_that_is_no_image_has_a_reason_in_place_of_an_answer(artifacts, b
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert ["error" in line for line in lines] == [True, True, True, False]
     assert "no known range" in lines[1]["error"]
+    assert result.returncode == 1
+    assert execute(bare, "predict.py", "sample.png", folder=out).returncode == 0
+    assert "python predict.py IMAGE" in execute(bare, "predict.py", folder=out).stderr
+    (out / artifacts["onnxruntime", "fp32"].path.name).unlink()
+    for words in (["predict.py", "sample.png"], ["selftest.py"]):
+        result = execute(bare, *words, folder=out)
+        assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
 
 
 def test_the_self_test_fails_for_other_preprocessing(artifacts, bare, tmp_path):

@@ -211,7 +211,9 @@ def test_a_server_that_refuses_hangs_up_or_is_not_there_is_one_line(artifacts, b
         assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     result = execute(bare, "selftest.py", url, folder=out)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
-    assert result.stderr.startswith(f"no answer from {url}")
+    assert result.stderr.startswith(f"{url}/v2/models/{artifact.path.stem}/infer: no answer: ")
+    result = execute(bare, "client.py", "--url", url, "sample.png", folder=out)
+    assert (result.returncode, url in json.loads(result.stdout)["error"]) == (1, True)
 
 
 def test_the_folder_of_openvino_model_server_is_what_it_reads(artifacts, tmp_path):

@@ -32,9 +32,11 @@ def check(contents: Contents, options: DestinationOptions) -> None:
         )
     unknown = {tensor.dtype for tensor in (contents.input, *contents.tensors)} - set(DATATYPES)
     if unknown:
+        remedies = {"int64": "--output softmax in place of top5", "float16": "--io fp32"}
+        changes = " and ".join(remedies[dtype] for dtype in sorted(unknown & remedies.keys())) or "another type"
         raise BadRequest(
             f"{contents.artifact.path}: inputs or outputs of {', '.join(sorted(unknown))}, and --for kserve takes "
-            f"{', '.join(DATATYPES)}; export it with --output softmax in place of top5, and with --io fp32"
+            f"{', '.join(DATATYPES)}; export it with {changes}"
         )
 
 
