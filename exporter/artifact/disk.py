@@ -133,7 +133,9 @@ def write_error(error: OSError, out: Path) -> ExporterError:
     """What to tell a user whose folder could not be written to."""
     if error.errno in NO_SPACE:
         return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
-    return BadRequest(f"{out}: cannot be written ({error.strerror}); choose another folder with -o")
+    there = next((path for path in (out, *out.parents) if path.exists()), out)
+    reason = f"{there} is a file, not a folder" if there != out and there.is_file() else error.strerror
+    return BadRequest(f"{out}: cannot be written ({reason}); choose another folder with -o")
 
 
 def check_space(folder: Path, needed: int) -> None:

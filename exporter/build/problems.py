@@ -112,15 +112,20 @@ def _check_picture(recipe: Recipe, target: Target) -> None:
         raise BadRequest("--imgsz dynamic: pictures of any size are resized to one size; give it in pixels")
     if export.batch not in ("dynamic", 1):
         raise BadRequest(f"--batch {export.batch}: pictures of any size run one at a time; leave it out")
+    _refuse_interpolation(recipe.preprocessing.interpolation)
+
+
+def _refuse_interpolation(interpolation: str | None) -> None:
+    if interpolation in ("nearest", "box"):
+        raise BadRequest(
+            f"--input image: {interpolation} picks pixels by the last bit of a sum, and runtimes compute this bit "
+            "differently; give --interpolation bilinear, bicubic, hamming or lanczos"
+        )
 
 
 def refuse_picture(preprocessing: Preprocessing) -> None:
     """Raises: BadRequest for preprocessing of pictures that a graph does not have."""
-    if preprocessing.interpolation in ("nearest", "box"):
-        raise BadRequest(
-            f"--input image: {preprocessing.interpolation} picks pixels by the last bit of a sum, and runtimes compute "
-            "this bit differently; give --interpolation bilinear, bicubic, hamming or lanczos"
-        )
+    _refuse_interpolation(preprocessing.interpolation)
     if preprocessing.channels not in (1, 3):
         raise BadRequest(
             f"--input image: the network takes {preprocessing.channels} channels, and pictures have 1 (grey) or 3; "
@@ -215,6 +220,11 @@ def _check_outputs(recipe: Recipe) -> None:
         spec = OutputSpec(tasks=tasks, answer=recipe.export.output, l2=recipe.export.l2)
         if problem := spec.contradiction():
             raise BadRequest(problem)
+    has_classifier = recipe.model.head != "none"
+    wanted = "classify" if recipe.model.task is not None and "classify" in recipe.model.task.split(",") else ""
+    wanted = f"--output {recipe.export.output}" if recipe.export.output != "logits" else wanted and f"--task {wanted}"
+    if wanted and not has_classifier:
+        raise BadRequest(f"--head none leaves out the classifier that {wanted} needs; leave one of them out")
 
 
 def _check_checks(recipe: Recipe) -> None:

@@ -78,7 +78,7 @@ def test_unreadable_images_are_counted_and_named(run, artifacts, photos, tmp_pat
     report = run("verify", made.path, "--data", photos, "--json").json
     found = {f["metric"]: f for f in report["findings"]}
     assert found["images"]["value"] == 10
-    assert found["unreadable"]["detail"].startswith("1: class 0/broken.jpg: cannot identify")
+    assert found["unreadable"]["detail"].startswith("1: class 0/broken.jpg: no image of a known format")
     assert found["unreadable"]["passed"]
     (photos / "class 1" / "broken.jpg").write_bytes(b"not an image")
     assert run("verify", made.path, "--data", photos).code == 5, "one in six is too many"

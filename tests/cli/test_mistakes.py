@@ -47,6 +47,9 @@ def test_a_reference_with_other_classes_is_refused_with_both_shapes(here, refuse
         (["--reference", "torchvison"], REFERENCES),
         (["--int8", "--calib", "nosuch"], "--calib nosuch: no such data"),
         (["--int8", "--data", "nosuch"], "nosuch: no such data"),
+        (["--input", "image", "--interpolation", "box"], "--input image: box picks pixels"),
+        (["--head", "none", "--task", "classify,embed"], "--head none leaves out the classifier that --task classify"),
+        (["--head", "none", "--output", "top5"], "--head none leaves out the classifier that --output top5"),
     ],
 )
 def test_a_dry_run_refuses_paths_and_names_that_do_not_exist(words, message, refused, tiny, tmp_path, monkeypatch):
