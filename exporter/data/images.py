@@ -46,7 +46,7 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[Any]:
 
     Raises: Unreadable for a file that is truncated, too large, no image, or of other channels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for
         raise Unreadable("no regular file")
@@ -59,6 +59,8 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[Any]:
             return prepared(in_color(ImageOps.exif_transpose(image), recipe), recipe)
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise Unreadable("no image of a known format") from None
     except _DAMAGE as error:
         said = str(error).replace(str(file), file.name) if isinstance(file, Path) else str(error)
         raise Unreadable(said or type(error).__name__) from None

@@ -24,7 +24,7 @@ from exporter.backends import Outputs
 from exporter.data.samples import Read
 from exporter.errors import BadRequest, escaped, some
 from exporter.predict import store, writers
-from exporter.predict.answers import VECTORS, Answers, answers_of
+from exporter.predict.answers import Answers, answers_of, check_top
 from exporter.predict.sources import Images, open_images
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
@@ -196,8 +196,7 @@ def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answer
     for option, value in (("--top", options.top), ("--threshold", options.threshold)):
         if value is not None and whole:
             raise BadRequest(f"{option} {value:g}: .npz files hold the outputs as they are; leave it out")
-    if options.top is not None and all(output.kind in VECTORS for output in answers.outputs):
-        raise BadRequest(f"--top {options.top}: it is for scores of classes, and there are none; leave it out")
+    check_top(options.top, answers.outputs)
     return answers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
         than the artifact returns.
     """
     outputs.check(sidecar, checks)
-    every = []
+    every: list[Output] = []
     for place, kind in enumerate(outputs.kinds(sidecar, checks.outputs)):
         tensor = sidecar.outputs[place]
         width = int(tensor.shape[-1]) if kind not in ("embedding", "features") else 0
@@ -120,6 +120,17 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
         labels = sidecar.labels if len(sidecar.labels) == classes else ()
         every.append(Output(tensor.name, place, tensor.holds, kind, width, labels, len(tensor.shape) > 2))
     return Answers(tuple(every), top, checks, whole)
+
+
+def check_top(top: int | None, every: Sequence[Output]) -> None:
+    """Raises: BadRequest for more classes than an artifact has, or for one without classes."""
+    if top is None:
+        return
+    classes = [output.width for output in every if output.kind in ("classes", "multilabel")]
+    if all(output.kind in VECTORS for output in every):
+        raise BadRequest(f"--top {top}: it is for scores of classes, and there are none; leave it out")
+    if classes and top > max(classes):
+        raise BadRequest(f"--top {top}: the artifact has {max(classes)} classes; give at most {max(classes)}")
 
 
 def _probabilities(array: Array, output: Output) -> Array:

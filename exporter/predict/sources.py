@@ -137,12 +137,22 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         )
     if _is_image(content):
         return _of([(STDIN, partial(_read_bytes, content, recipe))], hashlib.sha256(content).hexdigest())
-    lines = content.split(b"\0" if content.endswith(b"\0") else b"\n")
+    by_nul = b"\0" in content and (content.endswith(b"\0") or _is_text(content.replace(b"\0", b"\n")))
+    lines = content.split(b"\0" if by_nul else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
     if not names or any("\0" in name for name in names):
         content_kind = "neither an image nor names of files" if names else "nothing"
-        raise BadRequest(f"{STDIN}: {content_kind} on standard input; expected an image, or names of files, one a line")
+        raise BadRequest(
+            f"{STDIN}: {content_kind} on standard input; expected an image, or names of files, one a line or each with "
+            "NUL behind it"
+        )
     return _of_files(STDIN, names, recipe)
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether bytes are text in UTF-8, in lines, as a damaged image is not."""
+    text = content.decode("utf-8", "replace").replace("\n", "")
+    return "\N{REPLACEMENT CHARACTER}" not in text and text.isprintable()
 
 
 def _is_image(content: bytes) -> bool:

@@ -211,5 +211,7 @@ def _difference(file: Path, job: Job) -> str:
     if old.artifact != job.artifact:
         return "the unfinished output is of another artifact"
     if replace(old, options=job.options) == job:
-        return f"the unfinished output has the options {old.options}, and now they are {job.options}"
+        differ = [name for name in job.options if old.options.get(name) != job.options[name]]
+        each = ", ".join(f"{name} {old.options.get(name)} and not {job.options[name]}" for name in differ)
+        return f"the unfinished output was begun with {each}"
     return f"the unfinished output is of {old.total:,} other images"

@@ -237,7 +237,7 @@ def test_every_head_is_examined(tmp_path):
     _, module, reason = examined(spoil(sound, tmp_path, change))
     assert module.startswith("norm and head (")
     assert "age" in module
-    assert "is shifted by 1 (100 % of the error)" in reason
+    assert "channel 2 the most, by 1 (100 % of the error)" in reason
 
 
 def test_the_images_that_differ_most_are_examined(artifacts, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_a_truncated_file_is_unreadable(share, picture, tmp_path):
 
 def test_noise_is_unreadable(tmp_path):
     (tmp_path / "a.jpg").write_bytes(bytes(range(256)) * 10)
-    with pytest.raises(images.Unreadable, match=r"cannot identify image file .*a\.jpg"):
+    with pytest.raises(images.Unreadable, match="no image of a known format"):
         images.read(tmp_path / "a.jpg", RECIPE)
 
 

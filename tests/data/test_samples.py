@@ -92,7 +92,7 @@ def test_unreadable_images_are_counted_and_named(folder):
     samples, labels, _ = gather(folder)
     assert labels == [0, 1, 1, 2, 2]
     assert len(samples.skipped) == 1
-    assert samples.skipped[0].startswith("cat/0.png: cannot identify")
+    assert samples.skipped[0].startswith("cat/0.png: no image of a known format")
 
 
 def test_at_most_so_many_are_spread_over_the_classes(folder):

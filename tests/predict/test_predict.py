@@ -229,6 +229,7 @@ def test_every_kind_of_source(photos, tmp_path):
     assert names_of([first.as_uri()]) == [str(first)]
     assert names_of(["-"], f"{first}\n{photos}/page.jpg\n".encode()) == [str(first), f"{photos}/page.jpg"]
     assert names_of(["-"], f"{first}\0".encode()) == [str(first)]
+    assert names_of(["-"], f"{first}\0{photos}/page.jpg".encode()) == [str(first), f"{photos}/page.jpg"]
     assert names_of(["-"], first.read_bytes()) == ["-"]
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 40, 40, 3), np.uint8))
     assert names_of([tmp_path / "a.npz", first]) == ["a.npz[0]", "a.npz[1]", "a.npz[2]", str(first)]

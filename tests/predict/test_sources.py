@@ -137,6 +137,13 @@ def test_top_is_refused_where_it_does_nothing(task, outputs, suffix, option, tin
     assert option in said
 
 
+def test_more_classes_than_there_are_are_refused(artifacts, photo, refused):
+    artifact = artifacts["onnxruntime", "fp32"]
+    assert "--top 11: the artifact has 10 classes; give at most 10" in refused(
+        2, "predict", artifact.path, photo, "--top", 11
+    )
+
+
 def test_a_threshold_is_refused_where_no_label_is_decided(artifacts, photo, tmp_path, refused):
     words = ("--outputs", "multilabel", "--threshold", 0.2, "-o", tmp_path / "a.npz")
     said = refused(2, "predict", artifacts["onnxruntime", "fp32"].path, photo, *words)
