@@ -22,7 +22,7 @@ demo: install    ## train on real digits, export, lower, verify, print the table
 	$(BIN)/python -m benchmarks.demo
 
 test: install    ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations 10
 
 check: format lint types imports test ## format, lint, types, import rules, tests
 
