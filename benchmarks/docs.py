@@ -34,6 +34,7 @@ from benchmarks import (
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from benchmarks.pictures import Result as Pictures
+from benchmarks.serving import Result as Serving
 from exporter import report
 from exporter.bisect.parts import TOLERANCES
 from exporter.cli import cli, groups
@@ -54,6 +55,7 @@ DOCUMENTS = (
     "docs/inputs.md",
     "docs/int8.md",
     "docs/optimize.md",
+    "docs/package.md",
     "docs/peers.md",
     "docs/predict.md",
     "docs/recipes.md",
@@ -95,6 +97,7 @@ def tables() -> dict[str, str]:
     )
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
+    answered = msgspec.json.decode((MILAN / "serving.json").read_bytes(), type=Serving)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
@@ -121,6 +124,7 @@ def tables() -> dict[str, str]:
         "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
+        "serving": answered.table() + machine(answered.environment),
         "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "tolerances": tolerances(),
