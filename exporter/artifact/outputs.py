@@ -7,11 +7,15 @@ from typing import Literal
 
 import msgspec
 
-Task = Literal["classify", "embed", "tokens", "features"]
-Answer = Literal["logits", "softmax", "sigmoid", "top5"]
-Content = Literal["", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map"]
+Task = Literal["classify", "embed", "tokens", "features", "segment"]
+Answer = Literal["logits", "softmax", "sigmoid", "top5", "labels", "logits4"]
+Content = Literal[
+    "", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map", "pixel_logits", "labels"
+]  # fmt: skip
 """What an output holds: logits; their softmax or sigmoid; the numbers of the five most probable classes, and with them
-`top5`, their probabilities; a feature vector; tokens; or the feature map of a stage. "" for an input."""
+`top5`, their probabilities; a feature vector; tokens; the feature map of a stage; or for each pixel its logits, or the
+number of its class. "" for an input."""
+SEGMENT_ANSWERS: tuple[Answer, ...] = ("logits", "logits4", "labels")
 
 PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
 
@@ -43,11 +47,22 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         task = ",".join(self.tasks)
         if len(set(self.tasks)) < len(self.tasks):
             return f"--task {task}: give each task once"
+        if "segment" in self.tasks:
+            return self._segment_contradiction()
+        if self.answer in ("labels", "logits4"):
+            return f"--output {self.answer}: it is of each pixel, for --task segment; leave it out"
         if self.answer != "logits" and "classify" not in self.tasks:
             return f"--output {self.answer}: task {task} has no classifier; leave it out, or add classify"
         if self.l2 and "embed" not in self.tasks:
             return f"--l2: task {task} has no single feature vector; leave it out, or add embed"
         return ""
+
+    def _segment_contradiction(self) -> str:
+        if len(self.tasks) > 1:
+            return f"--task {','.join(self.tasks)}: the output of segment stands alone; give --task segment"
+        if self.answer not in SEGMENT_ANSWERS:
+            return f"--output {self.answer}: task segment takes {', '.join(SEGMENT_ANSWERS[:-1])} or labels"
+        return "--l2: task segment has no feature vector; leave it out" if self.l2 else ""
 
     def named(self, heads: Sequence[str], stages: int) -> dict[str, Content]:
         """The name of each output, with what it holds.
@@ -58,7 +73,9 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """
         outputs: dict[str, Content] = {}
         for task in self.tasks:
-            if task == "classify":
+            if task == "segment":
+                outputs |= {"labels": "labels"} if self.answer == "labels" else {"logits": "pixel_logits"}
+            elif task == "classify":
                 outputs |= self._of_heads(heads)
             elif task == "features":
                 outputs |= {f"stage{number}": "map" for number in range(1, stages + 1)}
@@ -73,5 +90,6 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 before = f"{head}_" if head else ""
                 outputs |= {f"{before}classes": "classes", f"{before}probabilities": "top5"}
             else:
-                outputs[head or ("logits" if self.answer == "logits" else "probabilities")] = self.answer
+                holds: Content = self.answer if self.answer in ("softmax", "sigmoid") else "logits"
+                outputs[head or ("logits" if holds == "logits" else "probabilities")] = holds
         return outputs

@@ -258,9 +258,13 @@ class ConvNeXt(nn.Module):
             elif task == "tokens":
                 outputs.append(self.tokens(pooled, last))
             else:
-                norms = self.stage_norms
-                outputs += [norms[str(i)](x) if str(i) in norms else x for i, x in enumerate(maps)]
+                outputs += self.normalized(maps)
         return tuple(outputs)
+
+    def normalized(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of the stages, (N, C, H/s, W/s) each, through the norms that stages have."""
+        norms = self.stage_norms
+        return [norms[str(i)](x) if str(i) in norms else x for i, x in enumerate(maps)]
 
     def classify(self, pooled: Tensor) -> list[Tensor]:
         """Pooled features (N, C) to the outputs of each head: (N, classes), or of the first five (N, 5) twice."""
@@ -281,9 +285,13 @@ class ConvNeXt(nn.Module):
         patches = x.flatten(2).transpose(1, 2)
         return torch.cat([pooled[:, None], patches if self.norm is None else self.norm(patches)], 1)
 
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, C, H, W) to the outputs of every task."""
+        return self.finish(self.forward_features(images))
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(N, C, H, W) to the outputs of every task; a tuple if there are several."""
-        outputs = self.finish(self.forward_features(images))
+        outputs = self.outputs(images)
         if self.half_outputs:
             outputs = tuple(output.half() if output.is_floating_point() else output for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
@@ -293,9 +301,10 @@ class ConvNeXt(nn.Module):
         self.spec = spec
         if "classify" not in spec.tasks and not (self.projection and "embed" in spec.tasks):
             self.head, self.heads, self.head_layers = None, nn.ModuleDict(), nn.Sequential()
-        if set(spec.tasks) == {"features"}:
+        of_stages = {"features", "segment"}
+        if of_stages.issuperset(spec.tasks):
             self.norm_pre = self.norm = None
-        if "features" not in spec.tasks:
+        if of_stages.isdisjoint(spec.tasks):
             self.stage_norms = nn.ModuleDict()
         return self
 

@@ -25,6 +25,21 @@ class Step(NamedTuple):
     total: int
 
 
+class Decoder(Record, frozen=True):
+    """The head of UPerNet, for segmentation (`exporter.model.upernet`).
+
+    classes: of the pixels.
+    width: channels between its layers.
+    levels: the stages whose maps it takes, two or more.
+    scales: sides of the grids that the last of these maps is pooled to.
+    """
+
+    classes: int
+    width: int
+    levels: tuple[int, ...]
+    scales: tuple[int, ...]
+
+
 class Architecture(Record, frozen=True):
     """What distinguishes one ConvNeXt from another.
 
@@ -45,6 +60,7 @@ class Architecture(Record, frozen=True):
     heads: several classifiers in place of one, `NAME:CLASSES`; each is an output.
     projection: the head is the projection of a CLIP tower, part of the embedding.
     stage_norms: stages whose feature map has a norm of its own.
+    decoder: the head of a network for segmentation.
     """
 
     depths: tuple[int, ...]
@@ -70,6 +86,7 @@ class Architecture(Record, frozen=True):
     heads: tuple[str, ...] = ()
     projection: bool = False
     stage_norms: tuple[int, ...] = ()
+    decoder: Decoder | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -156,6 +173,20 @@ def _layers(arch: Architecture, classes: int) -> Iterator[tuple[int, int, int, i
         yield width * outputs, outputs, 1, 0
 
 
+def _decoder_layers(decoder: Decoder, dims: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Each convolution of UPerNet's head as (weights, outputs per position, level, cells of a pooled map or 0)."""
+    width, (*finer, last) = decoder.width, (dims[level] for level in decoder.levels)
+    first, coarsest = decoder.levels[0], decoder.levels[-1]
+    for cells in decoder.scales:
+        yield last * width, width, coarsest, cells
+    yield 9 * (last + len(decoder.scales) * width) * width, width, coarsest, 0
+    for level, dim in zip(decoder.levels, finer, strict=False):
+        yield dim * width, width, level, 0
+        yield 9 * width * width, width, level, 0
+    yield 9 * len(decoder.levels) * width * width, width, first, 0
+    yield width * decoder.classes, decoder.classes, first, 0
+
+
 def head_layer(layer: str) -> tuple[str, int]:
     """Kind and width of one of `head_layers`, or name and classes of one of `heads`; 0 for an activation."""
     kind, _, width = layer.partition(":")
@@ -168,6 +199,8 @@ def count_params(arch: Architecture, classes: int) -> int:
     per_norm = 2 if arch.norm == "layer" else 1
     blocks = sum(depth * dim for dim, depth in zip(arch.dims, arch.depths, strict=True))
     total += per_norm * blocks + arch.layer_scale * blocks + arch.grn * 8 * blocks
+    if arch.decoder is not None:
+        total += sum(weights + outputs for weights, outputs, *_ in _decoder_layers(arch.decoder, arch.dims))
     norms = sum(arch.dims[:-1]) + arch.dims[0] * (arch.stem_norm + arch.stem_downsample)
     norms += arch.dims[-1] * arch.head_norm + sum(arch.dims[stage] for stage in arch.stage_norms)
     return total + per_norm * norms
@@ -180,6 +213,9 @@ def count_macs(arch: Architecture, size: Size, classes: int) -> int:
     for weights, _, alike, stride in _layers(arch, classes):
         positions = heights[stride] * widths[stride] if stride else 1
         total += weights * alike * positions
+    for weights, _, level, cells in _decoder_layers(arch.decoder, arch.dims) if arch.decoder else ():
+        stride = arch.strides[level]
+        total += weights * (cells * cells or heights[stride] * widths[stride])
     return total
 
 
@@ -330,7 +366,7 @@ def resolve(name: str) -> tuple[Variant, str | None]:
 
 _LOOSE = frozenset(
     {"layer_scale", "in_chans", "act", "norm_eps", "head_eps", "stage_eps", "output_stride", "pool", "head_norm",
-     "head_layers", "heads", "projection", "stage_norms"}
+     "head_layers", "heads", "projection", "stage_norms", "decoder"}
 )  # fmt: skip
 """Fields in which a network may differ from a published variant and still have its name."""
 

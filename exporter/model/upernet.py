@@ -1,0 +1,136 @@
+"""UPerNet on ConvNeXt, for semantic segmentation.
+
+Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221, section 3.1: a pyramid of pooled
+maps behind the last stage (Zhao et al., arXiv 1612.01105), and a feature pyramid (Lin et al., arXiv 1612.03144) over
+all stages. Names are those of mmsegmentation and transformers (`psp_modules`, `lateral_convs`). Batch norms are folded
+into the convolutions when weights are loaded (`exporter.model.decoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.artifact.sidecar import OutputSpec
+from exporter.model.convnext import ConvNeXt
+from exporter.model.variants import Architecture, Decoder
+
+
+class ConvReLU(nn.Conv2d):
+    """A convolution that keeps height and width, and ReLU."""
+
+    def __init__(self, before: int, after: int, side: int) -> None:
+        super().__init__(before, after, side, padding=side // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, D, H, W)."""
+        return F.relu(super().forward(x))
+
+
+class GridPool(nn.Module):
+    """Adaptive average pooling to a grid of `cells` × `cells`, as two matrix products.
+
+    ONNX has no such operator, and an export of PyTorch's own holds the indices of the traced size.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, cells, cells)."""
+        rows, columns = (cell_weights(side, self.cells) for side in x.shape[-2:])
+        return rows @ x @ columns.T
+
+
+def cell_weights(side: int, cells: int) -> Tensor:
+    """The weight of each of `side` positions in the mean of each cell, (cells, side).
+
+    Cell i has the positions k with ⌊i·side/cells⌋ ≤ k < ⌈(i+1)·side/cells⌉, as `torch.nn.AdaptiveAvgPool2d`; for whole
+    numbers that is i·side < (k+1)·cells and k·cells < (i+1)·side.
+    """
+    cell, position = torch.arange(cells)[:, None], torch.arange(side)
+    inside = (cell * side < (position + 1) * cells) & (position * cells < (cell + 1) * side)
+    weights: Tensor = torch.ops.aten._to_copy.default(inside, dtype=torch.float32)  # has an ONNX function
+    return weights / weights.sum(1, keepdim=True)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(N, C, …) to (N, C, *size), bilinear, with the centres of pixels at halves."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class Head(nn.Module):
+    """The head of UPerNet: pooled maps behind the last stage, and a pyramid over all stages."""
+
+    def __init__(self, decoder: Decoder, dims: Sequence[int]) -> None:
+        super().__init__()
+        width, *finer, last = decoder.width, *dims
+        self.pools = nn.ModuleList(GridPool(cells) for cells in decoder.scales)
+        self.psp_modules = nn.ModuleList(ConvReLU(last, width, 1) for _ in decoder.scales)
+        self.bottleneck = ConvReLU(last + len(decoder.scales) * width, width, 3)
+        self.lateral_convs = nn.ModuleList(ConvReLU(dim, width, 1) for dim in finer)
+        self.fpn_convs = nn.ModuleList(ConvReLU(width, width, 3) for _ in finer)
+        self.fpn_bottleneck = ConvReLU(len(dims) * width, width, 3)
+        self.classifier = nn.Conv2d(width, decoder.classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """The maps of two or more stages, (N, C, H/s, W/s) each, to logits (N, classes, H/s, W/s) of the first s."""
+        *finer, last = maps
+        size = finer[0].shape[-2:]
+        pooled = [conv(pool(last)) for pool, conv in zip(self.pools, self.psp_modules, strict=True)]
+        x = self.bottleneck(torch.cat([last, *(resize(y, last.shape[-2:]) for y in pooled)], 1))
+        levels = [x]
+        for lateral, conv, stage in reversed([*zip(self.lateral_convs, self.fpn_convs, finer, strict=True)]):
+            x = lateral(stage) + resize(x, stage.shape[-2:])
+            levels.append(conv(x))
+        first, *others = reversed(levels)
+        y = self.fpn_bottleneck(torch.cat([first, *(resize(other, size) for other in others)], 1))
+        logits: Tensor = self.classifier(y)
+        return logits
+
+
+def pixel_answer(logits: Tensor, size: Sequence[int], answer: str) -> Tensor:
+    """Logits (N, classes, H/s, W/s) as they are returned for an image of `size` pixels: as they are (`logits4`),
+    resized to (N, classes, H, W) (`logits`), or the class of each pixel (N, H, W) uint8 (`labels`)."""
+    if answer == "logits4":
+        return logits
+    logits = resize(logits, size)
+    if answer == "logits":
+        return logits
+    labels: Tensor = torch.ops.aten._to_copy.default(logits.argmax(1), dtype=torch.uint8)
+    return labels
+
+
+class UPerNet(ConvNeXt):
+    """A ConvNeXt with the head of UPerNet in place of a classifier.
+
+    Attributes:
+        channels_last: whether the input is (N, H, W, C).
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch, 1)
+        assert arch.decoder is not None
+        self.head, self.levels, self.channels_last = None, arch.decoder.levels, False
+        self.decode_head: Head | None = Head(arch.decoder, [arch.dims[level] for level in self.levels])
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, C, H, W) to the output for each pixel, or the outputs of other tasks."""
+        maps = self.forward_features(images)
+        if self.decode_head is None:
+            return self.finish(maps)
+        normalized = self.normalized(maps)
+        logits = self.decode_head([normalized[level] for level in self.levels])
+        size = images.shape[1:3] if self.channels_last else images.shape[2:]
+        return (pixel_answer(logits, size, self.spec.answer),)
+
+    def select(self, spec: OutputSpec) -> UPerNet:
+        """The same network with other outputs, in place."""
+        super().select(spec)
+        if "segment" not in spec.tasks:
+            self.decode_head = None
+        return self
