@@ -62,7 +62,8 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
         reads.append(_understood(path, lambda: processors.read_timm_cfg(_timm_cfg(config), path.name)))
     if beside.is_file():
         reads.append(_understood(beside, lambda: processors.read_processor(_read(beside), beside.name)))
-    names = () if "backbone_config" in config else _understood(path, lambda: _labels(config, statements))
+    of_backbone = "backbone_config" in config and config.get("model_type") != stated.UPERNET
+    names = () if of_backbone else _understood(path, lambda: _labels(config, statements))
     if names:
         statements.origins["labels"] = path.name
     if len(reads) > 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from exporter.errors import BadRequest, first_line, some
+from exporter.model.decoder import decoder_of
 from exporter.model.layouts import Choices, Converted, to_ours
 from exporter.model.shapes import architecture, block_counts
 from exporter.model.variants import Architecture, Variant, head_layer, named
@@ -25,7 +26,7 @@ _SETTINGS = ("act", "norm_eps", "head_eps", "stage_eps", "pool", "output_stride"
 @dataclass(frozen=True)
 class Fitted:
     """fp32 weights in the layout of this tool that fit a variant; `num_classes` is 0 for a backbone, `modules` are the
-    names of the modules in the file by ours."""
+    names of the modules in the file by ours, `other_head` is the segmenter whose head is left out."""
 
     state: dict[str, Tensor]
     variant: Variant
@@ -33,6 +34,7 @@ class Fitted:
     num_classes: int
     modules: dict[str, str]
     notes: tuple[str, ...] = ()
+    other_head: str = ""
 
 
 def fit(
@@ -62,6 +64,8 @@ def fit(
     if known:
         _check_known(known, state)
     arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
+    if known is None:
+        arch = replace(arch, decoder=decoder_of(state, arch, stated))
     if choices.norm and arch.norm != choices.norm:
         raise BadRequest(f"--norm {choices.norm}: the norms of these weights are of the kind {arch.norm}; leave it out")
     _check_keys(state, arch)
@@ -71,10 +75,11 @@ def fit(
     classes = 0 if head is None or arch.projection else int(head.shape[0])
     if arch.heads:
         classes = head_layer(arch.heads[0])[1]
+    classes = arch.decoder.classes if arch.decoder else classes
     notes = list(converted.notes)
     if classes and stated.get("num_classes", classes) != classes:
         notes.append(f"the config says {stated['num_classes']} classes, the weights have {classes}")
-    return Fitted(state, named(arch), converted.layout, classes, converted.modules, tuple(notes))
+    return Fitted(state, named(arch), converted.layout, classes, converted.modules, tuple(notes), converted.other_head)
 
 
 def _defaults(converted: Converted) -> dict[str, Any]:
@@ -144,9 +149,10 @@ def empty(arch: Architecture, classes: int) -> ConvNeXt:
     import torch
 
     from exporter.model.convnext import ConvNeXt
+    from exporter.model.upernet import UPerNet
 
     with torch.device("meta"):
-        return ConvNeXt(arch, classes)
+        return ConvNeXt(arch, classes) if arch.decoder is None else UPerNet(arch)
 
 
 def _fill_biases(state: dict[str, Tensor]) -> None:

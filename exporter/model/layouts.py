@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
-from exporter.model import find_head
+from exporter.model import decoder, find_head
 from exporter.model import head as heads
 from exporter.model.head import Head
 from exporter.model.shapes import block_counts
@@ -143,7 +143,8 @@ class Choices:
 class Converted:
     """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user.
 
-    `modules` are the names of the modules in the file by ours, `others` the prefixes of other networks in it.
+    `modules` are the names of the modules in the file by ours, `others` the prefixes of other networks in it,
+    `other_head` is the segmenter whose head is left out.
     """
 
     state: dict[str, Tensor]
@@ -153,6 +154,7 @@ class Converted:
     modules: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    other_head: str = ""
 
 
 def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered: bool = True) -> Converted:
@@ -182,6 +184,8 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
             converted.state[name] = _reshape(name, tensor, layout)
             converted.modules[name.rpartition(".")[0]] = key.rpartition(".")[0]
     _sort_norms(converted)
+    if choices.head != "none":
+        decoder.take(converted, rest)
     find_head.take(converted, rest, choices, ordered)
     inside: list[str] = []
     outside: list[str] = []

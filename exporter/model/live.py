@@ -40,7 +40,7 @@ def read(module: nn.Module, prefix: str = "", head: str = "", head_act: str = ""
     ]
     norm = next((kind for part in norms if (kind := _kind_of_norm(part)) in ("rms", "simple")), "")
     choices = Choices(prefix=prefix, head=head, head_act=head_act or partial(_between, modules), norm=norm)
-    fitted = fit(tensors, {"pool": _pooling(module)}, choices)
+    fitted = fit(tensors, {"pool": _pooling(module)} | _pool_scales(module), choices)
     parts = {ours: modules[name] for ours, name in fitted.modules.items() if name in modules}
     return fit(tensors, _settings(module, fitted, parts), choices)
 
@@ -66,7 +66,7 @@ def _settings(module: nn.Module, fitted: Fitted, parts: Mapping[str, nn.Module])
     settings |= {"head_eps": last} if last is not None else {}
     stages = {value for name, value in eps.items() if name.startswith("stage_norms")}
     settings |= {"stage_eps": stages.pop()} if len(stages) == 1 else {}
-    return {**settings, "output_stride": _output_stride(fitted, parts)}
+    return {**settings, **_pool_scales(module), "output_stride": _output_stride(fitted, parts)}
 
 
 def _common(a: str, b: str) -> str:
@@ -153,6 +153,12 @@ def _pooling(module: nn.Module) -> str:
     return (named[0].removeprefix("fast") or ("avg" if named[0] else "none")) if named else "avg"
 
 
+def _pool_scales(module: nn.Module) -> dict[str, Any]:
+    """The grids of UPerNet's pooled maps, where a module says them."""
+    scales: list[Any] = [part.pool_scales for part in module.modules() if hasattr(part, "pool_scales")]
+    return {"pool_scales": tuple(scales[0])} if scales else {}
+
+
 def _output_stride(fitted: Fitted, parts: Mapping[str, nn.Module]) -> int | None:
     """The output stride that gives the strides and dilations of a module's convolutions.
 
@@ -197,6 +203,7 @@ def tensors_of(outputs: Any, task: str) -> tuple[Tensor, ...]:
         "embed": ("image_embeds", "pooler_output"),
         "tokens": ("last_hidden_state",),
         "features": ("feature_maps",),
+        "segment": ("logits",),
     }[task]
     for name in names:
         value = outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)

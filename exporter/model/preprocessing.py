@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from exporter.artifact.sidecar import Preprocessing, Size, as_size, sides, size_text
 from exporter.errors import BadRequest
+from exporter.model import processors
 from exporter.model.config import Config
 from exporter.model.processors import SQUASHED_FROM, Unclear
 from exporter.model.variants import Variant
@@ -125,6 +126,8 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
     if config.preprocessing is not None:
         origins = {name: config.origins[name] for name in VALUES}
         return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
+    if variant.architecture.decoder is not None:
+        return Stated(processors.UPERNET, dict.fromkeys(VALUES, "published preprocessing of UPerNet"), source=source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(VALUES, f"published preprocessing of torchvision's {variant.name}"))

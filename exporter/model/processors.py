@@ -16,6 +16,8 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box",
 SQUASHED_FROM = 384  # pixels; from here on ConvNeXt's published preprocessing squashes
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# mmsegmentation scales and cuts windows of 512 pixels; transformers published the same weights with a stretched image.
+UPERNET = Preprocessing(size=512, resize=512, crop="squash", interpolation="bilinear", offset="floor")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

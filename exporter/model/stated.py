@@ -300,11 +300,28 @@ def read_timm_config(statements: Statements, config: Mapping[str, Any]) -> None:
     _note_unknown(statements, pretrained, frozenset(_PRETRAINED_CFG.split()), "pretrained_cfg.")
 
 
-def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
-    """Read the backbone of a configuration for detection or segmentation.
+UPERNET = "upernet"
+_UPERNET: Keys = {
+    "hidden_size": ("decoder_width", _whole),
+    "pool_scales": ("pool_scales", _wholes),
+    "num_labels": ("num_classes", _whole),
+}
+_IDLE_UPERNET: dict[str, tuple[object, ...]] = {
+    "auxiliary_channels": (), "auxiliary_concat_input": (), "auxiliary_in_channels": (), "auxiliary_loss_weight": (),
+    "auxiliary_num_convs": (), "use_auxiliary_head": (), "loss_ignore_index": (), "initializer_range": (),
+    "id2label": (), "label2id": (), "problem_type": (), "backbone_config": (), "use_timm_backbone": (), "backbone": (),
+    "backbone_kwargs": (), "use_pretrained_backbone": (),
+}  # fmt: skip
 
-    Raises: BadRequest for a backbone that is no ConvNeXt.
+
+def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
+    """Read the backbone of a configuration for detection or segmentation, and the head of UPerNet.
+
+    Raises: BadRequest for a backbone that is no ConvNeXt, or a value that is not supported.
     """
+    if config.get("model_type") == UPERNET:
+        statements.read(config, _UPERNET)
+        _note_unknown(statements, config, {*_UPERNET, *_IDLE_UPERNET, *BOOKKEEPING})
     inner = config.get("backbone_config") or {}
     kind = inner.get("model_type")
     if kind in HF_TYPES:

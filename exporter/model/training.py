@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from exporter.artifact.sidecar import Preprocessing, as_size
 from exporter.model import labels, processors, stated
 from exporter.model.processors import Read
@@ -23,7 +25,7 @@ def read_training(beside: Mapping[str, Any], statements: stated.Statements) -> t
     arguments = _mapping(beside.get("args"))
     if beside.get("args") is not None and not arguments:
         statements.notes.append(f"{ORIGIN}: {type(beside['args']).__name__} is not read")
-    read = _preprocessing(arguments, beside.get("arch"), statements)
+    read = _preprocessing(arguments, beside.get("arch"), statements) or _segmenter(beside, statements)
     names, where = _labels(beside)
     if names:
         statements.origins["labels"] = where
@@ -147,6 +149,33 @@ def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statem
     stated.read_timm(statements, model if "convnext" in model else None, keyword, "args.model_kwargs.")
     keys = {"gp": stated.MODEL_ARGS["global_pool"], "num_classes": stated.MODEL_ARGS["num_classes"]}
     statements.read(args, keys, "args.")
+
+
+def _segmenter(beside: Mapping[str, Any], statements: stated.Statements) -> Read | None:
+    """Read the text of mmsegmentation's configuration: what UPerNet's weights do not show, and its pixels."""
+    meta = _mapping(beside.get("meta"))
+    text = next((value for key in ("cfg", "config") if isinstance(value := meta.get(key), str)), "")
+    if "UPerHead" not in text:
+        return None
+    origin = "configuration in the checkpoint"
+    if scales := _numbers(text, "pool_scales"):
+        statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
+    statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)
+    values: dict[str, Any] = {
+        name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
+    }
+    if crop := _numbers(text, "crop_size"):
+        values["size"] = values["resize"] = as_size(int(crop[0]), int(crop[-1]))
+    recipe = processors.checked(**{**msgspec.structs.asdict(processors.UPERNET), **values})
+    names = ("size", "resize", "crop", "interpolation", "mean", "std")
+    default = "published preprocessing of UPerNet"
+    return Read(recipe, {name: origin if name in values else default for name in names})
+
+
+def _numbers(text: str, key: str) -> tuple[float, ...]:
+    """The numbers of the first list or tuple with this key in a Python configuration, () where there is none."""
+    found = re.search(rf"\b{key}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
+    return tuple(float(number) for number in re.findall(r"[\d.]+", found[1])) if found else ()
 
 
 def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from exporter.model.convnext import ConvNeXt
 
 _OTHER_OUTPUTS = {"images", "embedding", "tokens", *(f"stage{number}" for number in range(1, 9))}
+MOST_LABELS = 256  # classes that a byte tells apart
 PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "unlicense"}
 
 
@@ -40,7 +41,8 @@ PERMISSIVE = {"apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by
 class Checkpoint:
     """Weights that fit a variant: fp32 tensors in the layout of this tool, with labels and preprocessing if known.
 
-    `origins` says where values of architecture and preprocessing come from, by the name of the field.
+    `origins` says where values of architecture and preprocessing come from, by the name of the field; `other_head` is
+    the segmenter whose head was left out.
     """
 
     state: dict[str, Tensor]
@@ -49,6 +51,7 @@ class Checkpoint:
     stated: Stated
     labels: tuple[str, ...]
     origins: dict[str, str] = field(default_factory=dict)
+    other_head: str = ""
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -60,14 +63,21 @@ class Checkpoint:
 
     @property
     def task(self) -> Task:
-        """The outputs that these weights are for: `classify`, `embed` without a classifier, `features` without a last
-        norm either."""
+        """The outputs that these weights are for: `segment` with the head of a segmenter, `classify`, `embed` without
+        a classifier, `features` without a last norm either."""
         arch = self.variant.architecture
+        if arch.decoder or self.other_head:
+            return "segment"
         if arch.pool == "none":
             return "features"
         if self.weights.num_classes:
             return "classify"
-        return "embed" if arch.head_norm or arch.projection else "features"
+        return "embed" if self._has_vector else "features"
+
+    @property
+    def _has_vector(self) -> bool:
+        """Whether a norm or projection behind the last stage gives a feature vector."""
+        return self.variant.architecture.head_norm or self.variant.architecture.projection
 
     def model(self, spec: OutputSpec | None = None) -> ConvNeXt:
         """The network in eval mode, with these outputs. It shares memory with `state`.
@@ -78,7 +88,9 @@ class Checkpoint:
         self.check(spec)
         head = self.state.get("head.weight")
         model = empty(self.variant.architecture, 1 if head is None else head.shape[0])
-        model.load_state_dict(self.state, assign=True, strict=head is not None or self.variant.architecture.heads != ())
+        arch = self.variant.architecture
+        whole = head is not None or arch.heads != () or arch.decoder is not None
+        model.load_state_dict(self.state, assign=True, strict=whole)
         return model.eval().requires_grad_(False).select(spec)
 
     def check(self, spec: OutputSpec) -> None:
@@ -90,6 +102,10 @@ class Checkpoint:
             self._check_task(task)
         if problem := spec.contradiction():
             raise BadRequest(f"{self.weights.source}: {problem}")
+        if spec.answer == "labels" and self.weights.num_classes > MOST_LABELS:
+            raise BadRequest(
+                f"--output labels: {self.weights.num_classes} classes, and labels are bytes; give --output logits"
+            )
         heads = dict(map(head_layer, self.variant.architecture.heads))
         if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):
             raise BadRequest(f"--output {spec.answer}: a head has one output, and a choice needs two; leave it out")
@@ -97,19 +113,30 @@ class Checkpoint:
             raise BadRequest(f"{self.weights.source}: a head has the name of another output: {', '.join(sorted(same))}")
 
     def _check_task(self, task: str) -> None:
+        decoder = self.variant.architecture.decoder
+        if task == "segment":
+            if decoder is None:
+                head = (
+                    f"the head of these weights is {self.other_head}" if self.other_head else "no head of UPerNet here"
+                )
+                raise BadRequest(
+                    f"{self.weights.source}: {head}, and --task segment takes UPerNet; --task features takes the "
+                    "backbone"
+                )
+            return
         if task != "features" and self.variant.architecture.pool == "none":
             raise BadRequest(
                 f"{self.weights.source}: global_pool is none, so the model returns a map; --task features takes it, "
                 f"and --task {task} needs avg, max, avgmax or catavgmax in config.json"
             )
-        if task == "classify" and not self.weights.num_classes:
+        if task == "classify" and (not self.weights.num_classes or decoder is not None):
             raise BadRequest(f"{self.weights.source}: no classifier in these weights; --task {self.task} takes them")
         if task == "tokens" and self.variant.architecture.pool == "catavgmax":
             raise BadRequest(
                 f"--task tokens: {self.weights.source} pools with catavgmax, so its vector is wider than a token; "
                 "--task embed,features takes both apart"
             )
-        if task in ("embed", "tokens") and self.task == "features":
+        if task in ("embed", "tokens") and not self._has_vector:
             raise BadRequest(f"{self.weights.source}: no norm behind the last stage; --task features takes them")
 
 
@@ -239,7 +266,7 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
     stated = known(config, own.layout if own else fitted.layout, variant, str(files.path))
     if files.path.suffix in (".h5", ".keras") and "keras" in content.beside and config.preprocessing is None:
         stated = with_keras(stated, content.beside["keras"])
-    return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins)
+    return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins, fitted.other_head)
 
 
 def _random(source: str, variant: Variant) -> Checkpoint:

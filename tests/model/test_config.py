@@ -201,11 +201,19 @@ def test_timm_wrapper_is_read_like_timm(of):
     assert (config.labels, config.network, config.notes) == (("a", "b"), {"act": "relu", "num_classes": 2}, ())
 
 
-def test_the_backbone_of_a_segmenter_is_read_and_its_labels_are_not(of):
+def test_the_backbone_of_a_segmenter_is_read_and_its_own_labels_are_not(of):
     inner = {"model_type": "convnext", "layer_norm_eps": 1e-5, "hidden_act": "relu", "num_labels": 2}
+    inner["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
     config = of({"model_type": "upernet", "backbone_config": inner, "id2label": {"0": "wall"}})
-    assert (config.network["act"], config.network["head_eps"], config.labels) == ("relu", 1e-5, ())
+    assert (config.network["act"], config.network["head_eps"], config.labels) == ("relu", 1e-5, ("wall",))
     assert "num_classes" not in config.network
+    assert of({"model_type": "detr", "backbone_config": inner, "id2label": {"0": "cat"}}).labels == ()
+    upernet = {"model_type": "upernet", "backbone_config": inner, "hidden_size": 64, "pool_scales": [1, 4], "neck": 2}
+    config = of(upernet)
+    assert (config.network["decoder_width"], config.network["pool_scales"]) == (64, (1, 4))
+    assert config.notes == ("config.json: neck: no ConvNeXt reads them, so they have no effect",)
+    with pytest.raises(BadRequest, match="pool_scales is 'all'; not supported"):
+        of(upernet | {"pool_scales": "all"})
     inner = {"model_type": "timm_backbone", "backbone": "convnext_tiny", "num_channels": 1, "out_indices": [1, 2, 3]}
     assert of({"model_type": "detr", "backbone_config": inner}).network == {"in_chans": 1}
 
