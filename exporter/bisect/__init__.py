@@ -98,6 +98,11 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     """
     from exporter.model import weights
 
+    if "segment" in artifact.sidecar.spec.tasks:
+        raise BadRequest(
+            f"{artifact.path}: bisect measures the parts of a classifier, and this is --task segment; verify --blocks "
+            "compares its blocks"
+        )
     runtime = backends.runtime_of(artifact)
     backends.device_of(artifact, options.device)
     samples = open_data(

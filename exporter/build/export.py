@@ -158,17 +158,19 @@ def _shares(
 ) -> list[float]:
     """The largest difference of each output as a share of its scale; of pictures the root mean square. For numbers of
     classes it is infinite where one differs whose probability is further than the limit from that of its neighbours;
-    the last of five may have an unknown neighbour. Of outputs in fp16 the step to the next fp16 number is subtracted
-    from each difference."""
+    the last of five may have an unknown neighbour. For labels of pixels it is the share of other labels. Of outputs in
+    fp16 the step to the next fp16 number is subtracted from each difference."""
     shares = []
     for index, holds in enumerate(options.outputs.values()):
         difference = np.abs(expected[index].astype(np.float64) - outputs[index])
-        if half_outputs and holds != "classes":
+        if half_outputs and holds not in ("classes", "labels"):
             difference = np.maximum(difference - FP16_STEP * np.abs(expected[index]), 0)
         if holds == "classes":
             gaps = np.abs(np.diff(expected[index + 1], axis=1)) / scales[index + 1] > limit
             clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
             shares.append(float("inf") if (difference[clear] > 0).any() else 0.0)
+        elif holds == "labels":
+            shares.append(float((difference > 0).mean()))
         else:
             size = np.sqrt(np.square(difference).mean()) if options.picture else difference.max()
             shares.append(float(size / scales[index]))
@@ -277,7 +279,7 @@ def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
     if pictures := _probe_pictures(preprocessing):
         return np.concatenate([images.preprocess_pictures(picture, preprocessing) for picture in pictures])
-    resized = preprocessing if options.imgsz else preprocessing.at(96)
+    resized = preprocessing if options.imgsz else preprocessing.at((96, 131) if options.is_segmentation else 96)
     count = min(3, options.batch or 3)
     pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
     return inputs.rounded(np.stack([images.normalise(one, resized) for one in pixels]), preprocessing)

@@ -133,6 +133,16 @@ def refuse_picture(preprocessing: Preprocessing) -> None:
         )
 
 
+def refuse_segmentation(recipe: Recipe, target: Target) -> None:
+    """Raises: BadRequest for a target or a precision that networks for segmentation are not built for."""
+    if target.no_segmentation:
+        raise BadRequest(f"--task segment: {target.no_segmentation}; give --task features for the backbone alone")
+    if recipe.quantization is not None:
+        raise BadRequest(
+            f"--task segment: the head of UPerNet is not quantized, so {recipe.precision} is not built; give fp16"
+        )
+
+
 def _check_quantization(recipe: Recipe, target: Target) -> None:
     if recipe.precision not in target.precisions:
         return  # reported already

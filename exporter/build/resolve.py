@@ -15,7 +15,7 @@ from exporter import artifact as artifacts
 from exporter import backends, machine, precision
 from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build.problems import check_keep, find_problems, refuse_picture, scope_of
+from exporter.build.problems import check_keep, find_problems, refuse_picture, refuse_segmentation, scope_of
 from exporter.data import calibration, samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
@@ -183,6 +183,8 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     checkpoint = _with_channels(checkpoint)
     check_keep(recipe, placement, checkpoint.variant.architecture.depths, recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
+    if trace.is_segmentation:
+        refuse_segmentation(recipe, target)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
         reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)
@@ -238,11 +240,13 @@ def _output_spec(recipe: Recipe, checkpoint: Checkpoint) -> OutputSpec:
 
 
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
+    arch, spec = checkpoint.variant.architecture, _output_spec(recipe, checkpoint)
+    first = arch.decoder.levels[0] if arch.decoder and "segment" in spec.tasks else 0
     size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size
     return TraceOptions(
-        spec=_output_spec(recipe, checkpoint),
-        strides=checkpoint.variant.architecture.strides,
-        heads=tuple(variants.head_layer(head)[0] for head in checkpoint.variant.architecture.heads),
+        spec=spec,
+        strides=arch.strides[first:],
+        heads=tuple(variants.head_layer(head)[0] for head in arch.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
         dtype=_input_type(recipe.export),
@@ -284,6 +288,8 @@ def _sidecar(
     """Facts of the fp32 graph that are known before it is traced."""
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
+    arch = checkpoint.variant.architecture
+    counted = arch if trace.is_segmentation else replace(arch, decoder=None)
     source = weights.relative(checkpoint.weights.source, out)
     export = replace(recipe.export, keep=None)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={}, export=export)
@@ -296,9 +302,9 @@ def _sidecar(
         inputs=(),
         outputs=(),
         reference=reference.name if reference is not None else references.OURS,
-        architecture=msgspec.to_builtins(checkpoint.variant.architecture),
+        architecture=msgspec.to_builtins(arch),
         preprocessing=_of_artifact(preprocessing, recipe.export),
-        macs=variants.count_macs(checkpoint.variant.architecture, preprocessing.size, classes),
+        macs=variants.count_macs(counted, preprocessing.size, classes),
         labels=checkpoint.labels,
         origins=checkpoint.origins | origins,
         versions=backends.versions() | (machine.versions(["Pillow"]) if trace.picture else {}),

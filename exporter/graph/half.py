@@ -1,7 +1,7 @@
 """Converts a graph to fp16 or bf16.
 
 Statistics stay in fp32. A LayerNormalization or RMSNormalization node computes its own in fp32 (its `stash_type`).
-Norms made of elementary operators, GRN and the pooling sum squares or whole images; such sums exceed 65,504 and would
+Norms made of elementary operators, GRN and all pooling sum squares or whole images; such sums exceed 65,504 and would
 make every output constant, so these modules stay in fp32 between two casts. So do softmax and sigmoid of the outputs.
 Inputs and outputs keep their types.
 """
@@ -141,7 +141,8 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    whole = structure.is_picture(module) or structure.is_response_norm(module) or structure.is_in(module, work.parts)
+    sums = structure.is_response_norm(module) or structure.is_grid_pool(module)
+    whole = structure.is_picture(module) or sums or structure.is_in(module, work.parts)
     if whole or node.op_type.startswith("Reduce"):
         return True
     if not module and node.op_type in ("Softmax", "Sigmoid", "TopK"):

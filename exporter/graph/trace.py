@@ -39,6 +39,11 @@ class TraceOptions(Record, frozen=True):
     picture: bool = False
 
     @property
+    def is_segmentation(self) -> bool:
+        """Whether the output is of each pixel."""
+        return "segment" in self.spec.tasks
+
+    @property
     def outputs(self) -> dict[str, Content]:
         """The name of each output, with what it holds."""
         return self.spec.named(self.heads, len(self.strides))
@@ -49,7 +54,8 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
 
     Args:
         model: in eval mode; its outputs are those of the options.
-        options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride.
+        options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride, of
+            segmentation any.
 
     Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), or one picture (H, W, C), to the outputs of `options`.
     """
@@ -57,11 +63,17 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
 
     example = torch.zeros(*_example_shape(options), dtype=getattr(torch, options.dtype))
     with torch.no_grad(), _quiet():
-        exported = torch.export.export(model, (example,), dynamic_shapes=(_dynamic_axes(options),), strict=False)
+        exported = torch.export.export(
+            model,
+            (example,),
+            dynamic_shapes=(_dynamic_axes(options),),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=options.is_segmentation,  # sizes of any remainder have guards
+        )
         program = _converted(exported, options)
     graph_model = _taken(program.model)
     _name_axes(graph_model, options)
-    _name_after_modules(graph_model)
+    _name_after_modules(graph_model, options)
     return graph_model
 
 
@@ -70,9 +82,14 @@ def _example_shape(options: TraceOptions) -> tuple[int, ...]:
     stride or of the input of the network."""
     if options.picture:
         return 611, 823, options.channels
-    size = options.imgsz or 2 * options.strides[-1]
+    size = options.imgsz or (2 * options.strides[-1] if not options.is_segmentation else _odd_size(options))
     shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
     return options.batch or 2, *shape
+
+
+def _odd_size(options: TraceOptions) -> Size:
+    """Height and width that no stride divides, with two positions or more in the last map."""
+    return 2 * options.strides[-1] + 11, 3 * options.strides[-1] + 11
 
 
 def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) -> torch.onnx.ONNXProgram:
@@ -123,9 +140,12 @@ def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
     if options.batch is None:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
-        first = 1 if options.channels_last else 2
-        axes[first] = options.strides[-1] * torch.export.Dim("rows")
-        axes[first + 1] = options.strides[-1] * torch.export.Dim("columns")
+        first, last = 1 if options.channels_last else 2, options.strides[-1]
+        if options.is_segmentation:
+            # PyTorch takes a map of one position for a special case; the graph has none.
+            axes[first], axes[first + 1] = (torch.export.Dim(name, min=2 * last) for name in ("height", "width"))
+        else:
+            axes[first], axes[first + 1] = (last * torch.export.Dim(name) for name in ("rows", "columns"))
     return axes
 
 
@@ -153,8 +173,10 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         assert value.shape is not None
         holds = options.outputs.get(value.name or "", "")
         stride = options.strides[int((value.name or "").removeprefix("stage")) - 1] if holds == "map" else 1
+        if holds == "pixel_logits" and options.spec.answer == "logits4":
+            stride = options.strides[0]
         over = f"/{stride}" if stride > 1 else ""
-        first = 1 if options.channels_last and value.name == INPUT else 2
+        first = 1 if (options.channels_last and value.name == INPUT) or holds == "labels" else 2
         first = 0 if options.picture and value.name == INPUT else first
         words = {0: "batch"} | {first: f"height{over}", first + 1: f"width{over}"}
         words |= {1: "tokens"} if holds == "tokens" else {}
@@ -162,14 +184,14 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         value.shape = ir.Shape(dims)
 
 
-def _name_after_modules(model: ir.Model) -> None:
+def _name_after_modules(model: ir.Model, options: TraceOptions) -> None:
     """Name every node and weight as in the PyTorch model, and drop the exporter's other metadata."""
     used: Counter[str] = Counter()
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
         module = scopes[-2] if len(scopes) > 1 else ""
         if module.startswith("_empty_nn_module_stack"):  # the size of the input
-            module = structure.PICTURE
+            module = structure.PICTURE if options.picture else ""
         node.metadata_props.clear()
         node.metadata_props["module"] = module
         node.doc_string = None

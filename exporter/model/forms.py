@@ -24,6 +24,7 @@ from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS, structure
 from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
 from exporter.model.picture import Picture
+from exporter.model.upernet import UPerNet
 
 Layout = Literal["last", "transposed", "first"]
 _LAYOUTS: dict[str, Layout] = {"linear": "last", "conv": "transposed", "nchw": "first"}
@@ -272,6 +273,8 @@ def take_input(model: ConvNeXt, recipe: Preprocessing) -> Callable[[], None]:
     stem = model.downsample_layers[0]
     if recipe.is_of_network:
         return lambda: None
+    if isinstance(model, UPerNet):
+        model.channels_last = recipe.layout == "NHWC" and recipe.input != "image"
     hook = None
     if recipe.input == "image":
         model.add_module(structure.PICTURE, Picture(recipe))
@@ -283,6 +286,8 @@ def take_input(model: ConvNeXt, recipe: Preprocessing) -> Callable[[], None]:
 
     def change_back() -> None:
         model.downsample_layers[0] = stem
+        if isinstance(model, UPerNet):
+            model.channels_last = False
         if hook is not None:
             hook.remove()
             del model.picture

@@ -38,8 +38,11 @@ class Reference:
         from torch import nn
 
         from exporter.model.convnext import answers, unit_length
+        from exporter.model.upernet import pixel_answer
 
-        def of_task(task: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def of_task(task: str, tensors: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
+            if task == "segment":
+                return tuple(pixel_answer(logits, images.shape[-2:], spec.answer) for logits in tensors)
             if task == "classify":
                 return tuple(output for logits in tensors for output in answers(logits, spec.answer))
             return tuple(map(unit_length, tensors)) if task == "embed" and spec.l2 else tensors
@@ -51,7 +54,7 @@ class Reference:
 
             def forward(self, images: Tensor) -> tuple[Tensor, ...]:
                 each = [(task, tensors_of(outputs_of(self.module, images, task), task)) for task in spec.tasks]
-                return tuple(output for task, tensors in each for output in of_task(task, tensors))
+                return tuple(output for task, tensors in each for output in of_task(task, tensors, images))
 
         return Outputs(self.module).eval()
 
@@ -209,7 +212,8 @@ def _transformers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
                 transformers.utils.logging.enable_progress_bar()
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{kind} is no model")
-    if missing := sorted(report["missing_keys"]):
+    # Batch norms count their batches in whole numbers, which are no weights.
+    if missing := sorted(key for key in report["missing_keys"] if not key.endswith("num_batches_tracked")):
         raise ValueError(f"{len(missing)} weights are missing: {some(missing)}")
     return model
 

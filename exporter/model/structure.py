@@ -24,8 +24,9 @@ KINDS = {
 PICTURE = "picture"
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
-_TAIL = r"norm_pre|norm|head_layers|heads|head"
-_OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head)[\w.]*(?=/)"
+_TAIL = r"norm_pre|norm|head_layers|heads|head|decode_head"
+_OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head|decode_head)[\w.]*(?=/)"
+_POOL = r"decode_head\.pools\.\d+"
 
 
 def kind(module: str) -> str | None:
@@ -96,6 +97,11 @@ def is_norm(module: str) -> bool:
 def is_response_norm(module: str) -> bool:
     """Whether a module is a Global Response Normalization."""
     return module.rpartition(".")[2] == "grn"
+
+
+def is_grid_pool(module: str) -> bool:
+    """Whether a module averages the cells of a grid (`exporter.model.upernet.GridPool`)."""
+    return re.fullmatch(_POOL, module) is not None
 
 
 def is_picture(module: str) -> bool:

@@ -43,7 +43,7 @@ class GridPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, cells, cells)."""
         rows, columns = (cell_weights(side, self.cells) for side in x.shape[-2:])
-        return rows @ x @ columns.T
+        return rows @ x @ columns.transpose(0, 1)
 
 
 def cell_weights(side: int, cells: int) -> Tensor:
@@ -53,7 +53,7 @@ def cell_weights(side: int, cells: int) -> Tensor:
     numbers that is i·side < (k+1)·cells and k·cells < (i+1)·side.
     """
     cell, position = torch.arange(cells)[:, None], torch.arange(side)
-    inside = (cell * side < (position + 1) * cells) & (position * cells < (cell + 1) * side)
+    inside = torch.logical_and(cell * side < (position + 1) * cells, position * cells < (cell + 1) * side)
     weights: Tensor = torch.ops.aten._to_copy.default(inside, dtype=torch.float32)  # has an ONNX function
     return weights / weights.sum(1, keepdim=True)
 

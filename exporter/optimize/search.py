@@ -21,7 +21,7 @@ from exporter.build.int8.search import budgeted, compare, judge_of, open_referen
 from exporter.build.int8.search import search as search_kept
 from exporter.data import calibration
 from exporter.data.samples import Samples
-from exporter.errors import CheckFailed
+from exporter.errors import BadRequest, CheckFailed
 from exporter.optimize import race
 from exporter.optimize.builds import Build, Builder
 from exporter.optimize.candidates import Candidate, Skipped
@@ -51,6 +51,8 @@ class Search:
         first = listed[0]
         recipe = request.recipe(first.backend, first.precision, first.form, first.scope)
         job = build.resolve(recipe, out)
+        if job.trace.is_segmentation:
+            raise BadRequest("optimize measures top-1, which --task segment does not have; build with onnx or openvino")
         job.checkpoint.state.clear()
         self.job = dataclasses.replace(
             job, recipe=msgspec.structs.replace(recipe, precision="int8", quantization=request.quantization)

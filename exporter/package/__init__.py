@@ -123,6 +123,8 @@ def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> 
             f"{artifact.path}: takes pictures (--input image), and packages resize them themselves; export it with "
             "--input uint8"
         )
+    if "segment" in sidecar.spec.tasks:
+        raise BadRequest(f"{artifact.path}: its output is of each pixel, and packages are written for images")
     heads = sidecar.architecture.get("heads", ())
     if "classify" in sidecar.spec.tasks and len(heads) > 1:
         raise BadRequest(f"{artifact.path}: {len(heads)} heads; packages are written for one")

@@ -56,10 +56,10 @@ class Model(Record, frozen=True):
         Tasks | None,
         about(
             "Outputs: of the heads (classify), one feature vector an image (embed), the feature vector and one token "
-            "for each position of the last map (tokens), or the map of each stage (features); several as in "
-            "classify,embed.",
+            "for each position of the last map (tokens), the map of each stage (features), or the class of each pixel "
+            "(segment, of UPerNet); several as in classify,embed.",
             metavar="TASK,…",
-            default="classify, or embed for weights without a classifier",
+            default="segment for UPerNet, classify, or embed for weights without a classifier",
         ),
     ] = None
     prefix: Annotated[
@@ -164,7 +164,8 @@ class Export(Record, frozen=True):
         Answer,
         about(
             "Output of each head: logits, their softmax or sigmoid, or the numbers and probabilities of the "
-            "five most probable classes."
+            "five most probable classes (top5). Of --task segment: logits of each pixel, of a quarter of height and "
+            "width (logits4), or the class of each pixel in a byte (labels)."
         ),
     ] = "logits"
     l2: Annotated[bool, about("Scale the feature vectors of --task embed to unit length.")] = False

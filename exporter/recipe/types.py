@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from exporter.recipe.fields import about
 
-TASKS = ("classify", "embed", "tokens", "features")
+TASKS = ("classify", "embed", "tokens", "features", "segment")
 Tasks = Annotated[
     str,
     Meta(

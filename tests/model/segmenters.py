@@ -36,7 +36,7 @@ def transformers_model(dims=(8, 16, 24, 32), width=16, scales=(1, 2, 3, 6), labe
 
 def save(folder, model, processor=None):
     """The folder of a model with its config and, if one is there, its preprocessing."""
-    config = json.loads(model.config.to_json_string())
+    config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
     libraries.save(folder, model, config)
     if processor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))

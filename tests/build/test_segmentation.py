@@ -1,0 +1,165 @@
+"""Artifacts of UPerNet: one graph that is right at every size, with logits or labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from exporter import backends
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data import images, synthetic
+from exporter.model import weights
+from tests.conftest import build
+from tests.model import segmenters
+from tests.reference import library
+
+library("transformers")
+SIZES = ((512, 512), (640, 640), (512, 768), (96, 160), (224, 224), (352, 480), (300, 451), (33, 47), (32, 32))
+NOISE = 1e-5  # of the spread of the logits
+BACKENDS = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return segmenters.transformers_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return segmenters.save(tmp_path_factory.mktemp("upernet"), model)
+
+
+def pictures(size, count=1):
+    pixels = [synthetic.dead_leaves(size, seed, 3) for seed in range(count)]
+    return np.stack([images.normalise(one, Preprocessing()) for one in pixels])
+
+
+def outputs(artifact, batch):
+    runtime = backends.runtime(artifact.sidecar.backend)
+    with runtime.open(artifact, runtime.options()) as session:
+        return session(batch)[0]
+
+
+def expected(model, batch):
+    return segmenters.logits(model, torch.from_numpy(batch)).numpy()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def dynamic(request, folder, tmp_path_factory):
+    return build(folder, tmp_path_factory.mktemp("dynamic"), request.param, imgsz="dynamic")
+
+
+def test_one_dynamic_graph_gives_the_logits_of_transformers_at_every_size(dynamic, model):
+    (tensor,) = dynamic.sidecar.outputs
+    assert (tensor.name, tensor.holds) == ("logits", "pixel_logits")
+    assert tensor.shape == ("batch", 7, "height", "width")
+    assert dynamic.sidecar.task == "segment"
+    assert dynamic.sidecar.labels == segmenters.LABELS
+    for size in SIZES:
+        batch = pictures(size, 2 if size[0] < 100 else 1)
+        theirs, ours = expected(model, batch), outputs(dynamic, batch)
+        assert ours.shape == theirs.shape == (len(batch), 7, *size)
+        assert np.abs(ours - theirs).max() / theirs.std() < NOISE, size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("imgsz", ["dynamic", (96, 128)])
+def test_labels_are_the_classes_of_the_pixels_in_bytes(backend, imgsz, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, backend, output="labels", imgsz=imgsz)
+    (tensor,) = artifact.sidecar.outputs
+    axes = ("height", "width") if imgsz == "dynamic" else imgsz
+    assert (tensor.name, tensor.dtype, tensor.shape) == ("labels", "uint8", ("batch", *axes))
+    batch = pictures((96, 128), 3)
+    np.testing.assert_array_equal(outputs(artifact, batch), expected(model, batch).argmax(1))
+
+
+def test_logits4_are_those_of_the_first_map(model, folder, tmp_path):
+    artifact = build(folder, tmp_path, output="logits4", imgsz="dynamic")
+    assert artifact.sidecar.outputs[0].shape == ("batch", 7, "height/4", "width/4")
+    batch = pictures((97, 131))
+    small = torch.from_numpy(outputs(artifact, batch))
+    assert small.shape == (1, 7, 24, 32)
+    whole = torch.nn.functional.interpolate(small, (97, 131), mode="bilinear").numpy()
+    theirs = expected(model, batch)
+    assert np.abs(whole - theirs).max() / theirs.std() < NOISE
+
+
+@pytest.mark.parametrize("form", ["linear", "nchw"])
+def test_a_form_takes_bytes_of_any_size_with_channels_last(form, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, form=form, imgsz="dynamic", input="uint8", layout="nhwc", color="bgr")
+    batch = pictures((75, 107), 2)
+    theirs = expected(model, batch)
+    assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < 3 * NOISE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp16_gives_nearly_the_same_labels(backend, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, backend, precision="fp16", imgsz="dynamic")
+    batch = pictures((224, 300))
+    theirs, ours = expected(model, batch), outputs(artifact, batch)
+    assert np.abs(ours - theirs).max() / theirs.std() < 0.02
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
+
+
+@pytest.mark.parametrize("settings", [{"dims": (8, 16, 24), "scales": (1, 3)}, {"dims": (8, 12), "scales": (1, 2, 5)}])
+def test_other_numbers_of_levels_are_right_at_every_size(settings, tmp_path):
+    model = segmenters.transformers_model(**settings)
+    artifact = build(segmenters.save(tmp_path / "weights", model), tmp_path, imgsz="dynamic")
+    for size in ((64, 64), (75, 107), (32, 40)):
+        batch = pictures(size)
+        theirs = expected(model, batch)
+        assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < NOISE
+
+
+def test_the_build_is_compared_with_transformers_own_forward(folder, tmp_path):
+    for output in ("logits", "labels"):
+        artifact = build(folder, tmp_path / output, reference="transformers", imgsz=96, output=output)
+        assert artifact.sidecar.reference.startswith("transformers.models.upernet")
+
+
+def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path):
+    whole = build(folder, tmp_path, imgsz=96).sidecar
+    backbone = build(folder, tmp_path, task="features", imgsz=96).sidecar
+    assert whole.macs > 2 * backbone.macs
+    assert len(backbone.outputs) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trt",), "--task segment: its TensorRT engines are not measured yet"),
+        (("onnx", "--int8"), "--task segment: the head of UPerNet is not quantized, so int8 is not built"),
+        (("onnx", "--task", "segment,features"), "the output of segment stands alone"),
+        (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4 or labels"),
+        (("onnx", "--task", "features", "--output", "labels"), "it is of each pixel, for --task segment"),
+    ],
+)
+def test_what_is_not_built_is_refused_in_one_line(words, message, folder, tmp_path, run):
+    result = run(*words, "--weights", folder, "-o", tmp_path / "build")
+    assert result.code == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(tmp_path.glob("build/*"))
+
+
+def test_commands_that_measure_classes_of_images_refuse_segmentation(dynamic, folder, tmp_path, run):
+    for words, message in (
+        (("optimize", "--weights", folder, "-o", tmp_path / "best"), "optimize measures top-1"),
+        (("package", dynamic.path, "--for", "python", "-o", tmp_path / "package"), "its output is of each pixel"),
+        (("bisect", dynamic.path), "bisect measures the parts of a classifier"),
+    ):
+        result = run(*words)
+        assert result.code == 2
+        assert message in result.err
+
+
+def test_sizes_below_32_are_refused(folder, run):
+    result = run("onnx", "--weights", folder, "--imgsz", 31)
+    assert result.code == 2
+    assert "'31': expected a whole number from 32 to 4096, a list of two of these or dynamic" in result.err
+
+
+def test_weights_are_the_same_again_for_the_artifact(dynamic):
+    assert weights.reload(dynamic).variant.architecture.decoder.scales == (1, 2, 3, 6)
