@@ -127,6 +127,51 @@ def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]
     return normalise(pixels if pixels.ndim == 3 else pixels[..., None], recipe)
 
 
+def size_of(file: Path) -> tuple[int, int]:
+    """Width and height of an image file, upright.
+
+    Raises: Unreadable for a file that is no image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).size
+    except _DAMAGE as error:
+        raise Unreadable(str(error) or type(error).__name__) from None
+
+
+def read_mask(file: Path) -> NDArray[np.int64]:
+    """The number of each pixel (H, W) of a mask.
+
+    Raises: Unreadable for a file that is damaged, too large, or has several numbers a pixel.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+                raise Unreadable(f"{image.mode} has several numbers a pixel")
+            return np.asarray(image).astype(np.int64)
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
+    except _DAMAGE as error:
+        raise Unreadable(str(error) or type(error).__name__) from None
+
+
+def preprocess_mask(classes: NDArray[np.int64], recipe: Preprocessing) -> NDArray[np.int64]:
+    """Resize and crop the classes (H, W) of the pixels of an image as the image itself, by the nearest pixel; what is
+    filled up is −1."""
+    from PIL import Image
+
+    image = Image.fromarray(classes.astype(np.int32))
+    image = image.resize(_resized(image.width, image.height, recipe), Image.Resampling.NEAREST)
+    filled = replace(recipe, mean=(-1 / 255,), std=(1.0,))  # `_cropped` fills up with 255 · mean
+    return np.asarray(_cropped(image, filled)).astype(np.int64)
+
+
 def _resized(width: int, height: int, recipe: Preprocessing) -> tuple[int, int]:
     """Width and height after resizing.
 

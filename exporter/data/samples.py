@@ -33,15 +33,16 @@ SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
-Item = tuple[str, Label, Callable[[], NDArray[Any]]]
+Item = tuple[str, Label | Callable[[], NDArray[np.int64]], Callable[[], NDArray[Any]]]
 
 
 @dataclass
 class Samples:
     """Images to measure with.
 
-    `items` yields (name, label, a function that makes the array) for each; `skipped` fills up with what
-    could not be read, and why, as the batches go by. `identity` gives for a name what no other image has: a digest of
+    `items` yields (name, label, a function that makes the array) for each, in place of the label a function that reads
+    a mask; `skipped` fills up with what could not be read, and why, as the batches go by. `identity` gives for a name
+    what no other image has: a digest of
     its content, or the name where it is made from that.
     """
 
@@ -84,7 +85,7 @@ class Read:
     not be read."""
 
     name: str
-    label: Label
+    label: Label | NDArray[np.int64]
     array: NDArray[Any] | None
     reason: str = ""
 
@@ -103,9 +104,10 @@ def _read_ahead(pool: ThreadPoolExecutor, items: Iterable[Item], count: int) -> 
 def _read(item: Item) -> Read:
     name, label, make = item
     try:
-        return Read(name, label, make())
+        array = make()
+        return Read(name, label() if callable(label) else label, array)
     except images.Unreadable as error:
-        return Read(name, label, None, _text(str(error)))
+        return Read(name, UNKNOWN, None, _text(str(error)))
 
 
 def _text(name: str) -> str:
@@ -207,7 +209,7 @@ def of_files(
 
     def items() -> Iterator[Item]:
         for name, label in found:
-            yield name, label, partial(_read_file, root / name, recipe, digests.get(name, ""))
+            yield name, label, partial(read_file, root / name, recipe, digests.get(name, ""))
 
     return Samples(
         source,
@@ -219,7 +221,11 @@ def of_files(
     )
 
 
-def _read_file(path: Path, recipe: Preprocessing, digest: str) -> NDArray[Any]:
+def read_file(path: Path, recipe: Preprocessing, digest: str = "") -> NDArray[Any]:
+    """The input of an image file, whose SHA-256 is `digest` where that is known.
+
+    Raises: images.Unreadable for a file that is damaged, or another one.
+    """
     array = images.read(path, recipe)
     if digest and sha256_file(path) != digest.lower():
         raise images.Unreadable(f"its SHA-256 is not the {digest[:12]}… of the manifest; restore the file")

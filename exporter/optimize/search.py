@@ -52,7 +52,7 @@ class Search:
         recipe = request.recipe(first.backend, first.precision, first.form, first.scope)
         job = build.resolve(recipe, out)
         if job.trace.is_segmentation:
-            raise BadRequest("optimize measures top-1, which --task segment does not have; build with onnx or openvino")
+            raise BadRequest("optimize measures top-1, which --task segment does not have; build one artifact instead")
         job.checkpoint.state.clear()
         self.job = dataclasses.replace(
             job, recipe=msgspec.structs.replace(recipe, precision="int8", quantization=request.quantization)

@@ -17,7 +17,7 @@ from exporter.verify import outputs
 from exporter.verify.outputs import Kind
 
 Arrays = dict[str, NDArray[Any]]
-VECTORS = ("values", "embedding", "features")
+VECTORS = ("values", "embedding", "features", *outputs.PIXELS)
 """Kinds of outputs that are kept as they are."""
 MOST_RETURNED = 5
 
@@ -110,7 +110,7 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
     every: list[Output] = []
     for place, kind in enumerate(outputs.kinds(sidecar, checks.outputs)):
         tensor = sidecar.outputs[place]
-        width = int(tensor.shape[-1]) if kind not in ("embedding", "features") else 0
+        width = int(tensor.shape[-1]) if kind not in ("embedding", "features", *outputs.PIXELS) else 0
         if kind == "top" and top > max(width, MOST_RETURNED):
             raise BadRequest(f"--top {top}: the artifact returns the {width} most probable classes (--output top5)")
         if kind == "probabilities" and not whole:

@@ -243,7 +243,8 @@ class Checks(Record, frozen=True):
     data: Annotated[
         str,
         about(
-            "A folder with a folder per class, a manifest (.tsv, .csv, .txt; FILE#split), an .npz file or synthetic.",
+            "A folder with a folder per class, or with images/ and annotations/ (masks; FOLDER#split), a manifest "
+            "(.tsv, .csv, .txt; FILE#split), an .npz file or synthetic.",
             metavar="SRC",
             path=True,
         ),
@@ -251,13 +252,16 @@ class Checks(Record, frozen=True):
     samples: Annotated[Count | None, about("Largest number of images; by default all.", metavar="N")] = None
     max_drop: Annotated[
         Annotated[float, Meta(ge=-100, le=100)] | None,
-        about("Largest loss of top-1, or of mAP of a multi-label head, in percentage points.", metavar="POINTS"),
+        about(
+            "Largest loss of top-1, of mAP of a multi-label head, or of mIoU on masks, in percentage points.",
+            metavar="POINTS",
+        ),
     ] = None
     min_agreement: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
-            "Smallest share of images with the same top-1 as PyTorch, of equal decisions of a multi-label head, or of "
-            "equal nearest neighbours of feature vectors, in percent.",
+            "Smallest share of images with the same top-1 as PyTorch, of equal decisions of a multi-label head, of "
+            "equal nearest neighbours of feature vectors, or of pixels with the same class, in percent.",
             metavar="PCT",
         ),
     ] = None
@@ -303,6 +307,9 @@ class Checks(Record, frozen=True):
             default="0.5",
         ),
     ] = None
+    reduce_zero_label: Annotated[
+        bool, about("Masks number classes from 1, and 0 is a pixel without a class, as in ADE20K.")
+    ] = False
     device: Device = None
 
 

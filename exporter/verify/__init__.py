@@ -18,6 +18,7 @@ from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Sidecar
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
+from exporter.data import masks
 from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
@@ -33,6 +34,7 @@ MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
     *("relative_error", "r2", "spearman"),
+    *("pixel_agreement", "miou_to_eager", "miou_eager", "miou", "miou_drop"),
     *("label_agreement", "map_eager", "map", "map_drop", "neighbour_agreement"),
 )
 """The metrics that an artifact's sidecar keeps."""
@@ -97,11 +99,18 @@ def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Optio
 
 
 def open_data(sidecar: Sidecar, options: Checks) -> Samples:
-    """The images to verify on, with their labels where the outputs are scores of classes or of labels.
+    """The images to verify on, with their labels where the outputs are scores of classes or of labels, or with masks
+    where they are of each pixel.
 
     Raises: BadRequest for data that cannot be used.
     """
-    classes = sidecar.weights.num_classes if outputs.has_labels(sidecar, options.outputs) else None
+    if outputs.has_masks(sidecar) and (pair := masks.folders_of(options.data)) is not None:
+        values = masks.Values(sidecar.weights.num_classes, options.reduce_zero_label)
+        return masks.open_masks(options.data, pair, sidecar.preprocessing, values, options.samples)
+    if options.reduce_zero_label:
+        raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
+    has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
+    classes = sidecar.weights.num_classes if has_labels else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"
     return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples, several)
 
@@ -177,7 +186,7 @@ def _measured(
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             for name, label in zip(batch.names, batch.labels, strict=True):
-                words = " ".join(map(str, np.atleast_1d(label)))
+                words = " ".join(map(str, np.ravel(label)))
                 digest.update(f"{samples.identity(name)} {words}\n".encode("utf-8", "surrogateescape"))
             both = original(batch.images), run_batch(candidate, batch.images, fixed)
             _refuse_other_shapes(artifact, options.reference, *both)
@@ -276,8 +285,9 @@ def _write_rounding(graph: Path, path: Path) -> None:
 
 
 def batch_size(sidecar: Sidecar, most: int) -> int:
-    """How many images are read at once for an artifact: at most `most`, but full batches; one picture."""
-    fixed = sidecar.batch
+    """How many images are read at once for an artifact: at most `most`, but full batches; one picture, and one image
+    where outputs of each pixel take 157 MB (150 classes, 512 pixels)."""
+    fixed, most = sidecar.batch, 1 if "segment" in sidecar.spec.tasks else most
     if fixed is None:
         return most
     return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)

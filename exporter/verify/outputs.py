@@ -9,9 +9,12 @@ from exporter.artifact.sidecar import PROBABILITIES, Answer, Content, Sidecar
 from exporter.errors import BadRequest
 from exporter.recipe import Checks, OutputKind
 
-Kind = Literal["classes", "multilabel", "values", "top", "probabilities", "embedding", "features"]
+Kind = Literal[
+    "classes", "multilabel", "values", "top", "probabilities", "embedding", "features", "pixels", "pixel_classes"
+]  # fmt: skip
 """Scores of classes or of labels; values of a regression; the numbers of the most probable classes, and their
-probabilities; a feature vector an image; or other features."""
+probabilities; a feature vector an image; other features; or of each pixel scores of classes, or its class."""
+PIXELS: tuple[Kind, ...] = ("pixels", "pixel_classes")
 THRESHOLD = 0.5
 
 
@@ -39,12 +42,17 @@ def has_classes(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
 
 def has_labels(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
     """Whether the first output can be compared with labels of images."""
-    return first(sidecar, wanted) in ("classes", "top", "multilabel")
+    return first(sidecar, wanted) in ("classes", "top", "multilabel") or has_masks(sidecar)
+
+
+def has_masks(sidecar: Sidecar) -> bool:
+    """Whether the output can be compared with masks: it is of each pixel of the input."""
+    return "segment" in sidecar.spec.tasks and sidecar.spec.answer != "logits4"
 
 
 def has_agreement(kind: Kind) -> bool:
     """Whether the answers of an output are equal to PyTorch's or not: classes, labels, or nearest neighbours."""
-    return kind in ("classes", "top", "multilabel", "embedding")
+    return kind in ("classes", "top", "multilabel", "embedding", *PIXELS)
 
 
 def is_centred(holds: Content, kind: Kind) -> bool:
@@ -55,7 +63,7 @@ def is_centred(holds: Content, kind: Kind) -> bool:
 
 def has_cosine(kind: Kind, width: int | str) -> bool:
     """Whether the cosine of an output says something: that of a single number is only its sign."""
-    return kind != "values" and not (kind == "multilabel" and width == 1)
+    return kind not in ("values", "pixel_classes") and not (kind == "multilabel" and width == 1)
 
 
 def decision(options: Checks, holds: Content) -> float:
@@ -69,7 +77,7 @@ def _kind(holds: Content, width: int | str, wanted: OutputKind | None) -> Kind:
         return wanted or ("values" if width == 1 else "classes")
     others: dict[Content, Kind] = {
         "softmax": "classes", "sigmoid": "multilabel", "classes": "top", "top5": "probabilities",
-        "embedding": "embedding",
+        "embedding": "embedding", "pixel_logits": "pixels", "labels": "pixel_classes",
     }  # fmt: skip
     return others.get(holds, "features")
 

@@ -65,8 +65,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch: the classes (N,), −1 where unknown, or of a multi-label head 0 and 1 for each label (N, L), the
-    outputs of eager and of the artifact, and the names of the images."""
+    """One batch: the classes (N,), −1 where unknown, of a multi-label head 0 and 1 for each label (N, L), or of
+    masks the class of each pixel (N, H, W), the outputs of eager and of the artifact, and the names of the images."""
 
     labels: NDArray[np.int64]
     eager: Outputs

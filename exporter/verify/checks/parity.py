@@ -59,6 +59,7 @@ class Parity:
             a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (eager, got))
             if output.kind == "top":  # numbers of classes have no distance
                 agree.append(a[:, 0] == b[:, 0])
+            if output.kind in ("top", "pixel_classes"):
                 continue
             error = np.abs(a - b)
             output.eager.see(a)
@@ -77,6 +78,8 @@ class Parity:
 
     def findings(self) -> list[Finding]:
         """max_abs, mean_abs, sqnr_db, cosine where an output has one, and top1_agreement where one has classes."""
+        if not self.measured:
+            return []
         found = [self._max_abs(), self._mean_abs(), self._sqnr()]
         found = [self._cosine(), *found] if self.cosines else found
         if not self.chooses:
@@ -103,7 +106,7 @@ class Parity:
     @property
     def measured(self) -> dict[str, Output]:
         """The outputs whose errors have a size."""
-        return {name: output for name, output in self.outputs.items() if output.kind != "top"}
+        return {name: output for name, output in self.outputs.items() if output.kind not in ("top", "pixel_classes")}
 
     def _max_abs(self) -> Finding:
         shares = {name: output.max_abs / output.scale for name, output in self.measured.items()}

@@ -22,7 +22,8 @@ class Sanity:
         sidecar = subject.artifact.sidecar
         every = zip(sidecar.outputs, kinds(sidecar, options.outputs), strict=True)
         # Numbers of classes may be equal for images whose probabilities differ.
-        self.centred = [None if kind == "top" else is_centred(tensor.holds, kind) for tensor, kind in every]
+        numbers = ("top", "pixel_classes")
+        self.centred = [None if kind in numbers else is_centred(tensor.holds, kind) for tensor, kind in every]
         self.share = subject.precision.limits.share
         self.images = self.nan = self.infinite = 0
         self.moments = [Moments() for _ in self.centred]

@@ -1,0 +1,119 @@
+"""Segmentation: the classes of pixels, compared with those of eager PyTorch, and both with masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.backends import Array
+from exporter.recipe import Checks
+from exporter.report import Finding, judged
+from exporter.verify.checks import Check, Seen, Subject
+from exporter.verify.outputs import PIXELS, kinds
+
+MOST_NAMED = 3  # classes in a finding's detail
+
+Counts = NDArray[np.int64]
+
+
+class Segmentation:
+    """Counts pixels by two classes: what one side has, and what the other has (a confusion matrix)."""
+
+    def __init__(self, options: Checks, subject: Subject) -> None:
+        sidecar = subject.artifact.sidecar
+        self.options, self.limits = options, subject.precision.limits.pixels
+        self.max_drop = subject.precision.max_drop_points if options.max_drop is None else options.max_drop
+        self.active = any(kind in PIXELS for kind in kinds(sidecar, options.outputs))
+        self.classes, self.labels = sidecar.weights.num_classes, sidecar.labels
+        pairs = ("to_eager", "eager", "artifact")
+        self.counts: dict[str, Counts] = {pair: np.zeros((self.classes, self.classes), np.int64) for pair in pairs}
+        self.agree: list[float] = []
+
+    def see(self, seen: Seen) -> None:
+        """Accumulate one batch; pixels without a class in the mask are not counted with masks."""
+        if not self.active:
+            return
+        eager, got = classes_of(seen.eager[0]), classes_of(seen.outputs[0])
+        self.agree += (eager == got).mean((1, 2)).tolist()
+        self.counts["to_eager"] += self._count(eager, got)
+        if seen.labels.ndim == 3:
+            known = seen.labels >= 0
+            self.counts["eager"] += self._count(seen.labels[known], eager[known])
+            self.counts["artifact"] += self._count(seen.labels[known], got[known])
+
+    def _count(self, expected: Counts, got: Counts) -> Counts:
+        pairs = np.bincount((expected * self.classes + got).ravel(), minlength=self.classes**2)
+        return pairs.reshape(self.classes, self.classes)
+
+    def findings(self) -> list[Finding]:
+        """pixel_agreement and miou_to_eager; with masks miou_eager, miou and miou_drop; and iou of each class."""
+        if not self.agree:
+            return []
+        shares = intersections_over_unions(self.counts["to_eager"])
+        found = [self._agreement(), judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high")]
+        if not self.counts["eager"].any():
+            return [*found, *self._of_classes("iou_to_eager", shares)]
+        eager, artifact = (intersections_over_unions(self.counts[pair]) for pair in ("eager", "artifact"))
+        means = [self._mean("miou_eager", eager), self._mean("miou", artifact)]
+        drop = float(np.nanmean(eager) - np.nanmean(artifact))
+        finding = Finding(check="segmentation", metric="miou_drop", value=100 * drop, unit="points")
+        return [*found, *means, judged(finding, self.max_drop, "low"), *self._of_classes("iou", artifact)]
+
+    def _agreement(self) -> Finding:
+        worst = min(self.agree)
+        finding = Finding(
+            check="segmentation",
+            metric="pixel_agreement",
+            value=100 * float(np.mean(self.agree)),
+            unit="%",
+            detail=f"mean over {len(self.agree)} images, worst {100 * worst:.3f} %",
+            samples=tuple(self.agree),
+        )
+        limit = self.options.min_agreement
+        return judged(finding, self.limits.agreement_pct if limit is None else limit, "high")
+
+    def _mean(self, metric: str, shares: NDArray[np.float64]) -> Finding:
+        order = [index for index in np.argsort(shares) if np.isfinite(shares[index])]
+        worst = ", ".join(f"{self._name(index)} {100 * shares[index]:.1f}" for index in order[:MOST_NAMED])
+        return Finding(
+            check="segmentation",
+            metric=metric,
+            value=100 * float(np.nanmean(shares)),
+            unit="%",
+            detail=f"mean over {len(order)} of {self.classes} classes, smallest: {worst}",
+        )
+
+    def _of_classes(self, metric: str, shares: NDArray[np.float64]) -> list[Finding]:
+        """The share of each class that occurs."""
+        return [
+            Finding(check="segmentation", metric=metric, value=100 * float(share), unit="%", case=self._name(index))
+            for index, share in enumerate(shares)
+            if np.isfinite(share)
+        ]
+
+    def _name(self, index: int) -> str:
+        return self.labels[index] if self.labels else f"class {index}"
+
+
+def classes_of(output: Array) -> NDArray[np.int64]:
+    """The classes of pixels (N, H, W), from themselves or from scores (N, C, H, W); of equal scores the first."""
+    chosen: NDArray[Any] = output if output.ndim == 3 else output.argmax(1)
+    return chosen.astype(np.int64)
+
+
+def intersections_over_unions(counts: Counts) -> NDArray[np.float64]:
+    """Intersection over union of each class (Everingham et al., IJCV 2010, section 4.1.3: TP / (TP + FP + FN)), from 0
+    to 1, over the pixels of all images; NaN for a class that neither side has.
+
+    Args:
+        counts: (C, C) pixels by the expected class and the one that was computed.
+    """
+    both = np.diag(counts).astype(np.float64)
+    union = counts.sum(0) + counts.sum(1) - both
+    shares: NDArray[np.float64] = np.divide(both, union, out=np.full(len(counts), np.nan), where=union > 0)
+    return shares
+
+
+CHECK = Check(Segmentation)

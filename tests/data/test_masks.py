@@ -1,0 +1,109 @@
+"""Folders of images with masks: their pairs, their values and their way to the size of the input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data import masks
+from exporter.errors import BadRequest
+
+RECIPE = Preprocessing(size=32, resize=32, crop="squash", interpolation="bilinear")
+
+
+def write(folder, image, mask, classes, size=None):
+    """An image and its mask (H, W) below a folder."""
+    height, width = size or classes.shape
+    for path in (folder / image, folder / mask):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(folder / image)
+    Image.fromarray(classes).save(folder / mask)
+
+
+def quarters(side=64, values=(0, 1, 2, 255)):
+    grid = np.array(values).reshape(2, 2)
+    return np.kron(grid, np.ones((side // 2, side // 2), int)).astype(np.uint8)
+
+
+def read(folder, split="", recipe=RECIPE, most=None, **values):
+    source = f"{folder}#{split}" if split else str(folder)
+    pair = masks.folders_of(source)
+    assert pair is not None
+    samples = masks.open_masks(source, pair, recipe, masks.Values(**{"classes": 3, **values}), most)
+    (batch,) = samples.batches(8)
+    return batch
+
+
+def test_the_folders_of_ade20k_are_pairs_by_name(tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png", quarters())
+    assert read(tmp_path).names == ("training/a.jpg", "validation/a.jpg")
+    batch = read(tmp_path, "validation")
+    assert batch.names == ("a.jpg",)
+    assert batch.images.shape == (1, 3, 32, 32)
+    np.testing.assert_array_equal(batch.labels[0], quarters(32, (0, 1, 2, -1 % 256)).astype(np.int8))
+
+
+def test_the_folders_of_cityscapes_are_pairs_by_their_endings(tmp_path):
+    image, mask = "leftImg8bit/val/ulm/u_1_leftImg8bit.png", "gtFine/val/ulm/u_1_gtFine_labelTrainIds.png"
+    write(tmp_path, image, mask, quarters())
+    assert read(tmp_path, "val").names == ("ulm/u_1_leftImg8bit.png",)
+
+
+def test_zero_is_no_class_where_masks_count_from_one(tmp_path):
+    write(tmp_path, "images/a.png", "masks/a.png", quarters(values=(0, 1, 2, 3)))
+    labels = read(tmp_path, reduce_zero_label=True).labels[0]
+    assert [labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]] == [-1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("crop", ["center", "border"])
+def test_masks_are_cut_and_filled_up_as_their_images(crop, tmp_path):
+    classes = np.repeat(np.array([[0, 1, 2, 0]], np.uint8), 20, 0).repeat(10, 1)  # (20, 40)
+    write(tmp_path, "img_dir/a.png", "ann_dir/a.png", classes)
+    labels = read(tmp_path, recipe=Preprocessing(size=20, resize=20, crop=crop)).labels[0]
+    if crop == "center":
+        np.testing.assert_array_equal(labels, classes[:, 10:30])
+    else:
+        assert (labels[:5] == -1).all()
+        assert (labels[15:] == -1).all()
+        np.testing.assert_array_equal(labels[5:15], classes[:10, ::2])
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "message"),
+    [
+        (quarters(), (64, 60), "64×64 pixels, but its image has 60×64; give masks of the size of their images"),
+        (
+            quarters(values=(0, 1, 2, 3)),
+            None,
+            "value 3, but the 3 classes are 0 to 2, and 255 is ignored; --reduce",
+        ),
+        (np.zeros((64, 64, 3), np.uint8), (64, 64), "RGB has several numbers a pixel"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused_by_name(classes, size, message, tmp_path):
+    write(tmp_path, "images/a.png", "masks/a.png", classes, size)
+    with pytest.raises(BadRequest, match=f"masks/a.png: .*{message}"):
+        read(tmp_path)
+
+
+def test_an_image_without_a_mask_is_named(tmp_path):
+    write(tmp_path, "images/a.png", "masks/b.png", quarters())
+    with pytest.raises(BadRequest, match=r"masks/a\.png: no such mask, for the image a\.png"):
+        read(tmp_path)
+
+
+def test_a_folder_without_masks_is_none(tmp_path):
+    (tmp_path / "images").mkdir()
+    assert masks.folders_of(str(tmp_path)) is None
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(BadRequest, match="images: no images in"):
+        read(tmp_path)
+
+
+def test_the_first_images_are_evenly_spread(tmp_path):
+    for name in "abcde":
+        write(tmp_path, f"images/{name}.png", f"masks/{name}.png", quarters())
+    assert read(tmp_path, most=3).names == ("a.png", "c.png", "e.png")

@@ -1,0 +1,135 @@
+"""Segmentation in `verify`: pixels equal to PyTorch's, and mIoU with masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from exporter.data import synthetic
+from exporter.errors import BadRequest
+from exporter.model import weights
+from exporter.verify import VerifyOptions, verify
+from exporter.verify.checks.segmentation import classes_of, intersections_over_unions
+from tests.conftest import build
+from tests.model import segmenters
+from tests.reference import library
+
+library("transformers")
+PROCESSOR = {
+    "image_processor_type": "SegformerImageProcessor", "size": {"height": 64, "width": 64}, "resample": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = segmenters.transformers_model()
+    return segmenters.save(tmp_path_factory.mktemp("upernet"), model, PROCESSOR)
+
+
+@pytest.fixture(scope="module")
+def logits(folder, tmp_path_factory):
+    return build(folder, tmp_path_factory.mktemp("logits"))
+
+
+@pytest.fixture(scope="module")
+def labels(folder, tmp_path_factory):
+    return build(folder, tmp_path_factory.mktemp("labels"), output="labels")
+
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    """Images whose masks are what the network computes, but a stripe without a class and one of class 0."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    network = weights.load(str(folder))
+    for seed in range(3):
+        pixels = synthetic.dead_leaves(64, seed, 3)
+        Image.fromarray(pixels).save(root / f"images/{seed}.png")
+        from exporter.data.images import normalise
+
+        with torch.inference_mode():
+            classes = network.model()(torch.from_numpy(normalise(pixels, network.preprocessing))[None]).argmax(1)[0]
+        mask = classes.numpy().astype(np.uint8)
+        mask[:8] = 255
+        mask[8:16] = 0
+        Image.fromarray(mask).save(root / f"masks/{seed}.png")
+    return root
+
+
+def test_intersection_over_union_is_that_of_the_definition():
+    counts = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    np.testing.assert_allclose(intersections_over_unions(counts), [3 / 6, 4 / 7, np.nan])
+
+
+def test_of_equal_scores_the_first_class_counts():
+    scores = np.zeros((1, 3, 2, 2), np.float32)
+    scores[0, 2, 0, 0] = 1
+    np.testing.assert_array_equal(classes_of(scores), [[[2, 0], [0, 0]]])
+
+
+@pytest.mark.parametrize("artifact", ["logits", "labels"])
+def test_an_artifact_has_the_pixels_and_the_miou_of_pytorch(artifact, data, request):
+    report = verify(request.getfixturevalue(artifact), VerifyOptions(data=str(data)))
+    assert report.passed
+    assert report.value("images") == 3
+    assert report.value("pixel_agreement") == pytest.approx(100, abs=0.1)
+    assert report.value("miou_to_eager") == pytest.approx(100, abs=0.5)
+    assert report.value("miou_drop") == pytest.approx(0, abs=0.1)
+    by_class = {finding.case: finding.value for finding in report.findings if finding.metric == "iou"}
+    assert set(by_class) <= set(segmenters.LABELS)
+    assert report.value("miou") == pytest.approx(np.mean(list(by_class.values())))
+    assert 50 < report.value("miou") < 99, "a stripe has another class than the network says"
+    assert any(finding.metric == "cosine" for finding in report.findings) == (artifact == "logits")
+
+
+def test_without_masks_each_class_is_compared_with_pytorch(labels):
+    report = verify(labels, VerifyOptions(samples=3))
+    assert report.passed
+    assert report.value("miou") is None
+    assert {finding.case for finding in report.findings if finding.metric == "iou_to_eager"} <= set(segmenters.LABELS)
+
+
+def test_other_pixels_than_pytorchs_fail(labels, folder, data):
+    class Shifted:
+        """A network whose classes are those of the next pixel."""
+
+        def __init__(self, network):
+            self.network = network
+
+        def __call__(self, images):
+            with torch.inference_mode():
+                return (np.roll(self.network(torch.from_numpy(images)).numpy(), 1, -1).astype(np.float32),)
+
+    network = weights.load(str(folder)).model(labels.sidecar.spec)
+    report = verify(labels, VerifyOptions(data=str(data)), reference_session=Shifted(network))
+    failed = {finding.metric for finding in report.findings if not finding.passed}
+    assert {"pixel_agreement", "miou_to_eager"} <= failed
+
+
+def test_limits_of_the_user_hold(labels, data):
+    assert verify(labels, VerifyOptions(data=str(data), max_drop=1, min_agreement=99)).passed
+    report = verify(labels, VerifyOptions(data=str(data), max_drop=-1))
+    assert [finding.metric for finding in report.findings if not finding.passed] == ["miou_drop"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop": 1}, "--max-drop: synthetic has no labels to measure a drop on"),
+        ({"reduce_zero_label": True}, "--reduce-zero-label: synthetic has no masks for this artifact"),
+        ({"min_cosine": 0.9}, "--min-cosine: the outputs are pixel_classes"),
+        ({"outputs": "classes"}, "--outputs classes: the outputs of task segment are"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, labels):
+    with pytest.raises(BadRequest, match=message):
+        verify(labels, VerifyOptions(**options))
+
+
+def test_masks_that_count_from_one_are_read_so(labels, data):
+    first = verify(labels, VerifyOptions(data=str(data)))
+    other = verify(labels, VerifyOptions(data=str(data), reduce_zero_label=True))
+    assert other.value("miou") < first.value("miou")
