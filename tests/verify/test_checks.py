@@ -38,6 +38,7 @@ def test_every_check_is_found():
         "neighbours",
         "parity",
         "sanity",
+        "segmentation",
         "structure",
         "values",
     ]
