@@ -31,6 +31,7 @@ PAGES = (
     "outputs",
     "package",
     "predict",
+    "segmentation",
     "tensorrt",
 )  # with commands
 
@@ -74,6 +75,19 @@ def desk(tmp_path, monkeypatch):
     return tmp_path / "desk"
 
 
+def write_upernet(desk):
+    """A UPerNet of ten classes on a tiny ConvNeXt, and images with masks that number these from 1."""
+    levels = (0, 1, 2, 3)
+    decoder = variants.Decoder(classes=10, width=16, levels=levels, scales=(1, 2, 3, 6))
+    write_tiny(desk / "upernet_folder", head_norm=False, stage_norms=levels, decoder=decoder)
+    for index in range(4):
+        for folder, suffix in (("images", "jpg"), ("annotations", "png")):
+            path = desk / "ade20k" / folder / "validation" / f"{index}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = dead_leaves(80, index)
+            Image.fromarray(pixels if folder == "images" else pixels[..., 0] // 24).save(path)
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
     """In order, as a reader types them."""
@@ -100,7 +114,11 @@ def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_docs_runs(page, desk, run, monkeypatch):
-    if page == "optimize":  # eager PyTorch is timed in processes that know no stand-ins
+    if page == "segmentation":
+        tiny = replace(variants.VARIANTS["tiny"], architecture=tiny_architecture())
+        monkeypatch.setitem(variants.VARIANTS, "tiny", tiny)
+        write_upernet(desk)
+    elif page == "optimize":  # eager PyTorch is timed in processes that know no stand-ins
         monkeypatch.setitem(variants.VARIANTS, "base", BASE)
     else:
         atto = replace(variants.VARIANTS["atto"], architecture=tiny_architecture())
