@@ -17,7 +17,8 @@ from exporter.predict import PredictOptions
 @add(options_of(PredictOptions, more={"device": devices()}))
 @click.option(
     "-o", "--out", metavar="FILE", type=click.Path(path_type=Path),
-    help="File that ends in .csv, .jsonl, .parquet or .npz (outputs as they are); by default stdout.",
+    help="File that ends in .csv, .jsonl, .parquet or .npz (outputs as they are), or of --task segment a folder for "
+    "masks; by default stdout.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue an unfinished output after its last stored batch.")
 @click.option("--overwrite", is_flag=True, help="Replace an output, finished or not.")
@@ -41,6 +42,7 @@ def predict_command(
       convnext-export predict build/tiny_fp32.onnx photo.jpg
       convnext-export predict build/tiny_fp32.onnx photos more/*.png -o answers.csv
       convnext-export predict build/tiny_fp32.onnx photos -o answers.csv --resume
+      convnext-export predict build/tiny_segment_fp32.onnx photos -o masks
     """
     import sys
 
@@ -60,7 +62,12 @@ def predict_command(
             for record in predict.answer(opened, sources, options, stdin):
                 click.echo(predict.as_json(record) if as_json else printable(predict.as_text(record)))
             return
-        summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
+        if "segment" in opened.sidecar.spec.tasks and not out.suffix:
+            if resume:
+                raise BadRequest("--resume continues a file, and masks are a folder; give --overwrite")
+            summary = predict.predict_masks(opened, sources, options, out, overwrite, stdin)
+        else:
+            summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
     if as_json:
         print_json({"path": str(out), "summary": summary})
         return

@@ -23,7 +23,7 @@ from exporter.artifact.sidecar import Record
 from exporter.backends import Outputs
 from exporter.data.samples import Read
 from exporter.errors import BadRequest, escaped, some
-from exporter.predict import store, writers
+from exporter.predict import masks, store, writers
 from exporter.predict.answers import Answers, answers_of, check_top
 from exporter.predict.sources import Images, open_images
 from exporter.predict.store import Chunk, Job
@@ -31,6 +31,7 @@ from exporter.progress import note, step, track
 from exporter.recipe import Checks, Count, Device, OutputKind, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.verify import batch_size, run_batch
+from exporter.verify.checks.segmentation import classes_of
 
 TOP = 5  # classes of each image, where no number is given
 BATCH = 16
@@ -126,6 +127,47 @@ def predict(
     return Summary(total=job.total, now=job.total - done, unreadable=unreadable, seconds=seconds)
 
 
+def predict_masks(
+    artifact: Artifact,
+    sources: Sequence[str],
+    options: PredictOptions,
+    out: Path,
+    overwrite: bool = False,
+    stdin: IO[bytes] | None = None,
+) -> Summary:
+    """Write the masks of all images to a folder, each beside the image in the colours of its classes (`masks.write`).
+
+    Args:
+        artifact: with an output of each pixel.
+        sources, options, stdin: as for `predict`.
+        out: the folder.
+        overwrite: replace masks in a folder that is not empty.
+
+    Raises: BadRequest for sources without images, none of which can be read, two images whose masks would have one
+        name, and a folder that is not empty; Unavailable when the runtime is missing, or the disk is full.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise BadRequest(f"-o {out}: expected a new or empty folder for the masks; --overwrite replaces them")
+    if artifact.sidecar.spec.answer == "logits4":
+        raise BadRequest(f"{artifact.path}: --output logits4 has no classes of pixels; build with labels or logits")
+    recipe, answers = artifact.sidecar.preprocessing, _answers(artifact, options, whole=False)
+    images = open_images(sources, recipe, stdin)
+    total, began, unreadable = images.samples.total, time.monotonic(), list[str]()
+    written: set[Path] = set()
+    step(f"predicting {total:,} masks with {artifact.path.name}")
+    for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
+        unreadable += _unreadable(iter([chunk]))
+        good = [name for name, error in zip(chunk.names, chunk.errors, strict=True) if not error]
+        arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
+        for name, pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
+            if (path := masks.path_of(out, name)) in written:
+                raise BadRequest(f"{path}: the mask of two images, one of them {name}; give folders one at a time")
+            written.add(path)
+            masks.write(path, classes_of(pixels[None])[0], name, recipe)
+    _report(unreadable, total)
+    return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
+
+
 def _count(chunk: Chunk) -> int:
     return len(chunk.names)
 
@@ -144,7 +186,8 @@ def answer(
     """
     answers = _answers(artifact, options, whole=False)
     if any(output.is_map for output in answers.outputs):
-        raise BadRequest(f"{artifact.path}: the outputs are feature maps or tokens; write them with -o FILE.npz")
+        folder = "-o FOLDER as masks, or with " if "segment" in artifact.sidecar.spec.tasks else ""
+        raise BadRequest(f"{artifact.path}: the outputs are maps or tokens; write them with {folder}-o FILE.npz")
     images = open_images(sources, artifact.sidecar.preprocessing, stdin)
     total, unreadable = images.samples.total, list[str]()
     step(f"predicting {total:,} images with {artifact.path.name}")

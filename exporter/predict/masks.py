@@ -1,0 +1,98 @@
+"""Masks of segmentation as PNG files: the class of each pixel, and the picture in the colours of its classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data import images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OVERLAY = "_overlay"
+OPACITY = 0.5  # of the colours over the picture
+MOST_COLORS = 256
+
+
+def colors() -> NDArray[np.uint8]:
+    """A colour for each of 256 classes, (256, 3): those of PASCAL VOC's devkit (`VOClabelcolormap`), in which bit
+    3·k + c of the number is bit 7 − k of channel c; class 0 is black."""
+    numbers = np.arange(MOST_COLORS)
+    table = np.zeros((MOST_COLORS, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            table[:, channel] |= (((numbers >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return table
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """The file of the mask of an image: its path below the folder, without roots and steps up."""
+    parts = [part for part in Path(name).parts if part not in ("..", Path(name).anchor)]
+    return folder.joinpath(*parts).with_suffix(".png")
+
+
+def write(path: Path, classes: NDArray[np.int64], name: str, recipe: Preprocessing) -> None:
+    """Write the mask of an image, and beside it `NAME_overlay.png` where the image is a file in colour.
+
+    Where images are stretched, both have the size of the image, by the nearest pixel; else that of the input.
+
+    Args:
+        path: of the mask.
+        classes: (H, W) of the input.
+        name: of the image.
+        recipe: how the image became the input.
+
+    Raises: BadRequest when the folder cannot be written; Unavailable when the disk is full.
+    """
+    from PIL import Image
+
+    picture = _picture(Path(name), recipe)
+    numbers = Image.fromarray(classes.astype(np.int32))
+    if picture is not None:
+        numbers = numbers.resize(picture.size, Image.Resampling.NEAREST)
+    mask = np.asarray(numbers)
+    write_file(path, _png(_image_of(mask)))
+    if picture is not None:
+        mixed = (1 - OPACITY) * np.asarray(picture) + OPACITY * colors()[mask % MOST_COLORS]
+        write_file(path.with_name(f"{path.stem}{OVERLAY}.png"), _png(Image.fromarray(mixed.round().astype(np.uint8))))
+
+
+def _image_of(mask: NDArray[Any]) -> Image.Image:
+    """Classes as an image whose values are their numbers: with a palette, or 16 bits for more than 256 classes."""
+    from PIL import Image
+
+    if mask.max() >= MOST_COLORS:
+        return Image.fromarray(mask.astype(np.uint16))
+    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image.putpalette(colors().tobytes())
+    return image
+
+
+def _picture(file: Path, recipe: Preprocessing) -> Image.Image | None:
+    """The picture that a mask lies over: the image itself where it was stretched, else the input; None for what is no
+    file in colour."""
+    from PIL import Image, ImageOps
+
+    if recipe.channels != 3 or not file.is_file():
+        return None
+    if recipe.crop == "squash":
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    pixels = np.moveaxis(images.read(file, recipe.of_network()), 0, -1)
+    return Image.fromarray(
+        (255 * (pixels * recipe.std + np.asarray(recipe.mean))).round().clip(0, 255).astype(np.uint8)
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

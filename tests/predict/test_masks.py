@@ -1,0 +1,117 @@
+"""Masks and overlays that `predict` writes for segmentation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from exporter.artifact.sidecar import Preprocessing
+from exporter.data import images
+from exporter.data.synthetic import dead_leaves
+from exporter.predict import masks
+from tests.conftest import build
+from tests.model import segmenters
+from tests.reference import library
+
+library("transformers")
+PROCESSOR = {
+    "image_processor_type": "SegformerImageProcessor", "size": {"height": 64, "width": 64}, "resample": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return segmenters.transformers_model()
+
+
+@pytest.fixture(scope="module")
+def artifacts(model, tmp_path_factory):
+    folder = segmenters.save(tmp_path_factory.mktemp("upernet"), model, PROCESSOR)
+    return {
+        output: build(folder, tmp_path_factory.mktemp(output), output=output)
+        for output in ("logits", "labels", "logits4")
+    }
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name, size in (("a.png", (60, 90)), ("b.jpg", (64, 64))):
+        Image.fromarray(dead_leaves(size, len(name), 3)).save(tmp_path / "photos" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("output", ["logits", "labels"])
+def test_a_mask_has_the_classes_of_its_image_at_its_size(output, artifacts, model, photos, tmp_path, run):
+    result = run("predict", artifacts[output].path, "photos", "-o", "masks")
+    assert result.code == 0, result.err
+    written = {path.name for path in (tmp_path / "masks").rglob("*.png")}
+    assert written == {"a.png", "a_overlay.png", "b.png", "b_overlay.png"}
+    recipe = Preprocessing(size=64, resize=64, crop="squash", interpolation="bilinear")
+    for name, size in (("a.png", (60, 90)), ("b.jpg", (64, 64))):
+        (path,) = (tmp_path / "masks").rglob(name.replace("jpg", "png"))
+        pixels = images.read(photos / name, recipe)
+        expected = segmenters.logits(model, torch.from_numpy(pixels)[None]).argmax(1)[0].numpy().astype(np.uint8)
+        with Image.open(path) as mask:
+            assert mask.mode == "P"
+            resized = Image.fromarray(expected).resize(size[::-1], Image.Resampling.NEAREST)
+            np.testing.assert_array_equal(np.asarray(mask), np.asarray(resized))
+            colors = masks.colors()[np.asarray(mask)]
+            np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), colors)
+        with Image.open(path.with_name(f"{path.stem}_overlay.png")) as overlay, Image.open(photos / name) as photo:
+            mixed = (np.asarray(photo, float) + colors) / 2
+            assert np.abs(np.asarray(overlay) - mixed).max() <= 0.5
+
+
+def test_colours_are_those_of_pascal_voc():
+    table = masks.colors()
+    assert table[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert table[20].tolist() == [0, 64, 128]
+    assert len({tuple(color) for color in table.tolist()}) == 256
+
+
+def test_where_images_are_cut_the_mask_has_the_size_of_the_input(photos, tmp_path):
+    recipe = Preprocessing(size=48, resize=60, crop="center")
+    classes = np.arange(48 * 48).reshape(48, 48) % 7
+    masks.write(tmp_path / "m.png", classes, str(photos / "a.png"), recipe)
+    with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "m_overlay.png") as overlay:
+        np.testing.assert_array_equal(np.asarray(mask), classes)
+        with Image.open(photos / "a.png") as photo:
+            cut = np.asarray(photo)[6:54, 21:69]
+        mixed = (cut.astype(float) + masks.colors()[classes]) / 2
+        assert np.abs(np.asarray(overlay) - mixed).max() <= 1
+
+
+def test_more_than_256_classes_take_16_bits_and_what_is_no_file_has_no_overlay(tmp_path):
+    classes = np.full((8, 8), 300)
+    masks.write(tmp_path / "m.png", classes, "standard input", Preprocessing())
+    with Image.open(tmp_path / "m.png") as mask:
+        np.testing.assert_array_equal(np.asarray(mask), classes)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["m.png"]
+
+
+def test_masks_stay_below_their_folder(tmp_path):
+    assert masks.path_of(tmp_path, "/etc/a.jpg") == tmp_path / "etc/a.png"
+    assert masks.path_of(tmp_path, "../../b.jpg") == tmp_path / "b.png"
+
+
+def test_what_cannot_be_written_is_refused(artifacts, photos, tmp_path, run):
+    assert run("predict", artifacts["labels"].path, photos / "a.png", "-o", "masks").code == 0
+    for words, message in (
+        (("labels", "photos", "-o", "masks"), "expected a new or empty folder"),
+        (("labels", "photos", "-o", "other", "--resume"), "--resume continues a file"),
+        (("logits4", "photos", "-o", "other"), "logits4 has no classes of pixels"),
+        (("labels", "photos"), "write them with -o FOLDER as masks, or with -o FILE.npz"),
+        (("labels", "photos", "-o", "a.csv"), "write them to .npz"),
+    ):
+        result = run("predict", artifacts[words[0]].path, *words[1:])
+        assert result.code == 2
+        assert message in result.err
+    assert run("predict", artifacts["labels"].path, "photos", "-o", "masks", "--overwrite").code == 0
+    Image.fromarray(dead_leaves(64, 1, 3)).save(photos / "a.jpg")
+    result = run("predict", artifacts["labels"].path, "photos", "-o", "twice")
+    assert result.code == 2
+    assert "the mask of two images" in result.err
