@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, machine, precision
-from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
+from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size, size_text
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build.problems import check_keep, find_problems, refuse_picture, refuse_segmentation, scope_of
 from exporter.data import calibration, samples
@@ -206,7 +206,22 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     )
     for path in job.files:
         artifacts.refuse_other_weights(path, job.sidecar.weights)
+    _note_assumed(job.sidecar, recipe.model.weights)
     return job
+
+
+def _note_assumed(sidecar: Sidecar, source: str) -> None:
+    """Say how images are prepared where neither the weights nor an option says so, as for a file of tensors alone."""
+    origins = [sidecar.origins.get(name, "") for name in ("size", "resize", "mean", "std")]
+    is_assumed = all(origin == "default" or origin.startswith("published preprocessing") for origin in origins)
+    if not is_assumed or sources.is_random(source) or source.startswith(("hub", "hf-hub:")):
+        return
+    recipe = sidecar.preprocessing
+    first = "squashed" if recipe.crop == "squash" else f"resized to {size_text(recipe.resize)}, cut"
+    note(
+        f"nothing says how images were prepared in training, so they are {first} to {size_text(recipe.size)} "
+        f"({origins[0]}); if they were not, give --imgsz, --resize, --mean and --std"
+    )
 
 
 def cpu_of(recipe: Recipe) -> CpuClass:

@@ -148,11 +148,23 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = report
 
 
+def _code() -> object:
+    """The exit code of the command, 0 where nobody reads its output to the end."""
+    try:
+        with _interruptible():
+            return cli.main(standalone_mode=False)
+    except (BrokenPipeError, SystemExit):  # click exits by itself over a closed pipe alone
+        return 0
+    except ImportError as error:  # an extension module that was interrupted while it was loaded
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
+
+
 def main() -> NoReturn:
     """Run a command line. An error that the user can fix is one line and an exit code."""
     try:
-        with _interruptible():
-            code = cli.main(standalone_mode=False)
+        code = _code()
     except click.NoSuchOption as error:
         close = _close(error.option_name, error.possibilities or ())
         _show(click.NoSuchOption(error.option_name, possibilities=close, ctx=error.ctx))
@@ -163,11 +175,11 @@ def main() -> NoReturn:
     except ExporterError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: no file is incomplete; run the same command again", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        interrupt = error.__cause__ or error  # click raises Abort from it
+        state = str(interrupt) or "no file is incomplete; run the same command again"
+        click.echo(f"interrupted: {state}", err=True)
         sys.exit(4)
-    except BrokenPipeError:
-        sys.exit(0)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise

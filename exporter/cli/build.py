@@ -177,8 +177,8 @@ def _show(built: Built, as_json: bool) -> None:
             print_findings(built.report.findings)
         console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
         if judged is None:
-            hint = f"convnext-export verify {shlex.quote(str(artifact.path))}"
-            console().print(f"check it: {plain(hint)}", style="dim", soft_wrap=True)
+            hint = f"convnext-export verify {shlex.quote(str(artifact.path))} --data FOLDER"
+            console().print(f"check it on your images: {plain(hint)}", style="dim", soft_wrap=True)
         else:
             verdict = "[green]passed[/]" if judged.passed else "[red]FAILED[/]: the artifact is the best candidate"
             console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)

@@ -254,7 +254,9 @@ def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:
         raise BadRequest(f"{path}: {long[:60]!r}… is no name that a file can have; correct the manifest")
     outside = [name for name in names if not name or _leaves(name)]
     if outside:
-        raise BadRequest(f"{path}: {outside[0]!r} lies outside the manifest's folder; use paths relative to it")
+        raise BadRequest(
+            f"{path}: {outside[0]!r} lies outside the folder of this list; use paths relative to it, below it"
+        )
     inside = os.path.realpath(root)
     if linked := next((name for name in names if _leads_out(inside, name)), None):
         raise BadRequest(f"{path}: {linked!r} is a link out of {root}; put the image itself there")

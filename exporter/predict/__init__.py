@@ -103,7 +103,7 @@ def predict(
         artifact=artifact.sidecar.sha256,
         images=images.key,
         total=images.samples.total,
-        options={"format": out.suffix.lower(), **msgspec.to_builtins(options)},
+        options={"format": out.suffix.lower(), **msgspec.to_builtins(options), "top": options.top or TOP},
     )
     with store.opened(out, job, resume, overwrite) as kept:
         done, began = kept.done(), time.monotonic()
@@ -113,8 +113,8 @@ def predict(
             for chunk in track(_chunks(artifact, answers, images, options, done), job.total - done, "images", _count):
                 kept.add(chunk)
         except KeyboardInterrupt:
-            note(f"{out} is unfinished; the same command with --resume continues it")
-            raise
+            reached = f"{kept.done():,} of {job.total:,} images"
+            raise KeyboardInterrupt(f"{out} has {reached}; --resume added to the same command continues it") from None
         finally:
             kept.flush()
         seconds = time.monotonic() - began

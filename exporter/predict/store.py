@@ -212,6 +212,6 @@ def _difference(file: Path, job: Job) -> str:
         return "the unfinished output is of another artifact"
     if replace(old, options=job.options) == job:
         differ = [name for name in job.options if old.options.get(name) != job.options[name]]
-        each = ", ".join(f"{name} {old.options.get(name)} and not {job.options[name]}" for name in differ)
-        return f"the unfinished output was begun with {each}"
+        each = [f"{name.replace('_', ' ')} {old.options.get(name)}, now {job.options[name]}" for name in differ]
+        return f"the unfinished output was begun with {'; '.join(each)}"
     return f"the unfinished output is of {old.total:,} other images"

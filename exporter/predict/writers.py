@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from exporter.delimited import escape_formula
-from exporter.errors import BadRequest, Unavailable
+from exporter.errors import BadRequest, Unavailable, some
 from exporter.predict.answers import Answers, Output
 from exporter.predict.store import Chunk
 
@@ -106,8 +106,9 @@ def check_kinds(out: Path, answers: Answers) -> None:
     """
     if out.suffix.lower() != ".npz" and any(output.is_map for output in answers.outputs):
         raise BadRequest(f"-o {out}: the outputs are feature maps or tokens; write them to .npz")
-    if out.suffix.lower() == ".csv" and any(output.kind in ("embedding", "features") for output in answers.outputs):
-        raise BadRequest(f"-o {out}: the outputs are feature vectors; write them to .npz or .parquet")
+    vectors = [output.name for output in answers.outputs if output.kind in ("embedding", "features")]
+    if out.suffix.lower() == ".csv" and vectors:
+        raise BadRequest(f"-o {out}: {some(vectors)}: a CSV has no feature vectors; write .npz, .parquet or .jsonl")
 
 
 def records(answers: Answers, chunks: Iterator[Chunk]) -> Iterator[dict[str, Any]]:

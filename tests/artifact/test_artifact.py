@@ -92,7 +92,7 @@ def test_a_sidecar_of_absurd_size_is_not_read(onnx_copy):
 
 def test_a_file_without_a_sidecar_is_refused(onnx_copy):
     sidecar_path(onnx_copy.path).unlink()
-    with pytest.raises(BadRequest, match="no sidecar"):
+    with pytest.raises(BadRequest, match="is not beside it; copy it too"):
         artifact.load(onnx_copy.path)
 
 

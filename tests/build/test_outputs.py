@@ -100,7 +100,10 @@ def test_bytes_stay_bytes_where_outputs_are_in_fp16(tiny, tmp_path):
         ({"task": "embed", "output": "softmax"}, "task embed has no classifier"),
         ({"task": "features", "l2": True}, "task features has no single feature vector"),
         ({"task": "embed,embed"}, "give each task once"),
-        ({"task": "embed,clasify"}, "expected classify, embed, tokens, features or segment, or several as in classify,embed"),
+        (
+            {"task": "embed,clasify"},
+            "expected classify, embed, tokens, features or segment, or several as in classify,embed",
+        ),
     ],
 )
 def test_outputs_that_do_not_fit_each_other_are_refused(fields, message, tiny, tmp_path):

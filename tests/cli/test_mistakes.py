@@ -280,3 +280,13 @@ def test_no_name_of_a_file_sends_commands_to_the_terminal(words, here, run):
     assert not set(printed) & {"\x1b", "\u202e", "\0"}
     assert not [line for line in printed.splitlines() if line.startswith("error: b")]
     assert "Traceback" not in printed
+
+
+def test_a_build_says_so_where_nothing_states_the_preprocessing(run, tiny, tmp_path):
+    says = "nothing says how images were prepared in training, so they are"
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((tiny / "model.safetensors").read_bytes())
+    built = run("onnx", "--weights", bare, "-o", tmp_path / "a")
+    assert f"{says} resized to 256, cut to 224 (default)" in " ".join(built.err.split())
+    for words in (["--weights", tiny], ["--weights", bare, "--imgsz", 96]):
+        assert says not in " ".join(run("onnx", *words, "-o", tmp_path / "b", "--force").err.split())

@@ -124,7 +124,7 @@ def test_files_with_another_digest_than_in_the_manifest_are_skipped_by_name(fold
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "cat/../../x.png", ""])
 def test_a_manifest_does_not_leave_its_folder(path, folder):
     (folder / "m.tsv").write_text(f"path\tlabel\n{path}\tcat\n")
-    with pytest.raises(BadRequest, match="lies outside the manifest's folder"):
+    with pytest.raises(BadRequest, match="lies outside the folder of this list"):
         gather(folder / "m.tsv")
 
 

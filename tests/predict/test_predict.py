@@ -254,7 +254,7 @@ def test_a_source_without_images_is_refused(word, message, photos):
 
 def test_feature_vectors_go_to_arrays_and_tables(tiny, photos, tmp_path):
     artifact = build(tiny, tmp_path, task="embed")
-    with pytest.raises(BadRequest, match=r"write them to \.npz or \.parquet"):
+    with pytest.raises(BadRequest, match=r"write \.npz, \.parquet or \.jsonl"):
         wrote(artifact, photos, tmp_path / "a.csv")
     with np.load(wrote(artifact, photos, tmp_path / "a.npz")) as arrays:
         vectors = arrays["embedding"]

@@ -60,7 +60,8 @@ def _of_files(contents: Contents) -> str:
 def _of_outputs(contents: Contents) -> str:
     kinds = [output.kind for output in contents.outputs]
     if len(kinds) > 1 or kinds[0] not in KINDS:
-        return f"{len(kinds)} output(s) of {kinds[0]}, and a page shows one of {', '.join(KINDS)}; use --for python"
+        shown = " and ".join(dict.fromkeys(kinds))
+        return f"it returns {shown}, and a page shows one of {', '.join(KINDS)}; use --for python"
     dtypes = {tensor.dtype for tensor in contents.tensors}
     if dtypes != {"float32"}:
         return f"outputs of {', '.join(sorted(dtypes))}, and a page takes float32; export it with float32 outputs"
@@ -85,7 +86,7 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
     dist = npm.folder_of(web)
     for name in web.files:
         folder.copy(dist / name, out / "runtime" / name)
-    for file in contents.files:
+    for file in contents.artifact.files:  # without the sidecar, which names folders of this machine
         folder.copy(file, out / file.name)
     for name in STATIC:
         folder.copy(TEMPLATES / "web" / name, out / name)
