@@ -72,4 +72,6 @@ def predict_command(
         print_json({"path": str(out), "summary": summary})
         return
     rate = f", {summary.now / summary.seconds:.0f} a second" if summary.now and summary.seconds > 1 else ""
-    console().print(f"[bold]{plain(out)}[/]  {summary.total:,} images{rate}", soft_wrap=True)
+    lost = len(summary.unreadable)
+    count = f"{summary.total - lost:,} of {summary.total:,}" if lost else f"{summary.total:,}"
+    console().print(f"[bold]{plain(out)}[/]  {count} images{rate}", soft_wrap=True)

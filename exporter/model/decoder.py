@@ -167,8 +167,11 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
             "pool_scales in config.json"
         )
     dims = [int(weight.shape[1]) for weight in (*laterals, pooled[0])]
-    classes = len(state[f"{HEAD}classifier.weight"])
-    return Decoder(classes=classes, width=width, levels=_levels(dims, arch), scales=scales)
+    classes, levels = len(state[f"{HEAD}classifier.weight"]), _levels(dims, arch)
+    if stated.get("decoder_levels", levels) != levels:
+        names = [[f"stage{level + 1}" for level in one] for one in (stated["decoder_levels"], levels)]
+        raise BadRequest(f"the config says out_features {names[0]}, but the weights are of {names[1]}; correct one")
+    return Decoder(classes=classes, width=width, levels=levels, scales=scales)
 
 
 def _of(state: Mapping[str, Tensor], layers: str) -> list[Tensor]:

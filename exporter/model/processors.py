@@ -168,10 +168,10 @@ def _plain(stated: Mapping[str, Any], processor: _Processor, unclear: list[Uncle
     """Resize to height and width or by the short side, then cut the centre if it is asked for."""
     size = _size(stated.get("size", processor.size), stated.get("default_to_square", processor.square))
     crop = "center" if "shortest_edge" in size else "squash"
-    resize = size.get("shortest_edge") or _side(size)
+    resize = size.get("shortest_edge") or as_size(size["height"], size["width"])
     if stated.get("do_center_crop", bool(processor.crop_size)) and processor.crops:
         cut = _side(_size(stated.get("crop_size", processor.crop_size or 0), square=True))
-        return {"size": cut, "resize": resize, "crop": crop}
+        return {"size": cut, "resize": size.get("shortest_edge") or _side(size), "crop": crop}
     if crop == "center":
         reason = f"size is {size} without do_center_crop, which gives images of any shape; {_HOW}"
         unclear.append(Unclear(reason, _ANY))

@@ -101,6 +101,17 @@ def _wholes(value: Any) -> tuple[int, ...]:
     return tuple(_whole(one) for one in value)
 
 
+def _positive(value: Any) -> int:
+    if (number := _whole(value)) < 1:
+        raise ValueError
+    return number
+
+
+def _level(name: Any) -> int:
+    """The number of a stage, from 0, for its name in transformers: `stage1` and on."""
+    return _positive(int(str(name).removeprefix("stage"))) - 1
+
+
 def _kernels(value: Any) -> tuple[int, ...]:
     """Odd kernel sizes of the four stages."""
     sizes = _wholes(value) if isinstance(value, (list, tuple)) else (_whole(value),) * 4
@@ -303,9 +314,10 @@ def read_timm_config(statements: Statements, config: Mapping[str, Any]) -> None:
 UPERNET = "upernet"
 _UPERNET: Keys = {
     "hidden_size": ("decoder_width", _whole),
-    "pool_scales": ("pool_scales", _wholes),
+    "pool_scales": ("pool_scales", lambda value: tuple(_positive(one) for one in value)),
     "num_labels": ("num_classes", _whole),
 }
+_LEVELS: Keys = {"out_features": ("decoder_levels", lambda names: tuple(_level(name) for name in names))}
 _IDLE_UPERNET: dict[str, tuple[object, ...]] = {
     "auxiliary_channels": (), "auxiliary_concat_input": (), "auxiliary_in_channels": (), "auxiliary_loss_weight": (),
     "auxiliary_num_convs": (), "use_auxiliary_head": (), "loss_ignore_index": (), "initializer_range": (),
@@ -321,6 +333,7 @@ def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
     """
     if config.get("model_type") == UPERNET:
         statements.read(config, _UPERNET)
+        statements.read(config.get("backbone_config") or {}, _LEVELS, "backbone_config.")
         _note_unknown(statements, config, {*_UPERNET, *_IDLE_UPERNET, *BOOKKEEPING})
     inner = config.get("backbone_config") or {}
     kind = inner.get("model_type")

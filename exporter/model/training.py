@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from exporter.artifact.sidecar import Preprocessing, as_size
+from exporter.errors import BadRequest
 from exporter.model import labels, processors, stated
 from exporter.model.processors import Read
 
@@ -158,6 +159,11 @@ def _segmenter(beside: Mapping[str, Any], statements: stated.Statements) -> Read
     if "UPerHead" not in text:
         return None
     origin = "configuration in the checkpoint"
+    if re.search(r"\b(bgr_to_rgb|to_rgb)\s*=\s*False", text):
+        raise BadRequest(
+            "the configuration in the checkpoint says bgr_to_rgb False: the network takes BGR, which is not supported; "
+            "reverse the input channels of its first convolution, mean and std, and say True"
+        )
     if scales := _numbers(text, "pool_scales"):
         statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
     statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)

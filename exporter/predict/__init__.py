@@ -146,24 +146,23 @@ def predict_masks(
     Raises: BadRequest for sources without images, none of which can be read, two images whose masks would have one
         name, and a folder that is not empty; Unavailable when the runtime is missing, or the disk is full.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+    if out.is_file():
+        raise BadRequest(f"-o {out}: is a file; give a folder for the masks, or a name that ends in .npz")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise BadRequest(f"-o {out}: expected a new or empty folder for the masks; --overwrite replaces them")
     if artifact.sidecar.spec.answer == "logits4":
         raise BadRequest(f"{artifact.path}: --output logits4 has no classes of pixels; build with labels or logits")
     recipe, answers = artifact.sidecar.preprocessing, _answers(artifact, options, whole=False)
     images = open_images(sources, recipe, stdin)
     total, began, unreadable = images.samples.total, time.monotonic(), list[str]()
-    written: set[Path] = set()
+    masks.check_names(out, (name for name, *_ in images.samples.items()))
     step(f"predicting {total:,} masks with {artifact.path.name}")
     for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
         unreadable += _unreadable(iter([chunk]))
         good = [name for name, error in zip(chunk.names, chunk.errors, strict=True) if not error]
         arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
         for name, pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
-            if (path := masks.path_of(out, name)) in written:
-                raise BadRequest(f"{path}: the mask of two images, one of them {name}; give folders one at a time")
-            written.add(path)
-            masks.write(path, classes_of(pixels[None])[0], name, recipe)
+            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], name, recipe)
     _report(unreadable, total)
     return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
+from exporter.errors import BadRequest
+from exporter.predict.sources import STDIN
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,9 +35,25 @@ def colors() -> NDArray[np.uint8]:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """The file of the mask of an image: its path below the folder, without roots and steps up."""
-    parts = [part for part in Path(name).parts if part not in ("..", Path(name).anchor)]
-    return folder.joinpath(*parts).with_suffix(".png")
+    """The file of the mask of an image: its path below the folder, without roots and steps up; `stdin.png` of `-`."""
+    path = Path("stdin" if name == STDIN else name)
+    parts = [part for part in path.parts if part not in ("..", path.anchor)]
+    file = folder.joinpath(*parts)
+    return file.with_suffix(".png") if file.suffix.lower() in images.SUFFIXES else file.with_name(f"{file.name}.png")
+
+
+def _overlay(mask: Path) -> Path:
+    return mask.with_name(f"{mask.stem}{OVERLAY}.png")
+
+
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raises: BadRequest for two images whose masks or overlays would be one file."""
+    owners: dict[Path, str] = {}
+    for name in names:
+        mask = path_of(folder, name)
+        for path in (mask, _overlay(mask)):
+            if (other := owners.setdefault(path, name)) != name:
+                raise BadRequest(f"{path}: would be of both {other} and {name}; write them to two folders")
 
 
 def write(path: Path, classes: NDArray[np.int64], name: str, recipe: Preprocessing) -> None:
@@ -60,7 +79,7 @@ def write(path: Path, classes: NDArray[np.int64], name: str, recipe: Preprocessi
     write_file(path, _png(_image_of(mask)))
     if picture is not None:
         mixed = (1 - OPACITY) * np.asarray(picture) + OPACITY * colors()[mask % MOST_COLORS]
-        write_file(path.with_name(f"{path.stem}{OVERLAY}.png"), _png(Image.fromarray(mixed.round().astype(np.uint8))))
+        write_file(_overlay(path), _png(Image.fromarray(mixed.round().astype(np.uint8))))
 
 
 def _image_of(mask: NDArray[Any]) -> Image.Image:

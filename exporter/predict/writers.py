@@ -105,7 +105,7 @@ def check_kinds(out: Path, answers: Answers) -> None:
     Raises: BadRequest for feature maps and tokens anywhere but in `.npz`, and for feature vectors in a CSV.
     """
     if out.suffix.lower() != ".npz" and any(output.is_map for output in answers.outputs):
-        raise BadRequest(f"-o {out}: the outputs are feature maps or tokens; write them to .npz")
+        raise BadRequest(f"-o {out}: the outputs are maps or tokens; write them to .npz, or masks to a folder")
     vectors = [output.name for output in answers.outputs if output.kind in ("embedding", "features")]
     if out.suffix.lower() == ".csv" and vectors:
         raise BadRequest(f"-o {out}: {some(vectors)}: a CSV has no feature vectors; write .npz, .parquet or .jsonl")

@@ -85,6 +85,10 @@ def test_the_configuration_in_a_checkpoint_decides_pooling_and_corners(tmp_path)
     torch.save({"meta": {"cfg": text.format(True)}, "state_dict": state}, path)
     with pytest.raises(BadRequest, match="align_corners True for UPerNet's head; not supported"):
         weights.load(str(path))
+    for words in ("bgr_to_rgb=False", "to_rgb = False"):
+        torch.save({"meta": {"cfg": f"{text.format(False)}, {words}"}, "state_dict": state}, path)
+        with pytest.raises(BadRequest, match="the network takes BGR, which is not supported"):
+            weights.load(str(path))
 
 
 def test_labels_and_preprocessing_are_those_of_the_whole_network(model, tmp_path):
@@ -165,6 +169,7 @@ def without(name):
         (without("decode_head.lateral_convs.1.conv"), {}, "batch norms without convolutions"),
         (without("decode_head.fpn_convs.2."), {}, "missing keys"),
         (lambda state: None, {"pool_scales": [1, 2]}, "pool_scales .1, 2., but the weights have 4"),
+        (lambda state: None, {"pool_scales": [0, 2, 3, 6]}, "pool_scales is .0, 2, 3, 6."),
         (lambda state: None, {"hidden_size": 12}, "hidden_size 12, but the weights have 16"),
         (without("psp_modules.3"), {"pool_scales": [1, 2, 3]}, "wrong shapes"),
         (without("psp_modules.3"), {"pool_scales": None}, "no pool_scales, but the weights have 3"),
@@ -173,6 +178,13 @@ def without(name):
 def test_a_head_that_is_not_whole_or_not_that_of_the_config_is_refused(change, config, message, folder, tmp_path):
     with pytest.raises(BadRequest, match=message):
         weights.load(changed(folder, tmp_path, change, config))
+
+
+def test_other_levels_than_those_of_the_config_are_refused(folder, tmp_path):
+    inner = json.loads((folder / "config.json").read_text())["backbone_config"]
+    config = {"backbone_config": inner | {"out_features": ["stage1", "stage2", "stage4"]}}
+    with pytest.raises(BadRequest, match=r"out_features \['stage1', 'stage2', 'stage4'\], but the weights are of"):
+        weights.load(changed(folder, tmp_path, lambda state: None, config))
 
 
 @pytest.mark.parametrize(

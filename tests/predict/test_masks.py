@@ -96,6 +96,8 @@ def test_more_than_256_classes_take_16_bits_and_what_is_no_file_has_no_overlay(t
 def test_masks_stay_below_their_folder(tmp_path):
     assert masks.path_of(tmp_path, "/etc/a.jpg") == tmp_path / "etc/a.png"
     assert masks.path_of(tmp_path, "../../b.jpg") == tmp_path / "b.png"
+    assert masks.path_of(tmp_path, "-") == tmp_path / "stdin.png"
+    assert masks.path_of(tmp_path, "a.npz[3]") == tmp_path / "a.npz[3].png"
 
 
 def test_what_cannot_be_written_is_refused(artifacts, photos, tmp_path, run):
@@ -114,4 +116,10 @@ def test_what_cannot_be_written_is_refused(artifacts, photos, tmp_path, run):
     Image.fromarray(dead_leaves(64, 1, 3)).save(photos / "a.jpg")
     result = run("predict", artifacts["labels"].path, "photos", "-o", "twice")
     assert result.code == 2
-    assert "the mask of two images" in result.err
+    assert "would be of both photos/a.jpg and photos/a.png" in " ".join(result.err.split())
+    assert not (tmp_path / "twice").exists()
+    (photos / "a.jpg").rename(photos / "a_overlay.jpg")
+    assert run("predict", artifacts["labels"].path, "photos", "-o", "twice").code == 2
+    (tmp_path / "file").write_text("mine")
+    result = run("predict", artifacts["labels"].path, "photos", "-o", "file", "--overwrite")
+    assert "-o file: is a file; give a folder" in result.err

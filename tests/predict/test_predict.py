@@ -269,7 +269,7 @@ def test_feature_vectors_go_to_arrays_and_tables(tiny, photos, tmp_path):
 
 def test_feature_maps_go_to_arrays_only(tiny, photos, tmp_path):
     artifact = build(tiny, tmp_path, task="features")
-    with pytest.raises(BadRequest, match=r"feature maps or tokens; write them to \.npz"):
+    with pytest.raises(BadRequest, match=r"maps or tokens; write them to \.npz"):
         wrote(artifact, photos, tmp_path / "a.jsonl")
     with np.load(wrote(artifact, photos, tmp_path / "a.npz")) as arrays:
         assert [arrays[tensor.name].shape[1] for tensor in artifact.sidecar.outputs] == [16, 24, 32, 48]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,15 @@ def test_limits_of_the_user_hold(labels, data):
 def test_options_that_do_not_fit_are_refused(options, message, labels):
     with pytest.raises(BadRequest, match=message):
         verify(labels, VerifyOptions(**options))
+
+
+def test_masks_without_any_class_fail(labels, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        Image.new("L", (64, 64), 255).save(path)
+    report = verify(labels, VerifyOptions(data=str(tmp_path / "data")))
+    assert not report.passed
+    assert "no pixel of the masks has a class" in report.find("miou").detail
 
 
 def test_masks_that_count_from_one_are_read_so(labels, data):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.backends import Array
+from exporter.data.masks import IGNORED
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify.checks import Check, Seen, Subject
@@ -30,6 +31,7 @@ class Segmentation:
         pairs = ("to_eager", "eager", "artifact")
         self.counts: dict[str, Counts] = {pair: np.zeros((self.classes, self.classes), np.int64) for pair in pairs}
         self.agree: list[float] = []
+        self.has_masks = False
 
     def see(self, seen: Seen) -> None:
         """Accumulate one batch; pixels without a class in the mask are not counted with masks."""
@@ -39,6 +41,7 @@ class Segmentation:
         self.agree += (eager == got).mean((1, 2)).tolist()
         self.counts["to_eager"] += self._count(eager, got)
         if seen.labels.ndim == 3:
+            self.has_masks = True
             known = seen.labels >= 0
             self.counts["eager"] += self._count(seen.labels[known], eager[known])
             self.counts["artifact"] += self._count(seen.labels[known], got[known])
@@ -53,6 +56,9 @@ class Segmentation:
             return []
         shares = intersections_over_unions(self.counts["to_eager"])
         found = [self._agreement(), judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high")]
+        if self.has_masks and not self.counts["eager"].any():
+            detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
+            found.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
         if not self.counts["eager"].any():
             return [*found, *self._of_classes("iou_to_eager", shares)]
         eager, artifact = (intersections_over_unions(self.counts[pair]) for pair in ("eager", "artifact"))
