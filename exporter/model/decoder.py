@@ -142,7 +142,7 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
     Args:
         state: the weights.
         arch: the network in front of the head.
-        stated: `decoder_width`, `pool_scales` and `align_corners`, if they are stated.
+        stated: `decoder_width`, `decoder_levels`, `pool_scales` and `align_corners`, if they are stated.
 
     Raises: BadRequest for a head that does not fit the network or the config, and for pooling that is not known.
     """
