@@ -63,10 +63,10 @@ class Checkpoint:
 
     @property
     def task(self) -> Task:
-        """The outputs that these weights are for: `segment` with the head of a segmenter, `classify`, `embed` without
-        a classifier, `features` without a last norm either."""
+        """The outputs that these weights are for: `segment` with the head of UPerNet, `classify`, `embed` without a
+        classifier, `features` without a last norm either."""
         arch = self.variant.architecture
-        if arch.decoder or self.other_head:
+        if arch.decoder:
             return "segment"
         if arch.pool == "none":
             return "features"
@@ -266,6 +266,8 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
     stated = known(config, own.layout if own else fitted.layout, variant, str(files.path))
     if files.path.suffix in (".h5", ".keras") and "keras" in content.beside and config.preprocessing is None:
         stated = with_keras(stated, content.beside["keras"])
+    if fitted.other_head not in ("", "unknown"):
+        note(f"{files.path.name}: the head of {fitted.other_head} is left out; the feature maps are what remains")
     return Checkpoint(fitted.state, variant, record, stated, config.labels, config.origins, fitted.other_head)
 
 

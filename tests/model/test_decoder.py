@@ -200,15 +200,20 @@ def test_other_levels_than_those_of_the_config_are_refused(folder, tmp_path):
         ("decode_head.something.weight", "unknown"),
     ],
 )
-def test_the_heads_of_other_segmenters_are_refused_by_name(key, name, folder, tmp_path):
+def test_the_heads_of_other_segmenters_are_left_out_by_name(key, name, folder, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(weights, "note", notes.append)
+
     def change(state):
         without("_head.")(state)
         state[key] = torch.ones(4, 4)
 
     checkpoint = weights.load(changed(folder, tmp_path, change))
     with pytest.raises(BadRequest, match=f"the head of these weights is {name}, and --task segment takes UPerNet"):
-        checkpoint.model()
-    assert len(checkpoint.model(OutputSpec(tasks=("features",)))(images())) == 4
+        checkpoint.model(OutputSpec(tasks=("segment",)))
+    assert checkpoint.task == "features"
+    assert len(checkpoint.model()(images())) == 4
+    assert name == "unknown" or any(f"the head of {name} is left out" in note for note in notes)
 
 
 def test_weights_without_a_head_are_refused_for_segmentation():
