@@ -214,7 +214,7 @@ def _note_assumed(sidecar: Sidecar, source: str) -> None:
     """Say how images are prepared where neither the weights nor an option says so, as for a file of tensors alone."""
     origins = [sidecar.origins.get(name, "") for name in ("size", "resize", "mean", "std")]
     is_assumed = all(origin == "default" or origin.startswith("published preprocessing") for origin in origins)
-    if not is_assumed or sources.is_random(source) or source.startswith(("hub", "hf-hub:")):
+    if not is_assumed or sources.is_random(source) or source == "hub" or source.startswith("hf-hub:"):
         return
     recipe = sidecar.preprocessing
     first = "squashed" if recipe.crop == "squash" else f"resized to {size_text(recipe.resize)}, cut"
