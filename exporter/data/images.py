@@ -132,11 +132,13 @@ def size_of(file: Path) -> tuple[int, int]:
 
     Raises: Unreadable for a file that is no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image
 
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).size
+        with Image.open(file) as image:  # reads the head of the file alone
+            width, height = image.size
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
+            return (height, width) if is_turned else (width, height)
     except _DAMAGE as error:
         raise Unreadable(str(error) or type(error).__name__) from None
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.data import masks
+from exporter.data import images, masks
 from exporter.errors import BadRequest
 
 RECIPE = Preprocessing(size=32, resize=32, crop="squash", interpolation="bilinear")
@@ -34,6 +34,15 @@ def read(folder, split="", recipe=RECIPE, most=None, **values):
     samples = masks.open_masks(source, pair, recipe, masks.Values(**{"classes": 3, **values}), most)
     (batch,) = samples.batches(8)
     return batch
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_an_image_is_that_of_pillow_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert images.size_of(tmp_path / "a.jpg") == ImageOps.exif_transpose(image).size
 
 
 def test_the_folders_of_ade20k_are_pairs_by_name(tmp_path):
