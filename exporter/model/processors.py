@@ -125,7 +125,8 @@ def read_processor(config: Mapping[str, Any], file: str) -> Read:
         "std": "image_std",
     }
     origins = {value: own if key in stated else default for value, key in sources.items()}
-    return Read(preprocessing, origins, tuple(unclear), share)
+    notes = ("do_reduce_labels is true: masks number classes from 1; give verify --reduce-zero-label",)
+    return Read(preprocessing, origins, tuple(unclear), share, notes if stated.get("do_reduce_labels") else ())
 
 
 def _short(name: str) -> str:

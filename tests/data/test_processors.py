@@ -236,6 +236,13 @@ def test_a_scale_that_is_not_followed_is_refused_until_options_replace_it(change
     assert stated.resolve(PreprocessingOptions(mean=(0.5,), std=(0.25,)))[0].std == (0.25, 0.25, 0.25)
 
 
+def test_masks_that_count_from_one_are_noted(tmp_path):
+    processor = {"image_processor_type": "SegformerImageProcessor", "size": 64, "do_reduce_labels": True}
+    assert any("--reduce-zero-label" in note for note in of_folder(tmp_path, processor=processor).notes)
+    processor["do_reduce_labels"] = False
+    assert not any("--reduce-zero-label" in note for note in of_folder(tmp_path, processor=processor).notes)
+
+
 def test_a_height_and_a_width_are_read(tmp_path):
     processor = {"image_processor_type": "SegformerImageProcessor", "size": {"height": 96, "width": 64}}
     recipe = of_folder(tmp_path, processor=processor).preprocessing
