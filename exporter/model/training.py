@@ -180,8 +180,8 @@ def _segmenter(beside: Mapping[str, Any], statements: stated.Statements) -> Read
 
 def _numbers(text: str, key: str) -> tuple[float, ...]:
     """The numbers of the first list or tuple with this key in a Python configuration, () where there is none."""
-    found = re.search(rf"\b{key}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
-    return tuple(float(number) for number in re.findall(r"[\d.]+", found[1])) if found else ()
+    match = re.search(rf"\b{key}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
+    return tuple(float(number) for number in re.findall(r"[\d.]+", match[1])) if match else ()
 
 
 def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

@@ -293,18 +293,18 @@ def batch_size(sidecar: Sidecar, most: int) -> int:
     return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)
 
 
-def run_batch(session: Callable[[Array], Outputs], pixels: Array, fixed: int | None) -> Outputs:
-    """Run images through a session. One with a fixed batch size runs so many at a time; the last batch is padded, and
-    its outputs are cut."""
+def run_batch(run: Callable[[Array], Outputs], pixels: Array, fixed: int | None) -> Outputs:
+    """The outputs for images (N, …) of a session, or of another function. One with a fixed batch size runs so many at a
+    time; the last batch is padded, and its outputs are cut."""
     if fixed is None:
-        return session(pixels)
+        return run(pixels)
     outputs = []
     for start in range(0, len(pixels), fixed):
         batch = pixels[start : start + fixed]
         count = len(batch)
         if count < fixed:
             batch = np.concatenate([batch, np.repeat(batch[-1:], fixed - count, axis=0)])
-        outputs.append(tuple(output[:count].copy() for output in session(batch)))
+        outputs.append(tuple(output[:count].copy() for output in run(batch)))
     return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
 
 

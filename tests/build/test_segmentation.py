@@ -131,7 +131,7 @@ def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("trt",), "--task segment: its TensorRT engines are not measured yet"),
+        (("trt",), "--task segment: TensorRT engines are not built for it"),
         (("onnx", "--int8"), "--task segment: the head of UPerNet is not quantized, so int8 is not built"),
         (("onnx", "--task", "segment,features"), "the output of segment stands alone"),
         (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4 or labels"),

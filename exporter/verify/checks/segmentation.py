@@ -55,17 +55,17 @@ class Segmentation:
         if not self.agree:
             return []
         shares = intersections_over_unions(self.counts["to_eager"])
-        found = [self._agreement(), judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high")]
+        findings = [self._agreement(), judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high")]
         if self.has_masks and not self.counts["eager"].any():
             detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
-            found.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
+            findings.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
         if not self.counts["eager"].any():
-            return [*found, *self._of_classes("iou_to_eager", shares)]
+            return [*findings, *self._of_classes("iou_to_eager", shares)]
         eager, artifact = (intersections_over_unions(self.counts[pair]) for pair in ("eager", "artifact"))
         means = [self._mean("miou_eager", eager), self._mean("miou", artifact)]
         drop = float(np.nanmean(eager) - np.nanmean(artifact))
         finding = Finding(check="segmentation", metric="miou_drop", value=100 * drop, unit="points")
-        return [*found, *means, judged(finding, self.max_drop, "low"), *self._of_classes("iou", artifact)]
+        return [*findings, *means, judged(finding, self.max_drop, "low"), *self._of_classes("iou", artifact)]
 
     def _agreement(self) -> Finding:
         worst = min(self.agree)
