@@ -230,11 +230,19 @@ def _check_outputs(recipe: Recipe) -> None:
         spec = OutputSpec(tasks=tasks, answer=recipe.export.output, l2=recipe.export.l2)
         if problem := spec.contradiction():
             raise BadRequest(problem)
-    has_classifier = recipe.model.head != "none"
-    wanted = "classify" if recipe.model.task is not None and "classify" in recipe.model.task.split(",") else ""
-    wanted = f"--output {recipe.export.output}" if recipe.export.output != "logits" else wanted and f"--task {wanted}"
-    if wanted and not has_classifier:
-        raise BadRequest(f"--head none leaves out the classifier that {wanted} needs; leave one of them out")
+    if recipe.model.head == "none":
+        _refuse_classifier(recipe)
+
+
+def _refuse_classifier(recipe: Recipe) -> None:
+    """Raises: BadRequest where a recipe that leaves out the classifier has options that need one."""
+    needs = ""
+    if recipe.export.output != "logits":
+        needs = f"--output {recipe.export.output}"
+    elif "classify" in (recipe.model.task or "").split(","):
+        needs = "--task classify"
+    if needs:
+        raise BadRequest(f"--head none leaves out the classifier that {needs} needs; leave one of them out")
 
 
 def _check_checks(recipe: Recipe) -> None:
