@@ -62,12 +62,7 @@ def predict_command(
             for record in predict.answer(opened, sources, options, stdin):
                 click.echo(predict.as_json(record) if as_json else printable(predict.as_text(record)))
             return
-        if "segment" in opened.sidecar.spec.tasks and not out.suffix:
-            if resume:
-                raise BadRequest("--resume continues a file, and masks are a folder; give --overwrite")
-            summary = predict.predict_masks(opened, sources, options, out, overwrite, stdin)
-        else:
-            summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
+        summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
     if as_json:
         print_json({"path": str(out), "summary": summary})
         return

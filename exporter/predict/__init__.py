@@ -86,7 +86,7 @@ def predict(
         artifact: the one to run.
         sources: as for `open_images`.
         options: what is kept of the outputs, the device and the threads.
-        out: ends in `.csv`, `.jsonl`, `.parquet` or `.npz`.
+        out: ends in `.csv`, `.jsonl`, `.parquet` or `.npz`; or a folder for masks (`predict_masks`).
         resume: continue an unfinished output.
         overwrite: replace an output, finished or not.
         stdin: read for the source `-`.
@@ -94,6 +94,8 @@ def predict(
     Raises: BadRequest for sources without images, none of which can be read, or an output that cannot be written;
         Unavailable when the runtime or pyarrow is missing, or the disk is full.
     """
+    if "segment" in artifact.sidecar.spec.tasks and not out.suffix:
+        return predict_masks(artifact, sources, options, out, resume, overwrite, stdin)
     writers.check(out)
     artifacts.check_output(out)
     answers = _answers(artifact, options, whole=out.suffix.lower() == ".npz")
@@ -132,6 +134,7 @@ def predict_masks(
     sources: Sequence[str],
     options: PredictOptions,
     out: Path,
+    resume: bool = False,
     overwrite: bool = False,
     stdin: IO[bytes] | None = None,
 ) -> Summary:
@@ -143,9 +146,11 @@ def predict_masks(
         out: the folder.
         overwrite: replace masks in a folder that is not empty.
 
-    Raises: BadRequest for sources without images, none of which can be read, two images whose masks would have one
-        name, and a folder that is not empty; Unavailable when the runtime is missing, or the disk is full.
+    Raises: BadRequest for `resume`, for sources without images, none of which can be read, two images whose masks would
+        have one name, and a folder that is not empty; Unavailable when the runtime is missing, or the disk is full.
     """
+    if resume:
+        raise BadRequest("--resume continues a file, and masks are a folder; give --overwrite")
     if out.is_file():
         raise BadRequest(f"-o {out}: is a file; give a folder for the masks, or a name that ends in .npz")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
