@@ -175,27 +175,33 @@ def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
 
 def _depthwise(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """A depthwise convolution of stride 1 as a sum of shifted inputs: (N, C, H, W) to (N, C, H', W') with
-    H' = H + 2 · padding − kernel + 1."""
+    H' = H + 2 · padding − kernel + 1.
+
+    Channels are last in memory, so that a shifted input is read in long rows also where the map is small.
+    """
     assert not isinstance(conv.padding, str)
     rows, columns = conv.padding
-    padded = torch.nn.functional.pad(x, (columns, columns, rows, rows)).contiguous()
-    height, width = (padded.shape[axis] - conv.kernel_size[axis - 2] + 1 for axis in (2, 3))
-    output = padded.new_empty(*x.shape[:2], height, width)
-    channels = max(1, CACHED // (height * width))
-    for image, result in zip(padded, output, strict=True):
-        for start in range(0, x.shape[1], channels):
-            group = slice(start, start + channels)
-            total = result[group].zero_() if conv.bias is None else result[group].copy_(conv.bias[group, None, None])
-            _add_taps(image[group], conv.weight[group, 0], total)
-    return output
+    padded = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, columns, columns, rows, rows)).contiguous()
+    height, width = (padded.shape[axis] - conv.kernel_size[axis - 1] + 1 for axis in (1, 2))
+    taps = conv.weight[:, 0].permute(1, 2, 0).contiguous()
+    output = padded.new_zeros(len(x), height, width, x.shape[1])
+    if conv.bias is not None:
+        output += conv.bias
+    row = output[0, 0].numel()
+    images_each, rows_each = max(1, CACHED // (height * row)), max(1, CACHED // row)
+    for first in range(0, len(x), images_each):
+        for top in range(0, height, rows_each):
+            images = slice(first, first + images_each)
+            _add_taps(padded[images, top:], taps, output[images, top : top + rows_each])
+    return output.permute(0, 3, 1, 2)
 
 
-def _add_taps(padded: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
-    """Add the products of every tap of a depthwise kernel (C, K, K) to the output (C, H', W') of one image."""
-    height, width = total.shape[1:]
-    for i in range(weight.shape[1]):
-        for j in range(weight.shape[2]):
-            total.addcmul_(padded[:, i : i + height, j : j + width], weight[:, i, j, None, None])
+def _add_taps(padded: torch.Tensor, taps: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the products of every tap of a depthwise kernel (K, K, C) to rows of an output (N, H', W', C)."""
+    height, width = total.shape[1:3]
+    for i in range(taps.shape[0]):
+        for j in range(taps.shape[1]):
+            total.addcmul_(padded[:, i : i + height, j : j + width], taps[i, j])
 
 
 def _pass(model: ConvNeXt, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:
