@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 PROCESSES = 6
 """Timing processes, the unit of every interval: the fewest of which signed ranks give a 95 % interval."""
 HANG_S = 300.0
+STACK_S = 1.0  # given to a process that hangs, to write down where
 REPEATS = 1  # of the timing, when other processes disturbed it
 
 
@@ -138,11 +141,13 @@ def _events(task: Callable[..., None], plan: Plan, opener: Opener, hang_s: float
 
     Raises: _Failed with the active arm when the worker raises, dies or sends no message for `hang_s`.
     """
-    with _worker(task, plan, opener) as (process, connection, active):
+    with _worker(task, plan, opener) as (process, connection, active, stack):
         while True:
             kind, content = _hear(process, connection, hang_s)
             if kind == "done":
                 return
+            if kind == "hung":
+                kind, content = "failed", f"did not respond for {hang_s:.0f} s{_place(process, stack)}"
             if kind == "failed":
                 raise _Failed(plan.arms[active.value].name, content)
             yield kind, content
@@ -150,17 +155,28 @@ def _events(task: Callable[..., None], plan: Plan, opener: Opener, hang_s: float
 
 
 def _hear(process: BaseProcess, connection: Connection, hang_s: float) -> tuple[str, Any]:
-    """The next message, or ("failed", reason)."""
+    """The next message, ("hung", None) where none comes for `hang_s`, or ("failed", reason)."""
     until = time.monotonic() + hang_s
     while not connection.poll(min(1.0, hang_s)):
         if time.monotonic() > until:
-            return "failed", f"did not respond for {hang_s:.0f} s"
+            return "hung", None
     try:
         kind, content = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join(5)
         return "failed", f"crashed its process ({_ending(process.exitcode)})"
     return ("failed", f"failed: {content}") if kind == "failed" else (kind, content)
+
+
+def _place(process: BaseProcess, stack: Connection) -> str:
+    """Where a process hangs, as " (in FUNCTION, FILE:LINE)"; "" where it does not say so."""
+    if process.pid is None or not hasattr(signal, "SIGUSR1"):
+        return ""
+    os.kill(process.pid, signal.SIGUSR1)
+    if not stack.poll(STACK_S):
+        return ""
+    frame = re.search(r'File "(.+)", line (\d+) in (.+)', os.read(stack.fileno(), 1 << 16).decode())
+    return f" (in {frame[3]}, {frame[1]}:{frame[2]})" if frame else ""
 
 
 def _ending(code: int | None) -> str:
@@ -170,18 +186,24 @@ def _ending(code: int | None) -> str:
 
 
 @contextmanager
-def _worker(task: Callable[..., None], plan: Plan, opener: Opener) -> Iterator[tuple[BaseProcess, Connection, Any]]:
-    """Run a task in a new process, which ends with the block."""
+def _worker(
+    task: Callable[..., None], plan: Plan, opener: Opener
+) -> Iterator[tuple[BaseProcess, Connection, Any, Connection]]:
+    """Run a task in a new process, which ends with the block; SIGUSR1 makes it write its Python stack to the last of
+    these."""
     context = _context(task, plan)
     ours, theirs = context.Pipe()
     active = context.Value("i", 0, lock=False)
-    process = context.Process(target=worker.work, args=(task, theirs, active, plan, opener), daemon=True)
+    stack, written = context.Pipe(duplex=False)
+    process = context.Process(target=worker.work, args=(task, theirs, active, plan, opener, written), daemon=True)
     process.start()
     theirs.close()
+    written.close()
     try:
-        yield process, ours, active
+        yield process, ours, active, stack
     finally:
         ours.close()
+        stack.close()
         process.join(2)
         if process.is_alive():
             process.kill()

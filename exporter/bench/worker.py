@@ -4,6 +4,7 @@ It waits until each message is acknowledged, so the supervisor draws no progress
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import signal
@@ -91,8 +92,13 @@ class Line:
         self.heard = time.monotonic()
 
 
-def work(task: Callable[..., None], connection: Connection, active: Any, plan: Plan, opener: Opener) -> None:
-    """The body of the timing process: run the task, and send the message of an error to the supervisor."""
+def work(
+    task: Callable[..., None], connection: Connection, active: Any, plan: Plan, opener: Opener, stack: Connection
+) -> None:
+    """The body of the timing process: run the task, and send the message of an error to the supervisor. SIGUSR1 makes
+    it write its Python stack to a pipe."""
+    if hasattr(faulthandler, "register"):  # not on Windows
+        faulthandler.register(signal.SIGUSR1, stack.fileno(), all_threads=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides what an interrupt means
     try:
         task(Line(connection, active, plan), plan, opener)

@@ -70,7 +70,7 @@ def test_arms_are_timed_in_pairs_and_the_process_is_gone_afterwards(children):
         ("exit", "exit code 7"),
         ("raise", "failed: out of"),
         ("closed", "failed: no such device"),
-        ("hang", "did not respond for 2 s"),
+        ("hang", "did not respond for 2 s (in "),
     ],
 )
 def test_an_arm_that_falls_falls_alone(name, reason, children):
