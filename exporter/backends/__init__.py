@@ -168,7 +168,8 @@ class Runtime(Generic[Opt]):
     probe: the installed version, or raises Unavailable with the line that installs it.
     open: opens an artifact.
     distributions: the packages whose versions are recorded beside every artifact and number.
-    modules: what `open` imports; timing processes on the CPU are forked from one that has imported them.
+    modules: what `open` imports, in order; timing processes on the CPU are forked from one that has imported them.
+        None of them may leave a thread behind, which a forked process lacks.
     devices: the words of `--device` that it takes, each with the kind of device that it names.
     devices_here: what it sees on this machine, for `doctor`, or raises Unavailable with what to do.
     unable: why it can open nothing on this machine, or "".

@@ -187,6 +187,28 @@ def test_timing_processes_are_forked_from_one_that_has_imported_the_runtime(arti
     assert seen["parent"] != str(seen["own"])
 
 
+IMPORTED = """
+import os, sys, time
+from importlib import import_module
+import torch  # it and NumPy have threads of their own, which survive a fork
+from exporter import backends
+from exporter.bench import worker
+before = len(os.listdir("/proc/self/task"))
+for runtime in sys.argv[1:]:
+    for name in backends.runtime(runtime).modules:
+        import_module(name)
+time.sleep(0.2)
+print(len(os.listdir("/proc/self/task")) - before, "openvino_telemetry.main" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_that_timing_processes_are_forked_from_has_no_threads_of_runtimes():
+    """A forked process lacks the threads of its parent, and can wait for them forever."""
+    answer = subprocess.run([sys.executable, "-c", IMPORTED, "onnxruntime", "openvino"], capture_output=True, text=True)
+    assert answer.stdout.split() == ["0", "False"], answer.stderr
+
+
 def test_beside_a_gpu_timing_processes_are_new_interpreters(artifacts):
     seen = in_a_process_of_its_own(str(artifacts["onnxruntime", "fp32"].path), "a", "cuda")
     assert seen["imported"] == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,10 @@ from exporter.graph import files, half
 from exporter.machine import cores
 from exporter.model.structure import last_operators
 from exporter.quantize.placement import Placement, pair_sums, round_product
+
+# ONNX Runtime reports its use to Microsoft from a thread that starts with the import. A process that is forked for
+# timing lacks that thread, and can wait for it forever.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -340,7 +345,7 @@ RUNTIME = Runtime(
     probe=probe,
     open=session,
     distributions=("onnxruntime", "onnxruntime-gpu"),
-    modules=("onnxruntime",),
+    modules=(__name__, "onnxruntime"),
     devices={"cpu": "CPU", "cuda": "NVIDIA GPU", "tensorrt": "NVIDIA GPU"},
     devices_here=devices_here,
     opens_onnx=True,

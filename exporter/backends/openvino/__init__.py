@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
 from exporter.quantize.rounding import largest_pair, round_weights
+
+# OpenVINO reports each import to Intel through this package, from a thread and a process. Without it OpenVINO reports
+# nothing, and timing processes are forked from a process that has no such thread.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"}
 
@@ -352,7 +357,7 @@ RUNTIME = Runtime(
     probe=probe,
     open=session,
     distributions=("openvino",),
-    modules=("openvino",),
+    modules=(__name__, "openvino"),
     devices={
         "cpu": "CPU",
         "gpu": "Intel GPU",
