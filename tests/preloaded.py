@@ -12,6 +12,7 @@ from exporter.bench import supervisor
 from tests import once
 
 for name in (
+    "exporter.backends.onnxruntime", "exporter.backends.openvino",  # these switch off what would start threads
     "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnxscript.function_libs.torch_lib.ops",
     "onnxsim", "onnxruntime", "openvino", "safetensors.torch", "scipy.stats", "ruptures", "matplotlib.figure",
     "jinja2", "exporter.bench.worker", "exporter.cli",
