@@ -1,0 +1,41 @@
+"""`make rivals`: make, time and write what is not there yet; print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.rivals import BATCHES, NETWORKS, Race, sizes, table, timing
+from exporter.artifact.disk import write_file
+
+
+def main() -> None:
+    """One batch size after the other, then the input sizes; what was written stays."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="Folder for the JSON files.")
+    names = [rival.name for rival in NETWORKS]
+    parser.add_argument("--network", nargs="+", choices=names, default=names)
+    parser.add_argument("--batch", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--size", nargs="*", type=int, default=None, help="Input sizes; by default five.")
+    parser.add_argument("--seconds", type=float, default=120.0, help="Of timing, for each race.")
+    arguments = parser.parse_args()
+    networks = [rival for rival in NETWORKS if rival.name in arguments.network]
+    for batch in arguments.batch:
+        path = arguments.output / f"batch-{batch}.json"
+        if not path.exists():
+            write_file(path, msgspec.json.encode(timing.time_race(networks, batch, arguments.seconds)))
+        race = msgspec.json.decode(path.read_bytes(), type=Race)
+        print(table.races(race), file=sys.stdout, flush=True)
+    path = arguments.output / "sizes.json"
+    if not path.exists() and arguments.size != []:
+        chosen = tuple(arguments.size) if arguments.size else None
+        write_file(path, msgspec.json.encode(sizes.time_sizes(arguments.seconds / 4, chosen)))
+    if path.exists():
+        print(table.by_size(msgspec.json.decode(path.read_bytes(), type=sizes.Sizes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The pictures: accuracy by latency of everyone at the best, and latency by input size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import racing
+from benchmarks.rivals import NETWORKS, Race, Row
+from benchmarks.rivals.sizes import Sizes
+from benchmarks.rivals.table import LABELS, fastest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"ConvNeXt": "#0072b2", "Swin": "#d55e00", "ViT": "#009e73", "ResNet": "#767676"}
+MARKERS = {"onnxruntime": "o", "openvino": "s"}
+LINES = {"onnxruntime": "-", "openvino": "--"}
+
+
+@contextmanager
+def _figure(drawn: list[str], title: str) -> Iterator[Axes]:
+    """Axes of one picture, whose SVG is appended to a list."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.axisbelow": True}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9.5, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, linewidth=0.5, color="#d5d8dc")
+        yield axes
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    drawn.append(out.getvalue()[out.getvalue().index("<svg") :])
+
+
+def _color(name: str) -> str:
+    return next(color for family, color in COLORS.items() if name.startswith(family))
+
+
+def accuracy(race: Race, precision: str = "fp32") -> str:
+    """Published top-1 by the median latency of one batch, everyone at the best on each runtime, with the front of each
+    runtime: no other network there is both faster and more accurate."""
+    drawn: list[str] = []
+    top1 = {rival.name: rival.top1 for rival in NETWORKS}
+    with _figure(drawn, "Accuracy by latency") as axes:
+        for runtime, marker in MARKERS.items():
+            rows = [row for row in race.rows if _is_best(race, row, runtime, precision)]
+            points = {row.network: (racing.typical(row.milliseconds), top1[row.network]) for row in rows}
+            front = sorted(point for point in points.values() if not any(_beats(one, point) for one in points.values()))
+            axes.plot(*zip(*front, strict=True), color="#b0b4b9", linewidth=2, linestyle=LINES[runtime], zorder=1)
+            for name, (ms, percent) in points.items():
+                axes.plot(ms, percent, marker, color=_color(name), markersize=8)
+                axes.annotate(name, (ms, percent), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            axes.plot([], [], marker, linestyle=LINES[runtime], color="#767676", label=LABELS[runtime])
+        axes.set_xscale("log")
+        axes.set_xlabel(f"median latency of a batch of {race.batch}, ms (left is better)")
+        axes.set_ylabel("published top-1, %, trained on ImageNet-1k")
+        axes.legend(frameon=False, loc="lower right")
+    return drawn[0]
+
+
+def _is_best(race: Race, row: Row, runtime: str, precision: str) -> bool:
+    same = (row.runtime, row.precision) == (runtime, precision) and not row.failure
+    return same and row is fastest(race, row)
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether a point (ms, top-1) is as fast and as accurate as another, and better in one of the two."""
+    return one != other and one[0] <= other[0] and one[1] >= other[1]
+
+
+def latency_by_size(result: Sizes) -> str:
+    """Median latency by input size on logarithmic axes, with the exponent of each line."""
+    drawn: list[str] = []
+    with _figure(drawn, "Latency by input size") as axes:
+        for curve in result.curves:
+            medians = [racing.typical(samples) for samples in curve.milliseconds]
+            label = f"{curve.network}, {LABELS[curve.runtime]}: pixels to the {curve.time_exponent[0]:.2f}"
+            style: dict[str, Any] = {"color": _color(curve.network), "marker": MARKERS[curve.runtime], "label": label}
+            axes.plot(curve.sizes, medians, linestyle=LINES[curve.runtime], **style)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = sorted({size for curve in result.curves for size in curve.sizes})
+        axes.set_xticks(ticks, [str(size) for size in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("height and width of the image, pixels")
+        axes.set_ylabel("median latency of one image, ms")
+        axes.legend(frameon=False, fontsize=8)
+    return drawn[0]

@@ -1,0 +1,116 @@
+"""Time and memory by input size: ConvNeXt-T from one dynamic artifact, the others exported for each size."""
+
+from __future__ import annotations
+
+import sys
+from math import log
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import racing
+from benchmarks.provenance import environment
+from benchmarks.rivals import NETWORKS, PLAIN, ROOT, RUNTIMES, THREADS, WAYS, Network, Samples, Way, files
+from exporter.artifact.sidecar import Record
+from exporter.bench import Arm, Launch, Timing, flat, supervisor
+from exporter.build import build
+from exporter.recipe import Export, Model, Recipe
+from exporter.stats import center
+
+SIZES = (224, 320, 448, 640, 896)
+OF_WINDOWS = (224, 448, 672, 896)  # Swin's windows of 7 pixels at stride 32 fill these
+COMPARED = ("ConvNeXt-T", "ResNet-50", "Swin-T", "ViT-S (DeiT)")
+
+
+class Curve(Record, frozen=True):
+    """One network on one runtime, a value for each size: milliseconds of an image, process by process, and the peak of
+    memory in bytes; and the exponents of time and memory in the number of pixels, with 95 % intervals of the time."""
+
+    network: str
+    runtime: str
+    way: str
+    sizes: tuple[int, ...]
+    milliseconds: tuple[Samples, ...]
+    peak_bytes: tuple[int | None, ...]
+    time_exponent: tuple[float, float, float]
+    memory_exponent: float
+
+
+class Sizes(Record, frozen=True):
+    """All curves."""
+
+    curves: tuple[Curve, ...]
+    environment: dict[str, object]
+    threads: int = THREADS
+    schema: int = 1
+
+
+def sizes_of(rival: Network) -> tuple[int, ...]:
+    """The input sizes at which a network is timed."""
+    return OF_WINDOWS if rival.timm.startswith("swin") else SIZES
+
+
+def time_sizes(seconds: float, sizes: tuple[int, ...] | None = None) -> Sizes:
+    """Time the four networks at their sizes on all runtimes, one size after the other."""
+    rivals = [rival for rival in NETWORKS if rival.name in COMPARED]
+    timings: dict[int, Timing] = {}
+    memory: dict[str, int | None] = {}
+    for size in sizes or sorted({*SIZES, *OF_WINDOWS}):
+        print(f"{size} pixels", file=sys.stderr, flush=True)
+        arms = [_arm(one, runtime, size) for one in rivals if size in sizes_of(one) for runtime in RUNTIMES]
+        timings[size] = racing.race(arms, files.preprocessing(size), 1, seconds)
+        for arm in arms:
+            cold = supervisor.measure_cold(arm, timings[size].plan)
+            memory[arm.name] = None if isinstance(cold, str) else cold.peak_bytes
+    curves = [_curve(one, runtime, timings, memory) for one in rivals for runtime in RUNTIMES]
+    return Sizes(curves=tuple(curves), environment=environment(THREADS))
+
+
+def _way(runtime: str) -> Way:
+    return next(way for way in WAYS if way.runtime == runtime and way.name == PLAIN and way.precision == "fp32")
+
+
+def _name(rival: Network, runtime: str, size: int) -> str:
+    return f"{rival.name}, {runtime}, {size}"
+
+
+def _arm(rival: Network, runtime: str, size: int) -> Arm:
+    name = _name(rival, runtime, size)
+    if not rival.variant:
+        made = files.make(rival, _way(runtime), 1, size, Path(ROOT))
+        return Arm(name=name, path=str(made.path), threads=THREADS)
+    model, export = Model(variant=rival.variant, weights="random:0"), Export(imgsz="dynamic")
+    recipe = Recipe(backend=runtime, precision="fp32", model=model, export=export)
+    return Arm(name=name, path=str(build(recipe, Path(ROOT) / "dynamic").artifact.path), threads=THREADS)
+
+
+def _curve(rival: Network, runtime: str, timings: dict[int, Timing], memory: dict[str, int | None]) -> Curve:
+    sizes = tuple(size for size in sizes_of(rival) if size in timings)
+    names = {size: _name(rival, runtime, size) for size in sizes}
+    peaks = tuple(memory[names[size]] for size in sizes)
+    pixels = [log(size * size) for size in sizes]
+    per_process = [
+        _slope(pixels, [log(_median(launch, names[size])) for size, launch in zip(sizes, launches, strict=True)])
+        for launches in zip(*(timings[size].launches for size in sizes), strict=False)
+    ]
+    time = center(per_process)
+    known = [(x, log(peak)) for x, peak in zip(pixels, peaks, strict=True) if peak]
+    return Curve(
+        network=rival.name,
+        runtime=runtime,
+        way="ours, one dynamic artifact" if rival.variant else PLAIN,
+        sizes=sizes,
+        milliseconds=tuple(racing.samples(timings[size], names[size]) for size in sizes),
+        peak_bytes=peaks,
+        time_exponent=(time.value, time.low, time.high),
+        memory_exponent=_slope([x for x, _ in known], [y for _, y in known]),
+    )
+
+
+def _median(launch: Launch, name: str) -> float:
+    return float(np.median(flat(launch.blocks[name])))
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    """The slope of the line of least squares; of logarithms the exponent of a power law."""
+    return float(np.polyfit(x, y, 1)[0])

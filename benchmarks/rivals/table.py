@@ -1,0 +1,113 @@
+"""The tables and pictures of what was timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import combinations
+
+from benchmarks import racing
+from benchmarks.rivals import NETWORKS, Network, Race, Row, Samples
+from benchmarks.rivals.sizes import Sizes
+
+HEAD = (
+    "| network | GMAC | top-1, % | runtime | precision | way | ms a batch | images/s | of peak | memory, MB | "
+    "× plain fp32 | A100, images/s |\n|---|--:|--:|---|---|---|--:|--:|--:|--:|--:|--:|"
+)
+LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+AGREED = 20.0  # percent
+
+
+def races(race: Race) -> str:
+    """Both tables of a batch size: everyone plain, and everyone at the best that was found."""
+    best = [row for row in race.rows if not row.failure and row is fastest(race, row)]
+    plain = [row for row in race.rows if not row.failure and row.plain]
+    parts = [f"### Batch {race.batch}: everyone plain", rows(race, plain)]
+    parts += [f"### Batch {race.batch}: everyone at the best", rows(race, best)]
+    failed = [
+        f"* {row.network}, {row.way}, {LABELS[row.runtime]} {row.precision}: {row.failure}" for row in failures(race)
+    ]
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])]) + "\n"
+
+
+def failures(race: Race) -> list[Row]:
+    """The rows that could not be timed, without those of ways that are for other families."""
+    return [row for row in race.rows if row.failure and not row.failure.startswith("this tool exports ConvNeXt")]
+
+
+def fastest(race: Race, row: Row) -> Row:
+    """The fastest row of the same network, runtime and precision."""
+    same = [
+        one
+        for one in race.rows
+        if (one.network, one.runtime, one.precision) == (row.network, row.runtime, row.precision) and not one.failure
+    ]
+    return min(same, key=lambda one: racing.typical(one.milliseconds))
+
+
+def rows(race: Race, chosen: Sequence[Row]) -> str:
+    """Markdown: a row for each network, runtime and precision."""
+    lines = [HEAD]
+    for row in sorted(chosen, key=lambda row: (row.runtime, row.precision, _place(row))):
+        rival, ms = _network(row), racing.typical(row.milliseconds)
+        cells = [
+            row.network,
+            f"{race.gmacs[row.network]:.2f}",
+            f"{rival.top1:.1f}",
+            LABELS[row.runtime],
+            row.precision,
+            row.way,
+            f"{ms:.4g}",
+            f"{1e3 * race.batch / ms:.4g}",
+            "" if row.peak_pct is None else f"{row.peak_pct:.0f} %",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+            "" if row.over_plain is None else racing.words(row.over_plain),
+            "" if rival.a100 is None else f"{rival.a100:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _network(row: Row) -> Network:
+    return next(rival for rival in NETWORKS if rival.name == row.network)
+
+
+def _place(row: Row) -> int:
+    return NETWORKS.index(_network(row))
+
+
+def control(race: Race) -> str:
+    """Markdown: the ratios of two networks in eager PyTorch here, and in timm's results on another CPU.
+
+    Pairs of one size are compared, as both were timed with batches of one image.
+    """
+    lines = ["| networks | here, eager | timm's, i9-10940X, inductor | apart |", "|---|--:|--:|--:|"]
+    known = [rival for rival in NETWORKS if rival.name in race.eager]
+    for first, second in combinations(known, 2):
+        here = _typical(race.eager[first.name]) / _typical(race.eager[second.name])
+        theirs = first.timm_ms / second.timm_ms
+        apart = 100 * (here / theirs - 1)
+        bold = "**" if abs(apart) > AGREED else ""
+        lines.append(f"| {first.name} / {second.name} | {here:.2f} | {theirs:.2f} | {bold}{apart:+.0f} %{bold} |")
+    return "\n".join(lines) + "\n"
+
+
+def _typical(samples: Samples) -> float:
+    return statistics.median(sample for launch in samples for sample in launch)
+
+
+def by_size(result: Sizes) -> str:
+    """Markdown: milliseconds and memory of each network at each size, and the exponents in the number of pixels."""
+    sizes = sorted({size for curve in result.curves for size in curve.sizes})
+    lines = ["| network | runtime | " + " | ".join(map(str, sizes)) + " | time ∝ pixels to the | memory ∝ |"]
+    lines.append("|---|---|" + "--:|" * (len(sizes) + 2))
+    for curve in result.curves:
+        known = dict(zip(curve.sizes, zip(curve.milliseconds, curve.peak_bytes, strict=True), strict=True))
+        cells = []
+        for size in sizes:
+            samples, peak = known.get(size, ((), None))
+            cells.append(f"{_typical(samples):.4g} ms, {(peak or 0) / 1e6:.0f} MB" if samples else "")
+        exponent = racing.words(curve.time_exponent)
+        cells += [exponent, f"{curve.memory_exponent:.2f}"]
+        lines.append(f"| {curve.network} | {LABELS[curve.runtime]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,104 @@
+"""The benchmark of other families: what is compared with what, and what the tables and pictures say."""
+
+import re
+
+import pytest
+
+from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, files, pictures, sizes, table
+from exporter.bench import Launch, Plan, Timing
+from exporter.machine import Conditions, environment
+
+RESNET, CONVNEXT = NETWORKS[0], NETWORKS[1]
+SWIN = next(rival for rival in NETWORKS if rival.name == "Swin-T")
+PLAIN, BEST = (next(way for way in WAYS if way.runtime == "openvino" and way.plain is plain) for plain in (True, False))
+
+
+def row(rival: Network, way: Way, ms: float, **facts):
+    return Row(
+        network=rival.name,
+        way=way.name,
+        runtime=way.runtime,
+        precision="fp32",
+        plain=way.plain,
+        milliseconds=((ms, ms * 1.1), (ms * 0.9, ms)),
+        **facts,
+    )
+
+
+@pytest.fixture
+def race():
+    rows = (
+        row(RESNET, PLAIN, 30),
+        row(RESNET, BEST, 20),
+        row(CONVNEXT, PLAIN, 40),
+        row(SWIN, PLAIN, 60, peak_bytes=7e8),
+    )
+    failed = Row(network=SWIN.name, way=BEST.name, runtime="openvino", precision="fp32", failure="out of memory")
+    eager = {RESNET.name: ((44.7,),), CONVNEXT.name: ((58.0,),)}
+    gmacs = {RESNET.name: 4.1, CONVNEXT.name: 4.5, SWIN.name: 4.5}
+    return Race(batch=2, rows=(*rows, failed), eager=eager, gmacs=gmacs, environment=environment())
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("ResNet-50", 4.11), ("ConvNeXt-T", 4.47), ("ViT-S (DeiT)", 4.61)])
+def test_multiply_accumulates_are_those_that_timm_publishes(name, gmacs):
+    rival = next(rival for rival in NETWORKS if rival.name == name)
+    assert files.gmacs(rival) == pytest.approx(gmacs, rel=0.01)
+
+
+def test_every_convnext_is_one_of_ours_and_no_other_is():
+    assert [rival.name for rival in NETWORKS if rival.variant] == [n.name for n in NETWORKS if "ConvNeXt" in n.name]
+    ours = next(way for way in WAYS if way.name == "ours")
+    with pytest.raises(files.Cannot, match="exports ConvNeXt"):
+        files.ours(SWIN, ours, 1, 224, None)
+
+
+def test_the_table_of_the_plain_and_that_of_the_best(race):
+    text = table.races(race)
+    plain, best = (part.split("\n\n")[1] for part in re.split("(?=###)", text)[1:])
+    assert [line.split(" | ")[5:8] for line in plain.splitlines()[2:]] == [
+        ["torch.onnx.export", "30", "66.67"],
+        ["torch.onnx.export", "40", "50"],
+        ["torch.onnx.export", "60", "33.33"],
+    ]
+    assert [line.split(" | ")[5:7] for line in best.splitlines()[2:]] == [
+        ["openvino.convert_model", "20"],
+        ["torch.onnx.export", "40"],
+        ["torch.onnx.export", "60"],
+    ]
+    assert "* Swin-T, openvino.convert_model, OpenVINO fp32: out of memory" in text
+
+
+def test_eager_ratios_far_from_those_of_timm_are_marked(race):
+    (line,) = table.control(race).splitlines()[2:]
+    assert line == "| ResNet-50 / ConvNeXt-T | 0.77 | 1.03 | **-25 %** |"
+
+
+def test_the_front_has_the_fastest_and_those_that_are_more_accurate(race):
+    assert not pictures._beats((20, 80.4), (40, 82.1))
+    assert pictures._beats((40, 82.1), (60, 81.3))
+    svg = pictures.accuracy(race)
+    assert {name for name in ("ResNet-50", "ConvNeXt-T", "Swin-T") if f">{name}<" in svg} == {
+        "ResNet-50",
+        "ConvNeXt-T",
+        "Swin-T",
+    }
+
+
+def test_the_exponent_of_a_network_whose_time_grows_with_its_pixels():
+    def launch(name, ms):
+        conditions = Conditions(load=0.0, others_pct=0.0, steal_pct=0.0, throttled=0, mhz=None)
+        return Launch({name: [[ms]]}, {}, {name: 1}, {name: {}}, {name: True}, 0, conditions)
+
+    timings = {}
+    for size in sizes.SIZES:
+        name = sizes._name(RESNET, "openvino", size)
+        timing = Timing(Plan(arms=(), preprocessing=files.preprocessing(size)))
+        timing.launches[:] = [launch(name, factor * size**2 / 1e3) for factor in (0.9, 1.0, 1.1)]
+        timings[size] = timing
+    memory = {sizes._name(RESNET, "openvino", size): size**4 for size in sizes.SIZES}
+    curve = sizes._curve(RESNET, "openvino", timings, memory)
+    assert curve.time_exponent == pytest.approx((1, 1, 1), abs=1e-6)
+    assert curve.memory_exponent == pytest.approx(2)
+    svg = pictures.latency_by_size(sizes.Sizes(curves=(curve,), environment={}))
+    assert "ResNet-50, OpenVINO: pixels to the 1.00" in svg
+    assert "| ResNet-50 | OpenVINO | 50.18 ms" in table.by_size(sizes.Sizes(curves=(curve,), environment={}))
