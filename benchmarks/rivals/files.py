@@ -141,9 +141,19 @@ def _attention(rival: Network, folder: Path, path: Path) -> None:
     path.write_bytes(graph.read_bytes())
 
 
+def _prepared(rival: Network, folder: Path) -> Path:
+    """The export as the quantizers of ONNX Runtime ask for it: optimized, with the shapes of all values."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = folder / "prepared.graph"
+    if not path.exists():
+        quant_pre_process(plain(rival, folder), path.with_suffix(".new"), skip_symbolic_shape=True)
+        path.with_suffix(".new").replace(path)
+    return path
+
+
 def _quantize_static(rival: Network, folder: Path, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -154,10 +164,7 @@ def _quantize_static(rival: Network, folder: Path, path: Path) -> None:
             some = next(self.left, None)
             return None if some is None else {"images": some}
 
-    prepared = folder / "prepared.graph"
-    quant_pre_process(plain(rival, folder), prepared, skip_symbolic_shape=True)
-    quantize_static(prepared, path, Images(), per_channel=True, reduce_range=True)
-    prepared.unlink()
+    quantize_static(_prepared(rival, folder), path, Images(), per_channel=True, reduce_range=True)
 
 
 def _quantize_dynamic(rival: Network, folder: Path, path: Path) -> None:
@@ -165,7 +172,7 @@ def _quantize_dynamic(rival: Network, folder: Path, path: Path) -> None:
 
     if not rival.timm.startswith(("swin", "deit")):
         raise Cannot("quantizes matrix products only, and this network consists of convolutions")
-    quantize_dynamic(plain(rival, folder), path, per_channel=True, reduce_range=True)
+    quantize_dynamic(_prepared(rival, folder), path, per_channel=True, reduce_range=True)
 
 
 WRITERS: dict[str, Callable[[Network, Path, Path], None]] = {

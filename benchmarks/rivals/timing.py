@@ -18,7 +18,7 @@ from exporter.artifact import Artifact
 from exporter.backends import Session
 from exporter.backends.eager import EagerSession
 from exporter.bench import Arm, Cold, Plan, Timing, latency, supervisor, worker
-from exporter.errors import ExporterError, first_line
+from exporter.errors import first_line
 from exporter.stats import center
 
 Key = tuple[str, Way]
@@ -76,7 +76,7 @@ def prepare(networks: Sequence[Network], batch: int) -> Field:
             print(f"{arm_name(rival, way)}, batch {batch}", file=sys.stderr, flush=True)
             try:
                 made.artifacts[rival.name, way] = files.make(rival, way, batch, SIZE, folder)
-            except (files.Cannot, ExporterError, RuntimeError, ValueError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  (of other tools, each with errors of its own)
                 made.failures[rival.name, way] = first_line(error)
     return made
 

@@ -217,9 +217,8 @@ class Target:
     above_int8: the next higher precision that this machine computes in, which int8 and fp8 have to beat.
     reproducible: whether the same graph gives the same bytes every time.
     no_pictures: (precision) to the reason why its artifacts cannot take pictures of any size (`--input image`), or "".
-    no_segmentation: the reason why it does not build networks for segmentation, or "".
-    check: (precision, batch size or None for any, options): raises BadRequest for what cannot be built, Unavailable for
-        what is not installed.
+    check: (precision, batch size or None for any, `--imgsz`, options): raises BadRequest for what cannot be built,
+        Unavailable for what is not installed.
     findings: what is known of an artifact without running it, beside the same network in the next higher precision
         if that is there.
     """
@@ -240,9 +239,8 @@ class Target:
     above_int8: Callable[[], str] = lambda: PRECISIONS["int8"].higher
     reproducible: bool = True
     no_pictures: Callable[[str], str] = lambda _: ""
-    no_segmentation: str = ""
     lower: Callable[[Artifact, str, Path, Sequence[str]], Artifact] | None = None
-    check: Callable[[str, int | None, TargetOptions], None] | None = None
+    check: Callable[[str, int | None, object, TargetOptions], None] | None = None
     findings: Callable[[Artifact, Artifact | None], list[Finding]] | None = None
 
 

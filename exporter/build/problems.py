@@ -57,7 +57,11 @@ def find_problems(recipe: Recipe, marks: Marks) -> None:
     if not any(refused) and target.check is not None:
         with suppress(Unavailable):  # the recipe may be built on another machine
             options = _options(recipe, target)
-            _refused(marks, ("target",), partial(target.check, recipe.precision, recipe.fixed_batch, options))
+            _refused(
+                marks,
+                ("target",),
+                partial(target.check, recipe.precision, recipe.fixed_batch, recipe.export.imgsz, options),
+            )
 
 
 def _refused(marks: Marks, path: strict.Path, look: Callable[[], object]) -> bool:
@@ -133,10 +137,8 @@ def refuse_picture(preprocessing: Preprocessing) -> None:
         )
 
 
-def refuse_segmentation(recipe: Recipe, target: Target) -> None:
-    """Raises: BadRequest for a target or a precision that networks for segmentation are not built for."""
-    if target.no_segmentation:
-        raise BadRequest(f"--task segment: {target.no_segmentation}; give --task features for the backbone alone")
+def refuse_segmentation(recipe: Recipe) -> None:
+    """Raises: BadRequest for a precision that networks for segmentation are not built for."""
     if recipe.quantization is not None:
         raise BadRequest(
             f"--task segment: the head of UPerNet is not quantized, so {recipe.precision} is not built; give fp16"

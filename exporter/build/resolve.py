@@ -166,7 +166,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     runtime.probe()
     options = msgspec.convert(recipe.target, target.options)
     if target.check is not None:
-        target.check(recipe.precision, recipe.fixed_batch, options)
+        target.check(recipe.precision, recipe.fixed_batch, recipe.export.imgsz, options)
     checker = _checker()
     scope = scope_of(recipe, target)
     placement = target.placements[scope] if scope else None
@@ -184,7 +184,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     check_keep(recipe, placement, checkpoint.variant.architecture.depths, recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
     if trace.is_segmentation:
-        refuse_segmentation(recipe, target)
+        refuse_segmentation(recipe)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
         reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)

@@ -220,16 +220,44 @@ def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):
         runtime.PlanSession(artifacts["onnxruntime", "fp32"], trt)
 
 
+def test_an_image_outside_the_profile_is_not_timed(opened):
+    with pytest.raises(BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --min-size and"):
+        opened.bind([np.zeros((2, 3, 96, 64), np.float32)])
+
+
+SIZED = TensorRtOptions(min_size=32, opt_size=512, max_size=800)
+
+
 @pytest.mark.parametrize(
-    ("imgsz", "expected"),
+    ("imgsz", "options", "expected"),
     [
-        ((64, 96), [(1, 3, 64, 96), (1, 3, 64, 96), (16, 3, 64, 96)]),
-        ("dynamic", [(1, 3, 64, 64), (1, 3, 224, 224), (16, 3, 512, 512)]),
+        ((64, 96), TensorRtOptions(), [(1, 3, 64, 96), (1, 3, 64, 96), (16, 3, 64, 96)]),
+        ("dynamic", TensorRtOptions(), [(1, 3, 64, 64), (1, 3, 64, 64), (16, 3, 512, 512)]),
+        ("dynamic", TensorRtOptions(opt_size=384), [(1, 3, 64, 64), (1, 3, 384, 384), (16, 3, 768, 768)]),
+        ("dynamic", SIZED, [(1, 3, 32, 32), (1, 3, 512, 512), (16, 3, 800, 800)]),
     ],
 )
-def test_a_profile_has_both_sides(imgsz, expected, trt, tiny, tmp_path):
+def test_a_profile_has_both_sides(imgsz, options, expected, trt, tiny, tmp_path):
     from tests.conftest import build
 
     made = build(tiny, tmp_path, imgsz=imgsz)
-    builder.build(trt, made.path, made.sidecar, TensorRtOptions())
+    builder.build(trt, made.path, made.sidecar, options)
     assert trt.module.asked("IOptimizationProfile.set_shape") == [("images", *expected)]
+
+
+@pytest.mark.parametrize(
+    ("imgsz", "options", "message"),
+    [
+        (224, TensorRtOptions(max_size=800), "--max-size: the size of images is fixed; add --imgsz dynamic, or leave"),
+        (None, TensorRtOptions(min_size=32), "--min-size: the size of images is fixed"),
+        ("dynamic", TensorRtOptions(min_size=512, max_size=256), "images of 512, 256 pixels: expected --min-size ≤"),
+    ],
+)
+def test_sizes_that_make_no_range_are_refused(imgsz, options, message):
+    with pytest.raises(BadRequest, match=message):
+        library.check_sizes(imgsz, options)
+
+
+def test_a_range_that_leaves_the_published_size_out_is_refused():
+    with pytest.raises(BadRequest, match="images of 300, 224, 512 pixels: expected --min-size ≤"):
+        library.sizes(224, TensorRtOptions(min_size=300))

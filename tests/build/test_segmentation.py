@@ -105,6 +105,18 @@ def test_fp16_gives_nearly_the_same_labels(backend, model, folder, tmp_path):
     assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
 
 
+def test_an_engine_is_built_for_a_range_of_sizes_and_gives_nearly_the_same_labels_in_fp16(folder, tmp_path, run):
+    sizes = ("--imgsz", "dynamic", "--min-size", 32, "--opt-size", 96, "--max-size", 128)
+    result = run("trt", "--fp16", "--weights", folder, *sizes, "-o", tmp_path, "--json")
+    assert result.code == 0, result.err
+    engine = result.json["artifact"]
+    assert (engine["task"], engine["target"]["sizes"]) == ("segment", [32, 96, 128])
+    report = run("verify", engine["path"], "--samples", 1, "--json").json
+    values = {finding["metric"]: finding["value"] for finding in report["findings"]}
+    assert values["simulated"] == 1, "every result of the graph that it was built from was rounded to fp16"
+    assert values["pixel_agreement"] > 99.5
+
+
 @pytest.mark.parametrize("settings", [{"dims": (8, 16, 24), "scales": (1, 3)}, {"dims": (8, 12), "scales": (1, 2, 5)}])
 def test_other_numbers_of_levels_are_right_at_every_size(settings, tmp_path):
     model = segmenters.transformers_model(**settings)
@@ -131,7 +143,6 @@ def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("trt",), "--task segment: TensorRT engines are not built for it"),
         (("onnx", "--int8"), "--task segment: the head of UPerNet is not quantized, so int8 is not built"),
         (("onnx", "--task", "segment,features"), "the output of segment stands alone"),
         (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4 or labels"),

@@ -50,13 +50,14 @@ def lower(artifact: Artifact, wanted: str, out: Path, keep: Sequence[str] = ()) 
     return half.lower(artifact, wanted, out, FORM, keep) if wanted in half.HALVES else artifact
 
 
-def check(wanted: str, batch: int | None, options: TargetOptions) -> None:
-    """Refuse what the flavor or the options cannot do, and profiles of a fixed batch.
+def check(wanted: str, batch: int | None, imgsz: object, options: TargetOptions) -> None:
+    """Refuse what the flavor or the options cannot do, and profiles of a fixed batch or size.
 
     Raises: BadRequest for that; Unavailable when the flavor is not installed.
     """
     assert isinstance(options, TensorRtOptions)
     library.check(library.find(options.flavor), wanted, batch, options)
+    library.check_sizes(imgsz, options)
 
 
 def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) -> Artifact:
@@ -77,6 +78,8 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
     macs = plan.macs_of(graph)
     del graph  # its weights are not needed twice
     shapes = builder.profiles(artifact.sidecar, options)
+    is_dynamic = any(isinstance(side, str) for side in artifact.sidecar.inputs[0].shape[1:])
+    sizes = builder.image_sizes(artifact.sidecar, options) if is_dynamic else ()
     check_space(out, artifact.sidecar.bytes)  # a plan is as large as the weights in it
     step(f"building a {trt.flavor} {trt.version} engine of {artifact.path.name}")
     engine, listing = builder.build(trt, artifact.path, artifact.sidecar, options)
@@ -90,6 +93,7 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
             "flavor": trt.flavor,
             "version": trt.version,
             "os": OS,
+            "sizes": list(sizes),
             "profiles": [list(msgspec.to_builtins(profile)) for profile in shapes],
             "compute_capability": list(options.compute_capability) or _default_capabilities(trt),
         },
@@ -185,7 +189,6 @@ TARGET = Target(
     placements=PLACEMENTS,
     reproducible=False,
     no_pictures=lambda _: "a TensorRT engine has fixed image sizes",
-    no_segmentation="TensorRT engines are not built for it, because their fp16 sums have not been tried on a GPU",
     lower=lower,
     check=check,
     findings=findings,

@@ -10,13 +10,12 @@ from threading import Event, Thread
 from typing import Any
 
 from exporter.artifact.disk import user_path, write_file
-from exporter.artifact.sidecar import Sidecar
-from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions
+from exporter.artifact.sidecar import Sidecar, sides
+from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions, sizes
 from exporter.errors import BadRequest, ExporterError
 from exporter.progress import note, track
 
 DEFAULT_PROFILE = Profile(1, 1, 16)
-DYNAMIC_SIZE = (64, 224, 512)  # pixels of a profile where the size is dynamic
 GIB = 2**30
 
 
@@ -50,6 +49,14 @@ def profiles(sidecar: Sidecar, target: TensorRtOptions) -> tuple[Profile, ...]:
     """The batch sizes that a plan is built for: of a fixed batch only that."""
     fixed = sidecar.inputs[0].shape[0]
     return (Profile(fixed, fixed, fixed),) if isinstance(fixed, int) else target.profiles or (DEFAULT_PROFILE,)
+
+
+def image_sizes(sidecar: Sidecar, target: TensorRtOptions) -> tuple[int, int, int]:
+    """The heights and widths that a plan is built for, where they are dynamic: smallest, best and largest.
+
+    Raises: BadRequest as `library.sizes` does.
+    """
+    return sizes(max(sides(sidecar.preprocessing.size)), target)
 
 
 def build(library: Library, file: Path, sidecar: Sidecar, target: TensorRtOptions) -> tuple[bytes, str]:
@@ -139,17 +146,17 @@ def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, 
     given = network.get_input(0)
     for profile in profiles(sidecar, target):
         shapes = builder.create_optimization_profile()
-        shapes.set_shape(given.name, *_shapes(sidecar, profile))
+        shapes.set_shape(given.name, *_shapes(sidecar, profile, target))
         config.add_optimization_profile(shapes)
     return config
 
 
-def _shapes(sidecar: Sidecar, profile: Profile) -> list[tuple[int, ...]]:
+def _shapes(sidecar: Sidecar, profile: Profile, target: TensorRtOptions) -> list[tuple[int, ...]]:
     """The least, best and largest input (N, C, H, W) of a profile."""
-    sides = sidecar.inputs[0].shape[1:]
+    of_images, dynamic = sidecar.inputs[0].shape[1:], image_sizes(sidecar, target)
     return [
-        (count, *(side if isinstance(side, int) else size for side in sides))
-        for count, size in zip((profile.least, profile.best, profile.most), DYNAMIC_SIZE, strict=True)
+        (count, *(side if isinstance(side, int) else size for side in of_images))
+        for count, size in zip((profile.least, profile.best, profile.most), dynamic, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from exporter.recipe.fields import about
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+Side = Annotated[int, Meta(ge=32)]
 LOWEST = {"bf16": "8.0", "fp8": "8.9"}  # compute capability that has the arithmetic
 OS = {"linux": "linux", "win32": "windows"}.get(sys.platform, sys.platform)
 
@@ -46,10 +47,22 @@ class Profile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorRtOptions(TargetOptions, frozen=True):
-    """What an engine is built for. Without `profiles` it is 1 to 16 images, tuned for 1."""
+    """What an engine is built for. Without `profiles` it is 1 to 16 images, tuned for 1. Height and width, where they
+    are dynamic, are the same range in every profile."""
 
     flavor: Annotated[Flavor | None, about("Library; by default the one that is installed.")] = None
     profiles: tuple[Profile, ...] = ()
+    min_size: Annotated[
+        Side | None, about("Smallest height and width, with --imgsz dynamic.", metavar="N", default="64")
+    ] = None
+    opt_size: Annotated[
+        Side | None,
+        about("Height and width that an engine is tuned for, with --imgsz dynamic.", metavar="N", default="published"),
+    ] = None
+    max_size: Annotated[
+        Side | None,
+        about("Largest height and width, with --imgsz dynamic.", metavar="N", default="512, or twice the tuned one"),
+    ] = None
     compute_capability: Annotated[
         tuple[str, ...],
         about("tensorrt-rtx: GPUs to build for, like 8.9; may be repeated.", metavar="X.Y", default="8.0 and above"),
@@ -169,6 +182,37 @@ def _check_profiles(batch: int | None, target: TensorRtOptions) -> None:
                 f"--batch {batch} is fixed, and a profile asks for others; leave --min-batch, --opt-batch and "
                 "--max-batch out, or --batch"
             )
+
+
+def sizes(published: int, target: TensorRtOptions) -> tuple[int, int, int]:
+    """Smallest, best and largest height and width of images, in pixels, where they are dynamic; `published` is the size
+    that the network is published with.
+
+    Raises: BadRequest for sizes that are not in this order.
+    """
+    best = published if target.opt_size is None else target.opt_size
+    least = min(64, best) if target.min_size is None else target.min_size
+    most = max(512, 2 * best) if target.max_size is None else target.max_size
+    if not least <= best <= most:
+        raise _not_in_order(least, best, most)
+    return least, best, most
+
+
+def _not_in_order(*pixels: int) -> BadRequest:
+    return BadRequest(
+        f"images of {', '.join(map(str, pixels))} pixels: expected --min-size ≤ --opt-size ≤ --max-size; give all three"
+    )
+
+
+def check_sizes(imgsz: object, target: TensorRtOptions) -> None:
+    """Raises: BadRequest for a range of sizes where the size is fixed."""
+    given = [name for name in ("min_size", "opt_size", "max_size") if getattr(target, name) is not None]
+    if given and imgsz != "dynamic":
+        option = f"--{given[0].replace('_', '-')}"
+        raise BadRequest(f"{option}: the size of images is fixed; add --imgsz dynamic, or leave {option} out")
+    known = [size for size in (target.min_size, target.opt_size, target.max_size) if size is not None]
+    if known != sorted(known):
+        raise _not_in_order(*known)
 
 
 def _check_capabilities(library: Library, precision: str, target: TensorRtOptions) -> None:

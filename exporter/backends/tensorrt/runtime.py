@@ -262,9 +262,9 @@ class PlanSession:
         ]
         if not fits:
             ranges = " and ".join(f"{tuple(least)} to {tuple(most)}" for least, _, most in self.profiles)
-            raise BadRequest(
-                f"a batch of {shape}: the engine takes {ranges}; build it with --min-batch and --max-batch"
-            )
+            fit = any(least[0] <= shape[0] <= most[0] for least, _, most in self.profiles)
+            options = "--min-size and --max-size" if fit else "--min-batch and --max-batch"
+            raise BadRequest(f"a batch of {shape}: the engine takes {ranges}; build it with {options}")
         return min(fits)[1]
 
     def _enqueue(self) -> None:
