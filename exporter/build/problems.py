@@ -143,6 +143,14 @@ def refuse_segmentation(recipe: Recipe, target: Target) -> None:
         )
 
 
+def refuse_pyramid(recipe: Recipe, target: Target) -> None:
+    """Raises: BadRequest for a target or a precision that feature pyramids are not built for."""
+    if target.no_segmentation:
+        raise BadRequest(f"--task pyramid: {target.no_segmentation}; give --task features for the backbone alone")
+    if recipe.quantization is not None:
+        raise BadRequest(f"--task pyramid: an FPN is not quantized, so {recipe.precision} is not built; give fp16")
+
+
 def _check_quantization(recipe: Recipe, target: Target) -> None:
     if recipe.precision not in target.precisions:
         return  # reported already
