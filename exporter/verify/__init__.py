@@ -34,7 +34,7 @@ MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
     *("relative_error", "r2", "spearman"),
-    *("pixel_agreement", "miou_to_eager", "miou_eager", "miou", "miou_drop"),
+    *("pixel_agreement", "boundary_agreement", "miou_to_eager", "miou_eager", "miou", "miou_drop"),
     *("label_agreement", "map_eager", "map", "map_drop", "neighbour_agreement"),
 )
 """The metrics that an artifact's sidecar keeps."""

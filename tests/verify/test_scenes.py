@@ -44,4 +44,5 @@ def test_fp16_gives_a_trained_network_the_same_classes(backend, scenes, half, tm
     assert report.passed
     assert report.value("images") == drawing.HELD_OUT
     assert report.value("pixel_agreement") > 99.9
+    assert 99 < report.value("boundary_agreement") <= report.value("pixel_agreement"), "classes change at borders first"
     assert {finding.case for finding in report.findings if finding.metric == "iou"} == set(drawing.LABELS)
