@@ -104,9 +104,9 @@ def open_data(sidecar: Sidecar, options: Checks) -> Samples:
 
     Raises: BadRequest for data that cannot be used.
     """
-    if outputs.has_masks(sidecar) and (pair := masks.folders_of(options.data)) is not None:
+    if outputs.has_masks(sidecar) and (pairs := masks.pairs_of(options.data)) is not None:
         values = masks.Values(sidecar.weights.num_classes, options.reduce_zero_label)
-        return masks.open_masks(options.data, pair, sidecar.preprocessing, values, options.samples)
+        return masks.open_masks(options.data, pairs, sidecar.preprocessing, values, options.samples)
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
