@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,14 +75,18 @@ def pairs_of(source: str) -> list[Pair] | None:
 
 
 def open_masks(
-    source: str, pairs: Sequence[Pair], recipe: Preprocessing, values: Values, most: int | None = None
+    source: str,
+    pairs: Sequence[Pair],
+    recipe: Callable[[Path], Preprocessing],
+    values: Values,
+    most: int | None = None,
 ) -> Samples:
     """Images, each with its mask at the size of the network's input.
 
     Args:
         source: what the user gave, for messages.
         pairs: from `pairs_of`.
-        recipe: how each image becomes an input.
+        recipe: for the file of an image, how it becomes an input.
         values: what the values of masks stand for.
         most: at most so many images, evenly spread; None is all.
 
@@ -96,10 +100,14 @@ def open_masks(
 
     def items() -> Iterator[Item]:
         for name, image, mask, digest in pairs:
-            yield name, partial(_read, image, mask, recipe, values), partial(read_file, image, recipe, digest)
+            yield name, partial(_read, image, mask, recipe, values), partial(_input, image, recipe, digest)
 
     files = {pair.name: pair.image for pair in pairs}
     return Samples(source, len(pairs), items, labelled=True, identity=lambda name: sha256_file(files[name]))
+
+
+def _input(image: Path, recipe: Callable[[Path], Preprocessing], digest: str) -> NDArray[Any]:
+    return read_file(image, recipe(image), digest)
 
 
 def _mask_of(name: str) -> str:
@@ -110,7 +118,7 @@ def _mask_of(name: str) -> str:
     return f"{stem}.png"
 
 
-def _read(image: Path, mask: Path, recipe: Preprocessing, values: Values) -> NDArray[np.int64]:
+def _read(image: Path, mask: Path, recipe: Callable[[Path], Preprocessing], values: Values) -> NDArray[np.int64]:
     """The class of each pixel (height, width) of the input, −1 where it has none. Masks take the way of their image,
     with the nearest pixel.
 
@@ -136,4 +144,4 @@ def _read(image: Path, mask: Path, recipe: Preprocessing, values: Values) -> NDA
             f"{mask}: value {largest + first}, but the {values.classes} classes are {first} to "
             f"{values.classes - 1 + first}, and {IGNORED} is ignored{advice}"
         )
-    return images.preprocess_mask(classes, recipe)
+    return images.preprocess_mask(classes, recipe(image))

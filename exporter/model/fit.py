@@ -66,7 +66,10 @@ def fit(
         _check_known(known, state)
     arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
     if known is None:
-        arch = replace(arch, decoder=decoder_of(state, arch, stated), pyramid=pyramid_of(state, arch, stated))
+        decoder = decoder_of(state, arch, stated)
+        if decoder is not None:
+            decoder = replace(decoder, windows=stated.get("windows", ()))
+        arch = replace(arch, decoder=decoder, pyramid=pyramid_of(state, arch, stated))
     if choices.norm and arch.norm != choices.norm:
         raise BadRequest(f"--norm {choices.norm}: the norms of these weights are of the kind {arch.norm}; leave it out")
     _check_keys(state, arch)

@@ -34,12 +34,14 @@ class Decoder(Record, frozen=True):
     width: channels between its layers.
     levels: the stages whose maps it takes, two or more.
     scales: sides of the grids that the last of these maps is pooled to.
+    windows: height, width and both steps of the windows that its configuration evaluates with; () for whole images.
     """
 
     classes: int
     width: int
     levels: tuple[int, ...]
     scales: tuple[int, ...]
+    windows: tuple[int, ...] = ()
 
 
 class Architecture(Record, frozen=True):

@@ -32,7 +32,7 @@ def read(folder, split="", recipe=RECIPE, most=None, **values):
     source = f"{folder}#{split}" if split else str(folder)
     pairs = masks.pairs_of(source)
     assert pairs is not None
-    samples = masks.open_masks(source, pairs, recipe, masks.Values(**{"classes": 3, **values}), most)
+    samples = masks.open_masks(source, pairs, lambda _: recipe, masks.Values(**{"classes": 3, **values}), most)
     (batch,) = samples.batches(8)
     return batch
 
@@ -80,7 +80,7 @@ def test_a_manifest_names_the_mask_of_each_image(tmp_path):
 def test_an_image_that_is_not_that_of_the_manifest_is_skipped(tmp_path):
     write(tmp_path, "a.jpg", "a.png", quarters())
     path = manifest(tmp_path, f"path\tmask\tsha256\na.jpg\ta.png\t{'0' * 64}\n", "list.tsv")
-    samples = masks.open_masks(str(path), masks.pairs_of(str(path)), RECIPE, masks.Values(3))
+    samples = masks.open_masks(str(path), masks.pairs_of(str(path)), lambda _: RECIPE, masks.Values(3))
     assert list(samples.batches(1)) == []
     assert "its SHA-256 is not the 000000000000" in samples.skipped[0]
 
