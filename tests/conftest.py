@@ -251,6 +251,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once.written(once.shared_folder(tmp_path_factory, "scenes"), scenes.prepare)
 
 
+@pytest.fixture(scope="session")
+def half_scenes(scenes: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The artifact in fp16 of the network in `scenes`."""
+    return build(scenes / "model", tmp_path_factory.mktemp("half_scenes"), precision="fp16")
+
+
 def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):
     """A recipe from fields of its sections by name; int8 and fp8 are calibrated on 16 images where nothing is said."""
     from exporter.precision import PRECISIONS

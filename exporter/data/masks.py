@@ -19,6 +19,7 @@ from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.data.samples import Item, Samples, images_in, read_file, spread
 from exporter.errors import BadRequest
 
+MOST_COLORS = 256
 IGNORED = 255  # the value of pixels without a class, in all these data sets
 _FOLDERS = (
     ("images", "annotations"),  # ADE20K
@@ -27,6 +28,17 @@ _FOLDERS = (
     ("leftImg8bit", "gtFine"),  # Cityscapes
 )
 _ENDINGS = (("_leftImg8bit", "_gtFine_labelTrainIds"),)
+
+
+def colors() -> NDArray[np.uint8]:
+    """A colour for each of 256 classes, (256, 3): those of PASCAL VOC's devkit (`VOClabelcolormap`), in which bit
+    3·k + c of the number is bit 7 − k of channel c; class 0 is black."""
+    numbers = np.arange(MOST_COLORS)
+    table = np.zeros((MOST_COLORS, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            table[:, channel] |= (((numbers >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return table
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from exporter.graph import files, half
 from exporter.progress import step, track
 from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
-from exporter.report import Finding, Report, judged
+from exporter.report import Finding, Picture, Report, judged
 from exporter.verify import checks, outputs
 from exporter.verify.blocks import block_errors
+from exporter.verify.checks.segmentation import Segmentation
 from exporter.verify.slide import SlideOptions, Windows, sliding, whole, windows_of
 
 BATCH = 16
@@ -93,6 +94,7 @@ def verify(
         artifact=artifact.to_dict(),
         environment={**backends.environment(), "session": measured.facts},
         findings=tuple(measured.findings),
+        pictures=measured.pictures,
     )
 
 
@@ -159,12 +161,13 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """The findings of all checks, the facts of the artifact's session, and a digest of the images in their order, with
-    their classes."""
+    """The findings of all checks, the facts of the artifact's session, a digest of the images in their order, with
+    their classes, and pictures of masks."""
 
     findings: list[Finding]
     facts: dict[str, str]
     images: str
+    pictures: tuple[Picture, ...] = ()
 
 
 def _measured(
@@ -208,7 +211,8 @@ def _measured(
     if options.blocks:
         images = next(iter(samples.batches(fixed or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return Measured(findings, facts, digest.hexdigest())
+    pictures = [one for meter in meters if isinstance(meter, Segmentation) for one in meter.worst.pictures()]
+    return Measured(findings, facts, digest.hexdigest(), tuple(pictures))
 
 
 def _compare_blocks(

@@ -15,12 +15,7 @@ from tests.reference import library
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def half(scenes, tmp_path_factory):
-    return build(scenes / "model", tmp_path_factory.mktemp("half"), precision="fp16")
-
-
-def test_the_network_has_learned_the_held_out_scenes(scenes, half):
+def test_the_network_has_learned_the_held_out_scenes(scenes, half_scenes):
     """mIoU of transformers' own forward, counted pixel by pixel, is what `verify` reports."""
     model = library("transformers").UperNetForSemanticSegmentation.from_pretrained(scenes / "model").eval()
     both, union = np.zeros(5), np.zeros(5)
@@ -33,13 +28,13 @@ def test_the_network_has_learned_the_held_out_scenes(scenes, half):
             union[label] += ((mask == label) | (classes == label)).sum()
     expected = 100 * (both / union).mean()
     assert expected > 80
-    report = verify(half, VerifyOptions(data=str(scenes / "val")))
+    report = verify(half_scenes, VerifyOptions(data=str(scenes / "val")))
     assert report.value("miou_eager") == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_fp16_gives_a_trained_network_the_same_classes(backend, scenes, half, tmp_path):
-    artifact = half if backend == "onnxruntime" else build(scenes / "model", tmp_path, backend, "fp16")
+def test_fp16_gives_a_trained_network_the_same_classes(backend, scenes, half_scenes, tmp_path):
+    artifact = half_scenes if backend == "onnxruntime" else build(scenes / "model", tmp_path, backend, "fp16")
     report = verify(artifact, VerifyOptions(data=str(scenes / "val"), min_agreement=99.9, max_drop=0.1))
     assert report.passed
     assert report.value("images") == drawing.HELD_OUT

@@ -13,6 +13,7 @@ from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify.checks import Check, Seen, Subject
 from exporter.verify.outputs import PIXELS, kinds
+from exporter.verify.pictures import Worst
 
 MOST_NAMED = 3  # classes in a finding's detail
 BAND = 3  # pixels on both sides of a border between classes
@@ -32,6 +33,7 @@ class Segmentation:
         pairs = ("to_eager", "eager", "artifact")
         self.counts: dict[str, Counts] = {pair: np.zeros((self.classes, self.classes), np.int64) for pair in pairs}
         self.agree: list[float] = []
+        self.worst = Worst()
         self.in_band = self.agree_in_band = 0
         self.has_masks = False
 
@@ -45,7 +47,9 @@ class Segmentation:
         self.in_band += int(band.sum())
         self.agree_in_band += int((eager == got)[band].sum())
         self.counts["to_eager"] += self._count(eager, got)
-        if seen.labels.ndim == 3:
+        masked = seen.labels.ndim == 3
+        self.worst.see(seen.names, seen.labels if masked else eager, got, "masks" if masked else "eager PyTorch")
+        if masked:
             self.has_masks = True
             known = seen.labels >= 0
             self.counts["eager"] += self._count(seen.labels[known], eager[known])
