@@ -79,11 +79,11 @@ def test_of_equal_scores_the_first_class_counts():
 
 
 def test_the_band_around_borders_has_three_pixels_on_both_sides():
-    classes = np.zeros((2, 20, 20), np.int64)
-    classes[0, :, 10:] = 4
+    classes = np.zeros((3, 20, 20), np.int64)
+    classes[0, :, 10:] = classes[2, :, :10] = 4
     classes[1, 0, 0] = 1
     band = near_borders(classes)
-    assert (band[0] == [7 <= column < 13 for column in range(20)]).all()
+    assert (band[[0, 2]] == [7 <= column < 13 for column in range(20)]).all()
     np.testing.assert_array_equal(np.argwhere(band[1]), np.argwhere(np.ones((4, 4))))
 
 
