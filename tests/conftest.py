@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import once, program
+from tests.reference import library
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
@@ -237,6 +238,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = once.shared_folder(tmp_path_factory, "tiny_v2")
     return once.written(folder, lambda path: write_tiny(path, grn=True, layer_scale=False))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small UPerNet in `model`, trained on drawn scenes, and held-out ones with masks in `val`: see
+    `benchmarks.scenes`."""
+    library("transformers")
+    pytest.importorskip("sklearn")
+    from benchmarks import scenes
+
+    return once.written(once.shared_folder(tmp_path_factory, "scenes"), scenes.prepare)
+
+
+@pytest.fixture(scope="session")
+def half_scenes(scenes: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The artifact in fp16 of the network in `scenes`."""
+    return build(scenes / "model", tmp_path_factory.mktemp("half_scenes"), precision="fp16")
 
 
 def recipe_of(backend: str = "onnxruntime", precision: str = "fp32", **fields: Any):

@@ -6,6 +6,7 @@ import shutil
 
 import msgspec
 import pytest
+import torch
 from msgspec.structs import replace
 from PIL import Image
 
@@ -15,13 +16,15 @@ from exporter.build import tune
 from exporter.build.int8 import speed
 from exporter.data.synthetic import dead_leaves
 from exporter.model import hub, variants
+from exporter.model.levels import Pyramid
 from exporter.optimize import search
-from tests.conftest import ROOT, tiny_architecture, type_command, write_tiny
+from tests.conftest import ROOT, tiny_architecture, tiny_state, type_command, write_tiny
 
 README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
 PAGES = (
     "bisect",
+    "detection",
     "inputs",
     "int8",
     "multilabel",
@@ -88,6 +91,17 @@ def write_upernet(desk):
             Image.fromarray(pixels if folder == "images" else pixels[..., 0] // 24).save(path)
 
 
+def write_detector(desk):
+    """A checkpoint as mmdet writes it: a tiny ConvNeXt with an FPN, and the head of an RPN."""
+    pyramid = Pyramid(width=8, stages=(0, 1, 2, 3), outputs=5)
+    state = tiny_state(head_norm=False, stage_norms=(0, 1, 2, 3), pyramid=pyramid)
+    names = {key: key if key.startswith("neck.") else f"backbone.{key}" for key in state}
+    names = {key: re.sub(r"\.stage_norms\.", ".norm", name) for key, name in names.items()}
+    state = {re.sub(r"(convs\.\d)\.", r"\1.conv.", names[key]): tensor for key, tensor in state.items()}
+    state["rpn_head.rpn_conv.weight"] = state["neck.fpn_convs.0.conv.weight"]
+    torch.save({"meta": {"CLASSES": ("person", "bicycle")}, "state_dict": state}, desk / "mask_rcnn.pth")
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
     """In order, as a reader types them."""
@@ -114,10 +128,10 @@ def test_every_command_of_the_readme_runs(desk, run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_the_docs_runs(page, desk, run, monkeypatch):
-    if page == "segmentation":
+    if page in ("segmentation", "detection"):
         tiny = replace(variants.VARIANTS["tiny"], architecture=tiny_architecture())
         monkeypatch.setitem(variants.VARIANTS, "tiny", tiny)
-        write_upernet(desk)
+        write_upernet(desk) if page == "segmentation" else write_detector(desk)
     elif page == "optimize":  # eager PyTorch is timed in processes that know no stand-ins
         monkeypatch.setitem(variants.VARIANTS, "base", BASE)
     else:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-Task = Literal["classify", "embed", "tokens", "features", "segment"]
+Task = Literal["classify", "embed", "tokens", "features", "segment", "pyramid"]
 Answer = Literal["logits", "softmax", "sigmoid", "top5", "labels", "logits4"]
 Content = Literal[
     "", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map", "pixel_logits", "labels"
@@ -15,6 +15,7 @@ Content = Literal[
 """What an output holds: logits; their softmax or sigmoid; the numbers of the five most probable classes, and with them
 `top5`, their probabilities; a feature vector; tokens; the feature map of a stage; or for each pixel its logits, or the
 number of its class. "" for an input."""
+ALONE: tuple[Task, ...] = ("segment", "pyramid")
 SEGMENT_ANSWERS: tuple[Answer, ...] = ("logits", "logits4", "labels")
 
 PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
@@ -24,7 +25,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The outputs of a network: those of each task, in order.
 
     tasks: `classify`, the output of each head; `embed`, one feature vector an image; `tokens`, the feature
-        vector and one token for each position of the last map; `features`, the map of each stage.
+        vector and one token for each position of the last map; `features`, the map of each stage; `segment`, the class
+        of each pixel; `pyramid`, the maps of a feature pyramid.
     answer: the output of each head: logits, their softmax or sigmoid, or the five most probable classes with their
         probabilities.
     l2: whether feature vectors have unit length.
@@ -47,6 +49,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         task = ",".join(self.tasks)
         if len(set(self.tasks)) < len(self.tasks):
             return f"--task {task}: give each task once"
+        if len(self.tasks) > 1 and (alone := next((one for one in self.tasks if one in ALONE), "")):
+            return f"--task {task}: the output of {alone} stands alone; give --task {alone}"
         if "segment" in self.tasks:
             return self._segment_contradiction()
         if self.answer in ("labels", "logits4"):
@@ -58,18 +62,16 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return ""
 
     def _segment_contradiction(self) -> str:
-        if len(self.tasks) > 1:
-            return f"--task {','.join(self.tasks)}: the output of segment stands alone; give --task segment"
         if self.answer not in SEGMENT_ANSWERS:
             return f"--output {self.answer}: task segment takes {', '.join(SEGMENT_ANSWERS[:-1])} or labels"
         return "--l2: task segment has no feature vector; leave it out" if self.l2 else ""
 
-    def named(self, heads: Sequence[str], stages: int) -> dict[str, Content]:
+    def named(self, heads: Sequence[str], strides: Sequence[int]) -> dict[str, Content]:
         """The name of each output, with what it holds.
 
         Args:
             heads: their names, where there are several.
-            stages: their number.
+            strides: of the stages, or of the maps of a pyramid: powers of 2, which count its levels (`p2` has 4).
         """
         outputs: dict[str, Content] = {}
         for task in self.tasks:
@@ -78,7 +80,9 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             elif task == "classify":
                 outputs |= self._of_heads(heads)
             elif task == "features":
-                outputs |= {f"stage{number}": "map" for number in range(1, stages + 1)}
+                outputs |= {f"stage{number}": "map" for number in range(1, len(strides) + 1)}
+            elif task == "pyramid":
+                outputs |= {f"p{stride.bit_length() - 1}": "map" for stride in strides}
             else:
                 outputs |= {"embedding": "embedding"} if task == "embed" else {"tokens": "tokens"}
         return outputs

@@ -16,6 +16,7 @@ import numpy as np
 
 from exporter import backends
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import ALONE
 from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
@@ -98,10 +99,10 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     """
     from exporter.model import weights
 
-    if "segment" in artifact.sidecar.spec.tasks:
+    if artifact.sidecar.task in ALONE:
         raise BadRequest(
-            f"{artifact.path}: bisect measures the parts of a classifier, and this is --task segment; verify --blocks "
-            "compares its blocks"
+            f"{artifact.path}: bisect measures the parts of a classifier, and this is --task {artifact.sidecar.task}; "
+            "verify --blocks compares its blocks"
         )
     runtime = backends.runtime_of(artifact)
     backends.device_of(artifact, options.device)

@@ -54,7 +54,7 @@ class Chain:
 
     def contents(self) -> list[Content]:
         """What each output of the network holds."""
-        return list(self.model.spec.named(list(self.model.heads), len(self.model.stages)).values())
+        return list(self.model.spec.named(list(self.model.heads), range(len(self.model.stages))).values())
 
     def is_tail(self, place: int) -> bool:
         """Whether an output of the network is computed from that of the last block alone: it is no feature map."""

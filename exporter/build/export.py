@@ -279,7 +279,7 @@ def _probe_images(options: TraceOptions, preprocessing: Preprocessing) -> Array:
     """A few images (N, C, H, W); where axes are dynamic, N, H and W differ from those of the trace."""
     if pictures := _probe_pictures(preprocessing):
         return np.concatenate([images.preprocess_pictures(picture, preprocessing) for picture in pictures])
-    resized = preprocessing if options.imgsz else preprocessing.at((96, 131) if options.is_segmentation else 96)
+    resized = preprocessing if options.imgsz else preprocessing.at((96, 131) if options.has_any_size else 96)
     count = min(3, options.batch or 3)
     pixels = [synthetic.dead_leaves(resized.size, FIRST_PROBE_SEED + i, resized.channels) for i in range(count)]
     return inputs.rounded(np.stack([images.normalise(one, resized) for one in pixels]), preprocessing)

@@ -145,6 +145,12 @@ def refuse_segmentation(recipe: Recipe) -> None:
         )
 
 
+def refuse_pyramid(recipe: Recipe) -> None:
+    """Raises: BadRequest for a precision that feature pyramids are not built for."""
+    if recipe.quantization is not None:
+        raise BadRequest(f"--task pyramid: an FPN is not quantized, so {recipe.precision} is not built; give fp16")
+
+
 def _check_quantization(recipe: Recipe, target: Target) -> None:
     if recipe.precision not in target.precisions:
         return  # reported already

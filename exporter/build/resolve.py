@@ -15,7 +15,14 @@ from exporter import artifact as artifacts
 from exporter import backends, machine, precision
 from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size, size_text
 from exporter.backends import Options, Runtime, Target, TargetOptions
-from exporter.build.problems import check_keep, find_problems, refuse_picture, refuse_segmentation, scope_of
+from exporter.build.problems import (
+    check_keep,
+    find_problems,
+    refuse_picture,
+    refuse_pyramid,
+    refuse_segmentation,
+    scope_of,
+)
 from exporter.data import calibration, samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph.trace import TraceOptions
@@ -185,6 +192,8 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     trace = _trace_options(recipe, checkpoint)
     if trace.is_segmentation:
         refuse_segmentation(recipe)
+    if "pyramid" in trace.spec.tasks:
+        refuse_pyramid(recipe)
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
         reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)
@@ -256,11 +265,15 @@ def _output_spec(recipe: Recipe, checkpoint: Checkpoint) -> OutputSpec:
 
 def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     arch, spec = checkpoint.variant.architecture, _output_spec(recipe, checkpoint)
-    first = arch.decoder.levels[0] if arch.decoder and "segment" in spec.tasks else 0
+    strides = arch.strides
+    if arch.decoder and "segment" in spec.tasks:
+        strides = strides[arch.decoder.levels[0] :]
+    elif arch.pyramid and "pyramid" in spec.tasks:
+        strides = arch.pyramid.strides(strides)
     size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size
     return TraceOptions(
         spec=spec,
-        strides=arch.strides[first:],
+        strides=strides,
         heads=tuple(variants.head_layer(head)[0] for head in arch.heads),
         imgsz=None if isinstance(size, str) else size,
         batch=recipe.fixed_batch,
@@ -304,7 +317,7 @@ def _sidecar(
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
     arch = checkpoint.variant.architecture
-    counted = arch if trace.is_segmentation else replace(arch, decoder=None)
+    counted = arch if trace.has_any_size else replace(arch, decoder=None, pyramid=None)
     source = weights.relative(checkpoint.weights.source, out)
     export = replace(recipe.export, keep=None)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={}, export=export)

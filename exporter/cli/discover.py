@@ -234,6 +234,8 @@ def _quantization(quantization: Quantization | None) -> list[tuple[str, str]]:
 
 def _content(sidecar: Sidecar, output: Tensor) -> str:
     """What an output holds, in words."""
+    if sidecar.task == "pyramid":
+        return f"level {output.name[1:]} of the feature pyramid"
     if output.holds == "map":
         stages = [tensor.name for tensor in sidecar.outputs if tensor.holds == "map"]
         has_norm = stages.index(output.name) in sidecar.architecture["stage_norms"]
@@ -247,6 +249,8 @@ def _content(sidecar: Sidecar, output: Tensor) -> str:
         "top5": "their probabilities",
         "embedding": f"feature vector{length}",
         "tokens": "feature vector, then a token for each position of the last map",
+        "pixel_logits": "logits of each pixel",
+        "labels": "class of each pixel",
     }
     return words[output.holds]
 

@@ -23,6 +23,7 @@ _COLUMNS = {
     "label": ("label", "labels", "class", "class_name", "category", "target", "tags"),
     "split": ("split", "subset", "set"),
     "sha256": ("sha256",),
+    "mask": ("mask", "mask_path"),
 }
 _FIELDS = {word: field for field, words in _COLUMNS.items() for word in words}
 _TESTED = ("val", "validation", "valid", "test")
@@ -73,7 +74,8 @@ def read_manifest(path: Path, split: str = "") -> Listed:
     place of `label` a table may have a column for each label, with 0 or 1.
 
     Paths are relative to the manifest's own folder, or to one beside it: of the manifest's or the split's name, or
-    `images`. Those of a calibration set are relative to the header's `source`.
+    `images`. Those in a column `mask` are relative to its own folder. Those of a calibration set are relative to the
+    header's `source`.
 
     Args:
         path: the file.
@@ -102,6 +104,8 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     numbered, split = _of_split(path, numbered, split)
     rows = [row for _, row in numbered]
+    if "mask" not in columns:
+        _check_masks(path, numbered)
     generated = "generator" in header
     root = path.parent / header.get("source", ".") if frozen and not generated else path.parent
     _check_names(path, root, "" if generated else header.get("source", ""), [row["path"] or "" for row in rows])
@@ -134,14 +138,15 @@ def _table(path: Path, lines: list[str], first: int, frozen: bool) -> tuple[_Row
 
 def _without_label_columns(words: list[str], names: list[str], body: list[delimited.Row]) -> list[str]:
     """Our names of the columns, without those of columns that hold a label: if the table has label columns, a column
-    `Target` or `Tags` with only 0 and 1 is read as a label too."""
+    `Target`, `Tags` or `Mask` with only 0 and 1 is read as a label too."""
 
     def holds_a_label(index: int) -> bool:
         return all(delimited.whole(cells[index]) in (0, 1) for _, cells in body)
 
-    if not any(not name and holds_a_label(index) for index, name in enumerate(names)):
+    if not any(name in ("", "mask") and holds_a_label(index) for index, name in enumerate(names)):
         return names
     other = {index for index, name in enumerate(names) if name == "label" and words[index].lower() != name}
+    other |= {index for index, name in enumerate(names) if name == "mask"}
     return ["" if index in other and holds_a_label(index) else name for index, name in enumerate(names)]
 
 
@@ -243,6 +248,17 @@ def _files(folder: Path, name: str) -> Iterator[str]:
     for suffix in (*suffixes, ".JPEG") if suffixes != [""] else suffixes:
         if (folder / f"{name}{suffix}").is_file():
             yield name + suffix
+
+
+def _check_masks(path: Path, rows: _Rows) -> None:
+    """Raises: BadRequest for an image without a mask where others have one, and for masks outside the folder."""
+    if not any("mask" in row for _, row in rows):
+        return
+    for line, row in rows:
+        row["mask"] = row["mask"].strip()
+        if not row["mask"]:
+            raise BadRequest(f"{path}: line {line} has no mask; add one, or remove the line")
+    _check_names(path, path.parent, "", [row["mask"] for _, row in rows])
 
 
 def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:

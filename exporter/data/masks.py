@@ -1,11 +1,12 @@
-"""Images with masks, which have the class of each pixel: folders as those of ADE20K and Cityscapes."""
+"""Images with masks, which have the class of each pixel: folders as those of ADE20K and Cityscapes, and manifests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
-from exporter.data.manifests import locate
+from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.data.samples import Item, Samples, images_in, read_file, spread
 from exporter.errors import BadRequest
 
+MOST_COLORS = 256
 IGNORED = 255  # the value of pixels without a class, in all these data sets
 _FOLDERS = (
     ("images", "annotations"),  # ADE20K
@@ -26,6 +28,17 @@ _FOLDERS = (
     ("leftImg8bit", "gtFine"),  # Cityscapes
 )
 _ENDINGS = (("_leftImg8bit", "_gtFine_labelTrainIds"),)
+
+
+def colors() -> NDArray[np.uint8]:
+    """A colour for each of 256 classes, (256, 3): those of PASCAL VOC's devkit (`VOClabelcolormap`), in which bit
+    3·k + c of the number is bit 7 − k of channel c; class 0 is black."""
+    numbers = np.arange(MOST_COLORS)
+    table = np.zeros((MOST_COLORS, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            table[:, channel] |= (((numbers >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return table
 
 
 @dataclass(frozen=True)
@@ -40,62 +53,84 @@ class Values:
     reduce_zero_label: bool = False
 
 
-def folders_of(source: str) -> tuple[Path, Path] | None:
-    """The folders of images and of masks of a source (`FOLDER`, or `FOLDER#SPLIT` for one of their sub-folders), or
-    None where it has none."""
+class Pair(NamedTuple):
+    """An image with its mask: its name for the user, both files, and the SHA-256 of the image where it is known."""
+
+    name: str
+    image: Path
+    mask: Path
+    digest: str = ""
+
+
+def pairs_of(source: str) -> list[Pair] | None:
+    """The images of a source that has masks: `FOLDER`, or `FOLDER#SPLIT` for one of the sub-folders of its images and
+    masks, or a manifest with a column `mask`. None for any other.
+
+    Raises: BadRequest for a folder without images, and a manifest that cannot be read.
+    """
     path, split = locate(source)
+    if is_manifest(path) and path.is_file():
+        listed = read_manifest(path, split)
+        return [
+            Pair(row["path"], listed.root / row["path"], path.parent / row["mask"], row.get("sha256", ""))
+            for row in listed.rows
+            if "mask" in row and "mask" not in listed.columns
+        ] or None
     for one, other in _FOLDERS:
         if (path / one).is_dir() and (path / other).is_dir():
-            return path / one / split, path / other / split
+            folder = path / one / split
+            names = images_in(folder) if folder.is_dir() else []
+            if not names:
+                raise BadRequest(f"{folder}: no images in it; give the folder that has images/ and annotations/")
+            return [Pair(name, folder / name, path / other / split / _mask_of(name)) for name in names]
     return None
 
 
 def open_masks(
-    source: str, pair: tuple[Path, Path], recipe: Preprocessing, values: Values, most: int | None = None
+    source: str,
+    pairs: Sequence[Pair],
+    recipe: Callable[[Path], Preprocessing],
+    values: Values,
+    most: int | None = None,
 ) -> Samples:
-    """The images of a folder, each with its mask at the size of the network's input.
+    """Images, each with its mask at the size of the network's input.
 
     Args:
         source: what the user gave, for messages.
-        pair: from `folders_of`.
-        recipe: how each image becomes an input.
+        pairs: from `pairs_of`.
+        recipe: for the file of an image, how it becomes an input.
         values: what the values of masks stand for.
         most: at most so many images, evenly spread; None is all.
 
-    Raises: BadRequest for a folder without images, and an image without a mask.
+    Raises: BadRequest for an image without a mask.
     """
-    folder, beside = pair
-    names = images_in(folder) if folder.is_dir() else []
-    if not names:
-        raise BadRequest(f"{folder}: no images in it; give the folder that has images/ and annotations/")
-    if most and most < len(names):
-        names = [names[index] for index in spread(len(names), most)]
-    paths = _masks(names, beside)
+    if most and most < len(pairs):
+        pairs = [pairs[index] for index in spread(len(pairs), most)]
+    for pair in pairs:
+        if not pair.mask.is_file():
+            raise BadRequest(f"{pair.mask}: no such mask, for the image {pair.name}; add it, or remove the image")
 
     def items() -> Iterator[Item]:
-        for name, mask in zip(names, paths, strict=True):
-            yield name, partial(_read, folder / name, mask, recipe, values), partial(read_file, folder / name, recipe)
+        for name, image, mask, digest in pairs:
+            yield name, partial(_read, image, mask, recipe, values), partial(_input, image, recipe, digest)
 
-    return Samples(source, len(names), items, labelled=True, identity=lambda name: sha256_file(folder / name))
-
-
-def _masks(names: Sequence[str], folder: Path) -> list[Path]:
-    """The mask of each image.
-
-    Raises: BadRequest for an image without one.
-    """
-    paths = []
-    for name in names:
-        stem = name.rpartition(".")[0]
-        for ending, of_mask in _ENDINGS:
-            stem = stem.removesuffix(ending) + of_mask if stem.endswith(ending) else stem
-        if not (folder / f"{stem}.png").is_file():
-            raise BadRequest(f"{folder / stem}.png: no such mask, for the image {name}; add it, or remove the image")
-        paths.append(folder / f"{stem}.png")
-    return paths
+    files = {pair.name: pair.image for pair in pairs}
+    return Samples(source, len(pairs), items, labelled=True, identity=lambda name: sha256_file(files[name]))
 
 
-def _read(image: Path, mask: Path, recipe: Preprocessing, values: Values) -> NDArray[np.int64]:
+def _input(image: Path, recipe: Callable[[Path], Preprocessing], digest: str) -> NDArray[Any]:
+    return read_file(image, recipe(image), digest)
+
+
+def _mask_of(name: str) -> str:
+    """The path of the mask of an image, below the folder of masks."""
+    stem = name.rpartition(".")[0]
+    for ending, of_mask in _ENDINGS:
+        stem = stem.removesuffix(ending) + of_mask if stem.endswith(ending) else stem
+    return f"{stem}.png"
+
+
+def _read(image: Path, mask: Path, recipe: Callable[[Path], Preprocessing], values: Values) -> NDArray[np.int64]:
     """The class of each pixel (height, width) of the input, −1 where it has none. Masks take the way of their image,
     with the nearest pixel.
 
@@ -121,4 +156,4 @@ def _read(image: Path, mask: Path, recipe: Preprocessing, values: Values) -> NDA
             f"{mask}: value {largest + first}, but the {values.classes} classes are {first} to "
             f"{values.classes - 1 + first}, and {IGNORED} is ignored{advice}"
         )
-    return images.preprocess_mask(classes, recipe)
+    return images.preprocess_mask(classes, recipe(image))

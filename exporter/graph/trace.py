@@ -44,9 +44,14 @@ class TraceOptions(Record, frozen=True):
         return "segment" in self.spec.tasks
 
     @property
+    def has_any_size(self) -> bool:
+        """Whether a dynamic height and width need not be multiples of the last stride."""
+        return not {"segment", "pyramid"}.isdisjoint(self.spec.tasks)
+
+    @property
     def outputs(self) -> dict[str, Content]:
         """The name of each output, with what it holds."""
-        return self.spec.named(self.heads, len(self.strides))
+        return self.spec.named(self.heads, self.strides)
 
 
 def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
@@ -55,7 +60,7 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     Args:
         model: in eval mode; its outputs are those of the options.
         options: within the bounds of a recipe. A dynamic height and width are multiples of the last stride, of
-            segmentation any.
+            segmentation and of a pyramid any.
 
     Returns: a graph from `images` (N, C, H, W) or (N, H, W, C), or one picture (H, W, C), to the outputs of `options`.
     """
@@ -68,7 +73,7 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
             (example,),
             dynamic_shapes=(_dynamic_axes(options),),
             strict=False,
-            prefer_deferred_runtime_asserts_over_guards=options.is_segmentation,  # sizes of any remainder have guards
+            prefer_deferred_runtime_asserts_over_guards=options.has_any_size,  # sizes of any remainder have guards
         )
         program = _converted(exported, options)
     graph_model = _taken(program.model)
@@ -82,7 +87,7 @@ def _example_shape(options: TraceOptions) -> tuple[int, ...]:
     stride or of the input of the network."""
     if options.picture:
         return 611, 823, options.channels
-    size = options.imgsz or (2 * options.strides[-1] if not options.is_segmentation else _odd_size(options))
+    size = options.imgsz or (2 * options.strides[-1] if not options.has_any_size else _odd_size(options))
     shape = (*sides(size), options.channels) if options.channels_last else (options.channels, *sides(size))
     return options.batch or 2, *shape
 
@@ -141,7 +146,7 @@ def _dynamic_axes(options: TraceOptions) -> dict[int, Any]:
         axes[0] = torch.export.Dim("batch")
     if options.imgsz is None:
         first, last = 1 if options.channels_last else 2, options.strides[-1]
-        if options.is_segmentation:
+        if options.has_any_size:
             # PyTorch takes a map of one position for a special case; the graph has none.
             axes[first], axes[first + 1] = (torch.export.Dim(name, min=2 * last) for name in ("height", "width"))
         else:
@@ -169,10 +174,11 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
     """Name the dynamic axes: batch, height, width, and height/4 … of a feature map; tokens."""
     import onnx_ir as ir
 
+    maps = dict(zip((name for name, holds in options.outputs.items() if holds == "map"), options.strides, strict=False))
     for value in [*model.graph.inputs, *model.graph.outputs]:
         assert value.shape is not None
         holds = options.outputs.get(value.name or "", "")
-        stride = options.strides[int((value.name or "").removeprefix("stage")) - 1] if holds == "map" else 1
+        stride = maps.get(value.name or "", 1)
         if holds == "pixel_logits" and options.spec.answer == "logits4":
             stride = options.strides[0]
         over = f"/{stride}" if stride > 1 else ""

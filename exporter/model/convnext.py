@@ -301,7 +301,7 @@ class ConvNeXt(nn.Module):
         self.spec = spec
         if "classify" not in spec.tasks and not (self.projection and "embed" in spec.tasks):
             self.head, self.heads, self.head_layers = None, nn.ModuleDict(), nn.Sequential()
-        of_stages = {"features", "segment"}
+        of_stages = {"features", "segment", "pyramid"}
         if of_stages.issuperset(spec.tasks):
             self.norm_pre = self.norm = None
         if of_stages.isdisjoint(spec.tasks):

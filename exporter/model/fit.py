@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from exporter.errors import BadRequest, first_line, some
 from exporter.model.decoder import decoder_of
 from exporter.model.layouts import Choices, Converted, to_ours
+from exporter.model.neck import pyramid_of
 from exporter.model.shapes import architecture, block_counts
 from exporter.model.variants import Architecture, Variant, head_layer, named
 
@@ -65,7 +66,10 @@ def fit(
         _check_known(known, state)
     arch = known or configured(architecture(state, converted.head, choices.norm or stated.get("norm", "")), stated)
     if known is None:
-        arch = replace(arch, decoder=decoder_of(state, arch, stated))
+        decoder = decoder_of(state, arch, stated)
+        if decoder is not None:
+            decoder = replace(decoder, windows=stated.get("windows", ()))
+        arch = replace(arch, decoder=decoder, pyramid=pyramid_of(state, arch, stated))
     if choices.norm and arch.norm != choices.norm:
         raise BadRequest(f"--norm {choices.norm}: the norms of these weights are of the kind {arch.norm}; leave it out")
     _check_keys(state, arch)
@@ -149,10 +153,13 @@ def empty(arch: Architecture, classes: int) -> ConvNeXt:
     import torch
 
     from exporter.model.convnext import ConvNeXt
+    from exporter.model.pyramid import PyramidNetwork
     from exporter.model.upernet import UPerNet
 
     with torch.device("meta"):
-        return ConvNeXt(arch, classes) if arch.decoder is None else UPerNet(arch)
+        if arch.decoder is not None:
+            return UPerNet(arch)
+        return ConvNeXt(arch, classes) if arch.pyramid is None else PyramidNetwork(arch)
 
 
 def _fill_biases(state: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
-from exporter.model import decoder, find_head
+from exporter.model import decoder, find_head, neck
 from exporter.model import head as heads
 from exporter.model.head import Head
 from exporter.model.shapes import block_counts
@@ -186,6 +186,7 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
     _sort_norms(converted)
     if choices.head != "none":
         decoder.take(converted, rest)
+        neck.take(converted, rest)
     find_head.take(converted, rest, choices, ordered)
     inside: list[str] = []
     outside: list[str] = []

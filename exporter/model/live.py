@@ -204,6 +204,7 @@ def tensors_of(outputs: Any, task: str) -> tuple[Tensor, ...]:
         "tokens": ("last_hidden_state",),
         "features": ("feature_maps",),
         "segment": ("logits",),
+        "pyramid": ("feature_maps",),
     }[task]
     for name in names:
         value = outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)

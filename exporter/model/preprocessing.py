@@ -128,6 +128,8 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
         return Stated(config.preprocessing, origins, config.unclear, config.share_below_384, source)
     if variant.architecture.decoder is not None:
         return Stated(processors.UPERNET, dict.fromkeys(VALUES, "published preprocessing of UPerNet"), source=source)
+    if variant.architecture.pyramid is not None:
+        return Stated(processors.DETECTOR, dict.fromkeys(VALUES, "published preprocessing of mmdet"), source=source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(VALUES, f"published preprocessing of torchvision's {variant.name}"))

@@ -18,6 +18,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # mmsegmentation scales and cuts windows of 512 pixels; transformers published the same weights with a stretched image.
 UPERNET = Preprocessing(size=512, resize=512, crop="squash", interpolation="bilinear", offset="floor")
+# mmdet resizes to a short side of 800 and a long one of at most 1333, and fills up to multiples of 32 on the right and
+# below; here the size is fixed, and both sides are filled up.
+DETECTOR = Preprocessing(size=(800, 1344), resize=(800, 1344), crop="border", interpolation="bilinear")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

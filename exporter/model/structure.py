@@ -24,8 +24,8 @@ KINDS = {
 PICTURE = "picture"
 _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
-_TAIL = r"norm_pre|norm|head_layers|heads|head|decode_head"
-_OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head|decode_head)[\w.]*(?=/)"
+_TAIL = r"norm_pre|norm|head_layers|heads|head|decode_head|neck"
+_OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head|decode_head|neck)[\w.]*(?=/)"
 _POOL = r"decode_head\.pools\.\d+"
 
 

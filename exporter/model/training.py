@@ -14,6 +14,7 @@ from exporter.model import labels, processors, stated
 from exporter.model.processors import Read
 
 ORIGIN = "args of the checkpoint"
+_DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
 _TIMM_ARGS = ("img_size", "input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")
 
 
@@ -26,7 +27,7 @@ def read_training(beside: Mapping[str, Any], statements: stated.Statements) -> t
     arguments = _mapping(beside.get("args"))
     if beside.get("args") is not None and not arguments:
         statements.notes.append(f"{ORIGIN}: {type(beside['args']).__name__} is not read")
-    read = _preprocessing(arguments, beside.get("arch"), statements) or _segmenter(beside, statements)
+    read = _preprocessing(arguments, beside.get("arch"), statements) or _openmmlab(beside, statements)
     names, where = _labels(beside)
     if names:
         statements.origins["labels"] = where
@@ -152,11 +153,14 @@ def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statem
     statements.read(args, keys, "args.")
 
 
-def _segmenter(beside: Mapping[str, Any], statements: stated.Statements) -> Read | None:
-    """Read the text of mmsegmentation's configuration: what UPerNet's weights do not show, and its pixels."""
+def _openmmlab(beside: Mapping[str, Any], statements: stated.Statements) -> Read | None:
+    """Read the text of the configuration of mmsegmentation or mmdet: what the weights of UPerNet and of an FPN do not
+    show, and the pixels."""
     meta = _mapping(beside.get("meta"))
     text = next((value for key in ("cfg", "config") if isinstance(value := meta.get(key), str)), "")
-    if "UPerHead" not in text:
+    if text:
+        statements.network["configuration"] = text
+    if "UPerHead" not in text and not _DETECTOR.search(text):
         return None
     origin = "configuration in the checkpoint"
     if re.search(r"\b(bgr_to_rgb|to_rgb)\s*=\s*False", text):
@@ -164,18 +168,32 @@ def _segmenter(beside: Mapping[str, Any], statements: stated.Statements) -> Read
             "the configuration in the checkpoint says bgr_to_rgb False: the network takes BGR, which is not supported; "
             "reverse the input channels of its first convolution, mean and std, and say True"
         )
-    if scales := _numbers(text, "pool_scales"):
-        statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
-    statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)
     values: dict[str, Any] = {
         name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
     }
-    if crop := _numbers(text, "crop_size"):
-        values["size"] = values["resize"] = as_size(int(crop[0]), int(crop[-1]))
-    recipe = processors.checked(**{**msgspec.structs.asdict(processors.UPERNET), **values})
+    base, default = processors.DETECTOR, "published preprocessing of mmdet"
+    if "UPerHead" in text:
+        base, default = processors.UPERNET, "published preprocessing of UPerNet"
+        values |= _segmenter(text, statements, origin)
+    recipe = processors.checked(**{**msgspec.structs.asdict(base), **values})
     names = ("size", "resize", "crop", "interpolation", "mean", "std")
-    default = "published preprocessing of UPerNet"
     return Read(recipe, {name: origin if name in values else default for name in names})
+
+
+def _segmenter(text: str, statements: stated.Statements, origin: str) -> dict[str, Any]:
+    """State what UPerNet's weights do not show; returns the size in the text, if it has one."""
+    if scales := _numbers(text, "pool_scales"):
+        statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
+    statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)
+    test = re.search(r"\btest_cfg\s*=\s*dict\((?:[^()]|\([^()]*\))*\)", text)
+    slides = test is not None and re.search(r"mode\s*=\s*['\"]slide", test[0])
+    windows = (
+        [int(side) for key in ("crop_size", "stride") for side in _numbers(test[0], key)] if test and slides else []
+    )
+    if len(windows) == 4 and all(windows):
+        statements.state("windows", tuple(windows), "test_cfg", windows, origin)
+    crop = _numbers(text, "crop_size")
+    return dict.fromkeys(("size", "resize"), as_size(int(crop[0]), int(crop[-1]))) if crop else {}
 
 
 def _numbers(text: str, key: str) -> tuple[float, ...]:

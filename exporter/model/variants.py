@@ -10,6 +10,8 @@ import msgspec
 
 from exporter.artifact.sidecar import Preprocessing, Record, Size, sides
 from exporter.errors import BadRequest, nearest
+from exporter.model import levels
+from exporter.model.levels import Pyramid
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -32,12 +34,14 @@ class Decoder(Record, frozen=True):
     width: channels between its layers.
     levels: the stages whose maps it takes, two or more.
     scales: sides of the grids that the last of these maps is pooled to.
+    windows: height, width and both steps of the windows that its configuration evaluates with; () for whole images.
     """
 
     classes: int
     width: int
     levels: tuple[int, ...]
     scales: tuple[int, ...]
+    windows: tuple[int, ...] = ()
 
 
 class Architecture(Record, frozen=True):
@@ -60,7 +64,7 @@ class Architecture(Record, frozen=True):
     heads: several classifiers in place of one, `NAME:CLASSES`; each is an output.
     projection: the head is the projection of a CLIP tower, part of the embedding.
     stage_norms: stages whose feature map has a norm of its own.
-    decoder: the head of a network for segmentation.
+    decoder, pyramid: the head of a network for segmentation, and the feature pyramid of a detector.
     """
 
     depths: tuple[int, ...]
@@ -87,6 +91,7 @@ class Architecture(Record, frozen=True):
     projection: bool = False
     stage_norms: tuple[int, ...] = ()
     decoder: Decoder | None = None
+    pyramid: Pyramid | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -201,6 +206,8 @@ def count_params(arch: Architecture, classes: int) -> int:
     total += per_norm * blocks + arch.layer_scale * blocks + arch.grn * 8 * blocks
     if arch.decoder is not None:
         total += sum(weights + outputs for weights, outputs, *_ in _decoder_layers(arch.decoder, arch.dims))
+    if arch.pyramid is not None:
+        total += sum(weights + outputs for weights, outputs, _ in levels.layers(arch.pyramid, arch.dims))
     norms = sum(arch.dims[:-1]) + arch.dims[0] * (arch.stem_norm + arch.stem_downsample)
     norms += arch.dims[-1] * arch.head_norm + sum(arch.dims[stage] for stage in arch.stage_norms)
     return total + per_norm * norms
@@ -216,6 +223,9 @@ def count_macs(arch: Architecture, size: Size, classes: int) -> int:
     for weights, _, level, cells in _decoder_layers(arch.decoder, arch.dims) if arch.decoder else ():
         stride = arch.strides[level]
         total += weights * (cells * cells or heights[stride] * widths[stride])
+    if arch.pyramid is not None:
+        sizes = [(heights[stride], widths[stride]) for stride in arch.strides]
+        total += levels.count_macs(arch.pyramid, arch.dims, sizes)
     return total
 
 
@@ -366,7 +376,7 @@ def resolve(name: str) -> tuple[Variant, str | None]:
 
 _LOOSE = frozenset(
     {"layer_scale", "in_chans", "act", "norm_eps", "head_eps", "stage_eps", "output_stride", "pool", "head_norm",
-     "head_layers", "heads", "projection", "stage_norms", "decoder"}
+     "head_layers", "heads", "projection", "stage_norms", "decoder", "pyramid"}
 )  # fmt: skip
 """Fields in which a network may differ from a published variant and still have its name."""
 

@@ -63,11 +63,13 @@ class Checkpoint:
 
     @property
     def task(self) -> Task:
-        """The outputs that these weights are for: `segment` with the head of UPerNet, `classify`, `embed` without a
-        classifier, `features` without a last norm either."""
+        """The outputs that these weights are for: `segment` with the head of UPerNet, `pyramid` with an FPN,
+        `classify`, `embed` without a classifier, `features` without a last norm either."""
         arch = self.variant.architecture
         if arch.decoder:
             return "segment"
+        if arch.pyramid:
+            return "pyramid"
         if arch.pool == "none":
             return "features"
         if self.weights.num_classes:
@@ -89,7 +91,7 @@ class Checkpoint:
         head = self.state.get("head.weight")
         model = empty(self.variant.architecture, 1 if head is None else head.shape[0])
         arch = self.variant.architecture
-        whole = head is not None or arch.heads != () or arch.decoder is not None
+        whole = head is not None or arch.heads != () or arch.decoder is not None or arch.pyramid is not None
         model.load_state_dict(self.state, assign=True, strict=whole)
         return model.eval().requires_grad_(False).select(spec)
 
@@ -114,6 +116,13 @@ class Checkpoint:
 
     def _check_task(self, task: str) -> None:
         decoder = self.variant.architecture.decoder
+        if task == "pyramid":
+            if self.variant.architecture.pyramid is None:
+                raise BadRequest(
+                    f"{self.weights.source}: no FPN (neck.lateral_convs, neck.fpn_convs) in these weights; --task "
+                    "features takes the maps of the backbone"
+                )
+            return
         if task == "segment":
             if decoder is None:
                 head = (
@@ -261,7 +270,8 @@ def _checkpoint(files: sources.Found, wanted: Variant | None, choices: Choices) 
         config = replace(config, preprocessing=own.preprocessing, origins=origins, unclear=(), share_below_384=None)
     classes = fitted.num_classes
     if config.labels and not files.config.labels and len(config.labels) != classes:
-        note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
+        if classes:
+            note(f"{files.path.name}: {len(config.labels)} labels of the training set do not fit {classes} classes")
         config = replace(config, labels=())
     stated = known(config, own.layout if own else fitted.layout, variant, str(files.path))
     if files.path.suffix in (".h5", ".keras") and "keras" in content.beside and config.preprocessing is None:

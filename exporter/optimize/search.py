@@ -51,8 +51,9 @@ class Search:
         first = listed[0]
         recipe = request.recipe(first.backend, first.precision, first.form, first.scope)
         job = build.resolve(recipe, out)
-        if job.trace.is_segmentation:
-            raise BadRequest("optimize measures top-1, which --task segment does not have; build one artifact instead")
+        if job.trace.has_any_size:
+            task = job.trace.spec.tasks[0]
+            raise BadRequest(f"optimize measures top-1, which --task {task} does not have; build one artifact instead")
         job.checkpoint.state.clear()
         self.job = dataclasses.replace(
             job, recipe=msgspec.structs.replace(recipe, precision="int8", quantization=request.quantization)

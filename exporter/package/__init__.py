@@ -27,6 +27,7 @@ from exporter.predict.answers import Output, answers_of, check_top
 from exporter.progress import note, step
 from exporter.recipe import Checks
 from exporter.recipe.fields import about
+from exporter.verify.checks.segmentation import classes_of
 
 __all__ = ["Destination", "DestinationOptions", "Package", "PackageOptions", "destination", "names", "package"]
 
@@ -80,6 +81,8 @@ def package(
     serving = serving_of(artifact)
     labels = _labels(options.labels, artifact.sidecar)
     checks = Checks(outputs=answers.outputs, threshold=answers.threshold)
+    if artifact.sidecar.task == "segment":
+        _refuse_masks(artifact, name)
     outputs = _outputs(artifact, replace(artifact.sidecar, labels=labels), checks, answers.top or TOP)
     check_top(answers.top, outputs)
     sample = sample_of(None if options.sample is None else Path(options.sample), artifact.sidecar.preprocessing)
@@ -105,11 +108,21 @@ def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:
     """
     if file is None:
         return sidecar.labels
-    labels, has_classes = read_labels(Path(file)), "classify" in sidecar.spec.tasks
+    labels, has_classes = read_labels(Path(file)), not {"classify", "segment"}.isdisjoint(sidecar.spec.tasks)
     if not has_classes or len(labels) != sidecar.weights.num_classes:
         what = f"{sidecar.weights.num_classes} classes" if has_classes else "no classes"
         raise BadRequest(f"--labels {file}: {len(labels)} labels, and the artifact has {what}; give one for each class")
     return labels
+
+
+def _refuse_masks(artifact: Artifact, name: str) -> None:
+    """Raises: BadRequest for segmentation where a destination has no code for it, and for logits of other pixels."""
+    if name != "python":
+        raise BadRequest(
+            f"{artifact.path}: its output is of each pixel, which --for {name} has no code for; take python"
+        )
+    if (answer := artifact.sidecar.spec.answer) not in ("logits", "labels"):
+        raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output labels or logits")
 
 
 def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> tuple[Output, ...]:
@@ -123,8 +136,6 @@ def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> 
             f"{artifact.path}: takes pictures (--input image), and packages resize them themselves; export it with "
             "--input uint8"
         )
-    if "segment" in sidecar.spec.tasks:
-        raise BadRequest(f"{artifact.path}: its output is of each pixel, and packages are written for images")
     heads = sidecar.architecture.get("heads", ())
     if "classify" in sidecar.spec.tasks and len(heads) > 1:
         raise BadRequest(f"{artifact.path}: {len(heads)} heads; packages are written for one")
@@ -140,6 +151,9 @@ def _write_common(aim: Destination, contents: Contents, out: Path) -> None:
         arrays: dict[str, Any] = {
             output.name: array for output, array in zip(contents.outputs, contents.expected, strict=True)
         }
+        if contents.has_masks:  # 157 MB of logits are 0.3 MB of classes
+            classes = classes_of(contents.expected[0])[0].astype(contents.mask_type)
+            arrays = {contents.outputs[0].name: classes}
         file = io.BytesIO()
         np.savez(file, **arrays)
         folder.write(out / "expected.npz", file.getvalue())

@@ -15,11 +15,12 @@ from exporter.artifact import Artifact
 from exporter.artifact.sidecar import COLORS, Preprocessing, Tensor
 from exporter.backends import Outputs, Serving
 from exporter.data import images, synthetic
+from exporter.data.masks import MOST_COLORS
 from exporter.errors import BadRequest, Unavailable, printable
 from exporter.predict.answers import Output
 from exporter.recipe import Checks
 from exporter.verify import open_runnable, run_batch
-from exporter.verify.outputs import decision
+from exporter.verify.outputs import PIXELS, decision
 
 SAMPLE_SIZE = 240, 320  # height and width, in pixels, of the picture that is drawn
 SAMPLE_SEED = 7
@@ -96,6 +97,16 @@ class Contents:
     def batch(self) -> int | None:
         """The size of a fixed batch, None where any number of images is taken."""
         return self.artifact.sidecar.batch
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the output is of each pixel."""
+        return self.outputs[0].kind in PIXELS
+
+    @property
+    def mask_type(self) -> str:
+        """The type of numbers of classes of pixels."""
+        return "uint8" if self.artifact.sidecar.weights.num_classes <= MOST_COLORS else "uint16"
 
     @property
     def sides(self) -> tuple[int, int, int]:

@@ -26,6 +26,8 @@ MEANINGS = {
     ("embedding", "embedding"): "a feature vector",
     ("features", "tokens"): "tokens: the feature vector, then one for each position of the last map",
     ("features", "map"): "a feature map",
+    ("pixels", "pixel_logits"): "logits of each pixel",
+    ("pixel_classes", "labels"): "the class of each pixel",
 }
 """What outputs hold, by their kind and content."""
 

@@ -116,7 +116,8 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
         if kind == "probabilities" and not whole:
             continue  # they are with their classes
         # Of numbers of classes the width is five; labels are those of the first head.
-        classes = (0 if place else sidecar.weights.num_classes) if kind == "top" else width
+        of_network = kind in ("top", *outputs.PIXELS)
+        classes = (0 if place else sidecar.weights.num_classes) if of_network else width
         labels = sidecar.labels if len(sidecar.labels) == classes else ()
         every.append(Output(tensor.name, place, tensor.holds, kind, width, labels, len(tensor.shape) > 2))
     return Answers(tuple(every), top, checks, whole)

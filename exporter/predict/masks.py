@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
+from exporter.data.masks import MOST_COLORS, colors
 from exporter.errors import BadRequest
 from exporter.predict.sources import STDIN
 
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
 
 OVERLAY = "_overlay"
 OPACITY = 0.5  # of the colours over the picture
-MOST_COLORS = 256
-
-
-def colors() -> NDArray[np.uint8]:
-    """A colour for each of 256 classes, (256, 3): those of PASCAL VOC's devkit (`VOClabelcolormap`), in which bit
-    3·k + c of the number is bit 7 − k of channel c; class 0 is black."""
-    numbers = np.arange(MOST_COLORS)
-    table = np.zeros((MOST_COLORS, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            table[:, channel] |= (((numbers >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return table
 
 
 def path_of(folder: Path, name: str) -> Path:

@@ -56,10 +56,10 @@ class Model(Record, frozen=True):
         Tasks | None,
         about(
             "Outputs: of the heads (classify), one feature vector an image (embed), the feature vector and one token "
-            "for each position of the last map (tokens), the map of each stage (features), or the class of each pixel "
-            "(segment, of UPerNet); several as in classify,embed.",
+            "for each position of the last map (tokens), the map of each stage (features), the class of each pixel "
+            "(segment, of UPerNet), or the maps of a detector's FPN (pyramid); several as in classify,embed.",
             metavar="TASK,…",
-            default="segment for UPerNet, classify, or embed for weights without a classifier",
+            default="segment for UPerNet, pyramid for an FPN, classify, or embed for weights without a classifier",
         ),
     ] = None
     prefix: Annotated[

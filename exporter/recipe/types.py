@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from exporter.recipe.fields import about
 
-TASKS = ("classify", "embed", "tokens", "features", "segment")
+TASKS = ("classify", "embed", "tokens", "features", "segment", "pyramid")
 Tasks = Annotated[
     str,
     Meta(

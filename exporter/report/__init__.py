@@ -62,8 +62,18 @@ class Finding(Record, frozen=True):
         return None if self.low is None or self.high is None else (self.low, self.high)
 
 
+class Picture(Record, frozen=True):
+    """An image whose classes of pixels were compared with a reference (`reference` says with what), with the share of
+    equal ones in percent, and three PNG in base64: the reference, the artifact, and where they differ."""
+
+    name: str
+    reference: str
+    agreement: float
+    images: tuple[str, str, str]
+
+
 class Report(Record, frozen=True):
-    """All findings about one artifact, with its recipe and the machine."""
+    """All findings about one artifact, with its recipe and the machine; `pictures` of segmentation."""
 
     passed: bool
     recipe: dict[str, Any]
@@ -71,6 +81,7 @@ class Report(Record, frozen=True):
     environment: dict[str, Any]
     findings: tuple[Finding, ...]
     schema: int = SCHEMA
+    pictures: tuple[Picture, ...] = ()
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None when it was not measured."""
@@ -160,7 +171,17 @@ def machine_of(report: Report) -> tuple[object, ...]:
     return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
 
 
-OF_A_VERIFICATION = {"accuracy", "blocks", "data", "multilabel", "parity", "sanity", "structure", "values"}
+OF_A_VERIFICATION = {
+    "accuracy",
+    "blocks",
+    "data",
+    "multilabel",
+    "parity",
+    "sanity",
+    "segmentation",
+    "structure",
+    "values",
+}
 """Checks of `verify`, whose findings belong to one set of images."""
 
 
@@ -186,6 +207,7 @@ def save_merged(report: Report, path: Path) -> Report:
             recipe={**old.recipe, **report.recipe},
             environment={**old.environment, **report.environment},
             findings=(*kept, *report.findings),
+            pictures=report.pictures or (() if "verify" in report.recipe else old.pictures),
         )
     save(report, path)
     return report

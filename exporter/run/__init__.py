@@ -238,6 +238,7 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
         artifact=artifact.to_dict(),
         environment={key: value for part in parts for key, value in part.environment.items()},
         findings=tuple(finding for listed in findings.values() for finding in listed),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
     )
     return latency.with_limits(merged, recipe.bench or Bench())
 

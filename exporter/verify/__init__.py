@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,22 +26,24 @@ from exporter.graph import files, half
 from exporter.progress import step, track
 from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
-from exporter.report import Finding, Report, judged
+from exporter.report import Finding, Picture, Report, judged
 from exporter.verify import checks, outputs
 from exporter.verify.blocks import block_errors
+from exporter.verify.checks.segmentation import Segmentation
+from exporter.verify.slide import SlideOptions, Windows, sliding, whole, windows_of
 
 BATCH = 16
 MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
     *("relative_error", "r2", "spearman"),
-    *("pixel_agreement", "miou_to_eager", "miou_eager", "miou", "miou_drop"),
+    *("pixel_agreement", "boundary_agreement", "miou_to_eager", "miou_eager", "miou", "miou_drop"),
     *("label_agreement", "map_eager", "map", "map_drop", "neighbour_agreement"),
 )
 """The metrics that an artifact's sidecar keeps."""
 
 
-class VerifyOptions(Checks, frozen=True):
+class VerifyOptions(SlideOptions, frozen=True):
     """Options of `verify`."""
 
     weights: MovedWeights = None
@@ -78,7 +81,8 @@ def verify(
         runtime = backends.runtime_of(artifact)
         backends.device_of(artifact, options.device)  # refuses one that the runtime does not take
     outputs.check(sidecar, options)
-    samples = samples or open_data(sidecar, options)
+    windows = windows_of(sidecar, options)
+    samples = samples or open_data(sidecar, options, windows)
     _refuse_limits(sidecar, options, samples)
     session_options = _session_options(runtime, options)
     layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
@@ -90,6 +94,7 @@ def verify(
         artifact=artifact.to_dict(),
         environment={**backends.environment(), "session": measured.facts},
         findings=tuple(measured.findings),
+        pictures=measured.pictures,
     )
 
 
@@ -98,15 +103,18 @@ def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Optio
     return runtime.options(device=device, threads=options.threads)
 
 
-def open_data(sidecar: Sidecar, options: Checks) -> Samples:
+def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None) -> Samples:
     """The images to verify on, with their labels where the outputs are scores of classes or of labels, or with masks
-    where they are of each pixel.
+    where they are of each pixel. With windows images keep their ratio of sides.
 
     Raises: BadRequest for data that cannot be used.
     """
-    if outputs.has_masks(sidecar) and (pair := masks.folders_of(options.data)) is not None:
+    if outputs.has_masks(sidecar) and (pairs := masks.pairs_of(options.data)) is not None:
         values = masks.Values(sidecar.weights.num_classes, options.reduce_zero_label)
-        return masks.open_masks(options.data, pair, sidecar.preprocessing, values, options.samples)
+        recipe = partial(whole, sidecar.preprocessing, windows) if windows else lambda _: sidecar.preprocessing
+        return masks.open_masks(options.data, pairs, recipe, values, options.samples)
+    if windows:
+        raise BadRequest(f"--slide: {options.data} has no masks to measure mIoU with; leave it out, or give them")
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
@@ -153,12 +161,13 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
 
 @dataclass(frozen=True)
 class Measured:
-    """The findings of all checks, the facts of the artifact's session, and a digest of the images in their order, with
-    their classes."""
+    """The findings of all checks, the facts of the artifact's session, a digest of the images in their order, with
+    their classes, and pictures of masks."""
 
     findings: list[Finding]
     facts: dict[str, str]
     images: str
+    pictures: tuple[Picture, ...] = ()
 
 
 def _measured(
@@ -180,15 +189,17 @@ def _measured(
     meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
-    fixed, size = artifact.sidecar.batch, batch_size(artifact.sidecar, BATCH)
+    fixed, windows = artifact.sidecar.batch, windows_of(artifact.sidecar, options)
+    size = 1 if windows else batch_size(artifact.sidecar, BATCH)
     count, digest = 0, hashlib.sha256()
     with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
+        runs = [sliding(windows, run) for run in (original, partial(run_batch, candidate, fixed=fixed))]
         for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
             count += len(batch.names)
             for name, label in zip(batch.names, batch.labels, strict=True):
                 words = " ".join(map(str, np.ravel(label)))
                 digest.update(f"{samples.identity(name)} {words}\n".encode("utf-8", "surrogateescape"))
-            both = original(batch.images), run_batch(candidate, batch.images, fixed)
+            both = runs[0](batch.images), runs[1](batch.images)
             _refuse_other_shapes(artifact, options.reference, *both)
             for meter in meters:
                 meter.see(checks.Seen(batch.labels, *both, tuple(batch.names)))
@@ -196,11 +207,12 @@ def _measured(
     if not count:
         raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
     findings = [finding for meter in meters for finding in meter.findings()]
-    findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data)]
+    findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data, windows)]
     if options.blocks:
         images = next(iter(samples.batches(fixed or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return Measured(findings, facts, digest.hexdigest())
+    pictures = [one for meter in meters if isinstance(meter, Segmentation) for one in meter.worst.pictures()]
+    return Measured(findings, facts, digest.hexdigest(), tuple(pictures))
 
 
 def _compare_blocks(
@@ -286,8 +298,8 @@ def _write_rounding(graph: Path, path: Path) -> None:
 
 def batch_size(sidecar: Sidecar, most: int) -> int:
     """How many images are read at once for an artifact: at most `most`, but full batches; one picture, and one image
-    where outputs of each pixel take 157 MB (150 classes, 512 pixels)."""
-    fixed, most = sidecar.batch, 1 if "segment" in sidecar.spec.tasks else most
+    where outputs of each pixel take 157 MB (150 classes, 512 pixels), and a pyramid 92 MB (800 × 1344)."""
+    fixed, most = sidecar.batch, 1 if {"segment", "pyramid"} & {*sidecar.spec.tasks} else most
     if fixed is None:
         return most
     return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)
@@ -316,9 +328,9 @@ def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Ou
         raise BadRequest(f"{artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model")
 
 
-def _data_findings(skipped: list[str], seen: int, source: str) -> list[Finding]:
+def _data_findings(skipped: list[str], seen: int, source: str, windows: Windows | None) -> list[Finding]:
     """The number of images that were measured, and the unreadable ones by name; too many unreadable images fail."""
-    detail = f"{seen} of {source}"
+    detail = f"{seen} of {source}" + (f", in {windows.text}" if windows else "")
     if is_synthetic(source):
         detail += " images (dead leaves): parity is measured, accuracy needs --data"
     findings = [Finding(check="data", metric="images", value=seen, unit="images", detail=detail)]

@@ -31,7 +31,7 @@ def kinds(sidecar: Sidecar, wanted: OutputKind | None) -> tuple[Kind, ...]:
 def first(sidecar: Sidecar, wanted: OutputKind | None) -> Kind:
     """What the first output holds, with which labels of images are compared; the artifact need not be traced yet."""
     spec = sidecar.spec
-    holds = next(iter(spec.named((), len(sidecar.architecture.get("depths", ())) or 1).values()))
+    holds = next(iter(spec.named((), sidecar.architecture.get("depths", ()) or (1,)).values()))
     return _kind(holds, sidecar.weights.num_classes, wanted)
 
 

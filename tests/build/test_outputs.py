@@ -102,7 +102,7 @@ def test_bytes_stay_bytes_where_outputs_are_in_fp16(tiny, tmp_path):
         ({"task": "embed,embed"}, "give each task once"),
         (
             {"task": "embed,clasify"},
-            "expected classify, embed, tokens, features or segment, or several as in classify,embed",
+            "expected classify, embed, tokens, features, segment or pyramid, or several as in classify,embed",
         ),
     ],
 )

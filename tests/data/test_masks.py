@@ -1,4 +1,4 @@
-"""Folders of images with masks: their pairs, their values and their way to the size of the input."""
+"""Folders and manifests of images with masks: their pairs, their values and their way to the size of the input."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images, masks
+from exporter.data.manifests import read_manifest
 from exporter.errors import BadRequest
 
 RECIPE = Preprocessing(size=32, resize=32, crop="squash", interpolation="bilinear")
@@ -29,9 +30,9 @@ def quarters(side=64, values=(0, 1, 2, 255)):
 
 def read(folder, split="", recipe=RECIPE, most=None, **values):
     source = f"{folder}#{split}" if split else str(folder)
-    pair = masks.folders_of(source)
-    assert pair is not None
-    samples = masks.open_masks(source, pair, recipe, masks.Values(**{"classes": 3, **values}), most)
+    pairs = masks.pairs_of(source)
+    assert pairs is not None
+    samples = masks.open_masks(source, pairs, lambda _: recipe, masks.Values(**{"classes": 3, **values}), most)
     (batch,) = samples.batches(8)
     return batch
 
@@ -59,6 +60,51 @@ def test_the_folders_of_cityscapes_are_pairs_by_their_endings(tmp_path):
     image, mask = "leftImg8bit/val/ulm/u_1_leftImg8bit.png", "gtFine/val/ulm/u_1_gtFine_labelTrainIds.png"
     write(tmp_path, image, mask, quarters())
     assert read(tmp_path, "val").names == ("ulm/u_1_leftImg8bit.png",)
+
+
+def manifest(folder, text, name="list.csv"):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_a_manifest_names_the_mask_of_each_image(tmp_path):
+    write(tmp_path, "photos/a.jpg", "drawn/one.png", quarters())
+    write(tmp_path, "photos/b.jpg", "drawn/two.png", quarters(values=(2, 2, 2, 2)))
+    path = manifest(tmp_path, "filename,split,mask\nphotos/a.jpg,train,drawn/one.png\nphotos/b.jpg,val,drawn/two.png\n")
+    assert read(path, "train").names == ("photos/a.jpg",)
+    batch = read(path)
+    assert batch.names == ("photos/b.jpg",)
+    assert (batch.labels[0] == 2).all()
+
+
+def test_an_image_that_is_not_that_of_the_manifest_is_skipped(tmp_path):
+    write(tmp_path, "a.jpg", "a.png", quarters())
+    path = manifest(tmp_path, f"path\tmask\tsha256\na.jpg\ta.png\t{'0' * 64}\n", "list.tsv")
+    samples = masks.open_masks(str(path), masks.pairs_of(str(path)), lambda _: RECIPE, masks.Values(3))
+    assert list(samples.batches(1)) == []
+    assert "its SHA-256 is not the 000000000000" in samples.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a.jpg,\n", "line 2 has no mask; add one, or remove the line"),
+        ("a.jpg,../a.png\n", "'../a.png' lies outside the folder of this list"),
+        ("a.jpg,b.png\n", "b.png: no such mask, for the image a.jpg"),
+    ],
+)
+def test_a_manifest_with_a_mask_that_is_none_is_refused(lines, message, tmp_path):
+    write(tmp_path, "a.jpg", "a.png", quarters())
+    with pytest.raises(BadRequest, match=message):
+        read(manifest(tmp_path, f"path,mask\n{lines}"))
+
+
+def test_a_label_may_be_called_mask(tmp_path):
+    """Of people who wear one."""
+    path = manifest(tmp_path, "path,hat,mask\na.jpg,0,1\n")
+    assert read_manifest(path).columns == ("hat", "mask")
+    assert masks.pairs_of(str(path)) is None
+    assert read_manifest(manifest(tmp_path, "path,mask\na.jpg,1\n")).columns == ("mask",)
 
 
 def test_zero_is_no_class_where_masks_count_from_one(tmp_path):
@@ -106,7 +152,7 @@ def test_an_image_without_a_mask_is_named(tmp_path):
 
 def test_a_folder_without_masks_is_none(tmp_path):
     (tmp_path / "images").mkdir()
-    assert masks.folders_of(str(tmp_path)) is None
+    assert masks.pairs_of(str(tmp_path)) is None
     (tmp_path / "masks").mkdir()
     with pytest.raises(BadRequest, match="images: no images in"):
         read(tmp_path)

@@ -13,7 +13,13 @@ from exporter.data import synthetic
 from exporter.errors import BadRequest
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
-from exporter.verify.checks.segmentation import classes_of, intersections_over_unions
+from exporter.verify.checks import Seen, Subject
+from exporter.verify.checks.segmentation import (
+    Segmentation,
+    classes_of,
+    intersections_over_unions,
+    near_borders,
+)
 from tests.conftest import build
 from tests.model import segmenters
 from tests.reference import library
@@ -70,6 +76,29 @@ def test_of_equal_scores_the_first_class_counts():
     scores = np.zeros((1, 3, 2, 2), np.float32)
     scores[0, 2, 0, 0] = 1
     np.testing.assert_array_equal(classes_of(scores), [[[2, 0], [0, 0]]])
+
+
+def test_the_band_around_borders_has_three_pixels_on_both_sides():
+    classes = np.zeros((3, 20, 20), np.int64)
+    classes[0, :, 10:] = classes[2, :, :10] = 4
+    classes[1, 0, 0] = 1
+    band = near_borders(classes)
+    assert (band[[0, 2]] == [7 <= column < 13 for column in range(20)]).all()
+    np.testing.assert_array_equal(np.argwhere(band[1]), np.argwhere(np.ones((4, 4))))
+
+
+def test_agreement_at_borders_counts_the_pixels_of_the_band_alone(labels, data):
+    eager = np.zeros((3, 64, 64), np.uint8)
+    eager[:, :, 32:] = 1
+    got = eager.copy()
+    got[:, :, [0, 31]] ^= 1  # one column far from the border, one of the six beside it
+    meter = Segmentation(VerifyOptions(data=str(data)), Subject(labels, []))
+    meter.see(Seen(np.full(3, -1), (eager,), (got,)))
+    findings = {finding.metric: finding for finding in meter.findings()}
+    assert findings["pixel_agreement"].value == pytest.approx(100 * 62 / 64)
+    assert findings["boundary_agreement"].value == pytest.approx(100 * 5 / 6)
+    assert findings["boundary_agreement"].detail.startswith("9.4 % of the pixels lie within 3 pixels")
+    assert findings["boundary_agreement"].limit is None
 
 
 @pytest.mark.parametrize("artifact", ["logits", "labels"])

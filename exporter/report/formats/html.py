@@ -39,6 +39,7 @@ def render(reports: Sequence[Report]) -> str:
         tables=tables(reports),
         appendix=_blocks(reports),
         charts=[one for one in drawn if one.svg],
+        masks=[(name(report), report.pictures) for report in reports if report.pictures],
         environments=environments(reports),
         provenance=[(name(report), _provenance(report)) for report in reports],
     )
@@ -55,7 +56,9 @@ def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     """The template with its parts; whatever comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    blank: dict[str, Any] = {key: [] for key in ("lead", "tables", "appendix", "charts", "environments", "provenance")}
+    blank: dict[str, Any] = {
+        key: [] for key in ("lead", "tables", "appendix", "charts", "masks", "environments", "provenance")
+    }
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
     return template.render(title=title, verdict=verdict, **(blank | parts))
 

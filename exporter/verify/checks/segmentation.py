@@ -13,8 +13,10 @@ from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify.checks import Check, Seen, Subject
 from exporter.verify.outputs import PIXELS, kinds
+from exporter.verify.pictures import Worst
 
 MOST_NAMED = 3  # classes in a finding's detail
+BAND = 3  # pixels on both sides of a border between classes
 
 Counts = NDArray[np.int64]
 
@@ -31,6 +33,8 @@ class Segmentation:
         pairs = ("to_eager", "eager", "artifact")
         self.counts: dict[str, Counts] = {pair: np.zeros((self.classes, self.classes), np.int64) for pair in pairs}
         self.agree: list[float] = []
+        self.worst = Worst()
+        self.in_band = self.agree_in_band = 0
         self.has_masks = False
 
     def see(self, seen: Seen) -> None:
@@ -39,8 +43,13 @@ class Segmentation:
             return
         eager, got = classes_of(seen.eager[0]), classes_of(seen.outputs[0])
         self.agree += (eager == got).mean((1, 2)).tolist()
+        band = near_borders(eager)
+        self.in_band += int(band.sum())
+        self.agree_in_band += int((eager == got)[band].sum())
         self.counts["to_eager"] += self._count(eager, got)
-        if seen.labels.ndim == 3:
+        masked = seen.labels.ndim == 3
+        self.worst.see(seen.names, seen.labels if masked else eager, got, "masks" if masked else "eager PyTorch")
+        if masked:
             self.has_masks = True
             known = seen.labels >= 0
             self.counts["eager"] += self._count(seen.labels[known], eager[known])
@@ -51,11 +60,16 @@ class Segmentation:
         return pairs.reshape(self.classes, self.classes)
 
     def findings(self) -> list[Finding]:
-        """pixel_agreement and miou_to_eager; with masks miou_eager, miou and miou_drop; and iou of each class."""
+        """pixel_agreement, boundary_agreement and miou_to_eager; with masks miou_eager, miou and miou_drop; iou of each
+        class."""
         if not self.agree:
             return []
         shares = intersections_over_unions(self.counts["to_eager"])
-        findings = [self._agreement(), judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high")]
+        findings = [
+            self._agreement(),
+            *self._boundary(),
+            judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high"),
+        ]
         if self.has_masks and not self.counts["eager"].any():
             detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
             findings.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
@@ -79,6 +93,15 @@ class Segmentation:
         )
         limit = self.options.min_agreement
         return judged(finding, self.limits.agreement_pct if limit is None else limit, "high")
+
+    def _boundary(self) -> list[Finding]:
+        """The agreement near borders, where classes change first; none where eager sees one class in each image."""
+        if not self.in_band:
+            return []
+        value = 100 * self.agree_in_band / self.in_band
+        share = 100 * self.in_band / self.counts["to_eager"].sum()
+        detail = f"{share:.1f} % of the pixels lie within {BAND} pixels of a border between classes of eager PyTorch"
+        return [Finding(check="segmentation", metric="boundary_agreement", value=value, unit="%", detail=detail)]
 
     def _mean(self, metric: str, shares: NDArray[np.float64]) -> Finding:
         order = [index for index in np.argsort(shares) if np.isfinite(shares[index])]
@@ -107,6 +130,17 @@ def classes_of(output: Array) -> NDArray[np.int64]:
     """The classes of pixels (N, H, W), from themselves or from scores (N, C, H, W); of equal scores the first."""
     chosen: NDArray[Any] = output if output.ndim == 3 else output.argmax(1)
     return chosen.astype(np.int64)
+
+
+def near_borders(classes: Counts) -> NDArray[np.bool_]:
+    """The pixels (N, H, W) with another class within `BAND` pixels: in the square of 7 × 7 around each."""
+    from scipy.ndimage import maximum_filter1d, minimum_filter1d
+
+    least = largest = classes
+    for axis in (1, 2):
+        least = minimum_filter1d(least, 2 * BAND + 1, axis, mode="nearest")
+        largest = maximum_filter1d(largest, 2 * BAND + 1, axis, mode="nearest")
+    return np.asarray(least != largest)
 
 
 def intersections_over_unions(counts: Counts) -> NDArray[np.float64]:
