@@ -153,7 +153,7 @@ def empty(arch: Architecture, classes: int) -> ConvNeXt:
     import torch
 
     from exporter.model.convnext import ConvNeXt
-    from exporter.model.pyramid import PyramidNetwork
+    from exporter.model.fpn import PyramidNetwork
     from exporter.model.upernet import UPerNet
 
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from exporter.artifact.sidecar import Record
 
 
 class Pyramid(Record, frozen=True):
-    """The feature pyramid (FPN) of a detector (`exporter.model.pyramid`).
+    """The feature pyramid (FPN) of a detector (`exporter.model.fpn`).
 
     width: channels of its maps.
     stages: those whose maps it takes, neighbours.
