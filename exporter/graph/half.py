@@ -141,7 +141,7 @@ def _touches(node: ir.Node, modules: Collection[str]) -> bool:
 
 def _stays(node: ir.Node, work: _Halving) -> bool:
     module = node.metadata_props.get("module", "")
-    sums = structure.is_response_norm(module) or structure.is_grid_pool(module)
+    sums = structure.is_response_norm(module) or structure.is_spatial(module)
     whole = structure.is_picture(module) or sums or structure.is_in(module, work.parts)
     if whole or node.op_type.startswith("Reduce"):
         return True

@@ -7,6 +7,8 @@ Each rewrite replaces modules and creates new weights; the old weights are not c
   layers matrix products over the last axis;
 * `conv` folds too, and replaces them by 1×1 convolutions; the norm is one operator between two transposes;
 * `nchw` does the same, and computes the norm over the channels by elementary operators, without transposes.
+
+Every form but `plain` computes the largest convolution of UPerNet's head, over resized maps, at the maps' own sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS, structure
 from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
 from exporter.model.picture import Picture
+from exporter.model.pyramid import PyramidConv, SplitPyramidConv
 from exporter.model.upernet import UPerNet
 
 Layout = Literal["last", "transposed", "first"]
@@ -186,6 +189,9 @@ def rewrite(model: ConvNeXt, form: str) -> ConvNeXt:
         for index, blocks in enumerate(model.stages):
             model.stages[index] = _sequence(FoldedBlock(block, layout) for block in _parts(blocks, Block))
         fold_norms(model, layout)
+        if isinstance(model, UPerNet) and model.decode_head is not None:
+            head = model.decode_head
+            head.fpn_bottleneck = SplitPyramidConv(cast("PyramidConv", head.fpn_bottleneck))
     return model.eval().requires_grad_(False)
 
 

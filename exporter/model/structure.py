@@ -26,7 +26,7 @@ _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
 _TAIL = r"norm_pre|norm|head_layers|heads|head|decode_head|neck"
 _OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head|decode_head|neck)[\w.]*(?=/)"
-_POOL = r"decode_head\.pools\.\d+"
+_SPATIAL = r"decode_head\.(pools\.\d+|\w+\.matrix)"
 
 
 def kind(module: str) -> str | None:
@@ -99,9 +99,10 @@ def is_response_norm(module: str) -> bool:
     return module.rpartition(".")[2] == "grn"
 
 
-def is_grid_pool(module: str) -> bool:
-    """Whether a module averages the cells of a grid (`exporter.model.upernet.GridPool`)."""
-    return re.fullmatch(_POOL, module) is not None
+def is_spatial(module: str) -> bool:
+    """Whether a module computes weights over the rows and columns of a map (`exporter.model.upernet.GridPool`,
+    `exporter.model.pyramid.ShiftedResize`)."""
+    return re.fullmatch(_SPATIAL, module) is not None
 
 
 def is_picture(module: str) -> bool:

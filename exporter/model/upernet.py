@@ -11,23 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exporter.artifact.sidecar import OutputSpec
 from exporter.model.convnext import ConvNeXt
+from exporter.model.pyramid import ConvReLU, PyramidConv, resize
 from exporter.model.variants import Architecture, Decoder
-
-
-class ConvReLU(nn.Conv2d):
-    """A convolution that keeps height and width, and ReLU."""
-
-    def __init__(self, before: int, after: int, side: int) -> None:
-        super().__init__(before, after, side, padding=side // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, D, H, W)."""
-        return F.relu(super().forward(x))
 
 
 class GridPool(nn.Module):
@@ -58,11 +47,6 @@ def cell_weights(side: int, cells: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, C, …) to (N, C, *size), bilinear, with the centres of pixels at halves."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
 class Head(nn.Module):
     """The head of UPerNet: pooled maps behind the last stage, and a pyramid over all stages."""
 
@@ -71,25 +55,22 @@ class Head(nn.Module):
         width, *finer, last = decoder.width, *dims
         self.pools = nn.ModuleList(GridPool(cells) for cells in decoder.scales)
         self.psp_modules = nn.ModuleList(ConvReLU(last, width, 1) for _ in decoder.scales)
-        self.bottleneck = ConvReLU(last + len(decoder.scales) * width, width, 3)
+        self.bottleneck = PyramidConv([last, *(width for _ in decoder.scales)], width)
         self.lateral_convs = nn.ModuleList(ConvReLU(dim, width, 1) for dim in finer)
         self.fpn_convs = nn.ModuleList(ConvReLU(width, width, 3) for _ in finer)
-        self.fpn_bottleneck = ConvReLU(len(dims) * width, width, 3)
+        self.fpn_bottleneck: nn.Module = PyramidConv([width for _ in dims], width)
         self.classifier = nn.Conv2d(width, decoder.classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """The maps of two or more stages, (N, C, H/s, W/s) each, to logits (N, classes, H/s, W/s) of the first s."""
         *finer, last = maps
-        size = finer[0].shape[-2:]
         pooled = [conv(pool(last)) for pool, conv in zip(self.pools, self.psp_modules, strict=True)]
-        x = self.bottleneck(torch.cat([last, *(resize(y, last.shape[-2:]) for y in pooled)], 1))
+        x = self.bottleneck([last, *pooled])
         levels = [x]
         for lateral, conv, stage in reversed([*zip(self.lateral_convs, self.fpn_convs, finer, strict=True)]):
             x = lateral(stage) + resize(x, stage.shape[-2:])
             levels.append(conv(x))
-        first, *others = reversed(levels)
-        y = self.fpn_bottleneck(torch.cat([first, *(resize(other, size) for other in others)], 1))
-        logits: Tensor = self.classifier(y)
+        logits: Tensor = self.classifier(self.fpn_bottleneck(levels[::-1]))
         return logits
 
 

@@ -88,7 +88,15 @@ def test_logits4_are_those_of_the_first_map(model, folder, tmp_path):
     assert np.abs(whole - theirs).max() / theirs.std() < NOISE
 
 
-@pytest.mark.parametrize("form", ["linear", "nchw"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fixed_size_that_32_does_not_divide_is_right_too(backend, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, backend, imgsz=(75, 107), batch=1)
+    batch = pictures((75, 107))
+    theirs = expected(model, batch)
+    assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < ODD_NOISE
+
+
+@pytest.mark.parametrize("form", ["plain", "linear", "nchw"])
 def test_a_form_takes_bytes_of_any_size_with_channels_last(form, model, folder, tmp_path):
     artifact = build(folder, tmp_path, form=form, imgsz="dynamic", input="uint8", layout="nhwc", color="bgr")
     batch = pictures((75, 107), 2)
@@ -97,8 +105,9 @@ def test_a_form_takes_bytes_of_any_size_with_channels_last(form, model, folder, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_gives_nearly_the_same_labels(backend, model, folder, tmp_path):
-    artifact = build(folder, tmp_path, backend, precision="fp16", imgsz="dynamic")
+@pytest.mark.parametrize("imgsz", ["dynamic", (224, 300)])
+def test_fp16_gives_nearly_the_same_labels(backend, imgsz, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, backend, precision="fp16", imgsz=imgsz)
     batch = pictures((224, 300))
     theirs, ours = expected(model, batch), outputs(artifact, batch)
     assert np.abs(ours - theirs).max() / theirs.std() < 0.02

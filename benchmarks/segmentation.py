@@ -1,0 +1,199 @@
+"""UPerNet on ConvNeXt-T: this tool's graphs beside PyTorch's own export of transformers' model, in fp32.
+
+    python -m benchmarks.segmentation -o benchmarks/results/MACHINE/segmentation.json
+
+Weights are random, with the widths of the published network (hidden size 512, 150 classes). The graphs of a runtime
+take turns in a process of their own; peak memory is that of a fresh process for each graph. Graphs stay in `--folder`,
+and every repetition is written at once: a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmarks.provenance import environment
+from exporter import machine
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Record
+from exporter.build import build
+from exporter.recipe import Export, Model, Recipe
+
+THREADS, SIZE, TURNS, REPETITIONS = 2, 512, 3, 7
+RUNTIMES = ("onnxruntime", "openvino")
+EXPORT, PLAIN, LABELS = "torch export", "plain", "labels"
+GRAPHS = {
+    EXPORT: "transformers, `torch.onnx.export`, logits",
+    PLAIN: "`--form plain`, logits",
+    "own": "logits",
+    LABELS: "`--output labels`",
+}
+Array = np.ndarray[Any, Any]
+Run = Callable[[Array], Any]
+
+
+class Repetition(Record, frozen=True):
+    """Of one runtime: milliseconds of each graph turn by turn, its peak of resident memory in bytes, and the load of
+    the machine before (the average over a minute)."""
+
+    runtime: str
+    ms: dict[str, list[float]]
+    peak_bytes: dict[str, int]
+    load: float
+
+
+class Result(Record, frozen=True):
+    """All repetitions, and the machine they ran on."""
+
+    environment: dict[str, Any]
+    size: int
+    repetitions: tuple[Repetition, ...] = ()
+    schema: int = 1
+
+    def table(self) -> str:
+        """Markdown: a row for each graph on each runtime; ratios are medians over pairs of the same turn."""
+        lines = ["| runtime | graph | ms | speed-up | peak memory | share |", "|---|---|--:|--:|--:|--:|"]
+        for runtime in RUNTIMES:
+            rows = [one for one in self.repetitions if one.runtime == runtime]
+            for name in GRAPHS if rows else ():
+                ms = median(value for row in rows for value in row.ms[name])
+                pairs = [b / a for row in rows for a, b in zip(row.ms[name], row.ms[EXPORT], strict=True)]
+                peak = median(row.peak_bytes[name] for row in rows)
+                share = median(row.peak_bytes[name] / row.peak_bytes[EXPORT] for row in rows)
+                lines.append(
+                    f"| {runtime} | {GRAPHS[name]} | {ms:.0f} | {median(pairs):.2f} × ({min(pairs):.2f}–"
+                    f"{max(pairs):.2f}) | {peak / 1e6:,.0f} MB | {share:.2f} |"
+                )
+        return "\n".join(lines) + "\n"
+
+
+def transformers_model() -> Any:
+    """UPerNet on ConvNeXt-T, as transformers publishes it, with random weights."""
+    from benchmarks import libraries
+
+    transformers = libraries.library("transformers")
+    stages = [f"stage{number}" for number in range(1, 5)]
+    backbone = transformers.ConvNextConfig(depths=[3, 3, 9, 3], hidden_sizes=[96, 192, 384, 768], out_features=stages)
+    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=150, use_auxiliary_head=False)
+    return libraries.randomize(transformers.UperNetForSemanticSegmentation(config))
+
+
+def write_export(folder: Path, size: int) -> Path:
+    """The graph of `torch.onnx.export` for one image of a fixed size, and the weights for this tool."""
+    import json
+
+    import torch
+
+    from benchmarks import libraries
+
+    file = folder / "export" / "model.onnx"
+    if not file.exists():
+        model = transformers_model()
+        config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
+        libraries.save(folder / "weights", model, config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images, partial = torch.zeros(1, 3, size, size), file.with_name("partial.onnx")
+        with torch.no_grad():
+            torch.onnx.export(model, (images,), partial, dynamo=True, input_names=["images"], verbose=False)
+        partial.rename(file)  # its weights keep their name, which the graph has
+    return file
+
+
+def graphs(folder: Path, size: int) -> dict[str, dict[str, Path]]:
+    """The file of each graph for each runtime; OpenVINO reads PyTorch's export as it is."""
+    export, files = write_export(folder, size), {}
+    for runtime in RUNTIMES:
+        files[runtime] = {EXPORT: export}
+        for name in GRAPHS:
+            if name != EXPORT:
+                options = {"form": "plain"} if name == PLAIN else {"output": LABELS} if name == LABELS else {}
+                recipe = Recipe(
+                    backend=runtime, precision="fp32", model=Model(weights=str(folder / "weights")),
+                    export=msgspec.convert({"imgsz": size, "batch": 1, **options}, Export),
+                )  # fmt: skip
+                files[runtime][name] = build(recipe, folder / runtime / name).artifact.path
+    return files
+
+
+def opened(runtime: str, file: Path) -> Run:
+    """A session of a stock runtime, in fp32 on `THREADS` threads."""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"images": images})
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    return lambda images: compiled([images])
+
+
+Turns = tuple[dict[str, list[float]], int]
+
+
+def take_turns(runtime: str, files: Mapping[str, Path], size: int) -> Turns:
+    """The milliseconds of each graph, turn by turn, and the peak of this process's resident memory in bytes."""
+    images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+    runs = {name: opened(runtime, file) for name, file in files.items()}
+    ms = {name: list[float]() for name in runs}
+    for turn in range(TURNS + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run(images)
+            if turn:  # the first warms up
+                ms[name].append(1e3 * (time.perf_counter() - begin))
+    return ms, machine.peak_memory_bytes()
+
+
+def fresh(runtime: str, files: Mapping[str, Path], size: int) -> Turns:
+    """`take_turns` in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(take_turns, runtime, files, size).result()
+
+
+def measure(runtime: str, files: Mapping[str, Path], size: int) -> Repetition:
+    """One repetition on one runtime."""
+    load = os.getloadavg()[0]
+    ms, _ = fresh(runtime, files, size)
+    peaks = {name: fresh(runtime, {name: file}, size)[1] for name, file in files.items()}
+    return Repetition(runtime=runtime, ms=ms, peak_bytes=peaks, load=load)
+
+
+def main() -> None:
+    """Measure what is missing in the result, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("build/segmentation"), help="For the graphs.")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--size", type=int, default=SIZE, help="Height and width of the image.")
+    options = parser.parse_args()
+    result = Result(environment=environment(THREADS), size=options.size)
+    if options.o.exists():
+        result = msgspec.json.decode(options.o.read_bytes(), type=Result)
+    files = graphs(options.folder / str(result.size), result.size)
+    for number in range(len(result.repetitions), options.repetitions * len(RUNTIMES)):
+        runtime = RUNTIMES[number % len(RUNTIMES)]
+        one = measure(runtime, files[runtime], result.size)
+        result = msgspec.structs.replace(result, repetitions=(*result.repetitions, one))
+        write_file(options.o, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        print(f"{number + 1}: {runtime}, load {one.load:.1f}", file=sys.stderr, flush=True)
+    print(result.table())
+
+
+if __name__ == "__main__":
+    main()
