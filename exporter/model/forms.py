@@ -25,8 +25,8 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest, nearest
 from exporter.model import FORMS, structure
 from exporter.model.convnext import GRN, Block, ConvNeXt, Norm
+from exporter.model.multiscale import MultiscaleConv, SplitMultiscaleConv
 from exporter.model.picture import Picture
-from exporter.model.pyramid import PyramidConv, SplitPyramidConv
 from exporter.model.upernet import UPerNet
 
 Layout = Literal["last", "transposed", "first"]
@@ -191,7 +191,7 @@ def rewrite(model: ConvNeXt, form: str) -> ConvNeXt:
         fold_norms(model, layout)
         if isinstance(model, UPerNet) and model.decode_head is not None:
             head = model.decode_head
-            head.fpn_bottleneck = SplitPyramidConv(cast("PyramidConv", head.fpn_bottleneck))
+            head.fpn_bottleneck = SplitMultiscaleConv(cast("MultiscaleConv", head.fpn_bottleneck))
     return model.eval().requires_grad_(False)
 
 

@@ -101,7 +101,7 @@ def is_response_norm(module: str) -> bool:
 
 def is_spatial(module: str) -> bool:
     """Whether a module computes weights over the rows and columns of a map (`exporter.model.upernet.GridPool`,
-    `exporter.model.pyramid.ShiftedResize`)."""
+    `exporter.model.multiscale.ShiftedResize`)."""
     return re.fullmatch(_SPATIAL, module) is not None
 
 

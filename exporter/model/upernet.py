@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporter.artifact.sidecar import OutputSpec
 from exporter.model.convnext import ConvNeXt
-from exporter.model.pyramid import ConvReLU, PyramidConv, resize
+from exporter.model.multiscale import ConvReLU, MultiscaleConv, resize
 from exporter.model.variants import Architecture, Decoder
 
 
@@ -55,10 +55,10 @@ class Head(nn.Module):
         width, *finer, last = decoder.width, *dims
         self.pools = nn.ModuleList(GridPool(cells) for cells in decoder.scales)
         self.psp_modules = nn.ModuleList(ConvReLU(last, width, 1) for _ in decoder.scales)
-        self.bottleneck = PyramidConv([last, *(width for _ in decoder.scales)], width)
+        self.bottleneck = MultiscaleConv([last, *(width for _ in decoder.scales)], width)
         self.lateral_convs = nn.ModuleList(ConvReLU(dim, width, 1) for dim in finer)
         self.fpn_convs = nn.ModuleList(ConvReLU(width, width, 3) for _ in finer)
-        self.fpn_bottleneck: nn.Module = PyramidConv([width for _ in dims], width)
+        self.fpn_bottleneck: nn.Module = MultiscaleConv([width for _ in dims], width)
         self.classifier = nn.Conv2d(width, decoder.classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

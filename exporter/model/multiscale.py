@@ -25,7 +25,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-class PyramidConv(ConvReLU):
+class MultiscaleConv(ConvReLU):
     """A 3×3 convolution over maps that are resized to the size of the first and concatenated, and ReLU."""
 
     def __init__(self, widths: Sequence[int], after: int) -> None:
@@ -38,7 +38,7 @@ class PyramidConv(ConvReLU):
         return super().forward(torch.cat([first, *(resize(other, first.shape[-2:]) for other in others)], 1))
 
 
-class SplitPyramidConv(nn.Module):
+class SplitMultiscaleConv(nn.Module):
     """The same function: the products of each map at its own size, which are resized and shifted behind them.
 
     Products of channels and the resize, which acts on rows and columns, commute. So the nine products of the weights'
@@ -46,7 +46,7 @@ class SplitPyramidConv(nn.Module):
     each axis (`shifted`). For a map of half the size that is a quarter of the multiply-accumulates of the convolution.
     """
 
-    def __init__(self, conv: PyramidConv) -> None:
+    def __init__(self, conv: MultiscaleConv) -> None:
         super().__init__()
         assert conv.bias is not None
         own, *weights = torch.split(conv.weight, list(conv.widths), 1)
@@ -59,7 +59,7 @@ class SplitPyramidConv(nn.Module):
         self.matrix = ShiftedResize()
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """As `PyramidConv`."""
+        """As `MultiscaleConv`."""
         first, *others = maps
         y = self.own(first)
         (count, width), (height, columns) = y.shape[:2], y.shape[2:]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exporter.artifact.sidecar import OutputSpec
 from exporter.model import FORMS, forms
-from exporter.model.pyramid import PyramidConv, ShiftedResize, SplitPyramidConv
+from exporter.model.multiscale import MultiscaleConv, ShiftedResize, SplitMultiscaleConv
 from exporter.model.upernet import UPerNet
 from exporter.model.variants import Architecture, Decoder
 
@@ -39,22 +39,22 @@ def test_products_before_the_resize_are_the_convolution_behind_it_at_all_sizes(l
     """In double precision; the sizes have no ratio in common, and maps may be larger than the first."""
     widths, sizes = zip(*levels, strict=True)
     torch.manual_seed(seed)
-    conv = PyramidConv(widths, after).double().requires_grad_(False)
+    conv = MultiscaleConv(widths, after).double().requires_grad_(False)
     maps = maps_of(widths, sizes, seed)
     expected = pytorchs(conv, maps)
     scale = float(conv.weight.abs().sum() * max(one.abs().max() for one in maps))
     assert torch.equal(conv(maps), expected)
-    assert float((SplitPyramidConv(conv)(maps) - expected).abs().max()) <= 1e-14 * scale
+    assert float((SplitMultiscaleConv(conv)(maps) - expected).abs().max()) <= 1e-14 * scale
 
 
 @pytest.mark.parametrize("side", [512, 513, 640, 451, 33])
 def test_sizes_of_a_pyramid_are_exact_to_twelve_digits(side):
     sizes = [(side // stride, (side + 64) // stride) for stride in (4, 8, 16, 32)]
     torch.manual_seed(side)
-    conv = PyramidConv([2, 3, 4, 5], 6).double().requires_grad_(False)
+    conv = MultiscaleConv([2, 3, 4, 5], 6).double().requires_grad_(False)
     maps = maps_of([2, 3, 4, 5], sizes, side, count=1)
     expected = pytorchs(conv, maps)
-    assert float((SplitPyramidConv(conv)(maps) - expected).abs().max() / expected.std()) <= 1e-12
+    assert float((SplitMultiscaleConv(conv)(maps) - expected).abs().max() / expected.std()) <= 1e-12
 
 
 @given(before=st.integers(1, 200), after=st.integers(1, 200))
@@ -81,6 +81,6 @@ def test_a_whole_network_is_the_same_in_every_form(form):
     images = torch.randn(2, 3, 75, 107)
     expected = network(images)
     rewritten = forms.rewrite(network, form)
-    split = [layer for layer in rewritten.modules() if isinstance(layer, SplitPyramidConv)]
+    split = [layer for layer in rewritten.modules() if isinstance(layer, SplitMultiscaleConv)]
     assert len(split) == (form != "plain")
     assert float((rewritten(images) - expected).abs().max() / expected.std()) < 2e-5
