@@ -11,6 +11,8 @@ import msgspec
 from benchmarks.rivals import BATCHES, NETWORKS, Race, sizes, table, timing
 from exporter.artifact.disk import write_file
 
+ALL = sorted({*sizes.SIZES, *sizes.OF_WINDOWS})
+
 
 def main() -> None:
     """One batch size after the other, then the input sizes; what was written stays."""
@@ -19,8 +21,10 @@ def main() -> None:
     names = [rival.name for rival in NETWORKS]
     parser.add_argument("--network", nargs="+", choices=names, default=names)
     parser.add_argument("--batch", nargs="*", type=int, default=BATCHES)
-    parser.add_argument("--size", nargs="*", type=int, default=None, help="Input sizes; by default five.")
-    parser.add_argument("--seconds", type=float, default=120.0, help="Of timing, for each race.")
+    parser.add_argument("--size", nargs="*", type=int, choices=ALL, default=ALL, help="Input sizes; by default all.")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="Of timing, for each batch size; an input size takes a quarter."
+    )
     arguments = parser.parse_args()
     networks = [rival for rival in NETWORKS if rival.name in arguments.network]
     for batch in arguments.batch:
@@ -30,9 +34,8 @@ def main() -> None:
         race = msgspec.json.decode(path.read_bytes(), type=Race)
         print(table.races(race), file=sys.stdout, flush=True)
     path = arguments.output / "sizes.json"
-    if not path.exists() and arguments.size != []:
-        chosen = tuple(arguments.size) if arguments.size else None
-        write_file(path, msgspec.json.encode(sizes.time_sizes(arguments.seconds / 4, chosen)))
+    if not path.exists() and arguments.size:
+        write_file(path, msgspec.json.encode(sizes.time_sizes(networks, arguments.seconds / 4, arguments.size)))
     if path.exists():
         print(table.by_size(msgspec.json.decode(path.read_bytes(), type=sizes.Sizes)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from math import log
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from benchmarks import racing
 from benchmarks.provenance import environment
-from benchmarks.rivals import NETWORKS, PLAIN, ROOT, RUNTIMES, THREADS, WAYS, Network, Samples, Way, files
+from benchmarks.rivals import PLAIN, ROOT, RUNTIMES, THREADS, WAYS, Network, Samples, Way, files
 from exporter.artifact.sidecar import Record
 from exporter.bench import Arm, Launch, Timing, flat, supervisor
 from exporter.build import build
@@ -50,12 +51,12 @@ def sizes_of(rival: Network) -> tuple[int, ...]:
     return OF_WINDOWS if rival.timm.startswith("swin") else SIZES
 
 
-def time_sizes(seconds: float, sizes: tuple[int, ...] | None = None) -> Sizes:
-    """Time the four networks at their sizes on all runtimes, one size after the other."""
-    rivals = [rival for rival in NETWORKS if rival.name in COMPARED]
+def time_sizes(networks: Sequence[Network], seconds: float, sizes: Sequence[int]) -> Sizes:
+    """Time the compared ones of some networks at those of these sizes that they run, one size after the other."""
+    rivals = [rival for rival in networks if rival.name in COMPARED]
     timings: dict[int, Timing] = {}
     memory: dict[str, int | None] = {}
-    for size in sizes or sorted({*SIZES, *OF_WINDOWS}):
+    for size in sizes:
         print(f"{size} pixels", file=sys.stderr, flush=True)
         arms = [_arm(one, runtime, size) for one in rivals if size in sizes_of(one) for runtime in RUNTIMES]
         timings[size] = racing.race(arms, files.preprocessing(size), 1, seconds)

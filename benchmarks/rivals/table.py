@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from itertools import combinations
 
 from benchmarks import racing
-from benchmarks.rivals import NETWORKS, Network, Race, Row, Samples
+from benchmarks.rivals import NETWORKS, Network, Race, Row
 from benchmarks.rivals.sizes import Sizes
 
 HEAD = (
@@ -84,16 +83,12 @@ def control(race: Race) -> str:
     lines = ["| networks | here, eager | timm's, i9-10940X, inductor | apart |", "|---|--:|--:|--:|"]
     known = [rival for rival in NETWORKS if rival.name in race.eager]
     for first, second in combinations(known, 2):
-        here = _typical(race.eager[first.name]) / _typical(race.eager[second.name])
+        here = racing.typical(race.eager[first.name]) / racing.typical(race.eager[second.name])
         theirs = first.timm_ms / second.timm_ms
         apart = 100 * (here / theirs - 1)
         bold = "**" if abs(apart) > AGREED else ""
         lines.append(f"| {first.name} / {second.name} | {here:.2f} | {theirs:.2f} | {bold}{apart:+.0f} %{bold} |")
     return "\n".join(lines) + "\n"
-
-
-def _typical(samples: Samples) -> float:
-    return statistics.median(sample for launch in samples for sample in launch)
 
 
 def by_size(result: Sizes) -> str:
@@ -106,7 +101,7 @@ def by_size(result: Sizes) -> str:
         cells = []
         for size in sizes:
             samples, peak = known.get(size, ((), None))
-            cells.append(f"{_typical(samples):.4g} ms, {(peak or 0) / 1e6:.0f} MB" if samples else "")
+            cells.append(f"{racing.typical(samples):.4g} ms, {(peak or 0) / 1e6:.0f} MB" if samples else "")
         exponent = racing.words(curve.time_exponent)
         cells += [exponent, f"{curve.memory_exponent:.2f}"]
         lines.append(f"| {curve.network} | {LABELS[curve.runtime]} | {' | '.join(cells)} |")

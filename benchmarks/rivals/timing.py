@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,7 +130,7 @@ def _chosen(rival: Network, batch: int, made: Field) -> list[Key]:
     standing = [way for way in mine if arm_name(rival, way) not in timing.failures]
 
     def median(way: Way) -> float:
-        return statistics.median(sample for launch in racing.samples(timing, arm_name(rival, way)) for sample in launch)
+        return racing.typical(racing.samples(timing, arm_name(rival, way)))
 
     kinds = dict.fromkeys((way.runtime, way.precision) for way in standing)
     best = [min((way for way in standing if (way.runtime, way.precision) == kind), key=median) for kind in kinds]

@@ -50,7 +50,7 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if len(set(self.tasks)) < len(self.tasks):
             return f"--task {task}: give each task once"
         if len(self.tasks) > 1 and (alone := next((one for one in self.tasks if one in ALONE), "")):
-            return f"--task {task}: the output of {alone} stands alone; give --task {alone}"
+            return f"--task {task}: {alone} cannot be combined with other tasks; give --task {alone}"
         if "segment" in self.tasks:
             return self._segment_contradiction()
         if self.answer in ("labels", "logits4"):

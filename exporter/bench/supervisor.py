@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PROCESSES = 6
 """Timing processes, the unit of every interval: the fewest of which signed ranks give a 95 % interval."""
 HANG_S = 300.0
-STACK_S = 1.0  # given to a process that hangs, to write down where
+STACK_S = 5.0  # given to a process that hangs, to write down where
 REPEATS = 1  # of the timing, when other processes disturbed it
 
 

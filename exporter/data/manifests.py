@@ -104,8 +104,6 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         raise BadRequest(f"{path}: cannot be read as a manifest ({error})") from None
     numbered, split = _of_split(path, numbered, split)
     rows = [row for _, row in numbered]
-    if "mask" not in columns:
-        _check_masks(path, numbered)
     generated = "generator" in header
     root = path.parent / header.get("source", ".") if frozen and not generated else path.parent
     _check_names(path, root, "" if generated else header.get("source", ""), [row["path"] or "" for row in rows])
@@ -250,15 +248,18 @@ def _files(folder: Path, name: str) -> Iterator[str]:
             yield name + suffix
 
 
-def _check_masks(path: Path, rows: _Rows) -> None:
-    """Raises: BadRequest for an image without a mask where others have one, and for masks outside the folder."""
-    if not any("mask" in row for _, row in rows):
-        return
-    for line, row in rows:
-        row["mask"] = row["mask"].strip()
-        if not row["mask"]:
-            raise BadRequest(f"{path}: line {line} has no mask; add one, or remove the line")
-    _check_names(path, path.parent, "", [row["mask"] for _, row in rows])
+def masks_of(path: Path, listed: Listed) -> list[str]:
+    """The masks of the images of a manifest, relative to its folder; [] where it has no column of masks.
+
+    Raises: BadRequest for an image without a mask where others have one, and for masks outside the folder.
+    """
+    if "mask" in listed.columns or not any("mask" in row for row in listed.rows):
+        return []
+    masks = [row["mask"].strip() for row in listed.rows]
+    if "" in masks:
+        raise BadRequest(f"{path}: line {listed.lines[masks.index('')]} has no mask; add one, or remove the line")
+    _check_names(path, path.parent, "", masks)
+    return masks
 
 
 def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:

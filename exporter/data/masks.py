@@ -15,7 +15,7 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
-from exporter.data.manifests import is_manifest, locate, read_manifest
+from exporter.data.manifests import is_manifest, locate, masks_of, read_manifest
 from exporter.data.samples import Item, Samples, images_in, read_file, spread
 from exporter.errors import BadRequest
 
@@ -71,10 +71,10 @@ def pairs_of(source: str) -> list[Pair] | None:
     path, split = locate(source)
     if is_manifest(path) and path.is_file():
         listed = read_manifest(path, split)
+        masks = masks_of(path, listed)
         return [
-            Pair(row["path"], listed.root / row["path"], path.parent / row["mask"], row.get("sha256", ""))
-            for row in listed.rows
-            if "mask" in row and "mask" not in listed.columns
+            Pair(row["path"], listed.root / row["path"], path.parent / mask, row.get("sha256", ""))
+            for row, mask in zip(listed.rows, masks, strict=bool(masks))
         ] or None
     for one, other in _FOLDERS:
         if (path / one).is_dir() and (path / other).is_dir():

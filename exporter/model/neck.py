@@ -55,7 +55,10 @@ def take(converted: Converted, rest: dict[str, Tensor]) -> None:
         return
     tensors = {key.removeprefix(place + NECK): rest[key] for key in rest if key.startswith(place + NECK)}
     if others := sorted({key.split(".")[0] for key in tensors} - set(_MODULES)):
-        converted.notes.append(f"neck.{some(others)}: no layer of an FPN, so only the backbone's maps are exported")
+        converted.notes.append(
+            f"the neck has {some(others)}, which an FPN does not have: it is left out, and the maps of the backbone "
+            "are exported"
+        )
         return
     if unknown := [f"{NECK}{key}" for key in tensors if not _CONV.fullmatch(key)]:
         raise BadRequest(f"{some(unknown)}: an FPN with other layers than convolutions is not supported; {_LEAVE_OUT}")

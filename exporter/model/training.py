@@ -185,11 +185,9 @@ def _segmenter(text: str, statements: stated.Statements, origin: str) -> dict[st
     if scales := _numbers(text, "pool_scales"):
         statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
     statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)
-    test = re.search(r"\btest_cfg\s*=\s*dict\((?:[^()]|\([^()]*\))*\)", text)
-    slides = test is not None and re.search(r"mode\s*=\s*['\"]slide", test[0])
-    windows = (
-        [int(side) for key in ("crop_size", "stride") for side in _numbers(test[0], key)] if test and slides else []
-    )
+    tests = [match[0] for match in re.finditer(r"\btest_cfg\s*=\s*dict\((?:[^()]|\([^()]*\))*\)", text)]
+    slides = next((test for test in tests if re.search(r"mode\s*=\s*['\"]slide", test)), "")
+    windows = [int(side) for key in ("crop_size", "stride") for side in _numbers(slides, key)]
     if len(windows) == 4 and all(windows):
         statements.state("windows", tuple(windows), "test_cfg", windows, origin)
     crop = _numbers(text, "crop_size")

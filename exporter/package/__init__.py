@@ -118,9 +118,7 @@ def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:
 def _refuse_masks(artifact: Artifact, name: str) -> None:
     """Raises: BadRequest for segmentation where a destination has no code for it, and for logits of other pixels."""
     if name != "python":
-        raise BadRequest(
-            f"{artifact.path}: its output is of each pixel, which --for {name} has no code for; take python"
-        )
+        raise BadRequest(f"{artifact.path}: --for {name} does not support segmentation; give --for python")
     if (answer := artifact.sidecar.spec.answer) not in ("logits", "labels"):
         raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output labels or logits")
 

@@ -82,6 +82,8 @@ def verify(
         backends.device_of(artifact, options.device)  # refuses one that the runtime does not take
     outputs.check(sidecar, options)
     windows = windows_of(sidecar, options)
+    if windows is not None and options.blocks:
+        raise BadRequest("--blocks: compares images of one size, and --slide keeps their aspect ratios; leave one out")
     samples = samples or open_data(sidecar, options, windows)
     _refuse_limits(sidecar, options, samples)
     session_options = _session_options(runtime, options)
@@ -105,7 +107,7 @@ def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Optio
 
 def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None) -> Samples:
     """The images to verify on, with their labels where the outputs are scores of classes or of labels, or with masks
-    where they are of each pixel. With windows images keep their ratio of sides.
+    where they are of each pixel. With windows images keep their aspect ratio.
 
     Raises: BadRequest for data that cannot be used.
     """
@@ -349,4 +351,5 @@ def record_quality(artifact: Artifact, report: Report) -> None:
     values = {metric: report.value(metric) for metric in QUALITY}
     known = {metric: float(value) for metric, value in values.items() if value is not None}
     data = str(report.recipe["verify"]["data"])
-    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **known})
+    slid = {"windows": "yes"} if report.recipe["verify"].get("slide") else {}
+    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **slid, **known})

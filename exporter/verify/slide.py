@@ -1,4 +1,4 @@
-"""Sliding windows, as mmsegmentation evaluates: images keep their ratio of sides, and the logits of windows that
+"""Sliding windows, as mmsegmentation evaluates: images keep their aspect ratio, and the logits of windows that
 overlap are averaged."""
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class SlideOptions(Checks, frozen=True):
     slide: Annotated[
         bool,
         about(
-            "Of --task segment: run windows over images that keep their ratio of sides, and average the logits, as "
-            "mmsegmentation does; without it each image runs once, whole."
+            "For --task segment: resize images without changing their aspect ratio, run overlapping windows over them "
+            "and average the logits, as mmsegmentation does; without it each image is resized and runs once."
         ),
     ] = False
     window: Annotated[
@@ -71,7 +71,7 @@ def windows_of(sidecar: Sidecar, options: SlideOptions) -> Windows | None:
     """
     if not options.slide:
         if lost := next((name for name in ("window", "stride") if getattr(options, name) is not None), ""):
-            raise BadRequest(f"--{lost}: it is of sliding windows; add --slide, or leave it out")
+            raise BadRequest(f"--{lost}: only applies to sliding windows; add --slide, or leave it out")
         return None
     if sidecar.task != "segment":
         raise BadRequest(f"--slide: windows are for --task segment, and this is {sidecar.task}; leave it out")
@@ -110,7 +110,7 @@ def starts(side: int, window: int, step: int) -> list[int]:
 
 
 def whole(recipe: Preprocessing, windows: Windows, image: Path) -> Preprocessing:
-    """The preprocessing of an image that keeps its ratio of sides: the smallest size that a window fits into.
+    """The preprocessing of an image that keeps its aspect ratio: the smallest size that a window fits into.
 
     Raises: images.Unreadable for a file that is no image.
     """

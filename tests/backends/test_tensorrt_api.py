@@ -221,7 +221,9 @@ def test_a_plan_that_does_not_open_is_an_error(trt, gpu, artifacts):
 
 
 def test_an_image_outside_the_profile_is_not_timed(opened):
-    with pytest.raises(BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --min-size and"):
+    with pytest.raises(
+        BadRequest, match=r"takes \(1, 3, 64, 64\) to \(4, 3, 64, 64\); build it with --imgsz dynamic, --min-size and"
+    ):
         opened.bind([np.zeros((2, 3, 96, 64), np.float32)])
 
 
@@ -258,6 +260,13 @@ def test_sizes_that_make_no_range_are_refused(imgsz, options, message):
         library.check_sizes(imgsz, options)
 
 
-def test_a_range_that_leaves_the_published_size_out_is_refused():
-    with pytest.raises(BadRequest, match="images of 300, 224, 512 pixels: expected --min-size ≤"):
-        library.sizes(224, TensorRtOptions(min_size=300))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TensorRtOptions(min_size=300), "images of 300, 224, 512 pixels: expected --min-size ≤"),
+        (TensorRtOptions(opt_size=96, max_size=128), "images of 64 to 128 pixels leave out 224, the size of the"),
+    ],
+)
+def test_a_range_that_leaves_the_size_of_the_preprocessing_out_is_refused(options, message):
+    with pytest.raises(BadRequest, match=message):
+        library.sizes(224, options)

@@ -143,7 +143,7 @@ def test_the_backbone_alone_has_fewer_multiply_accumulates(dynamic, source, tmp_
     ("words", "message"),
     [
         (("onnx", "--int8"), "--task pyramid: an FPN is not quantized, so int8 is not built; give fp16"),
-        (("onnx", "--task", "pyramid,features"), "the output of pyramid stands alone"),
+        (("onnx", "--task", "pyramid,features"), "pyramid cannot be combined with other tasks"),
         (("onnx", "--output", "labels"), "it is of each pixel, for --task segment"),
         (("onnx", "--task", "segment"), "--task segment takes UPerNet"),
     ],

@@ -99,6 +99,11 @@ def test_a_manifest_with_a_mask_that_is_none_is_refused(lines, message, tmp_path
         read(manifest(tmp_path, f"path,mask\n{lines}"))
 
 
+def test_masks_are_of_no_interest_where_classes_are_read(tmp_path):
+    path = manifest(tmp_path, "path,label,mask\na.jpg,cat,\nb.jpg,dog,../b.png\n")
+    assert [row["label"] for row in read_manifest(path).rows] == ["cat", "dog"]
+
+
 def test_a_label_may_be_called_mask(tmp_path):
     """Of people who wear one."""
     path = manifest(tmp_path, "path,hat,mask\na.jpg,0,1\n")

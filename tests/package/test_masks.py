@@ -42,6 +42,9 @@ def test_the_masks_of_a_package_are_those_of_predict(backend, output, folder, ba
     assert expected.shape == (75, 107)
     assert sum(one["share"] for one in record["classes"]) == pytest.approx(1, abs=1e-5)
     assert record["classes"][0]["label"] == segmenters.LABELS[record["classes"][0]["class"]]
+    result = execute(bare, "predict.py", path, path, folder=out)
+    assert result.returncode == 1
+    assert result.stderr.startswith("two images have one name, and so would their masks")
     result = execute(bare, "selftest.py", folder=out)
     assert result.stdout.splitlines() == [f"{output}: 0 % of the pixels have another class, limit 0.1 %", "passed"]
     with np.load(out / "expected.npz") as arrays:
@@ -54,5 +57,5 @@ def test_masks_that_no_package_has_are_refused(folder, tmp_path):
     artifact = build(folder, tmp_path, output="logits4")
     with pytest.raises(BadRequest, match="built with --output logits4; package one with --output labels or logits"):
         package.package(artifact, "python", tmp_path / "package")
-    with pytest.raises(BadRequest, match="its output is of each pixel, which --for web has no code for; take python"):
+    with pytest.raises(BadRequest, match="--for web does not support segmentation; give --for python"):
         package.package(artifact, "web", tmp_path / "package")

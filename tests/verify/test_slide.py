@@ -71,9 +71,10 @@ def fixed(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 64}, "--window: it is of sliding windows; add --slide"),
+        ({"window": 64}, "--window: only applies to sliding windows; add --slide"),
         ({"slide": True, "window": 96}, "--window 96: the artifact takes 64 pixels; leave it out, or build it"),
         ({"slide": True, "stride": 65}, "--stride 65: larger than the windows of 64"),
+        ({"slide": True, "blocks": True}, "--blocks: compares images of one size, and --slide keeps their aspect"),
         ({"slide": True}, "--slide: synthetic has no masks to measure mIoU with"),
     ],
 )
@@ -95,7 +96,12 @@ def test_the_configuration_of_a_checkpoint_says_the_windows(fixed, tmp_path):
     model = segmenters.transformers_model()
     text = "model = dict(decode_head=dict(type='UPerHead'), {})"
     slide = "test_cfg=dict(mode='slide', crop_size=(96, 96), stride=(61, 61))"
-    for words, expected in (("test_cfg=dict(mode='whole')", ()), (slide, (96, 96, 61, 61))):
+    of_loop = f"test_cfg = dict(type='TestLoop')\n{slide}"
+    for words, expected in (
+        ("test_cfg=dict(mode='whole')", ()),
+        (slide, (96, 96, 61, 61)),
+        (of_loop, (96, 96, 61, 61)),
+    ):
         path = tmp_path / "a.pth"
         torch.save({"meta": {"config": text.format(words)}, "state_dict": segmenters.state_of(model)}, path)
         arch = weights.load(str(path)).variant.architecture

@@ -57,11 +57,19 @@ class TensorRtOptions(TargetOptions, frozen=True):
     ] = None
     opt_size: Annotated[
         Side | None,
-        about("Height and width that an engine is tuned for, with --imgsz dynamic.", metavar="N", default="published"),
+        about(
+            "Height and width that an engine is tuned for, with --imgsz dynamic.",
+            metavar="N",
+            default="the size of the preprocessing",
+        ),
     ] = None
     max_size: Annotated[
         Side | None,
-        about("Largest height and width, with --imgsz dynamic.", metavar="N", default="512, or twice the tuned one"),
+        about(
+            "Largest height and width, with --imgsz dynamic.",
+            metavar="N",
+            default="512 or twice --opt-size, the larger",
+        ),
     ] = None
     compute_capability: Annotated[
         tuple[str, ...],
@@ -186,7 +194,7 @@ def _check_profiles(batch: int | None, target: TensorRtOptions) -> None:
 
 def sizes(published: int, target: TensorRtOptions) -> tuple[int, int, int]:
     """Smallest, best and largest height and width of images, in pixels, where they are dynamic; `published` is the size
-    that the network is published with.
+    of its preprocessing.
 
     Raises: BadRequest for sizes that are not in this order.
     """
@@ -195,6 +203,11 @@ def sizes(published: int, target: TensorRtOptions) -> tuple[int, int, int]:
     most = max(512, 2 * best) if target.max_size is None else target.max_size
     if not least <= best <= most:
         raise _not_in_order(least, best, most)
+    if not least <= published <= most:
+        raise BadRequest(
+            f"images of {least} to {most} pixels leave out {published}, the size of the preprocessing; set "
+            "--min-size and --max-size around it"
+        )
     return least, best, most
 
 
@@ -206,9 +219,9 @@ def _not_in_order(*pixels: int) -> BadRequest:
 
 def check_sizes(imgsz: object, target: TensorRtOptions) -> None:
     """Raises: BadRequest for a range of sizes where the size is fixed."""
-    given = [name for name in ("min_size", "opt_size", "max_size") if getattr(target, name) is not None]
-    if given and imgsz != "dynamic":
-        option = f"--{given[0].replace('_', '-')}"
+    options = [name for name in ("min_size", "opt_size", "max_size") if getattr(target, name) is not None]
+    if options and imgsz != "dynamic":
+        option = f"--{options[0].replace('_', '-')}"
         raise BadRequest(f"{option}: the size of images is fixed; add --imgsz dynamic, or leave {option} out")
     known = [size for size in (target.min_size, target.opt_size, target.max_size) if size is not None]
     if known != sorted(known):

@@ -262,8 +262,8 @@ class PlanSession:
         ]
         if not fits:
             ranges = " and ".join(f"{tuple(least)} to {tuple(most)}" for least, _, most in self.profiles)
-            fit = any(least[0] <= shape[0] <= most[0] for least, _, most in self.profiles)
-            options = "--min-size and --max-size" if fit else "--min-batch and --max-batch"
+            batch_fits = any(least[0] <= shape[0] <= most[0] for least, _, most in self.profiles)
+            options = "--imgsz dynamic, --min-size and --max-size" if batch_fits else "--min-batch and --max-batch"
             raise BadRequest(f"a batch of {shape}: the engine takes {ranges}; build it with {options}")
         return min(fits)[1]
 
