@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types imports docs clean bench-peers gpu
+.PHONY: help install demo test check format lint types imports docs clean bench-peers rivals gpu
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ imports: install
 
 bench-peers: install ## comparison with other tools, on this machine (an hour)
 	$(BIN)/python -m benchmarks.peers -o build/peers/results
+
+rivals: install  ## ConvNeXt compared with ResNet-50, Swin and ViT, on this machine (two hours)
+	$(BIN)/python -m benchmarks.rivals -o build/rivals/results
 
 gpu: install     ## all that needs an NVIDIA GPU, in under 8 minutes
 	$(BIN)/python -m benchmarks.gpu -o build/gpu

@@ -1,4 +1,4 @@
-"""ConvNeXt beside ResNet-50, Swin and ViT, deployed on the same machine and timed in turn.
+"""ConvNeXt compared with ResNet-50, Swin and ViT, deployed on the same machine and timed in turn.
 
 `python -m benchmarks.rivals -o FOLDER` makes each network's files (`files`), times them all in one race for each batch
 size (`timing`), and writes `FOLDER/batch-N.json`; then `FOLDER/sizes.json`, the time and memory of four networks by
