@@ -34,6 +34,7 @@ from benchmarks import (
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from benchmarks.pictures import Result as Pictures
+from benchmarks.segmentation import Result as Segmentation
 from benchmarks.serving import Result as Serving
 from exporter import report
 from exporter.bisect.parts import TOLERANCES
@@ -60,6 +61,7 @@ DOCUMENTS = (
     "docs/predict.md",
     "docs/recipes.md",
     "docs/security.md",
+    "docs/segmentation.md",
     "docs/tensorrt.md",
 )
 
@@ -98,6 +100,7 @@ def tables() -> dict[str, str]:
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
     answered = msgspec.json.decode((MILAN / "serving.json").read_bytes(), type=Serving)
+    segmented = msgspec.json.decode((MILAN / "segmentation.json").read_bytes(), type=Segmentation)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
@@ -125,6 +128,7 @@ def tables() -> dict[str, str]:
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
         "serving": answered.table() + machine(answered.environment),
+        "segmentation": segmented.table() + machine(segmented.environment),
         "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "tolerances": tolerances(),

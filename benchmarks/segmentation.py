@@ -1,4 +1,4 @@
-"""UPerNet on ConvNeXt-T: this tool's graphs beside PyTorch's own export of transformers' model, in fp32.
+"""UPerNet on ConvNeXt-T: this tool's graphs compared with PyTorch's own export of transformers' model, in fp32.
 
     python -m benchmarks.segmentation -o benchmarks/results/MACHINE/segmentation.json
 
@@ -185,6 +185,8 @@ def main() -> None:
     result = Result(environment=environment(THREADS), size=options.size)
     if options.o.exists():
         result = msgspec.json.decode(options.o.read_bytes(), type=Result)
+        if (result.size, result.environment["cpu"]) != (options.size, environment()["cpu"]):
+            parser.error(f"{options.o}: of {result.size} pixels on {result.environment['cpu']}; give another file")
     files = graphs(options.folder / str(result.size), result.size)
     for number in range(len(result.repetitions), options.repetitions * len(RUNTIMES)):
         runtime = RUNTIMES[number % len(RUNTIMES)]
