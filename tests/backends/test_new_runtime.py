@@ -122,7 +122,7 @@ class Copy:
         shutil.copytree(ROOT / "exporter", folder / "exporter", ignore=ignore)
         (folder / "exporter" / "backends" / "mine.py").write_text(MINE)
         for name in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/once.py", "tests/preloaded.py",
-                     "tests/program.py", "tests/backends/__init__.py",
+                     "tests/program.py", "tests/reference.py", "tests/backends/__init__.py",
                      "tests/backends/test_contract.py"):  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
