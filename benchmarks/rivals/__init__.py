@@ -58,11 +58,11 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way to deploy a network on a runtime at a precision; `files` makes what it runs.
+    """One way to export a network for a runtime at a precision; `files` writes the graph.
 
     Attributes:
         name: in the tables.
-        plain: whether it is the way of everyone: PyTorch's own export, run as it is.
+        plain: whether it is PyTorch's own export, run as it is.
     """
 
     name: str
@@ -92,7 +92,7 @@ WAYS = (
 
 
 class Row(Record, frozen=True):
-    """One network on one runtime at one precision in one way, as it was timed.
+    """The timing of one network on one runtime at one precision, exported in one way.
 
     `milliseconds` are those of a batch, process by process; `peak_pct` is the share of the runtime's fastest matrix
     product of that precision; `over_plain` is how many times as fast it is as the plain way in fp32, with the 95 %

@@ -18,7 +18,7 @@ def main() -> None:
     """One batch size after the other, then the input sizes; what was written stays."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, help="Folder for the JSON files.")
-    names = [rival.name for rival in NETWORKS]
+    names = [network.name for network in NETWORKS]
     parser.add_argument("--network", nargs="+", choices=names, default=names)
     parser.add_argument("--batch", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--size", nargs="*", type=int, choices=ALL, default=ALL, help="Input sizes; by default all.")
@@ -26,7 +26,7 @@ def main() -> None:
         "--seconds", type=float, default=120.0, help="Of timing, for each batch size; an input size takes a quarter."
     )
     arguments = parser.parse_args()
-    networks = [rival for rival in NETWORKS if rival.name in arguments.network]
+    networks = [network for network in NETWORKS if network.name in arguments.network]
     for batch in arguments.batch:
         path = arguments.output / f"batch-{batch}.json"
         if not path.exists():

@@ -34,21 +34,21 @@ NEWEST_OPSET = 23  # the first with an operator for attention
 Cannot = peers.Cannot
 
 
-def network(rival: Network, size: int = SIZE) -> torch.nn.Module:
+def create(network: Network, size: int = SIZE) -> torch.nn.Module:
     """A network of timm with random weights, for one input size: ViT has as many positions as the size needs."""
     timm = library("timm")
     torch.manual_seed(0)
-    of_size = {"img_size": size} if rival.timm.startswith(("swin", "deit")) else {}
-    model: torch.nn.Module = timm.create_model(rival.timm, **of_size).eval()
+    of_size = {"img_size": size} if network.timm.startswith(("swin", "deit")) else {}
+    model: torch.nn.Module = timm.create_model(network.timm, **of_size).eval()
     return model
 
 
-def gmacs(rival: Network, size: int = SIZE) -> float:
+def gmacs(network: Network, size: int = SIZE) -> float:
     """Multiply-accumulates of one image in 10⁹, as PyTorch counts them, products of attention included."""
     set_fused_attn = library("timm").layers.set_fused_attn
     set_fused_attn(False)  # the counter does not know the fused product of a CPU
     try:
-        model = network(rival, size)
+        model = create(network, size)
     finally:
         set_fused_attn(True)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -61,32 +61,32 @@ def preprocessing(size: int) -> Preprocessing:
     return Preprocessing(size=size, resize=round(size / 0.875))
 
 
-def make(rival: Network, way: Way, batch: int, size: int, folder: Path) -> Artifact:
+def make(network: Network, way: Way, batch: int, size: int, folder: Path) -> Artifact:
     """The artifact of a network in one way; made once.
 
     Raises: Cannot where the way has nothing for this network, with the reason.
     """
-    out = folder / f"{rival.timm}-b{batch}-{size}"
+    out = folder / f"{network.timm}-b{batch}-{size}"
     if way.name == "ours":
-        return ours(rival, way, batch, size, out / "ours")
+        return ours(network, way, batch, size, out / "ours")
     words = f"{way.name}_{way.precision}".replace(" ", "-")
     target = out / f"{words}{SUFFIXES[way.runtime]}"
     if target.exists():
         return artifacts.load(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return artifacts.publish(target, _sidecar(rival, way, batch, size), lambda path: _write(rival, way, out, path))
+    return artifacts.publish(target, _sidecar(network, way, batch, size), lambda path: _write(network, way, out, path))
 
 
-def _write(rival: Network, way: Way, folder: Path, path: Path) -> None:
+def _write(network: Network, way: Way, folder: Path, path: Path) -> None:
     """Write the file of a way; `folder` keeps what several ways begin with."""
     if way.runtime == "openvino":
-        _write_openvino(rival, way, folder, path)
+        _write_openvino(network, way, folder, path)
     else:
-        WRITERS[way.name](rival, folder, path)
+        WRITERS[way.name](network, folder, path)
 
 
-def _sidecar(rival: Network, way: Way, batch: int, size: int) -> Sidecar:
-    name, precision = rival.timm, way.precision
+def _sidecar(network: Network, way: Way, batch: int, size: int) -> Sidecar:
+    name, precision = network.timm, way.precision
     if precision == "int8":  # what it leaves in floating point runs in bf16, as OpenVINO does it unless it is set
         precision = "bf16" if way.runtime == "openvino" and has_bf16() else "fp32"
     return Sidecar(
@@ -113,46 +113,46 @@ def _dimensions(folder: Path) -> tuple[int, int]:
     return int(batch.removeprefix("b")), int(size)
 
 
-def plain(rival: Network, folder: Path, opset: int | None = None) -> Path:
+def plain(network: Network, folder: Path, opset: int | None = None) -> Path:
     """PyTorch's export of a network, made once for each opset."""
     path = folder / f"export-{opset or 'default'}.graph"
     if not path.exists():
         batch, size = _dimensions(folder)
         words: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
-        model, pixels = network(rival, size), torch.from_numpy(images(batch, size)[0])
+        model, pixels = create(network, size), torch.from_numpy(images(batch, size)[0])
         torch.onnx.export(model, (pixels,), path.with_suffix(".new"), input_names=["images"], **words)
         path.with_suffix(".new").replace(path)
     return path
 
 
-def _export(rival: Network, folder: Path, path: Path) -> None:
-    path.write_bytes(plain(rival, folder).read_bytes())
+def _export(network: Network, folder: Path, path: Path) -> None:
+    path.write_bytes(plain(network, folder).read_bytes())
 
 
-def _simplify(rival: Network, folder: Path, path: Path) -> None:
-    model, _ = onnxsim.simplify(onnx.load(plain(rival, folder)))
+def _simplify(network: Network, folder: Path, path: Path) -> None:
+    model, _ = onnxsim.simplify(onnx.load(plain(network, folder)))
     onnx.save(model, path)
 
 
-def _attention(rival: Network, folder: Path, path: Path) -> None:
-    graph = plain(rival, folder, NEWEST_OPSET)
+def _attention(network: Network, folder: Path, path: Path) -> None:
+    graph = plain(network, folder, NEWEST_OPSET)
     if not any(node.op_type == "Attention" for node in onnx.load(graph).graph.node):
         raise Cannot("the export has no attention in one operator")
     path.write_bytes(graph.read_bytes())
 
 
-def _prepared(rival: Network, folder: Path) -> Path:
+def _prepared(network: Network, folder: Path) -> Path:
     """The export as the quantizers of ONNX Runtime ask for it: optimized, with the shapes of all values."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path = folder / "prepared.graph"
     if not path.exists():
-        quant_pre_process(plain(rival, folder), path.with_suffix(".new"), skip_symbolic_shape=True)
+        quant_pre_process(plain(network, folder), path.with_suffix(".new"), skip_symbolic_shape=True)
         path.with_suffix(".new").replace(path)
     return path
 
 
-def _quantize_static(rival: Network, folder: Path, path: Path) -> None:
+def _quantize_static(network: Network, folder: Path, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
@@ -164,15 +164,15 @@ def _quantize_static(rival: Network, folder: Path, path: Path) -> None:
             some = next(self.left, None)
             return None if some is None else {"images": some}
 
-    quantize_static(_prepared(rival, folder), path, Images(), per_channel=True, reduce_range=True)
+    quantize_static(_prepared(network, folder), path, Images(), per_channel=True, reduce_range=True)
 
 
-def _quantize_dynamic(rival: Network, folder: Path, path: Path) -> None:
+def _quantize_dynamic(network: Network, folder: Path, path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
-    if not rival.timm.startswith(("swin", "deit")):
+    if not network.timm.startswith(("swin", "deit")):
         raise Cannot("quantizes matrix products only, and this network consists of convolutions")
-    quantize_dynamic(_prepared(rival, folder), path, per_channel=True, reduce_range=True)
+    quantize_dynamic(_prepared(network, folder), path, per_channel=True, reduce_range=True)
 
 
 WRITERS: dict[str, Callable[[Network, Path, Path], None]] = {
@@ -184,7 +184,7 @@ WRITERS: dict[str, Callable[[Network, Path, Path], None]] = {
 }
 
 
-def _write_openvino(rival: Network, way: Way, folder: Path, path: Path) -> None:
+def _write_openvino(network: Network, way: Way, folder: Path, path: Path) -> None:
     import openvino as ov
 
     batch, size = _dimensions(folder)
@@ -194,29 +194,29 @@ def _write_openvino(rival: Network, way: Way, folder: Path, path: Path) -> None:
             np.save(calibration, images(batch, size, max(1, CALIBRATION // batch)))
             script = Path(peers.__file__).with_name("nncf_default.py")
             program = peers.environment("optimum-intel") / "python"
-            kind = "transformer" if rival.timm.startswith(("swin", "deit")) else ""
-            peers.run(program, script, plain(rival, folder), calibration, path, "", kind)
+            kind = "transformer" if network.timm.startswith(("swin", "deit")) else ""
+            peers.run(program, script, plain(network, folder), calibration, path, "", kind)
         return
     if way.name == PLAIN:
-        model = ov.convert_model(plain(rival, folder))
+        model = ov.convert_model(plain(network, folder))
     else:
-        model = ov.convert_model(network(rival, size), example_input=torch.zeros(batch, 3, size, size))
+        model = ov.convert_model(create(network, size), example_input=torch.zeros(batch, 3, size, size))
         model.reshape([batch, 3, size, size])
     ov.save_model(model, path, compress_to_fp16=False)
 
 
-def ours(rival: Network, way: Way, batch: int, size: int, out: Path) -> Artifact:
+def ours(network: Network, way: Way, batch: int, size: int, out: Path) -> Artifact:
     """Our own artifact of a ConvNeXt, built for the batch size as `--batch` does.
 
     Raises: Cannot for another family.
     """
-    if not rival.variant:
+    if not network.variant:
         raise Cannot("this tool exports ConvNeXt")
     quantization = Quantization(calib_size=CALIBRATION) if way.precision == "int8" else None
     recipe = Recipe(
         backend=way.runtime,
         precision=way.precision,
-        model=Model(variant=rival.variant, weights="random:0"),
+        model=Model(variant=network.variant, weights="random:0"),
         export=Export(batch=batch, imgsz=size),
         quantization=quantization,
     )

@@ -1,4 +1,4 @@
-"""The pictures: accuracy by latency of everyone at the best, and latency by input size."""
+"""The pictures: accuracy by latency of the fastest exports, and latency by input size."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _color(name: str) -> str:
 
 
 def accuracy(race: Race, precision: str = "fp32") -> str:
-    """Published top-1 by the median latency of one batch, everyone at the best on each runtime, with the front of each
+    """Published top-1 by the median latency of one batch, the fastest export of each network, with the front of each
     runtime: no other network there is both faster and more accurate."""
     drawn: list[str] = []
-    top1 = {rival.name: rival.top1 for rival in NETWORKS}
+    top1 = {network.name: network.top1 for network in NETWORKS}
     with _figure(drawn, "Accuracy by latency") as axes:
         for runtime, marker in MARKERS.items():
             rows = [row for row in race.rows if _is_best(race, row, runtime, precision)]

@@ -46,24 +46,24 @@ class Sizes(Record, frozen=True):
     schema: int = 1
 
 
-def sizes_of(rival: Network) -> tuple[int, ...]:
+def sizes_of(network: Network) -> tuple[int, ...]:
     """The input sizes at which a network is timed."""
-    return OF_WINDOWS if rival.timm.startswith("swin") else SIZES
+    return OF_WINDOWS if network.timm.startswith("swin") else SIZES
 
 
 def time_sizes(networks: Sequence[Network], seconds: float, sizes: Sequence[int]) -> Sizes:
     """Time the compared ones of some networks at those of these sizes that they run, one size after the other."""
-    rivals = [rival for rival in networks if rival.name in COMPARED]
+    compared = [network for network in networks if network.name in COMPARED]
     timings: dict[int, Timing] = {}
     memory: dict[str, int | None] = {}
     for size in sizes:
         print(f"{size} pixels", file=sys.stderr, flush=True)
-        arms = [_arm(one, runtime, size) for one in rivals if size in sizes_of(one) for runtime in RUNTIMES]
+        arms = [_arm(one, runtime, size) for one in compared if size in sizes_of(one) for runtime in RUNTIMES]
         timings[size] = racing.race(arms, files.preprocessing(size), 1, seconds)
         for arm in arms:
             cold = supervisor.measure_cold(arm, timings[size].plan)
             memory[arm.name] = None if isinstance(cold, str) else cold.peak_bytes
-    curves = [_curve(one, runtime, timings, memory) for one in rivals for runtime in RUNTIMES]
+    curves = [_curve(one, runtime, timings, memory) for one in compared for runtime in RUNTIMES]
     return Sizes(curves=tuple(curves), environment=environment(THREADS))
 
 
@@ -71,23 +71,23 @@ def _way(runtime: str) -> Way:
     return next(way for way in WAYS if way.runtime == runtime and way.name == PLAIN and way.precision == "fp32")
 
 
-def _name(rival: Network, runtime: str, size: int) -> str:
-    return f"{rival.name}, {runtime}, {size}"
+def _name(network: Network, runtime: str, size: int) -> str:
+    return f"{network.name}, {runtime}, {size}"
 
 
-def _arm(rival: Network, runtime: str, size: int) -> Arm:
-    name = _name(rival, runtime, size)
-    if not rival.variant:
-        made = files.make(rival, _way(runtime), 1, size, Path(ROOT))
+def _arm(network: Network, runtime: str, size: int) -> Arm:
+    name = _name(network, runtime, size)
+    if not network.variant:
+        made = files.make(network, _way(runtime), 1, size, Path(ROOT))
         return Arm(name=name, path=str(made.path), threads=THREADS)
-    model, export = Model(variant=rival.variant, weights="random:0"), Export(imgsz="dynamic")
+    model, export = Model(variant=network.variant, weights="random:0"), Export(imgsz="dynamic")
     recipe = Recipe(backend=runtime, precision="fp32", model=model, export=export)
     return Arm(name=name, path=str(build(recipe, Path(ROOT) / "dynamic").artifact.path), threads=THREADS)
 
 
-def _curve(rival: Network, runtime: str, timings: dict[int, Timing], memory: dict[str, int | None]) -> Curve:
-    sizes = tuple(size for size in sizes_of(rival) if size in timings)
-    names = {size: _name(rival, runtime, size) for size in sizes}
+def _curve(network: Network, runtime: str, timings: dict[int, Timing], memory: dict[str, int | None]) -> Curve:
+    sizes = tuple(size for size in sizes_of(network) if size in timings)
+    names = {size: _name(network, runtime, size) for size in sizes}
     peaks = tuple(memory[names[size]] for size in sizes)
     pixels = [log(size * size) for size in sizes]
     per_process = [
@@ -97,9 +97,9 @@ def _curve(rival: Network, runtime: str, timings: dict[int, Timing], memory: dic
     time = center(per_process)
     known = [(x, log(peak)) for x, peak in zip(pixels, peaks, strict=True) if peak]
     return Curve(
-        network=rival.name,
+        network=network.name,
         runtime=runtime,
-        way="ours, one dynamic artifact" if rival.variant else PLAIN,
+        way="ours, one dynamic artifact" if network.variant else PLAIN,
         sizes=sizes,
         milliseconds=tuple(racing.samples(timings[size], names[size]) for size in sizes),
         peak_bytes=peaks,

@@ -18,11 +18,11 @@ AGREED = 20.0  # percent
 
 
 def races(race: Race) -> str:
-    """Both tables of a batch size: everyone plain, and everyone at the best that was found."""
+    """Both tables of a batch size: the default export of each network, and the fastest one."""
     best = [row for row in race.rows if not row.failure and row is fastest(race, row)]
     plain = [row for row in race.rows if not row.failure and row.plain]
-    parts = [f"### Batch {race.batch}: everyone plain", rows(race, plain)]
-    parts += [f"### Batch {race.batch}: everyone at the best", rows(race, best)]
+    parts = [f"### Batch {race.batch}: the default export of each network", rows(race, plain)]
+    parts += [f"### Batch {race.batch}: the fastest export of each network", rows(race, best)]
     failed = [
         f"* {row.network}, {row.way}, {LABELS[row.runtime]} {row.precision}: {row.failure}" for row in failures(race)
     ]
@@ -48,11 +48,11 @@ def rows(race: Race, chosen: Sequence[Row]) -> str:
     """Markdown: a row for each network, runtime and precision."""
     lines = [HEAD]
     for row in sorted(chosen, key=lambda row: (row.runtime, row.precision, _place(row))):
-        rival, ms = _network(row), racing.typical(row.milliseconds)
+        network, ms = _network(row), racing.typical(row.milliseconds)
         cells = [
             row.network,
             f"{race.gmacs[row.network]:.2f}",
-            f"{rival.top1:.1f}",
+            f"{network.top1:.1f}",
             LABELS[row.runtime],
             row.precision,
             row.way,
@@ -61,14 +61,14 @@ def rows(race: Race, chosen: Sequence[Row]) -> str:
             "" if row.peak_pct is None else f"{row.peak_pct:.0f} %",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
             "" if row.over_plain is None else racing.words(row.over_plain),
-            "" if rival.a100 is None else f"{rival.a100:g}",
+            "" if network.a100 is None else f"{network.a100:g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _network(row: Row) -> Network:
-    return next(rival for rival in NETWORKS if rival.name == row.network)
+    return next(network for network in NETWORKS if network.name == row.network)
 
 
 def _place(row: Row) -> int:
@@ -81,7 +81,7 @@ def control(race: Race) -> str:
     Pairs of one size are compared, as both were timed with batches of one image.
     """
     lines = ["| networks | here, eager | timm's, i9-10940X, inductor | apart |", "|---|--:|--:|--:|"]
-    known = [rival for rival in NETWORKS if rival.name in race.eager]
+    known = [network for network in NETWORKS if network.name in race.eager]
     for first, second in combinations(known, 2):
         here = racing.typical(race.eager[first.name]) / racing.typical(race.eager[second.name])
         theirs = first.timm_ms / second.timm_ms

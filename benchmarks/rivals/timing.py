@@ -25,7 +25,7 @@ HEAT_PROCESSES, HEAT_SECONDS = 2, 1.0  # enough to tell which way of a network i
 
 
 @dataclass
-class Field:
+class Candidates:
     """The files of all networks, by network and way, and the reasons of those that are not there."""
 
     artifacts: dict[Key, Artifact] = field(default_factory=dict)
@@ -33,10 +33,10 @@ class Field:
 
 
 @contextmanager
-def open_rival(arm: Arm) -> Iterator[Session]:
+def open_network(arm: Arm) -> Iterator[Session]:
     """The session of an arm: a network of timm in eager PyTorch, or an artifact."""
-    rival = next((one for one in NETWORKS if arm.name == eager_name(one)), None)
-    if rival is None:
+    network = next((one for one in NETWORKS if arm.name == eager_name(one)), None)
+    if network is None:
         with worker.open_arm(arm) as session:
             yield session
         return
@@ -44,17 +44,17 @@ def open_rival(arm: Arm) -> Iterator[Session]:
 
     torch.set_num_threads(arm.threads or THREADS)
     with torch.inference_mode():
-        yield EagerSession(files.network(rival), "cpu")
+        yield EagerSession(files.create(network), "cpu")
 
 
-def eager_name(rival: Network) -> str:
+def eager_name(network: Network) -> str:
     """The name of the arm of a network in eager PyTorch."""
-    return f"{EAGER}, {rival.name}"
+    return f"{EAGER}, {network.name}"
 
 
-def arm_name(rival: Network, way: Way) -> str:
+def arm_name(network: Network, way: Way) -> str:
     """The name of the arm of a network in one way."""
-    return f"{rival.name}, {way.name}, {way.runtime} {way.precision}"
+    return f"{network.name}, {way.name}, {way.runtime} {way.precision}"
 
 
 def peak_name(runtime: str, precision: str) -> str:
@@ -67,50 +67,52 @@ def ways() -> list[Way]:
     return [way for way in WAYS if way.precision != "bf16" or machine.has_bf16()]
 
 
-def prepare(networks: Sequence[Network], batch: int) -> Field:
+def prepare(networks: Sequence[Network], batch: int) -> Candidates:
     """Make every file of a batch size."""
-    made, folder = Field(), Path(ROOT)
-    for rival in networks:
+    candidates, folder = Candidates(), Path(ROOT)
+    for network in networks:
         for way in ways():
-            print(f"{arm_name(rival, way)}, batch {batch}", file=sys.stderr, flush=True)
+            print(f"{arm_name(network, way)}, batch {batch}", file=sys.stderr, flush=True)
             try:
-                made.artifacts[rival.name, way] = files.make(rival, way, batch, SIZE, folder)
+                candidates.artifacts[network.name, way] = files.make(network, way, batch, SIZE, folder)
             except Exception as error:  # noqa: BLE001  (of other tools, each with errors of its own)
-                made.failures[rival.name, way] = first_line(error)
-    return made
+                candidates.failures[network.name, way] = first_line(error)
+    return candidates
 
 
 def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     """Time the plain ways of all networks, and the fastest way of each on each runtime and at each precision."""
-    made = prepare(networks, batch)
-    chosen = [key for rival in networks for key in _chosen(rival, batch, made)]
-    rivals = {rival.name: rival for rival in networks}
-    arms = [_arm(rivals[name], way, made.artifacts[name, way]) for name, way in chosen]
+    candidates = prepare(networks, batch)
+    chosen = [key for network in networks for key in _chosen(network, batch, candidates)]
+    by_name = {network.name: network for network in networks}
+    arms = [_arm(by_name[name], way, candidates.artifacts[name, way]) for name, way in chosen]
     path = arms[0].path
-    arms += [Arm(name=eager_name(rival), path=path, runtime="eager", threads=THREADS) for rival in networks]
-    arms += _peaks(made)
+    arms += [Arm(name=eager_name(network), path=path, runtime="eager", threads=THREADS) for network in networks]
+    arms += _peaks(candidates)
     recipe = files.preprocessing(SIZE)
-    timing = racing.race(arms, recipe, batch, seconds, open_rival)
-    gmacs = {rival.name: files.gmacs(rival) for rival in networks}
-    cold = {key: _cold(_arm(rivals[key[0]], key[1], made.artifacts[key]), timing.plan) for key in chosen}
-    rows = [_row(rivals[key[0]], key[1], timing, gmacs[key[0]], cold[key]) for key in chosen]
-    rows += [_failed(name, way, reason) for (name, way), reason in made.failures.items()]
+    timing = racing.race(arms, recipe, batch, seconds, open_network)
+    gmacs = {network.name: files.gmacs(network) for network in networks}
+    cold = {key: _cold(_arm(by_name[key[0]], key[1], candidates.artifacts[key]), timing.plan) for key in chosen}
+    rows = [_row(by_name[key[0]], key[1], timing, gmacs[key[0]], cold[key]) for key in chosen]
+    rows += [_failed(name, way, reason) for (name, way), reason in candidates.failures.items()]
     return Race(
         batch=batch,
         rows=tuple(rows),
-        eager={rival.name: racing.samples(timing, eager_name(rival)) for rival in networks},
+        eager={network.name: racing.samples(timing, eager_name(network)) for network in networks},
         gmacs=gmacs,
         environment=environment(THREADS),
     )
 
 
-def _arm(rival: Network, way: Way, artifact: Artifact) -> Arm:
-    return Arm(name=arm_name(rival, way), path=str(artifact.path), threads=THREADS)
+def _arm(network: Network, way: Way, artifact: Artifact) -> Arm:
+    return Arm(name=arm_name(network, way), path=str(artifact.path), threads=THREADS)
 
 
-def _peaks(made: Field) -> list[Arm]:
+def _peaks(candidates: Candidates) -> list[Arm]:
     """One product for each runtime and precision, with an artifact of ours that names them."""
-    paths = {(way.runtime, way.precision): str(one.path) for (_, way), one in made.artifacts.items() if _is_ours(way)}
+    paths = {
+        (way.runtime, way.precision): str(one.path) for (_, way), one in candidates.artifacts.items() if _is_ours(way)
+    }
     return [Arm(name=peak_name(*kind), path=path, runtime="peak", threads=THREADS) for kind, path in paths.items()]
 
 
@@ -118,45 +120,45 @@ def _is_ours(way: Way) -> bool:
     return way.name == "ours"
 
 
-def _chosen(rival: Network, batch: int, made: Field) -> list[Key]:
+def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
     """The plain ways of a network, and the fastest way for each runtime and precision, by a short race."""
-    mine = [way for name, way in made.artifacts if name == rival.name]
-    arms = [_arm(rival, way, made.artifacts[rival.name, way]) for way in mine]
+    mine = [way for name, way in candidates.artifacts if name == network.name]
+    arms = [_arm(network, way, candidates.artifacts[network.name, way]) for way in mine]
     timing = Timing(Plan(arms=tuple(arms), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=HEAT_SECONDS))
     supervisor.measure(timing, worker.open_arm, HEAT_PROCESSES)
     for way in mine:
-        if reason := timing.failures.get(arm_name(rival, way)):
-            made.failures[rival.name, way] = reason
-    standing = [way for way in mine if arm_name(rival, way) not in timing.failures]
+        if reason := timing.failures.get(arm_name(network, way)):
+            candidates.failures[network.name, way] = reason
+    standing = [way for way in mine if arm_name(network, way) not in timing.failures]
 
     def median(way: Way) -> float:
-        return racing.typical(racing.samples(timing, arm_name(rival, way)))
+        return racing.typical(racing.samples(timing, arm_name(network, way)))
 
     kinds = dict.fromkeys((way.runtime, way.precision) for way in standing)
     best = [min((way for way in standing if (way.runtime, way.precision) == kind), key=median) for kind in kinds]
-    return [(rival.name, way) for way in standing if way.plain or way in best]
+    return [(network.name, way) for way in standing if way.plain or way in best]
 
 
 def _cold(arm: Arm, plan: Plan) -> Cold | str:
     return supervisor.measure_cold(arm, plan)
 
 
-def _row(rival: Network, way: Way, timing: Timing, gmacs: float, cold: Cold | str) -> Row:
-    name = arm_name(rival, way)
+def _row(network: Network, way: Way, timing: Timing, gmacs: float, cold: Cold | str) -> Row:
+    name = arm_name(network, way)
     if reason := timing.failures.get(name):
-        return _failed(rival.name, way, reason)
+        return _failed(network.name, way, reason)
     plain = next(one for one in WAYS if one.plain and one.runtime == way.runtime and one.precision == "fp32")
     peak = peak_name(way.runtime, way.precision)
     macs = round(gmacs * 1e9) * timing.plan.batch
     shares = latency.shares_of_peak(timing, name, peak, macs)
     return Row(
-        network=rival.name,
+        network=network.name,
         way=way.name,
         runtime=way.runtime,
         precision=way.precision,
         plain=way.plain,
         milliseconds=racing.samples(timing, name),
-        over_plain=_over(timing, name, arm_name(rival, plain)),
+        over_plain=_over(timing, name, arm_name(network, plain)),
         peak_pct=100 * exp(center(shares).value) if shares else None,
         peak_bytes=None if isinstance(cold, str) else cold.peak_bytes,
     )

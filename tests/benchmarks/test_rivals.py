@@ -9,13 +9,13 @@ from exporter.bench import Launch, Plan, Timing
 from exporter.machine import Conditions, environment
 
 RESNET, CONVNEXT = NETWORKS[0], NETWORKS[1]
-SWIN = next(rival for rival in NETWORKS if rival.name == "Swin-T")
+SWIN = next(network for network in NETWORKS if network.name == "Swin-T")
 PLAIN, BEST = (next(way for way in WAYS if way.runtime == "openvino" and way.plain is plain) for plain in (True, False))
 
 
-def row(rival: Network, way: Way, ms: float, **facts):
+def row(network: Network, way: Way, ms: float, **facts):
     return Row(
-        network=rival.name,
+        network=network.name,
         way=way.name,
         runtime=way.runtime,
         precision="fp32",
@@ -41,12 +41,14 @@ def race():
 
 @pytest.mark.parametrize(("name", "gmacs"), [("ResNet-50", 4.11), ("ConvNeXt-T", 4.47), ("ViT-S (DeiT)", 4.61)])
 def test_multiply_accumulates_are_those_that_timm_publishes(name, gmacs):
-    rival = next(rival for rival in NETWORKS if rival.name == name)
-    assert files.gmacs(rival) == pytest.approx(gmacs, rel=0.01)
+    network = next(network for network in NETWORKS if network.name == name)
+    assert files.gmacs(network) == pytest.approx(gmacs, rel=0.01)
 
 
 def test_every_convnext_is_one_of_ours_and_no_other_is():
-    assert [rival.name for rival in NETWORKS if rival.variant] == [n.name for n in NETWORKS if "ConvNeXt" in n.name]
+    assert [network.name for network in NETWORKS if network.variant] == [
+        n.name for n in NETWORKS if "ConvNeXt" in n.name
+    ]
     ours = next(way for way in WAYS if way.name == "ours")
     with pytest.raises(files.Cannot, match="exports ConvNeXt"):
         files.ours(SWIN, ours, 1, 224, None)
