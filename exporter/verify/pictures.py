@@ -15,7 +15,7 @@ from exporter.report import Picture
 
 MOST = 6
 SIDE = 256  # pixels of the longer side; larger masks are thinned out
-EQUAL, UNKNOWN = 38, 128  # grey: pixels without a difference, and without a class
+EQUAL_GREY, NO_CLASS_GREY = 38, 128  # levels: pixels without a difference, and without a class
 
 
 class Worst:
@@ -23,6 +23,7 @@ class Worst:
 
     def __init__(self) -> None:
         self.reference = ""
+        # By the negated agreement: the heap gives up the best first.
         self.heap: list[tuple[float, int, str, NDArray[np.int64], NDArray[np.int64]]] = []
         self.count = 0
 
@@ -45,10 +46,10 @@ class Worst:
             Picture(
                 name=name,
                 reference=self.reference,
-                agreement=-100 * share,
+                agreement=-100 * negated,
                 images=(_png(_colored(expected)), _png(_colored(classes)), _png(_difference(expected, classes))),
             )
-            for share, _, name, expected, classes in sorted(self.heap, key=lambda one: (-one[0], one[1]))
+            for negated, _, name, expected, classes in sorted(self.heap, key=lambda one: (-one[0], one[1]))
         )
 
 
@@ -59,13 +60,13 @@ def _thinned(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _colored(classes: NDArray[np.int64]) -> NDArray[np.uint8]:
     table = colors()
-    return np.where((classes < 0)[..., None], np.uint8(UNKNOWN), table[classes % len(table)])
+    return np.where((classes < 0)[..., None], np.uint8(NO_CLASS_GREY), table[classes % len(table)])
 
 
 def _difference(expected: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The colour of the artifact's class where it is another one than that of the reference."""
     differs = (expected >= 0) & (expected != classes)
-    plain = np.where((expected < 0)[..., None], UNKNOWN, EQUAL)
+    plain = np.where((expected < 0)[..., None], NO_CLASS_GREY, EQUAL_GREY)
     shown = np.maximum(_colored(classes), 90)  # class 0 is black
     return np.where(differs[..., None], shown, plain).astype(np.uint8)
 

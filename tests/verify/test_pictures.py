@@ -15,7 +15,7 @@ from exporter import report as reports
 from exporter.data.masks import colors
 from exporter.report import rendering
 from exporter.verify import VerifyOptions, verify
-from exporter.verify.pictures import EQUAL, MOST, SIDE, UNKNOWN, Worst
+from exporter.verify.pictures import EQUAL_GREY, MOST, NO_CLASS_GREY, SIDE, Worst
 
 
 def pixels(png):
@@ -49,10 +49,10 @@ def test_a_picture_has_the_colours_of_classes_and_of_differences():
     reference, artifact, difference = map(pixels, picture.images)
     assert reference.shape[0] < reference.shape[1] <= SIDE
     assert [*reference[0, 0]] == [*colors()[2]]
-    assert [*reference[0, -1]] == [UNKNOWN] * 3 == [*difference[0, -1]]
+    assert [*reference[0, -1]] == [NO_CLASS_GREY] * 3 == [*difference[0, -1]]
     assert [*artifact[0, 0]] == [*colors()[3]]
     assert [*difference[0, 0]] == [*colors()[3].clip(90)]
-    assert [*difference[-1, 0]] == [EQUAL] * 3
+    assert [*difference[-1, 0]] == [EQUAL_GREY] * 3
 
 
 @pytest.mark.slow
