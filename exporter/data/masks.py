@@ -89,7 +89,7 @@ def pairs_of(source: str) -> list[Pair] | None:
 def open_masks(
     source: str,
     pairs: Sequence[Pair],
-    recipe: Callable[[Path], Preprocessing],
+    preprocessing_of: Callable[[Path], Preprocessing],
     values: Values,
     most: int | None = None,
 ) -> Samples:
@@ -98,7 +98,7 @@ def open_masks(
     Args:
         source: what the user gave, for messages.
         pairs: from `pairs_of`.
-        recipe: for the file of an image, how it becomes an input.
+        preprocessing_of: the preprocessing of the file of an image.
         values: what the values of masks stand for.
         most: at most so many images, evenly spread; None is all.
 
@@ -112,14 +112,18 @@ def open_masks(
 
     def items() -> Iterator[Item]:
         for name, image, mask, digest in pairs:
-            yield name, partial(_read, image, mask, recipe, values), partial(_input, image, recipe, digest)
+            yield (
+                name,
+                partial(_read, image, mask, preprocessing_of, values),
+                partial(_input, image, preprocessing_of, digest),
+            )
 
     files = {pair.name: pair.image for pair in pairs}
     return Samples(source, len(pairs), items, labelled=True, identity=lambda name: sha256_file(files[name]))
 
 
-def _input(image: Path, recipe: Callable[[Path], Preprocessing], digest: str) -> NDArray[Any]:
-    return read_file(image, recipe(image), digest)
+def _input(image: Path, preprocessing_of: Callable[[Path], Preprocessing], digest: str) -> NDArray[Any]:
+    return read_file(image, preprocessing_of(image), digest)
 
 
 def _mask_of(name: str) -> str:
@@ -130,7 +134,9 @@ def _mask_of(name: str) -> str:
     return f"{stem}.png"
 
 
-def _read(image: Path, mask: Path, recipe: Callable[[Path], Preprocessing], values: Values) -> NDArray[np.int64]:
+def _read(
+    image: Path, mask: Path, preprocessing_of: Callable[[Path], Preprocessing], values: Values
+) -> NDArray[np.int64]:
     """The class of each pixel (height, width) of the input, −1 where it has none. Masks take the way of their image,
     with the nearest pixel.
 
@@ -156,4 +162,4 @@ def _read(image: Path, mask: Path, recipe: Callable[[Path], Preprocessing], valu
             f"{mask}: value {largest + first}, but the {values.classes} classes are {first} to "
             f"{values.classes - 1 + first}, and {IGNORED} is ignored{advice}"
         )
-    return images.preprocess_mask(classes, recipe(image))
+    return images.preprocess_mask(classes, preprocessing_of(image))

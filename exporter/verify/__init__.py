@@ -113,10 +113,14 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
     """
     if outputs.has_masks(sidecar) and (pairs := masks.pairs_of(options.data)) is not None:
         values = masks.Values(sidecar.weights.num_classes, options.reduce_zero_label)
-        recipe = partial(whole, sidecar.preprocessing, windows) if windows else lambda _: sidecar.preprocessing
-        return masks.open_masks(options.data, pairs, recipe, values, options.samples)
+        preprocessing_of = (
+            partial(whole, sidecar.preprocessing, windows) if windows else lambda _: sidecar.preprocessing
+        )
+        return masks.open_masks(options.data, pairs, preprocessing_of, values, options.samples)
     if windows:
-        raise BadRequest(f"--slide: {options.data} has no masks to measure mIoU with; leave it out, or give them")
+        raise BadRequest(
+            f"--slide: {options.data} has no masks to measure mIoU with; leave --slide out, or give --data with masks"
+        )
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)

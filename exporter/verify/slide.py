@@ -109,7 +109,7 @@ def starts(side: int, window: int, step: int) -> list[int]:
     return [*range(0, max(side - window, 0), step), max(side - window, 0)]
 
 
-def whole(recipe: Preprocessing, windows: Windows, image: Path) -> Preprocessing:
+def whole(preprocessing: Preprocessing, windows: Windows, image: Path) -> Preprocessing:
     """The preprocessing of an image that keeps its aspect ratio: the smallest size that a window fits into.
 
     Raises: images.Unreadable for a file that is no image.
@@ -119,7 +119,7 @@ def whole(recipe: Preprocessing, windows: Windows, image: Path) -> Preprocessing
     size = as_size(
         *(max(round(side * scale), least) for side, least in zip((height, width), windows.size, strict=True))
     )
-    return replace(recipe, size=size, resize=size, crop="squash", crop_pct=None)
+    return replace(preprocessing, size=size, resize=size, crop="squash", crop_pct=None)
 
 
 def over(windows: Windows, run: Callable[[Array], Outputs], pixels: Array) -> Outputs:
