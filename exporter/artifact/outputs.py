@@ -15,7 +15,8 @@ Content = Literal[
 """What an output holds: logits; their softmax or sigmoid; the numbers of the five most probable classes, and with them
 `top5`, their probabilities; a feature vector; tokens; the feature map of a stage; or for each pixel its logits, or the
 number of its class. "" for an input."""
-ALONE: tuple[Task, ...] = ("segment", "pyramid")
+DENSE: tuple[Task, ...] = ("segment", "pyramid")
+"""Tasks with a decoder behind the backbone: they take images of any size, and are combined with no other task."""
 SEGMENT_ANSWERS: tuple[Answer, ...] = ("logits", "logits4", "labels")
 
 PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
@@ -49,8 +50,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         task = ",".join(self.tasks)
         if len(set(self.tasks)) < len(self.tasks):
             return f"--task {task}: give each task once"
-        if len(self.tasks) > 1 and (alone := next((one for one in self.tasks if one in ALONE), "")):
-            return f"--task {task}: {alone} cannot be combined with other tasks; give --task {alone}"
+        if len(self.tasks) > 1 and (dense := next((one for one in self.tasks if one in DENSE), "")):
+            return f"--task {task}: {dense} cannot be combined with other tasks; give --task {dense}"
         if "segment" in self.tasks:
             return self._segment_contradiction()
         if self.answer in ("labels", "logits4"):

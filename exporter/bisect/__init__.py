@@ -16,7 +16,7 @@ import numpy as np
 
 from exporter import backends
 from exporter.artifact import Artifact
-from exporter.artifact.outputs import ALONE
+from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
@@ -99,7 +99,7 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     """
     from exporter.model import weights
 
-    if artifact.sidecar.task in ALONE:
+    if artifact.sidecar.task in DENSE:
         raise BadRequest(
             f"{artifact.path}: bisect measures the parts of a classifier, and this is --task {artifact.sidecar.task}; "
             "verify --blocks compares its blocks"

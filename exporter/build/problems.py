@@ -137,18 +137,11 @@ def refuse_picture(preprocessing: Preprocessing) -> None:
         )
 
 
-def refuse_segmentation(recipe: Recipe) -> None:
-    """Raises: BadRequest for a precision that networks for segmentation are not built for."""
-    if recipe.quantization is not None:
-        raise BadRequest(
-            f"--task segment: the head of UPerNet is not quantized, so {recipe.precision} is not built; give fp16"
-        )
-
-
-def refuse_pyramid(recipe: Recipe) -> None:
-    """Raises: BadRequest for a precision that feature pyramids are not built for."""
-    if recipe.quantization is not None:
-        raise BadRequest(f"--task pyramid: an FPN is not quantized, so {recipe.precision} is not built; give fp16")
+def refuse_quantization(recipe: Recipe, task: str) -> None:
+    """Raises: BadRequest for int8 and fp8 of a task whose decoder is not quantized."""
+    decoder = {"segment": "the head of UPerNet", "pyramid": "an FPN"}.get(task)
+    if decoder and recipe.quantization is not None:
+        raise BadRequest(f"--task {task}: {decoder} is not quantized, so {recipe.precision} is not built; give fp16")
 
 
 def _check_quantization(recipe: Recipe, target: Target) -> None:

@@ -19,8 +19,7 @@ from exporter.build.problems import (
     check_keep,
     find_problems,
     refuse_picture,
-    refuse_pyramid,
-    refuse_segmentation,
+    refuse_quantization,
     scope_of,
 )
 from exporter.data import calibration, samples
@@ -190,10 +189,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     checkpoint = _with_channels(checkpoint)
     check_keep(recipe, placement, checkpoint.variant.architecture.depths, recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
-    if trace.is_segmentation:
-        refuse_segmentation(recipe)
-    if "pyramid" in trace.spec.tasks:
-        refuse_pyramid(recipe)
+    refuse_quantization(recipe, trace.spec.tasks[0])
     if reference is None and recipe.model.reference is not None:
         step(f"loading the reference {recipe.model.reference}")
         reference = references.load(recipe.model.reference, checkpoint, checkpoint.weights.source, choices)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Content, OutputSpec, Record, Size, sides
 from exporter.graph.opset import TRACED
 from exporter.model import structure
@@ -39,14 +40,9 @@ class TraceOptions(Record, frozen=True):
     picture: bool = False
 
     @property
-    def is_segmentation(self) -> bool:
-        """Whether the output is of each pixel."""
-        return "segment" in self.spec.tasks
-
-    @property
     def has_any_size(self) -> bool:
         """Whether a dynamic height and width need not be multiples of the last stride."""
-        return not {"segment", "pyramid"}.isdisjoint(self.spec.tasks)
+        return not set(DENSE).isdisjoint(self.spec.tasks)
 
     @property
     def outputs(self) -> dict[str, Content]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import OutputSpec
 from exporter.model.variants import Architecture, head_layer
 
@@ -301,7 +302,7 @@ class ConvNeXt(nn.Module):
         self.spec = spec
         if "classify" not in spec.tasks and not (self.projection and "embed" in spec.tasks):
             self.head, self.heads, self.head_layers = None, nn.ModuleDict(), nn.Sequential()
-        of_stages = {"features", "segment", "pyramid"}
+        of_stages = {"features", *DENSE}
         if of_stages.issuperset(spec.tasks):
             self.norm_pre = self.norm = None
         if of_stages.isdisjoint(spec.tasks):
