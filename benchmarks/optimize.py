@@ -73,7 +73,12 @@ def tried_table(result: Result) -> str:
 
 def picture(result: Result) -> str:
     """The chart of a search as a file of its own, on white."""
-    svg = tables.chart(result.search).replace("currentColor", "#1c1e21").replace("var(--faint)", "#d5d8dc")
+    return on_white(tables.chart(result.search))
+
+
+def on_white(chart: str) -> str:
+    """A chart of the report page as a file of its own, on white."""
+    svg = chart.replace("currentColor", "#1c1e21").replace("var(--faint)", "#d5d8dc")
     namespace = "" if "xmlns=" in svg else 'xmlns="http://www.w3.org/2000/svg" '
     return svg.replace("<svg ", f'<svg style="background: #fff" {namespace}', 1) + "\n"
 

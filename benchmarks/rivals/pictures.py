@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import racing
+from benchmarks.optimize import on_white
 from benchmarks.rivals import NETWORKS, Race, Row
 from benchmarks.rivals.sizes import Sizes
 from benchmarks.rivals.table import LABELS, fastest
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from exporter.report import charts
 
 COLORS = {"ConvNeXt": "#0072b2", "Swin": "#d55e00", "ViT": "#009e73", "ResNet": "#767676"}
 MARKERS = {"onnxruntime": "o", "openvino": "s"}
 LINES = {"onnxruntime": "-", "openvino": "--"}
-
-
-@contextmanager
-def _figure(drawn: list[str], title: str) -> Iterator[Axes]:
-    """Axes of one picture, whose SVG is appended to a list."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "axes.axisbelow": True}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(9.5, 5), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, linewidth=0.5, color="#d5d8dc")
-        yield axes
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    drawn.append(out.getvalue()[out.getvalue().index("<svg") :])
 
 
 def _color(name: str) -> str:
@@ -45,9 +23,8 @@ def _color(name: str) -> str:
 def accuracy(race: Race, precision: str = "fp32") -> str:
     """Published top-1 by the median latency of one batch, the fastest export of each network, with the front of each
     runtime: no other network there is both faster and more accurate."""
-    drawn: list[str] = []
     top1 = {network.name: network.top1 for network in NETWORKS}
-    with _figure(drawn, "Accuracy by latency") as axes:
+    with charts.drawn("Accuracy by latency", 5) as (axes, drawing):
         for runtime, marker in MARKERS.items():
             rows = [row for row in race.rows if _is_best(race, row, runtime, precision)]
             points = {row.network: (racing.typical(row.milliseconds), top1[row.network]) for row in rows}
@@ -61,7 +38,7 @@ def accuracy(race: Race, precision: str = "fp32") -> str:
         axes.set_xlabel(f"median latency of a batch of {race.batch}, ms (left is better)")
         axes.set_ylabel("published top-1, %, trained on ImageNet-1k")
         axes.legend(frameon=False, loc="lower right")
-    return drawn[0]
+    return on_white(drawing.svg)
 
 
 def _is_best(race: Race, row: Row, runtime: str, precision: str) -> bool:
@@ -76,8 +53,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 def latency_by_size(result: Sizes) -> str:
     """Median latency by input size on logarithmic axes, with the exponent of each line."""
-    drawn: list[str] = []
-    with _figure(drawn, "Latency by input size") as axes:
+    with charts.drawn("Latency by input size", 5) as (axes, drawing):
         for curve in result.curves:
             medians = [racing.typical(samples) for samples in curve.milliseconds]
             label = f"{curve.network}, {LABELS[curve.runtime]}: pixels to the {curve.time_exponent[0]:.2f}"
@@ -91,4 +67,4 @@ def latency_by_size(result: Sizes) -> str:
         axes.set_xlabel("height and width of the image, pixels")
         axes.set_ylabel("median latency of one image, ms")
         axes.legend(frameon=False, fontsize=8)
-    return drawn[0]
+    return on_white(drawing.svg)

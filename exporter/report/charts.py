@@ -29,15 +29,15 @@ MOST_DRAWN = 4000
 
 
 class Drawing:
-    """Holds the SVG after the `with` block of `_figure` has ended."""
+    """Holds the SVG after the `with` block of `drawn` has ended."""
 
     def __init__(self) -> None:
         self.svg = ""
 
 
 @contextmanager
-def _figure(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
-    """Axes to draw on, 9.5 inches wide."""
+def drawn(title: str, height: float) -> Iterator[tuple[Axes, Drawing]]:
+    """Axes to draw on, 9.5 inches wide, `height` inches high; the drawing has the SVG after the `with` block."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
         "cosine": "cosine to eager",
         "r2": "R² to eager",
     }
-    with _figure("Accuracy by latency", 3.6) as (axes, drawing):
+    with drawn("Accuracy by latency", 3.6) as (axes, drawing):
         for report, p50, found in points:
             ends = [abs(end - found.value) for end in found.interval or (found.value, found.value)]
             style: dict[str, Any] = {"color": _colors(reports)[name(report)], "label": name(report)}
@@ -121,7 +121,7 @@ def front(points: Sequence[Point], metric: str, eager: tuple[float, float] | Non
         metric: the name of the accuracy.
         eager: median milliseconds and accuracy of eager PyTorch.
     """
-    with _figure("Accuracy by latency", 3.8) as (axes, drawing):
+    with drawn("Accuracy by latency", 3.8) as (axes, drawing):
         line = sorted((point.ms, point.value) for point in points if point.on_front)
         if len(line) > 1:
             axes.plot(*zip(*line, strict=True), color=FAINT, linewidth=2, zorder=1, label="front")
@@ -148,7 +148,7 @@ def network(columns: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     Args:
         columns: operator and precision of each layer, by part of the network, in order.
     """
-    with _figure("Layers by precision", 4.5) as (axes, drawing):
+    with drawn("Layers by precision", 4.5) as (axes, drawing):
         for x, cells in enumerate(columns.values()):
             for y, (operator, precision) in enumerate(cells):
                 known = PRECISIONS.get(precision.removeprefix("u"))  # uint8 is int8 of another range
@@ -173,7 +173,7 @@ def tried(report: Report) -> str:
     if len(points) < 2:
         return ""
     limit = report.value("budget")
-    with _figure("Accuracy loss of int8 by latency", 3.2) as (axes, drawing):
+    with drawn("Accuracy loss of int8 by latency", 3.2) as (axes, drawing):
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=COLORS[0], markersize=8)
         for x, y, case in points:
             axes.annotate(case, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
@@ -200,7 +200,7 @@ def distributions(reports: Sequence[Report], case: str) -> str:
     rows += [(name(r), f, shades[name(r)]) for r in reports if (f := r.find("p50_ms", case)) and f.samples]
     if not rows:
         return ""
-    with _figure(f"Latency, {case}", 0.9 + 0.55 * len(rows)) as (axes, drawing):
+    with drawn(f"Latency, {case}", 0.9 + 0.55 * len(rows)) as (axes, drawing):
         for index, (_, found, shade) in enumerate(rows):
             _violin(axes, np.asarray(found.samples), index, shade)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
@@ -226,7 +226,7 @@ def changes(findings: Sequence[Finding]) -> str:
     shown = [f for f in findings if f.check == "regression" and f.value is not None and f.interval]
     if not shown:
         return ""
-    with _figure("Change from the base", 0.9 + 0.45 * len(shown)) as (axes, drawing):
+    with drawn("Change from the base", 0.9 + 0.45 * len(shown)) as (axes, drawing):
         for row, f in enumerate(shown):
             shade = COLORS[2] if f.passed else COLORS[5]
             axes.plot(f.interval or (0, 0), [row, row], color=shade, linewidth=3, solid_capstyle="round")
@@ -241,7 +241,7 @@ def changes(findings: Sequence[Finding]) -> str:
 
 def trend(one: Series, steps: Sequence[Step]) -> str:
     """A series by commit, with its steps."""
-    with _figure(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
+    with drawn(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
         axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]
         for step in steps:
@@ -265,7 +265,7 @@ def blocks(reports: Sequence[Report]) -> str:
     known = [(r, found) for r, found in known if found]
     if not known:
         return ""
-    with _figure("Error of each block", 3.4) as (axes, drawing):
+    with drawn("Error of each block", 3.4) as (axes, drawing):
         for report, found in known:
             errors = [max(f.value, 1e-9) if f.value is not None else math.nan for f in found]
             axes.semilogy(errors, marker="o", markersize=4, color=_colors(reports)[name(report)], label=name(report))
