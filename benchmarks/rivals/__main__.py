@@ -1,14 +1,13 @@
-"""`make rivals`: make, time and write what is not there yet; print the tables."""
+"""`make rivals`: make, time and write what is not there yet; print the tables and draw the pictures."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.rivals import BATCHES, NETWORKS, Race, sizes, table, timing
+from benchmarks.rivals import BATCHES, NETWORKS, Race, pictures, sizes, table, timing
 from exporter.artifact.disk import write_file
 
 ALL = sorted({*sizes.SIZES, *sizes.OF_WINDOWS})
@@ -32,12 +31,15 @@ def main() -> None:
         if not path.exists():
             write_file(path, msgspec.json.encode(timing.time_race(networks, batch, arguments.seconds)))
         race = msgspec.json.decode(path.read_bytes(), type=Race)
-        print(table.races(race), file=sys.stdout, flush=True)
+        write_file(path.with_suffix(".svg"), pictures.accuracy(race).encode())
+        print(table.races(race), table.control(race), sep="\n", flush=True)
     path = arguments.output / "sizes.json"
     if not path.exists() and arguments.size:
         write_file(path, msgspec.json.encode(sizes.time_sizes(networks, arguments.seconds / 4, arguments.size)))
     if path.exists():
-        print(table.by_size(msgspec.json.decode(path.read_bytes(), type=sizes.Sizes)))
+        result = msgspec.json.decode(path.read_bytes(), type=sizes.Sizes)
+        write_file(path.with_suffix(".svg"), pictures.latency_by_size(result).encode())
+        print(table.by_size(result))
 
 
 if __name__ == "__main__":
