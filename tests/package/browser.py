@@ -4,13 +4,16 @@ import base64
 import contextlib
 import json
 import os
+import select
 import subprocess
 import time
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
+    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )  # fmt: skip
+ANSWER_S = 120  # a page that crashed does not answer
 # WebGPU that is computed on the CPU.
 WEBGPU = (
     *(flag for flag in FLAGS if flag != "--disable-gpu"),
@@ -36,6 +39,7 @@ class Page:
 
     def _message(self):
         while b"\0" not in self.rest:
+            assert select.select([self.reading], [], [], ANSWER_S)[0], f"Chromium has not answered for {ANSWER_S} s"
             part = os.read(self.reading, 1 << 20)
             assert part, "Chromium has ended"
             self.rest += part
@@ -115,7 +119,7 @@ def page(profile, flags=FLAGS, width=1100, height=760):
             opened.send(f"{domain}.enable")
         yield opened
     finally:
-        process.terminate()
+        process.kill()  # it may wait for a page when it is asked to end
         process.wait()
         os.close(from_browser)
         os.close(to_browser)
