@@ -12,6 +12,8 @@ from exporter.data import images
 from tests import once
 from tests.conftest import needs_bf16, shared, type_command
 
+PARSING = threading.Lock()
+"""Python 3.11 cannot run `ast`, which parses the headers of arrays, in two threads at once."""
 EAGER_TOP1 = {"convnext_atto": 70.6, "convnextv2_atto": 71.25}  # of all 2,000
 
 
@@ -27,7 +29,7 @@ def eager_answers_once(tmp_path_factory):
         with once.locked(path):
             if not path.exists():
                 np.savez(path, *real(session, images))
-        with np.load(path) as answers:
+        with PARSING, np.load(path) as answers:
             return tuple(answers.values())
 
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +41,6 @@ def eager_answers_once(tmp_path_factory):
 def photographs_once(tmp_path_factory):
     """A photograph is decoded and preprocessed for the first test that asks, in whichever process."""
     real, folder = images.read, once.shared_folder(tmp_path_factory, "photographs")
-    one_at_a_time = threading.Lock()
 
     def remembered(file, recipe):
         path = folder / f"{hashlib.sha256(f'{file} {recipe}'.encode()).hexdigest()}.npy"
@@ -47,7 +48,7 @@ def photographs_once(tmp_path_factory):
             part = path.with_suffix(f".{os.getpid()}.npy")
             np.save(part, real(file, recipe))
             part.replace(path)
-        with one_at_a_time:  # the header is parsed by `ast`, which Python 3.11 cannot do in two threads at once
+        with PARSING:
             return np.load(path)
 
     with pytest.MonkeyPatch.context() as patch:
