@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, first_line, some
 from exporter.model.levels import Pyramid
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def stated_neck(text: str) -> object:
                     _literal(value) for key, value in pairs if isinstance(key, ast.Constant) and key.value == "neck"
                 ]
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        problem = str(error).split("\n")[0]
+        problem = first_line(error)
     if not problem and any(neck != necks[0] for neck in necks):
         problem = f"it has {len(necks)} different necks"
     if problem:
