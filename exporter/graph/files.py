@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.artifact.sidecar import Tensor
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +35,7 @@ def save(model: ir.Model, path: Path, facts: Mapping[str, str]) -> None:
     try:
         onnx.checker.check_model(skeleton)
     except onnx.checker.ValidationError as error:
-        raise ExporterError(f"{path.name}: not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise ExporterError(f"{path.name}: not valid ONNX: {first_line(error)}") from error
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if weights < MAX_PROTO_BYTES:
         del skeleton.graph.input[len(model.graph.inputs) :]

@@ -14,7 +14,7 @@ from typing import Any, get_origin
 import msgspec
 import yaml
 
-from exporter.errors import BadRequest, nearest
+from exporter.errors import BadRequest, first_line, nearest
 from exporter.recipe.fields import Field, choices, expected, fields_of, fits, is_pair, kinds
 
 MAX_BYTES = 64 * 1024
@@ -101,7 +101,7 @@ def _compose(text: str, source: str, marks: Marks) -> yaml.Node:
         marks.refuse()
         raise
     except yaml.YAMLError as error:
-        raise BadRequest(f"{source}: no YAML: {str(error).splitlines()[0]}") from None
+        raise BadRequest(f"{source}: no YAML: {first_line(error)}") from None
     if not isinstance(root, yaml.MappingNode):
         raise BadRequest(f"{source}: expected sections and keys, as in 'model:'")
     return root
