@@ -8,17 +8,18 @@ import select
 import subprocess
 import time
 
+# Containers often have 64 MB of shared memory, in which a page crashes: it uses files instead.
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )  # fmt: skip
-ANSWER_S = 120  # a page that crashed does not answer
 # WebGPU that is computed on the CPU.
 WEBGPU = (
     *(flag for flag in FLAGS if flag != "--disable-gpu"),
     "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan",
 )  # fmt: skip
+ANSWER_S = 120  # a page that crashed never answers
 
 
 class Page:
@@ -119,7 +120,7 @@ def page(profile, flags=FLAGS, width=1100, height=760):
             opened.send(f"{domain}.enable")
         yield opened
     finally:
-        process.kill()  # it may wait for a page when it is asked to end
+        process.kill()  # a browser that hangs does not end on SIGTERM
         process.wait()
         os.close(from_browser)
         os.close(to_browser)
