@@ -222,6 +222,6 @@ def test_a_configuration_is_read_in_both_notations():
 
 @pytest.mark.parametrize("value", ["-" * 50_000 + "1", "lambda: " * 3000 + "1", "[" * 5000 + "]" * 5000, "1 + " * 9000])
 def test_a_configuration_that_python_cannot_parse_is_refused(value):
-    """Too deep, or cut off; some of these errors have no message."""
+    """Nested too deep, or no expression; some of the errors of Python have no message."""
     with pytest.raises(BadRequest, match=r"cannot be read \(\w"):
         stated_neck(f"model = dict(neck={value})")
