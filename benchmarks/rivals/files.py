@@ -220,7 +220,10 @@ def ours(network: Network, way: Way, batch: int, size: int, out: Path) -> Artifa
         export=Export(batch=batch, imgsz=size),
         quantization=quantization,
     )
+    job = resolve(recipe, out)
+    if job.files[-1].exists():
+        return artifacts.load(job.files[-1])
     if quantization is None:
         return build(recipe, out).artifact
     with tempfile.TemporaryDirectory() as temporary:
-        return prepare(resolve(recipe, out), Path(temporary)).make((), out)
+        return prepare(job, Path(temporary)).make((), out)
