@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from exporter.errors import BadRequest, Unavailable, nearest
 from exporter.graph import opset
 from exporter.model import structure, variants
 from exporter.model.preprocessing import refuse_contradiction
+from exporter.model.variants import Architecture
 from exporter.quantize.cpus import placement_for
 from exporter.quantize.placement import Placement
 from exporter.recipe import Recipe, strict
@@ -138,10 +139,9 @@ def refuse_picture(preprocessing: Preprocessing) -> None:
 
 
 def refuse_quantization(recipe: Recipe, task: str) -> None:
-    """Raises: BadRequest for int8 and fp8 of a task whose decoder is not quantized."""
-    decoder = {"segment": "the head of UPerNet", "pyramid": "an FPN"}.get(task)
-    if decoder and recipe.quantization is not None:
-        raise BadRequest(f"--task {task}: {decoder} is not quantized, so {recipe.precision} is not built; give fp16")
+    """Raises: BadRequest for int8 and fp8 of a pyramid, which is not quantized."""
+    if task == "pyramid" and recipe.quantization is not None:
+        raise BadRequest(f"--task pyramid: an FPN is not quantized, so {recipe.precision} is not built; give fp16")
 
 
 def _check_quantization(recipe: Recipe, target: Target) -> None:
@@ -181,20 +181,22 @@ def _check_precision_of_kept(recipe: Recipe, target: Target) -> None:
         )
 
 
-def check_keep(recipe: Recipe, placement: Placement | None, depths: Sequence[int], task: str) -> None:
+def check_keep(recipe: Recipe, placement: Placement | None, arch: Architecture, task: str) -> None:
     """Refuse to keep parts that the network does not have, that are not quantized anyway, or all that are.
 
     Args:
         recipe: its `export.keep` names the parts.
         placement: of quantization; None for other precisions.
-        depths: blocks in each stage.
+        arch: of the network.
         task: whose network has a head, or not.
 
     Raises: BadRequest.
     """
-    keep, known = recipe.export.keep or (), structure.parts(depths)
+    keep, known = recipe.export.keep or (), structure.parts(arch.depths)
     if task == "features":
         known.remove("head")
+    elif task == "segment" and arch.decoder is not None:
+        known += structure.decoder_parts(len(arch.decoder.levels))
     for name in keep:
         if name not in known:
             raise BadRequest(f"--keep {name}: the network has no such part; {nearest(name, known)}")
@@ -202,9 +204,9 @@ def check_keep(recipe: Recipe, placement: Placement | None, depths: Sequence[int
         return
     quantized = [name for name in known if structure.kinds_of(name) & placement.kinds]
     for name in keep:
-        if name not in quantized:
+        if not any(structure.is_in(one, [name]) for one in quantized):
             raise BadRequest(f"--keep {name}: it is not quantized anyway; leave it out")
-    if not set(quantized) - set(keep):
+    if all(structure.is_in(name, keep) for name in quantized):
         raise BadRequest(f"--keep: nothing would be left to quantize; take {precision.get(recipe.precision).higher}")
 
 

@@ -187,7 +187,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     weights.note_license(checkpoint.weights)
     checkpoint.check(_output_spec(recipe, checkpoint))
     checkpoint = _with_channels(checkpoint)
-    check_keep(recipe, placement, checkpoint.variant.architecture.depths, recipe.model.task or checkpoint.task)
+    check_keep(recipe, placement, checkpoint.variant.architecture, recipe.model.task or checkpoint.task)
     trace = _trace_options(recipe, checkpoint)
     refuse_quantization(recipe, trace.spec.tasks[0])
     if reference is None and recipe.model.reference is not None:

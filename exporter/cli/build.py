@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-JUDGED, TIMED = ("outputs", "threshold", "when_unsure"), ("threads",)
+JUDGED, TIMED = ("outputs", "threshold", "reduce_zero_label", "when_unsure"), ("threads",)
 """The fields of checks that int8's search needs, and those of `bench` with which it is timed."""
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)

@@ -19,6 +19,7 @@ KINDS = {
     "pwconv2": r"stages\.\d+\.\d+\.pwconv2",
     "downsampling": r"downsample_layers\.[1-9]\d*\.\d+",
     "head": r"head",
+    "decoder": r"decode_head\.(?:(?:lateral|fpn)_convs\.\d+|fpn_bottleneck\.(?:own|products\.\d+))",
 }
 """Kinds of layers with weights, each with the pattern of its modules' names."""
 PICTURE = "picture"
@@ -26,6 +27,7 @@ _BLOCK = r"stages\.\d+\.\d+(?=[./]|$)"
 _PART = rf"downsample_layers\.\d+(?=[./]|$)|{_BLOCK}"
 _TAIL = r"norm_pre|norm|head_layers|heads|head|decode_head|neck"
 _OUTERMOST = r"(?:stages|downsample_layers|stage_norms|norm_pre|norm|head_layers|head|decode_head|neck)[\w.]*(?=/)"
+_DECODER = r"decode_head\.(?:\w+_convs\.\d+|\w+)(?=[./]|$)"
 _SPATIAL = r"decode_head\.(pools\.\d+|\w+\.matrix)"
 
 
@@ -35,15 +37,17 @@ def kind(module: str) -> str | None:
 
 
 def kinds_of(name: str) -> frozenset[str]:
-    """The kinds of the layers with weights in a part of the network (`parts`)."""
-    if name == "head":
-        return frozenset({"head"})
-    layers = ("dwconv", "pwconv1", "pwconv2") if block(name) else ("0", "1")
-    return frozenset(filter(None, (kind(f"{name}.{layer}") for layer in layers)))
+    """The kinds of the layers with weights in a part of the network (`parts`, `decoder_parts`)."""
+    layers = ("dwconv", "pwconv1", "pwconv2") if block(name) else ("0", "1", "own")
+    modules = [name, *(f"{name}.{layer}" for layer in layers)]
+    return frozenset(found for module in modules if (found := kind(module)))
 
 
 def part(module: str) -> str:
-    """The part of the network that a layer belongs to: its block (`stages.2.0`), downsampling layer or head."""
+    """The part of the network that a layer belongs to: its block (`stages.2.0`), its downsampling layer, its
+    convolution of UPerNet's head (`decode_head.fpn_convs.0`), or the head."""
+    if found := re.match(_DECODER, module):
+        return found[0]
     return module.rpartition(".")[0] or module
 
 
@@ -72,10 +76,18 @@ def parts(depths: Sequence[int]) -> list[str]:
     return [*chain.from_iterable(before), "head"]
 
 
+def decoder_parts(levels: int) -> list[str]:
+    """The parts of UPerNet's head over the maps of so many stages that can be quantized."""
+    convolutions = [f"decode_head.{name}.{i}" for name in ("lateral_convs", "fpn_convs") for i in range(levels - 1)]
+    return [*convolutions, "decode_head.fpn_bottleneck"]
+
+
 def is_in(module: str, wanted: Collection[str]) -> bool:
-    """Whether a module belongs to one of these parts (`parts`)."""
+    """Whether a module belongs to one of these parts (`parts`, `decoder_parts`)."""
     outermost = group(module)
-    return outermost in wanted or ("head" in wanted and re.fullmatch(_TAIL, outermost) is not None)
+    if outermost in wanted or part(module) in wanted:
+        return True
+    return "head" in wanted and re.fullmatch(_TAIL, outermost) is not None
 
 
 def order(module: str) -> tuple[float, int, int, str]:

@@ -31,7 +31,7 @@ class GridPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, cells, cells)."""
-        rows, columns = (cell_weights(side, self.cells) for side in x.shape[-2:])
+        rows, columns = (cell_weights(side, self.cells).to(x.dtype) for side in x.shape[-2:])
         return rows @ x @ columns.transpose(0, 1)
 
 

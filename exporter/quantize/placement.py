@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporter.errors import CheckFailed, some
 from exporter.graph import files
-from exporter.model.structure import part
+from exporter.model.structure import is_in
 from exporter.quantize.rounding import Grid, Plan, Rounding, element, largest_pair, round_weights
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
     Raises: CheckFailed when the graph lacks a layer of the plan.
     """
     copy = model.clone()
-    left = {name for name in plan if part(name) not in kept}
+    left = {name for name in plan if not is_in(name, kept)}
     for node in list(copy.graph):
         name = node.metadata_props.get("module", "")
         if node.op_type in PRODUCTS and name in left:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from exporter.data.calibration import CalibrationSet
 from exporter.model.convnext import ConvNeXt
+from exporter.model.multiscale import ConvReLU
 from exporter.model.structure import part
 from exporter.progress import step, track
 from exporter.quantize import QuantizeOptions, ranges
 from exporter.quantize.rounding import LARGEST, Floats, Plan, Rounding, round_weights
 from exporter.quantize.smoothing import Layer, layers
-from exporter.quantize.statistics import Statistics, in_double
+from exporter.quantize.statistics import Statistics, in_double, some_of
 
 CORRECTING = 32  # images at once that the full bias correction looks at
 JUDGING = 32  # images that sensitivities are measured on
@@ -78,18 +79,20 @@ def _full(model: ConvNeXt, roundings: Plan, images: CalibrationSet) -> Plan:
 
     The fp32 and the quantized network run on the same batch, so memory does not grow with the set.
     """
-    batch = torch.from_numpy(next(iter(images.batches(min(CORRECTING, images.total)))).images).double()
+    batch = torch.from_numpy(next(iter(images.batches(min(some_of(model, CORRECTING), images.total)))).images).double()
     step(f"correcting biases on {len(batch)} images")
     expected: dict[str, Tensor] = {}
     corrected = dict(roundings)
 
     def remember(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        expected[name] = _channel_means(module, output)
+        expected[name] = _channel_means(module, _before_relu(module, inputs, output))
 
     def correct(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = _before_relu(module, inputs, output)
         shift = expected[name] - _channel_means(module, output)
         corrected[name] = replace(roundings[name], shift=shift.float().numpy())
-        return output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
+        output = output + (shift[:, None, None] if isinstance(module, nn.Conv2d) else shift)
+        return output.relu() if isinstance(module, ConvReLU) else output
 
     with torch.no_grad():
         with in_double(model), _hooked(model, roundings, remember):
@@ -97,6 +100,11 @@ def _full(model: ConvNeXt, roundings: Plan, images: CalibrationSet) -> Plan:
         with rounded(model, roundings), in_double(model), _hooked(model, roundings, correct):
             model(batch)
     return corrected
+
+
+def _before_relu(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The output of a layer to which its bias is added."""
+    return nn.Conv2d.forward(module, *inputs) if isinstance(module, ConvReLU) else output
 
 
 def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
@@ -117,16 +125,16 @@ def _hooked(model: ConvNeXt, names: Iterable[str], hook: Callable[..., Tensor | 
 @contextmanager
 def rounded(model: ConvNeXt, roundings: Plan) -> Iterator[None]:
     """Quantize the inputs and weights, and shift the biases, of a plan's layers inside the `with` block."""
-    kept: list[tuple[Layer, Tensor, Tensor]] = []
+    kept: list[tuple[Layer, Tensor, Tensor | None]] = []
     handles = []
     try:
         for name, rounding in roundings.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            assert layer.bias is not None
             kept.append((layer, layer.weight, layer.bias))
+            shift = torch.from_numpy(rounding.shift)
             layer.weight = nn.Parameter(rounded_weight(layer, rounding), requires_grad=False)
-            layer.bias = nn.Parameter(layer.bias + torch.from_numpy(rounding.shift), requires_grad=False)
+            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift, requires_grad=False)
             if rounding.inputs:
                 handles.append(layer.register_forward_pre_hook(partial(_round_input, rounding)))
         yield
@@ -134,7 +142,8 @@ def rounded(model: ConvNeXt, roundings: Plan) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         for layer, weight, bias in kept:
-            layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+            layer.weight = nn.Parameter(weight, False)
+            layer.bias = None if bias is None else nn.Parameter(bias, False)
 
 
 def _round_input(rounding: Rounding, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -161,7 +170,7 @@ def rounded_weight(layer: Layer, rounding: Rounding) -> Tensor:
 def sensitivities(model: ConvNeXt, plan: Plan, images: CalibrationSet) -> dict[str, float]:
     """The sensitivity of each part: the mean square error of the outputs, as a share of their variance, with only this
     part quantized; the most sensitive part first."""
-    batch = torch.from_numpy(next(iter(images.batches(min(JUDGING, images.total)))).images)
+    batch = torch.from_numpy(next(iter(images.batches(min(some_of(model, JUDGING), images.total)))).images)
     parts: dict[str, Plan] = {}
     for name, rounding in plan.items():
         parts.setdefault(part(name), {})[name] = rounding
@@ -176,9 +185,10 @@ def sensitivities(model: ConvNeXt, plan: Plan, images: CalibrationSet) -> dict[s
 
 
 def _outputs(model: ConvNeXt, batch: Tensor) -> tuple[Tensor, ...]:
-    """The outputs, of heads as logits: numbers of classes say nothing about the size of an error."""
+    """The outputs, of heads as logits: numbers of classes say nothing about the size of an error. Logits of pixels are
+    those before the last resize, of which there are 16 times fewer."""
     spec = model.spec
-    model.spec = structs.replace(spec, answer="logits")
+    model.spec = structs.replace(spec, answer="logits4" if "segment" in spec.tasks else "logits")
     try:
         return _run(model, batch)
     finally:

@@ -25,20 +25,23 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.artifact.disk import cache_folder, write_file
+from exporter.artifact.outputs import DENSE
 from exporter.data.calibration import CalibrationSet
 from exporter.errors import CheckFailed, ExporterError
+from exporter.model import structure
 from exporter.model.convnext import ConvNeXt
 from exporter.progress import note, step, track
 from exporter.quantize.rounding import Floats
 from exporter.quantize.smoothing import Layer, factors, layers
 
 BINS = 4096
-BATCH = 8
+BATCH = 8  # images at once
+PIXELS_FEWER = 8  # how many times fewer images are run at once where the outputs are of pixels
 COUNTED = 1 << 20  # values that are counted at once
 CACHED = 1 << 17  # values of a depthwise convolution that are computed at once, so that they stay in a core's cache
 SAVE_S = 5.0  # how often what was measured so far is written down
 VERSION = 3
-USUAL = frozenset({"pwconv1", "pwconv2", "downsampling"})
+USUAL = frozenset({"pwconv1", "pwconv2", "downsampling", "decoder"})
 """The kinds that are always measured, so that one calibration serves runtimes that quantize different layers."""
 See = Callable[[str, torch.Tensor, int], None]
 
@@ -128,12 +131,12 @@ def collect(
 
     Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
     """
-    measured = kinds | USUAL
-    facts = {**about, "kinds": sorted(measured), "alpha": alpha, "images": images.digest, "count": images.total}
+    watched = layers(model, kinds | USUAL)
+    measured = sorted({found for name in watched if (found := structure.kind(name))})
+    facts = {**about, "kinds": measured, "alpha": alpha, "images": images.digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
     statistics = store.read()
-    watched = layers(model, measured)
     if statistics.done("histogram" if histogram else "extremes") == images.total:
         note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
@@ -165,6 +168,11 @@ def in_double(model: ConvNeXt) -> Iterator[None]:
         for module in depthwise:
             vars(module).pop("forward", None)
         model.float()
+
+
+def some_of(model: ConvNeXt, count: int) -> int:
+    """How many images to run at once instead of `count`: fewer through a head that computes large maps."""
+    return max(1, count // PIXELS_FEWER) if set(DENSE) & set(model.spec.tasks) else count
 
 
 def _is_plain_depthwise(conv: torch.nn.Conv2d) -> bool:
@@ -213,8 +221,9 @@ def _pass(model: ConvNeXt, images: CalibrationSet, statistics: Statistics, which
     if not left:
         return
     saved = time.monotonic()
+    batches = images.batches(some_of(model, BATCH), statistics.done(which))
     with in_double(model), torch.inference_mode():
-        for batch in track(images.batches(BATCH, statistics.done(which)), left, which, lambda batch: len(batch.names)):
+        for batch in track(batches, left, which, lambda batch: len(batch.names)):
             model(torch.from_numpy(batch.images).double())
             statistics.images[which] = np.asarray(statistics.done(which) + len(batch.names))
             if time.monotonic() - saved > SAVE_S:

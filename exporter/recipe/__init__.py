@@ -206,7 +206,11 @@ class Quantization(Record, frozen=True):
     ] = "fast"
     int8_scope: Annotated[
         str | None,
-        about("Layers to quantize: pointwise, also downsampling, all, or weights alone.", metavar="SCOPE"),
+        about(
+            "Layers to quantize: pointwise, also downsampling and the convolutions of UPerNet's head, all, or weights "
+            "alone.",
+            metavar="SCOPE",
+        ),
     ] = None
     cpu: Annotated[
         CpuClass,

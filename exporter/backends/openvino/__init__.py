@@ -344,11 +344,10 @@ def above_int8() -> str:
     return "bf16" if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
 
 
-# Pointwise and downsampling layers, which are 97 % of ConvNeXt-T. Depthwise convolutions are no faster in int8 and
-# cost accuracy; inside norms and on the residual Q and DQ cost both.
-PLACEMENT = Placement(
-    kinds=frozenset({"pwconv1", "pwconv2", "downsampling"}), forms=("nchw", "conv", "linear"), exact_pairs=True
-)
+# Pointwise and downsampling layers, 97 % of ConvNeXt-T, and the convolutions of UPerNet. Depthwise convolutions are no
+# faster in int8 and cost accuracy; inside norms and on the residual Q and DQ cost both.
+KINDS = frozenset({"pwconv1", "pwconv2", "downsampling", "decoder"})
+PLACEMENT = Placement(kinds=KINDS, forms=("nchw", "conv", "linear"), exact_pairs=True)
 
 
 RUNTIME = Runtime(

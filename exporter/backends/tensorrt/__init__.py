@@ -33,7 +33,7 @@ POINTWISE = frozenset({"pwconv1", "pwconv2"})
 LINEAR = Placement(kinds=POINTWISE, forms=(FORM,), symmetric=True, rest="fp16")
 PLACEMENTS = {
     "linear": LINEAR,
-    "linear+conv": dataclasses.replace(LINEAR, kinds=POINTWISE | {"downsampling"}),
+    "linear+conv": dataclasses.replace(LINEAR, kinds=POINTWISE | {"downsampling", "decoder"}),
     "all": dataclasses.replace(LINEAR, kinds=frozenset(KINDS)),
     "weights": dataclasses.replace(LINEAR, inputs=False),
 }

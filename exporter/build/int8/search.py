@@ -24,9 +24,10 @@ from exporter.recipe import Quantization
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, budgets, outputs
 
-JUDGED = ("accuracy", "multilabel", "neighbours", "parity", "values", "sanity")
+JUDGED = ("accuracy", "multilabel", "neighbours", "parity", "segmentation", "values", "sanity")
 """The checks that keeping parts in higher precision can help."""
-DROPS, AGREEMENTS = ("top1_drop", "map_drop"), ("top1_agreement", "label_agreement", "neighbour_agreement")
+DROPS = ("top1_drop", "map_drop", "miou_drop")
+AGREEMENTS = ("top1_agreement", "label_agreement", "neighbour_agreement", "pixel_agreement")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """Percentage points of top-1 or mAP lost; else of agreement with PyTorch; else 100 × (1 − cosine), or of values
-        their relative error in percent."""
+        """Percentage points of top-1, mAP or mIoU lost; else of agreement with PyTorch; else 100 × (1 − cosine), or of
+        values their relative error in percent."""
         drop, agreement = (_first(self.report, metrics) for metrics in (DROPS, AGREEMENTS))
         if drop is not None and drop.value is not None:
             return drop.value
@@ -115,6 +116,7 @@ def _options(job: Job, source: str) -> VerifyOptions:
         weights=job.recipe.model.weights,
         outputs=checks.outputs,
         threshold=checks.threshold,
+        reduce_zero_label=checks.reduce_zero_label,
         when_unsure=checks.when_unsure,
     )
 
@@ -130,6 +132,8 @@ def refuse_few(job: Job, data: Samples) -> None:
         return
     if data.labelled and not outputs.has_classes(job.sidecar, job.recipe.checks.outputs):
         return  # of mAP the positive images of each label decide
+    if outputs.first(job.sidecar, job.recipe.checks.outputs) in outputs.PIXELS:
+        return  # an image has many
     enough = budgets.fewest_images(points, data.labelled)
     if enough is None or data.total < enough:
         needed = f"about {enough:,} are needed" if enough else "no number is enough"
@@ -195,8 +199,8 @@ def compare(
 
 @contextmanager
 def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[Session]:
-    """The job's reference, or else this tool's own network. Its outputs are kept, but for those of a backbone, which
-    are too large."""
+    """The job's reference, or else this tool's own network. Its outputs are kept, but for those of a backbone and
+    logits of pixels, which are too large."""
     opening: AbstractContextManager[Session]
     if job.reference is not None:
         opening = nullcontext(
@@ -205,8 +209,9 @@ def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[S
     else:
         opening = verify.reference(Artifact(folder / "reference", job.sidecar), options)
     with opening as session:
-        whole = {"tokens", "features"} & set(job.sidecar.spec.tasks)
-        yield session if whole else CachedReference(session)
+        spec = job.sidecar.spec
+        large = {"tokens", "features"} & set(spec.tasks) or ("segment" in spec.tasks and spec.answer != "labels")
+        yield session if large else CachedReference(session)
 
 
 def sensitivities(work: Work) -> dict[str, float]:

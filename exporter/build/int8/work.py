@@ -18,7 +18,7 @@ from exporter.build.resolve import Job
 from exporter.data.calibration import CalibrationSet, open_calibration
 from exporter.errors import CheckFailed, some
 from exporter.graph import files, half
-from exporter.model.structure import part
+from exporter.model.structure import is_in
 from exporter.quantize import QuantizeOptions
 from exporter.quantize.placement import Placement, faults, quantize
 from exporter.quantize.rounding import Grid, Plan
@@ -81,7 +81,7 @@ class Work:
 
     def _sidecar(self, kept: Collection[str]) -> Sidecar:
         layers = {
-            name: int(self.statistics.macs(self.network.model, name)) for name in self.plan if part(name) not in kept
+            name: int(self.statistics.macs(self.network.model, name)) for name in self.plan if not is_in(name, kept)
         }
         facts = QuantizationFacts(
             calib=self.images.source,
