@@ -252,6 +252,19 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_upernet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small UPerNet of transformers with random weights, of 96 pixels."""
+    library("transformers")
+    from tests.model import segmenters
+
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
+    processor = {"image_processor_type": "SegformerImageProcessor", "size": {"height": 96, "width": 96}}
+    processor |= {"image_mean": mean, "image_std": std, "do_normalize": True, "do_resize": True}
+    folder = once.shared_folder(tmp_path_factory, "tiny_upernet")
+    return once.written(folder, lambda path: segmenters.save(path, segmenters.transformers_model(), processor))
+
+
+@pytest.fixture(scope="session")
 def half_scenes(scenes: Path, tmp_path_factory: pytest.TempPathFactory):
     """The artifact in fp16 of the network in `scenes`."""
     return build(scenes / "model", tmp_path_factory.mktemp("half_scenes"), precision="fp16")

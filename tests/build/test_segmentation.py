@@ -152,7 +152,8 @@ def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("onnx", "--int8"), "--task segment: the head of UPerNet is not quantized, so int8 is not built"),
+        (("openvino", "--int8", "--keep", "decode_head.fpn_convs.7"), "the network has no such part"),
+        (("onnx", "--int8", "--keep", "decode_head.fpn_convs.0"), "it is not quantized anyway; leave it out"),
         (("onnx", "--task", "segment,features"), "segment cannot be combined with other tasks"),
         (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4 or labels"),
         (("onnx", "--task", "features", "--output", "labels"), "it is of each pixel, for --task segment"),

@@ -51,11 +51,35 @@ def test_layers_are_sorted_as_they_run(network):
         ("stages.2.1", "stages.2", "stages.2.1", "stages.2.1"),
         ("downsample_layers.1.1", "downsample_layers.1", "", "downsample_layers.1"),
         ("head", "head", "", "head"),
+        ("decode_head.fpn_convs.0", "decode_head.fpn_convs.0", "", "decode_head"),
+        ("decode_head.fpn_bottleneck.products.1", "decode_head.fpn_bottleneck", "", "decode_head"),
         ("", "", "", ""),
     ],
 )
 def test_a_module_has_a_part_a_block_and_a_group(name, part, block, group):
     assert (structure.part(name), structure.block(name), structure.group(name)) == (part, block, group)
+
+
+@pytest.mark.parametrize("levels", [2, 4])
+def test_every_part_of_a_decoder_has_quantized_layers_and_no_other_has(levels):
+    parts = structure.decoder_parts(levels)
+    assert {kind for name in parts for kind in structure.kinds_of(name)} == {"decoder"}
+    assert len(parts) == 2 * (levels - 1) + 1
+    assert structure.kinds_of("decode_head.psp_modules.0") == structure.kinds_of("decode_head.classifier") == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted", "is_in"),
+    [
+        ("decode_head.fpn_convs.0", ["head"], True),
+        ("decode_head.fpn_convs.0", ["decode_head.fpn_convs.0"], True),
+        ("decode_head.fpn_convs.10", ["decode_head.fpn_convs.1"], False),
+        ("decode_head.fpn_bottleneck.products.1", ["decode_head.fpn_bottleneck"], True),
+        ("stages.0.0.pwconv1", ["head", "decode_head.fpn_convs.0"], False),
+    ],
+)
+def test_a_layer_of_a_decoder_is_in_its_part_and_in_the_head(module, wanted, is_in):
+    assert structure.is_in(module, wanted) == is_in
 
 
 @pytest.mark.parametrize(

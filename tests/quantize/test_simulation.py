@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,13 @@ def noise(expected, got):
     return float(((got - expected) ** 2).mean() / expected.var())
 
 
+def few(work, count=8):
+    return next(iter(work.images.batches(count))).images
+
+
 @pytest.fixture
 def batch(request):
-    images = work(request.getfixturevalue("tiny")).images
-    return next(iter(images.batches(8))).images
+    return few(work(request.getfixturevalue("tiny")))
 
 
 @pytest.mark.parametrize(
@@ -41,14 +45,26 @@ def batch(request):
     ],
 )
 @pytest.mark.parametrize("source", ["tiny", "tiny_v2"])
-def test_it_gives_what_the_built_graph_gives(source, backend, part_of, request, batch, tmp_path):
+def test_it_gives_what_the_built_graph_gives(source, backend, part_of, request, tmp_path):
+    check_simulation(work(request.getfixturevalue(source), backend), backend, part_of, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part_of", ["decode_head.lateral_convs.1", "decode_head.fpn_convs.0", "decode_head.fpn_bottleneck"]
+)
+def test_of_the_head_of_upernet_too(tiny_upernet, part_of, tmp_path):
+    ready = work(tiny_upernet, "openvino", output="logits4", calib_size=4)
+    check_simulation(ready, "openvino", part_of, tmp_path)
+
+
+def check_simulation(ready, backend, part_of, folder):
     """The difference to the runtime's numbers is far below what rounding itself changes.
 
     Of one part: with all of them the least difference before a rounding goes on to the next, and tells nothing.
     """
-    ready = work(request.getfixturevalue(source), backend)
+    batch = few(ready, 1)
     ready = dataclasses.replace(ready, plan={name: how for name, how in ready.plan.items() if part(name) == part_of})
-    made = ready.make((), tmp_path)
+    made = ready.make((), folder)
     runtime = backends.runtime(backend)
     with runtime.open(made, runtime.options()) as session:
         got = session(batch)[0].copy()
@@ -62,32 +78,45 @@ def test_it_gives_what_the_built_graph_gives(source, backend, part_of, request, 
     assert noise(simulated, got) < 0.02 * noise(exact, simulated)
 
 
-def test_biases_make_up_for_the_mean(tiny, batch):
+@pytest.mark.parametrize(
+    ("source", "backend", "name"),
+    [
+        ("tiny", "onnxruntime", "stages.2.1.pwconv2"),
+        ("tiny_upernet", "openvino", "decode_head.fpn_convs.0"),  # with ReLU behind its bias
+        ("tiny_upernet", "openvino", "decode_head.fpn_bottleneck.products.0"),  # without a bias
+    ],
+)
+def test_biases_make_up_for_the_mean(source, backend, name, request):
     """Each layer's mean output is nearer to that of fp32: fast a little, full exactly on the images it looked at.
 
     It runs in fp64 like the bias correction: in fp32, differences in the last bits put some inputs on another step.
     """
     means = {}
-    name = "stages.2.1.pwconv2"
     for how in ("none", "fast", "full"):
-        ready = work(tiny, bias_correction=how)
-        model, images = ready.network.model, next(iter(ready.images.batches(32))).images
+        ready = work(request.getfixturevalue(source), backend, bias_correction=how, calib_size=4)
+        model, batch = ready.network.model, torch.from_numpy(few(ready, 4)).double()
         seen = []
-        handle = model.get_submodule(name).register_forward_hook(
-            lambda module, given, output, seen=seen: seen.append(output.mean((0, 1, 2)).numpy())
-        )
-        doubles = torch.from_numpy(images).double()
+        handle = model.get_submodule(name).register_forward_hook(partial(keep_mean, seen))
         with torch.inference_mode():
             with in_double(model):
-                model(doubles)
+                model(batch)
             with simulation.rounded(model, ready.plan), in_double(model):
-                model(doubles)
+                model(batch)
         handle.remove()
         means[how] = np.abs(seen[1] - seen[0]).max()
         shifts = [rounding.shift for rounding in ready.plan.values()]
         assert any(shift.any() for shift in shifts) == (how != "none")
     assert means["full"] < 1e-5 < means["none"]
     assert means["fast"] < means["none"]
+
+
+def keep_mean(seen, module, inputs, output):
+    """Keep the mean of each channel of a layer's output, in front of ReLU."""
+    if isinstance(module, torch.nn.Conv2d):
+        output = torch.nn.functional.conv2d(
+            inputs[0], module.weight, module.bias, module.stride, module.padding
+        ).movedim(1, -1)
+    seen.append(output.mean((0, 1, 2)).numpy())
 
 
 def test_harm_is_found_where_it_was_done(tiny):
