@@ -8,18 +8,21 @@ from typing import Literal
 import msgspec
 
 Task = Literal["classify", "embed", "tokens", "features", "segment", "pyramid"]
-Answer = Literal["logits", "softmax", "sigmoid", "top5", "labels", "logits4"]
+Answer = Literal["logits", "softmax", "sigmoid", "top5", "labels", "scores", "logits4"]
 Content = Literal[
-    "", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map", "pixel_logits", "labels"
+    "", "logits", "softmax", "sigmoid", "classes", "top5", "embedding", "tokens", "map", "pixel_logits", "labels",
+    "pixel_scores",
 ]  # fmt: skip
 """What an output holds: logits; their softmax or sigmoid; the numbers of the five most probable classes, and with them
 `top5`, their probabilities; a feature vector; tokens; the feature map of a stage; or for each pixel its logits, or the
-number of its class. "" for an input."""
+number of its class, and with it the probability of that class. "" for an input."""
 DENSE: tuple[Task, ...] = ("segment", "pyramid")
 """Tasks with a decoder behind the backbone: they take images of any size, and are combined with no other task."""
-SEGMENT_ANSWERS: tuple[Answer, ...] = ("logits", "logits4", "labels")
+SEGMENT_ANSWERS: tuple[Answer, ...] = ("logits", "logits4", "labels", "scores")
+WITH_LABELS: tuple[Answer, ...] = ("labels", "scores")
+"""Answers that have the class of each pixel."""
 
-PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5"})
+PROBABILITIES: frozenset[Content] = frozenset({"softmax", "sigmoid", "top5", "pixel_scores"})
 
 
 class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,7 +57,7 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return f"--task {task}: {dense} cannot be combined with other tasks; give --task {dense}"
         if "segment" in self.tasks:
             return self._segment_contradiction()
-        if self.answer in ("labels", "logits4"):
+        if self.answer in (*WITH_LABELS, "logits4"):
             return f"--output {self.answer}: it is of each pixel, for --task segment; leave it out"
         if self.answer != "logits" and "classify" not in self.tasks:
             return f"--output {self.answer}: task {task} has no classifier; leave it out, or add classify"
@@ -64,7 +67,7 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def _segment_contradiction(self) -> str:
         if self.answer not in SEGMENT_ANSWERS:
-            return f"--output {self.answer}: task segment takes {', '.join(SEGMENT_ANSWERS[:-1])} or labels"
+            return f"--output {self.answer}: task segment takes {', '.join(SEGMENT_ANSWERS[:-1])} or {SEGMENT_ANSWERS[-1]}"
         return "--l2: task segment has no feature vector; leave it out" if self.l2 else ""
 
     def named(self, heads: Sequence[str], strides: Sequence[int]) -> dict[str, Content]:
@@ -77,7 +80,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         outputs: dict[str, Content] = {}
         for task in self.tasks:
             if task == "segment":
-                outputs |= {"labels": "labels"} if self.answer == "labels" else {"logits": "pixel_logits"}
+                outputs |= {"labels": "labels"} if self.answer in WITH_LABELS else {"logits": "pixel_logits"}
+                outputs |= {"scores": "pixel_scores"} if self.answer == "scores" else {}
             elif task == "classify":
                 outputs |= self._of_heads(heads)
             elif task == "features":

@@ -251,6 +251,7 @@ def _content(sidecar: Sidecar, output: Tensor) -> str:
         "tokens": "feature vector, then a token for each position of the last map",
         "pixel_logits": "logits of each pixel",
         "labels": "class of each pixel",
+        "pixel_scores": "its probability",
     }
     return words[output.holds]
 

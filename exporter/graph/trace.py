@@ -178,7 +178,8 @@ def _name_axes(model: ir.Model, options: TraceOptions) -> None:
         if holds == "pixel_logits" and options.spec.answer == "logits4":
             stride = options.strides[0]
         over = f"/{stride}" if stride > 1 else ""
-        first = 1 if (options.channels_last and value.name == INPUT) or holds == "labels" else 2
+        of_pixels = holds in ("labels", "pixel_scores")
+        first = 1 if (options.channels_last and value.name == INPUT) or of_pixels else 2
         first = 0 if options.picture and value.name == INPUT else first
         words = {0: "batch"} | {first: f"height{over}", first + 1: f"width{over}"}
         words |= {1: "tokens"} if holds == "tokens" else {}

@@ -38,11 +38,12 @@ class Reference:
         from torch import nn
 
         from exporter.model.convnext import answers, unit_length
-        from exporter.model.upernet import pixel_answer
+        from exporter.model.upernet import pixel_answers
 
         def of_task(task: str, tensors: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
             if task == "segment":
-                return tuple(pixel_answer(logits, images.shape[-2:], spec.answer) for logits in tensors)
+                (logits,) = tensors
+                return pixel_answers(logits, images.shape[-2:], spec.answer)
             if task == "classify":
                 return tuple(output for logits in tensors for output in answers(logits, spec.answer))
             return tuple(map(unit_length, tensors)) if task == "embed" and spec.l2 else tensors

@@ -74,16 +74,17 @@ class Head(nn.Module):
         return logits
 
 
-def pixel_answer(logits: Tensor, size: Sequence[int], answer: str) -> Tensor:
+def pixel_answers(logits: Tensor, size: Sequence[int], answer: str) -> tuple[Tensor, ...]:
     """Logits (N, classes, H/s, W/s) as they are returned for an image of `size` pixels: as they are (`logits4`),
-    resized to (N, classes, H, W) (`logits`), or the class of each pixel (N, H, W) uint8 (`labels`)."""
+    resized to (N, classes, H, W) (`logits`), or the class of each pixel (N, H, W) uint8 (`labels`), with `scores` also
+    its probability (N, H, W) by the softmax of the resized logits."""
     if answer == "logits4":
-        return logits
+        return (logits,)
     logits = resize(logits, size)
     if answer == "logits":
-        return logits
+        return (logits,)
     labels: Tensor = torch.ops.aten._to_copy.default(logits.argmax(1), dtype=torch.uint8)
-    return labels
+    return (labels, logits.softmax(1).amax(1)) if answer == "scores" else (labels,)
 
 
 class UPerNet(ConvNeXt):
@@ -107,7 +108,7 @@ class UPerNet(ConvNeXt):
         normalized = self.normalized(maps)
         logits = self.decode_head([normalized[level] for level in self.levels])
         size = images.shape[1:3] if self.channels_last else images.shape[2:]
-        return (pixel_answer(logits, size, self.spec.answer),)
+        return pixel_answers(logits, size, self.spec.answer)
 
     def select(self, spec: OutputSpec) -> UPerNet:
         """The same network with other outputs, in place."""

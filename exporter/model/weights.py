@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.artifact import Artifact, sha256_file
+from exporter.artifact.outputs import WITH_LABELS
 from exporter.artifact.sidecar import OutputSpec, Preprocessing, Task, Weights
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import checkpoint, hub, sources, written
@@ -104,9 +105,9 @@ class Checkpoint:
             self._check_task(task)
         if problem := spec.contradiction():
             raise BadRequest(f"{self.weights.source}: {problem}")
-        if spec.answer == "labels" and self.weights.num_classes > MOST_LABELS:
+        if spec.answer in WITH_LABELS and self.weights.num_classes > MOST_LABELS:
             raise BadRequest(
-                f"--output labels: {self.weights.num_classes} classes, and labels are bytes; give --output logits"
+                f"--output {spec.answer}: {self.weights.num_classes} classes, and labels are bytes; give --output logits"
             )
         heads = dict(map(head_layer, self.variant.architecture.heads))
         if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):

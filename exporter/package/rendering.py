@@ -28,6 +28,7 @@ MEANINGS = {
     ("features", "map"): "a feature map",
     ("pixels", "pixel_logits"): "logits of each pixel",
     ("pixel_classes", "labels"): "the class of each pixel",
+    ("features", "pixel_scores"): "its probability",
 }
 """What outputs hold, by their kind and content."""
 

@@ -10,6 +10,7 @@ from exporter import backends
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images, synthetic
 from exporter.model import weights
+from exporter.verify import VerifyOptions, verify
 from tests.conftest import build
 from tests.model import segmenters
 from tests.reference import library
@@ -37,10 +38,14 @@ def pictures(size, count=1):
     return np.stack([images.normalise(one, Preprocessing()) for one in pixels])
 
 
-def outputs(artifact, batch):
+def all_outputs(artifact, batch):
     runtime = backends.runtime(artifact.sidecar.backend)
     with runtime.open(artifact, runtime.options()) as session:
-        return session(batch)[0]
+        return session(batch)
+
+
+def outputs(artifact, batch):
+    return all_outputs(artifact, batch)[0]
 
 
 def expected(model, batch):
@@ -75,6 +80,21 @@ def test_labels_are_the_classes_of_the_pixels_in_bytes(backend, imgsz, model, fo
     assert (tensor.name, tensor.dtype, tensor.shape) == ("labels", "uint8", ("batch", *axes))
     batch = pictures((96, 128), 3)
     np.testing.assert_array_equal(outputs(artifact, batch), expected(model, batch).argmax(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_are_the_probabilities_of_the_labels(backend, model, folder, tmp_path):
+    artifact = build(folder, tmp_path, backend, output="scores", imgsz="dynamic")
+    assert [(tensor.name, tensor.shape) for tensor in artifact.sidecar.outputs] == [
+        ("labels", ("batch", "height", "width")),
+        ("scores", ("batch", "height", "width")),
+    ]
+    batch = pictures((75, 107), 2)
+    labels, scores = all_outputs(artifact, batch)
+    theirs = torch.from_numpy(expected(model, batch)).softmax(1).numpy()
+    np.testing.assert_array_equal(labels, theirs.argmax(1))
+    np.testing.assert_allclose(scores, theirs.max(1), rtol=1e-4)
+    assert verify(artifact, VerifyOptions(samples=2)).passed
 
 
 def test_logits4_are_those_of_the_first_map(model, folder, tmp_path):
@@ -137,7 +157,7 @@ def test_other_numbers_of_levels_are_right_at_every_size(settings, tmp_path):
 
 
 def test_the_build_is_compared_with_transformers_own_forward(folder, tmp_path):
-    for output in ("logits", "labels"):
+    for output in ("logits", "labels", "scores"):
         artifact = build(folder, tmp_path / output, reference="transformers", imgsz=96, output=output)
         assert artifact.sidecar.reference.startswith("transformers.models.upernet")
 
@@ -155,7 +175,7 @@ def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path)
         (("openvino", "--int8", "--keep", "decode_head.fpn_convs.7"), "the network has no such part"),
         (("onnx", "--int8", "--keep", "decode_head.fpn_convs.0"), "it is not quantized anyway; leave it out"),
         (("onnx", "--task", "segment,features"), "segment cannot be combined with other tasks"),
-        (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4 or labels"),
+        (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4, labels or scores"),
         (("onnx", "--task", "features", "--output", "labels"), "it is of each pixel, for --task segment"),
     ],
 )

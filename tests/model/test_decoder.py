@@ -121,7 +121,7 @@ def test_without_its_head_the_backbone_gives_maps(folder):
         (("classify",), "logits", "no classifier in these weights; --task segment takes them"),
         (("embed",), "logits", "no norm behind the last stage"),
         (("features", "segment"), "logits", "segment cannot be combined with other tasks"),
-        (("segment",), "softmax", "--output softmax: task segment takes logits, logits4 or labels"),
+        (("segment",), "softmax", "--output softmax: task segment takes logits, logits4, labels or scores"),
         (("features",), "labels", "--output labels: it is of each pixel, for --task segment"),
     ],
 )

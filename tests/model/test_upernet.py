@@ -7,7 +7,7 @@ import torch
 from msgspec.structs import replace
 
 from exporter.artifact.sidecar import OutputSpec
-from exporter.model.upernet import GridPool, UPerNet, pixel_answer
+from exporter.model.upernet import GridPool, UPerNet, pixel_answers
 from exporter.model.variants import VARIANTS, Architecture, Decoder, count_macs, count_params
 
 
@@ -36,12 +36,12 @@ def test_multiply_accumulates_of_published_networks_are_those_counted_in_pytorch
 
 def test_labels_are_the_most_probable_classes_behind_the_resize():
     logits = torch.randn(2, 7, 9, 11, generator=torch.Generator().manual_seed(1))
-    whole = pixel_answer(logits, (36, 45), "logits")
-    labels = pixel_answer(logits, (36, 45), "labels")
+    (whole,) = pixel_answers(logits, (36, 45), "logits")
+    (labels,) = pixel_answers(logits, (36, 45), "labels")
     assert whole.shape == (2, 7, 36, 45)
     assert labels.dtype == torch.uint8
     assert torch.equal(labels.long(), whole.argmax(1))
-    assert pixel_answer(logits, (36, 45), "logits4") is logits
+    assert pixel_answers(logits, (36, 45), "logits4") == (logits,)
 
 
 def test_a_network_without_its_head_gives_the_normalized_maps():

@@ -13,6 +13,7 @@ import msgspec
 
 from exporter import verify
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import WITH_LABELS
 from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session, eager
 from exporter.build import budget
 from exporter.build.int8.work import Work
@@ -210,7 +211,7 @@ def open_reference(job: Job, options: VerifyOptions, folder: Path) -> Iterator[S
         opening = verify.reference(Artifact(folder / "reference", job.sidecar), options)
     with opening as session:
         spec = job.sidecar.spec
-        large = {"tokens", "features"} & set(spec.tasks) or ("segment" in spec.tasks and spec.answer != "labels")
+        large = {"tokens", "features"} & set(spec.tasks) or ("segment" in spec.tasks and spec.answer not in WITH_LABELS)
         yield session if large else CachedReference(session)
 
 
