@@ -32,6 +32,10 @@ from exporter.verify.checks.segmentation import classes_of
 __all__ = ["Destination", "DestinationOptions", "Package", "PackageOptions", "destination", "names", "package"]
 
 
+WITH_MASKS = ("python", "triton", "ovms", "web")
+"""The destinations that have code for segmentation."""
+
+
 class PackageOptions(Record, frozen=True):
     """Options of `package`, whatever it is for."""
 
@@ -117,10 +121,13 @@ def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:
 
 def _refuse_masks(artifact: Artifact, name: str) -> None:
     """Raises: BadRequest for segmentation where a destination has no code for it, and for logits of other pixels."""
-    if name != "python":
-        raise BadRequest(f"{artifact.path}: --for {name} does not support segmentation; give --for python")
-    if (answer := artifact.sidecar.spec.answer) not in ("logits", "labels"):
-        raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output labels or logits")
+    if name not in WITH_MASKS:
+        known = f"{', '.join(WITH_MASKS[:-1])} or {WITH_MASKS[-1]}"
+        raise BadRequest(f"{artifact.path}: --for {name} does not support segmentation; give --for {known}")
+    answer, packaged = artifact.sidecar.spec.answer, ("labels",) if name == "web" else ("labels", "logits")
+    if answer not in packaged:
+        expected = " or ".join(packaged)
+        raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output {expected}")
 
 
 def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> tuple[Output, ...]:

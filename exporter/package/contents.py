@@ -106,7 +106,12 @@ class Contents:
     @property
     def mask_type(self) -> str:
         """The type of numbers of classes of pixels."""
-        return "uint8" if self.artifact.sidecar.weights.num_classes <= MOST_COLORS else "uint16"
+        return "uint8" if self.classes <= MOST_COLORS else "uint16"
+
+    @property
+    def classes(self) -> int:
+        """How many classes the network tells apart."""
+        return self.artifact.sidecar.weights.num_classes
 
     @property
     def sides(self) -> tuple[int, int, int]:

@@ -192,8 +192,8 @@ def test_commands_that_measure_classes_of_images_refuse_segmentation(dynamic, fo
     for words, message in (
         (("optimize", "--weights", folder, "-o", tmp_path / "best"), "optimize measures top-1"),
         (
-            ("package", dynamic.path, "--for", "triton", "-o", tmp_path / "package"),
-            "--for triton does not support segmentation",
+            ("package", dynamic.path, "--for", "kserve", "-o", tmp_path / "package"),
+            "--for kserve does not support segmentation",
         ),
         (("bisect", dynamic.path), "bisect measures the parts of a classifier"),
     ):

@@ -8,6 +8,9 @@ import threading
 import numpy as np
 
 
+DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
+
+
 @contextlib.contextmanager
 def served(name, run, tensor, outputs, text=False, error=None, hang_up=False):
     """The address of a server.
@@ -34,10 +37,10 @@ def served(name, run, tensor, outputs, text=False, error=None, hang_up=False):
             (described,) = json.loads(body[:length])["inputs"]
             assert described["name"] == tensor.name
             assert described["parameters"]["binary_data_size"] == len(body) - length
-            assert described["datatype"] == {"float32": "FP32", "uint8": "UINT8"}[tensor.dtype]
+            assert described["datatype"] == DATATYPES[tensor.dtype]
             arrays = run(np.frombuffer(body[length:], tensor.dtype).reshape(described["shape"]))
             answers = [
-                {"name": one.name, "datatype": "FP32", "shape": array.shape}
+                {"name": one.name, "datatype": DATATYPES[array.dtype.name], "shape": array.shape}
                 | ({"data": array.ravel().tolist()} if text else {"parameters": {"binary_data_size": array.nbytes}})
                 for one, array in zip(outputs, arrays, strict=True)
             ]

@@ -1,20 +1,23 @@
-"""`package --for python` of segmentation: masks as `predict` writes them, without PyTorch and without this tool."""
+"""`package` of segmentation: masks as `predict` writes them, without PyTorch and without this tool."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from exporter import package, predict
+from exporter import backends, package, predict
 from exporter.data.synthetic import dead_leaves
 from exporter.errors import BadRequest
+from exporter.package.destinations.triton import TritonOptions
 from exporter.predict import PredictOptions
 from tests.conftest import build
 from tests.model import segmenters
 from tests.package.conftest import execute
+from tests.package.servers import served
 from tests.reference import library
 
 library("transformers")
@@ -26,6 +29,43 @@ def folder(tmp_path_factory):
     return segmenters.save(tmp_path_factory.mktemp("upernet"), segmenters.transformers_model(), PROCESSOR)
 
 
+def predicted_mask(artifact, folder):
+    """The file and the classes of the mask that `predict` writes for `photo.jpg`."""
+    predict.predict(artifact, [str(folder / "photo.jpg")], PredictOptions(), folder / "masks")
+    (path,) = (folder / "masks").rglob("photo.png")
+    return path, np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(
+    ("destination", "imgsz"), [("triton", None), ("triton", "dynamic"), ("ovms", None)], ids=lambda value: str(value)
+)
+def test_the_masks_of_a_client_of_a_server_are_those_of_predict(destination, imgsz, folder, bare, tmp_path):
+    artifact, out = build(folder, tmp_path, output="labels", imgsz=imgsz), tmp_path / "package"
+    package.package(artifact, destination, out)
+    Image.fromarray(dead_leaves((75, 107), 3)).save(tmp_path / "photo.jpg")
+    runtime, sidecar = backends.runtime("onnxruntime"), artifact.sidecar
+    with runtime.open(artifact, runtime.options()) as session:
+
+        def labels(batch):
+            return [session(batch)[0].astype(np.uint8)]
+
+        with served(artifact.path.stem, labels, sidecar.inputs[0], sidecar.outputs) as url:
+            result = execute(bare, "client.py", "--url", url, tmp_path / "photo.jpg", folder=out)
+            tested = execute(bare, "selftest.py", url, folder=out)
+    assert result.returncode == 0, result.stderr
+    _, expected = predicted_mask(artifact, tmp_path)
+    np.testing.assert_array_equal(np.asarray(Image.open(out / json.loads(result.stdout)["mask"])), expected)
+    assert tested.stdout.splitlines() == ["labels: 0 % of the pixels have another class, limit 0.1 %", "passed"]
+
+
+def test_triton_gets_the_types_and_sides_of_masks(folder, tmp_path):
+    artifact = build(folder, tmp_path, output="labels", imgsz="dynamic")
+    package.package(artifact, "triton", tmp_path / "package", own=TritonOptions(ensemble=True))
+    config = (tmp_path / "package" / "models" / artifact.path.stem / "config.pbtxt").read_text()
+    assert re.search(r'output \{\s+name: "labels"\s+data_type: TYPE_UINT8\s+dims: \[-1, -1\]', config)
+    assert "Pillow" in (tmp_path / "package" / "requirements.txt").read_text(), "the client writes masks"
+
+
 @pytest.mark.parametrize(("backend", "output"), [("onnxruntime", "labels"), ("openvino", "logits")])
 def test_the_masks_of_a_package_are_those_of_predict(backend, output, folder, bare, tmp_path):
     artifact, out = build(folder, tmp_path, backend, output=output), tmp_path / "package"
@@ -35,9 +75,7 @@ def test_the_masks_of_a_package_are_those_of_predict(backend, output, folder, ba
     result = execute(bare, "predict.py", tmp_path / "photo.jpg", folder=out)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
-    predict.predict(artifact, [str(tmp_path / "photo.jpg")], PredictOptions(), tmp_path / "masks")
-    (path,) = (tmp_path / "masks").rglob("photo.png")
-    expected = np.asarray(Image.open(path))
+    path, expected = predicted_mask(artifact, tmp_path)
     np.testing.assert_array_equal(np.asarray(Image.open(out / record["mask"])), expected)
     assert expected.shape == (75, 107)
     assert sum(one["share"] for one in record["classes"]) == pytest.approx(1, abs=1e-5)
@@ -57,5 +95,7 @@ def test_masks_that_no_package_has_are_refused(folder, tmp_path):
     artifact = build(folder, tmp_path, output="logits4")
     with pytest.raises(BadRequest, match="built with --output logits4; package one with --output labels or logits"):
         package.package(artifact, "python", tmp_path / "package")
-    with pytest.raises(BadRequest, match="--for web does not support segmentation; give --for python"):
+    with pytest.raises(BadRequest, match="built with --output logits4; package one with --output labels$"):
         package.package(artifact, "web", tmp_path / "package")
+    with pytest.raises(BadRequest, match="does not support segmentation; give --for python, triton, ovms or web"):
+        package.package(artifact, "kserve", tmp_path / "package")

@@ -18,11 +18,12 @@ from msgspec.structs import replace
 from PIL import Image
 
 from exporter import artifact as artifacts_on_disk
-from exporter import package, predict
+from exporter import backends, package, predict
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import as_taken
 from exporter.backends.onnxruntime.serving import WEB
 from exporter.data import images
+from exporter.data.masks import colors
 from exporter.data.synthetic import dead_leaves
 from exporter.errors import BadRequest
 from exporter.package import PackageOptions, npm
@@ -176,6 +177,36 @@ def assert_rows(rows, expected, path):
     assert [label for label, _ in rows] == [label for label, _ in expected], path
     for (_, percentage), (_, probability) in zip(rows, expected, strict=True):
         assert float(percentage.removesuffix(" %")) == pytest.approx(100 * probability, abs=0.11), path
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_page_colours_the_pixels_of_a_segmenter(tiny_upernet, runtime, page, served, tmp_path):
+    artifact, out = build(tiny_upernet, tmp_path, output="labels"), tmp_path / "package"
+    package.package(artifact, "web", out)
+    photo = Image.fromarray(dead_leaves((75, 107), 3))
+    photo.save(tmp_path / "photo.png")
+    page.open(served(out))
+    page.choose(tmp_path / "photo.png")
+    recipe, ort = artifact.sidecar.preprocessing, backends.runtime("onnxruntime")
+    with ort.open(artifact, ort.options()) as session:
+        labels = session(images.preprocess(images.in_color(photo, recipe), recipe)[None])[0]
+    numbers, counts = np.unique(labels.astype(int), return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:5]
+    expected = [(artifact.sidecar.labels[numbers[n]], counts[n] / counts.sum()) for n in order]
+    assert_rows(page.rows(), expected, "photo.png")
+    assert page.value("[...document.querySelectorAll('canvas')].map((one) => [one.width, one.height])") == [[107, 75]]
+    corner = page.value("[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 1, 1).data]")
+    mixed = (np.asarray(photo)[0, 0].astype(int) + colors()[int(labels[0, 0, 0])]) / 2
+    assert np.abs(np.array(corner[:3]) - mixed).max() <= 1
+    command = [sys.executable, "selftest.py"]
+    tested = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+    assert tested.stdout.splitlines()[0].startswith("Self-test passed: 0.0 % of the pixels have another class")
+    facts = json.loads((out / "model.json").read_text())
+    facts["expected"][0][0] = [number + 1 for number in facts["expected"][0][0]]
+    (out / "model.json").write_text(json.dumps(facts))
+    tested = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+    assert (tested.returncode, tested.stdout.splitlines()[-1]) == (1, "FAILED")
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
     facts = {"model": served, "program": "client", "port": 8000, "sends_files": options.ensemble}
     facts |= {"has_row_axis": config["max_batch_size"] > 0}  # each file in a row of its own
     folder.write(out / "client.py", render(client, contents, **facts))
-    folder.write(out / "requirements.txt", "numpy>=1.26\n" + ("" if options.ensemble else "Pillow>=10.3\n"))
+    decodes = contents.has_masks or not options.ensemble
+    folder.write(out / "requirements.txt", "numpy>=1.26\n" + ("Pillow>=10.3\n" if decodes else ""))
     folder.write(out / "README.md", render("triton.md", contents, triton=model, config=config, options=options))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from exporter import backends
+from exporter.data.masks import colors
 from exporter.errors import BadRequest
 from exporter.package import folder, npm
 from exporter.package.contents import Contents
@@ -17,7 +18,7 @@ from exporter.package.rendering import TEMPLATES, render
 
 STATIC = ("page.js", "worker.js", "pixels.js", "style.css")
 WRITTEN = ("index.html", "serve.py", "README.md")
-KINDS = ("classes", "multilabel", "values")
+KINDS = ("classes", "multilabel", "values", "pixel_classes")
 CHANNELS = (1, 3)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MOST_BYTES = 1 << 31  # of a model in one message of protobuf, which WebAssembly has in memory twice
@@ -62,6 +63,8 @@ def _of_outputs(contents: Contents) -> str:
     if len(kinds) > 1 or kinds[0] not in KINDS:
         shown = " and ".join(dict.fromkeys(kinds))
         return f"it returns {shown}, and a page shows one of {', '.join(KINDS)}; use --for python"
+    if kinds == ["pixel_classes"]:
+        return ""
     dtypes = {tensor.dtype for tensor in contents.tensors}
     if dtypes != {"float32"}:
         return f"outputs of {', '.join(sorted(dtypes))}, and a page takes float32; export it with float32 outputs"
@@ -109,10 +112,10 @@ def _facts(contents: Contents) -> dict[str, Any]:
             "name": contents.outputs[0].name,
             "kind": contents.outputs[0].kind,
             "holds": contents.outputs[0].holds,
-            "width": contents.outputs[0].width,
         },
         "preprocessing": msgspec.to_builtins(contents.preprocessing),
         "labels": contents.labels,
+        "colors": colors()[: contents.classes].tolist() if contents.has_masks else None,
         "top": contents.top,
         "cut": contents.cut,
         "sample": contents.sample.name,

@@ -58,7 +58,7 @@ function element(name, style, text = "") {
   return node;
 }
 
-function row({ label, probability, decided }, place) {
+function row({ label, probability, decided, color }, place) {
   const item = element("li", facts.output.kind === "multilabel" ? (decided ? "first" : "") : place === 0 ? "first" : "");
   const line = element("div", "row");
   line.append(element("span", "label", decided ? `${label} ✓` : label));
@@ -67,12 +67,53 @@ function row({ label, probability, decided }, place) {
   track.setAttribute("aria-hidden", "true");
   const bar = element("div", "bar");
   bar.style.width = `${100 * probability}%`;
+  if (color) bar.style.background = `rgb(${color})`;
   track.append(bar);
   item.append(line, track);
   return item;
 }
 
-function show(values) {
+/** Show the classes of the pixels in colour, over the picture where it is stretched to the input, and their shares. */
+function showMask(classes) {
+  const { size, crop } = facts.preprocessing;
+  const [height, width] = Array.isArray(size) ? size : [size, size];
+  const canvas = element("canvas", "mask");
+  const colored = new ImageData(width, height);
+  const counts = new Map();
+  classes.forEach((number, pixel) => {
+    counts.set(number, (counts.get(number) ?? 0) + 1);
+    colored.data.set([...facts.colors[number % facts.colors.length], 255], 4 * pixel);
+  });
+  const layer = new OffscreenCanvas(width, height);
+  layer.getContext("2d").putImageData(colored, 0, 0);
+  const picture = part("picture");
+  const stretched = crop === "squash";
+  canvas.width = stretched ? picture.naturalWidth : width;
+  canvas.height = stretched ? picture.naturalHeight : height;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", "The picture in the colours of its classes");
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  if (stretched) context.drawImage(picture, 0, 0);
+  context.globalAlpha = stretched ? 0.5 : 1;
+  context.drawImage(layer, 0, 0, canvas.width, canvas.height);
+  const shares = [...counts].sort((a, b) => b[1] - a[1]).map(([number, count]) => ({
+    label: facts.labels[number] ?? `class ${number}`,
+    probability: count / classes.length,
+    decided: false,
+    color: facts.colors[number % facts.colors.length],
+  }));
+  const list = element("ol", "");
+  list.append(...shares.slice(0, Math.max(facts.top, 5)).map(row));
+  part("answer").replaceChildren(canvas, list);
+}
+
+async function show(values) {
+  if (facts.output.kind === "pixel_classes") {
+    await part("picture").decode();
+    showMask(values);
+    return;
+  }
   if (facts.output.kind === "values") {
     part("answer").replaceChildren(element("p", "", values.map((value) => value.toPrecision(6)).join(" ")));
     return;
@@ -96,7 +137,7 @@ async function picture(blob, name) {
     const answer = await send({ blob });
     if (number < requests) return null; // another picture has been dropped meanwhile
     outputs = answer.outputs;
-    show(outputs[0]);
+    await show(outputs[0]);
     const { preparing, model } = answer.milliseconds;
     part("times").textContent = `model ${model.toFixed(1)} ms, reading and resizing ${preparing.toFixed(1)} ms`;
     status(answer.transparent ? `${name}: what is transparent in it was read as black` : name);
@@ -120,7 +161,13 @@ async function selftest() {
   const outputs = await sample();
   if (!outputs) return "FAILED: no outputs";
   if (!facts.expected) return "passed: the outputs are finite; the package has no expected answers to compare with";
-  const [values, expected] = [outputs.flat(), facts.expected.flat()];
+  const [values, expected] = [outputs.flat(), facts.expected.flat(2)];
+  if (facts.output.kind === "pixel_classes") {
+    const other = expected.filter((number, pixel) => number !== values[pixel]).length / expected.length;
+    const verdict = values.length === expected.length && other <= facts.limit ? "passed" : "FAILED";
+    const percent = (share) => `${(100 * share).toPrecision(2)} %`;
+    return `${verdict}: ${percent(other)} of the pixels have another class, limit ${percent(facts.limit)}`;
+  }
   const largest = Math.max(...expected.map(Math.abs));
   const difference = Math.max(...expected.map((value, place) => Math.abs(value - values[place]))) / largest;
   const verdict = values.length === expected.length && difference <= facts.limit ? "passed" : "FAILED";

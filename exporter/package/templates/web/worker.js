@@ -59,7 +59,8 @@ async function run(values) {
   const filled = new values.constructor(batch * values.length);
   for (let place = 0; place < batch; place++) filled.set(values, place * values.length);
   const results = await session.run({ [name]: new runtime.Tensor(dtype, filled, shape) });
-  return [Array.from(results[facts.output.name].data.slice(0, facts.output.width))];
+  const { data, dims } = results[facts.output.name]; // of the first picture alone
+  return [Array.from(data.slice(0, size(dims)))];
 }
 
 async function pixelsOf(blob) {
