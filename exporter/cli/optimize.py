@@ -12,7 +12,7 @@ from exporter.optimize.options import OptimizeOptions, Request
 from exporter.recipe import Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
-JUDGED = ("samples", "outputs", "threshold", "when_unsure")
+JUDGED = ("samples", "outputs", "threshold", "reduce_zero_label", "when_unsure")
 """The fields of checks that a search needs."""
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_EXPORT = ("batch", "keep")  # of the search; parts are kept where int8 loses too much

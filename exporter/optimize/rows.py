@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 METRICS = {
     "top1": "top1_eager",
     "map": "map_eager",
+    "miou": "miou_eager",
     "top1_agreement": "",
     "label_agreement": "",
     "neighbour_agreement": "",
+    "pixel_agreement": "",
     "r2": "",
     "cosine": "",
 }

@@ -51,9 +51,8 @@ class Search:
         first = listed[0]
         recipe = request.recipe(first.backend, first.precision, first.form, first.scope)
         job = build.resolve(recipe, out)
-        if job.trace.has_any_size:
-            task = job.trace.spec.tasks[0]
-            raise BadRequest(f"optimize measures top-1, which --task {task} does not have; build one artifact instead")
+        if "pyramid" in job.trace.spec.tasks:
+            raise BadRequest("optimize measures accuracy, and maps of --task pyramid have none; build one artifact instead")
         job.checkpoint.state.clear()
         self.job = dataclasses.replace(
             job, recipe=msgspec.structs.replace(recipe, precision="int8", quantization=request.quantization)

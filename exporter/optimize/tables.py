@@ -14,9 +14,11 @@ FRONT = "Front: no other verified artifact is both faster and more accurate."
 WORDS = {
     "top1": "top-1, %",
     "map": "mAP, %",
+    "miou": "mIoU, %",
     "top1_agreement": "agreement with PyTorch, %",
     "label_agreement": "agreement with PyTorch, % of decisions",
     "neighbour_agreement": "nearest neighbours as by PyTorch, %",
+    "pixel_agreement": "agreement with PyTorch, % of pixels",
     "r2": "R² to PyTorch",
     "cosine": "cosine to PyTorch",
 }
@@ -88,7 +90,7 @@ def _speedup(row: Row) -> str:
 def _accuracy(row: Row) -> str:
     assert row.accuracy is not None
     one = row.accuracy
-    exact = f" ({one.exact:.6g} in PyTorch)" if one.metric in ("top1", "map") else ""
+    exact = f" ({one.exact:.6g} in PyTorch)" if one.metric in ("top1", "map", "miou") else ""
     return f"{WORDS[one.metric].replace(', %', '')} {_number(one)}{' %' if '%' in WORDS[one.metric] else ''}{exact}"
 
 

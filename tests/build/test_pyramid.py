@@ -169,7 +169,7 @@ def test_commands_take_a_pyramid_or_refuse_it_in_one_line(dynamic, source, tmp_p
         assert arrays["p6"].shape == (1, 12, 13, 21)
     for words, message in (
         (("predict", dynamic.path, tmp_path / "a.png"), "the outputs are maps or tokens; write them with -o FILE.npz"),
-        (("optimize", "--weights", source, "-o", tmp_path / "best"), "optimize measures top-1, which --task pyramid"),
+        (("optimize", "--weights", source, "-o", tmp_path / "best"), "optimize measures accuracy, and maps of --task pyramid have none"),
         (("bisect", dynamic.path), "this is --task pyramid; verify --blocks"),
     ):
         result = run(*words)

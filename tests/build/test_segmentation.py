@@ -190,7 +190,6 @@ def test_what_is_not_built_is_refused_in_one_line(words, message, folder, tmp_pa
 
 def test_commands_that_measure_classes_of_images_refuse_segmentation(dynamic, folder, tmp_path, run):
     for words, message in (
-        (("optimize", "--weights", folder, "-o", tmp_path / "best"), "optimize measures top-1"),
         (
             ("package", dynamic.path, "--for", "kserve", "-o", tmp_path / "package"),
             "--for kserve does not support segmentation",

@@ -258,3 +258,12 @@ def test_nothing_but_the_artifact_is_left_in_the_folder(outcome, tmp_path):
 def test_the_number_of_images_holds_for_calibration_images_too(request_of, tmp_path):
     few = replace(request_of(), checks=Checks(samples=3))
     assert Search(few, tmp_path, *candidates.find(few), fakes.opened).samples.total == 3
+
+
+def test_a_segmenter_is_judged_by_its_pixels(request_of, tiny_upernet, tmp_path):
+    outcome = optimize.optimize(request_of(weights=tiny_upernet, backend=("openvino",)), tmp_path, fakes.opened)
+    winner = outcome.result.winner
+    assert (winner.precision, winner.accuracy.metric, winner.accuracy.exact) == ("int8", "pixel_agreement", 100)
+    assert 97 < winner.accuracy.value < 100
+    assert "agreement with PyTorch" in tables.sentence(outcome.result)
+    assert "% of pixels" in tables.tried(outcome.result).columns[7]
