@@ -14,7 +14,7 @@ WORDS = {
     r"eight bits": "int8",
     r"(kept|keep|keeps|keeping) back": "kept in higher precision",
     r"harms?|harmful": "sensitivity",
-    r"rivals?": "baseline",
+    r"rivals?(?!\.md|\.svg|-sizes)": "baseline",
     r"(?<!quantization\s)(?<!\.)plans?(?!\.\w)": "engine, or schedule",
     r"fell": "failed",
     r"told": "the name of the thing",

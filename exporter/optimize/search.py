@@ -52,7 +52,9 @@ class Search:
         recipe = request.recipe(first.backend, first.precision, first.form, first.scope)
         job = build.resolve(recipe, out)
         if "pyramid" in job.trace.spec.tasks:
-            raise BadRequest("optimize measures accuracy, and maps of --task pyramid have none; build one artifact instead")
+            raise BadRequest(
+                "optimize measures accuracy, and maps of --task pyramid have none; build one artifact instead"
+            )
         job.checkpoint.state.clear()
         self.job = dataclasses.replace(
             job, recipe=msgspec.structs.replace(recipe, precision="int8", quantization=request.quantization)

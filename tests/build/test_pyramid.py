@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter import backends
-from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images, synthetic
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
+from tests.build.maps import outputs, pictures
 from tests.conftest import build, needs_bf16
 from tests.model import detectors
 from tests.reference import library
@@ -30,17 +29,6 @@ def model():
 @pytest.fixture(scope="module")
 def source(model, tmp_path_factory):
     return detectors.save(tmp_path_factory.mktemp("detector") / "mask_rcnn.pth", model)
-
-
-def pictures(size, count=1):
-    pixels = [synthetic.dead_leaves(size, seed, 3) for seed in range(count)]
-    return np.stack([images.normalise(one, Preprocessing()) for one in pixels])
-
-
-def outputs(artifact, batch):
-    runtime = backends.runtime(artifact.sidecar.backend)
-    with runtime.open(artifact, runtime.options()) as session:
-        return session(batch)
 
 
 def differences(artifact, model, batch):
@@ -169,7 +157,10 @@ def test_commands_take_a_pyramid_or_refuse_it_in_one_line(dynamic, source, tmp_p
         assert arrays["p6"].shape == (1, 12, 13, 21)
     for words, message in (
         (("predict", dynamic.path, tmp_path / "a.png"), "the outputs are maps or tokens; write them with -o FILE.npz"),
-        (("optimize", "--weights", source, "-o", tmp_path / "best"), "optimize measures accuracy, and maps of --task pyramid have none"),
+        (
+            ("optimize", "--weights", source, "-o", tmp_path / "best"),
+            "optimize measures accuracy, and maps of --task pyramid have none",
+        ),
         (("bisect", dynamic.path), "this is --task pyramid; verify --blocks"),
     ):
         result = run(*words)

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from exporter import backends
-from exporter.artifact.sidecar import Preprocessing
-from exporter.data import images, synthetic
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
+from tests.build.maps import outputs, pictures
 from tests.conftest import build
 from tests.model import segmenters
 from tests.reference import library
@@ -33,19 +31,8 @@ def folder(model, tmp_path_factory):
     return segmenters.save(tmp_path_factory.mktemp("upernet"), model)
 
 
-def pictures(size, count=1):
-    pixels = [synthetic.dead_leaves(size, seed, 3) for seed in range(count)]
-    return np.stack([images.normalise(one, Preprocessing()) for one in pixels])
-
-
-def all_outputs(artifact, batch):
-    runtime = backends.runtime(artifact.sidecar.backend)
-    with runtime.open(artifact, runtime.options()) as session:
-        return session(batch)
-
-
-def outputs(artifact, batch):
-    return all_outputs(artifact, batch)[0]
+def first_output(artifact, batch):
+    return outputs(artifact, batch)[0]
 
 
 def expected(model, batch):
@@ -65,7 +52,7 @@ def test_one_dynamic_graph_gives_the_logits_of_transformers_at_every_size(dynami
     assert dynamic.sidecar.labels == segmenters.LABELS
     for size in SIZES:
         batch = pictures(size, 2 if size[0] < 100 else 1)
-        theirs, ours = expected(model, batch), outputs(dynamic, batch)
+        theirs, ours = expected(model, batch), first_output(dynamic, batch)
         assert ours.shape == theirs.shape == (len(batch), 7, *size)
         limit = ODD_NOISE if any(side % 32 for side in size) else NOISE
         assert np.abs(ours - theirs).max() / theirs.std() < limit, size
@@ -79,7 +66,7 @@ def test_labels_are_the_classes_of_the_pixels_in_bytes(backend, imgsz, model, fo
     axes = ("height", "width") if imgsz == "dynamic" else imgsz
     assert (tensor.name, tensor.dtype, tensor.shape) == ("labels", "uint8", ("batch", *axes))
     batch = pictures((96, 128), 3)
-    np.testing.assert_array_equal(outputs(artifact, batch), expected(model, batch).argmax(1))
+    np.testing.assert_array_equal(first_output(artifact, batch), expected(model, batch).argmax(1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +77,7 @@ def test_scores_are_the_probabilities_of_the_labels(backend, model, folder, tmp_
         ("scores", ("batch", "height", "width")),
     ]
     batch = pictures((75, 107), 2)
-    labels, scores = all_outputs(artifact, batch)
+    labels, scores = outputs(artifact, batch)
     theirs = torch.from_numpy(expected(model, batch)).softmax(1).numpy()
     np.testing.assert_array_equal(labels, theirs.argmax(1))
     np.testing.assert_allclose(scores, theirs.max(1), rtol=1e-4)
@@ -101,7 +88,7 @@ def test_logits4_are_those_of_the_first_map(model, folder, tmp_path):
     artifact = build(folder, tmp_path, output="logits4", imgsz="dynamic")
     assert artifact.sidecar.outputs[0].shape == ("batch", 7, "height/4", "width/4")
     batch = pictures((97, 131))
-    small = torch.from_numpy(outputs(artifact, batch))
+    small = torch.from_numpy(first_output(artifact, batch))
     assert small.shape == (1, 7, 24, 32)
     whole = torch.nn.functional.interpolate(small, (97, 131), mode="bilinear").numpy()
     theirs = expected(model, batch)
@@ -113,7 +100,7 @@ def test_a_fixed_size_that_32_does_not_divide_is_right_too(backend, model, folde
     artifact = build(folder, tmp_path, backend, imgsz=(75, 107), batch=1)
     batch = pictures((75, 107))
     theirs = expected(model, batch)
-    assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < ODD_NOISE
+    assert np.abs(first_output(artifact, batch) - theirs).max() / theirs.std() < ODD_NOISE
 
 
 @pytest.mark.parametrize("form", ["plain", "linear", "nchw"])
@@ -121,7 +108,7 @@ def test_a_form_takes_bytes_of_any_size_with_channels_last(form, model, folder, 
     artifact = build(folder, tmp_path, form=form, imgsz="dynamic", input="uint8", layout="nhwc", color="bgr")
     batch = pictures((75, 107), 2)
     theirs = expected(model, batch)
-    assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < 3 * NOISE
+    assert np.abs(first_output(artifact, batch) - theirs).max() / theirs.std() < 3 * NOISE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,7 +116,7 @@ def test_a_form_takes_bytes_of_any_size_with_channels_last(form, model, folder, 
 def test_fp16_gives_nearly_the_same_labels(backend, imgsz, model, folder, tmp_path):
     artifact = build(folder, tmp_path, backend, precision="fp16", imgsz=imgsz)
     batch = pictures((224, 300))
-    theirs, ours = expected(model, batch), outputs(artifact, batch)
+    theirs, ours = expected(model, batch), first_output(artifact, batch)
     assert np.abs(ours - theirs).max() / theirs.std() < 0.02
     assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
 
@@ -153,7 +140,7 @@ def test_other_numbers_of_levels_are_right_at_every_size(settings, tmp_path):
     for size in ((64, 64), (75, 107), (32, 40)):
         batch = pictures(size)
         theirs = expected(model, batch)
-        assert np.abs(outputs(artifact, batch) - theirs).max() / theirs.std() < NOISE
+        assert np.abs(first_output(artifact, batch) - theirs).max() / theirs.std() < NOISE
 
 
 def test_the_build_is_compared_with_transformers_own_forward(folder, tmp_path):

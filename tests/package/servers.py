@@ -7,7 +7,6 @@ import threading
 
 import numpy as np
 
-
 DATATYPES = {"float32": "FP32", "uint8": "UINT8"}
 
 
