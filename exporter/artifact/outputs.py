@@ -67,9 +67,8 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def _segment_contradiction(self) -> str:
         if self.answer not in SEGMENT_ANSWERS:
-            return (
-                f"--output {self.answer}: task segment takes {', '.join(SEGMENT_ANSWERS[:-1])} or {SEGMENT_ANSWERS[-1]}"
-            )
+            *others, last = SEGMENT_ANSWERS
+            return f"--output {self.answer}: task segment takes {', '.join(others)} or {last}"
         return "--l2: task segment has no feature vector; leave it out" if self.l2 else ""
 
     def named(self, heads: Sequence[str], strides: Sequence[int]) -> dict[str, Content]:

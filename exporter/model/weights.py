@@ -107,7 +107,8 @@ class Checkpoint:
             raise BadRequest(f"{self.weights.source}: {problem}")
         if spec.answer in WITH_LABELS and self.weights.num_classes > MOST_LABELS:
             raise BadRequest(
-                f"--output {spec.answer}: {self.weights.num_classes} classes, and labels are bytes; give --output logits"
+                f"--output {spec.answer}: {self.weights.num_classes} classes, and labels are bytes; "
+                "give --output logits"
             )
         heads = dict(map(head_layer, self.variant.architecture.heads))
         if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):

@@ -27,7 +27,8 @@ INK, FAINT = "#123456", "#654321"  # placeholders, replaced by colours of the pa
 
 MOST_DRAWN = 4000
 ACCURACIES = (
-    "top1", "map", "miou", "top1_agreement", "label_agreement", "neighbour_agreement", "pixel_agreement", "cosine", "r2",
+    "top1", "map", "miou", "top1_agreement", "label_agreement", "neighbour_agreement", "pixel_agreement", "cosine",
+    "r2",
 )  # fmt: skip
 """The metrics of accuracy, the most telling first."""
 
