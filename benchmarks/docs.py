@@ -34,6 +34,10 @@ from benchmarks import (
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from benchmarks.pictures import Result as Pictures
+from benchmarks.rivals import Race
+from benchmarks.rivals import pictures as rival_pictures
+from benchmarks.rivals import sizes as rival_sizes
+from benchmarks.rivals import table as rivals
 from benchmarks.segmentation import Result as Segmentation
 from benchmarks.serving import Result as Serving
 from exporter import report
@@ -60,6 +64,7 @@ DOCUMENTS = (
     "docs/peers.md",
     "docs/predict.md",
     "docs/recipes.md",
+    "docs/rivals.md",
     "docs/security.md",
     "docs/segmentation.md",
     "docs/tensorrt.md",
@@ -116,6 +121,8 @@ def tables() -> dict[str, str]:
         for precision in ("fp32", "fp16")
     ]
     cases = peers.load(TURIN / "peers")
+    raced = _race()
+    by_size = _sizes()
     return {
         "demo": markdown.render(reports),
         "footprint": table(footprint),
@@ -156,7 +163,18 @@ def tables() -> dict[str, str]:
         + machine(cases[0].environment),
         "peers-tiny": peers.case_table(next(one for one in cases if (one.variant, one.batch) == ("tiny", 1))),
         "peers-summary": peers.summary(cases),
+        "rivals-1": rivals.races(raced) + machine(raced.environment),
+        "rivals-sizes": rivals.by_size(by_size) + machine(by_size.environment),
+        "rivals-control": rivals.control(raced) + machine(raced.environment),
     }
+
+
+def _race() -> Race:
+    return msgspec.json.decode((MILAN / "rivals" / "batch-1.json").read_bytes(), type=Race)
+
+
+def _sizes() -> rival_sizes.Sizes:
+    return msgspec.json.decode((MILAN / "rivals" / "sizes.json").read_bytes(), type=rival_sizes.Sizes)
 
 
 def tolerances() -> str:
@@ -168,7 +186,11 @@ def tolerances() -> str:
 def pictures() -> dict[str, str]:
     """The pictures of the documents, as SVG, by their path."""
     optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)
-    return {"docs/pictures/optimize.svg": optimize.picture(optimized)}
+    return {
+        "docs/pictures/optimize.svg": optimize.picture(optimized),
+        "docs/pictures/rivals.svg": rival_pictures.accuracy(_race()),
+        "docs/pictures/rivals-sizes.svg": rival_pictures.latency_by_size(_sizes()),
+    }
 
 
 def machine(facts: dict[str, Any], commit: str = "") -> str:

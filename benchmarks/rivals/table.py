@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 from benchmarks import racing
 from benchmarks.rivals import NETWORKS, Network, Race, Row
@@ -23,15 +22,18 @@ def races(race: Race) -> str:
     plain = [row for row in race.rows if not row.failure and row.plain]
     parts = [f"### Batch {race.batch}: the default export of each network", rows(race, plain)]
     parts += [f"### Batch {race.batch}: the fastest export of each network", rows(race, best)]
-    failed = [
-        f"* {row.network}, {row.way}, {LABELS[row.runtime]} {row.precision}: {row.failure}" for row in failures(race)
-    ]
-    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])]) + "\n"
+    return "\n\n".join([*parts, *filter(None, [failures(race)])]) + "\n"
 
 
-def failures(race: Race) -> list[Row]:
-    """The rows that could not be timed, without those of ways that are for other families."""
-    return [row for row in race.rows if row.failure and not row.failure.startswith("this tool exports ConvNeXt")]
+def failures(race: Race) -> str:
+    """Markdown: the ways that could not be timed, with the reason and its networks; without this tool's, which is for
+    ConvNeXt."""
+    reasons: dict[str, list[str]] = {}
+    for row in race.rows:
+        if row.failure and row.way != "ours":
+            way = f"* {row.way}, {LABELS[row.runtime]} {row.precision}: {row.failure}"
+            reasons.setdefault(way, []).append(row.network)
+    return "\n".join(f"{way} ({', '.join(networks)})" for way, networks in reasons.items())
 
 
 def fastest(race: Race, row: Row) -> Row:
@@ -75,19 +77,19 @@ def _place(row: Row) -> int:
     return NETWORKS.index(_network(row))
 
 
-def control(race: Race) -> str:
-    """Markdown: the ratios of two networks in eager PyTorch here, and in timm's results on another CPU.
-
-    Pairs of one size are compared, as both were timed with batches of one image.
-    """
+def control(race: Race, base: str = "ConvNeXt-T") -> str:
+    """Markdown: the time of each network over that of one of them, in eager PyTorch here, and in timm's results on
+    another CPU. Both are of one image."""
     lines = ["| networks | here, eager | timm's, i9-10940X, inductor | apart |", "|---|--:|--:|--:|"]
-    known = [network for network in NETWORKS if network.name in race.eager]
-    for first, second in combinations(known, 2):
-        here = racing.typical(race.eager[first.name]) / racing.typical(race.eager[second.name])
-        theirs = first.timm_ms / second.timm_ms
+    known = {network.name: network for network in NETWORKS if network.name in race.eager}
+    for name, network in known.items():
+        if name == base:
+            continue
+        here = racing.typical(race.eager[name]) / racing.typical(race.eager[base])
+        theirs = network.timm_ms / known[base].timm_ms
         apart = 100 * (here / theirs - 1)
         bold = "**" if abs(apart) > AGREED else ""
-        lines.append(f"| {first.name} / {second.name} | {here:.2f} | {theirs:.2f} | {bold}{apart:+.0f} %{bold} |")
+        lines.append(f"| {name} / {base} | {here:.2f} | {theirs:.2f} | {bold}{apart:+.0f} %{bold} |")
     return "\n".join(lines) + "\n"
 
 

@@ -250,9 +250,11 @@ def _refuse_classifier(recipe: Recipe) -> None:
 
 def _check_checks(recipe: Recipe) -> None:
     check_threshold(checks := recipe.checks, recipe.export.output)
-    has_classes = recipe.model.task is None or "classify" in recipe.model.task.split(",")
-    if checks.max_drop is not None and (is_synthetic(checks.data) or not has_classes):
+    tasks = set((recipe.model.task or "classify").split(","))
+    if checks.max_drop is not None and (is_synthetic(checks.data) or not tasks & {"classify", "segment"}):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
+    if checks.reduce_zero_label and is_synthetic(checks.data):
+        raise BadRequest("--reduce-zero-label: synthetic images have no masks; give --data with masks, or leave it out")
 
 
 def _check_bench(recipe: Recipe) -> None:

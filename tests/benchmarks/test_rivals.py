@@ -67,7 +67,7 @@ def test_the_table_of_the_plain_and_that_of_the_best(race):
         ["torch.onnx.export", "40"],
         ["torch.onnx.export", "60"],
     ]
-    assert "* Swin-T, openvino.convert_model, OpenVINO fp32: out of memory" in text
+    assert "* openvino.convert_model, OpenVINO fp32: out of memory (Swin-T)" in text
 
 
 def test_eager_ratios_far_from_those_of_timm_are_marked(race):

@@ -161,6 +161,7 @@ def test_multiply_accumulates_count_the_head_where_it_is_built(folder, tmp_path)
     [
         (("openvino", "--int8", "--keep", "decode_head.fpn_convs.7"), "the network has no such part"),
         (("onnx", "--int8", "--keep", "decode_head.fpn_convs.0"), "it is not quantized anyway; leave it out"),
+        (("openvino", "--int8", "--reduce-zero-label"), "--reduce-zero-label: synthetic images have no masks"),
         (("onnx", "--task", "segment,features"), "segment cannot be combined with other tasks"),
         (("onnx", "--task", "segment", "--output", "top5"), "task segment takes logits, logits4, labels or scores"),
         (("onnx", "--task", "features", "--output", "labels"), "it is of each pixel, for --task segment"),
