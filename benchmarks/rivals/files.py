@@ -172,7 +172,12 @@ def _quantize_dynamic(network: Network, folder: Path, path: Path) -> None:
 
     if not network.timm.startswith(("swin", "deit")):
         raise Cannot("quantizes matrix products only, and this network consists of convolutions")
-    quantize_dynamic(_prepared(network, folder), path, per_channel=True, reduce_range=True)
+    graph = onnx.load(plain(network, folder))
+    del graph.graph.value_info[:]  # shapes of the weights before they are transposed, which it refuses
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole.onnx"
+        onnx.save(graph, whole)
+        quantize_dynamic(whole, path, per_channel=True, reduce_range=True)
 
 
 WRITERS: dict[str, Callable[[Network, Path, Path], None]] = {
