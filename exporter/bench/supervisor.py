@@ -173,10 +173,14 @@ def _place(process: BaseProcess, stack: Connection) -> str:
     if process.pid is None or not hasattr(signal, "SIGUSR1"):
         return ""
     os.kill(process.pid, signal.SIGUSR1)
-    if not stack.poll(STACK_S):
-        return ""
-    frame = re.search(r'File "(.+)", line (\d+) in (.+)', os.read(stack.fileno(), 1 << 16).decode())
-    return f" (in {frame[3]}, {frame[1]}:{frame[2]})" if frame else ""
+    written, end = b"", time.monotonic() + STACK_S
+    while stack.poll(max(0.0, end - time.monotonic())):  # the stack is written in pieces
+        piece = os.read(stack.fileno(), 1 << 16)
+        written += piece
+        frame = re.search(r'File "(.+)", line (\d+) in (.+)\n', written.decode(errors="replace"))
+        if frame or not piece:
+            return f" (in {frame[3]}, {frame[1]}:{frame[2]})" if frame else ""
+    return ""
 
 
 def _ending(code: int | None) -> str:
