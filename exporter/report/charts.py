@@ -195,8 +195,8 @@ def tried(report: Report) -> str:
 
 
 def _accuracy(report: Report) -> Any:
-    found = (report.find(metric) for metric in ACCURACIES)
-    return next((one for one in found if one and one.value is not None), None)
+    findings = (report.find(metric) for metric in ACCURACIES)
+    return next((finding for finding in findings if finding and finding.value is not None), None)
 
 
 def distributions(reports: Sequence[Report], case: str) -> str:

@@ -64,9 +64,9 @@ def check_simulation(ready, backend, part_of, folder):
     """
     batch = few(ready, 1)
     ready = dataclasses.replace(ready, plan={name: how for name, how in ready.plan.items() if part(name) == part_of})
-    made = ready.make((), folder)
+    artifact = ready.make((), folder)
     runtime = backends.runtime(backend)
-    with runtime.open(made, runtime.options()) as session:
+    with runtime.open(artifact, runtime.options()) as session:
         got = session(batch)[0].copy()
     model = ready.network.model
     with torch.inference_mode():
