@@ -32,10 +32,6 @@ from exporter.verify.checks.segmentation import classes_of
 __all__ = ["Destination", "DestinationOptions", "Package", "PackageOptions", "destination", "names", "package"]
 
 
-WITH_MASKS = ("python", "triton", "ovms", "web")
-"""The destinations that have code for segmentation."""
-
-
 class PackageOptions(Record, frozen=True):
     """Options of `package`, whatever it is for."""
 
@@ -86,7 +82,7 @@ def package(
     labels = _labels(options.labels, artifact.sidecar)
     checks = Checks(outputs=answers.outputs, threshold=answers.threshold)
     if artifact.sidecar.task == "segment":
-        _refuse_masks(artifact, name)
+        _refuse_masks(artifact, aim)
     outputs = _outputs(artifact, replace(artifact.sidecar, labels=labels), checks, answers.top or TOP)
     check_top(answers.top, outputs)
     sample = sample_of(None if options.sample is None else Path(options.sample), artifact.sidecar.preprocessing)
@@ -119,14 +115,14 @@ def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:
     return labels
 
 
-def _refuse_masks(artifact: Artifact, name: str) -> None:
-    """Raises: BadRequest for segmentation where a destination has no code for it, and for logits of other pixels."""
-    if name not in WITH_MASKS:
-        known = f"{', '.join(WITH_MASKS[:-1])} or {WITH_MASKS[-1]}"
-        raise BadRequest(f"{artifact.path}: --for {name} does not support segmentation; give --for {known}")
-    answer, packaged = artifact.sidecar.spec.answer, ("labels",) if name == "web" else ("labels", "logits")
-    if answer not in packaged:
-        expected = " or ".join(packaged)
+def _refuse_masks(artifact: Artifact, aim: Destination) -> None:
+    """Raises: BadRequest for segmentation where a destination has no code for it, and for other outputs of it."""
+    if not aim.segment_answers:
+        *others, last = (name for name in names() if destination(name).segment_answers)
+        expected = f"{', '.join(others)} or {last}"
+        raise BadRequest(f"{artifact.path}: --for {aim.name} does not support segmentation; give --for {expected}")
+    if (answer := artifact.sidecar.spec.answer) not in aim.segment_answers:
+        expected = " or ".join(aim.segment_answers)
         raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output {expected}")
 
 

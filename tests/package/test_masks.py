@@ -97,5 +97,5 @@ def test_masks_that_no_package_has_are_refused(folder, tmp_path):
         package.package(artifact, "python", tmp_path / "package")
     with pytest.raises(BadRequest, match=r"built with --output logits4; package one with --output labels$"):
         package.package(artifact, "web", tmp_path / "package")
-    with pytest.raises(BadRequest, match="does not support segmentation; give --for python, triton, ovms or web"):
+    with pytest.raises(BadRequest, match="does not support segmentation; give --for ovms, python, triton or web"):
         package.package(artifact, "kserve", tmp_path / "package")

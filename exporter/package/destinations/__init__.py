@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter import discover
+from exporter.artifact.outputs import Answer
 from exporter.artifact.sidecar import Record
 from exporter.package.contents import Contents
 
@@ -30,6 +31,7 @@ class Destination:
     selftest: the template of the self-test.
     options: the record that `check` and `write` take.
     exact: whether the arithmetic there is always that of the artifact.
+    segment_answers: the outputs (`--output`) of segmentation that it has code for.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Destination:
     selftest: str = "selftest.py"
     options: type[DestinationOptions] = DestinationOptions
     exact: Callable[[Contents], bool] = lambda _: True
+    segment_answers: tuple[Answer, ...] = ()
 
 
 def names() -> list[str]:

@@ -46,4 +46,5 @@ DESTINATION = Destination(
     summary="a folder of the OVMS model server, with its config.json",
     check=check,
     write=write,
+    segment_answers=("labels", "logits"),
 )

@@ -40,4 +40,5 @@ DESTINATION = Destination(
     check=check,
     write=write,
     program="predict",
+    segment_answers=("labels", "logits"),
 )

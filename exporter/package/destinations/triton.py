@@ -236,4 +236,5 @@ DESTINATION = Destination(
     write=write,
     options=TritonOptions,
     exact=lambda contents: _model(contents).exact,
+    segment_answers=("labels", "logits"),
 )

@@ -130,4 +130,5 @@ DESTINATION = Destination(
     check=check,
     write=write,
     selftest="web/selftest.py",
+    segment_answers=("labels",),
 )
