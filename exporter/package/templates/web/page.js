@@ -104,7 +104,7 @@ function showMask(classes) {
     color: facts.colors[number % facts.colors.length],
   }));
   const list = element("ol", "");
-  list.append(...shares.slice(0, Math.max(facts.top, 5)).map(row));
+  list.append(...shares.slice(0, facts.top).map(row));
   part("answer").replaceChildren(canvas, list);
 }
 
