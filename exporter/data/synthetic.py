@@ -60,8 +60,8 @@ def _square(size: int, seed: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng(seed)
     smallest, largest = max(1.5, size / 100), size / 3
     palette = _palette(rng)
-    background = palette.color(rng)
-    discs = [_disc(rng, size, smallest, largest, palette) for _ in range(int(1200 * (size / 224) ** 0.5))]
+    background = palette.colors(rng.standard_normal((1, 4)))
+    discs = _discs(rng, int(1200 * (size / 224) ** 0.5), size, (smallest, largest), palette)
     image = np.broadcast_to(background, (size, size, 3)).astype(np.float32)
     free = np.ones((size, size), bool)  # not covered by a disc that is further in front
     for disc in reversed(discs):  # most of them are covered entirely
@@ -79,9 +79,9 @@ class _Palette(NamedTuple):
     luma: float
     chroma: float
 
-    def color(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """One of the colours."""
-        return self.mean + rng.normal(0, self.luma) + rng.normal(0, self.chroma, 3)
+    def colors(self, normal: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Colours (N, 3), each from four standard normal values (N, 4)."""
+        return self.mean + self.luma * normal[:, :1] + self.chroma * normal[:, 1:]
 
 
 def _palette(rng: np.random.Generator) -> _Palette:
@@ -107,11 +107,22 @@ class _Disc(NamedTuple):
     slope: NDArray[np.float64]
 
 
-def _disc(rng: np.random.Generator, size: int, smallest: float, largest: float, palette: _Palette) -> _Disc:
-    u = rng.uniform()  # the inverse of the cumulated r⁻³ between the two radii
-    radius = (u * largest**-2 + (1 - u) * smallest**-2) ** -0.5
-    x, y = rng.uniform(-radius, size + radius, 2)
-    return _Disc(x, y, radius, palette.color(rng), rng.normal(0, 20, 2))
+def _discs(
+    rng: np.random.Generator, count: int, size: int, radii: tuple[float, float], palette: _Palette
+) -> list[_Disc]:
+    """Discs of radii between two, somewhere on an image of that size."""
+    uniform, normal = np.empty((count, 3)), np.empty((count, 6))
+    for disc in range(count):  # in this order, for it is part of what a seed means
+        rng.random(out=uniform[disc])
+        rng.standard_normal(out=normal[disc])
+    smallest, largest = radii
+    colors, slopes = palette.colors(normal[:, :4]), 20 * normal[:, 4:]
+    discs = []
+    for (u, *shares), color, slope in zip(uniform.tolist(), colors, slopes, strict=True):
+        radius = (u * largest**-2 + (1 - u) * smallest**-2) ** -0.5  # the inverse of the cumulated r⁻³ between the two
+        x, y = (-radius + (size + 2 * radius) * share for share in shares)
+        discs.append(_Disc(x, y, radius, color, slope))
+    return discs
 
 
 def _paint(image: NDArray[np.float32], free: NDArray[np.bool_], disc: _Disc) -> None:
