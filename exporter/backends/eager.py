@@ -223,7 +223,7 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
         else:
             yield EagerSession(lambda matrix: matrix @ weight, options.device)
 
-    with _threads(options.threads), fastest_product(product) as fastest:
+    with _threads(options.threads), fastest_product(product, "fp32") as fastest:
         yield fastest
 
 

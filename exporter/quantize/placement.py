@@ -71,7 +71,7 @@ def quantize(model: ir.Model, plan: Plan, placement: Placement, kept: Collection
 def round_product(graph: ir.Graph, node: ir.Node, largest: float) -> None:
     """Insert Q and DQ around one matrix product without a bias, in place."""
     rounding = Rounding(2 * largest / 255, 128, False, np.zeros(0, np.float32), exact_pairs=True)
-    _Rounded(graph, node, "product", rounding).put()
+    _Rounded(graph, node, str(node.outputs[0].name), rounding).put()
 
 
 class _Rounded:

@@ -162,17 +162,20 @@ def test_its_peak_is_a_product_in_the_artifacts_precision(name, precision, convo
     monkeypatch.setattr(_peak, "LARGE_PRODUCTS", ())
     made = artifacts["onnxruntime" if name == "eager" else name, precision]
     runtime = backends.runtime(name)
+    in_a_row = 1 if precision == "fp32" or (name, precision) == ("onnxruntime", "fp16") else _peak.IN_A_ROW
     with runtime.peak(made, runtime.options(hint=hint)) as product:
         bound = product.bind([])
         bound.run()
         (got,) = bound.outputs()
         assert product.facts["device"].lower() == "cpu"
-        assert product.facts["macs"] == str(1024 * 512 * 512)
-        assert product.facts["product"] == str(weights)
-    given, matrix = weights.input(), weights.matrix()
-    expected = np.einsum("nihw,oi->nohw", given, matrix[:, :, 0, 0]) if convolution else given @ matrix
+        assert product.facts["macs"] == str(in_a_row * 1024 * 512 * 512)
+        assert product.facts["product"] == str(weights) + (f", {in_a_row} in a row" if in_a_row > 1 else "")
+    expected, matrix = weights.input(), weights.matrix()
+    for _ in range(in_a_row):
+        expected = np.einsum("nihw,oi->nohw", expected, matrix[:, :, 0, 0]) if convolution else expected @ matrix
     error = np.abs(got - expected).max() / got.std()
-    assert error < {"bf16": 0.05, "int8": 0.1}.get(precision, 1e-5)
+    # Rounding errors of products in a row add up as independent ones do.
+    assert error < {"bf16": 0.05, "int8": 0.1}.get(precision, 1e-5) * in_a_row**0.5
     assert precision not in ("bf16", "int8") or error > 1e-4, "it is computed in that precision"
 
 
@@ -198,7 +201,7 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
             return backends.Bound(run, tuple)
 
     def fastest():
-        with _peak.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights))) as product:
+        with _peak.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "fp32") as product:
             return product.weights
 
     assert fastest() == _peak.PeakProduct(1024, convolution=False)

@@ -34,12 +34,13 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
+from exporter.backends.onnxruntime.products import graph_of
 from exporter.backends.onnxruntime.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
 from exporter.machine import cores
 from exporter.model.structure import last_operators
-from exporter.quantize.placement import Placement, pair_sums, round_product
+from exporter.quantize.placement import Placement, pair_sums
 
 # ONNX Runtime reports its use to Microsoft from a thread that starts with the import. A process that is forked for
 # timing lacks that thread, and can wait for it forever.
@@ -276,51 +277,12 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     def product(weights: PeakProduct) -> Iterator[OrtSession]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peak.onnx"
-            files.save(_product(weights, precision), path, {})
+            files.save(graph_of(weights, precision), path, {})
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 
-    with fastest_product(product) as fastest:
+    with fastest_product(product, precision) as fastest:
         yield fastest
-
-
-def _product(weights: PeakProduct, precision: str) -> Any:
-    """A graph of one MatMul or Conv."""
-    import onnx_ir as ir
-
-    dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
-    matrix, shape = weights.matrix(), ir.Shape(weights.input().shape)
-    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-    tensor = ir.Tensor(matrix.astype(dtype.numpy()), name="weight")
-    weight = ir.Value(name="weight", type=ir.TensorType(dtype), shape=ir.Shape(matrix.shape), const_value=tensor)
-    cast = ir.node("Cast", [given], attributes={"to": dtype})
-    product = ir.node("Conv" if weights.convolution else "MatMul", [cast.outputs[0], weight])
-    product.outputs[0].name, product.outputs[0].dtype, product.outputs[0].shape = "product", dtype, shape
-    graph = ir.Graph(
-        [given], product.outputs, nodes=[cast, product], initializers=[weight], opset_imports={"": 20}, name="peak"
-    )
-    if precision == "int8":
-        round_product(graph, product, float(np.abs(weights.input()).max()))
-        if weights.convolution:
-            _round_output(graph, product, np.float32(6 * np.sqrt(weights.channels) / 127))
-    return ir.Model(graph, ir_version=10)
-
-
-def _round_output(graph: Any, product: Any, scale: np.float32) -> None:
-    """Insert Q and DQ on the output of a convolution: without them it is computed in fp32."""
-    import onnx_ir as ir
-
-    values = []
-    for name, array in (("output_scale", np.asarray(scale)), ("output_zero_point", np.asarray(128, np.uint8))):
-        tensor = ir.Tensor(array, name=name)
-        values.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(()), const_value=tensor))
-        graph.register_initializer(values[-1])
-    quantize = ir.node("QuantizeLinear", [product.outputs[0], *values])
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *values])
-    dequantize.outputs[0].name, dequantize.outputs[0].dtype = "dequantized", ir.DataType.FLOAT
-    dequantize.outputs[0].shape = product.outputs[0].shape
-    graph.extend([quantize, dequantize])
-    graph.outputs[:] = dequantize.outputs
 
 
 def form(precision: str, batch: int | None) -> str:

@@ -37,11 +37,12 @@ from exporter.backends import (
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
+from exporter.backends.openvino.products import model_of
 from exporter.backends.openvino.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
-from exporter.quantize.rounding import largest_pair, round_weights
+from exporter.quantize.rounding import largest_pair
 
 # OpenVINO reports each import to Intel through this package, from a thread and a process. Without it OpenVINO reports
 # nothing, and timing processes are forked from a process that has no such thread.
@@ -297,36 +298,11 @@ def peak(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Product]:
 
     @contextmanager
     def product(weights: PeakProduct) -> Iterator[OpenVinoSession]:
-        compiled = _compile(artifact, options, lambda _: _product(weights, artifact.sidecar.precision))
+        compiled = _compile(artifact, options, lambda _: model_of(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
-    with fastest_product(product) as fastest:
+    with fastest_product(product, artifact.sidecar.precision) as fastest:
         yield fastest
-
-
-def _product(weights: PeakProduct, precision: str) -> Any:
-    """A model of one product."""
-    import openvino as ov
-    from openvino import opset13 as ops
-
-    weight, shape = weights.matrix(), weights.input().shape
-    given = ops.parameter(shape, np.float32)
-    factors: list[Any] = [given, ops.constant(weight)]
-    if precision == "int8":
-        whole, scales = round_weights(weight, axis=0 if weights.convolution else 1, exact_pairs=True)
-        scale = scales.reshape(-1, 1, 1, 1) if weights.convolution else scales
-        step = np.float32(2 * np.abs(weights.input()).max() / 255)
-        factors = [
-            ops.fake_quantize(given, *[ops.constant(step * end) for end in (-128, 127)] * 2, 256),
-            ops.fake_quantize(
-                ops.constant(whole * scale), *[ops.constant(end * scale) for end in (-127, 127)] * 2, 255
-            ),
-        ]
-    if weights.convolution:
-        output = ops.convolution(*factors, [1, 1], [0, 0], [0, 0], [1, 1])
-    else:
-        output = ops.matmul(*factors, False, False)
-    return ov.Model([output], [given], "peak")
 
 
 def form(precision: str, batch: int | None) -> str:
