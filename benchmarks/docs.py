@@ -31,6 +31,7 @@ from benchmarks import (
     quantizers,
     recipes,
 )
+from benchmarks.any_size import Result as AnySize
 from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from benchmarks.pictures import Result as Pictures
@@ -106,6 +107,7 @@ def tables() -> dict[str, str]:
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
     answered = msgspec.json.decode((MILAN / "serving.json").read_bytes(), type=Serving)
     segmented = msgspec.json.decode((MILAN / "segmentation.json").read_bytes(), type=Segmentation)
+    any_size = msgspec.json.decode((MILAN / "any-size.json").read_bytes(), type=AnySize)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
@@ -136,6 +138,7 @@ def tables() -> dict[str, str]:
         "predict": predicted.table() + machine(predicted.environment),
         "serving": answered.table() + machine(answered.environment),
         "segmentation": segmented.table() + machine(segmented.environment),
+        "any-size": any_size.table() + machine(any_size.environment),
         "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "tolerances": tolerances(),

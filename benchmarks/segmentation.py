@@ -1,4 +1,4 @@
-"""UPerNet on ConvNeXt-T: this tool's graphs compared with PyTorch's own export of transformers' model, in fp32.
+"""UPerNet on ConvNeXt-T: this tool's graphs compared with PyTorch's own export of transformers' model in fp32.
 
     python -m benchmarks.segmentation -o benchmarks/results/MACHINE/segmentation.json
 
@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -27,18 +28,22 @@ from benchmarks.provenance import environment
 from exporter import machine
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.build import build
-from exporter.recipe import Export, Model, Recipe
+from exporter.build import build, resolve
+from exporter.build.int8.work import prepare
+from exporter.recipe import Export, Model, Quantization, Recipe
 
 THREADS, SIZE, TURNS, REPETITIONS = 2, 512, 3, 7
 RUNTIMES = ("onnxruntime", "openvino")
-EXPORT, PLAIN, LABELS = "torch export", "plain", "labels"
+CALIBRATION_IMAGES = 16
+EXPORT, PLAIN, LABELS, INT8 = "torch export", "plain", "labels", "int8"
 GRAPHS = {
     EXPORT: "transformers, `torch.onnx.export`, logits",
     PLAIN: "`--form plain`, logits",
     "own": "logits",
     LABELS: "`--output labels`",
+    INT8: "`--output labels --int8`",
 }
+OPTIONS = {PLAIN: {"form": "plain"}, LABELS: {"output": "labels"}, INT8: {"output": "labels"}}
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array], Any]
 
@@ -75,7 +80,15 @@ class Result(Record, frozen=True):
                     f"| {runtime} | {GRAPHS[name]} | {ms:.0f} | {median(pairs):.2f} × ({min(pairs):.2f}–"
                     f"{max(pairs):.2f}) | {peak / 1e6:,.0f} MB | {share:.2f} |"
                 )
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, "", *filter(None, map(self._over_fp32, RUNTIMES))]) + "\n"
+
+    def _over_fp32(self, runtime: str) -> str:
+        """Markdown: how many times as fast int8 is as fp32 with the same output, or ""."""
+        rows = [one for one in self.repetitions if one.runtime == runtime and INT8 in one.ms]
+        pairs = [b / a for row in rows for a, b in zip(row.ms[INT8], row.ms[LABELS], strict=True)]
+        if not pairs:
+            return ""
+        return f"* {runtime}: int8 is {median(pairs):.2f} × ({min(pairs):.2f}–{max(pairs):.2f}) as fast as fp32 labels."
 
 
 def transformers_model() -> Any:
@@ -117,13 +130,22 @@ def graphs(folder: Path, size: int) -> dict[str, dict[str, Path]]:
         files[runtime] = {EXPORT: export}
         for name in GRAPHS:
             if name != EXPORT:
-                options = {"form": "plain"} if name == PLAIN else {"output": LABELS} if name == LABELS else {}
                 recipe = Recipe(
-                    backend=runtime, precision="fp32", model=Model(weights=str(folder / "weights")),
-                    export=msgspec.convert({"imgsz": size, "batch": 1, **options}, Export),
+                    backend=runtime, precision="int8" if name == INT8 else "fp32",
+                    model=Model(weights=str(folder / "weights")),
+                    export=msgspec.convert({"imgsz": size, "batch": 1, **OPTIONS.get(name, {})}, Export),
+                    quantization=Quantization(calib_size=CALIBRATION_IMAGES) if name == INT8 else None,
                 )  # fmt: skip
-                files[runtime][name] = build(recipe, folder / runtime / name).artifact.path
+                files[runtime][name] = _built(recipe, folder / runtime / name)
     return files
+
+
+def _built(recipe: Recipe, folder: Path) -> Path:
+    """The artifact of a recipe; in int8 without the search and the timing, for weights are random."""
+    if recipe.precision != "int8":
+        return build(recipe, folder).artifact.path
+    with tempfile.TemporaryDirectory() as traced:
+        return prepare(resolve(recipe, folder), Path(traced)).make((), folder).path
 
 
 def opened(runtime: str, file: Path) -> Run:
