@@ -21,10 +21,10 @@ from pathlib import Path
 import msgspec
 
 from exporter.artifact import sha256_file
-from exporter.artifact.disk import user_path, write_file
+from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.data import Batch, generators, images, samples, synthetic
-from exporter.data.manifests import CALIBRATION, read_manifest
+from exporter.data.manifests import CALIBRATION, locate, read_manifest
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note, track
@@ -121,12 +121,12 @@ def freeze(source: str, size: int | None, seed: int) -> Manifest:
 
     Raises: BadRequest for no images or too few of them, and for duplicates and unreadable files, by name.
     """
-    folder = user_path(source)
+    folder, split = locate(source)
     if source == SYNTHETIC:
         raise BadRequest("synthetic images are made from seeds: they need no manifest; say --calib synthetic")
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder of images{_hint(source)}")
-    found = _by_class(folder)
+    found = _by_class(folder, split)
     count = sum(map(len, found.values()))
     wanted = _wanted(size, count, source)
     chosen = stratified(found, wanted, random.Random(seed))
@@ -145,9 +145,9 @@ def _hint(source: str) -> str:
     return f"; {near}" if near.startswith("did") else ""
 
 
-def _by_class(folder: Path) -> dict[str, list[str]]:
+def _by_class(folder: Path, split: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
-    for name in samples.images_in(folder):
+    for name in samples.images_in(folder, split):
         found[name.partition("/")[0] if "/" in name else ""].append(name)
     if not found:
         raise BadRequest(f"{folder}: no images in it; expected {some(sorted(images.SUFFIXES))} files")
@@ -313,7 +313,7 @@ def _digest_and_images(
         kept = [manifest.entries[index] for index in samples.spread(len(manifest.entries), wanted)]
         manifest = msgspec.structs.replace(manifest, entries=tuple(kept))
         check(manifest, source)
-    elif path.is_dir():
+    elif locate(source)[0].is_dir():
         manifest = freeze(source, size, seed)
     else:
         raise BadRequest(f"--calib {samples.no_such_data(source)}")

@@ -13,7 +13,8 @@ from exporter.errors import BadRequest
 
 
 def fingerprint(source: str) -> str:
-    """A digest of a source of images: the content of a file, or the names, sizes and mtimes of a folder's images.
+    """A digest of a source of images: the content of a file, or the names, sizes and mtimes of a folder's images
+    and masks.
 
     Raises: BadRequest for a source that does not exist.
     """
@@ -21,7 +22,7 @@ def fingerprint(source: str) -> str:
         return source
     path, split = locate(source)
     if path.is_dir():
-        return _of_files(path, samples.images_in(path))
+        return split + _of_files(path, samples.files_in(path))
     if not path.is_file():
         raise BadRequest(samples.no_such_data(source))
     if not is_manifest(path):

@@ -16,17 +16,11 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
 from exporter.data.manifests import is_manifest, locate, masks_of, read_manifest
-from exporter.data.samples import Item, Samples, images_in, read_file, spread
+from exporter.data.samples import Item, Samples, images_in, mask_folders, read_file, spread
 from exporter.errors import BadRequest
 
 MOST_COLORS = 256
 IGNORED = 255  # the value of pixels without a class, in all these data sets
-_FOLDERS = (
-    ("images", "annotations"),  # ADE20K
-    ("images", "masks"),
-    ("img_dir", "ann_dir"),  # mmsegmentation
-    ("leftImg8bit", "gtFine"),  # Cityscapes
-)
 _ENDINGS = (("_leftImg8bit", "_gtFine_labelTrainIds"),)
 
 
@@ -76,14 +70,14 @@ def pairs_of(source: str) -> list[Pair] | None:
             Pair(row["path"], listed.root / row["path"], path.parent / mask, row.get("sha256", ""))
             for row, mask in zip(listed.rows, masks, strict=bool(masks))
         ] or None
-    for one, other in _FOLDERS:
-        if (path / one).is_dir() and (path / other).is_dir():
-            folder = path / one / split
-            names = images_in(folder) if folder.is_dir() else []
-            if not names:
-                raise BadRequest(f"{folder}: no images in it; give the folder that has images/ and annotations/")
-            return [Pair(name, folder / name, path / other / split / _mask_of(name)) for name in names]
-    return None
+    folders = mask_folders(path)
+    if folders is None:
+        return None
+    folder, other = (path / name / split for name in folders)
+    names = images_in(folder) if folder.is_dir() else []
+    if not names:
+        raise BadRequest(f"{folder}: no images in it; give the folder that has images/ and annotations/")
+    return [Pair(name, folder / name, other / _mask_of(name)) for name in names]
 
 
 def open_masks(

@@ -33,6 +33,14 @@ SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
+MASK_FOLDERS = (
+    ("images", "annotations"),  # ADE20K
+    ("images", "masks"),
+    ("img_dir", "ann_dir"),  # mmsegmentation
+    ("leftImg8bit", "gtFine"),  # Cityscapes
+)
+"""Sub-folders of a folder with images and their masks."""
+
 Item = tuple[str, Label | Callable[[], NDArray[np.int64]], Callable[[], NDArray[Any]]]
 
 
@@ -146,7 +154,7 @@ def open_samples(
     root, generator, digests = path, "", dict[str, str]()
     entries: Sequence[tuple[str, Label]]
     if path.is_dir():
-        entries = _folder(path, labels, None if multilabel else classes)
+        entries = _folder(path, split, labels, None if multilabel else classes)
     elif is_manifest(path):
         listed = read_manifest(path, split)
         root, generator = listed.root, listed.generator
@@ -293,13 +301,13 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
     )
 
 
-def _folder(path: Path, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
+def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if folders and classes is not None:
+    if folders and classes is not None and not split:
         numbers = match_classes(folders, labels, classes, str(path))
         found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     else:
-        found = [(file, -1) for file in images_in(path)]
+        found = [(file, -1) for file in images_in(path, split)]
     if not found:
         raise BadRequest(
             f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files"
@@ -311,8 +319,30 @@ def _stray_images(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in images.SUFFIXES)
 
 
-def images_in(folder: Path) -> list[str]:
-    """The paths of the images in a folder and below, none hidden, relative to it and sorted."""
+def mask_folders(folder: Path) -> tuple[str, str] | None:
+    """The names of the sub-folders of images and of their masks, if a folder has both."""
+    return next((pair for pair in MASK_FOLDERS if all((folder / name).is_dir() for name in pair)), None)
+
+
+def images_in(folder: Path, split: str = "") -> list[str]:
+    """The paths of the images in a folder and below, none hidden, relative to it and sorted.
+
+    Masks are no images: of a folder that has both, these are its images, and with `split` those of that sub-folder.
+
+    Raises: BadRequest for a `split` of another folder.
+    """
+    folders = mask_folders(folder)
+    if split and folders is None:
+        raise BadRequest(
+            f"{folder}#{split}: a split of a folder is for images with masks, which this one has not; leave it out, "
+            f"or give {folder / split}"
+        )
+    below = "/".join(filter(None, (folders[0], split))) + "/" if folders else ""
+    return [name for name in files_in(folder) if name.startswith(below)]
+
+
+def files_in(folder: Path) -> list[str]:
+    """The paths of the images and masks in a folder and below, as `images_in`."""
     files = folder.rglob("*")
     names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))

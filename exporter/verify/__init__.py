@@ -17,13 +17,14 @@ import numpy as np
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Sidecar
 from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
 from exporter.data import masks
 from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
 from exporter.graph import files, half
-from exporter.progress import step, track
+from exporter.progress import note, step, track
 from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Picture, Report, judged
@@ -123,6 +124,8 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
         )
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
+    if set(DENSE) & set(sidecar.spec.tasks) and masks.pairs_of(options.data) is not None:
+        note(f"{options.data}: its masks are not used, for the artifact returns {sidecar.spec.text}")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
     classes = sidecar.weights.num_classes if has_labels else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"

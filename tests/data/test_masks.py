@@ -7,9 +7,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from exporter.artifact.sidecar import Preprocessing
-from exporter.data import images, masks
+from exporter.data import calibration, images, masks
+from exporter.data.fingerprint import fingerprint
 from exporter.data.manifests import read_manifest
+from exporter.data.samples import open_samples
 from exporter.errors import BadRequest
+from exporter.predict import sources
 
 RECIPE = Preprocessing(size=32, resize=32, crop="squash", interpolation="bilinear")
 
@@ -60,6 +63,30 @@ def test_the_folders_of_cityscapes_are_pairs_by_their_endings(tmp_path):
     image, mask = "leftImg8bit/val/ulm/u_1_leftImg8bit.png", "gtFine/val/ulm/u_1_gtFine_labelTrainIds.png"
     write(tmp_path, image, mask, quarters())
     assert read(tmp_path, "val").names == ("ulm/u_1_leftImg8bit.png",)
+
+
+def test_masks_are_no_images_to_calibrate_with_or_to_predict(tmp_path):
+    for number, split in enumerate(("training", "validation")):
+        write(tmp_path, f"images/{split}/{number}.jpg", f"annotations/{split}/{number}.png", quarters())
+        Image.new("RGB", (64, 64), (99 * number, 0, 0)).save(tmp_path / f"images/{split}/{number}.jpg")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "images/training/2.jpg")  # a mask is needed to measure only
+    training = ["images/training/0.jpg", "images/training/2.jpg"]
+    frozen = calibration.freeze(f"{tmp_path}#training", None, 0)
+    assert [entry.path for entry in frozen.entries] == training
+    assert len(calibration.freeze(str(tmp_path), None, 0).entries) == 3
+    assert calibration.open_calibration(str(tmp_path), RECIPE, None, None, 0).total == 3
+    assert open_samples(f"{tmp_path}#training", RECIPE, (), None).total == len(training)
+    assert sources.open_images([f"{tmp_path}#training"], RECIPE).samples.total == len(training)
+    before = fingerprint(str(tmp_path))
+    Image.new("L", (40, 30), 1).save(tmp_path / "annotations/training/0.png")
+    assert fingerprint(str(tmp_path)) != before, "a changed mask changes what is measured"
+
+
+def test_a_split_of_a_folder_without_masks_is_refused(tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "val/a.jpg")
+    with pytest.raises(BadRequest, match="a split of a folder is for images with masks, which this one has not"):
+        open_samples(f"{tmp_path}#val", RECIPE, (), None)
 
 
 def manifest(folder, text, name="list.csv"):

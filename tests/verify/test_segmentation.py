@@ -12,6 +12,7 @@ from PIL import Image
 from exporter.data import synthetic
 from exporter.errors import BadRequest
 from exporter.model import weights
+from exporter.report import tables
 from exporter.verify import VerifyOptions, verify
 from exporter.verify.checks import Seen, Subject
 from exporter.verify.checks.segmentation import (
@@ -173,3 +174,18 @@ def test_masks_that_count_from_one_are_read_so(labels, data):
     first = verify(labels, VerifyOptions(data=str(data)))
     other = verify(labels, VerifyOptions(data=str(data), reduce_zero_label=True))
     assert other.value("miou") < first.value("miou")
+
+
+def test_outputs_before_the_resize_use_the_images_and_say_that_masks_are_not_used(folder, data, tmp_path, run):
+    result = run("verify", build(folder, tmp_path, output="logits4").path, "--data", data)
+    assert f"{data}: its masks are not used, for the artifact returns" in result.err
+    assert f"3 images of {data}" in " ".join(result.err.split()), "masks are no images"
+
+
+def test_the_table_of_reports_has_miou_and_pixels(labels, data):
+    table = tables.accuracy([verify(labels, VerifyOptions(data=str(data)))])
+    (row,) = table.rows
+    assert table.columns[3:6] == ("mIoU", "eager", "agreement")
+    assert row[3] == row[4], "the artifact is as accurate as PyTorch"
+    assert row[3].startswith("mIoU ")
+    assert row[5] == "100.00 %"
