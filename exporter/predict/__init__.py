@@ -167,7 +167,7 @@ def predict_masks(
         good = [name for name, error in zip(chunk.names, chunk.errors, strict=True) if not error]
         arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
         for name, pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
-            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], name, recipe)
+            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name), recipe)
     _report(unreadable, total)
     return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
 

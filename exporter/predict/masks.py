@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
                 raise BadRequest(f"{path}: would be of both {other} and {name}; write them to two folders")
 
 
-def write(path: Path, classes: NDArray[np.int64], name: str, recipe: Preprocessing) -> None:
+def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe: Preprocessing) -> None:
     """Write the mask of an image, and beside it `NAME_overlay.png` where the image is a file in colour.
 
     Where images are stretched, both have the size of the image, by the nearest pixel; else that of the input.
@@ -53,14 +53,14 @@ def write(path: Path, classes: NDArray[np.int64], name: str, recipe: Preprocessi
     Args:
         path: of the mask.
         classes: (H, W) of the input.
-        name: of the image.
+        file: of the image; an image of an array or a generator has none, and its mask the size of the input.
         recipe: how the image became the input.
 
     Raises: BadRequest when the folder cannot be written; Unavailable when the disk is full.
     """
     from PIL import Image
 
-    picture = _picture(Path(name), recipe)
+    picture = _picture(file, recipe)
     numbers = Image.fromarray(classes.astype(np.int32))
     if picture is not None:
         numbers = numbers.resize(picture.size, Image.Resampling.NEAREST)
@@ -82,12 +82,12 @@ def _image_of(mask: NDArray[Any]) -> Image.Image:
     return image
 
 
-def _picture(file: Path, recipe: Preprocessing) -> Image.Image | None:
+def _picture(file: Path | IO[bytes], recipe: Preprocessing) -> Image.Image | None:
     """The picture that a mask lies over: the image itself where it was stretched, else the input; None for what is no
     file in colour."""
     from PIL import Image, ImageOps
 
-    if recipe.channels != 3 or not file.is_file():
+    if recipe.channels != 3 or (isinstance(file, Path) and not file.is_file()):
         return None
     if recipe.crop == "squash":
         with Image.open(file) as image:

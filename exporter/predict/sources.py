@@ -30,10 +30,16 @@ MAX_STDIN_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Images:
-    """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists."""
+    """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists;
+    `on_stdin` are the bytes of an image on standard input."""
 
     samples: Samples
     key: str
+    on_stdin: bytes = b""
+
+    def file(self, name: str) -> Path | IO[bytes]:
+        """The file of an image by its name."""
+        return io.BytesIO(self.on_stdin) if name == STDIN and self.on_stdin else Path(name)
 
     def after(self, count: int) -> Samples:
         """Those after the first `count`."""
@@ -57,7 +63,8 @@ def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | 
     def items() -> Iterator[Item]:
         return chain.from_iterable(part.samples.items() for part in parts)
 
-    return Images(Samples(", ".join(words), total, items, labelled=False), _digest(part.key for part in parts))
+    samples = Samples(", ".join(words), total, items, labelled=False)
+    return Images(samples, _digest(part.key for part in parts), max((part.on_stdin for part in parts), default=b""))
 
 
 def _digest(words: Iterable[str]) -> str:
@@ -76,7 +83,8 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         word = _path_of(word)
     path, split = locate(word)
     if path.is_dir():
-        return _of_files(word, [f"{word.rstrip('/')}/{name}" for name in images_in(path)], recipe)
+        folder = word.removesuffix(f"#{split}" if split else "").rstrip("/")
+        return _of_files(word, [f"{folder}/{name}" for name in images_in(path, split)], recipe)
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise BadRequest(f"{word}: a pipe or device; pipe it to standard input and give -")
     is_pattern = glob.has_magic(word) and not path.exists()
@@ -136,7 +144,8 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
             f"{STDIN}: more than {MAX_STDIN_BYTES >> 20} MiB on standard input; give a folder or a pattern"
         )
     if _is_image(content):
-        return _of([(STDIN, partial(_read_bytes, content, recipe))], hashlib.sha256(content).hexdigest())
+        named = [(STDIN, partial(_read_bytes, content, recipe))]
+        return replace(_of(named, hashlib.sha256(content).hexdigest()), on_stdin=content)
     by_nul = b"\0" in content and (content.endswith(b"\0") or _is_text(content.replace(b"\0", b"\n")))
     lines = content.split(b"\0" if by_nul else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]

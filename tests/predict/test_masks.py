@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from exporter import predict
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.synthetic import dead_leaves
-from exporter.predict import masks
+from exporter.predict import PredictOptions, masks
 from tests.conftest import build
 from tests.model import segmenters
 from tests.reference import library
@@ -66,6 +67,16 @@ def test_a_mask_has_the_classes_of_its_image_at_its_size(output, artifacts, mode
             assert np.abs(np.asarray(overlay) - mixed).max() <= 0.5
 
 
+def test_an_image_on_standard_input_has_the_mask_of_its_file(artifacts, photos, tmp_path):
+    for name, sources in (("piped", ["-"]), ("file", [str(photos / "a.png")])):
+        with (photos / "a.png").open("rb") as stdin:
+            predict.predict(artifacts["labels"], sources, PredictOptions(), tmp_path / name, stdin=stdin)
+    (file,) = (tmp_path / "file").rglob("a.png")
+    assert (tmp_path / "piped" / "stdin.png").read_bytes() == file.read_bytes()
+    overlay = file.with_name("a_overlay.png")
+    assert (tmp_path / "piped" / "stdin_overlay.png").read_bytes() == overlay.read_bytes()
+
+
 def test_colours_are_those_of_pascal_voc():
     table = masks.colors()
     assert table[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
@@ -76,7 +87,7 @@ def test_colours_are_those_of_pascal_voc():
 def test_where_images_are_cut_the_mask_has_the_size_of_the_input(photos, tmp_path):
     recipe = Preprocessing(size=48, resize=60, crop="center")
     classes = np.arange(48 * 48).reshape(48, 48) % 7
-    masks.write(tmp_path / "m.png", classes, str(photos / "a.png"), recipe)
+    masks.write(tmp_path / "m.png", classes, photos / "a.png", recipe)
     with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "m_overlay.png") as overlay:
         np.testing.assert_array_equal(np.asarray(mask), classes)
         with Image.open(photos / "a.png") as photo:
@@ -87,7 +98,7 @@ def test_where_images_are_cut_the_mask_has_the_size_of_the_input(photos, tmp_pat
 
 def test_more_than_256_classes_take_16_bits_and_what_is_no_file_has_no_overlay(tmp_path):
     classes = np.full((8, 8), 300)
-    masks.write(tmp_path / "m.png", classes, "standard input", Preprocessing())
+    masks.write(tmp_path / "m.png", classes, tmp_path / "a.npz[0]", Preprocessing())
     with Image.open(tmp_path / "m.png") as mask:
         np.testing.assert_array_equal(np.asarray(mask), classes)
     assert [path.name for path in tmp_path.glob("*.png")] == ["m.png"]
