@@ -106,11 +106,15 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
 ACCURACY = ("parity", "accuracy", "multilabel", "values", "sanity", "structure", "data", "blocks")
 
 
+MEASURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU"}
+"""Metrics of accuracy against labels, of which a report has one."""
+
+
 def accuracy(reports: Sequence[Report]) -> Table:
     """A row for each artifact that was verified."""
-    multilabel = any(report.find("map") for report in reports)
-    top1 = "top-1 or mAP" if multilabel else "top-1"
-    columns = ("artifact", "runs on", "size", top1, "eager", "agreement", "cosine", "max error", "")
+    measured = {text: any(report.find(metric) for report in reports) for metric, text in MEASURES.items()}
+    title = " or ".join(text for text, is_measured in measured.items() if is_measured) or MEASURES["top1"]
+    columns = ("artifact", "runs on", "size", title, "eager", "agreement", "cosine", "max error", "")
     rows = [
         (
             name(report),
@@ -124,23 +128,24 @@ def accuracy(reports: Sequence[Report]) -> Table:
             verdict(report, ACCURACY),
         )
         for report in reports
-        if report.find("cosine") or report.find("relative_error") or report.find("label_agreement")
+        if any(map(report.find, ("cosine", "relative_error", "label_agreement", "pixel_agreement")))
     ]
     return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
 
 
 def _accuracy(report: Report, of: str) -> str:
-    """Top-1 or, of a multi-label head, mAP."""
-    if (mean_precision := report.find(f"map{of}")) is not None:
-        return number(mean_precision, "mAP {:.2f} %")
+    """Top-1; of a multi-label head mAP, and of segmentation mIoU."""
+    for metric, text in MEASURES.items():
+        if metric != "top1" and (finding := report.find(f"{metric}{of}")) is not None:
+            return number(finding, f"{text} {{:.2f}} %")
     return number(report.find(f"top1{of}"), "{:.2f} %")
 
 
 def _agreement(report: Report) -> str:
-    """The share of images with the same top-1, or of equal decisions of a multi-label head, or of equal
-    nearest neighbours of feature vectors; of a regression, R² of its
-    values."""
-    agreement = next(filter(None, map(report.find, ("top1_agreement", "label_agreement", "neighbour_agreement"))), None)
+    """The share of images with the same top-1, of pixels with the same class, of equal decisions of a multi-label head,
+    or of equal nearest neighbours of feature vectors; of a regression, R² of its values."""
+    metrics = ("top1_agreement", "pixel_agreement", "label_agreement", "neighbour_agreement")
+    agreement = next(filter(None, map(report.find, metrics)), None)
     if agreement is None and report.find("r2") is not None:
         return number(report.find("r2"), "R² {:.5f}")
     return number(agreement, "{:.2f} %")
