@@ -93,7 +93,7 @@ Layers = dict[str, tuple[str, dict[str, "Tensor"]]]
 def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Layers, dict[str, dict[str, Tensor]]]:
     """The convolutions, each with the path of its module, and the batch norms behind them, by our name of the layer.
 
-    Raises: BadRequest for other tensors.
+    Raises: BadRequest for other tensors, and for a convolution without a batch norm and a bias.
     """
     convs: Layers = {}
     norms: dict[str, dict[str, Tensor]] = {}
@@ -111,6 +111,9 @@ def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Layers, dict[str, dict[str, 
         raise BadRequest(f"unexpected keys in UPerNet's head: {len(unknown)} ({some(unknown)})")
     if alone := sorted(norms.keys() - convs.keys()):
         raise BadRequest(f"UPerNet's head has batch norms without convolutions ({some(alone)}); save the whole model")
+    bare = sorted(layer for layer, (_, leaves) in convs.items() if layer not in norms and "bias" not in leaves)
+    if bare:
+        raise BadRequest(f"UPerNet's head has neither a batch norm nor a bias in {some(bare)}; save the whole model")
     return convs, norms
 
 

@@ -110,6 +110,11 @@ class Checkpoint:
                 f"--output {spec.answer}: {self.weights.num_classes} classes, and labels are bytes; "
                 "give --output logits"
             )
+        if spec.answer in WITH_LABELS and self.weights.num_classes == 1:
+            raise BadRequest(
+                f"--output {spec.answer}: every pixel would have the only class; give --output logits, and compare "
+                "them with a threshold"
+            )
         heads = dict(map(head_layer, self.variant.architecture.heads))
         if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):
             raise BadRequest(f"--output {spec.answer}: a head has one output, and a choice needs two; leave it out")

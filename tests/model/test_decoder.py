@@ -137,6 +137,13 @@ def test_labels_of_more_than_256_classes_do_not_fit_a_byte(tmp_path):
         checkpoint.model(OutputSpec(tasks=("segment",), answer="labels"))
 
 
+def test_labels_of_one_class_are_refused(tmp_path):
+    model = segmenters.transformers_model(dims=(4, 8), width=4, labels=["road"])
+    checkpoint = weights.load(str(segmenters.save(tmp_path, model)))
+    with pytest.raises(BadRequest, match="every pixel would have the only class; give --output logits"):
+        checkpoint.model(OutputSpec(tasks=("segment",), answer="labels"))
+
+
 def changed(folder, tmp_path, change, config=None):
     """The folder with changed tensors and config."""
     from safetensors.torch import load_file
@@ -168,6 +175,7 @@ def without(name):
         (without("bottleneck.batch_norm.running_var"), {}, "UPerNet's bottleneck has no running_var"),
         (without("decode_head.lateral_convs.1.conv"), {}, "batch norms without convolutions"),
         (without("decode_head.fpn_convs.2."), {}, "missing keys"),
+        (without("batch_norm"), {}, "neither a batch norm nor a bias in bottleneck, fpn_bottleneck, fpn_convs.0"),
         (lambda state: None, {"pool_scales": [1, 2]}, "pool_scales .1, 2., but the weights have 4"),
         (lambda state: None, {"pool_scales": [0, 2, 3, 6]}, "pool_scales is .0, 2, 3, 6."),
         (lambda state: None, {"hidden_size": 12}, "hidden_size 12, but the weights have 16"),
