@@ -166,8 +166,8 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
     if len(scales) != len(pooled):
         said = f"pool_scales {list(scales)}" if scales else "no pool_scales"
         raise BadRequest(
-            f"the config says {said}, but the weights have {len(pooled)} of them, which they do not show; correct "
-            "pool_scales in config.json"
+            f"the config says {said}, but the weights have {len(pooled)}, whose values they do not show; correct "
+            "pool_scales in the configuration (config.json, or meta of the checkpoint)"
         )
     dims = [int(weight.shape[1]) for weight in (*laterals, pooled[0])]
     classes, levels = len(state[f"{HEAD}classifier.weight"]), _levels(dims, arch)

@@ -190,8 +190,11 @@ def answer(
     """
     answers = _answers(artifact, options, whole=False)
     if any(output.is_map for output in answers.outputs):
-        folder = "-o FOLDER as masks, or with " if "segment" in artifact.sidecar.spec.tasks else ""
-        raise BadRequest(f"{artifact.path}: the outputs are maps or tokens; write them with {folder}-o FILE.npz")
+        if "segment" in artifact.sidecar.spec.tasks:
+            outputs, folder = "of each pixel", "-o FOLDER as masks, or with "
+        else:
+            outputs, folder = "maps or tokens", ""
+        raise BadRequest(f"{artifact.path}: the outputs are {outputs}; write them with {folder}-o FILE.npz")
     images = open_images(sources, artifact.sidecar.preprocessing, stdin)
     total, unreadable = images.samples.total, list[str]()
     step(f"predicting {total:,} images with {artifact.path.name}")

@@ -107,7 +107,7 @@ def expected(hint: Any) -> str:
         if get_origin(base) is Literal:
             words += [str(word) for word in get_args(base)]
         elif is_pair(kind):
-            words.append("a list of two of these")
+            words.append("two of these (height, width)")
         elif get_origin(base) is tuple:
             words.append(f"a list, each {expected(get_args(base)[0])}")
         elif (names := getattr(base, "__struct_fields__", ())) and base.__struct_config__.array_like:

@@ -192,7 +192,7 @@ def test_commands_that_measure_classes_of_images_refuse_segmentation(dynamic, fo
 def test_sizes_below_32_are_refused(folder, run):
     result = run("onnx", "--weights", folder, "--imgsz", 31)
     assert result.code == 2
-    assert "'31': expected a whole number from 32 to 4096, a list of two of these or dynamic" in result.err
+    assert "'31': expected a whole number from 32 to 4096, two of these (height, width) or dynamic" in result.err
 
 
 def test_weights_are_the_same_again_for_the_artifact(dynamic):

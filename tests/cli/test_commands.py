@@ -210,7 +210,7 @@ def test_doctor_says_when_both_builds_of_onnxruntime_got_in(run, monkeypatch):
         (
             2,
             ["onnx", "--imgsz", "big"],
-            "'--imgsz': 'big': expected a whole number from 32 to 4096, a list of two of these or dynamic",
+            "'--imgsz': 'big': expected a whole number from 32 to 4096, two of these (height, width) or dynamic",
         ),
         (2, ["onnx", "--opset", "9"], "'--opset': '9': expected a whole number from 13 to 23"),
         (2, ["onnx", "--weights", "random:x"], "the seed must be a whole number"),

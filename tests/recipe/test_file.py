@@ -161,7 +161,7 @@ def test_a_size_has_one_or_two_sides(text, read):
 @pytest.mark.parametrize("text", ["[320]", "[320, 256, 3]", "[320, 16]", "320x256", "320,,256", "320,a"])
 def test_other_sizes_are_refused(text, problems):
     (problem,) = problems(GOOD.replace("imgsz: 224", f"imgsz: {text}"))
-    assert "export.imgsz: expected a whole number from 32 to 4096, a list of two of these" in problem
+    assert "export.imgsz: expected a whole number from 32 to 4096, two of these (height, width)" in problem
 
 
 def test_overrides_replace_and_add(read):
