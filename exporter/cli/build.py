@@ -100,8 +100,9 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
-        what = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
-        click.echo(printable(f"{what} would be built in {out}; nothing was built"), err=as_json)
+        what = f"{network}{task}, {recipe.precision} for {recipe.backend}"
+        checked = f"the options fit: {what}, in the folder {out}; weights and images were not read, nothing was built"
+        click.echo(printable(checked), err=as_json)
         if as_json:
             print_json({"recipe": recipe})
         return

@@ -207,7 +207,7 @@ def _print_facts(artifact: Artifact) -> None:
             f"{preprocessing.interpolation} to {size_text(preprocessing.resize)}, {preprocessing.crop} "
             f"{size_text(preprocessing.size)}, {preprocessing.color}, {preprocessing.layout}",
         ),
-        ("", f"mean {preprocessing.mean}, std {preprocessing.std}{_INPUTS[preprocessing.input]}"),
+        ("", f"mean {_numbers(preprocessing.mean)}, std {_numbers(preprocessing.std)}{_INPUTS[preprocessing.input]}"),
         ("labels", f"{len(sidecar.labels)}: {labels}" if labels else "none"),
         *_origins(sidecar.origins),
         ("reference", sidecar.reference),
@@ -254,6 +254,11 @@ def _content(sidecar: Sidecar, output: Tensor) -> str:
         "pixel_scores": "its probability",
     }
     return words[output.holds]
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    """Numbers in parentheses without the last digits of a division by 255."""
+    return f"({', '.join(f'{value:.7g}' for value in values)})"
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

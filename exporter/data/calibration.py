@@ -33,6 +33,7 @@ from exporter.recipe import bundled
 
 SIZE = 256  # images when no number is given
 SYNTHETIC_SIZE = 128  # with more, agreement of the trained atto networks with eager does not rise
+DENSE_SIZE = 16  # for outputs of pixels, in whose maps every position counts
 COMPARED = 32  # synthetic images on which a quantized network is compared with PyTorch
 COLUMNS = ("sha256", "path", "label")
 
@@ -108,7 +109,7 @@ class CalibrationSet:
             raise BadRequest(f"{self.source}: cannot calibrate with {some(part.skipped)}; leave out or replace them")
 
 
-def freeze(source: str, size: int | None, seed: int) -> Manifest:
+def freeze(source: str, size: int | None, seed: int, dense: bool = False) -> Manifest:
     """Choose images from a folder and note what they are.
 
     Of each class (sub-folder) the same number is drawn without replacement; what a small class lacks comes from the
@@ -116,8 +117,9 @@ def freeze(source: str, size: int | None, seed: int) -> Manifest:
 
     Args:
         source: a folder, with a sub-folder per class or without.
-        size: how many images; None is 256, or all when there are fewer.
+        size: how many images; None is `usual_size`, or all when there are fewer.
         seed: of the draw; the same seed and folder give the same images.
+        dense: as for `open_calibration`.
 
     Raises: BadRequest for no images or too few of them, and for duplicates and unreadable files, by name.
     """
@@ -128,7 +130,7 @@ def freeze(source: str, size: int | None, seed: int) -> Manifest:
         raise BadRequest(f"{folder}: no such folder of images{_hint(source)}")
     found = _by_class(folder, split)
     count = sum(map(len, found.values()))
-    wanted = _wanted(size, count, source)
+    wanted = _wanted(size, count, source, dense)
     chosen = stratified(found, wanted, random.Random(seed))
     entries = tuple(
         track((_entry(folder, name, label) for name, label in chosen), len(chosen), "images", lambda entry: 1)
@@ -154,12 +156,13 @@ def _by_class(folder: Path, split: str) -> dict[str, list[str]]:
     return dict(found)
 
 
-def _wanted(size: int | None, count: int, source: str) -> int:
-    if size is None and count < SIZE:
-        note(f"{source} has {count} images; {SIZE} or more are better")
+def _wanted(size: int | None, count: int, source: str, dense: bool) -> int:
+    usual = usual_size(synthetic=False, dense=dense)
+    if size is None and count < usual:
+        note(f"{source} has {count} images; {usual} or more are better")
     if size is not None and size > count:
         raise BadRequest(f"{source}: {count} images, {size} were asked for; give more images or --calib-size {count}")
-    return size or min(SIZE, count)
+    return size or min(usual, count)
 
 
 def stratified(found: dict[str, list[str]], wanted: int, draw: random.Random) -> list[tuple[str, str]]:
@@ -270,12 +273,22 @@ def _check_files(path: Path, root: Path, entries: Sequence[Entry]) -> None:
 
 def check_source(source: str) -> None:
     """Raises: BadRequest for a source of calibration images that does not exist."""
-    if source != SYNTHETIC and not bundled.find_images(source).exists():
+    if source != SYNTHETIC and not locate(source)[0].exists():
         raise BadRequest(f"--calib {samples.no_such_data(source)}")
 
 
+def usual_size(synthetic: bool, dense: bool) -> int:
+    """The number of images that is enough: of real or of synthetic ones, for a network of any or of dense outputs."""
+    return DENSE_SIZE if dense else SYNTHETIC_SIZE if synthetic else SIZE
+
+
 def open_calibration(
-    source: str, recipe: Preprocessing, classes: int | None, size: int | None = None, seed: int = 0
+    source: str,
+    recipe: Preprocessing,
+    classes: int | None,
+    size: int | None = None,
+    seed: int = 0,
+    dense: bool = False,
 ) -> CalibrationSet:
     """The calibration set that a user means.
 
@@ -283,38 +296,39 @@ def open_calibration(
         source: a manifest, a folder (frozen on the spot), an `.npz` file, the name of a set that ships, or `synthetic`.
         recipe: how each image becomes an input.
         classes: how many the model has, for an `.npz` file with labels; None where its outputs are no classes.
-        size: how many images; None is all of a manifest, 128 synthetic ones, else 256 or what there is.
+        size: how many images; None is all of a manifest, else `usual_size` or what there is.
         seed: of the draw from a folder.
+        dense: whether the network has an output for each pixel or feature maps for a detector.
 
     Raises: BadRequest for data that cannot be used, or fewer images than were asked for.
     """
-    digest, open_as = _digest_and_images(source, recipe, classes, size, seed)
+    digest, open_as = _digest_and_images(source, recipe, classes, size, seed, dense)
     opened = open_as(recipe)
     of_network = open_as(recipe.of_network()) if recipe.input == "image" else opened
     return CalibrationSet(source, digest, of_network, opened)
 
 
 def _digest_and_images(
-    source: str, recipe: Preprocessing, classes: int | None, size: int | None, seed: int
+    source: str, recipe: Preprocessing, classes: int | None, size: int | None, seed: int, dense: bool
 ) -> tuple[str, Callable[[Preprocessing], Samples]]:
     """The digest of a set, and a function that opens its images for a preprocessing."""
     if source == SYNTHETIC:
-        total = size or SYNTHETIC_SIZE
+        total = size or usual_size(synthetic=True, dense=dense)
         digest = hashlib.sha256(f"{synthetic.NAME}, {total}".encode()).hexdigest()
         return digest, lambda recipe: open_samples(SYNTHETIC, recipe, (), classes, total)
     path = bundled.find_images(source)
     if path.suffix.lower() == ".npz" and path.is_file():
-        total = _wanted(size, open_samples(source, recipe, (), classes).total, source)
+        total = _wanted(size, open_samples(source, recipe, (), classes).total, source, dense)
         digest = hashlib.sha256(f"{sha256_file(path)} {total}".encode()).hexdigest()
         return digest, lambda recipe: open_samples(source, recipe, (), classes, total)
     if path.suffix.lower() in (".tsv", ".csv") and path.is_file():
         manifest = read(path)
-        wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source)
+        wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source, dense)
         kept = [manifest.entries[index] for index in samples.spread(len(manifest.entries), wanted)]
         manifest = msgspec.structs.replace(manifest, entries=tuple(kept))
         check(manifest, source)
     elif locate(source)[0].is_dir():
-        manifest = freeze(source, size, seed)
+        manifest = freeze(source, size, seed, dense)
     else:
         raise BadRequest(f"--calib {samples.no_such_data(source)}")
     found = [(entry.path, -1) for entry in manifest.entries]

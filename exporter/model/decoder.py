@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, some
 from exporter.model.head import BATCH_NORM_EPS
+from exporter.model.shapes import numbered
 from exporter.model.variants import Architecture, Decoder
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
     """
     if f"{HEAD}fpn_bottleneck.weight" not in state:
         return None
-    pooled = _of(state, "psp_modules")
-    laterals = _of(state, "lateral_convs")
+    pooled = numbered(state, f"{HEAD}psp_modules")
+    laterals = numbered(state, f"{HEAD}lateral_convs")
     if not pooled or not laterals or f"{HEAD}classifier.weight" not in state:
         raise BadRequest("UPerNet's head lacks psp_modules, lateral_convs or its classifier; save the whole model")
     if stated.get("align_corners"):
@@ -175,14 +176,6 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
         names = [[f"stage{level + 1}" for level in one] for one in (stated["decoder_levels"], levels)]
         raise BadRequest(f"the config says out_features {names[0]}, but the weights are of {names[1]}; correct one")
     return Decoder(classes=classes, width=width, levels=levels, scales=scales)
-
-
-def _of(state: Mapping[str, Tensor], layers: str) -> list[Tensor]:
-    """The weights of numbered layers of the head, in their order, up to the first that is missing."""
-    weights: list[Tensor] = []
-    while (key := f"{HEAD}{layers}.{len(weights)}.weight") in state:
-        weights.append(state[key])
-    return weights
 
 
 def _levels(dims: Sequence[int], arch: Architecture) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, first_line, some
 from exporter.model.levels import Pyramid
+from exporter.model.shapes import numbered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def pyramid_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
 
     Raises: BadRequest for one that does not fit the network, is not supported, or whose further levels are not known.
     """
-    laterals, convs = (_of(state, name) for name in _MODULES)
+    laterals, convs = (numbered(state, f"{NECK}{name}") for name in _MODULES)
     if not laterals:
         return None
     neck = _checked(stated.get("neck") or stated_neck(stated.get("configuration", "")))
@@ -164,14 +165,6 @@ def _checked(neck: object) -> dict[str, Any]:
             words = f"expected {expected[0]}" if expected else "not supported"
             raise BadRequest(f"the configuration says {key} {value!r} for the neck; {words}; {_LEAVE_OUT}")
     return neck
-
-
-def _of(state: Mapping[str, Tensor], layers: str) -> list[Tensor]:
-    """The weights of numbered layers, in their order, up to the first that is missing."""
-    weights: list[Tensor] = []
-    while (key := f"{NECK}{layers}.{len(weights)}.weight") in state:
-        weights.append(state[key])
-    return weights
 
 
 def stated_neck(text: str) -> object:

@@ -79,6 +79,18 @@ def block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     return depths
 
 
+def numbered(state: Mapping[str, Tensor], layers: str) -> list[Tensor]:
+    """The weights of `layers.0`, `layers.1` and so on.
+
+    Raises: BadRequest for a number that is missing before the last.
+    """
+    pattern = re.compile(rf"{re.escape(layers)}\.(\d+)\.weight")
+    weights = {int(match[1]): state[key] for key in state if (match := pattern.fullmatch(key))}
+    if missing := [number for number in range(max(weights, default=0)) if number not in weights]:
+        raise BadRequest(f"{layers}.{missing[0]} is missing, but not {layers}.{max(weights)}; save the whole model")
+    return [weights[number] for number in sorted(weights)]
+
+
 def _head_width(state: Mapping[str, Tensor], head: Head) -> int:
     """Inputs of the head, 0 for a backbone."""
     name = "head_layers.0.weight" if head.layers else "head.weight"

@@ -15,6 +15,7 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter import backends, build, machine, verify
+from exporter.artifact.outputs import DENSE
 from exporter.backends import Session
 from exporter.bench import Arm, Opener, Plan
 from exporter.build.int8.search import budgeted, compare, judge_of, open_reference, refuse_few, sensitivities
@@ -97,8 +98,9 @@ class Search:
             return data
         classes = sidecar.weights.num_classes if has_classes(sidecar, checks.outputs) else None
         opened = calibration.open_calibration(
-            quantization.calib, sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed
-        )
+            quantization.calib, sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed,
+            dense=sidecar.task in DENSE,
+        )  # fmt: skip
         return opened.to_compare.first(checks.samples) if checks.samples else opened.to_compare
 
     def _race_forms(self) -> Contest:

@@ -174,3 +174,10 @@ def test_a_frozen_set_is_not_frozen_again(folder, refused, words):
 
 def test_synthetic_images_need_no_manifest(refused):
     assert "need no manifest" in refused(2, "calibrate", "synthetic")
+
+
+def test_sixteen_images_are_enough_for_outputs_of_pixels(folder):
+    assert open_calibration("synthetic", RECIPE, None, dense=True).total == 16
+    assert open_calibration("synthetic", RECIPE, None).total == 128
+    assert open_calibration(str(folder), RECIPE, None, dense=True).total == 16
+    assert open_calibration(str(folder), RECIPE, None, 3, dense=True).total == 3

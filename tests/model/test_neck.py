@@ -152,11 +152,15 @@ def test_norms_in_the_neck_are_refused_by_name(model, tmp_path):
         weights.load(path)
 
 
-def test_a_missing_layer_is_refused(model, tmp_path):
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(3, "lateral_convs"), (2, r"neck\.lateral_convs\.2 is missing, but not neck\.lateral_convs\.3")],
+)
+def test_a_missing_layer_is_refused(layer, message, model, tmp_path):
     path = changed(
-        detectors.save(tmp_path / "a.pth", model), lambda state: state.pop("neck.lateral_convs.3.conv.weight")
+        detectors.save(tmp_path / "a.pth", model), lambda state: state.pop(f"neck.lateral_convs.{layer}.conv.weight")
     )
-    with pytest.raises(BadRequest, match=r"lateral_convs"):
+    with pytest.raises(BadRequest, match=message):
         weights.load(path)
 
 

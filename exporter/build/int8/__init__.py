@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import DENSE
 from exporter.bench import Opener
 from exporter.build.int8 import probe, speed
 from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search, sensitivities
 from exporter.build.int8.work import Work, prepare
 from exporter.build.resolve import Job, resolve
-from exporter.data.calibration import SIZE, SYNTHETIC_SIZE
+from exporter.data.calibration import usual_size
 from exporter.data.samples import is_synthetic
 from exporter.errors import ExporterError, first_line
 from exporter.progress import step
@@ -89,7 +90,7 @@ def _cost_of_synthetic(work: Work, best: Candidate, judge: Judge, folder: Path) 
 def _calibration(work: Work) -> list[Finding]:
     images, quantization = work.images, work.quantization
     source = "synthetic images (dead leaves), no photographs" if images.synthetic else f"of {images.source}"
-    enough = SYNTHETIC_SIZE if images.synthetic else SIZE
+    enough = usual_size(images.synthetic, work.sidecar.task in DENSE)
     few = f"; {enough} or more are better" if images.total < enough else ""
     method = f"{quantization.calib_method}, smoothing {quantization.smoothing:g}"
     detail = f"{source}{few}; {method}, bias correction {quantization.bias_correction}"

@@ -11,6 +11,7 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Quantization as QuantizationFacts
 from exporter.artifact.sidecar import Sidecar
 from exporter.build.export import Network, graph_of, write
@@ -113,8 +114,9 @@ def prepare(job: Job, folder: Path) -> Work:
     assert placement is not None
     classes = job.sidecar.weights.num_classes if has_classes(job.sidecar, job.recipe.checks.outputs) else None
     images = open_calibration(
-        quantization.calib, job.sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed
-    )
+        quantization.calib, job.sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed,
+        dense=job.sidecar.task in DENSE,
+    )  # fmt: skip
     from exporter.quantize import simulation, smoothing, statistics
 
     grid: Grid = "fp8" if job.recipe.precision == "fp8" else "int8"
