@@ -233,6 +233,16 @@ def test_what_was_not_used_for_longest_is_removed(artifacts, photos, cache, comp
     assert not new.exists()
 
 
+def test_the_cache_is_pruned_at_the_end_too(artifacts, photos, cache, monkeypatch):
+    cache.mkdir(parents=True)
+    (cache / "old.npz").write_bytes(b"?" * 100_000)
+    os.utime(cache / "old.npz", (1, 1))
+    monkeypatch.setattr(answers, "LIMIT_BYTES", 100_000)  # so much that no single batch causes it
+    verify(artifacts["onnxruntime", "fp32"], VerifyOptions(data=str(photos)))
+    assert not (cache / "old.npz").exists()
+    assert len(list(cache.iterdir())) == len(BATCHES)
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(artifacts, photos, computed, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
