@@ -219,7 +219,8 @@ def _identity(artifact: Artifact, checkpoint: Checkpoint, options: EagerOptions)
         files = weights.fingerprint(checkpoint.weights.source)  # a library reads the configuration beside the weights
         if files is None:
             return None
-        used = [options.reference, files, vars(weights.choices_of(artifact.sidecar.recipe["model"]))]
+        choices = weights.choices_of(artifact.sidecar.recipe["model"])
+        used = [options.reference, files, checkpoint.variant.name, vars(choices)]
     settings = {name: value for name, value in os.environ.items() if name.startswith(ARITHMETIC)}
     return {
         "weights": checkpoint.weights.digest,

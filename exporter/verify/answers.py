@@ -100,5 +100,5 @@ class CachedSession:
             if excess <= 0:
                 break
             with suppress(OSError):
-                path.unlink()
+                path.unlink(missing_ok=True)
                 excess -= size

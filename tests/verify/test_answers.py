@@ -279,6 +279,8 @@ def test_the_identity_has_whatever_changes_the_last_bits(artifacts, monkeypatch)
     variant = weights.reload(artifact).variant
     steeper = replace(variant, architecture=replace(variant.architecture, norm_eps=1e-3))
     assert identity(artifact, variant=steeper) != first
+    timm = eager.EagerOptions(reference="timm")
+    assert identity(artifact, timm) not in (first, identity(artifact, timm, variant=replace(variant, name="atto")))
     export = {**artifact.sidecar.recipe.get("export", {}), "output": "softmax"}
     softmax = Artifact(artifact.path, replace(artifact.sidecar, recipe={**artifact.sidecar.recipe, "export": export}))
     assert identity(softmax) != first
