@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 
+from exporter import machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import (
@@ -31,6 +36,11 @@ from exporter.model.structure import last_operators
 if TYPE_CHECKING:
     import torch
 
+    from exporter.model.weights import Checkpoint
+
+ARITHMETIC = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_")
+"""Prefixes of environment variables that choose the kernels of torch."""
+
 
 class EagerOptions(Options, frozen=True):
     """Options of PyTorch.
@@ -49,10 +59,21 @@ class EagerOptions(Options, frozen=True):
 
 
 class EagerSession:
-    """The PyTorch network an artifact was made from."""
+    """The PyTorch network an artifact was made from.
 
-    def __init__(self, model: Any, device: str, arithmetic: str = "fp32", recipe: Preprocessing | None = None) -> None:
-        self.model, self.device, self.arithmetic = model, device, arithmetic
+    `identity` returns everything beside the pixels that determines the bits of its outputs, or None where that is
+    unknown.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: str,
+        arithmetic: str = "fp32",
+        recipe: Preprocessing | None = None,
+        identity: Callable[[], dict[str, Any] | None] = lambda: None,
+    ) -> None:
+        self.model, self.device, self.arithmetic, self.identity = model, device, arithmetic, identity
         self.recipe, self.streams = recipe or Preprocessing(), 1
         self.facts = {"device": device, "arithmetic": arithmetic}
 
@@ -135,15 +156,19 @@ def session(artifact: Artifact, options: EagerOptions) -> Iterator[EagerSession]
     """
     import torch
 
+    from exporter.model import weights
+
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise Unavailable("torch sees no CUDA device here; use --device cpu")
     if options.arithmetic != "fp32" and not options.device.startswith("cuda"):
         raise BadRequest(f"eager PyTorch in {options.arithmetic} is for a GPU; use --device cuda")
     with _threads(options.threads):
-        model = _network(artifact, options).to(options.device)
+        checkpoint = weights.reload(artifact, options.weights)
+        model = _network(artifact, checkpoint, options).to(options.device)
         model = _narrowed(model, options.arithmetic)
         model = torch.compile(model) if options.compiled else model
-        yield EagerSession(model, options.device, options.arithmetic, artifact.sidecar.preprocessing)
+        identity = partial(_identity, artifact, checkpoint, options)
+        yield EagerSession(model, options.device, options.arithmetic, artifact.sidecar.preprocessing, identity)
 
 
 def _narrowed(model_or_images: Any, arithmetic: str) -> Any:
@@ -169,15 +194,56 @@ def _threads(count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _network(artifact: Artifact, options: EagerOptions) -> Any:
+def _network(artifact: Artifact, checkpoint: Checkpoint, options: EagerOptions) -> Any:
     from exporter.model import reference, weights
 
-    checkpoint = weights.reload(artifact, options.weights)
     spec = artifact.sidecar.spec
     if options.reference is None:
         return checkpoint.model(spec)
     choices = weights.choices_of(artifact.sidecar.recipe["model"])
     return reference.load(options.reference, checkpoint, checkpoint.weights.source, choices).with_outputs(spec)
+
+
+def _identity(artifact: Artifact, checkpoint: Checkpoint, options: EagerOptions) -> dict[str, Any] | None:
+    """Everything that determines the bits of the network's outputs for its pixels: weights, architecture and code of
+    the network, versions, settings of torch, and the CPU. None for the user's own module, whose code may change, and on
+    a GPU."""
+    import torch
+
+    from exporter.model import reference, weights
+
+    if options.device != "cpu" or options.reference not in (None, *reference.LIBRARIES):
+        return None
+    used: list[Any] = []
+    if options.reference:
+        files = weights.fingerprint(checkpoint.weights.source)  # a library reads the configuration beside the weights
+        if files is None:
+            return None
+        choices = weights.choices_of(artifact.sidecar.recipe["model"])
+        used = [options.reference, files, checkpoint.variant.name, vars(choices)]
+    settings = {name: value for name, value in os.environ.items() if name.startswith(ARITHMETIC)}
+    return {
+        "weights": checkpoint.weights.digest,
+        "architecture": msgspec.to_builtins(checkpoint.variant.architecture),
+        "spec": msgspec.to_builtins(artifact.sidecar.spec),
+        "reference": used,
+        "code": _code(),
+        "versions": machine.versions(reference.LIBRARIES),
+        "options": [options.compiled, options.arithmetic, torch.get_num_threads()],
+        "torch": [torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled, settings],
+        "cpu": [*machine.cpu(), torch.backends.cpu.get_cpu_capability()],
+    }
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of the code of this tool's networks, which may change without the version in a development install."""
+    from exporter.model import weights
+
+    digest = hashlib.sha256()
+    for path in [Path(__file__), *sorted(Path(weights.__file__).parent.glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def layers(artifact: Artifact, options: EagerOptions) -> list[Layer]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import time
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -24,10 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.artifact.disk import cache_folder, write_file
+from exporter.artifact import sealed
+from exporter.artifact.disk import cache_folder
 from exporter.artifact.outputs import DENSE
 from exporter.data.calibration import CalibrationSet
-from exporter.errors import CheckFailed, ExporterError
+from exporter.errors import CheckFailed
 from exporter.model import structure
 from exporter.model.convnext import ConvNeXt
 from exporter.progress import note, step, track
@@ -40,7 +39,7 @@ PIXELS_FEWER = 8  # how many times fewer images are run at once where the output
 COUNTED = 1 << 20  # values that are counted at once
 CACHED = 1 << 17  # values of a depthwise convolution that are computed at once, so that they stay in a core's cache
 SAVE_S = 5.0  # how often what was measured so far is written down
-VERSION = 3
+VERSION = 4
 USUAL = frozenset({"pwconv1", "pwconv2", "downsampling", "decoder"})
 """The kinds that are always measured, so that one calibration serves runtimes that quantize different layers."""
 See = Callable[[str, torch.Tensor, int], None]
@@ -280,7 +279,7 @@ def _histogram(statistics: Statistics, name: str, x: torch.Tensor, axis: int) ->
 
 
 class Store:
-    """The cache of statistics: one file for each cache key. The file also contains its key."""
+    """The cache of statistics: one sealed file for each cache key."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = msgspec.json.encode(facts, order="deterministic")
@@ -290,18 +289,9 @@ class Store:
     def read(self) -> Statistics:
         """The cached statistics; empty when the file is damaged or has another key."""
         statistics = Statistics()
-        try:
-            if not self.path.is_file():
-                return statistics
-            with np.load(self.path, allow_pickle=False) as stored:
-                if bytes(stored["facts"]) != self.facts or str(stored["seal"]) != _seal(stored):
-                    raise ValueError("another key")
-                for key in set(stored.files) - {"facts", "seal"}:
-                    kind, _, name = key.partition("|")
-                    getattr(statistics, kind)[name] = stored[key]
-        except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
-            note(f"{self.path} is damaged or has another key; the statistics are measured again")
-            return Statistics()
+        for key, array in sealed.read(self.path, self.facts, "the statistics are measured again").items():
+            kind, _, name = key.partition("|")
+            getattr(statistics, kind)[name] = array
         return statistics
 
     def write(self, statistics: Statistics) -> None:
@@ -318,15 +308,4 @@ class Store:
         arrays = {
             f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(statistics, kind).items()
         }
-        arrays["facts"] = np.frombuffer(self.facts, np.uint8)
-        buffer = io.BytesIO()
-        np.savez(buffer, seal=np.asarray(_seal(arrays)), **arrays)  # type: ignore[arg-type]
-        with suppress(ExporterError):
-            write_file(self.path, buffer.getvalue())
-
-
-def _seal(arrays: Any) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(set(arrays) - {"seal"}):
-        digest.update(key.encode() + np.ascontiguousarray(arrays[key]).tobytes())
-    return digest.hexdigest()
+        sealed.write(self.path, self.facts, arrays)

@@ -28,7 +28,7 @@ from exporter.progress import note, step, track
 from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Picture, Report, judged
-from exporter.verify import checks, outputs
+from exporter.verify import answers, checks, outputs
 from exporter.verify.blocks import block_errors
 from exporter.verify.checks.segmentation import Segmentation
 from exporter.verify.slide import SlideOptions, Windows, sliding, whole, windows_of
@@ -157,11 +157,11 @@ def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
 
 
 def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextManager[Session]:
-    """The PyTorch model that an artifact was built from, opened for a comparison.
+    """The PyTorch model that an artifact was built from, opened for a comparison, with its answers cached (`answers`).
 
     Raises: BadRequest when the weights have changed; Unavailable when they are missing.
     """
-    return eager.RUNTIME.open(artifact, _eager_options(options))
+    return answers.open_reference(artifact, _eager_options(options))
 
 
 def _eager_options(options: VerifyOptions) -> eager.EagerOptions:

@@ -1,0 +1,54 @@
+"""Files of arrays in a cache. A seal over cache key and content rejects a damaged file, and one of another key."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.artifact.disk import write_file
+from exporter.errors import ExporterError
+from exporter.progress import note
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def read(path: Path, key: bytes, remedy: str) -> Arrays:
+    """The arrays of a file by name, in the order in which they were written; empty when there is no such file.
+
+    A file that is damaged or has another key counts as none, and a note says so and ends in `remedy`.
+    """
+    try:
+        sealed = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        note(f"{path} cannot be read ({error.strerror}); {remedy}")
+        return {}
+    seal, content = sealed[: hashlib.sha256().digest_size], sealed[hashlib.sha256().digest_size :]
+    if seal != _seal(key, content):
+        note(f"{path} is damaged or has another key; {remedy}")
+        return {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def write(path: Path, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Write a file whole, and return its size in bytes; 0 where it cannot be written, because a cache is optional."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    content = buffer.getvalue()
+    with suppress(ExporterError):
+        write_file(path, _seal(key, content) + content)
+        return len(content)
+    return 0
+
+
+def _seal(key: bytes, content: bytes) -> bytes:
+    return hashlib.sha256(hashlib.sha256(key).digest() + content).digest()
