@@ -2,8 +2,8 @@
 
     python -m benchmarks.any_size -o benchmarks/results/MACHINE/any-size.json
 
-One graph of each, traced at 512 pixels for any height and width, runs at several sizes on each runtime and is compared
-with transformers' own forward in fp64: the share of pixels with another class, and the largest difference of logits as
+Each exporter traces one graph at 512 pixels for any height and width, which runs at several sizes on each runtime and is
+compared with transformers' own forward in fp64: the share of pixels with another class, and the largest difference of logits as
 a share of their standard deviation. Transformers' forward in fp32 is compared with it too, for rounding alone gives
 differences. Weights are random, with the widths of the published network.
 """
@@ -28,13 +28,18 @@ from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.build import build
 from exporter.data import images, synthetic
-from exporter.errors import first_line
+from exporter.errors import first_line, last_line
 from exporter.recipe import Export, Model, Recipe
 
 SIZES = ((512, 512), (640, 640), (512, 768), (96, 160), (224, 224), (352, 480), (300, 451))
-EAGER, OURS, TORCH, OPTIMUM = "none", "this tool", "`torch.onnx.export`, dynamic", "`optimum-cli export`"
+EAGER, OURS, TORCH, OPTIMUM = (
+    "transformers, no export",
+    "this tool",
+    "`torch.onnx.export`, dynamic",
+    "`optimum-cli export`",
+)
 LABELS = {"eager": "PyTorch, fp32", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-WRONG_PCT = 0.1  # of pixels; rounding changes fewer, and a larger share is in bold
+BOLD_FROM_PCT = 0.1  # of pixels; rounding changes fewer, and a larger share is in bold
 Array = np.ndarray[Any, Any]
 Expected = Mapping[tuple[int, int], Array]
 
@@ -46,7 +51,7 @@ class Row(Record, frozen=True):
     export: str
     runtime: str
     size: tuple[int, int]
-    other_pct: float | None = None
+    other_class_pct: float | None = None
     error: float | None = None
     failure: str = ""
 
@@ -63,8 +68,8 @@ class Result(Record, frozen=True):
         head = "| graph | runtime | " + " | ".join(f"{h} × {w}" for h, w in SIZES) + " |"
         lines, notes = [head, "|---|---|" + "--:|" * len(SIZES)], list[str]()
         for export, runtime in dict.fromkeys((row.export, row.runtime) for row in self.rows):
-            mine = {row.size: row for row in self.rows if (row.export, row.runtime) == (export, runtime)}
-            cells = [_cell(mine[size], notes) for size in SIZES]
+            by_size = {row.size: row for row in self.rows if (row.export, row.runtime) == (export, runtime)}
+            cells = [_cell(by_size[size], notes) for size in SIZES]
             lines.append(f"| {export} | {LABELS[runtime]} | {' | '.join(cells)} |")
         below = "".join(f"\n{number}. {note}" for number, note in enumerate(notes, 1))
         return "\n".join(lines) + "\n" + (f"{below}\n" if notes else "")
@@ -75,10 +80,10 @@ def _cell(row: Row, notes: list[str]) -> str:
         if row.failure not in notes:
             notes.append(row.failure)
         return f"fails ({notes.index(row.failure) + 1})"
-    assert row.other_pct is not None
+    assert row.other_class_pct is not None
     assert row.error is not None
-    share = f"{row.other_pct:.2g} %"
-    return f"{share if row.other_pct < WRONG_PCT else f'**{share}**'}, {row.error:.1e}"
+    share = f"{row.other_class_pct:.2g} %"
+    return f"{share if row.other_class_pct < BOLD_FROM_PCT else f'**{share}**'}, {row.error:.1e}"
 
 
 def export_dynamic(folder: Path) -> Path:
@@ -121,7 +126,7 @@ def graphs(folder: Path) -> dict[str, dict[str, Path | str]]:
         try:
             file = write(folder)
         except Exception as error:  # noqa: BLE001  (of other tools, each with errors of its own)
-            file = first_line(error)
+            file = _reason(error)
         found[name] = dict.fromkeys(RUNTIMES, file)
     return found
 
@@ -131,17 +136,17 @@ def measure(export: str, runtime: str, run: Run | str, expected: Expected) -> li
     if isinstance(run, str):
         return [Row(export=export, runtime=runtime, size=size, failure=run) for size in expected]
     rows = []
-    for size, theirs in expected.items():
+    for size, expected_logits in expected.items():
         print(f"{export}, {runtime}, {size[0]} × {size[1]}", file=sys.stderr, flush=True)
         row = Row(export=export, runtime=runtime, size=size)
         try:
-            ours = run(picture(size))[0]
+            logits = run(picture(size))[0]
         except Exception as error:  # noqa: BLE001  (of the runtime)
-            rows.append(msgspec.structs.replace(row, failure=first_line(error)))
+            rows.append(msgspec.structs.replace(row, failure=_reason(error)))
             continue
-        other = 100 * float((ours.argmax(1) != theirs.argmax(1)).mean())
-        difference = float(np.abs(ours - theirs).max() / theirs.std())
-        rows.append(msgspec.structs.replace(row, other_pct=other, error=difference))
+        other = 100 * float((logits.argmax(1) != expected_logits.argmax(1)).mean())
+        difference = float(np.abs(logits - expected_logits).max() / expected_logits.std())
+        rows.append(msgspec.structs.replace(row, other_class_pct=other, error=difference))
     return rows
 
 
@@ -154,6 +159,12 @@ def in_pytorch() -> tuple[Expected, list[Row]]:
         expected = {size: model(torch.from_numpy(picture(size)).double()).logits.numpy() for size in SIZES}
     by_shape = {(height, width): [fp32[height, width]] for height, width in SIZES}
     return expected, measure(EAGER, "eager", lambda images: by_shape[images.shape[2:]], expected)
+
+
+def _reason(error: Exception) -> str:
+    """The part of an error that says why: its first sentence, or its last line where the first only says where."""
+    text = last_line(error) if str(error).startswith("Exception from") else first_line(error)
+    return text.partition(". ")[0].partition(", but no custom")[0]
 
 
 def picture(size: tuple[int, int]) -> Array:
