@@ -2,10 +2,10 @@
 
     python -m benchmarks.any_size -o benchmarks/results/MACHINE/any-size.json
 
-Each exporter traces one graph at 512 pixels for any height and width, which runs at several sizes on each runtime and is
-compared with transformers' own forward in fp64: the share of pixels with another class, and the largest difference of logits as
-a share of their standard deviation. Transformers' forward in fp32 is compared with it too, for rounding alone gives
-differences. Weights are random, with the widths of the published network.
+Each exporter traces one graph at 512 pixels for any height and width. It runs at several sizes on each runtime and is
+compared with transformers' own forward in fp64: the share of pixels with another class, and the largest difference of
+logits as a share of their standard deviation. Transformers' forward in fp32 is compared with it too, because rounding
+alone gives differences. Weights are random, with the widths of the published network.
 """
 
 from __future__ import annotations

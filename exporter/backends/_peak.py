@@ -15,7 +15,7 @@ from exporter.backends import Array, Bound, Outputs, Session
 MAP_SIDE = 32  # height and width of the feature map of a convolution
 ROWS = MAP_SIDE**2  # of the input of a matrix product
 PEAK_RUNS = 8  # of each product; the shortest counts
-IN_A_ROW = 8  # products below fp32: like the layers of a network, all but the ends take and return that precision
+IN_A_ROW = 8  # products below fp32: only the first converts its input from fp32, and only the last its output to it
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class PeakProduct:
         return _normal(shape, 0)
 
     def matrix(self) -> Array:
-        """The weights of each, float32: (in, out) of a matrix product, (out, in, 1, 1) of a convolution. Outputs are of
-        the same size as inputs."""
+        """The weights of each, float32: (in, out) of a matrix product, (out, in, 1, 1) of a convolution. Their scale
+        gives outputs the variance of inputs."""
         shape = (self.channels, self.channels, 1, 1) if self.convolution else (self.channels, self.channels)
         return _normal(shape, 1) / np.float32(np.sqrt(self.channels))
 

@@ -100,9 +100,9 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
-        what = f"{network}{task}, {recipe.precision} for {recipe.backend}"
-        checked = f"the options fit: {what}, in the folder {out}; weights and images were not read, nothing was built"
-        click.echo(printable(checked), err=as_json)
+        wanted = f"{network}{task}, {recipe.precision} for {recipe.backend}, in {out}"
+        message = f"the options are valid, for {wanted}; nothing was built, and weights and images were not read"
+        click.echo(printable(message), err=as_json)
         if as_json:
             print_json({"recipe": recipe})
         return

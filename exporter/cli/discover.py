@@ -257,7 +257,7 @@ def _content(sidecar: Sidecar, output: Tensor) -> str:
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    """Numbers in parentheses without the last digits of a division by 255."""
+    """Numbers in parentheses with 7 digits, which hides the rounding of divisions by 255."""
     return f"({', '.join(f'{value:.7g}' for value in values)})"
 
 

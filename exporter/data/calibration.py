@@ -33,7 +33,7 @@ from exporter.recipe import bundled
 
 SIZE = 256  # images when no number is given
 SYNTHETIC_SIZE = 128  # with more, agreement of the trained atto networks with eager does not rise
-DENSE_SIZE = 16  # for outputs of pixels, in whose maps every position counts
+DENSE_SIZE = 16  # for segmentation and pyramids, of whose maps every position is counted
 COMPARED = 32  # synthetic images on which a quantized network is compared with PyTorch
 COLUMNS = ("sha256", "path", "label")
 
@@ -278,7 +278,7 @@ def check_source(source: str) -> None:
 
 
 def usual_size(synthetic: bool, dense: bool) -> int:
-    """The number of images that is enough: of real or of synthetic ones, for a network of any or of dense outputs."""
+    """The default number of images of a folder, or of synthetic ones; below it, a note asks for more."""
     return DENSE_SIZE if dense else SYNTHETIC_SIZE if synthetic else SIZE
 
 

@@ -73,11 +73,11 @@ def pairs_of(source: str) -> list[Pair] | None:
     folders = mask_folders(path)
     if folders is None:
         return None
-    folder, other = (path / name / split for name in folders)
-    names = images_in(folder) if folder.is_dir() else []
+    image_folder, mask_folder = (path / name / split for name in folders)
+    names = images_in(image_folder) if image_folder.is_dir() else []
     if not names:
-        raise BadRequest(f"{folder}: no images in it; give the folder that has images/ and annotations/")
-    return [Pair(name, folder / name, other / _mask_of(name)) for name in names]
+        raise BadRequest(f"{image_folder}: no images in it; give the folder that has images/ and annotations/")
+    return [Pair(name, image_folder / name, mask_folder / _mask_of(name)) for name in names]
 
 
 def open_masks(

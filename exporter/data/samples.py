@@ -327,22 +327,23 @@ def mask_folders(folder: Path) -> tuple[str, str] | None:
 def images_in(folder: Path, split: str = "") -> list[str]:
     """The paths of the images in a folder and below, none hidden, relative to it and sorted.
 
-    Masks are no images: of a folder that has both, these are its images, and with `split` those of that sub-folder.
+    If the folder has images and masks (`mask_folders`), they are its images alone, with `split` those of that
+    sub-folder.
 
-    Raises: BadRequest for a `split` of another folder.
+    Raises: BadRequest for a `split` of a folder without masks.
     """
     folders = mask_folders(folder)
     if split and folders is None:
         raise BadRequest(
-            f"{folder}#{split}: a split of a folder is for images with masks, which this one has not; leave it out, "
-            f"or give {folder / split}"
+            f"{folder}#{split}: #{split} needs a folder with images and masks, as images/ and annotations/; leave it "
+            f"out, or give {folder / split}"
         )
     below = "/".join(filter(None, (folders[0], split))) + "/" if folders else ""
     return [name for name in files_in(folder) if name.startswith(below)]
 
 
 def files_in(folder: Path) -> list[str]:
-    """The paths of the images and masks in a folder and below, as `images_in`."""
+    """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted."""
     files = folder.rglob("*")
     names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))

@@ -110,9 +110,9 @@ class _Disc(NamedTuple):
 def _discs(
     rng: np.random.Generator, count: int, size: int, radii: tuple[float, float], palette: _Palette
 ) -> list[_Disc]:
-    """Discs of radii between two, somewhere on an image of that size."""
+    """Random discs on a square image of `size` pixels; `radii` are the smallest and the largest."""
     uniform, normal = np.empty((count, 3)), np.empty((count, 6))
-    for disc in range(count):  # in this order, for it is part of what a seed means
+    for disc in range(count):  # disc by disc, so that a seed always gives the same image
         rng.random(out=uniform[disc])
         rng.standard_normal(out=normal[disc])
     smallest, largest = radii

@@ -94,7 +94,7 @@ Layers = dict[str, tuple[str, dict[str, "Tensor"]]]
 def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Layers, dict[str, dict[str, Tensor]]]:
     """The convolutions, each with the path of its module, and the batch norms behind them, by our name of the layer.
 
-    Raises: BadRequest for other tensors, and for a convolution without a batch norm and a bias.
+    Raises: BadRequest for other tensors, and for a convolution that has neither a batch norm nor a bias.
     """
     convs: Layers = {}
     norms: dict[str, dict[str, Tensor]] = {}
@@ -112,9 +112,13 @@ def _sorted(tensors: Mapping[str, Tensor]) -> tuple[Layers, dict[str, dict[str, 
         raise BadRequest(f"unexpected keys in UPerNet's head: {len(unknown)} ({some(unknown)})")
     if alone := sorted(norms.keys() - convs.keys()):
         raise BadRequest(f"UPerNet's head has batch norms without convolutions ({some(alone)}); save the whole model")
-    bare = sorted(layer for layer, (_, leaves) in convs.items() if layer not in norms and "bias" not in leaves)
-    if bare:
-        raise BadRequest(f"UPerNet's head has neither a batch norm nor a bias in {some(bare)}; save the whole model")
+    without_either = sorted(
+        layer for layer, (_, leaves) in convs.items() if layer not in norms and "bias" not in leaves
+    )
+    if without_either:
+        raise BadRequest(
+            f"UPerNet's head has neither a batch norm nor a bias in {some(without_either)}; save the whole model"
+        )
     return convs, norms
 
 
@@ -167,8 +171,8 @@ def decoder_of(state: Mapping[str, Tensor], arch: Architecture, stated: Mapping[
     if len(scales) != len(pooled):
         said = f"pool_scales {list(scales)}" if scales else "no pool_scales"
         raise BadRequest(
-            f"the config says {said}, but the weights have {len(pooled)}, whose values they do not show; correct "
-            "pool_scales in the configuration (config.json, or meta of the checkpoint)"
+            f"the config says {said}, but the weights have {len(pooled)} pooling branches, and do not contain their "
+            "scales; correct pool_scales in the configuration (config.json, or meta of the checkpoint)"
         )
     dims = [int(weight.shape[1]) for weight in (*laterals, pooled[0])]
     classes, levels = len(state[f"{HEAD}classifier.weight"]), _levels(dims, arch)

@@ -87,7 +87,9 @@ def numbered(state: Mapping[str, Tensor], layers: str) -> list[Tensor]:
     pattern = re.compile(rf"{re.escape(layers)}\.(\d+)\.weight")
     weights = {int(match[1]): state[key] for key in state if (match := pattern.fullmatch(key))}
     if missing := [number for number in range(max(weights, default=0)) if number not in weights]:
-        raise BadRequest(f"{layers}.{missing[0]} is missing, but not {layers}.{max(weights)}; save the whole model")
+        raise BadRequest(
+            f"{layers}.{missing[0]} is missing, although {layers}.{max(weights)} is there; save the whole model"
+        )
     return [weights[number] for number in sorted(weights)]
 
 

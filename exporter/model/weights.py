@@ -112,8 +112,8 @@ class Checkpoint:
             )
         if spec.answer in WITH_LABELS and self.weights.num_classes == 1:
             raise BadRequest(
-                f"--output {spec.answer}: every pixel would have the only class; give --output logits, and compare "
-                "them with a threshold"
+                f"--output {spec.answer}: the network has one class, which every pixel would get; give --output logits "
+                "and apply a threshold"
             )
         heads = dict(map(head_layer, self.variant.architecture.heads))
         if spec.answer in ("softmax", "top5") and 1 in (self.weights.num_classes, *heads.values()):

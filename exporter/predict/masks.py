@@ -46,14 +46,15 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
 
 
 def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe: Preprocessing) -> None:
-    """Write the mask of an image, and beside it `NAME_overlay.png` where the image is a file in colour.
+    """Write the mask of an image, and beside it `NAME_overlay.png` if the image is in colour and can be read.
 
     Where images are stretched, both have the size of the image, by the nearest pixel; else that of the input.
 
     Args:
         path: of the mask.
         classes: (H, W) of the input.
-        file: of the image; an image of an array or a generator has none, and its mask the size of the input.
+        file: the image, as a path or a stream. A path that does not exist, as of an array, gives a mask of the size of
+            the input and no overlay.
         recipe: how the image became the input.
 
     Raises: BadRequest when the folder cannot be written; Unavailable when the disk is full.

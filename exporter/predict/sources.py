@@ -31,15 +31,15 @@ MAX_STDIN_BYTES = 1 << 28
 @dataclass(frozen=True)
 class Images:
     """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists;
-    `on_stdin` are the bytes of an image on standard input."""
+    `stdin_image` are the bytes of an image on standard input."""
 
     samples: Samples
     key: str
-    on_stdin: bytes = b""
+    stdin_image: bytes = b""
 
     def file(self, name: str) -> Path | IO[bytes]:
-        """The file of an image by its name."""
-        return io.BytesIO(self.on_stdin) if name == STDIN and self.on_stdin else Path(name)
+        """An image by its name: a stream for standard input, else its path, which may not exist."""
+        return io.BytesIO(self.stdin_image) if name == STDIN and self.stdin_image else Path(name)
 
     def after(self, count: int) -> Samples:
         """Those after the first `count`."""
@@ -64,7 +64,11 @@ def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | 
         return chain.from_iterable(part.samples.items() for part in parts)
 
     samples = Samples(", ".join(words), total, items, labelled=False)
-    return Images(samples, _digest(part.key for part in parts), max((part.on_stdin for part in parts), default=b""))
+    return Images(
+        samples,
+        _digest(part.key for part in parts),
+        next((part.stdin_image for part in parts if part.stdin_image), b""),
+    )
 
 
 def _digest(words: Iterable[str]) -> str:
@@ -145,7 +149,7 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         )
     if _is_image(content):
         named = [(STDIN, partial(_read_bytes, content, recipe))]
-        return replace(_of(named, hashlib.sha256(content).hexdigest()), on_stdin=content)
+        return replace(_of(named, hashlib.sha256(content).hexdigest()), stdin_image=content)
     by_nul = b"\0" in content and (content.endswith(b"\0") or _is_text(content.replace(b"\0", b"\n")))
     lines = content.split(b"\0" if by_nul else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]

@@ -107,7 +107,7 @@ ACCURACY = ("parity", "accuracy", "multilabel", "values", "sanity", "structure",
 
 
 MEASURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU"}
-"""Metrics of accuracy against labels, of which a report has one."""
+"""Metrics of accuracy against labels; a report has one of them."""
 
 
 def accuracy(reports: Sequence[Report]) -> Table:

@@ -125,7 +125,7 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     if set(DENSE) & set(sidecar.spec.tasks) and masks.pairs_of(options.data) is not None:
-        note(f"{options.data}: its masks are not used, for the artifact returns {sidecar.spec.text}")
+        note(f"{options.data}: masks are ignored, because the artifact returns no classes at the size of the input")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
     classes = sidecar.weights.num_classes if has_labels else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"

@@ -62,7 +62,7 @@ class CachedSession:
         pixels = np.ascontiguousarray(as_network_takes(images, self.session.recipe))
         key = hashlib.sha256(self.identity + f" {pixels.dtype.str} {pixels.shape} ".encode())
         key.update(pixels.data)
-        path = self.folder / f"{key.hexdigest()[:32]}.npz"
+        path = self.folder / f"{key.hexdigest()[:32]}.sealed"
         self.images += len(images)
         if arrays := sealed.read(path, key.digest(), "PyTorch computes these images again"):
             self.cached += len(images)
@@ -83,7 +83,9 @@ class CachedSession:
     def close(self) -> None:
         """Note how many answers were cached, and prune the cache."""
         if self.cached:
-            note(f"PyTorch's answers to {self.cached} of {self.images} images are cached ({self.folder})")
+            note(
+                f"PyTorch's outputs for {self.cached} of {self.images} images were read from the cache ({self.folder})"
+            )
         if self.unpruned_bytes:
             self._prune()
 

@@ -174,7 +174,7 @@ def test_its_peak_is_a_product_in_the_artifacts_precision(name, precision, convo
     for _ in range(in_a_row):
         expected = np.einsum("nihw,oi->nohw", expected, matrix[:, :, 0, 0]) if convolution else expected @ matrix
     error = np.abs(got - expected).max() / got.std()
-    # Rounding errors of products in a row add up as independent ones do.
+    # Independent rounding errors grow with the square root of the number of products.
     assert error < {"bf16": 0.05, "int8": 0.1}.get(precision, 1e-5) * in_a_row**0.5
     assert precision not in ("bf16", "int8") or error > 1e-4, "it is computed in that precision"
 

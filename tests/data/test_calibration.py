@@ -176,7 +176,7 @@ def test_synthetic_images_need_no_manifest(refused):
     assert "need no manifest" in refused(2, "calibrate", "synthetic")
 
 
-def test_sixteen_images_are_enough_for_outputs_of_pixels(folder):
+def test_the_default_is_16_images_for_segmentation_and_pyramids(folder):
     assert open_calibration("synthetic", RECIPE, None, dense=True).total == 16
     assert open_calibration("synthetic", RECIPE, None).total == 128
     assert open_calibration(str(folder), RECIPE, None, dense=True).total == 16

@@ -85,7 +85,7 @@ def test_masks_are_no_images_to_calibrate_with_or_to_predict(tmp_path):
 def test_a_split_of_a_folder_without_masks_is_refused(tmp_path):
     (tmp_path / "val").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "val/a.jpg")
-    with pytest.raises(BadRequest, match="a split of a folder is for images with masks, which this one has not"):
+    with pytest.raises(BadRequest, match="#val needs a folder with images and masks"):
         open_samples(f"{tmp_path}#val", RECIPE, (), None)
 
 

@@ -140,7 +140,9 @@ def test_labels_of_more_than_256_classes_do_not_fit_a_byte(tmp_path):
 def test_labels_of_one_class_are_refused(tmp_path):
     model = segmenters.transformers_model(dims=(4, 8), width=4, labels=["road"])
     checkpoint = weights.load(str(segmenters.save(tmp_path, model)))
-    with pytest.raises(BadRequest, match="every pixel would have the only class; give --output logits"):
+    with pytest.raises(
+        BadRequest, match="the network has one class, which every pixel would get; give --output logits"
+    ):
         checkpoint.model(OutputSpec(tasks=("segment",), answer="labels"))
 
 
@@ -176,11 +178,11 @@ def without(name):
         (without("decode_head.lateral_convs.1.conv"), {}, "batch norms without convolutions"),
         (without("decode_head.fpn_convs.2."), {}, "missing keys"),
         (without("batch_norm"), {}, "neither a batch norm nor a bias in bottleneck, fpn_bottleneck, fpn_convs.0"),
-        (lambda state: None, {"pool_scales": [1, 2]}, "pool_scales .1, 2., but the weights have 4"),
+        (lambda state: None, {"pool_scales": [1, 2]}, "pool_scales .1, 2., but the weights have 4 pooling branches"),
         (lambda state: None, {"pool_scales": [0, 2, 3, 6]}, "pool_scales is .0, 2, 3, 6."),
         (lambda state: None, {"hidden_size": 12}, "hidden_size 12, but the weights have 16"),
         (without("psp_modules.3"), {"pool_scales": [1, 2, 3]}, "wrong shapes"),
-        (without("psp_modules.3"), {"pool_scales": None}, "no pool_scales, but the weights have 3"),
+        (without("psp_modules.3"), {"pool_scales": None}, "no pool_scales, but the weights have 3 pooling branches"),
     ],
 )
 def test_a_head_that_is_not_whole_or_not_that_of_the_config_is_refused(change, config, message, folder, tmp_path):

@@ -154,7 +154,7 @@ def test_norms_in_the_neck_are_refused_by_name(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("layer", "message"),
-    [(3, "lateral_convs"), (2, r"neck\.lateral_convs\.2 is missing, but not neck\.lateral_convs\.3")],
+    [(3, "lateral_convs"), (2, r"neck\.lateral_convs\.2 is missing, although neck\.lateral_convs\.3 is there")],
 )
 def test_a_missing_layer_is_refused(layer, message, model, tmp_path):
     path = changed(

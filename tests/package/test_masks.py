@@ -85,7 +85,7 @@ def test_the_masks_of_a_package_are_those_of_predict(backend, output, folder, ba
     assert result.stderr.startswith("two images have one name, and so would their masks")
     result = execute(bare, "predict.py", tmp_path / "photo.jpg", folder=out)
     assert (result.returncode, result.stdout) == (1, ""), "the mask is there"
-    assert result.stderr.startswith("photo_mask.png exists and would be replaced")
+    assert result.stderr.startswith("photo_mask.png already exists")
     result = execute(bare, "selftest.py", folder=out)
     assert result.stdout.splitlines() == [f"{output}: 0 % of the pixels have another class, limit 0.1 %", "passed"]
     with np.load(out / "expected.npz") as arrays:

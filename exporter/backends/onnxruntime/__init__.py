@@ -34,7 +34,7 @@ from exporter.backends import (
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
-from exporter.backends.onnxruntime.products import graph_of
+from exporter.backends.onnxruntime.products import peak_model
 from exporter.backends.onnxruntime.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
@@ -277,7 +277,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
     def product(weights: PeakProduct) -> Iterator[OrtSession]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peak.onnx"
-            files.save(graph_of(weights, precision), path, {})
+            files.save(peak_model(weights, precision), path, {})
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 

@@ -37,7 +37,7 @@ from exporter.backends import (
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
-from exporter.backends.openvino.products import model_of
+from exporter.backends.openvino.products import peak_model
 from exporter.backends.openvino.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
 from exporter.model.structure import last_operators, module_of
@@ -298,7 +298,7 @@ def peak(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Product]:
 
     @contextmanager
     def product(weights: PeakProduct) -> Iterator[OpenVinoSession]:
-        compiled = _compile(artifact, options, lambda _: model_of(weights, artifact.sidecar.precision))
+        compiled = _compile(artifact, options, lambda _: peak_model(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
     with fastest_product(product, artifact.sidecar.precision) as fastest:
