@@ -192,9 +192,7 @@ class Quantization(Record, frozen=True):
     ] = SYNTHETIC
     calib_size: Annotated[
         Count | None,
-        about(
-            "Number of images; by default all of a manifest; else 256, synthetic 128, dense outputs 16.", metavar="N"
-        ),
+        about("Number of images; by default all of a manifest or 256 (synthetic 128, segment 16).", metavar="N"),
     ] = None
     calib_seed: Annotated[int, about("Seed of the draw from a folder.", metavar="N")] = 0
     calib_method: Annotated[CalibMethod, about("How ranges are chosen.")] = "minmax"
