@@ -100,8 +100,8 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     if dry_run:
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
-        wanted = f"{network}{task}, {recipe.precision} for {recipe.backend}, in {out}"
-        message = f"the options are valid, for {wanted}; nothing was built, and weights and images were not read"
+        wanted = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
+        message = f"the options are valid, for {wanted}, to {out}; nothing was built or read but the options"
         click.echo(printable(message), err=as_json)
         if as_json:
             print_json({"recipe": recipe})

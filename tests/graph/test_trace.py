@@ -12,7 +12,7 @@ from exporter.model import weights
 from tests.conftest import build, tiny_architecture, tiny_state, trace_options, write_tiny
 
 SPREAD = 1e-4
-SIZES = "a whole number from 32 to 4096, two of these (height, width), dynamic or null"
+SIZES = r"a whole number from 32 to 4096, two of these \(height, width\), dynamic or null"
 
 
 def outputs(made, images):

@@ -69,7 +69,7 @@ def test_a_second_verify_computes_nothing_and_its_report_is_the_same(artifacts, 
     with notes() as lines:
         second = verify(artifact, options)
     assert computed == BATCHES
-    assert f"PyTorch's answers to 20 of 20 images are cached ({cache})" in lines
+    assert f"PyTorch's outputs for 20 of 20 images were read from the cache ({cache})" in lines
     monkeypatch.setattr(answers, "SMALL", set())
     uncached = verify(artifact, options)
     assert computed == 2 * BATCHES
