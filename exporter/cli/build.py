@@ -101,7 +101,7 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
         network = recipe.model.variant or f"the model of {recipe.model.weights}"
         task = f", {recipe.model.task}" if recipe.model.task else ""
         wanted = f"{network}{task}, in {recipe.precision} for {recipe.backend}"
-        message = f"the options are valid, for {wanted}, to {out}; nothing was built or read but the options"
+        message = f"the options are valid, for {wanted}, to {out}; no weights were read, nothing was built"
         click.echo(printable(message), err=as_json)
         if as_json:
             print_json({"recipe": recipe})
