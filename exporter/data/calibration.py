@@ -128,15 +128,15 @@ def freeze(source: str, size: int | None, seed: int, dense: bool = False) -> Man
         raise BadRequest("synthetic images are made from seeds: they need no manifest; say --calib synthetic")
     if not folder.is_dir():
         raise BadRequest(f"{folder}: no such folder of images{_hint(source)}")
-    found = _by_class(folder, split)
-    count = sum(map(len, found.values()))
+    by_class = _by_class(folder, split)
+    count = sum(map(len, by_class.values()))
     wanted = _wanted(size, count, source, dense)
-    chosen = stratified(found, wanted, random.Random(seed))
+    chosen = stratified(by_class, wanted, random.Random(seed))
     entries = tuple(
         track((_entry(folder, name, label) for name, label in chosen), len(chosen), "images", lambda entry: 1)
     )
     _refuse_duplicates(source, entries)
-    classes = len(found)
+    classes = len(by_class)
     rule = f"{wanted} of {count} images, " + (f"equally from {classes} classes" if classes > 1 else "at random")
     return Manifest(source=str(folder), seed=seed, rule=rule, entries=entries)
 

@@ -305,14 +305,14 @@ def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if folders and classes is not None and not split:
         numbers = match_classes(folders, labels, classes, str(path))
-        found = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
+        labelled = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     else:
-        found = [(file, -1) for file in images_in(path, split)]
-    if not found:
+        labelled = [(file, -1) for file in images_in(path, split)]
+    if not labelled:
         raise BadRequest(
             f"{path}: no images in it; expected a sub-folder per class with {some(sorted(images.SUFFIXES))} files"
         )
-    return found
+    return labelled
 
 
 def _stray_images(folder: Path) -> list[str]:

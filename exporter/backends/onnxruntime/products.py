@@ -16,16 +16,16 @@ def peak_model(product: PeakProduct, precision: str) -> Any:
 
     dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
     matrix, shape = product.matrix(), ir.Shape(product.input().shape)
-    given = ir.Value(name="given", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    graph_input = ir.Value(name="input", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
     tensor = ir.Tensor(matrix.astype(dtype.numpy()), name="weight")
     weight = ir.Value(name="weight", type=ir.TensorType(dtype), shape=ir.Shape(matrix.shape), const_value=tensor)
-    nodes = [ir.node("Cast", [given], attributes={"to": dtype})]
+    nodes = [ir.node("Cast", [graph_input], attributes={"to": dtype})]
     for number in range(product.count):
         node = ir.node("Conv" if product.convolution else "MatMul", [nodes[-1].outputs[0], weight])
         output = node.outputs[0]
         output.name, output.dtype, output.shape = f"product_{number}", dtype, shape
         nodes.append(node)
-    graph = ir.Graph([given], [output], nodes=nodes, initializers=[weight], opset_imports={"": 20}, name="peak")
+    graph = ir.Graph([graph_input], [output], nodes=nodes, initializers=[weight], opset_imports={"": 20}, name="peak")
     if precision == "int8":
         largest = float(np.abs(product.input()).max())
         for one in nodes[1:]:

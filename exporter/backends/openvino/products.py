@@ -15,7 +15,7 @@ def peak_model(product: PeakProduct, precision: str) -> Any:
     import openvino as ov
     from openvino import opset13 as ops
 
-    output = given = ops.parameter(product.input().shape, np.float32)
+    output = parameter = ops.parameter(product.input().shape, np.float32)
     largest = np.abs(product.input()).max()
     matrix = _quantized_weights(product) if precision == "int8" else ops.constant(product.matrix())
     for _ in range(product.count):
@@ -24,7 +24,7 @@ def peak_model(product: PeakProduct, precision: str) -> Any:
             output = ops.convolution(*factors, [1, 1], [0, 0], [0, 0], [1, 1])
         else:
             output = ops.matmul(*factors, False, False)
-    return ov.Model([output], [given], "peak")
+    return ov.Model([output], [parameter], "peak")
 
 
 def _quantized_input(value: Any, step: np.float32) -> Any:
