@@ -170,9 +170,9 @@ def test_image_files_for_many_channels_are_refused(networks, refused, tmp_path):
 
 @pytest.mark.parametrize("text", ["64,16", "64,96,3", "64x96", ","])
 def test_other_sizes_are_refused(text, refused, tmp_path):
-    told = refused(2, "onnx", "--weights", "random:0", "--imgsz", text, "-o", tmp_path / "out", folder=tmp_path)
+    message = refused(2, "onnx", "--weights", "random:0", "--imgsz", text, "-o", tmp_path / "out", folder=tmp_path)
     expected = "a whole number from 32 to 4096, two of these (height, width) or dynamic"
-    assert f"'--imgsz': '{text}': expected {expected}" in told
+    assert f"'--imgsz': '{text}': expected {expected}" in message
 
 
 def test_a_mean_of_other_channels_than_the_network_is_refused(tmp_path):
