@@ -26,8 +26,20 @@ _ISA = (
     "avx512f",
     "avx_vnni",
     "avx2",
+    "i8mm",
+    "asimddp",
     "asimd",
 )
+_ARITHMETIC = {
+    "amx": {"amx_int8"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "avx512": {"avx512f"},
+    "avx2": {"avx2"},
+    "i8mm": {"i8mm"},
+    "dotprod": {"asimddp"},
+    "neon": {"asimd"},
+}
+"""Classes of int8 arithmetic by the instruction sets that they need; the first one that a processor has counts."""
 TOOLS = ("convnext-export", "torch", "onnx", "onnxscript", "onnxsim", "numpy")
 
 
@@ -40,6 +52,12 @@ def cpu() -> tuple[str, list[str]]:
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     name = facts.get("model name") or platform.processor() or platform.machine()
     return name, [isa for isa in _ISA if isa in flags]
+
+
+def arithmetic() -> str:
+    """The class of this processor's int8 arithmetic; processors of one class round and add alike."""
+    isa = set(cpu()[1])
+    return next((name for name, needed in _ARITHMETIC.items() if needed & isa), platform.machine() or "unknown")
 
 
 def has_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""Files of arrays in a cache. A seal over cache key and content rejects a damaged file, and one of another key."""
+"""Files whose seal, over a key and the content, rejects a damaged file, and one of another key."""
 
 from __future__ import annotations
 
@@ -24,19 +24,27 @@ def read(path: Path, key: bytes, remedy: str) -> Arrays:
 
     A file that is damaged or has another key counts as none, and a note says so and ends in `remedy`.
     """
-    try:
-        sealed = path.read_bytes()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        note(f"{path} cannot be read ({error.strerror}); {remedy}")
-        return {}
-    seal, content = sealed[: hashlib.sha256().digest_size], sealed[hashlib.sha256().digest_size :]
-    if seal != _seal(key, content):
-        note(f"{path} is damaged or has another key; {remedy}")
+    content = read_bytes(path, key, remedy)
+    if content is None:
         return {}
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
+
+
+def read_bytes(path: Path, key: bytes, remedy: str) -> bytes | None:
+    """The content of a file, as `read` does; None when there is no such file."""
+    try:
+        sealed = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        note(f"{path} cannot be read ({error.strerror}); {remedy}")
+        return None
+    seal, content = sealed[: hashlib.sha256().digest_size], sealed[hashlib.sha256().digest_size :]
+    if seal != _seal(key, content):
+        note(f"{path} is damaged or has another key; {remedy}")
+        return None
+    return content
 
 
 def write(path: Path, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> int:
@@ -45,9 +53,17 @@ def write(path: Path, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> int:
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     content = buffer.getvalue()
     with suppress(ExporterError):
-        write_file(path, _seal(key, content) + content)
+        write_bytes(path, key, content)
         return len(content)
     return 0
+
+
+def write_bytes(path: Path, key: bytes, content: bytes) -> None:
+    """Write a file whole.
+
+    Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
+    """
+    write_file(path, _seal(key, content) + content)
 
 
 def _seal(key: bytes, content: bytes) -> bytes:

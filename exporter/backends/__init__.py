@@ -348,6 +348,22 @@ def versions() -> dict[str, str]:
     return machine.versions(distributions())
 
 
+def computing_versions(artifact: Artifact) -> dict[str, str]:
+    """The versions of what determines the answers of an artifact: this tool, its runtime, and what reads images."""
+    names = ("convnext-export", "torch", "numpy", "pillow", *runtime_of(artifact).distributions)
+    return {name: version for name in names if (version := installed(name)) is not None}
+
+
+def refuse_other_versions(versions: Mapping[str, str], artifact: Artifact) -> None:
+    """Raises: BadRequest where this process has other versions than these of `computing_versions`."""
+    here = computing_versions(artifact)
+    for name, version in versions.items():
+        if here.get(name) != version:
+            raise BadRequest(
+                f"{name} {here.get(name, 'is missing')}, but the work was begun with {version}; install that version"
+            )
+
+
 def environment() -> dict[str, object]:
     """The machine, with the versions of the tools and runtimes, for a report."""
     return machine.environment(distributions())

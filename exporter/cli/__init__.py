@@ -24,6 +24,7 @@ FILES = {
     "measure": ("calibrate", "verify", "bench", "bisect"),
     "predict": ("predict",),
     "pipeline": ("run", "compare", "report"),
+    "shards": ("shard", "merge"),
 }
 """Commands by the module of this package that has them; commands that build are derived from the targets."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,10 @@ from exporter.bench.latency import BenchOptions
 from exporter.cli.options import add, devices, options_of
 from exporter.keep import KeepOptions
 from exporter.verify import VerifyOptions
+
+if TYPE_CHECKING:
+    from exporter.artifact import Artifact
+    from exporter.report import Report
 
 
 @click.command("calibrate", short_help="Create a calibration set, or show one.")
@@ -100,34 +104,83 @@ def _print_sets(as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="The report; by default ARTIFACT.report.json.",
 )
+@click.option(
+    "--on", metavar="ray[://HOST:PORT]|files:DIR",
+    help="Spread the images over a Ray cluster: one of its own on this machine, or the one at this address. files:DIR "
+    "writes a folder with a command for each shard.",
+)  # fmt: skip
+@click.option("--shard-size", metavar="N", type=click.IntRange(1), help="With --on: images of a shard.  [default: 512]")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def verify_command(artifact: Path, out: Path | None, as_json: bool, **values: Any) -> None:
+def verify_command(
+    artifact: Path, out: Path | None, on: str | None, shard_size: int | None, as_json: bool, **values: Any
+) -> None:
     """Compare an artifact with the PyTorch model that it was built from, on the same images.
 
     Each precision has limits, which options replace. Exit code 5 means that a check failed.
 
     \b
-    Example:
+    Examples:
       convnext-export verify build/tiny_fp16.xml --data imagenet/val
+      convnext-export verify build/tiny_fp16.xml --data imagenet/val --on ray
     """
     from exporter import artifact as artifacts
-    from exporter import report, verify
-    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+    from exporter import verify
+    from exporter.cli.console import drawing
+    from exporter.errors import BadRequest
 
+    if on is None and shard_size is not None:
+        raise BadRequest("--shard-size: only applies to shards; add --on, or leave it out")
+    options = VerifyOptions(**values)
+    if on is not None and on.startswith("files:"):
+        _plan_shards(artifact, options, on, shard_size, out, as_json)
+        return
     path = out or artifact.parent / f"{artifact.name}.report.json"
     artifacts.check_output(path)
     with drawing():
         opened = artifacts.load(artifact)
-        verified = verify.verify(opened, VerifyOptions(**values))
+        if on is None:
+            verified = verify.verify(opened, options)
+        else:
+            from exporter.run import distributed
+
+            verified = distributed.verify(opened, options, on, path, shard_size)
+    finish_verification(opened, verified, path, as_json)
+
+
+def _plan_shards(
+    artifact: Path, options: VerifyOptions, on: str, shard_size: int | None, out: Path | None, as_json: bool
+) -> None:
+    from exporter import artifact as artifacts
+    from exporter.cli.console import console, drawing, plain
+    from exporter.errors import BadRequest
+    from exporter.run import spread
+
+    folder = Path(on.removeprefix("files:"))
+    if out is not None or as_json:
+        raise BadRequest("--on files: writes no report, `merge` does; give -o or --json to that command")
+    if not folder.name:
+        raise BadRequest("--on files: expected the name of a folder, as in files:build/shards")
+    with drawing():
+        written = spread.write_commands(artifacts.load(artifact), options, folder, shard_size)
+    text = f"[bold]{plain(folder / spread.COMMANDS)}[/]  {written.plan.count} commands, one for each shard"
+    console().print(text, soft_wrap=True)
+    console().print(f"then: convnext-export merge {plain(folder)}", style="dim", soft_wrap=True)
+
+
+def finish_verification(artifact: Artifact, verified: Report, path: Path, as_json: bool) -> None:
+    """Save and print the report of a verification. Exit with 5 where a check failed."""
+    from exporter import report, verify
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+
     merged = report.save_merged(verified, path)
     with drawing():
-        verify.record_quality(opened, verified)
+        verify.record_quality(artifact, verified)
     if as_json:
         print_json(merged)
     else:
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
-        console().print(f"{plain(artifact.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
+        console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from exporter.compare.gate import GateOptions
 from exporter.errors import printable
 
 if TYPE_CHECKING:
-    from exporter.run import Outcome
+    from exporter.run import Outcome, RecipeRun
 
 
 @click.command("run", short_help="Build, verify, time and report recipes; finished steps are skipped.")
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
               help="Override a value of the recipes, as in quantization.calib_size=512.")  # fmt: skip
 @click.option("--jobs", metavar="N", type=click.IntRange(1, 64), default=1, show_default=True,
               help="Number of recipes built at once; timing always runs alone.")  # fmt: skip
+@click.option(
+    "--on", metavar="ray[://HOST:PORT]",
+    help="Run the recipes on a Ray cluster whose machines share the working folder: one of its own on this machine, or "
+    "the one at this address.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
 @click.option("--dry-run", is_flag=True, help="Print which steps would run and which results exist, and run no step.")
 @click.option("--json", "as_json", is_flag=True, help="The result of each recipe, as a JSON list on stdout.")
@@ -31,6 +37,7 @@ def run_command(
     out: Path,
     overrides: tuple[str, ...],
     jobs: int,
+    on: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -48,9 +55,11 @@ def run_command(
     """
     from exporter import run
     from exporter.cli.console import console, drawing, plain, print_json, print_table
+    from exporter.errors import BadRequest
     from exporter.recipe import bundled
-    from exporter.run import pool
 
+    if on and jobs > 1:
+        raise BadRequest("--jobs is for one machine, and a cluster decides how many recipes run at once; leave one out")
     recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], out, overrides, force)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}
@@ -61,7 +70,7 @@ def run_command(
             print_table(columns, [(name, *steps.values()) for name, steps in plans.items()])
         return
     with drawing():
-        outcomes = pool.run_all(recipe_runs, jobs) if jobs > 1 else run.run_all(recipe_runs)
+        outcomes = _outcomes(recipe_runs, jobs, on)
         page = run.report_page(outcomes, out)
     if as_json:
         print_json([run.to_dict(outcome) for outcome in outcomes])
@@ -75,6 +84,15 @@ def run_command(
             click.echo(f"error: {printable(outcome.name)}: {outcome.error}", err=True)
     if code := next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0):
         raise click.exceptions.Exit(code)
+
+
+def _outcomes(recipe_runs: Sequence[RecipeRun], jobs: int, on: str | None) -> list[Outcome]:
+    from exporter import run
+    from exporter.run import distributed, pool
+
+    if on is not None:
+        return distributed.run_all(recipe_runs, on)
+    return pool.run_all(recipe_runs, jobs) if jobs > 1 else run.run_all(recipe_runs)
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ from exporter.predict import PredictOptions
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue an unfinished output after its last stored batch.")
 @click.option("--overwrite", is_flag=True, help="Replace an output, finished or not.")
+@click.option(
+    "--on", metavar="ray[://HOST:PORT]",
+    help="Spread the images over a Ray cluster: one of its own on this machine, or the one at this address.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each image; with -o one of the counts.")
 def predict_command(
     artifact: Path,
@@ -29,6 +33,7 @@ def predict_command(
     out: Path | None,
     resume: bool,
     overwrite: bool,
+    on: str | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -51,8 +56,8 @@ def predict_command(
     from exporter.cli.console import console, drawing, plain, print_json
     from exporter.errors import BadRequest, printable
 
-    if out is None and (resume or overwrite):
-        raise BadRequest("--resume and --overwrite are for an output file; add -o FILE")
+    if out is None and (resume or overwrite or on):
+        raise BadRequest("--resume, --overwrite and --on are for an output file; add -o FILE")
     if resume and overwrite:
         raise BadRequest("--resume continues an output and --overwrite replaces it; give one of them")
     options, stdin = PredictOptions(**values), sys.stdin.buffer if "-" in sources else None
@@ -62,7 +67,12 @@ def predict_command(
             for record in predict.answer(opened, sources, options, stdin):
                 click.echo(predict.as_json(record) if as_json else printable(predict.as_text(record)))
             return
-        summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
+        if on is None:
+            summary = predict.predict(opened, sources, options, out, resume, overwrite, stdin)
+        else:
+            from exporter.run import distributed
+
+            summary = distributed.predict(opened, sources, options, on, out, resume, overwrite)
     if as_json:
         print_json({"path": str(out), "summary": summary})
         return

@@ -12,9 +12,9 @@ from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest
 
 
-def fingerprint(source: str) -> str:
-    """A digest of a source of images: the content of a file, or the names, sizes and mtimes of a folder's images
-    and masks.
+def fingerprint(source: str, times: bool = True) -> str:
+    """A digest of a source of images: the content of a file, or the names, sizes and, with `times`, mtimes of a
+    folder's images and masks. Copies of a folder on other machines may have other mtimes.
 
     Raises: BadRequest for a source that does not exist.
     """
@@ -22,7 +22,7 @@ def fingerprint(source: str) -> str:
         return source
     path, split = locate(source)
     if path.is_dir():
-        return split + _of_files(path, samples.files_in(path))
+        return split + _of_files(path, samples.files_in(path), times)
     if not path.is_file():
         raise BadRequest(samples.no_such_data(source))
     if not is_manifest(path):
@@ -30,10 +30,10 @@ def fingerprint(source: str) -> str:
     listed = read_manifest(path, split)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path)
-    return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows])
+    return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times)
 
 
-def _of_files(root: Path, names: Iterable[str]) -> str:
+def _of_files(root: Path, names: Iterable[str], times: bool) -> str:
     digest = hashlib.sha256()
     for name in names:
         try:
@@ -41,5 +41,6 @@ def _of_files(root: Path, names: Iterable[str]) -> str:
         except OSError:
             digest.update(f"{name}\0gone\n".encode("utf-8", "surrogateescape"))
         else:
-            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            mtime = found.st_mtime_ns if times else 0
+            digest.update(f"{name}\0{found.st_size}\0{mtime}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -64,7 +64,12 @@ class Samples:
 
     def first(self, count: int) -> Samples:
         """The first so many images, or all where there are fewer."""
-        return replace(self, total=min(count, self.total), items=lambda: islice(self.items(), count), skipped=[])
+        return self.between(0, count)
+
+    def between(self, start: int, stop: int) -> Samples:
+        """Those from number `start` up to `stop`, which is left out."""
+        stop = min(stop, self.total)
+        return replace(self, total=stop - start, items=lambda: islice(self.items(), start, stop), skipped=[])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller, and so is one with unreadable images."""

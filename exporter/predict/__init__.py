@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -20,12 +22,12 @@ from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
-from exporter.backends import Outputs
-from exporter.data.samples import Read
+from exporter.backends import Outputs, Session
+from exporter.data.samples import Read, Samples
 from exporter.errors import BadRequest, escaped, some
 from exporter.predict import masks, store, writers
 from exporter.predict.answers import Answers, answers_of, check_top
-from exporter.predict.sources import Images, open_images
+from exporter.predict.sources import STDIN, Images, open_images
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
 from exporter.recipe import Checks, Count, Device, OutputKind, RuntimeThreads
@@ -35,6 +37,7 @@ from exporter.verify.checks.segmentation import classes_of
 
 TOP = 5  # classes of each image, where no number is given
 BATCH = 16
+RANGE = 512  # images that another process predicts at once
 CPU_BATCH = 4  # images of a batch on a CPU, where a batch runs on each core
 
 
@@ -76,6 +79,7 @@ def predict(
     resume: bool = False,
     overwrite: bool = False,
     stdin: IO[bytes] | None = None,
+    elsewhere: Callable[[int], Iterator[Chunk]] | None = None,
 ) -> Summary:
     """Write the answers for all images to a file, in the order of the sources.
 
@@ -90,11 +94,16 @@ def predict(
         resume: continue an unfinished output.
         overwrite: replace an output, finished or not.
         stdin: read for the source `-`.
+        elsewhere: returns the answers that other processes compute, from an image on, by its number.
 
     Raises: BadRequest for sources without images, none of which can be read, or an output that cannot be written;
         Unavailable when the runtime or pyarrow is missing, or the disk is full.
     """
     if "segment" in artifact.sidecar.spec.tasks and not out.suffix:
+        if elsewhere:
+            raise BadRequest(
+                f"-o {out}: masks are written on one machine; give a name that ends in .npz, or leave --on out"
+            )
         return predict_masks(artifact, sources, options, out, resume, overwrite, stdin)
     writers.check(out)
     artifacts.check_output(out)
@@ -112,7 +121,8 @@ def predict(
         if done < job.total:
             step(f"predicting {job.total - done:,} images with {artifact.path.name}")
         try:
-            for chunk in track(_chunks(artifact, answers, images, options, done), job.total - done, "images", _count):
+            chunks = elsewhere(done) if elsewhere else _chunks(artifact, answers, images, options, done)
+            for chunk in track(chunks, job.total - done, "images", _count):
                 kept.add(chunk)
         except KeyboardInterrupt:
             reached = f"{kept.done():,} of {job.total:,} images"
@@ -250,28 +260,123 @@ def _answers(artifact: Artifact, options: PredictOptions, whole: bool) -> Answer
     return answers
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """An opened artifact: its session, the images of a batch, and the answers that it gives."""
+
+    session: Session
+    size: int
+    fixed: int | None
+    answers: Answers
+
+    def chunks(self, samples: Samples, start: int) -> Iterator[Chunk]:
+        """The answers for images, the first of which is number `start` of all, a batch at a time, in order. As many
+        batches run at once as the runtime has streams."""
+        with ThreadPoolExecutor(streams := self.session.streams) as pool:
+            run, waiting = partial(run_batch, self.session, fixed=self.fixed), deque[Future[Chunk]]()
+            try:
+                for group in samples.groups(self.size):
+                    waiting.append(pool.submit(_answered, self.answers, group, run, start))
+                    start += len(group)
+                    if len(waiting) > 2 * streams:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _opened(artifact: Artifact, answers: Answers, options: PredictOptions) -> Iterator[Predictor]:
+    """An artifact, opened. On a CPU ONNX Runtime runs each batch in one thread."""
+    runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
+    hint: Literal["latency", "throughput"] = "throughput" if _is_on_cpu(artifact, options) else "latency"
+    with runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint)) as session:
+        yield Predictor(session, _size(artifact, options), artifact.sidecar.batch, answers)
+
+
+def _is_on_cpu(artifact: Artifact, options: PredictOptions) -> bool:
+    return backends.device_kind(artifact, backends.device_of(artifact, options.device)) == "CPU"
+
+
+def _size(artifact: Artifact, options: PredictOptions) -> int:
+    """Images of a batch. Batches begin at the same images every time."""
+    return batch_size(artifact.sidecar, CPU_BATCH if _is_on_cpu(artifact, options) else BATCH)
+
+
 def _chunks(
     artifact: Artifact, answers: Answers, images: Images, options: PredictOptions, done: int
 ) -> Iterator[Chunk]:
-    """The answers after the first `done` images, a batch at a time, in order. Batches begin at the same images every
-    time. On a CPU as many of them run at once as the runtime has streams; ONNX Runtime runs each in one thread."""
-    runtime, device = backends.runtime_of(artifact), backends.device_of(artifact, options.device)
-    on_cpu = backends.device_kind(artifact, device) == "CPU"
-    fixed, size = artifact.sidecar.batch, batch_size(artifact.sidecar, CPU_BATCH if on_cpu else BATCH)
-    hint: Literal["latency", "throughput"] = "throughput" if on_cpu else "latency"
-    opening = runtime.open(artifact, runtime.options(device=device, threads=options.threads, hint=hint))
-    with opening as session, ThreadPoolExecutor(streams := session.streams) as pool:
-        run, waiting = partial(run_batch, session, fixed=fixed), deque[Future[Chunk]]()
-        try:
-            for group in images.after(done).groups(size):
-                waiting.append(pool.submit(_answered, answers, group, run, done))
-                done += len(group)
-                if len(waiting) > 2 * streams:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """The answers after the first `done` images."""
+    with _opened(artifact, answers, options) as predictor:
+        yield from predictor.chunks(images.after(done), done)
+
+
+class Ranges(Record, frozen=True):
+    """Ranges of images that other processes predict: the sources, the options, the name of the output, a digest of the
+    images (`Images.key`), their number, the images of a range, and the versions that compute."""
+
+    sources: tuple[str, ...]
+    options: PredictOptions
+    out: str
+    images: str
+    total: int
+    size: int
+    versions: dict[str, str]
+
+    def numbers(self, done: int) -> range:
+        """The numbers of the ranges that have images after the first `done`."""
+        return range(done // self.size, -(-self.total // self.size))
+
+
+def ranges(artifact: Artifact, sources: Sequence[str], options: PredictOptions, out: Path, size: int = RANGE) -> Ranges:
+    """The ranges of a prediction; `size` is rounded up to full batches.
+
+    Raises: as `predict` does; BadRequest for standard input.
+    """
+    if STDIN in sources:
+        raise BadRequest("-: other processes cannot read standard input; give files, folders or a manifest")
+    images, batch = open_images(sources, artifact.sidecar.preprocessing), _size(artifact, options)
+    return Ranges(
+        sources=tuple(sources),
+        options=options,
+        out=str(out),
+        images=images.key,
+        total=images.samples.total,
+        size=-(-size // batch) * batch,
+        versions=backends.computing_versions(artifact),
+    )
+
+
+def refuse_others(ranges: Ranges, artifact: Artifact) -> Images:
+    """The images of ranges.
+
+    Raises: BadRequest where this process has other versions or other images.
+    """
+    backends.refuse_other_versions(ranges.versions, artifact)
+    images = open_images(ranges.sources, artifact.sidecar.preprocessing)
+    if images.key != ranges.images:
+        raise BadRequest(
+            f"{some(ranges.sources)}: other images than when the command began; restore them, or begin anew"
+        )
+    return images
+
+
+@contextmanager
+def open_ranges(ranges: Ranges, artifact: Artifact) -> Iterator[Callable[[int], Iterator[Chunk]]]:
+    """A function that returns the answers for a range by its number.
+
+    Raises: as `refuse_others` and `predict` do.
+    """
+    images = refuse_others(ranges, artifact)
+    answers = _answers(artifact, ranges.options, whole=Path(ranges.out).suffix.lower() == ".npz")
+
+    def chunks(number: int) -> Iterator[Chunk]:
+        start = number * ranges.size
+        return predictor.chunks(images.samples.between(start, start + ranges.size), start)
+
+    with _opened(artifact, answers, ranges.options) as predictor:
+        yield chunks
 
 
 def _answered(answers: Answers, group: Sequence[Read], run: partial[Outputs], start: int) -> Chunk:

@@ -11,28 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from exporter.artifact import disk
 from exporter.artifact.sidecar import Record
+from exporter.artifact.tensors import Tensor, tensor_of
 from exporter.errors import BadRequest
 
 FLUSH_S = 5.0
 FLUSH_BYTES = 32 << 20
-
-
-class Tensor(Record, frozen=True):
-    """An array as bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    content: bytes
-
-    def array(self) -> NDArray[Any]:
-        """The array."""
-        return np.frombuffer(self.content, self.dtype).reshape(self.shape)
 
 
 class Chunk(Record, frozen=True):
@@ -56,10 +44,7 @@ class Chunk(Record, frozen=True):
 
 def chunk_of(start: int, names: list[str], errors: list[str], arrays: Mapping[str, NDArray[Any]]) -> Chunk:
     """A chunk of these arrays."""
-    tensors = {
-        name: Tensor(dtype=array.dtype.str, shape=array.shape, content=np.ascontiguousarray(array).tobytes())
-        for name, array in arrays.items()
-    }
+    tensors = {name: tensor_of(array) for name, array in arrays.items()}
     return Chunk(start=start, names=tuple(names), errors=tuple(errors), tensors=tensors)
 
 

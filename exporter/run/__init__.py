@@ -26,12 +26,14 @@ from exporter.run.steps import STEPS, Part, Steps, bench_options, verify_options
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One recipe to run, under a name that is unique in this run. `force` replaces artifacts of other weights."""
+    """One recipe to run, under a name that is unique in this run. `force` replaces artifacts of other weights; without
+    `timed` the artifact is timed by a later run."""
 
     path: Path
     recipe: Recipe
     out: Path
     force: bool = False
+    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -209,7 +211,7 @@ def _verify(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Ou
 
 
 def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome, opener: Opener) -> None:
-    options = bench_options(recipe_run.recipe)
+    options = bench_options(recipe_run.recipe) if recipe_run.timed else None
     if options is None or (why := not_timed(recipe_run.recipe)):
         outcome.steps["bench"] = "not asked for" if options is None else why
         return

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import numpy as np
 
 from exporter import artifact as artifacts
 from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Sidecar
-from exporter.backends import Array, Layer, Options, Outputs, Runtime, Session, eager
+from exporter.backends import Array, Layer, Options, Runtime, Session, eager
 from exporter.data import masks
 from exporter.data.samples import Samples, is_synthetic, open_samples
 from exporter.errors import BadRequest, Unavailable
@@ -29,11 +27,14 @@ from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Picture, Report, judged
 from exporter.verify import answers, checks, outputs
+from exporter.verify.batches import Pair, Tally
+from exporter.verify.batches import batch_size as batch_size
+from exporter.verify.batches import run_batch as run_batch
 from exporter.verify.blocks import block_errors
+from exporter.verify.checks import Meter
 from exporter.verify.checks.segmentation import Segmentation
-from exporter.verify.slide import SlideOptions, Windows, sliding, whole, windows_of
+from exporter.verify.slide import SlideOptions, Windows, whole, windows_of
 
-BATCH = 16
 MAX_UNREADABLE_PCT = 10
 QUALITY = (
     *("images", "cosine", "max_abs", "top1_agreement", "top1_eager", "top1", "top1_drop"),
@@ -77,6 +78,24 @@ def verify(
     Raises: BadRequest for data, weights or a device that cannot be used; Unavailable when the device or weights are
     missing.
     """
+    runtime, samples = prepared(artifact, options, samples, runtime)
+    layers = layers_of(artifact, runtime, options)
+    with open_runnable(artifact, runtime) as runnable:
+        measured = _measured(artifact, runnable, layers, options, samples, reference_session)
+    environment = {**backends.environment(), "session": measured.facts}
+    return report_of(artifact, options, measured.findings, environment, measured.images, measured.pictures)
+
+
+def prepared(
+    artifact: Artifact,
+    options: VerifyOptions,
+    samples: Samples | None = None,
+    runtime: Runtime[Options] | None = None,
+) -> tuple[Runtime[Options], Samples]:
+    """The runtime and the images of a verification, after everything that can be refused was refused.
+
+    Raises: as `verify` does.
+    """
     sidecar = artifact.sidecar
     if runtime is None:
         runtime = backends.runtime_of(artifact)
@@ -87,17 +106,30 @@ def verify(
         raise BadRequest("--blocks: compares images of one size, and --slide keeps their aspect ratios; leave one out")
     samples = samples or open_data(sidecar, options, windows)
     _refuse_limits(sidecar, options, samples)
-    session_options = _session_options(runtime, options)
-    layers = runtime.layers(artifact, session_options) if runtime.layers is not None else []
-    with open_runnable(artifact, runtime) as runnable:
-        measured = _measured(artifact, runnable, layers, options, samples, reference_session)
+    return runtime, samples
+
+
+def layers_of(artifact: Artifact, runtime: Runtime[Options], options: VerifyOptions) -> list[Layer]:
+    """The layers of an artifact, where its runtime lists them."""
+    return runtime.layers(artifact, _session_options(runtime, options)) if runtime.layers is not None else []
+
+
+def report_of(
+    artifact: Artifact,
+    options: VerifyOptions,
+    findings: Sequence[Finding],
+    environment: dict[str, object],
+    images: str,
+    pictures: tuple[Picture, ...],
+) -> Report:
+    """The report of a verification; `images` is a digest of the images in their order, with their classes."""
     return Report(
-        passed=all(finding.passed for finding in measured.findings),
-        recipe={**sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": measured.images}},
+        passed=all(finding.passed for finding in findings),
+        recipe={**artifact.sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": images}},
         artifact=artifact.to_dict(),
-        environment={**backends.environment(), "session": measured.facts},
-        findings=tuple(measured.findings),
-        pictures=measured.pictures,
+        environment=environment,
+        findings=tuple(findings),
+        pictures=pictures,
     )
 
 
@@ -194,34 +226,53 @@ def _measured(
     runtime = runnable.runtime
     if options.blocks and runtime.blocks is None:
         raise BadRequest(f"--blocks: {artifact.path}: {runtime.name} does not show the outputs of blocks; leave it out")
-    session_options = _session_options(runtime, options)
-    meters = checks.start_all(options, checks.Subject(artifact, layers))
     step(f"verifying {artifact.path.name} on {samples.total} images of {options.data}")
-    opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
-    fixed, windows = artifact.sidecar.batch, windows_of(artifact.sidecar, options)
-    size = 1 if windows else batch_size(artifact.sidecar, BATCH)
-    count, digest = 0, hashlib.sha256()
-    with opening as original, runtime.open(runnable.artifact, session_options) as candidate:
-        runs = [sliding(windows, run) for run in (original, partial(run_batch, candidate, fixed=fixed))]
-        for batch in track(samples.batches(size), samples.total, "images", lambda batch: len(batch.names)):
-            count += len(batch.names)
-            for name, label in zip(batch.names, batch.labels, strict=True):
-                words = " ".join(map(str, np.ravel(label)))
-                digest.update(f"{samples.identity(name)} {words}\n".encode("utf-8", "surrogateescape"))
-            both = runs[0](batch.images), runs[1](batch.images)
-            _refuse_other_shapes(artifact, options.reference, *both)
-            for meter in meters:
-                meter.see(checks.Seen(batch.labels, *both, tuple(batch.names)))
-        facts = candidate.facts
-    if not count:
-        raise BadRequest(f"{options.data}: none of its {samples.total} images can be read ({samples.skipped[0]})")
-    findings = [finding for meter in meters for finding in meter.findings()]
-    findings += [*runnable.findings, *_data_findings(samples.skipped, count, options.data, windows)]
+    tally = Tally(checks.start_all(options, checks.Subject(artifact, layers)))
+    with open_pair(artifact, runnable, options, tally.meters, reference_session) as pair:
+        for batch in track(pair.measured(samples), samples.total, "images", lambda batch: len(batch.names)):
+            tally.add(batch)
+        facts = pair.candidate.facts
+    tally.skipped += samples.skipped
+    findings = findings_of(tally, options.data, pair.windows, runnable.findings)
     if options.blocks:
-        images = next(iter(samples.batches(fixed or 2))).images
+        images = next(iter(samples.batches(artifact.sidecar.batch or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    pictures = [one for meter in meters if isinstance(meter, Segmentation) for one in meter.worst.pictures()]
-    return Measured(findings, facts, digest.hexdigest(), tuple(pictures))
+    return Measured(findings, facts, tally.digest.hexdigest(), pictures_of(tally))
+
+
+@contextmanager
+def open_pair(
+    artifact: Artifact,
+    runnable: Runnable,
+    options: VerifyOptions,
+    meters: Mapping[str, Meter],
+    reference_session: Session | None = None,
+) -> Iterator[Pair]:
+    """An artifact and the PyTorch model that it is compared with, both opened.
+
+    Raises: as `verify` does.
+    """
+    opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
+    session_options = _session_options(runnable.runtime, options)
+    with opening as original, runnable.runtime.open(runnable.artifact, session_options) as candidate:
+        yield Pair(artifact, original, candidate, meters, windows_of(artifact.sidecar, options), options.reference)
+
+
+def findings_of(tally: Tally, source: str, windows: Windows | None, others: Sequence[Finding] = ()) -> list[Finding]:
+    """The findings of all checks, others, and those of the images that were read and skipped.
+
+    Raises: BadRequest where no image could be read.
+    """
+    if not tally.count:
+        raise BadRequest(f"{source}: none of its {len(tally.skipped)} images can be read ({tally.skipped[0]})")
+    findings = [finding for meter in tally.meters.values() for finding in meter.findings()]
+    return [*findings, *others, *_data_findings(tally.skipped, tally.count, source, windows)]
+
+
+def pictures_of(tally: Tally) -> tuple[Picture, ...]:
+    """Pictures of the masks that differ most."""
+    segmented = (meter for meter in tally.meters.values() if isinstance(meter, Segmentation))
+    return tuple(picture for meter in segmented for picture in meter.worst.pictures())
 
 
 def _compare_blocks(
@@ -305,39 +356,7 @@ def _write_rounding(graph: Path, path: Path) -> None:
     files.save(model, path, {})
 
 
-def batch_size(sidecar: Sidecar, most: int) -> int:
-    """How many images are read at once for an artifact: at most `most`, but full batches; one picture, and one image
-    where outputs of each pixel take 157 MB (150 classes, 512 pixels), and a pyramid 92 MB (800 × 1344)."""
-    fixed, most = sidecar.batch, 1 if {"segment", "pyramid"} & {*sidecar.spec.tasks} else most
-    if fixed is None:
-        return most
-    return 1 if sidecar.preprocessing.input == "image" else fixed * max(1, most // fixed)
-
-
-def run_batch(run: Callable[[Array], Outputs], pixels: Array, fixed: int | None) -> Outputs:
-    """The outputs for images (N, …) of a session, or of another function. One with a fixed batch size runs so many at a
-    time; the last batch is padded, and its outputs are cut."""
-    if fixed is None:
-        return run(pixels)
-    outputs = []
-    for start in range(0, len(pixels), fixed):
-        batch = pixels[start : start + fixed]
-        count = len(batch)
-        if count < fixed:
-            batch = np.concatenate([batch, np.repeat(batch[-1:], fixed - count, axis=0)])
-        outputs.append(tuple(output[:count].copy() for output in run(batch)))
-    return tuple(np.concatenate(parts) for parts in zip(*outputs, strict=True))
-
-
-def _refuse_other_shapes(artifact: Artifact, reference: str | None, expected: Outputs, got: Outputs) -> None:
-    """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""
-    shapes = [[output.shape for output in both] for both in (expected, got)]
-    if shapes[0] != shapes[1]:
-        model = f"the reference {reference}" if reference else "the PyTorch model"
-        raise BadRequest(f"{artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model")
-
-
-def _data_findings(skipped: list[str], seen: int, source: str, windows: Windows | None) -> list[Finding]:
+def _data_findings(skipped: Sequence[str], seen: int, source: str, windows: Windows | None) -> list[Finding]:
     """The number of images that were measured, and the unreadable ones by name; too many unreadable images fail."""
     detail = f"{seen} of {source}" + (f", in {windows.text}" if windows else "")
     if is_synthetic(source):

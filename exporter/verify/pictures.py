@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import heapq
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +25,16 @@ class Worst:
     def __init__(self) -> None:
         self.reference = ""
         # By the negated agreement: the heap gives up the best first.
-        self.heap: list[tuple[float, int, str, NDArray[np.int64], NDArray[np.int64]]] = []
+        self.heap: list[tuple[float, int, str, NDArray[np.int32], NDArray[np.int32]]] = []
         self.count = 0
 
-    def see(self, names: Sequence[str], reference: NDArray[np.int64], got: NDArray[np.int64], source: str) -> None:
-        """Look at one batch: classes (N, H, W) of the reference, −1 for none, and of the artifact; `source` says what
-        the reference is."""
+    def add(self, names: Sequence[str], rows: Mapping[str, NDArray[Any]], source: str) -> None:
+        """Look at one batch: what `compared` returned for it; `source` says what the reference is."""
         self.reference = source
-        for index, (expected, classes) in enumerate(zip(reference, got, strict=True)):
-            known = expected >= 0
-            share = float((expected == classes)[known].mean()) if known.any() else 1.0
+        for index, (share, expected, classes) in enumerate(zip(*(rows[name] for name in COMPARED), strict=True)):
             name = names[index] if index < len(names) else f"image {self.count}"
             self.count += 1
-            heapq.heappush(self.heap, (-share, self.count, name, _thinned(expected), _thinned(classes)))
+            heapq.heappush(self.heap, (-float(share), self.count, name, expected, classes))
             if len(self.heap) > MOST:
                 heapq.heappop(self.heap)
 
@@ -53,17 +51,29 @@ class Worst:
         )
 
 
-def _thinned(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    step = -(-max(classes.shape) // SIDE)
-    return classes[::step, ::step].copy()
+COMPARED = ("equal", "reference", "classes")
 
 
-def _colored(classes: NDArray[np.int64]) -> NDArray[np.uint8]:
+def compared(reference: NDArray[np.int64], got: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """For classes (N, H, W) of the reference, −1 for none, and of the artifact: the share of equal pixels (N,) of
+    those with a class, and both thinned out, in the order of `COMPARED`."""
+    known = reference >= 0
+    count, equal = known.sum((1, 2)), ((reference == got) & known).sum((1, 2))
+    shares = np.where(count > 0, equal / np.maximum(count, 1), 1.0)
+    return dict(zip(COMPARED, (shares, _thinned(reference), _thinned(got)), strict=True))
+
+
+def _thinned(classes: NDArray[np.int64]) -> NDArray[np.int32]:
+    step = -(-max(classes.shape[1:]) // SIDE)
+    return classes[:, ::step, ::step].astype(np.int32)
+
+
+def _colored(classes: NDArray[np.int32]) -> NDArray[np.uint8]:
     table = colors()
     return np.where((classes < 0)[..., None], np.uint8(NO_CLASS_GREY), table[classes % len(table)])
 
 
-def _difference(expected: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _difference(expected: NDArray[np.int32], classes: NDArray[np.int32]) -> NDArray[np.uint8]:
     """The colour of the artifact's class where it is another one than that of the reference."""
     differs = (expected >= 0) & (expected != classes)
     plain = np.where((expected < 0)[..., None], NO_CLASS_GREY, EQUAL_GREY)

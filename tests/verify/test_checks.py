@@ -21,9 +21,16 @@ def measure(subject, eager, got, labels=None, options=None, batch=4):
     labels = np.full(len(eager), -1) if labels is None else np.asarray(labels)
     for start in range(0, len(eager), batch):
         part = slice(start, start + batch)
-        for meter in meters:
-            meter.see(Seen(labels[part], (eager[part],), (got[part],)))
-    return {finding.metric: finding for meter in meters for finding in meter.findings()}
+        add(meters, Seen(labels[part], (eager[part],), (got[part],)))
+    return findings_of(meters)
+
+
+def add(meters, seen):
+    checks.add(meters, checks.measure(meters, seen), seen.names)
+
+
+def findings_of(meters):
+    return {finding.metric: finding for meter in meters.values() for finding in meter.findings()}
 
 
 @pytest.fixture
@@ -110,9 +117,8 @@ def test_a_constant_feature_map_is_found(artifacts):
     features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) for i in (0, 1))
     meters = checks.start_all(Checks(), Subject(features, []))
-    for meter in meters:
-        meter.see(Seen(np.array([-1, -1]), maps, (np.zeros_like(maps[0]), maps[1])))
-    found = {finding.metric: finding for meter in meters for finding in meter.findings()}
+    add(meters, Seen(np.array([-1, -1]), maps, (np.zeros_like(maps[0]), maps[1])))
+    found = findings_of(meters)
     assert found["constant_outputs"].value == 2
 
 
@@ -182,9 +188,8 @@ def test_features_are_checked_map_by_map(artifacts):
     meters = checks.start_all(Checks(), Subject(features, []))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) * 10**i for i in (0, 2))
     spoilt = (maps[0] + np.float32(0.01), maps[1])
-    for meter in meters:
-        meter.see(Seen(np.array([-1, -1]), maps, spoilt))
-    found = {finding.metric: finding for meter in meters for finding in meter.findings()}
+    add(meters, Seen(np.array([-1, -1]), maps, spoilt))
+    found = findings_of(meters)
     assert not found["max_abs"].passed  # hidden if it were held against the larger map
     assert "of the standard deviation of stage1" in found["max_abs"].detail
     assert "top1_agreement" not in found

@@ -42,9 +42,12 @@ def measured(artifacts, eager, got, **options):
     for start in range(0, len(eager), 7):
         names = tuple(f"{number}.jpg" for number in range(start, min(start + 7, len(eager))))
         batch = slice(start, start + 7)
-        for meter in meters:
-            meter.see(Seen(np.full(len(names), -1), (eager[batch],), (got[batch],), names))
-    return {finding.metric: finding for meter in meters for finding in meter.findings()}
+        add(meters, Seen(np.full(len(names), -1), (eager[batch],), (got[batch],), names))
+    return {finding.metric: finding for meter in meters.values() for finding in meter.findings()}
+
+
+def add(meters, seen):
+    checks.add(meters, checks.measure(meters, seen), seen.names)
 
 
 def test_the_same_vectors_have_the_same_neighbours(artifacts):
@@ -96,8 +99,7 @@ def test_numbers_of_classes_may_be_alike(artifacts):
     other = same.copy()
     other[::2] = other[::2, ::-1]
     values = np.sort(np.abs(vectors(30, width=5)), axis=1)[:, ::-1].copy()
-    for meter in meters:
-        meter.see(Seen(np.full(30, -1), (other, values), (same, values)))
-    findings = {finding.metric: finding for meter in meters for finding in meter.findings()}
+    add(meters, Seen(np.full(30, -1), (other, values), (same, values)))
+    findings = {finding.metric: finding for meter in meters.values() for finding in meter.findings()}
     assert findings["constant_outputs"].value == 0
     assert findings["top1_agreement"].value == 50

@@ -15,7 +15,7 @@ from exporter import report as reports
 from exporter.data.masks import colors
 from exporter.report import rendering
 from exporter.verify import VerifyOptions, verify
-from exporter.verify.pictures import EQUAL_GREY, MOST, NO_CLASS_GREY, SIDE, Worst
+from exporter.verify.pictures import EQUAL_GREY, MOST, NO_CLASS_GREY, SIDE, Worst, compared
 
 
 def pixels(png):
@@ -29,8 +29,8 @@ def test_the_images_that_differ_most_are_kept_worst_first():
     got = reference.copy()
     for index in range(10):
         got[index].flat[: (7 * index) % 10] = 1  # 0, 7, 4, 1, 8, 5, 2, 9, 6, 3 pixels
-    worst.see([f"{index}.png" for index in range(5)], reference[:5], got[:5], "masks")
-    worst.see([f"{index}.png" for index in range(5, 10)], reference[5:], got[5:], "masks")
+    worst.add([f"{index}.png" for index in range(5)], compared(reference[:5], got[:5]), "masks")
+    worst.add([f"{index}.png" for index in range(5, 10)], compared(reference[5:], got[5:]), "masks")
     pictures = worst.pictures()
     assert [picture.name for picture in pictures] == ["7.png", "4.png", "1.png", "8.png", "5.png", "2.png"]
     assert len(pictures) == MOST
@@ -43,7 +43,7 @@ def test_a_picture_has_the_colours_of_classes_and_of_differences():
     classes = expected.clip(0)
     classes[0, :150, :500] = 3
     worst = Worst()
-    worst.see([], expected, classes, "masks")
+    worst.add([], compared(expected, classes), "masks")
     (picture,) = worst.pictures()
     assert picture.agreement == 50
     reference, artifact, difference = map(pixels, picture.images)
@@ -73,7 +73,7 @@ def test_the_page_shows_six_images_of_a_trained_network(half_scenes, scenes, tmp
 
 def test_a_later_timing_keeps_the_pictures(tmp_path):
     worst = Worst()
-    worst.see(["a"], np.zeros((1, 4, 4), np.int64), np.ones((1, 4, 4), np.int64), "masks")
+    worst.add(["a"], compared(np.zeros((1, 4, 4), np.int64), np.ones((1, 4, 4), np.int64)), "masks")
     finding = reports.Finding(check="segmentation", metric="miou", value=1.0)
     verified = reports.Report(
         passed=True, recipe={"verify": {}}, artifact={"sha256": "0"}, environment={}, findings=(finding,),

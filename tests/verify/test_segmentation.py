@@ -94,7 +94,7 @@ def test_agreement_at_borders_counts_the_pixels_of_the_band_alone(labels, data):
     got = eager.copy()
     got[:, :, [0, 31]] ^= 1  # one column far from the border, one of the six beside it
     meter = Segmentation(VerifyOptions(data=str(data)), Subject(labels, []))
-    meter.see(Seen(np.full(3, -1), (eager,), (got,)))
+    meter.add(meter.measure(Seen(np.full(3, -1), (eager,), (got,))), ())
     findings = {finding.metric: finding for finding in meter.findings()}
     assert findings["pixel_agreement"].value == pytest.approx(100 * 62 / 64)
     assert findings["boundary_agreement"].value == pytest.approx(100 * 5 / 6)

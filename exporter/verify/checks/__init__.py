@@ -1,12 +1,13 @@
 """Checks of an artifact. Each module of this folder is one check, and ends in `CHECK = Check(...)`.
 
-A check gets the outputs of one batch after another, accumulates numbers in constant memory, and returns findings. It
-is independent of backends.
+A check measures one batch after another, accumulates what it measured, and returns findings. Batches can be measured
+in any process: the numbers of a batch depend on nothing but the batch, and they are accumulated in the order of the
+images, so the findings have the same bits. A check is independent of backends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,16 @@ class Subject:
         return precision.get("fp16" if is_half and sidecar.precision == "fp32" else sidecar.precision)
 
 
+Rows = dict[str, NDArray[Any]]
+"""What a check keeps of one batch, by name."""
+
+
+def moments(output: NDArray[Any]) -> NDArray[np.float64]:
+    """The sum of squares, the sum and the number of the values of a batch, for `Moments`."""
+    wide = output.astype(np.float64)
+    return np.array([(wide * wide).sum(), wide.sum(), wide.size])
+
+
 @dataclass
 class Moments:
     """Running sums over one output of eager."""
@@ -48,12 +59,11 @@ class Moments:
     total: float = 0.0
     count: int = 0
 
-    def see(self, output: NDArray[np.floating[Any]]) -> None:
-        """Accumulate one batch."""
-        wide = output.astype(np.float64)
-        self.squares += float((wide * wide).sum())
-        self.total += float(wide.sum())
-        self.count += wide.size
+    def add(self, sums: NDArray[np.float64]) -> None:
+        """Accumulate the `moments` of one batch."""
+        self.squares += float(sums[0])
+        self.total += float(sums[1])
+        self.count += int(sums[2])
 
     def scale(self, centred: bool) -> float:
         """What errors are compared with: the standard deviation, or where not `centred` the root mean square; 1 where
@@ -77,8 +87,11 @@ class Seen:
 class Meter(Protocol):
     """A running check."""
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch."""
+    def measure(self, seen: Seen) -> Rows:
+        """What the check keeps of one batch. Nothing in the meter changes."""
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate what `measure` returned for one batch, whose images have these names."""
 
     def findings(self) -> list[Finding]:
         """The findings, with their limits."""
@@ -128,7 +141,18 @@ def agreement(finding: Finding, options: Checks, default_pct: float, has_labels:
     return budgets.judged(finding, budget, count, interval_of)
 
 
-def start_all(options: Checks, subject: Subject) -> list[Meter]:
-    """Start every check of this folder."""
-    checks = [discover.load(__name__, name, "CHECK") for name in discover.names(__name__)]
-    return [check.start(options, subject) for check in checks]
+def start_all(options: Checks, subject: Subject) -> dict[str, Meter]:
+    """Start every check of this folder, by name."""
+    checks = {name: discover.load(__name__, name, "CHECK") for name in discover.names(__name__)}
+    return {name: check.start(options, subject) for name, check in checks.items()}
+
+
+def measure(meters: Mapping[str, Meter], seen: Seen) -> dict[str, Rows]:
+    """What the checks keep of one batch, by the name of the check."""
+    return {name: rows for name, meter in meters.items() if (rows := meter.measure(seen))}
+
+
+def add(meters: Mapping[str, Meter], rows: Mapping[str, Rows], names: Sequence[str]) -> None:
+    """Accumulate what `measure` returned for one batch, whose images have these names."""
+    for name, measured in rows.items():
+        meters[name].add(measured, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,7 @@ from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.stats import drop_interval, paired_drop
 from exporter.verify.budgets import Budget, judged, when_unsure
-from exporter.verify.checks import Check, Seen, Subject, share
+from exporter.verify.checks import Check, Rows, Seen, Subject, share
 from exporter.verify.outputs import first, has_classes
 
 
@@ -27,16 +29,22 @@ class Accuracy:
         self.classes = sidecar.weights.num_classes
         self.right: dict[str, list[bool]] = {"top1_eager": [], "top1": [], "top5_eager": [], "top5": []}
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch; images without a label are skipped."""
-        known = seen.labels >= 0
+    def measure(self, seen: Seen) -> Rows:
+        """Which images of one batch are right; those without a label are skipped."""
+        known, rows = seen.labels >= 0, Rows()
         if not self.classify or not known.any():
-            return
+            return rows
         for name, outputs in (("_eager", seen.eager), ("", seen.outputs)):
             scores, labels = outputs[0][known], seen.labels[known]
             for k in (1, 5):
                 right = (scores[:, :k] == labels[:, None]).any(1) if self.ranked else _within(scores, labels, k)
-                self.right[f"top{k}{name}"] += right.tolist()
+                rows[f"top{k}{name}"] = right
+        return rows
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate one batch."""
+        for metric, right in rows.items():
+            self.right[metric] += right.tolist()
 
     def findings(self) -> list[Finding]:
         """top1_eager, top1, top1_drop and, of more than five classes, top5_eager and top5; none without labels."""

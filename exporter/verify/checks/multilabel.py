@@ -13,7 +13,7 @@ from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.verify import average_precision, budgets
 from exporter.verify.average_precision import Ranking
-from exporter.verify.checks import Check, Moments, Seen, Subject, agreement, share
+from exporter.verify.checks import Check, Moments, Rows, Seen, Subject, agreement, moments, share
 from exporter.verify.outputs import THRESHOLD, decision, is_centred, kinds
 
 
@@ -39,24 +39,32 @@ class Multilabel:
         self.eager: list[Array] = []
         self.got: list[Array] = []
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch."""
+    def measure(self, seen: Seen) -> Rows:
+        """Equal decisions, moments and extremes of one batch, and the scores of images with labels."""
         if not self.places:
-            return
+            return {}
         eager, got = (self._columns(outputs) for outputs in (seen.eager, seen.outputs))
         equal = ((eager >= self.cut) == (got >= self.cut)) & np.isfinite(got)
-        self.shares += equal.mean(1).tolist()
-        self.equal += equal.sum(0)
-        self.moments.see(eager)
-        now = [np.stack([column.min(0), column.max(0)]).astype(np.float64) for column in (eager, got)]
+        ends = [np.stack([column.min(0), column.max(0)]).astype(np.float64) for column in (eager, got)]
+        rows = {"shares": equal.mean(1), "equal": equal.sum(0), "moments": moments(eager), "ends": np.stack(ends)}
+        if seen.labels.ndim == 2:
+            rows |= {"truth": seen.labels, "eager": seen.eager[0].copy(), "got": seen.outputs[0].copy()}
+        return rows
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate one batch."""
+        self.shares += rows["shares"].tolist()
+        self.equal += rows["equal"]
+        self.moments.add(rows["moments"])
+        now = list(rows["ends"])
         before = self.ends or now
         self.ends = [
             np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])]) for a, b in zip(before, now, strict=True)
         ]
-        if seen.labels.ndim == 2:
-            self.truth.append(seen.labels)
-            self.eager.append(seen.eager[0].copy())
-            self.got.append(seen.outputs[0].copy())
+        if "truth" in rows:
+            self.truth.append(rows["truth"])
+            self.eager.append(rows["eager"])
+            self.got.append(rows["got"])
 
     def _columns(self, outputs: Outputs) -> Array:
         """The scores of all labels (N, L)."""

@@ -6,6 +6,8 @@ remains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from exporter.backends import Array
 from exporter.data.samples import is_synthetic
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
-from exporter.verify.checks import Check, Seen, Subject, agreement, share
+from exporter.verify.checks import Check, Rows, Seen, Subject, agreement, share
 from exporter.verify.outputs import first, kinds
 
 NEAREST = 10
@@ -36,11 +38,18 @@ class Neighbours:
         # Untrained networks, and patterns that are no photographs, have vectors that are nearly alike.
         self.is_random = is_synthetic(options.data) or sidecar.weights.layout == "random"
 
-    def see(self, seen: Seen) -> None:
+    def measure(self, seen: Seen) -> Rows:
+        """The feature vectors of one batch."""
+        return {  # a network has one feature vector
+            name: outputs[place].copy()
+            for place in self.places
+            for name, outputs in (("eager", seen.eager), ("got", seen.outputs))
+        }
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
         """Accumulate one batch."""
-        for place in self.places:  # a network has one feature vector
-            self.eager.append(seen.eager[place].copy())
-            self.got.append(seen.outputs[place].copy())
+        self.eager.append(rows["eager"])
+        self.got.append(rows["got"])
 
     def findings(self) -> list[Finding]:
         """neighbour_agreement; none where no output is a feature vector."""

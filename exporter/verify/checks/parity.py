@@ -9,7 +9,7 @@ import numpy as np
 
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
-from exporter.verify.checks import Check, Moments, Seen, Subject, agreement, share
+from exporter.verify.checks import Check, Moments, Rows, Seen, Subject, agreement, moments, share
 from exporter.verify.outputs import Kind, has_cosine, is_centred, kinds
 
 # Of an output's scale: where a sum of pixels is near half a level, the artifact may round it otherwise than Pillow.
@@ -52,29 +52,39 @@ class Parity:
         self.agree: list[bool] = []
         self.labelled = False
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch."""
+    def measure(self, seen: Seen) -> Rows:
+        """Sums and the largest error of each output of one batch; the cosine and the agreement of each image."""
+        rows: Rows = {"labelled": np.array(bool((seen.labels >= 0).any()))}
         cosines, agree = [], []
-        for output, eager, got in zip(self.outputs.values(), seen.eager, seen.outputs, strict=True):
+        for (name, output), eager, got in zip(self.outputs.items(), seen.eager, seen.outputs, strict=True):
             a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (eager, got))
             if output.kind == "top":  # numbers of classes have no distance
                 agree.append(a[:, 0] == b[:, 0])
             if output.kind in ("top", "pixel_classes"):
                 continue
             error = np.abs(a - b)
-            output.eager.see(a)
-            output.error_squares += float((error * error).sum())
-            output.error_total += float(error.sum())
-            output.max_abs = float(np.maximum(output.max_abs, error.max()))  # keeps a NaN
+            rows[f"sums {name}"] = np.array([*moments(a), (error * error).sum(), error.sum(), error.max()])
             if has_cosine(output.kind, a.shape[1]):
                 with np.errstate(invalid="ignore", divide="ignore"):
                     cosines.append((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)))
             if output.kind == "classes":
                 agree.append(a.argmax(1) == b.argmax(1))
-        self.cosines += np.mean(cosines, axis=0).tolist() if cosines else []
-        self.agree += np.all(agree, axis=0).tolist() if agree else []
-        self.images += seen.names
-        self.labelled |= bool((seen.labels >= 0).any())
+        rows |= {"cosines": np.mean(cosines, axis=0)} if cosines else {}
+        rows |= {"agree": np.all(agree, axis=0)} if agree else {}
+        return rows
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate one batch."""
+        for name, output in self.measured.items():
+            sums = rows[f"sums {name}"]
+            output.eager.add(sums[:3])
+            output.error_squares += float(sums[3])
+            output.error_total += float(sums[4])
+            output.max_abs = float(np.maximum(output.max_abs, sums[5]))  # keeps a NaN
+        self.cosines += rows["cosines"].tolist() if "cosines" in rows else []
+        self.agree += rows["agree"].tolist() if "agree" in rows else []
+        self.images += names
+        self.labelled |= bool(rows["labelled"])
 
     def findings(self) -> list[Finding]:
         """max_abs, mean_abs, sqnr_db, cosine where an output has one, and top1_agreement where one has classes."""

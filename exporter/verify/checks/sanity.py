@@ -5,14 +5,18 @@ An fp16 ConvNeXt whose LayerNorm overflows returns one constant for every image,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.backends import Array
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
-from exporter.verify.checks import Check, Moments, Seen, Subject
+from exporter.verify.checks import Check, Moments, Rows, Seen, Subject, moments
 from exporter.verify.outputs import is_centred, kinds
+
+MOST_COMPARED = 4096  # values of an image that are compared with those of the image in the batch before
 
 
 class Sanity:
@@ -27,26 +31,40 @@ class Sanity:
         self.share = subject.precision.limits.share
         self.images = self.nan = self.infinite = 0
         self.moments = [Moments() for _ in self.centred]
-        self.last: list[tuple[Array, Array]] = []  # per output, what the last image got, and from eager
+        self.last: dict[int, Array] = {}  # per output (2, V): the last image's, of the artifact and of eager
         self.alike: list[tuple[int, int, float]] = []  # image, output, and how far eager's outputs lie apart
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch."""
-        self.nan += self._count(seen, np.isnan)
-        self.infinite += self._count(seen, np.isinf)
-        pairs = [(_flat(got), _flat(eager)) for got, eager in zip(seen.outputs, seen.eager, strict=True)]
-        none = [(got[:0], eager[:0]) for got, eager in pairs]
-        # Images of another size than the last one are not compared with it.
-        same = bool(self.last) and all(a[0].shape[1:] == b[0].shape[1:] for a, b in zip(self.last, none, strict=True))
-        last = self.last if same else none
-        for index, ((a, b), (got, eager)) in enumerate(zip(last, pairs, strict=True)):
+    def measure(self, seen: Seen) -> Rows:
+        """Counts of one batch, moments of eager's outputs, images that are alike with their distance in eager, and the
+        first and the last image, thinned out."""
+        rows: Rows = {
+            "bad": np.array([self._count(seen, np.isnan), self._count(seen, np.isinf), len(seen.labels)]),
+        }
+        for index, (eager, got) in enumerate(zip(seen.eager, seen.outputs, strict=True)):
             if self.centred[index] is None:
                 continue
-            self.moments[index].see(eager)
-            apart = _apart(np.vstack([a, got]), np.vstack([b, eager]))[len(a) :]
+            eager, got = _flat(eager), _flat(got)
+            step = -(-got.shape[1] // MOST_COMPARED)
+            rows[f"moments {index}"] = moments(eager)
+            rows[f"apart {index}"] = _apart(got, eager)
+            rows[f"ends {index}"] = np.stack([both[[0, -1], ::step] for both in (got, eager)])
+        return rows
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate one batch. Its first image is compared with the last one before, if that has the same size."""
+        nan, infinite, images = rows["bad"]
+        self.nan += int(nan)
+        self.infinite += int(infinite)
+        for index in [index for index, centred in enumerate(self.centred) if centred is not None]:
+            self.moments[index].add(rows[f"moments {index}"])
+            apart, ends = rows[f"apart {index}"].copy(), rows[f"ends {index}"]
+            last = self.last.get(index)
+            if last is not None and last.shape == ends[:, 1].shape:
+                got, eager = np.stack([last, ends[:, 0]], axis=1)
+                apart[0] = max(apart[0], _apart(got, eager)[1])
             self.alike += [(self.images + int(row), index, float(apart[row])) for row in np.flatnonzero(apart)]
-        self.last = [(got[-1:], eager[-1:]) for got, eager in pairs]
-        self.images += len(seen.labels)
+            self.last[index] = ends[:, 1]
+        self.images += int(images)
 
     def _constant(self) -> int:
         """The number of images whose output is constant. Two images, or two values, that are equal by rounding are not:

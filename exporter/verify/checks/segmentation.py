@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from exporter.backends import Array
 from exporter.data.masks import IGNORED
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
-from exporter.verify.checks import Check, Seen, Subject
+from exporter.verify.checks import Check, Rows, Seen, Subject
 from exporter.verify.outputs import PIXELS, kinds
-from exporter.verify.pictures import Worst
+from exporter.verify.pictures import Worst, compared
 
 MOST_NAMED = 3  # classes in a finding's detail
 BAND = 3  # pixels on both sides of a border between classes
@@ -37,27 +38,43 @@ class Segmentation:
         self.in_band = self.agree_in_band = 0
         self.has_masks = False
 
-    def see(self, seen: Seen) -> None:
-        """Accumulate one batch; pixels without a class in the mask are not counted with masks."""
+    def measure(self, seen: Seen) -> Rows:
+        """Counts of pixels and thinned masks of one batch; pixels without a class in the mask are not counted with
+        masks."""
         if not self.active:
-            return
+            return {}
         eager, got = classes_of(seen.eager[0]), classes_of(seen.outputs[0])
-        self.agree += (eager == got).mean((1, 2)).tolist()
-        band = near_borders(eager)
-        self.in_band += int(band.sum())
-        self.agree_in_band += int((eager == got)[band].sum())
-        self.counts["to_eager"] += self._count(eager, got)
-        masked = seen.labels.ndim == 3
-        self.worst.see(seen.names, seen.labels if masked else eager, got, "masks" if masked else "eager PyTorch")
-        if masked:
-            self.has_masks = True
+        band, has_masks = near_borders(eager), seen.labels.ndim == 3
+        rows: Rows = {
+            "agree": (eager == got).mean((1, 2)),
+            "band": np.array([band.sum(), (eager == got)[band].sum()]),
+            "to_eager": self._count(eager, got),
+            "has_masks": np.array(has_masks),
+            **compared(seen.labels if has_masks else eager, got),
+        }
+        if has_masks:
             known = seen.labels >= 0
-            self.counts["eager"] += self._count(seen.labels[known], eager[known])
-            self.counts["artifact"] += self._count(seen.labels[known], got[known])
+            rows["eager"] = self._count(seen.labels[known], eager[known])
+            rows["artifact"] = self._count(seen.labels[known], got[known])
+        return rows
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Accumulate one batch."""
+        self.agree += rows["agree"].tolist()
+        self.in_band += int(rows["band"][0])
+        self.agree_in_band += int(rows["band"][1])
+        self.has_masks |= bool(rows["has_masks"])
+        for pair, counts in self.counts.items():
+            if pair in rows:
+                which, pixels = rows[pair]
+                counts.flat[which] += pixels
+        self.worst.add(names, rows, "masks" if rows["has_masks"] else "eager PyTorch")
 
     def _count(self, expected: Counts, got: Counts) -> Counts:
-        pairs = np.bincount((expected * self.classes + got).ravel(), minlength=self.classes**2)
-        return pairs.reshape(self.classes, self.classes)
+        """The pairs of classes that occur, as numbers expected · C + got, and their pixels: (2, pairs)."""
+        pixels = np.bincount((expected * self.classes + got).ravel())
+        pairs = np.flatnonzero(pixels)
+        return np.stack([pairs, pixels[pairs]])
 
     def findings(self) -> list[Finding]:
         """pixel_agreement, boundary_agreement and miou_to_eager; with masks miou_eager, miou and miou_drop; iou of each

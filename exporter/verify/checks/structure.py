@@ -12,7 +12,7 @@ from exporter.quantize.rounding import MAX_SUM
 from exporter.recipe import Checks
 from exporter.report import Finding
 from exporter.verify.blocks import PRODUCTS
-from exporter.verify.checks import Check, Seen, Subject
+from exporter.verify.checks import Check, Rows, Seen, Subject
 
 
 class Structure:
@@ -22,8 +22,13 @@ class Structure:
         del options
         self.subject = subject
 
-    def see(self, seen: Seen) -> None:
-        """Do nothing: these checks need no images."""
+    def measure(self, seen: Seen) -> Rows:
+        """Nothing: these checks need no images."""
+        del seen
+        return {}
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
+        """Do nothing."""
 
     def findings(self) -> list[Finding]:
         """Size in bytes; if the runtime lists layers, also their number, saturation, and the multiply-accumulates

@@ -13,7 +13,7 @@ from exporter.backends import Array
 from exporter.precision import ValueLimits
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
-from exporter.verify.checks import Check, Seen, Subject
+from exporter.verify.checks import Check, Rows, Seen, Subject
 from exporter.verify.outputs import kinds
 
 EQUAL = "PyTorch's outputs for these images are nearly equal; give other images with --data"
@@ -73,11 +73,19 @@ class Values:
         self.eager: list[list[Array]] = [[] for _ in self.places]
         self.got: list[list[Array]] = [[] for _ in self.places]
 
-    def see(self, seen: Seen) -> None:
+    def measure(self, seen: Seen) -> Rows:
+        """The values of one batch."""
+        return {
+            f"{name}{index}": outputs[place].reshape(len(seen.labels), -1).copy()
+            for index, place in enumerate(self.places)
+            for name, outputs in (("eager", seen.eager), ("got", seen.outputs))
+        }
+
+    def add(self, rows: Rows, names: Sequence[str]) -> None:
         """Accumulate one batch."""
-        for index, place in enumerate(self.places):
-            self.eager[index].append(seen.eager[place].reshape(len(seen.labels), -1).copy())
-            self.got[index].append(seen.outputs[place].reshape(len(seen.labels), -1).copy())
+        for index in range(len(self.places)):
+            self.eager[index].append(rows[f"eager{index}"])
+            self.got[index].append(rows[f"got{index}"])
 
     def findings(self) -> list[Finding]:
         """relative_error, r2 and spearman, each of the value that is worst in it; none where no output is a value."""

@@ -1,0 +1,60 @@
+"""The commands of a verification in shards: `shard` and `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("shard", short_help="Measure shards of a verification, on any machine.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("numbers", metavar="NUMBER…", nargs=-1, required=True)
+@click.option("--data", metavar="SRC", help="Where the images are on this machine, if not where they were planned.")
+@click.option("--weights", metavar="PATH", help="Where the weights are on this machine, if not where they were.")
+def shard_command(folder: Path, numbers: tuple[str, ...], data: str | None, weights: str | None) -> None:
+    """Measure shards of a verification that `verify --on files:DIR` planned. Shards that are in DIR are skipped.
+
+    NUMBER is a shard, or a range of them with both ends. Images and versions must be those of the plan.
+
+    \b
+    Examples:
+      convnext-export shard build/shards 0
+      convnext-export shard build/shards 8-15 --data /mnt/imagenet/val
+    """
+    from exporter.cli.console import console, drawing, plain
+    from exporter.run import spread
+
+    with drawing():
+        measured = spread.measure(folder, spread.numbers_of(numbers), data, weights)
+    console().print(f"{len(measured)} shards measured; they are in {plain(folder / 'shards')}", soft_wrap=True)
+
+
+@click.command("merge", short_help="The report of all shards of a verification.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", metavar="FILE", type=click.Path(path_type=Path),
+    help="The report; by default that of the artifact, ARTIFACT.report.json.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+def merge_command(folder: Path, out: Path | None, as_json: bool) -> None:
+    """Write the report of a verification whose shards are all in DIR, as `verify` does. Exit code 5 means that a check
+    failed.
+
+    \b
+    Example:
+      convnext-export merge build/shards
+    """
+    from exporter import artifact as artifacts
+    from exporter.artifact import Artifact
+    from exporter.cli.console import drawing
+    from exporter.cli.measure import finish_verification
+    from exporter.run import spread
+
+    with drawing():
+        opened, artifact = spread.open_folder(folder)
+        original = Artifact(Path(opened.plan.artifact), artifact.sidecar)
+        path = out or original.path.parent / f"{original.path.name}.report.json"
+        artifacts.check_output(path)
+        merged = opened.merged(artifact)
+    finish_verification(original, merged, path, as_json)

@@ -1,0 +1,280 @@
+"""A Ray cluster that does tasks: Ray schedules them and sends files to each machine once; lost workers are reported."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from exporter import artifact as artifacts
+from exporter import backends, machine
+from exporter.artifact import Artifact, sidecar_path
+from exporter.errors import BadRequest, Unavailable, first_line, some
+from exporter.predict import Ranges
+from exporter.progress import step
+from exporter.run import tasks
+from exporter.run.tasks import Job, Result
+from exporter.verify.shards import Plan
+
+LOCAL = "ray"
+TRIES = 3
+AHEAD = 4  # tasks that wait in the cluster, for each one that can run
+STORE_BYTES = 256 << 20
+CONNECT_S = 5.0
+WAIT_S = 1.0  # so that Ctrl-C is not late
+
+
+def check_address(address: str) -> None:
+    """Raises: BadRequest for what is no address of a cluster."""
+    if address == LOCAL:
+        return
+    parts = urlsplit(address)
+    try:
+        known = parts.scheme == "ray" and parts.hostname and parts.port
+    except ValueError:
+        known = False
+    if not known:
+        raise BadRequest(f"--on {address}: expected ray, ray://HOST:PORT, or for verify files:DIR")
+
+
+@contextmanager
+def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
+    """A cluster: one of its own on this machine for `ray`, else the one at `ray://HOST:PORT`.
+
+    Args:
+        address: where it is.
+        needed_bytes: of everything that is sent to its machines.
+
+    Raises: Unavailable where Ray is not installed or the cluster cannot be reached.
+    """
+    check_address(address)
+    backends.require("ray", "ray")
+    import logging
+
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address == LOCAL:
+            step("starting a Ray cluster on this machine")
+            ray.init(
+                address="local",
+                num_cpus=machine.cores(),
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES + 2 * needed_bytes,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+        else:
+            _reach(address)
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
+    try:
+        yield Cluster(ray, address)
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises: Unavailable where nothing listens at the address; Ray itself waits for half a minute."""
+    parts = urlsplit(address)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), CONNECT_S).close()
+    except OSError as error:
+        raise Unavailable(
+            f"--on {address}: nothing answers there ({error.strerror or error}); `ray start --head` prints the port of "
+            "the Ray client server, 10001 if no other is set"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a task needs of a machine: cores, GPUs and bytes of memory."""
+
+    cpus: float = 1
+    gpus: int = 0
+    memory: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """As Ray takes it. Tasks are not repeated by Ray: `Cluster` counts their tries."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory or None, "max_retries": 0}
+
+
+class Cluster:
+    """A connected cluster."""
+
+    def __init__(self, ray: Any, address: str) -> None:
+        self.ray, self.address = ray, address
+
+    def nodes(self) -> list[tuple[str, str, dict[str, float]]]:
+        """The id, the address and the resources of each machine.
+
+        Raises: Unavailable where there is none.
+        """
+        alive = [node for node in self.ray.nodes() if node["Alive"]]
+        if not alive:
+            raise Unavailable(f"--on {self.address}: the cluster has no machine")
+        return [(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in alive]
+
+    def sent(self, artifact: Artifact) -> tuple[Any, ...]:
+        """References to the content of the files of an artifact, in the order of `files_of`."""
+        return tuple(self.ray.put(path.read_bytes()) for path in paths_of(artifact))
+
+    def check(self, job: Job, references: Sequence[Any]) -> None:
+        """Refuse machines that cannot do the tasks of a job.
+
+        Raises: BadRequest or Unavailable with the address of each, and what it lacks.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = self.nodes()
+        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node, _, _ in nodes]
+        remote = self.ray.remote(_check)
+        waiting = [
+            remote.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(job, list(references))
+            for strategy in strategies
+        ]
+        problems, code = [], 2
+        for (_, where, _), reference in zip(nodes, waiting, strict=True):
+            try:
+                result = self.ray.get(reference)
+            except self.ray.exceptions.RayError as error:
+                result = Result(error=f"convnext-export does not start there ({_reason(error)})", exit_code=3)
+            if result.error:
+                problems.append(f"machine {where}: {result.error}")
+                code = max(code, result.exit_code)
+        if problems:
+            raise Unavailable(*problems) if code == Unavailable.exit_code else BadRequest(*problems)
+
+    def results(
+        self, job: Job, references: Sequence[Any], numbers: Iterable[int], need: Need, in_order: bool = False
+    ) -> Iterator[tuple[int, bytes]]:
+        """Numbers of tasks with their results, as they are done or in order.
+
+        A task whose worker is lost is tried `TRIES` times. The others go on.
+
+        Raises: what the task raised; at the end Unavailable, with the tasks that were lost each time.
+        """
+        submit = partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
+        return self._results(submit, deque(numbers), need, in_order)
+
+    def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
+        """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
+        an Unavailable."""
+        remote = self.ray.remote(function)
+        waiting = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
+        for reference in waiting:
+            while not self.ray.wait([reference], timeout=WAIT_S)[0]:
+                pass
+            try:
+                yield self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError:
+                raise
+            except self.ray.exceptions.RayError as error:
+                yield Unavailable(f"its worker was lost ({_reason(error)}); memory may have run out")
+
+    def within(self, need: Need) -> Need:
+        """What a task needs, but no more than the largest machine has, for which it would wait in vain."""
+        every = [resources for _, _, resources in self.nodes()]
+        return replace(
+            need,
+            cpus=min(need.cpus, max(resources.get("CPU", 1) for resources in every)),
+            memory=min(need.memory, int(max(resources.get("memory", 0) for resources in every))),
+        )
+
+    def _results(
+        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool
+    ) -> Iterator[tuple[int, bytes]]:
+        window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
+        running, done, order = dict[Any, int](), dict[int, bytes](), deque(waiting)
+        losses, lost = Counter[int](), dict[int, str]()
+        while waiting or running or done:
+            while waiting and len(running) + len(done) < window:
+                number = waiting.popleft()
+                running[submit(number)] = number
+            ready, _ = self.ray.wait(list(running), timeout=WAIT_S) if running else ([], [])
+            for reference in ready:
+                number = running.pop(reference)
+                try:
+                    done[number] = _content(self.ray.get(reference))
+                except self.ray.exceptions.RayTaskError:
+                    raise
+                except self.ray.exceptions.RayError as error:
+                    losses[number] += 1
+                    if losses[number] < TRIES:
+                        waiting.appendleft(number)
+                    else:
+                        lost[number] = _reason(error)
+            yield from _released(done, order, in_order)
+            if lost and in_order:
+                break
+        if lost:
+            number, reason = next(iter(lost.items()))
+            raise Unavailable(
+                f"{len(lost)} tasks were lost {TRIES} times: {some(map(str, lost))} ({reason}); the others are stored. "
+                "If memory ran out, give workers more, or fewer threads; then run the same command again"
+            )
+
+
+def _released(done: dict[int, bytes], order: deque[int], in_order: bool) -> Iterator[tuple[int, bytes]]:
+    """Take the results that can be passed on."""
+    while done and (not in_order or order[0] in done):
+        number = order.popleft() if in_order else next(iter(done))
+        yield number, done.pop(number)
+
+
+def _content(result: Result) -> bytes:
+    if result.error:
+        kind = Unavailable if result.exit_code == Unavailable.exit_code else BadRequest
+        raise kind(result.error)
+    return result.content
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(getattr(error, "cause", None) or error)
+
+
+def _do(job: Job, references: Sequence[Any], number: int) -> Result:
+    """In a worker."""
+    return tasks.do(job, _contents(references), number)
+
+
+def _check(job: Job, references: Sequence[Any]) -> Result:
+    """In a worker."""
+    return tasks.check(job, _contents(references))
+
+
+def _contents(references: Sequence[Any]) -> list[Callable[[], bytes]]:
+    import ray
+
+    def content_of(reference: Any) -> Callable[[], bytes]:
+        return lambda: bytes(ray.get(reference))
+
+    return [content_of(reference) for reference in references]
+
+
+def paths_of(artifact: Artifact) -> list[Path]:
+    """The files of an artifact, and its sidecar."""
+    return [*artifact.files, sidecar_path(artifact.path)]
+
+
+def job_of(artifact: Artifact, plan: Plan | Ranges) -> Job:
+    """The job of a plan."""
+    files = tuple((path.name, artifacts.sha256_file(path)) for path in paths_of(artifact))
+    key = hashlib.sha256(repr((plan, files)).encode("utf-8", "surrogateescape")).hexdigest()
+    return Job(plan=plan, artifact=artifact.path.resolve(), files=files, key=key)
+
+
+def need_of(artifact: Artifact, device: str | None, threads: int | None) -> Need:
+    """What a task with both models open needs."""
+    is_gpu = backends.device_kind(artifact, device) == "NVIDIA GPU"
+    return Need(cpus=threads or machine.default_threads(), gpus=1 if is_gpu else 0)

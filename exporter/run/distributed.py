@@ -1,0 +1,169 @@
+"""Commands whose work is spread over a Ray cluster: `verify`, `predict` and `run`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from exporter import backends
+from exporter import predict as predictions
+from exporter.artifact import Artifact
+from exporter.errors import ExporterError
+from exporter.model import variants
+from exporter.model.sources import is_random
+from exporter.predict import PredictOptions, Summary
+from exporter.predict.store import Chunk
+from exporter.progress import step, track
+from exporter.recipe import Model
+from exporter.report import Report
+from exporter.run import Outcome, RecipeRun, spread, tasks
+from exporter.run.cluster import Cluster, Need, check_address, connected, job_of, need_of, paths_of
+from exporter.verify import VerifyOptions, shards
+
+BUILD_BYTES = 800 << 20  # of a build, beside four times the weights
+
+
+def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, images: int | None = None) -> Report:
+    """Verify on a cluster. The report has the bytes of `verify` on one machine of the same kind.
+
+    Shards are stored in a folder beside the report until all are done, and the same command continues there.
+
+    Args:
+        artifact, options: as for `verify`.
+        address: of the cluster.
+        out: the report.
+        images: of a shard.
+
+    Raises: as `verify`, `connected` and `Cluster.results` do.
+    """
+    check_address(address)
+    plan = shards.plan(artifact, options, images)
+    folder = spread.create(out.with_name(f".{out.name}.shards"), plan)
+    if missing := folder.missing():
+        try:
+            _measure(folder, artifact, missing, address)
+        except KeyboardInterrupt:
+            stored = plan.count - len(folder.missing())
+            raise KeyboardInterrupt(f"{stored} of {plan.count} shards are stored; the same command continues") from None
+    report = folder.merged(artifact)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return report
+
+
+def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
+    plan = folder.plan
+    job, need = job_of(artifact, plan), need_of(artifact, plan.options.device, plan.options.threads)
+    with connected(address, _bytes(artifact)) as cluster:
+        references = cluster.sent(artifact)
+        cluster.check(job, references)
+        step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {plan.size} images")
+        results = cluster.results(job, references, missing, need)
+        for number, content in track(results, len(missing), "shards", lambda _: 1):
+            folder.store(number, content)
+
+
+def predict(
+    artifact: Artifact,
+    sources: Sequence[str],
+    options: PredictOptions,
+    address: str,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Predict on a cluster. The output has the bytes of `predict` on one machine of the same kind.
+
+    Args:
+        artifact, sources, options, out, resume, overwrite: as for `predict`.
+        address: of the cluster.
+
+    Raises: as `predict`, `connected` and `Cluster.results` do; BadRequest for standard input and for folders of masks.
+    """
+    check_address(address)
+    plan = predictions.ranges(artifact, sources, options, out)
+    job, need = job_of(artifact, plan), need_of(artifact, options.device, options.threads)
+
+    def chunks(done: int) -> Iterator[Chunk]:
+        """The answers after the first `done` images."""
+        with connected(address, _bytes(artifact)) as cluster:
+            references = cluster.sent(artifact)
+            cluster.check(job, references)
+            for _, content in cluster.results(job, references, plan.numbers(done), need, in_order=True):
+                every = msgspec.msgpack.decode(content, type=list[Chunk])
+                yield from (chunk for chunk in every if chunk.end > done)
+
+    return predictions.predict(artifact, sources, options, out, resume, overwrite, elsewhere=chunks)
+
+
+def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:
+    """Run recipes on a cluster, whose machines share the working folder.
+
+    Builds and verifications run beside each other, as far as the memory of the machines allows. Each artifact is then
+    timed on a machine on which nothing else of the run takes place.
+
+    Raises: as `connected` does.
+    """
+    check_address(address)
+    with connected(address) as cluster:
+        every = [resources for _, _, resources in cluster.nodes()]
+        alone = Need(cpus=max(resources.get("CPU", 1) for resources in every))
+        gpus = int(any(resources.get("GPU") for resources in every))
+        step(f"running {len(runs)} recipes")
+        needs = [_need_of_build(run, alone, gpus) for run in runs]
+        built = _outcomes(cluster, [replace(run, timed=False) for run in runs], needs)
+        timed = [run for run, one in zip(runs, built, strict=True) if not one.error and run.recipe.bench is not None]
+        step(f"timing {len(timed)} artifacts, each alone on a machine")
+        again = _outcomes(cluster, timed, [replace(alone, gpus=_gpus(run, gpus)) for run in timed])
+    latest = {outcome.name: outcome for outcome in again}
+    return [_joined(outcome, latest.get(outcome.name)) for outcome in built]
+
+
+def _outcomes(cluster: Cluster, runs: Sequence[RecipeRun], needs: Sequence[Need]) -> list[Outcome]:
+    folder = Path(os.getcwd())  # noqa: PTH109  (as the user sees it)
+    calls = [(need, (folder, run)) for run, need in zip(runs, needs, strict=True)]
+    results = track(cluster.calls(tasks.recipe, calls), len(runs), "recipes", lambda _: 1)
+    return [
+        Outcome(run.name, error=str(result), exit_code=result.exit_code)
+        if isinstance(result, ExporterError)
+        else result
+        for run, result in zip(runs, results, strict=True)
+    ]
+
+
+def _joined(built: Outcome, timed: Outcome | None) -> Outcome:
+    """The outcome of a recipe after its timing, with the steps that were done before."""
+    if timed is None:
+        return built
+    timed.steps |= {name: state for name, state in built.steps.items() if name != "bench"}
+    return timed
+
+
+def _need_of_build(run: RecipeRun, alone: Need, gpus: int) -> Need:
+    """Builds in int8 time their artifact, and get a machine for themselves."""
+    need = Need() if run.recipe.quantization is None else alone
+    memory = BUILD_BYTES + 4 * _weight_bytes(run.recipe.model)
+    return replace(need, gpus=_gpus(run, gpus), memory=memory)
+
+
+def _gpus(run: RecipeRun, gpus: int) -> int:
+    """One GPU for a runtime that uses none but GPUs, if the cluster has any."""
+    kinds = set(backends.runtime(run.recipe.backend).devices.values())
+    return min(gpus, int(kinds == {"NVIDIA GPU"}))
+
+
+def _weight_bytes(model: Model) -> int:
+    """The size of the weights: of a file or folder, else of the variant."""
+    path = Path(model.weights)
+    if is_random(model.weights) or not path.exists():
+        return 4 * variants.resolve(model.variant or "tiny")[0].params
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _bytes(artifact: Artifact) -> int:
+    return sum(path.stat().st_size for path in paths_of(artifact))

@@ -1,0 +1,146 @@
+"""Work that the processes of a Ray cluster do: shards of a verification, ranges of predictions, recipes.
+
+A process opens its models once, and keeps them for all tasks of a job. An error that the user can fix is a result, with
+its exit code, so that no task is tried again because of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from exporter import __version__, predict, run
+from exporter import artifact as artifacts
+from exporter.artifact import Artifact, disk
+from exporter.errors import BadRequest, ExporterError
+from exporter.predict import Ranges
+from exporter.run import Outcome, RecipeRun
+from exporter.verify import shards
+from exporter.verify.shards import Plan
+
+Task = Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a job have in common.
+
+    plan: of the shards or ranges. artifact: its path, and the name and SHA-256 of each of its files and its sidecar.
+    folder: the working folder. threads: `OMP_NUM_THREADS` of the process that began the job, "" where it is not set;
+    Ray sets another one. version: of this tool. key: identifies the job.
+    """
+
+    plan: Plan | Ranges
+    artifact: Path
+    files: tuple[tuple[str, str], ...]
+    key: str
+    folder: Path = field(default_factory=Path.cwd)
+    threads: str = field(default_factory=lambda: os.environ.get("OMP_NUM_THREADS", ""))
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task returns, or why it cannot, with the exit code."""
+
+    content: bytes = b""
+    error: str = ""
+    exit_code: int = 0
+
+
+_OPENED: dict[str, tuple[ExitStack, Task]] = {}
+"""The job that is open in this process."""
+
+
+def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result:
+    """Do one task of a job.
+
+    Args:
+        job: its models are opened, unless this process has them open.
+        contents: functions that return the files of the artifact, for a machine that does not have them.
+        number: of the shard or range.
+    """
+    try:
+        if job.key not in _OPENED:
+            _close()
+            _enter(job)
+            stack = ExitStack()
+            _OPENED[job.key] = stack, stack.enter_context(_opened(job, _artifact(job, contents)))
+        return Result(_OPENED[job.key][1](number))
+    except ExporterError as error:
+        return Result(error=str(error), exit_code=error.exit_code)
+
+
+def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
+    """Whether this machine can do tasks of a job: it has the same versions and images. No model is opened."""
+    try:
+        if job.version != __version__:
+            raise BadRequest(f"convnext-export {__version__}, but the job is of {job.version}; install that version")
+        _enter(job)
+        artifact = _artifact(job, contents)
+        if isinstance(job.plan, Plan):
+            shards.refuse_others(job.plan, artifact)
+        else:
+            predict.refuse_others(job.plan, artifact)
+        return Result()
+    except ExporterError as error:
+        return Result(error=str(error), exit_code=error.exit_code)
+
+
+def recipe(folder: Path, recipe_run: RecipeRun) -> Outcome:
+    """Run a recipe on this machine, in the working folder of the process that began the run."""
+    if not folder.is_dir():
+        return Outcome(recipe_run.name, error=f"there is no folder {folder}; mount it", exit_code=2)
+    os.chdir(folder)
+    return run.run_or_explain(recipe_run)
+
+
+def _close() -> None:
+    for stack, _ in _OPENED.values():
+        stack.close()
+    _OPENED.clear()
+
+
+def _enter(job: Job) -> None:
+    """Take the working folder and the number of threads of a job.
+
+    Raises: BadRequest where the folder is missing.
+    """
+    if job.threads:
+        os.environ["OMP_NUM_THREADS"] = job.threads
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    try:
+        os.chdir(job.folder)
+    except OSError as error:
+        raise BadRequest(f"{job.folder}: {error.strerror}; the folder must be the same on every machine") from None
+
+
+@contextmanager
+def _opened(job: Job, artifact: Artifact) -> Iterator[Task]:
+    """The function that does a task by its number, with the models of a job open."""
+    if isinstance(job.plan, Plan):
+        with shards.open_worker(job.plan, artifact) as worker:
+            yield lambda number: shards.encode(worker.measure(number))
+    else:
+        with predict.open_ranges(job.plan, artifact) as chunks:
+            yield lambda number: msgspec.msgpack.encode(list(chunks(number)))
+
+
+def _artifact(job: Job, contents: Sequence[Callable[[], bytes]]) -> Artifact:
+    """The artifact of a job: where it was, else a copy in this user's cache, which is written where it is missing."""
+    wanted = dict(job.files)
+    with suppress(BadRequest, OSError):
+        artifact = artifacts.load(job.artifact)
+        if {file.name: file.sha256 for file in artifact.sidecar.files}.items() <= wanted.items():
+            return artifact
+    folder = disk.cache_folder() / "artifacts" / job.key
+    for (name, digest), content in zip(job.files, contents, strict=True):
+        if not (folder / name).is_file() or artifacts.sha256_file(folder / name) != digest:
+            disk.write_file(folder / name, content())
+    return artifacts.load(folder / job.artifact.name)

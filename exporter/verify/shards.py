@@ -1,0 +1,294 @@
+"""A verification in shards: ranges of the images that any process can measure, and one report of all of them.
+
+Shards begin at full batches, so their batches are those of `verify`, and a report of all shards has the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import replace as with_
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from exporter import backends, machine
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Record
+from exporter.artifact.tensors import Tensor, tensor_of
+from exporter.backends import Layer
+from exporter.data.fingerprint import fingerprint
+from exporter.data.samples import Samples
+from exporter.errors import BadRequest, some
+from exporter.report import Finding, Report
+from exporter.verify import (
+    VerifyOptions,
+    checks,
+    findings_of,
+    layers_of,
+    open_pair,
+    open_runnable,
+    pictures_of,
+    prepared,
+    report_of,
+)
+from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
+from exporter.verify.slide import windows_of
+
+IMAGES = 512
+"""Of a shard, where no number is given: about half a minute of ConvNeXt-T on two cores."""
+MAX_BYTES = 2**30  # of an unpacked shard
+
+
+class Plan(Record, frozen=True):
+    """What all shards of a verification have in common.
+
+    artifact, sha256: the path at the time of planning, and the digest of its graph. images: a digest of the names and
+    sizes of the files. size: images of a shard, the last one may have fewer. skipped: files that are no images of any
+    shard, with the reason. versions: of this tool and of the libraries that compute.
+    """
+
+    artifact: str
+    sha256: str
+    options: VerifyOptions
+    images: str
+    total: int
+    size: int
+    skipped: tuple[str, ...]
+    versions: dict[str, str]
+    schema: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of shards."""
+        return -(-self.total // self.size)
+
+    @property
+    def key(self) -> bytes:
+        """A digest of the whole plan."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).digest()
+
+    def images_of(self, number: int) -> str:
+        """The images of a shard, in words."""
+        return f"images {number * self.size:,} to {min((number + 1) * self.size, self.total) - 1:,}"
+
+
+class StoredBatch(Record, frozen=True):
+    """A `MeasuredBatch`. Names of files may be no UTF-8."""
+
+    names: tuple[bytes, ...]
+    lines: tuple[bytes, ...]
+    rows: dict[str, dict[str, Tensor]]
+
+
+class Shard(Record, frozen=True):
+    """What was measured on the images of a shard.
+
+    arithmetic: the class of the processor (`machine.arithmetic`), or the GPU. environment: of the process. facts: of
+    its session. layers: of the artifact. skipped: images that cannot be read. findings: where another artifact ran.
+    """
+
+    number: int
+    arithmetic: str
+    environment: dict[str, Any]
+    facts: dict[str, str]
+    layers: tuple[Layer, ...]
+    skipped: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    batches: tuple[StoredBatch, ...]
+
+
+def plan(artifact: Artifact, options: VerifyOptions, images: int | None = None) -> Plan:
+    """The plan of a verification.
+
+    Args:
+        artifact: what to verify.
+        options: as for `verify`.
+        images: of a shard, rounded up to full batches.
+
+    Raises: as `verify` does; BadRequest for `blocks`.
+    """
+    if options.blocks:
+        raise BadRequest("--blocks: compares the first images in one process; leave it out, or leave --on out")
+    _, samples = prepared(artifact, options)
+    batch = size_of(artifact.sidecar, windows_of(artifact.sidecar, options))
+    return Plan(
+        artifact=str(artifact.path),
+        sha256=artifact.sidecar.sha256,
+        options=options,
+        images=fingerprint(options.data, times=False),
+        total=samples.total,
+        size=-(-(images or IMAGES) // batch) * batch,
+        skipped=tuple(samples.skipped),
+        versions=backends.computing_versions(artifact),
+    )
+
+
+def refuse_others(plan: Plan, artifact: Artifact, data: str | None = None) -> None:
+    """Refuse what is not the plan's.
+
+    Raises: BadRequest for another artifact, and where this process has other versions or other images.
+    """
+    if artifact.sidecar.sha256 != plan.sha256:
+        raise BadRequest(f"{artifact.path}: another artifact than the plan's; give the one that was planned for")
+    backends.refuse_other_versions(plan.versions, artifact)
+    source = data or plan.options.data
+    if fingerprint(source, times=False) != plan.images:
+        raise BadRequest(f"{source}: other images than those of the plan; restore them, or plan again")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Measures shards with both models open."""
+
+    plan: Plan
+    pair: Pair
+    samples: Samples
+    layers: tuple[Layer, ...]
+    findings: tuple[Finding, ...]
+
+    def batches(self, number: int) -> tuple[Samples, Iterator[MeasuredBatch]]:
+        """The images of a shard, and its batches, which are measured as they are taken."""
+        samples = self.samples.between(number * self.plan.size, (number + 1) * self.plan.size)
+        return samples, self.pair.measured(samples)
+
+    def shard(self, number: int, batches: Sequence[MeasuredBatch], skipped: Sequence[str]) -> Shard:
+        """The record of a shard."""
+        artifact = self.pair.artifact
+        kind = backends.device_kind(artifact, self.plan.options.device)
+        gpu = (machine.gpu() or {}).get("name", "")
+        return Shard(
+            number=number,
+            arithmetic=machine.arithmetic() if kind == "CPU" else f"{kind} {gpu}".strip(),
+            environment=backends.environment(),
+            facts=self.pair.candidate.facts,
+            layers=self.layers,
+            skipped=tuple(skipped),
+            findings=self.findings,
+            batches=tuple(map(_stored, batches)),
+        )
+
+    def measure(self, number: int) -> Shard:
+        """Measure a shard."""
+        samples, batches = self.batches(number)
+        measured = list(batches)
+        return self.shard(number, measured, samples.skipped)
+
+
+@contextmanager
+def open_worker(
+    plan: Plan, artifact: Artifact, data: str | None = None, weights: str | None = None
+) -> Iterator[Worker]:
+    """Both models and the images of a plan, opened.
+
+    Args:
+        plan: of the whole verification.
+        artifact: the one of the plan; it may be a copy.
+        data, weights: where images and weights are here, if not where they were when it was planned.
+
+    Raises: BadRequest for another artifact, other versions or other images than those of the plan; otherwise as
+        `verify` does.
+    """
+    refuse_others(plan, artifact, data)
+    options = replace(plan.options, data=data or plan.options.data, weights=weights or plan.options.weights)
+    runtime, samples = prepared(artifact, options)
+    layers = layers_of(artifact, runtime, options)
+    with open_runnable(artifact, runtime) as runnable:
+        meters = checks.start_all(options, checks.Subject(artifact, layers))
+        with open_pair(artifact, runnable, options, meters) as pair:
+            yield Worker(plan, pair, samples, tuple(layers), runnable.findings)
+
+
+def merged(plan: Plan, artifact: Artifact, read: Callable[[int], Shard]) -> Report:
+    """The report of all shards. int8 answers of processors of different classes are findings of their own.
+
+    Args:
+        plan: of the shards.
+        artifact: the one of the plan; it may be a copy.
+        read: a shard by its number.
+
+    Raises: BadRequest where no image could be read.
+    """
+    first = read(0)
+    apart = artifact.sidecar.quantization is not None
+    subject = checks.Subject(artifact, first.layers)
+    every = Tally({})
+    tallies: dict[str, Tally] = {}
+    machines = dict[str, list[int]]()
+    for number in range(plan.count):
+        shard = read(number)
+        machines.setdefault(_machine(shard), []).append(number)
+        tally = tallies.setdefault(shard.arithmetic if apart else "", Tally(checks.start_all(plan.options, subject)))
+        for batch in map(_measured, shard.batches):
+            tally.add(batch)
+            every.add(with_(batch, rows={}))
+        tally.skipped += shard.skipped
+    next(iter(tallies.values())).skipped[:0] = plan.skipped
+    windows = windows_of(artifact.sidecar, plan.options)
+    findings = [
+        replace(finding, case=" ".join(filter(None, [finding.case, arithmetic]))) if len(tallies) > 1 else finding
+        for arithmetic, tally in tallies.items()
+        for finding in findings_of(tally, plan.options.data, windows, first.findings)
+    ]
+    return report_of(
+        Artifact(Path(plan.artifact), artifact.sidecar),
+        plan.options,
+        [*findings, *_machines(machines)],
+        {**first.environment, "session": first.facts},
+        every.digest.hexdigest(),
+        tuple(picture for tally in tallies.values() for picture in pictures_of(tally)),
+    )
+
+
+def _machine(shard: Shard) -> str:
+    facts = shard.environment
+    return f"{facts.get('cpu')}, {facts.get('cores')} cores, {shard.arithmetic}"
+
+
+def _machines(numbers: dict[str, list[int]]) -> list[Finding]:
+    """Which machines measured which shards, where there was more than one."""
+    if len(numbers) == 1:
+        return []
+    detail = "; ".join(f"{name}: shards {some(map(str, listed))}" for name, listed in numbers.items())
+    return [Finding(check="data", metric="machines", value=len(numbers), detail=detail)]
+
+
+def encode(shard: Shard) -> bytes:
+    """A shard as bytes."""
+    return zlib.compress(msgspec.msgpack.encode(shard))
+
+
+def decode(content: bytes) -> Shard:
+    """A shard from its bytes.
+
+    Raises: BadRequest for bytes that are no shard.
+    """
+    unpacker = zlib.decompressobj()
+    try:
+        packed = unpacker.decompress(content, MAX_BYTES)
+        if not unpacker.eof:
+            raise BadRequest(f"a shard of more than {MAX_BYTES >> 20} MiB, or a truncated one; measure it again")
+        return msgspec.msgpack.decode(packed, type=Shard)
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise BadRequest(f"not a shard of this version ({error}); measure it again") from None
+
+
+def _stored(batch: MeasuredBatch) -> StoredBatch:
+    return StoredBatch(
+        names=tuple(name.encode("utf-8", "surrogateescape") for name in batch.names),
+        lines=tuple(line.encode("utf-8", "surrogateescape") for line in batch.lines),
+        rows={check: {name: tensor_of(array) for name, array in rows.items()} for check, rows in batch.rows.items()},
+    )
+
+
+def _measured(batch: StoredBatch) -> MeasuredBatch:
+    return MeasuredBatch(
+        names=tuple(name.decode("utf-8", "surrogateescape") for name in batch.names),
+        lines=tuple(line.decode("utf-8", "surrogateescape") for line in batch.lines),
+        rows={check: {name: row.array() for name, row in rows.items()} for check, rows in batch.rows.items()},
+    )
