@@ -155,10 +155,11 @@ def _plan_shards(
     from exporter.errors import BadRequest
     from exporter.run import spread
 
-    folder = Path(on.removeprefix("files:"))
+    name = on.removeprefix("files:")
+    folder = Path(name)
     if out is not None or as_json:
         raise BadRequest("--on files: writes no report, `merge` does; give -o or --json to that command")
-    if not folder.name:
+    if not name:
         raise BadRequest("--on files: expected the name of a folder, as in files:build/shards")
     with drawing():
         written = spread.write_commands(artifacts.load(artifact), options, folder, shard_size)

@@ -88,16 +88,17 @@ def predict(
     plan = predictions.ranges(artifact, sources, options, out)
     job, need = job_of(artifact, plan), need_of(artifact, options.device, options.threads)
 
-    def chunks(done: int) -> Iterator[Chunk]:
-        """The answers after the first `done` images."""
-        with connected(address, _bytes(artifact)) as cluster:
-            references = cluster.sent(artifact)
-            cluster.check(job, references)
+    with connected(address, _bytes(artifact)) as cluster:
+        references = cluster.sent(artifact)
+        cluster.check(job, references)
+
+        def chunks(done: int) -> Iterator[Chunk]:
+            """The answers after the first `done` images."""
             for _, content in cluster.results(job, references, plan.numbers(done), need, in_order=True):
                 every = msgspec.msgpack.decode(content, type=list[Chunk])
                 yield from (chunk for chunk in every if chunk.end > done)
 
-    return predictions.predict(artifact, sources, options, out, resume, overwrite, elsewhere=chunks)
+        return predictions.predict(artifact, sources, options, out, resume, overwrite, elsewhere=chunks)
 
 
 def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:

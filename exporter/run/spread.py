@@ -183,8 +183,9 @@ def numbers_of(words: Iterable[str]) -> list[int]:
     """
     numbers: list[int] = []
     for word in words:
-        first, _, last = word.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        first, dash, last = word.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise BadRequest(f"{word}: expected the number of a shard, or a range like 0-7")
-        numbers += range(int(first), int(last or first) + 1)
+        numbers += range(int(first), int(last) + 1)
     return numbers

@@ -332,7 +332,7 @@ def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Run
     with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
         path = Path(folder) / parent.path.name
         _write_rounding(parent.path, path)
-        finding = Finding(check="data", metric="simulated", value=1, detail=detail)
+        finding = Finding(check="data", metric="simulated", value=1.0, detail=detail)
         yield Runnable(Artifact(path, parent.sidecar), stand_in, (finding,))
 
 
