@@ -1,0 +1,413 @@
+"""A cluster gives the bytes of one machine, loses nothing with a worker, and refuses what it cannot do by name."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from PIL import Image
+
+from exporter import backends, predict
+from exporter.data import synthetic
+from exporter.errors import BadRequest, Unavailable
+from exporter.predict import PredictOptions
+from exporter.run import cluster, distributed, tasks
+from exporter.run.cluster import Cluster, Need
+from exporter.verify import VerifyOptions, shards
+from tests.conftest import copy_artifact
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Two Ray nodes on this machine, each with room for two workers, and the address of their client server."""
+    pytest.importorskip("ray")
+    pytest.importorskip("grpc")
+    gcs, client = free_ports(2)
+    sockets = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the path of a socket has at most 107 characters
+    folder = tmp_path_factory.mktemp("ray")
+    settings = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    room = ["--num-cpus", "2", "--object-store-memory", "100000000", "--node-ip-address", "127.0.0.1"]
+    ports = ["--min-worker-port", "0", "--max-worker-port", "0"]
+    head = ["--head", "--port", gcs, "--ray-client-server-port", client, "--include-dashboard=false"]
+    commands = [[*head, "--temp-dir", sockets, *ports], ["--address", f"127.0.0.1:{gcs}", *ports]]
+    before = set(psutil.pids())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        for words in commands:
+            started = [RAY, "start", *map(str, words), *room]
+            subprocess.run(started, check=True, capture_output=True, timeout=120, cwd=folder)
+        yield f"ray://127.0.0.1:{client}"
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if process.pid not in before and any(word in words for word in ("ray::", "raylet", "gcs_server", "/ray/")):
+            process.kill()
+    shutil.rmtree(sockets, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(60):
+        folder = root / f"class {number % 10}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(synthetic.dead_leaves(48, number)).save(folder / f"{number}.png")
+    (root / "class 3" / "43.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture
+def copied(artifacts, tmp_path):
+    (tmp_path / "built").mkdir()
+    return copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "built")
+
+
+def kill_one_worker(done):
+    """Kill the first process that does a task."""
+    while not done.is_set():
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if "ray::_do" in " ".join(process.info["cmdline"] or []):
+                process.kill()
+                return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_report_and_predictions_have_the_bytes_of_one_machine(address, copied, photos, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(photos)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for _ in range(2):
+        assert run("verify", copied.path, "--data", photos).code == 0
+    report = copied.path.with_name(f"{copied.path.name}.report.json")
+    expected = report.read_bytes()
+    report.unlink()
+    done = threading.Event()
+    killer = threading.Thread(target=kill_one_worker, args=(done,))
+    killer.start()
+    result = run("verify", copied.path, "--data", photos, "--on", address, "--shard-size", 16)
+    done.set()
+    killer.join()
+    assert result.code == 0, result.err
+    assert "in 4 shards of up to 16 images" in result.err
+    assert report.read_bytes() == expected
+    assert not list(report.parent.glob(".*shards")), "the shards are removed at the end"
+
+    assert run("predict", copied.path, ".", "-o", tmp_path / "one.csv").code == 0
+    monkeypatch.setattr(predict, "RANGE", 16)
+    result = run("predict", copied.path, ".", "-o", tmp_path / "several.csv", "--on", address)
+    assert result.code == 0, result.err
+    assert (tmp_path / "several.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+def write_recipes(folder, weights, bench):
+    for precision in ("fp32", "fp16"):
+        text = f"backend: onnxruntime\nprecision: {precision}\nmodel: {{weights: {weights}}}\nchecks: {{samples: 4}}\n"
+        (folder / f"{precision}.yaml").write_text(f"{text}bench: {bench}\n")
+
+
+@pytest.mark.slow
+def test_recipes_run_on_a_cluster(address, tiny, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipes(tmp_path, tiny, "null")
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", address, "--json")
+    assert result.code == 0, result.err
+    steps = {"build": "done", "verify": "done", "bench": "not asked for"}
+    assert [outcome["steps"] for outcome in result.json] == [steps] * 2
+    again = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--dry-run", "--json").json
+    assert [state["build"] for state in again.values()] == ["already there"] * 2
+
+
+@pytest.mark.slow
+def test_every_artifact_is_timed_alone_after_all_are_built(tiny, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipes(tmp_path, tiny, "{duration: 0.5}")
+    called = []
+
+    class OneMachine:
+        """Runs the recipes in this process."""
+
+        def nodes(self):
+            return [("a", "here", {"CPU": 8}), ("b", "there", {"CPU": 2, "GPU": 1})]
+
+        def calls(self, function, calls):
+            for need, (folder, recipe_run) in calls:
+                called.append((recipe_run.path.stem, recipe_run.timed, need.cpus, need.gpus, need.memory > 0))
+                yield function(folder, recipe_run)
+
+    monkeypatch.setattr(distributed, "connected", lambda *_: nullcontext(OneMachine()))
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 0, result.err
+    assert [outcome["steps"] for outcome in result.json] == [dict.fromkeys(("build", "verify", "bench"), "done")] * 2
+    assert called == [
+        ("fp32", False, 1, 0, True),
+        ("fp16", False, 1, 0, True),
+        ("fp32", True, 8, 0, False),
+        ("fp16", True, 8, 0, False),
+    ]
+
+
+@pytest.mark.slow
+def test_a_machine_of_another_version_is_refused_by_its_address(address, copied, photos):
+    plan = shards.plan(copied, VerifyOptions(data=str(photos)))
+    job = cluster.job_of(copied, plan)
+    with cluster.connected(address) as connected:
+        references = connected.sent(copied)
+        connected.check(job, references)
+        with pytest.raises(BadRequest) as caught:
+            connected.check(replace(job, version="0.0"), references)
+    assert len(caught.value.args) == 2
+    for line in caught.value.args:
+        assert re.fullmatch(r"machine \S+: convnext-export \S+, but the job is of 0.0; install that version", line)
+
+
+# What Ray does with lost workers, by a Ray that loses them when it is told to.
+
+
+class Lost(Exception):
+    """A worker was lost."""
+
+
+class FakeRay:
+    """Does the last submitted task first, and loses some as often as `losses` says."""
+
+    exceptions = SimpleNamespace(RayError=Lost, RayTaskError=KeyError)
+
+    def __init__(self, losses):
+        self.losses, self.waiting, self.most = dict(losses), [], 0
+
+    def nodes(self):
+        return [{"Alive": True, "NodeID": "a", "NodeManagerAddress": "here", "Resources": {"CPU": 2}}]
+
+    def submit(self, number):
+        reference = SubmittedTask(number)
+        self.waiting.append(reference)
+        self.most = max(self.most, len(self.waiting))
+        return reference
+
+    def wait(self, references, timeout):
+        assert timeout == cluster.WAIT_S
+        assert set(references) == set(self.waiting)
+        return [self.waiting.pop()], []
+
+    def get(self, reference):
+        if self.losses.get(reference.number, 0) > 0:
+            self.losses[reference.number] -= 1
+            raise Lost("it was killed")
+        return tasks.Result(b"%d" % reference.number)
+
+
+class SubmittedTask:
+    def __init__(self, number):
+        self.number = number
+
+
+def results(losses, in_order=False):
+    """The numbers of 30 tasks in the order in which their results come, and the error at the end."""
+    ray, done = FakeRay(losses), []
+    try:
+        for number, content in Cluster(ray, "ray")._results(ray.submit, deque(range(30)), Need(cpus=1), in_order):
+            assert content == b"%d" % number
+            done.append(number)
+    except Unavailable as error:
+        return done, str(error), ray
+    return done, "", ray
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_task_is_tried_three_times(in_order):
+    done, error, ray = results({3: 2, 29: 1}, in_order=in_order)
+    assert not error
+    assert sorted(done) == list(range(30))
+    assert (done == sorted(done)) == in_order
+    assert ray.most <= cluster.AHEAD * 2, "no more tasks than that wait in the cluster"
+
+
+def test_a_task_that_is_lost_each_time_is_named_and_the_others_stand():
+    done, error, _ = results({3: 3, 7: 5})
+    assert sorted(done) == [number for number in range(30) if number not in (3, 7)]
+    assert "2 tasks were lost 3 times: " in error
+    assert "it was killed" in error
+
+
+def test_in_order_nothing_behind_a_lost_task_is_passed_on():
+    done, error, _ = results({3: 3}, in_order=True)
+    assert done == [0, 1, 2][: len(done)]
+    assert "1 tasks were lost" in error
+
+
+def test_a_task_needs_no_more_than_the_largest_machine_has():
+    connected = Cluster(FakeRay({}), "ray")
+    assert connected.within(Need(cpus=64, memory=1 << 40)) == Need(cpus=2, memory=0)
+
+
+# One process, as a worker is.
+
+
+@pytest.fixture
+def worker(monkeypatch, tmp_path):
+    """The state that a worker changes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path
+    tasks._close()
+
+
+def contents(artifact):
+    return [path.read_bytes for path in cluster.paths_of(artifact)]
+
+
+def test_a_worker_opens_a_job_once_and_takes_its_folder_and_threads(copied, photos, worker, monkeypatch):
+    plan = shards.plan(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, plan), threads="", folder=photos)
+    opened, real = [], shards.open_worker
+
+    def counted(*arguments):
+        opened.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(shards, "open_worker", counted)
+    for number in (1, 0):
+        result = tasks.do(job, [], number)
+        assert not result.error
+        assert shards.decode(result.content).number == number
+    assert len(opened) == 1
+    assert Path.cwd() == photos
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert tasks.do(replace(job, key="another"), [], 0).content
+    assert len(opened) == 2
+
+
+def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker):
+    plan = shards.plan(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, plan), artifact=worker / "nowhere" / copied.path.name)
+    asked = []
+
+    def content(path):
+        asked.append(path)
+        return path.read_bytes()
+
+    sent = [lambda path=path: content(path) for path in cluster.paths_of(copied)]
+    assert tasks.check(job, sent).error == ""
+    assert len(asked) == 2
+    assert tasks.do(job, sent, 0).error == ""
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "9"}, "but the job is of 9; install that version"),
+        ({"folder": Path("/no/such/folder")}, "the folder must be the same on every machine"),
+    ],
+)
+def test_a_machine_that_cannot_take_part_says_why(change, message, copied, photos, worker):
+    plan = shards.plan(copied, VerifyOptions(data=str(photos)))
+    result = tasks.check(replace(cluster.job_of(copied, plan), **change), contents(copied))
+    assert message in result.error
+    assert result.exit_code == 2
+
+
+def test_a_machine_without_the_images_says_so(copied, photos, worker):
+    options = VerifyOptions(data=str(photos))
+    plan = shards.plan(copied, options)
+    gone = type(plan)(
+        **{name: getattr(plan, name) for name in plan.__struct_fields__}
+        | {"options": VerifyOptions(data=str(worker / "gone"))}
+    )
+    assert "no such data" in tasks.check(cluster.job_of(copied, gone), contents(copied)).error
+    ranges = predict.ranges(copied, [str(photos)], PredictOptions(), Path("out.csv"))
+    (worker / "few").mkdir()
+    Image.fromarray(synthetic.dead_leaves(48, 0)).save(worker / "few" / "a.png")
+    other = predict.ranges(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
+    changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images": "x"})
+    assert "other images than when the command began" in tasks.check(cluster.job_of(copied, changed), []).error
+
+
+def test_without_ray_the_line_that_installs_it_is_printed(copied, refused, monkeypatch, tmp_path):
+    real = backends.installed
+    monkeypatch.setattr(backends, "installed", lambda name: None if name == "ray" else real(name))
+    words = ("verify", copied.path, "--on", "ray")
+    assert "pip install 'convnext-export[ray]'" in refused(3, *words)
+
+
+def test_a_cluster_that_cannot_be_reached_is_one_line(copied, refused, photos, tmp_path):
+    pytest.importorskip("ray")
+    (port,) = free_ports(1)
+    words = ("predict", copied.path, photos, "-o", tmp_path / "a.csv", "--on", f"ray://127.0.0.1:{port}")
+    assert f"--on ray://127.0.0.1:{port}: nothing answers there" in refused(3, *words, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "ARTIFACT", "-", "-o", "a.csv", "--on", "ray"], "cannot read standard input"),
+        (["predict", "ARTIFACT", "PHOTOS", "--on", "ray"], "add -o FILE"),
+        (["predict", "ARTIFACT", "PHOTOS", "-o", "a.csv", "--on", "slurm"], "expected ray, ray://HOST:PORT"),
+        (["run", "onnxruntime/tiny_fp16", "--on", "ray", "--jobs", "2"], "leave one out"),
+        (["run", "onnxruntime/tiny_fp16", "--on", "files:a"], "expected ray, ray://HOST:PORT"),
+    ],
+)
+def test_bad_words_are_refused(words, message, copied, photos, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = {"ARTIFACT": copied.path, "PHOTOS": photos}
+    assert message in refused(2, *(real.get(word, word) for word in words), folder=tmp_path)
+
+
+def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, photos, run, monkeypatch):
+    submitted = []
+
+    class OneMachine:
+        """Does the tasks in this process; Ctrl-C comes after two of them."""
+
+        def sent(self, artifact):
+            return contents(artifact)
+
+        def check(self, job, references):
+            assert not tasks.check(job, references).error
+
+        def results(self, job, references, numbers, need):
+            del need
+            for done, number in enumerate(numbers):
+                if done == 2 and not submitted[2:]:
+                    raise KeyboardInterrupt
+                submitted.append(number)
+                yield number, tasks.do(job, references, number).content
+
+    monkeypatch.setattr(distributed, "connected", lambda *_: nullcontext(OneMachine()))
+    words = ("verify", copied.path, "--data", photos, "--on", "ray", "--shard-size", 16)
+    result = run(*words)
+    assert result.code == 4
+    assert "2 of 4 shards are stored; the same command continues" in result.err
+    assert run(*words).code == 0
+    assert sorted(submitted) == [0, 1, 2, 3]
+    tasks._close()
