@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,reference,keras,parquet]" --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,reference,keras,parquet,ray]" --group dev
 	touch $@
 
 demo: install    ## train on real digits, export, lower, verify, print the table

@@ -29,7 +29,7 @@ from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.data import images
 from exporter.data.samples import THREADS, images_in
-from exporter.predict import PredictOptions
+from exporter.predict import PredictOptions, predictor
 
 REPETITIONS = 7
 
@@ -90,10 +90,10 @@ def by_decoding(path: Path, folder: Path) -> None:
 def by_inference(path: Path, folder: Path) -> None:
     """As many batches as the images fill, of one image."""
     artifact, files = artifacts.load(path), images_in(folder)
-    batch = np.repeat(images.read(folder / files[0], artifact.sidecar.preprocessing)[None], predict.BATCH, axis=0)
+    batch = np.repeat(images.read(folder / files[0], artifact.sidecar.preprocessing)[None], predictor.BATCH, axis=0)
     runtime = backends.runtime_of(artifact)
     with runtime.open(artifact, runtime.options()) as session:
-        for _ in range(0, len(files), predict.BATCH):
+        for _ in range(0, len(files), predictor.BATCH):
             session(batch)
 
 

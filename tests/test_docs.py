@@ -24,6 +24,7 @@ README = (ROOT / "README.md").read_text()
 BASE = variants.VARIANTS["base"]
 PAGES = (
     "bisect",
+    "cluster",
     "detection",
     "inputs",
     "int8",
@@ -132,7 +133,7 @@ def test_every_command_of_the_docs_runs(page, desk, run, monkeypatch):
         tiny = replace(variants.VARIANTS["tiny"], architecture=tiny_architecture())
         monkeypatch.setitem(variants.VARIANTS, "tiny", tiny)
         write_upernet(desk) if page == "segmentation" else write_detector(desk)
-    elif page == "optimize":  # eager PyTorch is timed in processes that know no stand-ins
+    elif page in ("optimize", "cluster"):  # PyTorch runs in processes that know no stand-ins
         monkeypatch.setitem(variants.VARIANTS, "base", BASE)
     else:
         atto = replace(variants.VARIANTS["atto"], architecture=tiny_architecture())

@@ -132,7 +132,7 @@ def verify_command(
         raise BadRequest("--shard-size: only applies to shards; add --on, or leave it out")
     options = VerifyOptions(**values)
     if on is not None and on.startswith("files:"):
-        _plan_shards(artifact, options, on, shard_size, out, as_json)
+        _schedule_shards(artifact, options, on, shard_size, out, as_json)
         return
     path = out or artifact.parent / f"{artifact.name}.report.json"
     artifacts.check_output(path)
@@ -147,7 +147,7 @@ def verify_command(
     finish_verification(opened, verified, path, as_json)
 
 
-def _plan_shards(
+def _schedule_shards(
     artifact: Path, options: VerifyOptions, on: str, shard_size: int | None, out: Path | None, as_json: bool
 ) -> None:
     from exporter import artifact as artifacts
@@ -163,7 +163,7 @@ def _plan_shards(
         raise BadRequest("--on files: expected the name of a folder, as in files:build/shards")
     with drawing():
         written = spread.write_commands(artifacts.load(artifact), options, folder, shard_size)
-    text = f"[bold]{plain(folder / spread.COMMANDS)}[/]  {written.plan.count} commands, one for each shard"
+    text = f"[bold]{plain(folder / spread.COMMANDS)}[/]  {written.schedule.count} commands, one for each shard"
     console().print(text, soft_wrap=True)
     console().print(f"then: convnext-export merge {plain(folder)}", style="dim", soft_wrap=True)
 

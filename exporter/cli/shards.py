@@ -10,12 +10,12 @@ import click
 @click.command("shard", short_help="Measure shards of a verification, on any machine.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("numbers", metavar="NUMBER…", nargs=-1, required=True)
-@click.option("--data", metavar="SRC", help="Where the images are on this machine, if not where they were planned.")
+@click.option("--data", metavar="SRC", help="Where the images are on this machine, if not where they were scheduled.")
 @click.option("--weights", metavar="PATH", help="Where the weights are on this machine, if not where they were.")
 def shard_command(folder: Path, numbers: tuple[str, ...], data: str | None, weights: str | None) -> None:
-    """Measure shards of a verification that `verify --on files:DIR` planned. Shards that are in DIR are skipped.
+    """Measure shards of a verification that `verify --on files:DIR` scheduled. Shards that are in DIR are skipped.
 
-    NUMBER is a shard, or a range of them with both ends. Images and versions must be those of the plan.
+    NUMBER is a shard, or a range of them with both ends. Images and versions must be those of the schedule.
 
     \b
     Examples:
@@ -46,15 +46,15 @@ def merge_command(folder: Path, out: Path | None, as_json: bool) -> None:
       convnext-export merge build/shards
     """
     from exporter import artifact as artifacts
-    from exporter.artifact import Artifact
     from exporter.cli.console import drawing
     from exporter.cli.measure import finish_verification
     from exporter.run import spread
 
     with drawing():
         opened, artifact = spread.open_folder(folder)
-        original = Artifact(Path(opened.plan.artifact), artifact.sidecar)
-        path = out or original.path.parent / f"{original.path.name}.report.json"
+        scheduled = Path(opened.schedule.artifact)
+        path = out or scheduled.parent / f"{scheduled.name}.report.json"
         artifacts.check_output(path)
         merged = opened.merged(artifact)
-    finish_verification(original, merged, path, as_json)
+        artifact = spread.original_of(opened, artifact)
+    finish_verification(artifact, merged, path, as_json)

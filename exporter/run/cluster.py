@@ -21,7 +21,7 @@ from exporter.predict import Ranges
 from exporter.progress import step
 from exporter.run import tasks
 from exporter.run.tasks import Job, Result
-from exporter.verify.shards import Plan
+from exporter.verify.shards import Schedule
 
 LOCAL = "ray"
 TRIES = 3
@@ -267,11 +267,11 @@ def paths_of(artifact: Artifact) -> list[Path]:
     return [*artifact.files, sidecar_path(artifact.path)]
 
 
-def job_of(artifact: Artifact, plan: Plan | Ranges) -> Job:
-    """The job of a plan."""
+def job_of(artifact: Artifact, schedule: Schedule | Ranges) -> Job:
+    """The job of a schedule."""
     files = tuple((path.name, artifacts.sha256_file(path)) for path in paths_of(artifact))
-    key = hashlib.sha256(repr((plan, files)).encode("utf-8", "surrogateescape")).hexdigest()
-    return Job(plan=plan, artifact=artifact.path.resolve(), files=files, key=key)
+    key = hashlib.sha256(repr((schedule, files)).encode("utf-8", "surrogateescape")).hexdigest()
+    return Job(schedule=schedule, artifact=artifact.path.resolve(), files=files, key=key)
 
 
 def need_of(artifact: Artifact, device: str | None, threads: int | None) -> Need:

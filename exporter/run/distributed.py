@@ -42,26 +42,26 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     Raises: as `verify`, `connected` and `Cluster.results` do.
     """
     check_address(address)
-    plan = shards.plan(artifact, options, images)
-    folder = spread.create(out.with_name(f".{out.name}.shards"), plan)
+    schedule = shards.schedule(artifact, options, images)
+    folder = spread.create(out.with_name(f".{out.name}.shards"), schedule)
     if missing := folder.missing():
         try:
             _measure(folder, artifact, missing, address)
         except KeyboardInterrupt:
-            stored = plan.count - len(folder.missing())
-            raise KeyboardInterrupt(f"{stored} of {plan.count} shards are stored; the same command continues") from None
+            state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
+            raise KeyboardInterrupt(f"{state}; the same command continues") from None
     report = folder.merged(artifact)
     shutil.rmtree(folder.path, ignore_errors=True)
     return report
 
 
 def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
-    plan = folder.plan
-    job, need = job_of(artifact, plan), need_of(artifact, plan.options.device, plan.options.threads)
+    schedule = folder.schedule
+    job, need = job_of(artifact, schedule), need_of(artifact, schedule.options.device, schedule.options.threads)
     with connected(address, _bytes(artifact)) as cluster:
         references = cluster.sent(artifact)
         cluster.check(job, references)
-        step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {plan.size} images")
+        step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {schedule.size} images")
         results = cluster.results(job, references, missing, need)
         for number, content in track(results, len(missing), "shards", lambda _: 1):
             folder.store(number, content)
@@ -85,8 +85,8 @@ def predict(
     Raises: as `predict`, `connected` and `Cluster.results` do; BadRequest for standard input and for folders of masks.
     """
     check_address(address)
-    plan = predictions.ranges(artifact, sources, options, out)
-    job, need = job_of(artifact, plan), need_of(artifact, options.device, options.threads)
+    schedule = predictions.ranges_of(artifact, sources, options, out)
+    job, need = job_of(artifact, schedule), need_of(artifact, options.device, options.threads)
 
     with connected(address, _bytes(artifact)) as cluster:
         references = cluster.sent(artifact)
@@ -94,7 +94,7 @@ def predict(
 
         def chunks(done: int) -> Iterator[Chunk]:
             """The answers after the first `done` images."""
-            for _, content in cluster.results(job, references, plan.numbers(done), need, in_order=True):
+            for _, content in cluster.results(job, references, schedule.numbers(done), need, in_order=True):
                 every = msgspec.msgpack.decode(content, type=list[Chunk])
                 yield from (chunk for chunk in every if chunk.end > done)
 

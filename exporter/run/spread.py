@@ -1,4 +1,4 @@
-"""A verification in a folder: its plan, a copy of the artifact, and the shards that were measured.
+"""A verification in a folder: its schedule, a copy of the artifact, and the shards that were measured.
 
 The shards can be measured anywhere and in any order, by commands (`measure`) or by a cluster (`cluster`).
 `Folder.merged` is the report of all of them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.report import Report
 from exporter.verify import VerifyOptions, shards
-from exporter.verify.shards import Plan, Shard
+from exporter.verify.shards import Schedule, Shard
 
 COMMANDS = "commands.txt"
 AGAIN = "the shard is measured again"
@@ -28,13 +29,13 @@ AGAIN = "the shard is measured again"
 class Folder:
     """The folder of a verification in shards."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan, self.key = path, plan, plan.key
+    def __init__(self, path: Path, schedule: Schedule) -> None:
+        self.path, self.schedule, self.key = path, schedule, schedule.key
 
     @property
     def artifact_path(self) -> Path:
         """The copy of the artifact."""
-        return self.path / "artifact" / Path(self.plan.artifact).name
+        return self.path / "artifact" / Path(self.schedule.artifact).name
 
     def write(self, shard: Shard) -> None:
         """Store a shard.
@@ -51,7 +52,7 @@ class Folder:
         sealed.write_bytes(self._file(number), self._key(number), content)
 
     def read(self, number: int) -> Shard | None:
-        """A shard, or None if it was not measured or its file is damaged or of another plan."""
+        """A shard, or None if it was not measured or its file is damaged or of another schedule."""
         content = sealed.read_bytes(self._file(number), self._key(number), AGAIN)
         return None if content is None else shards.decode(content)
 
@@ -59,7 +60,7 @@ class Folder:
         """The numbers of the shards that must be measured."""
         return [
             number
-            for number in range(self.plan.count)
+            for number in range(self.schedule.count)
             if sealed.read_bytes(self._file(number), self._key(number), AGAIN) is None
         ]
 
@@ -71,7 +72,7 @@ class Folder:
         if missing := self.missing():
             lines = some(str(number) for number in missing)
             raise BadRequest(
-                f"{self.path}: {len(missing)} of {self.plan.count} shards are missing: {lines}; run their lines of "
+                f"{self.path}: {len(missing)} of {self.schedule.count} shards are missing: {lines}; run their lines of "
                 f"{COMMANDS}, and copy the files of shards/ here"
             )
 
@@ -80,7 +81,7 @@ class Folder:
             assert shard is not None
             return shard
 
-        return shards.merged(self.plan, artifact, read)
+        return shards.merged(self.schedule, artifact, read)
 
     def _file(self, number: int) -> Path:
         return self.path / "shards" / f"{number:06d}.shard"
@@ -89,21 +90,21 @@ class Folder:
         return self.key + number.to_bytes(8, "big")
 
 
-def create(path: Path, plan: Plan) -> Folder:
-    """The folder of a plan, new or continued: shards of the same plan are kept.
+def create(path: Path, schedule: Schedule) -> Folder:
+    """The folder of a schedule, new or continued: shards of the same schedule are kept.
 
     Raises: BadRequest for a folder that has something else, and one that cannot be written.
     """
-    file = path / "plan.json"
+    file = path / "schedule.json"
     if path.exists() and not file.is_file() and (not path.is_dir() or any(path.iterdir())):
         raise BadRequest(f"{path}: expected a new or empty folder, or one of an earlier --on files; give another")
-    content = msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=1)
+    content = msgspec.json.format(msgspec.json.encode(schedule, order="deterministic"), indent=1)
     if file.is_file() and file.read_bytes() != content:
         shutil.rmtree(path / "shards", ignore_errors=True)
     disk.write_file(file, content)
-    folder = Folder(path, plan)
-    if plan.count > len(missing := folder.missing()):
-        note(f"{plan.count - len(missing)} of {plan.count} shards are in {path} already")
+    folder = Folder(path, schedule)
+    if schedule.count > len(missing := folder.missing()):
+        note(f"{schedule.count - len(missing)} of {schedule.count} shards are in {path} already")
     return folder
 
 
@@ -116,9 +117,9 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, image
         path: the folder.
         images: of a shard.
 
-    Raises: as `shards.plan` and `create` do.
+    Raises: as `shards.schedule` and `create` do.
     """
-    folder = create(path, shards.plan(artifact, options, images))
+    folder = create(path, shards.schedule(artifact, options, images))
     target = folder.artifact_path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, image
     except OSError as error:
         raise disk.write_error(error, target.parent) from None
     words = shlex.quote(str(path))
-    lines = [f"convnext-export shard {words} {number}\n" for number in range(folder.plan.count)]
+    lines = [f"convnext-export shard {words} {number}\n" for number in range(folder.schedule.count)]
     disk.write_file(path / COMMANDS, "".join(lines).encode("utf-8", "surrogateescape"))
     return folder
 
@@ -137,15 +138,24 @@ def open_folder(path: Path) -> tuple[Folder, Artifact]:
 
     Raises: BadRequest for any other folder.
     """
-    file = path / "plan.json"
+    file = path / "schedule.json"
     try:
-        plan = msgspec.json.decode(file.read_bytes(), type=Plan)
+        schedule = msgspec.json.decode(file.read_bytes(), type=Schedule)
     except (OSError, msgspec.DecodeError):
         raise BadRequest(
-            f"{path}: no plan of shards in it; `convnext-export verify ARTIFACT --on files:{path}` writes one"
+            f"{path}: no schedule of shards in it; `convnext-export verify ARTIFACT --on files:{path}` writes one"
         ) from None
-    folder = Folder(path, plan)
+    folder = Folder(path, schedule)
     return folder, artifacts.load(folder.artifact_path)
+
+
+def original_of(folder: Folder, copy: Artifact) -> Artifact:
+    """The artifact that a schedule was made for; its copy if that is gone or another one is in its place."""
+    with suppress(BadRequest):
+        original = artifacts.load(Path(folder.schedule.artifact))
+        if original.sidecar.sha256 == copy.sidecar.sha256:
+            return original
+    return copy
 
 
 def measure(path: Path, numbers: Sequence[int], data: str | None = None, weights: str | None = None) -> tuple[int, ...]:
@@ -154,22 +164,22 @@ def measure(path: Path, numbers: Sequence[int], data: str | None = None, weights
     Args:
         path: the folder.
         numbers: of the shards.
-        data, weights: where images and weights are on this machine, if not where they were when it was planned.
+        data, weights: where images and weights are on this machine, if not where they were when it was scheduled.
 
-    Raises: BadRequest for a number that the plan does not have; otherwise as `shards.open_worker` does.
+    Raises: BadRequest for a number that the schedule does not have; otherwise as `shards.open_worker` does.
     """
     folder, artifact = open_folder(path)
-    plan = folder.plan
-    if unknown := [number for number in numbers if number not in range(plan.count)]:
-        raise BadRequest(f"shard {unknown[0]}: {path} has the shards 0 to {plan.count - 1}")
+    schedule = folder.schedule
+    if unknown := [number for number in numbers if number not in range(schedule.count)]:
+        raise BadRequest(f"shard {unknown[0]}: {path} has the shards 0 to {schedule.count - 1}")
     missing = set(folder.missing())
     wanted = [number for number in dict.fromkeys(numbers) if number in missing]
     if not wanted:
         note("every one of these shards was measured already")
         return ()
-    with shards.open_worker(plan, artifact, data, weights) as worker:
+    with shards.open_worker(schedule, artifact, data, weights) as worker:
         for number in wanted:
-            step(f"shard {number} of {plan.count}: {plan.images_of(number)}")
+            step(f"shard {number} of {schedule.count}: {schedule.images_of(number)}")
             samples, batches = worker.batches(number)
             measured = list(track(batches, samples.total, "images", lambda batch: len(batch.names)))
             folder.write(worker.shard(number, measured, samples.skipped))

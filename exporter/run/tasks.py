@@ -21,7 +21,7 @@ from exporter.errors import BadRequest, ExporterError
 from exporter.predict import Ranges
 from exporter.run import Outcome, RecipeRun
 from exporter.verify import shards
-from exporter.verify.shards import Plan
+from exporter.verify.shards import Schedule
 
 Task = Callable[[int], bytes]
 
@@ -30,12 +30,12 @@ Task = Callable[[int], bytes]
 class Job:
     """What all tasks of a job have in common.
 
-    plan: of the shards or ranges. artifact: its path, and the name and SHA-256 of each of its files and its sidecar.
-    folder: the working folder. threads: `OMP_NUM_THREADS` of the process that began the job, "" where it is not set;
-    Ray sets another one. version: of this tool. key: identifies the job.
+    schedule: of the shards or ranges. artifact: its path. files: the name and SHA-256 of each of its files and of its
+    sidecar. key: identifies the job. folder: the working folder. threads: `OMP_NUM_THREADS` of the process that began
+    the job, "" where it is not set; Ray sets another one. version: of this tool.
     """
 
-    plan: Plan | Ranges
+    schedule: Schedule | Ranges
     artifact: Path
     files: tuple[tuple[str, str], ...]
     key: str
@@ -83,10 +83,10 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
             raise BadRequest(f"convnext-export {__version__}, but the job is of {job.version}; install that version")
         _enter(job)
         artifact = _artifact(job, contents)
-        if isinstance(job.plan, Plan):
-            shards.refuse_others(job.plan, artifact)
+        if isinstance(job.schedule, Schedule):
+            shards.refuse_others(job.schedule, artifact)
         else:
-            predict.refuse_others(job.plan, artifact)
+            predict.refuse_others(job.schedule, artifact)
         return Result()
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
@@ -124,11 +124,11 @@ def _enter(job: Job) -> None:
 @contextmanager
 def _opened(job: Job, artifact: Artifact) -> Iterator[Task]:
     """The function that does a task by its number, with the models of a job open."""
-    if isinstance(job.plan, Plan):
-        with shards.open_worker(job.plan, artifact) as worker:
+    if isinstance(job.schedule, Schedule):
+        with shards.open_worker(job.schedule, artifact) as worker:
             yield lambda number: shards.encode(worker.measure(number))
     else:
-        with predict.open_ranges(job.plan, artifact) as chunks:
+        with predict.open_ranges(job.schedule, artifact) as chunks:
             yield lambda number: msgspec.msgpack.encode(list(chunks(number)))
 
 

@@ -35,6 +35,7 @@ from exporter.verify import (
     open_runnable,
     pictures_of,
     prepared,
+    reference,
     report_of,
 )
 from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
@@ -45,7 +46,7 @@ IMAGES = 512
 MAX_BYTES = 2**30  # of an unpacked shard
 
 
-class Plan(Record, frozen=True):
+class Schedule(Record, frozen=True):
     """What all shards of a verification have in common.
 
     artifact, sha256: the path at the time of planning, and the digest of its graph. images: a digest of the names and
@@ -70,7 +71,7 @@ class Plan(Record, frozen=True):
 
     @property
     def key(self) -> bytes:
-        """A digest of the whole plan."""
+        """A digest of the whole schedule."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).digest()
 
     def images_of(self, number: int) -> str:
@@ -103,8 +104,8 @@ class Shard(Record, frozen=True):
     batches: tuple[StoredBatch, ...]
 
 
-def plan(artifact: Artifact, options: VerifyOptions, images: int | None = None) -> Plan:
-    """The plan of a verification.
+def schedule(artifact: Artifact, options: VerifyOptions, images: int | None = None) -> Schedule:
+    """The schedule of a verification.
 
     Args:
         artifact: what to verify.
@@ -117,7 +118,7 @@ def plan(artifact: Artifact, options: VerifyOptions, images: int | None = None) 
         raise BadRequest("--blocks: compares the first images in one process; leave it out, or leave --on out")
     _, samples = prepared(artifact, options)
     batch = size_of(artifact.sidecar, windows_of(artifact.sidecar, options))
-    return Plan(
+    return Schedule(
         artifact=str(artifact.path),
         sha256=artifact.sidecar.sha256,
         options=options,
@@ -129,24 +130,24 @@ def plan(artifact: Artifact, options: VerifyOptions, images: int | None = None) 
     )
 
 
-def refuse_others(plan: Plan, artifact: Artifact, data: str | None = None) -> None:
-    """Refuse what is not the plan's.
+def refuse_others(schedule: Schedule, artifact: Artifact, data: str | None = None) -> None:
+    """Refuse what is not the schedule's.
 
     Raises: BadRequest for another artifact, and where this process has other versions or other images.
     """
-    if artifact.sidecar.sha256 != plan.sha256:
-        raise BadRequest(f"{artifact.path}: another artifact than the plan's; give the one that was planned for")
-    backends.refuse_other_versions(plan.versions, artifact)
-    source = data or plan.options.data
-    if fingerprint(source, times=False) != plan.images:
-        raise BadRequest(f"{source}: other images than those of the plan; restore them, or plan again")
+    if artifact.sidecar.sha256 != schedule.sha256:
+        raise BadRequest(f"{artifact.path}: another artifact than the schedule's; give that one")
+    backends.refuse_other_versions(schedule.versions, artifact)
+    source = data or schedule.options.data
+    if fingerprint(source, times=False) != schedule.images:
+        raise BadRequest(f"{source}: other images than those of the schedule; restore them, or schedule again")
 
 
 @dataclass(frozen=True)
 class Worker:
     """Measures shards with both models open."""
 
-    plan: Plan
+    schedule: Schedule
     pair: Pair
     samples: Samples
     layers: tuple[Layer, ...]
@@ -154,13 +155,13 @@ class Worker:
 
     def batches(self, number: int) -> tuple[Samples, Iterator[MeasuredBatch]]:
         """The images of a shard, and its batches, which are measured as they are taken."""
-        samples = self.samples.between(number * self.plan.size, (number + 1) * self.plan.size)
+        samples = self.samples.between(number * self.schedule.size, (number + 1) * self.schedule.size)
         return samples, self.pair.measured(samples)
 
     def shard(self, number: int, batches: Sequence[MeasuredBatch], skipped: Sequence[str]) -> Shard:
         """The record of a shard."""
         artifact = self.pair.artifact
-        kind = backends.device_kind(artifact, self.plan.options.device)
+        kind = backends.device_kind(artifact, self.schedule.options.device)
         gpu = (machine.gpu() or {}).get("name", "")
         return Shard(
             number=number,
@@ -182,34 +183,35 @@ class Worker:
 
 @contextmanager
 def open_worker(
-    plan: Plan, artifact: Artifact, data: str | None = None, weights: str | None = None
+    schedule: Schedule, artifact: Artifact, data: str | None = None, weights: str | None = None
 ) -> Iterator[Worker]:
-    """Both models and the images of a plan, opened.
+    """Both models and the images of a schedule, opened.
 
     Args:
-        plan: of the whole verification.
-        artifact: the one of the plan; it may be a copy.
-        data, weights: where images and weights are here, if not where they were when it was planned.
+        schedule: of the whole verification.
+        artifact: the one of the schedule; it may be a copy.
+        data, weights: where images and weights are here, if not where they were when it was scheduled.
 
-    Raises: BadRequest for another artifact, other versions or other images than those of the plan; otherwise as
+    Raises: BadRequest for another artifact, other versions or other images than those of the schedule; otherwise as
         `verify` does.
     """
-    refuse_others(plan, artifact, data)
-    options = replace(plan.options, data=data or plan.options.data, weights=weights or plan.options.weights)
+    refuse_others(schedule, artifact, data)
+    options = replace(schedule.options, data=data or schedule.options.data, weights=weights or schedule.options.weights)
     runtime, samples = prepared(artifact, options)
     layers = layers_of(artifact, runtime, options)
     with open_runnable(artifact, runtime) as runnable:
         meters = checks.start_all(options, checks.Subject(artifact, layers))
-        with open_pair(artifact, runnable, options, meters) as pair:
-            yield Worker(plan, pair, samples, tuple(layers), runnable.findings)
+        first = Artifact(Path(schedule.artifact), artifact.sidecar)  # the path of the weights is relative to its path
+        with reference(first, options) as original, open_pair(artifact, runnable, options, meters, original) as pair:
+            yield Worker(schedule, pair, samples, tuple(layers), runnable.findings)
 
 
-def merged(plan: Plan, artifact: Artifact, read: Callable[[int], Shard]) -> Report:
+def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard]) -> Report:
     """The report of all shards. int8 answers of processors of different classes are findings of their own.
 
     Args:
-        plan: of the shards.
-        artifact: the one of the plan; it may be a copy.
+        schedule: of the shards.
+        artifact: the one of the schedule; it may be a copy.
         read: a shard by its number.
 
     Raises: BadRequest where no image could be read.
@@ -220,24 +222,25 @@ def merged(plan: Plan, artifact: Artifact, read: Callable[[int], Shard]) -> Repo
     every = Tally({})
     tallies: dict[str, Tally] = {}
     machines = dict[str, list[int]]()
-    for number in range(plan.count):
+    for number in range(schedule.count):
         shard = read(number)
         machines.setdefault(_machine(shard), []).append(number)
-        tally = tallies.setdefault(shard.arithmetic if apart else "", Tally(checks.start_all(plan.options, subject)))
+        name = shard.arithmetic if apart else ""
+        tally = tallies.setdefault(name, Tally(checks.start_all(schedule.options, subject)))
         for batch in map(_measured, shard.batches):
             tally.add(batch)
             every.add(with_(batch, rows={}))
         tally.skipped += shard.skipped
-    next(iter(tallies.values())).skipped[:0] = plan.skipped
-    windows = windows_of(artifact.sidecar, plan.options)
+    next(iter(tallies.values())).skipped[:0] = schedule.skipped
+    windows = windows_of(artifact.sidecar, schedule.options)
     findings = [
         replace(finding, case=" ".join(filter(None, [finding.case, arithmetic]))) if len(tallies) > 1 else finding
         for arithmetic, tally in tallies.items()
-        for finding in findings_of(tally, plan.options.data, windows, first.findings)
+        for finding in findings_of(tally, schedule.options.data, windows, first.findings)
     ]
     return report_of(
-        Artifact(Path(plan.artifact), artifact.sidecar),
-        plan.options,
+        Artifact(Path(schedule.artifact), artifact.sidecar),
+        schedule.options,
         [*findings, *_machines(machines)],
         {**first.environment, "session": first.facts},
         every.digest.hexdigest(),

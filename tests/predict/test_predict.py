@@ -17,7 +17,7 @@ from PIL import Image
 from exporter import artifact as artifacts_
 from exporter import predict
 from exporter.errors import BadRequest, Unavailable
-from exporter.predict import PredictOptions, sources, store, writers
+from exporter.predict import PredictOptions, predictor, sources, store, writers
 from tests.conftest import PX, build, tiny_config
 
 COUNT = 40
@@ -110,7 +110,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(suffix, artifacts, photo
         pytest.importorskip("pyarrow")
     whole = wrote(artifact, photos, tmp_path / f"whole{suffix}").read_bytes()
     out = tmp_path / f"cut{suffix}"
-    real = predict._answered
+    real = predictor._answered
     starts = []
 
     def answered(answers, group, run, start):
@@ -118,13 +118,13 @@ def test_an_interrupted_run_continues_to_the_same_bytes(suffix, artifacts, photo
             raise KeyboardInterrupt
         return real(answers, group, run, start)
 
-    monkeypatch.setattr(predict, "_answered", answered)
+    monkeypatch.setattr(predictor, "_answered", answered)
     with pytest.raises(KeyboardInterrupt):
         wrote(artifact, photos, out)
     assert not out.exists()
     with pytest.raises(BadRequest, match=r"unfinished output is there, 16 of 40 .* --resume continues it"):
         wrote(artifact, photos, out)
-    monkeypatch.setattr(predict, "_answered", lambda *words: starts.append(words[-1]) or real(*words))
+    monkeypatch.setattr(predictor, "_answered", lambda *words: starts.append(words[-1]) or real(*words))
     wrote(artifact, photos, out, resume=True)
     assert sorted(starts) == [16, 20, 24, 28, 32, 36], "no batch is computed twice"
     assert out.read_bytes() == whole
@@ -298,7 +298,7 @@ def test_cells_that_a_spreadsheet_would_compute_are_text(artifacts, photos, tmp_
     name.parent.mkdir()
     name.write_bytes((photos / "below" / "00.png").read_bytes())
     records = [{"image": "=1+1", "error": "@x"}, {"image": "a", "error": ""}]
-    answers = predict._answers(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
+    answers = predictor.answers_for(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
     chunk = store.chunk_of(0, [r["image"] for r in records], ["@x", "-1"], {})
     writers.write_csv(tmp_path / "a.csv", answers, lambda: iter([chunk]))
     assert [row["image"] for row in csv.DictReader((tmp_path / "a.csv").open())] == ["'=1+1", "a"]
@@ -308,11 +308,11 @@ def test_cells_that_a_spreadsheet_would_compute_are_text(artifacts, photos, tmp_
 
 
 def test_outputs_that_are_not_finite_are_no_answer(artifacts, photos):
-    answers = predict._answers(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
-    group = [predict.Read(str(number), -1, np.zeros((3, 8, 8), np.float32)) for number in range(3)]
+    answers = predictor.answers_for(artifacts["onnxruntime", "fp32"], PredictOptions(top=1), whole=False)
+    group = [predictor.Read(str(number), -1, np.zeros((3, 8, 8), np.float32)) for number in range(3)]
     logits = np.zeros((3, 10), np.float32)
     logits[1, 4] = np.nan
-    chunk = predict._answered(answers, group, lambda images: (logits,), 0)
+    chunk = predictor._answered(answers, group, lambda images: (logits,), 0)
     assert chunk.errors == ("", "the outputs are not finite", "")
     assert [record.get("error", "") for record in writers.records(answers, iter([chunk]))] == list(chunk.errors)
 

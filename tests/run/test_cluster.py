@@ -26,6 +26,7 @@ from exporter.predict import PredictOptions
 from exporter.run import cluster, distributed, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
+from tests import once
 from tests.conftest import copy_artifact
 
 RAY = Path(sys.executable).with_name("ray")
@@ -60,17 +61,19 @@ def address(tmp_path_factory):
     head = ["--head", "--port", gcs, "--ray-client-server-port", client, "--include-dashboard=false"]
     commands = [[*head, "--temp-dir", sockets, *ports], ["--address", f"127.0.0.1:{gcs}", *ports]]
     before = set(psutil.pids())
-    with pytest.MonkeyPatch.context() as patch:
+    # The client servers of two clusters on one machine take the same ports.
+    one_at_a_time = once.locked(once.shared_folder(tmp_path_factory, "ray-clusters") / "one")
+    with one_at_a_time, pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
         for words in commands:
             started = [RAY, "start", *map(str, words), *room]
             subprocess.run(started, check=True, capture_output=True, timeout=120, cwd=folder)
         yield f"ray://127.0.0.1:{client}"
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if process.pid not in before and any(word in words for word in ("ray::", "raylet", "gcs_server", "/ray/")):
-            process.kill()
+        for process in psutil.process_iter(["cmdline"]):
+            words = " ".join(process.info["cmdline"] or [])
+            if process.pid not in before and any(word in words for word in ("ray::", "raylet", "gcs_server", "/ray/")):
+                process.kill()
     shutil.rmtree(sockets, ignore_errors=True)
 
 
@@ -122,7 +125,7 @@ def test_a_report_and_predictions_have_the_bytes_of_one_machine(address, copied,
     assert not list(report.parent.glob(".*shards")), "the shards are removed at the end"
 
     assert run("predict", copied.path, ".", "-o", tmp_path / "one.csv").code == 0
-    monkeypatch.setattr(predict, "RANGE", 16)
+    monkeypatch.setattr("exporter.predict.ranges.IMAGES", 16)
     result = run("predict", copied.path, ".", "-o", tmp_path / "several.csv", "--on", address)
     assert result.code == 0, result.err
     assert (tmp_path / "several.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
@@ -177,8 +180,8 @@ def test_every_artifact_is_timed_alone_after_all_are_built(tiny, tmp_path, run, 
 
 @pytest.mark.slow
 def test_a_machine_of_another_version_is_refused_by_its_address(address, copied, photos):
-    plan = shards.plan(copied, VerifyOptions(data=str(photos)))
-    job = cluster.job_of(copied, plan)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)))
+    job = cluster.job_of(copied, schedule)
     with cluster.connected(address) as connected:
         references = connected.sent(copied)
         connected.check(job, references)
@@ -287,8 +290,8 @@ def contents(artifact):
 
 
 def test_a_worker_opens_a_job_once_and_takes_its_folder_and_threads(copied, photos, worker, monkeypatch):
-    plan = shards.plan(copied, VerifyOptions(data=str(photos)), 16)
-    job = replace(cluster.job_of(copied, plan), threads="", folder=photos)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), threads="", folder=photos)
     opened, real = [], shards.open_worker
 
     def counted(*arguments):
@@ -308,8 +311,8 @@ def test_a_worker_opens_a_job_once_and_takes_its_folder_and_threads(copied, phot
 
 
 def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker):
-    plan = shards.plan(copied, VerifyOptions(data=str(photos)), 16)
-    job = replace(cluster.job_of(copied, plan), artifact=worker / "nowhere" / copied.path.name)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
     asked = []
 
     def content(path):
@@ -331,24 +334,24 @@ def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker)
     ],
 )
 def test_a_machine_that_cannot_take_part_says_why(change, message, copied, photos, worker):
-    plan = shards.plan(copied, VerifyOptions(data=str(photos)))
-    result = tasks.check(replace(cluster.job_of(copied, plan), **change), contents(copied))
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)))
+    result = tasks.check(replace(cluster.job_of(copied, schedule), **change), contents(copied))
     assert message in result.error
     assert result.exit_code == 2
 
 
 def test_a_machine_without_the_images_says_so(copied, photos, worker):
     options = VerifyOptions(data=str(photos))
-    plan = shards.plan(copied, options)
-    gone = type(plan)(
-        **{name: getattr(plan, name) for name in plan.__struct_fields__}
+    schedule = shards.schedule(copied, options)
+    gone = type(schedule)(
+        **{name: getattr(schedule, name) for name in schedule.__struct_fields__}
         | {"options": VerifyOptions(data=str(worker / "gone"))}
     )
     assert "no such data" in tasks.check(cluster.job_of(copied, gone), contents(copied)).error
-    ranges = predict.ranges(copied, [str(photos)], PredictOptions(), Path("out.csv"))
+    ranges = predict.ranges_of(copied, [str(photos)], PredictOptions(), Path("out.csv"))
     (worker / "few").mkdir()
     Image.fromarray(synthetic.dead_leaves(48, 0)).save(worker / "few" / "a.png")
-    other = predict.ranges(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
+    other = predict.ranges_of(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
     changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images": "x"})
     assert "other images than when the command began" in tasks.check(cluster.job_of(copied, changed), []).error
 

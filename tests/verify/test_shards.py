@@ -33,20 +33,20 @@ def photos(tmp_path_factory):
 
 
 def measured(artifact, options, size=SIZE):
-    """The plan and all shards, each of a worker of its own, in another order, as bytes."""
-    plan = shards.plan(artifact, options, size)
-    numbers = random.Random(0).sample(range(plan.count), plan.count)
+    """The schedule and all shards, each of a worker of its own, in another order, as bytes."""
+    schedule = shards.schedule(artifact, options, size)
+    numbers = random.Random(0).sample(range(schedule.count), schedule.count)
     done = {}
     for number in numbers:
-        with shards.open_worker(plan, artifact) as worker:
+        with shards.open_worker(schedule, artifact) as worker:
             done[number] = shards.encode(worker.measure(number))
-    return plan, done
+    return schedule, done
 
 
 def merged(artifact, options, size=SIZE):
-    plan, done = measured(artifact, options, size)
-    assert plan.count > 1
-    return shards.merged(plan, artifact, lambda number: shards.decode(done[number]))
+    schedule, done = measured(artifact, options, size)
+    assert schedule.count > 1
+    return shards.merged(schedule, artifact, lambda number: shards.decode(done[number]))
 
 
 def same(artifact, options, size=SIZE):
@@ -126,35 +126,35 @@ def test_an_image_that_is_constant_across_the_border_of_two_shards_counts(artifa
     def stuck(images):
         return (np.repeat(np.arange(10, dtype=np.float32)[None], len(images), 0),)
 
-    plan = shards.plan(artifact, options, 16)
+    schedule = shards.schedule(artifact, options, 16)
     done = {}
     for number in range(2):
-        with shards.open_worker(plan, artifact) as worker:
+        with shards.open_worker(schedule, artifact) as worker:
             stuck.facts = worker.pair.candidate.facts
             pair = type(worker.pair)(artifact, worker.pair.original, stuck, worker.pair.meters)
-            done[number] = type(worker)(plan, pair, worker.samples, worker.layers, worker.findings).measure(number)
-    report = shards.merged(plan, artifact, done.__getitem__)
+            done[number] = type(worker)(schedule, pair, worker.samples, worker.layers, worker.findings).measure(number)
+    report = shards.merged(schedule, artifact, done.__getitem__)
     assert report.value("constant_outputs") == report.value("images") - 1  # the first is compared with none
 
 
 def test_int8_of_unlike_processors_is_reported_apart(artifacts, photos):
     artifact = artifacts["onnxruntime", "int8"]
     options = VerifyOptions(data=str(photos))
-    plan, done = measured(artifact, options)
+    schedule, done = measured(artifact, options)
 
     def read(number):
         shard = shards.decode(done[number])
         return replace(shard, arithmetic="amx") if number == 1 else shard
 
-    report = shards.merged(plan, artifact, read)
+    report = shards.merged(schedule, artifact, read)
     here = machine.arithmetic()
     assert {finding.case for finding in report.findings if finding.metric == "cosine"} == {here, "amx"}
     assert report.find("images", here).value + report.find("images", "amx").value == COUNT - 1
     assert report.find("machines").value == 2
     assert "amx: shards 1" in report.find("machines").detail
     fp32 = artifacts["onnxruntime", "fp32"]
-    plan, done = measured(fp32, options)
-    report = shards.merged(plan, fp32, read)
+    schedule, done = measured(fp32, options)
+    report = shards.merged(schedule, fp32, read)
     assert [finding.case for finding in report.findings if finding.metric == "cosine"] == [""]
     assert report.find("machines").value == 2
 
@@ -164,23 +164,23 @@ def test_a_plan_is_of_one_artifact_and_of_these_images(artifacts, photos, tmp_pa
     for number in range(4):
         Image.fromarray(synthetic.dead_leaves(48, number)).save(tmp_path / f"{number}.png")
     options = VerifyOptions(data=str(tmp_path))
-    plan = shards.plan(artifact, options)
+    schedule = shards.schedule(artifact, options)
     with (
-        pytest.raises(BadRequest, match="another artifact than the plan's"),
-        shards.open_worker(plan, artifacts["onnxruntime", "fp16"]),
+        pytest.raises(BadRequest, match="another artifact than the schedule's"),
+        shards.open_worker(schedule, artifacts["onnxruntime", "fp16"]),
     ):
         pass
-    other = replace(plan, versions={**plan.versions, "numpy": "1.0"})
+    other = replace(schedule, versions={**schedule.versions, "numpy": "1.0"})
     with (
         pytest.raises(BadRequest, match=r"numpy \S+, but the work was begun with 1.0"),
         shards.open_worker(other, artifact),
     ):
         pass
     (tmp_path / "5.png").write_bytes((tmp_path / "0.png").read_bytes())
-    with pytest.raises(BadRequest, match="other images than those of the plan"), shards.open_worker(plan, artifact):
+    with pytest.raises(BadRequest, match="other images than those of the"), shards.open_worker(schedule, artifact):
         pass
     with pytest.raises(BadRequest, match="--blocks"):
-        shards.plan(artifact, VerifyOptions(blocks=True))
+        shards.schedule(artifact, VerifyOptions(blocks=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"x", shards.zlib.compress(b"x"), shards.zlib.compress(bytes(9))[:-4]])
@@ -232,7 +232,7 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     assert "every one of these shards was measured already" in run("shard", folder, 0).err
     other = run(*options, "--min-cosine", 0.5)
     assert other.code == 0
-    assert not list((folder / "shards").glob("*.shard")), "shards of another plan"
+    assert not list((folder / "shards").glob("*.shard")), "shards of another schedule"
 
 
 def test_data_and_weights_may_lie_elsewhere(tiny, photos, tmp_path, run):
@@ -274,8 +274,8 @@ def test_bad_folders_and_numbers_are_refused(copied, refused, run, tmp_path, mon
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
     assert "expected a new or empty folder" in refused(2, "verify", copied.path, "--on", "files:mine", folder=tmp_path)
-    assert "no plan of shards in it" in refused(2, "shard", "mine", 0, folder=tmp_path)
-    assert "no plan of shards in it" in refused(2, "merge", "gone", folder=tmp_path)
+    assert "no schedule of shards in it" in refused(2, "shard", "mine", 0, folder=tmp_path)
+    assert "no schedule of shards in it" in refused(2, "merge", "gone", folder=tmp_path)
     assert run("verify", copied.path, "--on", "files:work").code == 0
     assert "work has the shards 0 to 0" in refused(2, "shard", "work", 1, folder=tmp_path)
     for word in ("one", "3-1", "1-", "-"):
@@ -287,5 +287,5 @@ def test_numbers_of_shards():
 
 
 def test_a_plan_survives_its_file(artifacts):
-    plan = shards.plan(artifacts["onnxruntime", "fp32"], VerifyOptions(samples=3, min_cosine=0.5))
-    assert msgspec.json.decode(msgspec.json.encode(plan), type=shards.Plan).key == plan.key
+    schedule = shards.schedule(artifacts["onnxruntime", "fp32"], VerifyOptions(samples=3, min_cosine=0.5))
+    assert msgspec.json.decode(msgspec.json.encode(schedule), type=shards.Schedule).key == schedule.key
