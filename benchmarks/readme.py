@@ -37,7 +37,8 @@ LINES = (
     "convnext-export verify build/atto_fp16.xml --data photos/val",
     "convnext-export bench build/atto_fp16.xml",
 )
-LEFT_OUT: tuple[str, ...] = ()
+# Progress, and findings that the text beside the commands does not need.
+LEFT_OUT = ("^· ", "^note: onnxsim", " top5", " mean_abs", " sqnr_db", "^sanity", "^structure", "^data ")
 WIDTH = 100
 
 
@@ -72,7 +73,7 @@ def shortened(printed: str, left_out: Sequence[str] = LEFT_OUT) -> str:
         if any(re.search(pattern, line) for pattern in left_out):
             lines += ["…"] if lines[-1:] != ["…"] else []
         else:
-            lines.append(line.rstrip())
+            lines.append(re.sub("─+", "─" * WIDTH, line.rstrip()))
     return "\n".join(lines)
 
 
