@@ -135,7 +135,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": markdown.render(reports),
         "commands": readme.commands(typed) + machine(typed.environment),
-        "example": readme.example(reports[DEMO.index("int8.xml")]),
+        "example": readme.example(reports[DEMO.index("int8.xml")], trials),
         "messages": messages.page(),
         "claims": readme.claims(cases, side_by_side, optimized, trials, planned),
         "footprint": table(footprint),

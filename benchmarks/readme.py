@@ -152,8 +152,8 @@ def without_gpu(engines: plans.Result) -> str:
     )
 
 
-def example(report: Report) -> str:
-    """The speed-up and the loss of top-1 of an artifact, each from its figures to its verdict."""
+def example(report: Report, gated: gate.Experiment) -> str:
+    """The speed-up and the loss of top-1 of an artifact, and two trials of the gate, from figures to verdicts."""
     speedup, artifact, eager = (_finding(report, name) for name in ("speedup", "p50_ms", "eager_p50_ms"))
     drop, images = _finding(report, "top1_drop"), _finding(report, "images")
     assert speedup.noise, "the text says so"
@@ -166,10 +166,31 @@ def example(report: Report) -> str:
         f"process gives a speed-up; over the processes it is {speedup.value:.2f} × (95 % {speedup.low:.2f}–"
         f"{speedup.high:.2f}). The whole interval is above 1, so the artifact is faster. The interval is wider than "
         f"±5 %, so the row is marked *noisy*.\n"
-        f"* **Accuracy.** Of {images.value:.0f} images, {drop.detail}. The loss of top-1 is {drop.value:.2f} points "
+        f"* **Accuracy.** On {images.value:.0f} images: {drop.detail}. The loss of top-1 is {drop.value:.2f} points "
         f"(95 % {drop.low:.2f} to {drop.high:.2f}). The interval has a width although no answer changed, because other "
         f"images could show a loss. It ends below the limit of {drop.limit} points, so the check passes. With fewer "
         f"images it would reach the limit, and the report would say how many are needed.\n"
+        f"{_gate_example(gated)}"
+    )
+
+
+def _gate_example(gated: gate.Experiment) -> str:
+    """The first trial with a slow-down of 5 %, and the first without one."""
+    slow = next(kind for kind in gated.kinds if kind.slower_pct == 5)
+    calm = next(kind for kind in gated.kinds if not kind.slower_pct)
+    worse, same = (next(one for one in gated.trials if one.kind == kind.name) for kind in (slow, calm))
+    noise, quiet = (float(one.detail.partition("itself ±")[2].partition(" ")[0]) for one in (worse, same))
+    assert worse.alarm, "the text says so"
+    assert worse.again, "the text says so"
+    assert worse.change_pct > slow.limit_pct + noise, "the text says so"
+    assert not same.alarm, "the text says so"
+    return (
+        f"* **Gate.** In one trial every run of the head took {slow.slower_pct:g} % longer, and the limit was "
+        f"{slow.limit_pct:g} %. The gate measured {worse.change_pct:+.1f} % (95 % {worse.low_pct:.1f} to "
+        f"{worse.high_pct:.1f}); the base differed from itself by ±{noise:g} %. The change exceeds the limit by more "
+        f"than that, and a second measurement confirmed it: regressed. In another trial base and head were the same "
+        f"file: {same.change_pct:+.1f} % ({same.low_pct:.1f} to {same.high_pct:.1f}), and the base ±{quiet:g} %: no "
+        f"regression.\n"
     )
 
 
