@@ -210,12 +210,12 @@ def prepare(folder: Path, weights: Path, data: Path) -> None:
 
 
 def typed(line: str, folder: Path) -> Typed:
-    """Type a command in a folder, in a terminal of `WIDTH` columns as far as the program can tell."""
+    """Type a command in a folder, with a cache of its own, so that nothing is read that an earlier run computed."""
     print(line, file=sys.stderr, flush=True)
     done = subprocess.run(
         [PROGRAM, *shlex.split(line)[1:]],
         cwd=folder,
-        env={**os.environ, "COLUMNS": str(WIDTH), "NO_COLOR": "1"},
+        env={**os.environ, "NO_COLOR": "1", "XDG_CACHE_HOME": str(folder / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
