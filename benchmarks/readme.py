@@ -35,7 +35,7 @@ PROGRAM = Path(sys.executable).with_name("convnext-export")
 LINES = (
     "convnext-export openvino --weights my_convnext.safetensors --fp16",
     "convnext-export verify build/atto_fp16.xml --data photos/val",
-    "convnext-export bench build/atto_fp16.xml",
+    "convnext-export package build/atto_fp16.xml --for python -o build/package",
 )
 # Progress, and findings that the text beside the commands does not need.
 LEFT_OUT = ("^· ", "^note: onnxsim", " top5", " mean_abs", " sqnr_db", "^sanity", "^structure", "^data ")
