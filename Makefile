@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+SITE_STAMP := .venv/.site-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types imports docs clean bench-peers rivals gpu
+.PHONY: help install demo test check format lint types imports docs site clean bench-peers rivals gpu
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install    ## train on real digits, export, lower, verify, print the table
 	$(BIN)/python -m benchmarks.demo
 
-test: install    ## the whole suite
+test: install $(SITE_STAMP) ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations 10
 
 check: format lint types imports test ## format, lint, types, import rules, tests
@@ -49,6 +50,14 @@ gpu: install     ## all that needs an NVIDIA GPU, in under 8 minutes
 
 docs: install    ## write the generated parts of the docs
 	$(BIN)/python -m benchmarks.docs
+
+site: install $(SITE_STAMP) ## build the docs as a site with search, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
+
+$(SITE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
+	touch $@
 
 clean:           ## remove what was built (not .venv)
 	rm -rf build dist

@@ -23,12 +23,14 @@ from benchmarks import (
     gpu,
     int8,
     kill,
+    messages,
     optimize,
     plans,
     predict,
     profile,
     provenance,
     quantizers,
+    readme,
     recipes,
 )
 from benchmarks.any_size import Result as AnySize
@@ -57,9 +59,12 @@ DOCUMENTS = (
     "README.md",
     "docs/bisect.md",
     "docs/checkpoints.md",
+    "docs/demo.md",
     "docs/forms.md",
+    "docs/gate.md",
     "docs/inputs.md",
     "docs/int8.md",
+    "docs/measure.md",
     "docs/optimize.md",
     "docs/package.md",
     "docs/peers.md",
@@ -69,6 +74,7 @@ DOCUMENTS = (
     "docs/security.md",
     "docs/segmentation.md",
     "docs/tensorrt.md",
+    "docs/troubleshooting.md",
 )
 
 
@@ -123,10 +129,15 @@ def tables() -> dict[str, str]:
         for precision in ("fp32", "fp16")
     ]
     cases = peers.load(TURIN / "peers")
+    typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
     raced = _race()
     by_size = _sizes()
     return {
         "demo": markdown.render(reports),
+        "commands": readme.commands(typed) + machine(typed.environment),
+        "example": readme.example(reports[DEMO.index("int8.xml")], trials),
+        "messages": messages.page(),
+        "claims": readme.claims(cases, side_by_side, optimized, trials, planned),
         "footprint": table(footprint),
         "gate": gate.table(trials),
         "agreement": agreement.table(others),
@@ -164,7 +175,6 @@ def tables() -> dict[str, str]:
         "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
         + machine(cases[0].environment),
-        "peers-tiny": peers.case_table(next(one for one in cases if (one.variant, one.batch) == ("tiny", 1))),
         "peers-summary": peers.summary(cases),
         "rivals-1": rivals.races(raced) + machine(raced.environment),
         "rivals-sizes": rivals.by_size(by_size) + machine(by_size.environment),

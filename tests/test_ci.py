@@ -1,4 +1,4 @@
-"""The README's workflow, pasted into a fresh repository, gates a pull request: run here step by step."""
+"""The workflow of docs/gate.md, pasted into a fresh repository, gates a pull request: run here step by step."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import ROOT, write_tiny
 
-WORKFLOW = re.search(r"<!-- workflow -->\n```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
+WORKFLOW = re.search(r"<!-- workflow -->\n```yaml\n(.*?)```", (ROOT / "docs" / "gate.md").read_text(), flags=re.S)[1]
 ACTION = "convnext-export/convnext-export@main"
 
 

@@ -90,7 +90,7 @@ def test_no_path_of_this_machine_is_in_the_product():
     tracked = [
         path for folder in ("exporter", "benchmarks", "docs") for path in (ROOT / folder).rglob("*") if path.is_file()
     ]
-    for path in [*tracked, ROOT / "README.md", ROOT / "Makefile"]:
+    for path in [*tracked, *ROOT.glob("*.md"), ROOT / "Makefile"]:
         if "__pycache__" not in path.parts:
             text = path.read_text(errors="ignore")
             assert not re.search(r"(?<![\w.])/(root|work|home)/", text), path

@@ -25,7 +25,7 @@ WORDS = {
     r"of ours": "of this tool",
     r"verbs?": "command",
 }
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted((ROOT / "exporter").rglob("*.py"))
 DATA = ("check", "metric")
 

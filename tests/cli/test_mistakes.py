@@ -193,10 +193,11 @@ def test_agreement_says_how_many_images_decide_it(here, run):
     assert agreement["detail"] == detail
 
 
-def test_the_image_size_is_set_from_python_as_the_readme_shows():
+def test_the_image_size_is_set_from_python_as_the_quick_start_shows():
     from exporter.recipe import Recipe
 
-    snippets = [part for part in (ROOT / "README.md").read_text().split("```python\n") if "Export(imgsz" in part]
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    snippets = [part for part in page.split("```python\n") if "Export(imgsz" in part]
     names: dict[str, object] = {}
     exec(snippets[0].partition("```")[0], names)
     recipe = names["recipe"]

@@ -1,0 +1,101 @@
+"""Pages lead to files and headings that are there, every message is on the page of messages, and the site builds."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from benchmarks import messages, readme
+from tests.conftest import ROOT
+
+TEXTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "calibration").glob("*.md")])
+needs_mkdocs = pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
+    reason="mkdocs is not installed: `make site` installs it",
+)
+
+
+def slugs(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, flags=re.M)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(path):
+    """Each link to a file or heading of the repository."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", path.read_text(), flags=re.S | re.M)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+
+
+def test_links_lead_to_files_and_headings():
+    count = 0
+    for path in TEXTS:
+        for link in links(path):
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), f"{path.name}: {link}"
+            assert not anchor or anchor in slugs(target.read_text()), f"{path.name}: {link}"
+            count += 1
+    assert count > 120
+
+
+def test_every_page_is_reached_from_the_readme():
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
+        waiting += [target for target in targets - reached if target.suffix == ".md" and target not in waiting]
+    assert {path for path in TEXTS if path.parent == ROOT / "docs"} <= reached
+
+
+def test_every_message_has_an_area():
+    files = {path.relative_to(messages.ROOT) for path in messages.ROOT.rglob("*.py") if messages.messages(path)}
+    places = {place for several, _ in messages.AREAS.values() for place in several}
+    assert {path.parts[0] for path in files} <= places
+    assert len(files) > 80
+
+
+def test_messages_of_errors_are_collected():
+    assert {"BadRequest", "Unavailable", "CheckFailed", "NoClassifier"} <= messages.ERRORS
+    found = messages.messages(messages.ROOT)
+    assert len(found) > 400
+    assert "unknown variant …; …" in found
+    assert messages.split("one image at a time; leave it out") == ("one image at a time", "leave it out")
+    assert messages.split("unknown variant …; …") == ("unknown variant …", "")
+
+
+def test_lines_are_left_out_of_a_command_visibly():
+    assert readme.shortened("a\nb1\nb2\nc\n", ("^b",)) == "a\n…\nc"
+
+
+def test_the_hooks_of_pre_commit_are_the_checks_of_make():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    for hook in hooks:
+        assert hook["entry"].replace(".venv/bin/", "$(BIN)/") + "\n" in makefile, hook["id"]
+    assert {hook["id"] for hook in hooks} == {"format", "lint", "types", "imports"}
+
+
+@needs_mkdocs
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    """In strict mode: a link, an anchor or a name of the API that is not there is an error."""
+    begin = time.monotonic()
+    words = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 60
+    pages = list(tmp_path.glob("*.html"))
+    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= {path.name for path in pages}
+    assert (tmp_path / "search" / "search_index.json").exists()
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=\"?([^\"\s>]+)", page.read_text())
+        foreign = [address for address in loaded if re.match(r"(https?:)?//", address)]
+        assert [one for one in foreign if "canonical" not in one] == [], page.name
+    assert "exporter.build.live.export" in (tmp_path / "api.html").read_text()
