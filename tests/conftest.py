@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import io
 import json
@@ -39,10 +40,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [*slow[0::2], *quick[:half], *slow[1::2], *quick[half:]]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """One of pytest's processes rewrites the assertions of a file, and the others read its bytecode."""
+    if not isinstance(collector, pytest.Module) or sys.dont_write_bytecode:
+        return (yield)
+    with collector.path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return (yield)
+
+
 def pytest_collection_finish() -> None:
-    """All that was imported and collected lasts: no later collection of garbage need look at it, which takes 0.3 s."""
+    """All that was imported and collected lasts: no later collection of garbage need look at it, which takes 0.3 s. And
+    what a trace leaves is collected where the tool asks for it; the default looks at its graphs again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @dataclass
