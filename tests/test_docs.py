@@ -37,6 +37,7 @@ PAGES = (
     "segmentation",
     "tensorrt",
 )  # with commands
+PICTURES = tuple(f"docs/pictures/{name}.svg" for name in ("optimize", "rivals", "rivals-sizes"))
 
 
 def commands(text):
@@ -209,7 +210,11 @@ def test_the_tables_in_the_documents_are_those_of_the_results(name):
     assert docs.filled(text) == text, "run `make docs`"
 
 
-@pytest.mark.parametrize("name", docs.pictures())
+def test_the_pictures_are_known():
+    assert set(docs.pictures()) == set(PICTURES)
+
+
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_pictures_in_the_documents_are_those_of_the_results(name):
     assert (ROOT / name).read_text() == docs.pictures()[name], "run `make docs`"
     texts = [README, *((ROOT / page).read_text() for page in docs.DOCUMENTS)]
