@@ -81,7 +81,7 @@ def desk(tmp_path, monkeypatch):
 
 def write_upernet(desk):
     """A UPerNet of ten classes on a tiny ConvNeXt, and images with masks that number these from 1."""
-    levels = (0, 1, 2, 3)
+    levels = (2, 3)  # two are traced in less time than four
     decoder = variants.Decoder(classes=10, width=16, levels=levels, scales=(1, 2, 3, 6))
     write_tiny(desk / "upernet_folder", head_norm=False, stage_norms=levels, decoder=decoder)
     for index in range(4):
