@@ -74,7 +74,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS_EACH", 0.3)
     bench = latency.bench  # for a second instead of ten: that the command runs, not how fast the model is
     monkeypatch.setattr(latency, "bench", lambda made, options, *rest: bench(made, replace(options, duration=1), *rest))
-    monkeypatch.setattr(search, "Plan", lambda **facts: Plan(**{**facts, "seconds": 0.5}))
+    monkeypatch.setattr(search, "Plan", lambda **facts: Plan(**{**facts, "seconds": 0.2}))
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
 
