@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install    ## train on real digits, export, lower, verify, print the table
 	$(BIN)/python -m benchmarks.demo
 
+# Bytecode is written, or each of some hundred processes would compile this package anew.
 test: install $(SITE_STAMP) ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations 10
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations 10
 
 check: format lint types imports test ## format, lint, types, import rules, tests
 

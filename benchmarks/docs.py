@@ -6,6 +6,7 @@ other documents are rendered from `benchmarks/results`. A test compares the file
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def cli_help() -> str:
     return "".join(parts)
 
 
+@cache
 def tables() -> dict[str, str]:
     """The tables of the documents by their mark."""
     reports = [report.load(XEON / "demo" / f"custom_{name}.report.json") for name in DEMO]
@@ -196,6 +198,7 @@ def tolerances() -> str:
     return "\n".join(["| precision | a | b |", "|---|--:|--:|", *rows]) + "\n"
 
 
+@cache
 def pictures() -> dict[str, str]:
     """The pictures of the documents, as SVG, by their path."""
     optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)

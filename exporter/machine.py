@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from math import ceil
 from pathlib import Path
@@ -147,13 +147,17 @@ def peak_memory_bytes() -> int:
 
 def versions(runtimes: Iterable[str] = ()) -> dict[str, str]:
     """The versions of the tools, and of these distributions of runtimes, as far as they are installed."""
-    found = {}
-    for tool in (*TOOLS, *runtimes):
-        try:
-            found[tool] = metadata.version(tool)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {tool: _version(tool) for tool in (*TOOLS, *runtimes)}
+    return {tool: version for tool, version in found.items() if version is not None}
+
+
+@cache
+def _version(tool: str) -> str | None:
+    """The version of a distribution, or None; it is looked up once, because every look reads a file."""
+    try:
+        return metadata.version(tool)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment(runtimes: Iterable[str] = ()) -> dict[str, object]:

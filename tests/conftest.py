@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
 import io
 import json
 import os
@@ -36,6 +38,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     quick = [item for item in items if not item.get_closest_marker("slow")]
     half = len(items) // 2 - len(slow[0::2])
     items[:] = [*slow[0::2], *quick[:half], *slow[1::2], *quick[half:]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """One of pytest's processes rewrites the assertions of a file, and the others read its bytecode."""
+    if not isinstance(collector, pytest.Module) or sys.dont_write_bytecode:
+        return (yield)
+    with collector.path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return (yield)
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported and collected lasts: no later collection of garbage need look at it, which takes 0.3 s. And
+    what a trace leaves is collected where the tool asks for it; the default looks at its graphs again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @dataclass
@@ -106,11 +126,12 @@ def two_processes_are_enough():
 
 @pytest.fixture(autouse=True, scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory):
-    """Each network is traced once; this is the folder of the graphs."""
+    """Each network is traced once, and each synthetic image drawn once; this is the folder of both."""
     folder = once.shared_folder(tmp_path_factory, "graphs")
     with pytest.MonkeyPatch.context() as patch:
         once.keep_the_exporters_functions(patch)
         once.remember_traces(folder, patch)
+        once.remember_drawings(folder, patch)
         patch.setenv(once.GRAPHS, str(folder))
         yield folder
 

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GRAPHS = "TESTS_GRAPHS"  # the environment variable that names the folder of traced graphs
+GRAPHS = "TESTS_GRAPHS"  # the environment variable that names the folder of traced graphs and drawn images
+LARGEST = 256  # pixels of a side of an image that is kept, so that all of them take little of a disk
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
@@ -140,6 +141,27 @@ def keep_the_exporters_functions(patch: pytest.MonkeyPatch) -> None:
         return registry
 
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+
+
+def remember_drawings(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Draw a synthetic image once, which takes up to 60 ms: others read its pixels from a folder."""
+    from exporter.data import synthetic
+
+    draw = synthetic._square.__wrapped__
+
+    @functools.lru_cache(synthetic.KEPT)
+    def drawn_once(size, seed):
+        path = folder / f"{size}-{seed}"
+        if not path.exists():
+            pixels = draw(size, seed)
+            if size > LARGEST:
+                return pixels
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(pixels.tobytes())
+            part.replace(path)
+        return np.frombuffer(path.read_bytes(), np.uint8).reshape(size, size, 3)
+
+    patch.setattr(synthetic, "_square", drawn_once)
 
 
 def time_in_two_processes(patch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ if folder := os.environ.get(once.GRAPHS):
     patch = pytest.MonkeyPatch()
     once.keep_the_exporters_functions(patch)
     once.remember_traces(Path(folder), patch)
+    once.remember_drawings(Path(folder), patch)
     once.time_in_two_processes(patch)
     once.fork_processes_of(supervisor, patch)
     forkserver._forkserver.ensure_running = lambda: None  # a forked process has others forked by the same one

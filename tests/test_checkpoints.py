@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 
@@ -14,6 +15,7 @@ from tests.conftest import SHARED, shared
 CASES = SHARED / "checkpoints" / "make.py"
 
 
+@functools.cache
 def names():
     """The names of the cases, without writing them."""
     if not CASES.exists():

@@ -330,7 +330,7 @@ def test_a_manifest_does_not_follow_links_out_of_its_folder(tmp_path):
     assert open_samples(str(tmp_path / "in" / "m.csv"), Preprocessing(size=8, resize=8), (), 10).total == 1
 
 
-SPOILT = {"checkpoint": 900, "pickle": 900, "recipe": 1100, "sidecar": 1100, "manifest": 2500, "report": 90}
+SPOILT = {"checkpoint": 400, "pickle": 400, "recipe": 400, "sidecar": 400, "manifest": 900, "report": 50}
 
 
 @pytest.mark.slow

@@ -196,6 +196,12 @@ def answers(logits: Tensor, answer: str) -> tuple[Tensor, ...]:
     return classes, largest
 
 
+def _half(values: Tensor) -> Tensor:
+    """The values in fp16. Unlike `values.half` it has an ONNX function, so a trace need not be decomposed."""
+    halved: Tensor = torch.ops.aten._to_copy.default(values, dtype=torch.float16)
+    return halved
+
+
 def unit_length(vectors: Tensor) -> Tensor:
     """Vectors (N, C) divided by their L2 norm."""
     # Not F.normalize, whose graph expands the norms to the shape of the vectors.
@@ -294,7 +300,7 @@ class ConvNeXt(nn.Module):
         """(N, C, H, W) to the outputs of every task; a tuple if there are several."""
         outputs = self.outputs(images)
         if self.half_outputs:
-            outputs = tuple(output.half() if output.is_floating_point() else output for output in outputs)
+            outputs = tuple(_half(output) if output.is_floating_point() else output for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def select(self, spec: OutputSpec) -> ConvNeXt:

@@ -31,11 +31,11 @@ class GridPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, cells, cells)."""
-        rows, columns = (cell_weights(side, self.cells).to(x.dtype) for side in x.shape[-2:])
+        rows, columns = (cell_weights(side, self.cells, x.dtype) for side in x.shape[-2:])
         return rows @ x @ columns.transpose(0, 1)
 
 
-def cell_weights(side: int, cells: int) -> Tensor:
+def cell_weights(side: int, cells: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight of each of `side` positions in the mean of each cell, (cells, side).
 
     Cell i has the positions k with ⌊i·side/cells⌋ ≤ k < ⌈(i+1)·side/cells⌉, as `torch.nn.AdaptiveAvgPool2d`; for whole
@@ -44,7 +44,11 @@ def cell_weights(side: int, cells: int) -> Tensor:
     cell, position = torch.arange(cells)[:, None], torch.arange(side)
     inside = torch.logical_and(cell * side < (position + 1) * cells, position * cells < (cell + 1) * side)
     weights: Tensor = torch.ops.aten._to_copy.default(inside, dtype=torch.float32)  # has an ONNX function
-    return weights / weights.sum(1, keepdim=True)
+    weights = weights / weights.sum(1, keepdim=True)
+    if dtype == torch.float32:  # `weights.to` has no ONNX function, so that every trace would have to be decomposed
+        return weights
+    rounded: Tensor = torch.ops.aten._to_copy.default(weights, dtype=dtype)
+    return rounded
 
 
 class Head(nn.Module):
