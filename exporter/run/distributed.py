@@ -44,18 +44,20 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     check_address(address)
     schedule = shards.schedule(artifact, options, images)
     folder = spread.create(out.with_name(f".{out.name}.shards"), schedule)
-    if missing := folder.missing():
+    with spread.alone(folder):
         try:
-            _measure(folder, artifact, missing, address)
+            _measure(folder, artifact, folder.missing(), address)
         except KeyboardInterrupt:
             state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
             raise KeyboardInterrupt(f"{state}; the same command continues") from None
-    report = folder.merged(artifact)
-    shutil.rmtree(folder.path, ignore_errors=True)
+        report = folder.merged(artifact)
+        shutil.rmtree(folder.path, ignore_errors=True)
     return report
 
 
 def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
+    if not missing:
+        return
     schedule = folder.schedule
     job, need = job_of(artifact, schedule), need_of(artifact, schedule.options.device, schedule.options.threads)
     with connected(address, _bytes(artifact)) as cluster:

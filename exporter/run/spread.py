@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -99,13 +99,32 @@ def create(path: Path, schedule: Schedule) -> Folder:
     if path.exists() and not file.is_file() and (not path.is_dir() or any(path.iterdir())):
         raise BadRequest(f"{path}: expected a new or empty folder, or one of an earlier --on files; give another")
     content = msgspec.json.format(msgspec.json.encode(schedule, order="deterministic"), indent=1)
-    if file.is_file() and file.read_bytes() != content:
+    if file.is_file() and file.read_bytes() != content:  # of another schedule
         shutil.rmtree(path / "shards", ignore_errors=True)
     disk.write_file(file, content)
     folder = Folder(path, schedule)
     if schedule.count > len(missing := folder.missing()):
         note(f"{schedule.count - len(missing)} of {schedule.count} shards are in {path} already")
     return folder
+
+
+@contextmanager
+def alone(folder: Folder) -> Iterator[None]:
+    """No other process measures all shards of a folder.
+
+    Raises: BadRequest where another does.
+    """
+    try:
+        release = disk.lock(folder.path, wait=False)
+    except BlockingIOError:
+        raise BadRequest(
+            f"{folder.path}: another process is verifying {Path(folder.schedule.artifact).name} for the same report; "
+            "wait for it, or give another -o"
+        ) from None
+    try:
+        yield
+    finally:
+        release()
 
 
 def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, images: int | None = None) -> Folder:

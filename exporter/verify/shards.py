@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as with_
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -58,8 +58,8 @@ class Schedule(Record, frozen=True):
     sha256: str
     options: VerifyOptions
     images: str
-    total: int
-    size: int
+    total: Annotated[int, msgspec.Meta(ge=1)]
+    size: Annotated[int, msgspec.Meta(ge=1)]
     skipped: tuple[str, ...]
     versions: dict[str, str]
     schema: int = 1
@@ -231,21 +231,58 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
             tally.add(batch)
             every.add(with_(batch, rows={}))
         tally.skipped += shard.skipped
-    next(iter(tallies.values())).skipped[:0] = schedule.skipped
+    tallies = _readable(tallies, schedule.skipped)
     windows = windows_of(artifact.sidecar, schedule.options)
-    findings = [
-        replace(finding, case=" ".join(filter(None, [finding.case, arithmetic]))) if len(tallies) > 1 else finding
-        for arithmetic, tally in tallies.items()
-        for finding in findings_of(tally, schedule.options.data, windows, first.findings)
-    ]
+    findings = {
+        name: findings_of(tally, schedule.options.data, windows, first.findings) for name, tally in tallies.items()
+    }
     return report_of(
         Artifact(Path(schedule.artifact), artifact.sidecar),
         schedule.options,
-        [*findings, *_machines(machines)],
+        [*_apart(findings), *_machines(machines)],
         {**first.environment, "session": first.facts},
         every.digest.hexdigest(),
         tuple(picture for tally in tallies.values() for picture in pictures_of(tally)),
     )
+
+
+def _readable(tallies: dict[str, Tally], skipped: Sequence[str]) -> dict[str, Tally]:
+    """The tallies with images; the first one takes over the skipped images of the others and of the schedule."""
+    some_read = {name: tally for name, tally in tallies.items() if tally.count} or dict([next(iter(tallies.items()))])
+    first = next(iter(some_read.values()))
+    others = [
+        reason for tally in tallies.values() if not tally.count and tally is not first for reason in tally.skipped
+    ]
+    first.skipped = [*skipped, *first.skipped, *others]
+    return some_read
+
+
+def _apart(findings: dict[str, list[Finding]]) -> list[Finding]:
+    """The findings of each class of processors, and in which metrics the classes differ: their intervals do not
+    overlap."""
+    if len(findings) == 1:
+        return next(iter(findings.values()))
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, listed in findings.items():
+        for finding in listed:
+            if finding.interval is not None:
+                intervals.setdefault(finding.metric, {})[name] = finding.interval
+    unlike = [
+        f"{metric} ({', '.join(f'{name} {low:.4g} to {high:.4g}' for name, (low, high) in of_classes.items())})"
+        for metric, of_classes in intervals.items()
+        if max(low for low, _ in of_classes.values()) > min(high for _, high in of_classes.values())
+    ]
+    detail = (
+        f"their intervals do not overlap in {'; '.join(unlike)}" if unlike else "the intervals of all metrics overlap"
+    )
+    return [
+        *(
+            replace(finding, case=" ".join(filter(None, [finding.case, name])))
+            for name, listed in findings.items()
+            for finding in listed
+        ),
+        Finding(check="data", metric="unlike_classes", value=len(unlike), unit="metrics", detail=detail),
+    ]
 
 
 def _machine(shard: Shard) -> str:

@@ -23,7 +23,7 @@ from exporter import backends, predict
 from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions
-from exporter.run import cluster, distributed, tasks
+from exporter.run import cluster, distributed, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
@@ -384,6 +384,14 @@ def test_bad_words_are_refused(words, message, copied, photos, refused, tmp_path
     monkeypatch.chdir(tmp_path)
     real = {"ARTIFACT": copied.path, "PHOTOS": photos}
     assert message in refused(2, *(real.get(word, word) for word in words), folder=tmp_path)
+
+
+def test_two_verifications_of_one_report_do_not_meet(copied, photos, refused, tmp_path):
+    report = copied.path.with_name(f"{copied.path.name}.report.json")
+    folder = spread.create(report.with_name(f".{report.name}.shards"), shards.schedule(copied, VerifyOptions()))
+    with spread.alone(folder):
+        message = refused(2, "verify", copied.path, "--on", "ray")
+    assert "another process is verifying custom_fp32.onnx for the same report" in message
 
 
 def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, photos, run, monkeypatch):

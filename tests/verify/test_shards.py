@@ -152,6 +152,7 @@ def test_int8_of_unlike_processors_is_reported_apart(artifacts, photos):
     assert report.find("images", here).value + report.find("images", "amx").value == COUNT - 1
     assert report.find("machines").value == 2
     assert "amx: shards 1" in report.find("machines").detail
+    assert report.find("unlike_classes").detail == "the intervals of all metrics overlap"
     fp32 = artifacts["onnxruntime", "fp32"]
     schedule, done = measured(fp32, options)
     report = shards.merged(schedule, fp32, read)
