@@ -15,7 +15,7 @@ from exporter.progress import REPORTER
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from exporter.report import Finding
+    from exporter.report import Finding, Report
     from exporter.report.tables import Table
 
 T = TypeVar("T")
@@ -128,6 +128,14 @@ def print_findings(findings: Iterable[Finding]) -> None:
 def print_rows(table: Table) -> None:
     """Print a table of a report on stdout."""
     print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows], right=table.right)
+
+
+def print_answer(reports: Sequence[Report]) -> None:
+    """Print which artifact to ship, where reports tell."""
+    from exporter.report.answer import answer
+
+    if (known := answer(reports)) is not None:
+        console().print(f"[{'green' if known.passes else 'red'}]{plain(known.sentence)}[/]", soft_wrap=True)
 
 
 def value(finding: Finding) -> str:

@@ -209,7 +209,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     """
     from exporter import artifact, report
     from exporter.bench import latency
-    from exporter.cli.console import console, drawing, plain, print_json, print_rows
+    from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_rows
     from exporter.report import tables
 
     paths = [(out or path.parent) / f"{path.name}.report.json" for path in artifacts]
@@ -224,6 +224,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
         print_json(merged)
     else:
         print_rows(tables.latency(tables.disambiguated(reports)))
+        print_answer(tables.disambiguated(merged))
         for path in paths:
             console().print(f"the report is {plain(path)}", soft_wrap=True)
     if not all(one.passed for one in reports):

@@ -54,7 +54,7 @@ def run_command(
       convnext-export run recipes/*.yaml --jobs 2 --dry-run
     """
     from exporter import run
-    from exporter.cli.console import console, drawing, plain, print_json, print_table
+    from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_table
     from exporter.errors import BadRequest
     from exporter.recipe import bundled
 
@@ -77,6 +77,7 @@ def run_command(
     else:
         columns = ("recipe", "artifact", "size", "cosine", "top-1", "drop", "p50 ms", "× eager", "")
         print_table(columns, [_row(outcome) for outcome in outcomes], right=columns[2:-1])
+        print_answer([outcome.report for outcome in outcomes if outcome.report is not None])
         if page:
             console().print(f"the report is {plain(page)}", soft_wrap=True)
     for outcome in outcomes:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from exporter.report import Report, charts
+from exporter.report.answer import answer
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.tables import Table, name, tables, warnings
 
@@ -34,6 +35,7 @@ def render(reports: Sequence[Report]) -> str:
     drawn += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
     return page(
         "convnext-export report",
+        answer=answer(reports),
         verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
         lead=warnings(reports),
         tables=tables(reports),
@@ -59,6 +61,7 @@ def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     blank: dict[str, Any] = {
         key: [] for key in ("lead", "tables", "appendix", "charts", "masks", "environments", "provenance")
     }
+    blank["answer"] = None
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
     return template.render(title=title, verdict=verdict, **(blank | parts))
 

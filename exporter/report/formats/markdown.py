@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exporter.report import Report
+from exporter.report.answer import answer
 from exporter.report.history import Entry, step_table
 from exporter.report.tables import Table, data, machine, tables, warnings
 
@@ -14,7 +15,19 @@ def render(reports: Sequence[Report]) -> str:
     shown = tables(reports)
     parts = [_table(table, len(shown) > 1) for table in shown]
     lead = [f"{_escape(line)}\n" for line in warnings(reports)]
-    return "\n".join([*lead, *parts, _footer(reports)]) + "\n"
+    return "\n".join([*_answer(reports), *lead, *parts, _footer(reports)]) + "\n"
+
+
+def _answer(reports: Sequence[Report]) -> list[str]:
+    """The answer, and for several reports a line for each of the others."""
+    known = answer(reports)
+    if known is None:
+        return []
+    return [
+        f"**{_escape(known.sentence)}**\n",
+        *(f"* {_escape(line)}" for line in known.others),
+        *([""] if known.others else []),
+    ]
 
 
 def _table(table: Table, titled: bool) -> str:

@@ -1,0 +1,111 @@
+"""The answer of several reports: which artifact to ship, and why none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exporter.report import Finding, Report, machine_of
+from exporter.report.tables import name, noise_of
+
+LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
+AGREEMENTS = {
+    "top1_agreement": "of the images get PyTorch's class",
+    "pixel_agreement": "of the pixels get PyTorch's class",
+    "label_agreement": "of the decisions are PyTorch's",
+    "neighbour_agreement": "of the nearest neighbours are PyTorch's",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sentence that names the artifact to ship, whether there is one, and a line for each of the others."""
+
+    sentence: str
+    passes: bool
+    others: tuple[str, ...]
+
+
+def answer(reports: Sequence[Report]) -> Answer | None:
+    """The fastest artifact that passes its checks, by the median latency of the first case that all were timed in.
+
+    None where nothing was timed, where reports are of several machines, and for reports of `compare`.
+    """
+    if any(finding.check == "regression" for report in reports for finding in report.findings):
+        return None
+    case = _case(reports)
+    if case is None or len({machine_of(report) for report in reports}) > 1:
+        return None
+    timed = sorted(
+        (report for report in reports if _latency(report, case) is not None), key=lambda one: _latency(one, case) or 0.0
+    )
+    good = [report for report in timed if report.passed]
+    if not good:
+        why = "every artifact fails a check" if len(reports) > 1 else "it fails a check"
+        return Answer(f"Ship none of these: {why}.", False, tuple(_failure(report) for report in reports))
+    chosen = good[0]
+    untimed = [report for report in reports if report not in timed]
+    rest = [report for report in (*timed, *untimed) if report is not chosen]
+    others = [_reason(report, chosen, case) for report in sorted(rest, key=lambda one: not one.passed)]
+    return Answer(f"Ship {name(chosen)}: {_speed(chosen, case)}{_accuracy(chosen)}.", True, tuple(others))
+
+
+def _case(reports: Sequence[Report]) -> str | None:
+    """The first case ("batch 1") that every timed report has."""
+    known = [[f.case for f in report.findings if f.metric == "p50_ms" and f.value is not None] for report in reports]
+    timed = [cases for cases in known if cases]
+    return next((case for case in timed[0] if all(case in cases for cases in timed)), None) if timed else None
+
+
+def _latency(report: Report, case: str) -> float | None:
+    finding = report.find("p50_ms", case)
+    return finding.value if finding else None
+
+
+def _speed(report: Report, case: str) -> str:
+    speedup, p50 = report.find("speedup", case), report.find("p50_ms", case)
+    assert p50 is not None
+    latency = f"{p50.value:.4g} ms for {case}"
+    if speedup is None or speedup.value is None:
+        return latency
+    interval = " (95 % {:.2f} to {:.2f})".format(*speedup.interval) if speedup.interval else ""
+    noisy = ", but other processes disturbed the timing" if noise_of(speedup) else ""
+    return f"{speedup.value:.2f} × as fast as PyTorch{interval}, {latency}{noisy}"
+
+
+def _accuracy(report: Report) -> str:
+    """The loss of accuracy, else the agreement, after a semicolon; nothing where neither was measured."""
+    for metric, unit in LOSSES.items():
+        if (loss := report.find(metric)) is not None and loss.value is not None:
+            interval = " (95 % {:.2f} to {:.2f})".format(*loss.interval) if loss.interval else ""
+            if not round(loss.value, 2):
+                return f"; no loss of {unit.rpartition(' ')[2]}{interval}"
+            return f"; it {'gains' if loss.value < 0 else 'loses'} {abs(loss.value):.2f} {unit}{interval}"
+    for metric, words in AGREEMENTS.items():
+        if (share := report.find(metric)) is not None and share.value is not None:
+            return f"; {share.value:.4g} % {words}"
+    return ""
+
+
+def _failure(report: Report) -> str:
+    failed = dict.fromkeys(finding.metric for finding in report.findings if not finding.passed)
+    return f"{name(report)} fails {', '.join(failed)}"
+
+
+def _reason(report: Report, chosen: Report, case: str) -> str:
+    """Why an artifact is not the one to ship."""
+    if not report.passed:
+        return _failure(report)
+    own, best = _latency(report, case), _latency(chosen, case)
+    if own is None or best is None:
+        return f"{name(report)} was not timed"
+    accuracy = _accuracy(report) if _accuracy(report) != _accuracy(chosen) else ""
+    line = f"{name(report)} takes {own / best:.2f} × as long{accuracy}"
+    speedups = [one.find("speedup", case) for one in (report, chosen)]
+    return f"{line}; the intervals of their speed-ups overlap" if _overlap(*speedups) else line
+
+
+def _overlap(a: Finding | None, b: Finding | None) -> bool:
+    if a is None or b is None or a.interval is None or b.interval is None:
+        return False
+    return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]

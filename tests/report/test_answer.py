@@ -1,0 +1,101 @@
+"""The answer of a report page: which artifact to ship, and why none of the others."""
+
+import pytest
+from msgspec.structs import replace
+
+from exporter.report import Finding, Report
+from exporter.report.answer import answer
+from exporter.report.formats import html, markdown
+
+
+def report(name, ms=None, speedup=None, drop=None, passed=True, noise="", cpu="a", case="batch 1", **shares):
+    findings = []
+    if ms is not None:
+        findings.append(Finding(check="latency", metric="p50_ms", value=ms, case=case))
+    if speedup is not None:
+        low, value, high = speedup
+        findings.append(
+            Finding(check="latency", metric="speedup", value=value, low=low, high=high, case=case, noise=noise)
+        )
+    if drop is not None:
+        findings.append(
+            Finding(check="accuracy", metric="top1_drop", value=drop, low=drop - 0.2, high=drop + 0.2, passed=passed)
+        )
+    findings += [Finding(check="parity", metric=metric, value=value) for metric, value in shares.items()]
+    return Report(
+        passed=passed, recipe={}, artifact={"path": f"build/{name}"}, environment={"cpu": cpu}, findings=tuple(findings)
+    )
+
+
+FAST = report("int8.xml", 4.0, (2.7, 2.9, 3.1), 0.05)
+SLOW = report("fp32.xml", 8.0, (1.3, 1.4, 1.5), 0.0)
+BAD = report("int8.onnx", 3.0, (3.5, 3.8, 4.1), 2.0, passed=False)
+
+
+def test_the_fastest_that_passes_is_shipped_and_the_others_have_a_reason():
+    known = answer([SLOW, BAD, FAST, report("int8.plan")])
+    assert known.passes
+    assert known.sentence == (
+        "Ship int8.xml: 2.90 × as fast as PyTorch (95 % 2.70 to 3.10), 4 ms for batch 1; it loses 0.05 points of top-1 "
+        "(95 % -0.15 to 0.25)."
+    )
+    assert known.others == (
+        "fp32.xml takes 2.00 × as long; no loss of top-1 (95 % -0.20 to 0.20)",
+        "int8.plan was not timed",
+        "int8.onnx fails top1_drop",
+    )
+
+
+def test_intervals_that_overlap_are_said():
+    close = report("fp16.xml", 4.2, (2.6, 2.8, 3.0), 0.05)
+    assert answer([FAST, close]).others == ("fp16.xml takes 1.05 × as long; the intervals of their speed-ups overlap",)
+
+
+def test_a_disturbed_timing_is_said():
+    assert "but other processes disturbed the timing" in answer([report("a", 1.0, (1, 2, 3), noise="noisy")]).sentence
+
+
+def test_without_labels_the_agreement_is_said():
+    sentence = answer([report("a.onnx", 2.0, top1_agreement=99.75)]).sentence
+    assert sentence == "Ship a.onnx: 2 ms for batch 1; 99.75 % of the images get PyTorch's class."
+
+
+def test_nothing_is_shipped_where_all_fail():
+    known = answer([BAD])
+    assert not known.passes
+    assert (known.sentence, known.others) == ("Ship none of these: it fails a check.", ("int8.onnx fails top1_drop",))
+    assert (
+        answer([BAD, replace(BAD, artifact={"path": "b"})]).sentence
+        == "Ship none of these: every artifact fails a check."
+    )
+
+
+@pytest.mark.parametrize(
+    "reports",
+    [
+        [],
+        [report("a", top1_agreement=100.0)],
+        [FAST, report("b", 5.0, cpu="another")],
+        [FAST, report("b", 5.0, case="batch 8")],
+        [replace(FAST, findings=(*FAST.findings, Finding(check="regression", metric="p50_ms", value=1.0)))],
+    ],
+    ids=["nothing", "no timing", "two machines", "no common batch", "compare"],
+)
+def test_there_is_no_answer_where_artifacts_cannot_be_compared(reports):
+    assert answer(reports) is None
+
+
+def test_the_page_and_the_table_begin_with_it():
+    reports = [FAST, SLOW]
+    text = markdown.render(reports)
+    assert text.startswith("**Ship int8.xml: 2.90 × as fast as PyTorch")
+    assert text.splitlines()[2] == "* fp32.xml takes 2.00 × as long; no loss of top-1 (95 % -0.20 to 0.20)"
+    page = html.render(reports)
+    assert page.index('<p class="answer good">Ship int8.xml') < page.index('<p class="verdict') < page.index("<table")
+    assert '<p class="answer bad">Ship none of these' in html.render([BAD])
+
+
+def test_names_are_escaped():
+    hostile = replace(FAST, artifact={"path": '"><script>|'})
+    assert "<script>" not in html.render([hostile, SLOW])
+    assert "<script>" not in markdown.render([hostile, SLOW])
