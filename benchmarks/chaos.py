@@ -10,9 +10,8 @@ machine), or the command itself. The command is typed again until it ends with a
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,8 +37,8 @@ LIMIT_S = 300
 
 
 class Run(Record, frozen=True):
-    """What was killed, how often the command was typed, the shards in all, those that a later command found stored and
-    those that it measured although they were stored, and what was wrong ("" is nothing)."""
+    """What was killed, how often the command was typed, the shards in all, how many commands found stored and how many
+    they measured although they were stored, both added up, and what was wrong ("" is nothing)."""
 
     killed: tuple[str, ...]
     commands: int
@@ -73,81 +72,64 @@ class Result(Record, frozen=True):
 NAMES = {"worker": "workers", "raylet": "raylets", "command": "commands"}
 
 
-def stored(folder: Path) -> dict[str, int]:
-    """The stored shards with the time of their files."""
-    times = {}
-    for path in folder.glob("shards/*.shard"):
-        with suppress(FileNotFoundError):
-            times[path.name] = path.stat().st_mtime_ns
-    return times
+def descendants(command: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes that a command started, and those that they started."""
+    with suppress(psutil.NoSuchProcess):
+        return {process.pid: process for process in psutil.Process(command.pid).children(recursive=True)}
+    return {}
 
 
-def kill(kind: str, command: subprocess.Popen[bytes]) -> bool:
-    """Kill a process of a kind that the command started, or itself; False where there is none."""
+def kill(kind: str, command: subprocess.Popen[str]) -> bool:
+    """Kill the command, or a process of a kind that it started; False where there is none."""
     if kind == "command":
         command.kill()
         return True
-    for process in psutil.process_iter(["cmdline"]):
-        if KINDS[kind] in " ".join(process.info["cmdline"] or []):
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+    for process in descendants(command).values():
+        with suppress(psutil.Error):
+            if KINDS[kind] in " ".join(process.cmdline()):
+                process.kill()
                 return True
     return False
 
 
-def clear() -> None:
-    """End what a killed command left running."""
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if process.pid != os.getpid() and any(
-            part in words for part in ("ray::", "raylet", "gcs_server", "/ray/_private")
-        ):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def run(artifact: Path, folder: Path, expected: bytes, chance: random.Random) -> Run:
+def run(artifact: Path, folder: Path, expected: bytes, total: int, chance: random.Random) -> Run:
     """One verification with kills."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
-        work = Path(temporary)
-        out = work / "report.json"
-        shards = out.with_name(f".{out.name}.shards")
+        out = Path(temporary) / "report.json"
+        shards = out.with_name(f".{out.name}.shards") / "shards"
         words = [COMMAND, "verify", artifact, "--data", folder, "--on", "ray", "--shard-size", str(SHARD), "-o", out]
         kinds = [chance.choice(list(KINDS)) for _ in range(chance.randint(1, 3))]
         killed: list[str] = []
-        kept = repeated = commands = total = 0
+        kept = repeated = commands = 0
         while not out.exists() and commands < TRIES:
-            before = stored(shards)
-            command = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            commands += 1
-            killed += _disturb(command, kinds[len(killed) :], chance)
-            after = stored(shards)
-            kept += len(before)
-            repeated += sum(after[name] != time for name, time in before.items() if name in after)
-            total = max(total, len(after))
-            clear()
+            before = len(list(shards.glob("*.shard")))
+            text, now = _disturbed(list(map(str, words)), kinds[len(killed) :], chance)
+            commands, killed, kept = commands + 1, [*killed, *now], kept + before
+            if measuring := re.search(r"in (\d+) shards of up to", text):
+                repeated += int(measuring[1]) - (total - before)
         wrong = "" if out.exists() and out.read_bytes() == expected else "other bytes" if out.exists() else "no report"
         return Run(tuple(killed), commands, total, kept, repeated, wrong)
 
 
-def _disturb(command: subprocess.Popen[bytes], kinds: list[str], chance: random.Random) -> list[str]:
-    """Kill processes of these kinds while a command runs, and return what was killed when it has ended."""
+def _disturbed(words: list[str], kinds: list[str], chance: random.Random) -> tuple[str, list[str]]:
+    """Type a command and kill processes of these kinds while it runs. Return its messages, and what was killed."""
     killed, end = [], time.monotonic() + LIMIT_S
-    for kind in kinds:
-        moment = time.monotonic() + chance.uniform(2, 20)
-        while time.monotonic() < moment and command.poll() is None:
-            time.sleep(0.05)
+    with tempfile.TemporaryFile("w+") as messages:
+        command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=messages, text=True)
+        started: dict[int, psutil.Process] = {}
+        moments = [(kind, time.monotonic() + chance.uniform(2, 20) * (index + 1)) for index, kind in enumerate(kinds)]
         while command.poll() is None and time.monotonic() < end:
-            if kill(kind, command):
-                killed.append(kind)
-                break
+            started |= descendants(command)
+            if moments and time.monotonic() > moments[0][1] and kill(moments[0][0], command):
+                killed.append(moments.pop(0)[0])
             time.sleep(0.05)
-    try:
-        command.wait(max(1.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
         command.kill()
         command.wait()
-    return killed
+        for process in started.values():  # what a killed command left
+            with suppress(psutil.Error):
+                process.kill()
+        messages.seek(0)
+        return " ".join(messages.read().split()), killed
 
 
 def main() -> int:
@@ -168,7 +150,7 @@ def main() -> int:
     images = int(next(one["value"] for one in msgspec.json.decode(expected)["findings"] if one["metric"] == "images"))
     runs: list[Run] = []
     for number in range(options.runs):
-        runs.append(run(options.artifact, options.folder, expected, chance))
+        runs.append(run(options.artifact, options.folder, expected, -(-images // SHARD), chance))
         note(f"{number + 1} of {options.runs}: {runs[-1]}")
         result = Result(environment=environment(), images=images, runs=tuple(runs))
         write_file(options.out, msgspec.json.format(msgspec.json.encode(result), indent=1))

@@ -20,6 +20,10 @@ AREAS: dict[str, tuple[tuple[str, ...], str]] = {
     "Builds": (("build", "quantize", "graph"), "see [Export](export.md)"),
     "Runtimes and devices": (("backends",), "run `convnext-export doctor`; see [Install](install.md)"),
     "Artifacts and files": (("artifact", "git.py"), "build the artifact again, or give another folder with `-o`"),
+    "Clusters and shards": (
+        ("run/cluster.py", "run/distributed.py", "run/spread.py", "run/tasks.py", "verify/shards.py"),
+        "see [Cluster](cluster.md)",
+    ),
     "Recipes and runs": (("recipe", "run"), "see [Recipes](recipes.md)"),
     "Verify and bisect": (("verify", "bisect"), "see [Verify](verify.md)"),
     "Bench and optimize": (("bench", "optimize"), "see [How it measures](measure.md) and [Optimize](optimize.md)"),
@@ -31,9 +35,10 @@ AREAS: dict[str, tuple[tuple[str, ...], str]] = {
 
 def page() -> str:
     """A table of messages for each area."""
-    parts = []
+    parts, listed = [], set[str]()
     for heading, (places, advice) in AREAS.items():
-        rows = dict.fromkeys(text for place in places for text in messages(ROOT / place))
+        rows = dict.fromkeys(text for place in places for text in messages(ROOT / place) if text not in listed)
+        listed |= rows.keys()
         lines = [f"| {_code(cause)} | {_plain(fix) if fix else advice} |" for cause, fix in map(split, rows)]
         parts.append("\n".join([f"### {heading}\n", "| message | what to do |", "|---|---|", *sorted(lines)]) + "\n")
     return "\n" + "\n".join(parts) + "\n"

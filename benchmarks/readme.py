@@ -145,9 +145,10 @@ def quiet_gate(gated: gate.Experiment) -> str:
 def without_gpu(engines: plans.Result) -> str:
     """What is known of an int8 engine that was built without a GPU."""
     engine = next(one for one in engines.networks if (one.network, one.precision) == ("tiny", "int8"))
+    pointwise = engine.pointwise.replace("in int8", "pointwise layers are in int8")
     return (
-        f"**TensorRT engines without a GPU.** They are built, compared with PyTorch and listed kernel by kernel: in "
-        f"that of ConvNeXt-T, {engine.pointwise.replace('in int8', 'pointwise layers are in int8')} "
+        f"**TensorRT engines without a GPU.** Engines are built and listed kernel by kernel, and the ONNX graph of "
+        f"each is compared with PyTorch. In the int8 engine of ConvNeXt-T, {pointwise} "
         f"([TensorRT](docs/tensorrt.md))."
     )
 

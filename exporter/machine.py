@@ -55,7 +55,8 @@ def cpu() -> tuple[str, list[str]]:
 
 
 def arithmetic() -> str:
-    """The class of this processor's int8 arithmetic; processors of one class round and add alike."""
+    """The class of this processor's int8 arithmetic; processors of one class use the same kind of
+    int8 instructions."""
     isa = set(cpu()[1])
     return next((name for name, needed in _ARITHMETIC.items() if needed & isa), platform.machine() or "unknown")
 

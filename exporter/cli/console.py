@@ -134,8 +134,8 @@ def print_answer(reports: Sequence[Report]) -> None:
     """Print which artifact to ship, where reports tell."""
     from exporter.report.answer import answer
 
-    if (known := answer(reports)) is not None:
-        console().print(f"[{'green' if known.passes else 'red'}]{plain(known.sentence)}[/]", soft_wrap=True)
+    if (found := answer(reports)) is not None:
+        console().print(f"[{'green' if found.passes else 'red'}]{plain(found.sentence)}[/]", soft_wrap=True)
 
 
 def value(finding: Finding) -> str:

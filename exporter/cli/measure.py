@@ -144,7 +144,7 @@ def verify_command(
             from exporter.run import distributed
 
             verified = distributed.verify(opened, options, on, path, shard_size)
-    finish_verification(opened, verified, path, as_json)
+    finish_verification(opened, verified, path, as_json, remove_shards=on is not None)
 
 
 def _schedule_shards(
@@ -168,12 +168,18 @@ def _schedule_shards(
     console().print(f"then: convnext-export merge {plain(folder)}", style="dim", soft_wrap=True)
 
 
-def finish_verification(artifact: Artifact, verified: Report, path: Path, as_json: bool) -> None:
+def finish_verification(
+    artifact: Artifact, verified: Report, path: Path, as_json: bool, remove_shards: bool = False
+) -> None:
     """Save and print the report of a verification. Exit with 5 where a check failed."""
     from exporter import report, verify
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
 
     merged = report.save_merged(verified, path)
+    if remove_shards:
+        from exporter.run import distributed
+
+        distributed.remove_shards(path)
     with drawing():
         verify.record_quality(artifact, verified)
     if as_json:

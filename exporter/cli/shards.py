@@ -10,8 +10,10 @@ import click
 @click.command("shard", short_help="Measure shards of a verification, on any machine.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("numbers", metavar="NUMBER…", nargs=-1, required=True)
-@click.option("--data", metavar="SRC", help="Where the images are on this machine, if not where they were scheduled.")
-@click.option("--weights", metavar="PATH", help="Where the weights are on this machine, if not where they were.")
+@click.option(
+    "--data", metavar="SRC", help="Path of the images on this machine, if it differs from that in the schedule."
+)
+@click.option("--weights", metavar="PATH", help="Path of the weights on this machine, if it differs.")
 def shard_command(folder: Path, numbers: tuple[str, ...], data: str | None, weights: str | None) -> None:
     """Measure shards of a verification that `verify --on files:DIR` scheduled. Shards that are in DIR are skipped.
 

@@ -41,7 +41,7 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     )
     good = [report for report in timed if report.passed]
     if not good:
-        why = "every artifact fails a check" if len(reports) > 1 else "it fails a check"
+        why = "every artifact fails a check" if len(reports) > 1 else "the artifact fails a check"
         return Answer(f"Ship none of these: {why}.", False, tuple(_failure(report) for report in reports))
     chosen = good[0]
     untimed = [report for report in reports if report not in timed]
@@ -69,8 +69,8 @@ def _speed(report: Report, case: str) -> str:
     if speedup is None or speedup.value is None:
         return latency
     interval = " (95 % {:.2f} to {:.2f})".format(*speedup.interval) if speedup.interval else ""
-    noisy = ", but other processes disturbed the timing" if noise_of(speedup) else ""
-    return f"{speedup.value:.2f} × as fast as PyTorch{interval}, {latency}{noisy}"
+    noise = f" ({noise_of(speedup)})" if noise_of(speedup) else ""
+    return f"{speedup.value:.2f} × as fast as PyTorch{interval}, {latency}{noise}"
 
 
 def _accuracy(report: Report) -> str:

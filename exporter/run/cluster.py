@@ -1,8 +1,9 @@
-"""A Ray cluster that does tasks: Ray schedules them and sends files to each machine once; lost workers are reported."""
+"""Tasks on a Ray cluster: files are sent to each machine once, and a task whose worker is lost is tried again."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from exporter.predict import Ranges
 from exporter.progress import step
 from exporter.run import tasks
 from exporter.run.tasks import Job, Result
+from exporter.verify import parents_of
 from exporter.verify.shards import Schedule
 
 LOCAL = "ray"
@@ -32,15 +34,15 @@ WAIT_S = 1.0  # so that Ctrl-C is not late
 
 
 def check_address(address: str) -> None:
-    """Raises: BadRequest for what is no address of a cluster."""
+    """Raises: BadRequest unless the address is `ray` or `ray://HOST:PORT`."""
     if address == LOCAL:
         return
     parts = urlsplit(address)
     try:
-        known = parts.scheme == "ray" and parts.hostname and parts.port
+        is_address = parts.scheme == "ray" and parts.hostname and parts.port
     except ValueError:
-        known = False
-    if not known:
+        is_address = False
+    if not is_address:
         raise BadRequest(f"--on {address}: expected ray, ray://HOST:PORT, or for verify files:DIR")
 
 
@@ -49,7 +51,7 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
     """A cluster: one of its own on this machine for `ray`, else the one at `ray://HOST:PORT`.
 
     Args:
-        address: where it is.
+        address: `ray` or `ray://HOST:PORT`.
         needed_bytes: of everything that is sent to its machines.
 
     Raises: Unavailable where Ray is not installed or the cluster cannot be reached.
@@ -58,10 +60,11 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
     backends.require("ray", "ray")
     import logging
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it is read when a cluster starts
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == LOCAL:
             step("starting a Ray cluster on this machine")
@@ -71,11 +74,11 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
                 include_dashboard=False,
                 object_store_memory=STORE_BYTES + 2 * needed_bytes,
                 _node_ip_address="127.0.0.1",
-                **quiet,
+                **options,
             )
         else:
             _reach(address)
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **options)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
     try:
@@ -164,6 +167,7 @@ class Cluster:
 
         Raises: what the task raised; at the end Unavailable, with the tasks that were lost each time.
         """
+        need = self.within(need)
         submit = partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
         return self._results(submit, deque(numbers), need, in_order)
 
@@ -171,8 +175,8 @@ class Cluster:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
         an Unavailable."""
         remote = self.ray.remote(function)
-        waiting = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
-        for reference in waiting:
+        references = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
+        for reference in references:
             while not self.ray.wait([reference], timeout=WAIT_S)[0]:
                 pass
             try:
@@ -184,11 +188,12 @@ class Cluster:
 
     def within(self, need: Need) -> Need:
         """What a task needs, but no more than the largest machine has, for which it would wait in vain."""
-        every = [resources for _, _, resources in self.nodes()]
+        machines = [resources for _, _, resources in self.nodes()]
         return replace(
             need,
-            cpus=min(need.cpus, max(resources.get("CPU", 1) for resources in every)),
-            memory=min(need.memory, int(max(resources.get("memory", 0) for resources in every))),
+            cpus=min(need.cpus, max(resources.get("CPU", 1) for resources in machines)),
+            gpus=min(need.gpus, int(max(resources.get("GPU", 0) for resources in machines))),
+            memory=min(need.memory, int(max(resources.get("memory", 0) for resources in machines))),
         )
 
     def _results(
@@ -218,10 +223,11 @@ class Cluster:
             if lost and in_order:
                 break
         if lost:
-            number, reason = next(iter(lost.items()))
+            reason = next(iter(lost.values()))
+            what, again = ("range", "add --resume") if in_order else ("shard", "run the same command again")
             raise Unavailable(
-                f"{len(lost)} tasks were lost {TRIES} times: {some(map(str, lost))} ({reason}); the others are stored. "
-                "If memory ran out, give workers more, or fewer threads; then run the same command again"
+                f"the workers of {what} {some(map(str, lost))} were lost {TRIES} times ({reason}). What others did is "
+                f"stored. If memory ran out, use machines with more, or fewer threads; then {again}"
             )
 
 
@@ -263,8 +269,9 @@ def _contents(references: Sequence[Any]) -> list[Callable[[], bytes]]:
 
 
 def paths_of(artifact: Artifact) -> list[Path]:
-    """The files of an artifact, and its sidecar."""
-    return [*artifact.files, sidecar_path(artifact.path)]
+    """The files of an artifact, and of the ONNX graph that runs where the artifact cannot, with their sidecars."""
+    graphs = [artifacts.load(path) for path in parents_of(artifact)]
+    return [path for one in (artifact, *graphs) for path in (*one.files, sidecar_path(one.path))]
 
 
 def job_of(artifact: Artifact, schedule: Schedule | Ranges) -> Job:

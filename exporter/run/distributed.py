@@ -31,7 +31,7 @@ BUILD_BYTES = 800 << 20  # of a build, beside four times the weights
 def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, images: int | None = None) -> Report:
     """Verify on a cluster. The report has the bytes of `verify` on one machine of the same kind.
 
-    Shards are stored in a folder beside the report until all are done, and the same command continues there.
+    Shards are stored in a folder beside the report until `remove_shards`, and the same command continues there.
 
     Args:
         artifact, options: as for `verify`.
@@ -43,16 +43,23 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     """
     check_address(address)
     schedule = shards.schedule(artifact, options, images)
-    folder = spread.create(out.with_name(f".{out.name}.shards"), schedule)
+    folder = spread.create(_shards_of(out), schedule)
     with spread.alone(folder):
         try:
             _measure(folder, artifact, folder.missing(), address)
         except KeyboardInterrupt:
             state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
             raise KeyboardInterrupt(f"{state}; the same command continues") from None
-        report = folder.merged(artifact)
-        shutil.rmtree(folder.path, ignore_errors=True)
-    return report
+        return folder.merged(artifact)
+
+
+def remove_shards(out: Path) -> None:
+    """Remove the shards of a report that is written."""
+    shutil.rmtree(_shards_of(out), ignore_errors=True)
+
+
+def _shards_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.shards")
 
 
 def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
@@ -113,9 +120,9 @@ def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:
     """
     check_address(address)
     with connected(address) as cluster:
-        every = [resources for _, _, resources in cluster.nodes()]
-        alone = Need(cpus=max(resources.get("CPU", 1) for resources in every))
-        gpus = int(any(resources.get("GPU") for resources in every))
+        machines = [resources for _, _, resources in cluster.nodes()]
+        alone = Need(cpus=max(resources.get("CPU", 1) for resources in machines))
+        gpus = int(any(resources.get("GPU") for resources in machines))
         step(f"running {len(runs)} recipes")
         needs = [_need_of_build(run, alone, gpus) for run in runs]
         built = _outcomes(cluster, [replace(run, timed=False) for run in runs], needs)

@@ -19,11 +19,11 @@ from exporter.artifact import Artifact, disk, sealed, sidecar_path
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.report import Report
-from exporter.verify import VerifyOptions, shards
+from exporter.verify import VerifyOptions, parents_of, shards
 from exporter.verify.shards import Schedule, Shard
 
 COMMANDS = "commands.txt"
-AGAIN = "the shard is measured again"
+REMEDY = "the shard is measured again"
 
 
 class Folder:
@@ -53,7 +53,7 @@ class Folder:
 
     def read(self, number: int) -> Shard | None:
         """A shard, or None if it was not measured or its file is damaged or of another schedule."""
-        content = sealed.read_bytes(self._file(number), self._key(number), AGAIN)
+        content = sealed.read_bytes(self._file(number), self._key(number), REMEDY)
         return None if content is None else shards.decode(content)
 
     def missing(self) -> list[int]:
@@ -61,7 +61,7 @@ class Folder:
         return [
             number
             for number in range(self.schedule.count)
-            if sealed.read_bytes(self._file(number), self._key(number), AGAIN) is None
+            if sealed.read_bytes(self._file(number), self._key(number), REMEDY) is None
         ]
 
     def merged(self, artifact: Artifact) -> Report:
@@ -70,10 +70,10 @@ class Folder:
         Raises: BadRequest for missing shards.
         """
         if missing := self.missing():
-            lines = some(str(number) for number in missing)
+            numbers = some(str(number) for number in missing)
             raise BadRequest(
-                f"{self.path}: {len(missing)} of {self.schedule.count} shards are missing: {lines}; run their lines of "
-                f"{COMMANDS}, and copy the files of shards/ here"
+                f"{self.path}: {len(missing)} of {self.schedule.count} shards are missing: {numbers}; run their lines "
+                f"of {COMMANDS}, and copy the files of shards/ here"
             )
 
         def read(number: int) -> Shard:
@@ -91,7 +91,7 @@ class Folder:
 
 
 def create(path: Path, schedule: Schedule) -> Folder:
-    """The folder of a schedule, new or continued: shards of the same schedule are kept.
+    """The folder of a schedule, new or continued: shards of the same schedule are kept, those of another are deleted.
 
     Raises: BadRequest for a folder that has something else, and one that cannot be written.
     """
@@ -110,7 +110,7 @@ def create(path: Path, schedule: Schedule) -> Folder:
 
 @contextmanager
 def alone(folder: Folder) -> Iterator[None]:
-    """No other process measures all shards of a folder.
+    """Hold the lock of a folder, so that one process measures all its shards.
 
     Raises: BadRequest where another does.
     """
@@ -142,12 +142,13 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, image
     target = folder.artifact_path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for file in (*artifact.files, sidecar_path(artifact.path)):
-            shutil.copyfile(file, target.parent / file.name)
+        for one in (artifact, *map(artifacts.load, parents_of(artifact))):
+            for file in (*one.files, sidecar_path(one.path)):
+                shutil.copyfile(file, target.parent / file.name)
     except OSError as error:
         raise disk.write_error(error, target.parent) from None
-    words = shlex.quote(str(path))
-    lines = [f"convnext-export shard {words} {number}\n" for number in range(folder.schedule.count)]
+    quoted = shlex.quote(str(path))
+    lines = [f"convnext-export shard {quoted} {number}\n" for number in range(folder.schedule.count)]
     disk.write_file(path / COMMANDS, "".join(lines).encode("utf-8", "surrogateescape"))
     return folder
 

@@ -133,7 +133,7 @@ def _opened(job: Job, artifact: Artifact) -> Iterator[Task]:
 
 
 def _artifact(job: Job, contents: Sequence[Callable[[], bytes]]) -> Artifact:
-    """The artifact of a job: where it was, else a copy in this user's cache, which is written where it is missing."""
+    """The artifact at its own path if its files are the same there, else a copy in this user's cache."""
     wanted = dict(job.files)
     with suppress(BadRequest, OSError):
         artifact = artifacts.load(job.artifact)

@@ -315,7 +315,7 @@ def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Run
     if not reason:
         yield Runnable(artifact, runtime)
         return
-    parents = _parents(artifact)
+    parents = parents_of(artifact)
     if not parents:
         raise Unavailable(f"{artifact.path}: {reason}, and the ONNX graph that it was built from is missing")
     parent = artifacts.load(parents[0])
@@ -336,7 +336,7 @@ def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Run
         yield Runnable(Artifact(path, parent.sidecar), stand_in, (finding,))
 
 
-def _parents(artifact: Artifact) -> list[Path]:
+def parents_of(artifact: Artifact) -> list[Path]:
     """The ONNX graphs beside an artifact that it was built from. Files of other versions or of other tools that are
     named like a sidecar are none."""
     parents = []

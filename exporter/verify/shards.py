@@ -49,9 +49,9 @@ MAX_BYTES = 2**30  # of an unpacked shard
 class Schedule(Record, frozen=True):
     """What all shards of a verification have in common.
 
-    artifact, sha256: the path at the time of planning, and the digest of its graph. images: a digest of the names and
-    sizes of the files. size: images of a shard, the last one may have fewer. skipped: files that are no images of any
-    shard, with the reason. versions: of this tool and of the libraries that compute.
+    artifact, sha256: the path at the time of scheduling, and the digest of its graph. images: a digest of the names and
+    sizes of the files. size: images of a shard, the last one may have fewer. skipped: files left out of all shards,
+    with the reason. versions: of this tool and of the libraries that compute.
     """
 
     artifact: str
@@ -91,7 +91,8 @@ class Shard(Record, frozen=True):
     """What was measured on the images of a shard.
 
     arithmetic: the class of the processor (`machine.arithmetic`), or the GPU. environment: of the process. facts: of
-    its session. layers: of the artifact. skipped: images that cannot be read. findings: where another artifact ran.
+    its session. layers: of the artifact. skipped: images that cannot be read. findings: one if the ONNX graph ran in
+    place of the engine.
     """
 
     number: int
@@ -131,7 +132,7 @@ def schedule(artifact: Artifact, options: VerifyOptions, images: int | None = No
 
 
 def refuse_others(schedule: Schedule, artifact: Artifact, data: str | None = None) -> None:
-    """Refuse what is not the schedule's.
+    """Refuse another artifact, other versions and other images than the schedule's.
 
     Raises: BadRequest for another artifact, and where this process has other versions or other images.
     """
@@ -161,11 +162,11 @@ class Worker:
     def shard(self, number: int, batches: Sequence[MeasuredBatch], skipped: Sequence[str]) -> Shard:
         """The record of a shard."""
         artifact = self.pair.artifact
-        kind = backends.device_kind(artifact, self.schedule.options.device)
-        gpu = (machine.gpu() or {}).get("name", "")
+        on_cpu = self.findings or backends.device_kind(artifact, self.schedule.options.device) == "CPU"
+        where = machine.arithmetic() if on_cpu else (machine.gpu() or {}).get("name", "GPU")
         return Shard(
             number=number,
-            arithmetic=machine.arithmetic() if kind == "CPU" else f"{kind} {gpu}".strip(),
+            arithmetic=" ".join(filter(None, [where, "simulated" if self.findings else ""])),
             environment=backends.environment(),
             facts=self.pair.candidate.facts,
             layers=self.layers,
@@ -217,15 +218,16 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
     Raises: BadRequest where no image could be read.
     """
     first = read(0)
-    apart = artifact.sidecar.quantization is not None
+    quantized = artifact.sidecar.quantization is not None
     subject = checks.Subject(artifact, first.layers)
     every = Tally({})
     tallies: dict[str, Tally] = {}
-    machines = dict[str, list[int]]()
+    machines, others = dict[str, list[int]](), dict[str, tuple[Finding, ...]]()
     for number in range(schedule.count):
         shard = read(number)
         machines.setdefault(_machine(shard), []).append(number)
-        name = shard.arithmetic if apart else ""
+        name = shard.arithmetic if quantized or shard.findings else ""
+        others.setdefault(name, shard.findings)
         tally = tallies.setdefault(name, Tally(checks.start_all(schedule.options, subject)))
         for batch in map(_measured, shard.batches):
             tally.add(batch)
@@ -234,7 +236,7 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
     tallies = _readable(tallies, schedule.skipped)
     windows = windows_of(artifact.sidecar, schedule.options)
     findings = {
-        name: findings_of(tally, schedule.options.data, windows, first.findings) for name, tally in tallies.items()
+        name: findings_of(tally, schedule.options.data, windows, others[name]) for name, tally in tallies.items()
     }
     return report_of(
         Artifact(Path(schedule.artifact), artifact.sidecar),
@@ -267,13 +269,15 @@ def _apart(findings: dict[str, list[Finding]]) -> list[Finding]:
         for finding in listed:
             if finding.interval is not None:
                 intervals.setdefault(finding.metric, {})[name] = finding.interval
-    unlike = [
+    differing = [
         f"{metric} ({', '.join(f'{name} {low:.4g} to {high:.4g}' for name, (low, high) in of_classes.items())})"
         for metric, of_classes in intervals.items()
         if max(low for low, _ in of_classes.values()) > min(high for _, high in of_classes.values())
     ]
     detail = (
-        f"their intervals do not overlap in {'; '.join(unlike)}" if unlike else "the intervals of all metrics overlap"
+        f"their intervals do not overlap in {'; '.join(differing)}"
+        if differing
+        else "the intervals of all metrics overlap"
     )
     return [
         *(
@@ -281,7 +285,7 @@ def _apart(findings: dict[str, list[Finding]]) -> list[Finding]:
             for name, listed in findings.items()
             for finding in listed
         ),
-        Finding(check="data", metric="unlike_classes", value=len(unlike), unit="metrics", detail=detail),
+        Finding(check="data", metric="unlike_classes", value=len(differing), unit="metrics", detail=detail),
     ]
 
 

@@ -52,7 +52,8 @@ def test_intervals_that_overlap_are_said():
 
 
 def test_a_disturbed_timing_is_said():
-    assert "but other processes disturbed the timing" in answer([report("a", 1.0, (1, 2, 3), noise="noisy")]).sentence
+    sentence = answer([report("a", 1.0, (1, 2, 3), noise="noisy: others used 40 %")]).sentence
+    assert sentence.endswith("1 ms for batch 1 (noisy: others used 40 %).")
 
 
 def test_without_labels_the_agreement_is_said():
@@ -63,7 +64,10 @@ def test_without_labels_the_agreement_is_said():
 def test_nothing_is_shipped_where_all_fail():
     known = answer([BAD])
     assert not known.passes
-    assert (known.sentence, known.others) == ("Ship none of these: it fails a check.", ("int8.onnx fails top1_drop",))
+    assert (known.sentence, known.others) == (
+        "Ship none of these: the artifact fails a check.",
+        ("int8.onnx fails top1_drop",),
+    )
     assert (
         answer([BAD, replace(BAD, artifact={"path": "b"})]).sentence
         == "Ship none of these: every artifact fails a check."

@@ -160,7 +160,7 @@ def test_int8_of_unlike_processors_is_reported_apart(artifacts, photos):
     assert report.find("machines").value == 2
 
 
-def test_a_plan_is_of_one_artifact_and_of_these_images(artifacts, photos, tmp_path):
+def test_a_schedule_is_of_one_artifact_and_of_these_images(artifacts, photos, tmp_path):
     artifact = artifacts["onnxruntime", "fp32"]
     for number in range(4):
         Image.fromarray(synthetic.dead_leaves(48, number)).save(tmp_path / f"{number}.png")
@@ -287,6 +287,6 @@ def test_numbers_of_shards():
     assert spread.numbers_of(["3", "0-2"]) == [3, 0, 1, 2]
 
 
-def test_a_plan_survives_its_file(artifacts):
+def test_a_schedule_survives_its_file(artifacts):
     schedule = shards.schedule(artifacts["onnxruntime", "fp32"], VerifyOptions(samples=3, min_cosine=0.5))
     assert msgspec.json.decode(msgspec.json.encode(schedule), type=shards.Schedule).key == schedule.key
