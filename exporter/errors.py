@@ -79,6 +79,11 @@ def last_line(error: BaseException) -> str:
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]
 
 
+def as_utf8(name: str) -> str:
+    """The name of a file as text that can be written; bytes that are no UTF-8 are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def printable(text: str) -> str:
     """The text on one line: whitespace becomes spaces, and signs that a terminal or page would obey become `\\x1b`."""
 

@@ -181,6 +181,11 @@ def main() -> NoReturn:
         state = str(interrupt) or "no file is incomplete; run the same command again"
         click.echo(f"interrupted: {state}", err=True)
         sys.exit(4)
+    except UnicodeEncodeError as error:
+        if not any("\ud800" <= sign <= "\udfff" for sign in str(error.object)):
+            raise
+        click.echo(f"error: {printable(str(error.object)[:200])}: a name that is no UTF-8 text; rename it", err=True)
+        sys.exit(2)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise

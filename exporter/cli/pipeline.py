@@ -60,6 +60,10 @@ def run_command(
 
     if on and jobs > 1:
         raise BadRequest("--jobs is for one machine, and a cluster decides how many recipes run at once; leave one out")
+    if on is not None:
+        from exporter.run import cluster
+
+        cluster.check_address(on)
     recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], out, overrides, force)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}

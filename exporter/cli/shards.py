@@ -14,7 +14,10 @@ import click
     "--data", metavar="SRC", help="Path of the images on this machine, if it differs from that in the schedule."
 )
 @click.option("--weights", metavar="PATH", help="Path of the weights on this machine, if it differs.")
-def shard_command(folder: Path, numbers: tuple[str, ...], data: str | None, weights: str | None) -> None:
+@click.option("--reference", metavar="MODULE", help="Import this module:callable, if the schedule names it.")
+def shard_command(
+    folder: Path, numbers: tuple[str, ...], data: str | None, weights: str | None, reference: str | None
+) -> None:
     """Measure shards of a verification that `verify --on files:DIR` scheduled. Shards that are in DIR are skipped.
 
     NUMBER is a shard, or a range of them with both ends. Images and versions must be those of the schedule.
@@ -28,7 +31,7 @@ def shard_command(folder: Path, numbers: tuple[str, ...], data: str | None, weig
     from exporter.run import spread
 
     with drawing():
-        measured = spread.measure(folder, spread.numbers_of(numbers), data, weights)
+        measured = spread.measure(folder, numbers, data, weights, reference)
     console().print(f"{len(measured)} shards measured; they are in {plain(folder / 'shards')}", soft_wrap=True)
 
 
@@ -55,8 +58,10 @@ def merge_command(folder: Path, out: Path | None, as_json: bool) -> None:
     with drawing():
         opened, artifact = spread.open_folder(folder)
         scheduled = Path(opened.schedule.artifact)
-        path = out or scheduled.parent / f"{scheduled.name}.report.json"
+        beside = scheduled.parent if scheduled.parent.is_dir() else folder
+        path = out or beside / f"{scheduled.name}.report.json"
         artifacts.check_output(path)
+        spread.check_report(folder, path)
         merged = opened.merged(artifact)
         artifact = spread.original_of(opened, artifact)
     finish_verification(artifact, merged, path, as_json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from exporter.predict import Ranges
 from exporter.progress import step
 from exporter.run import tasks
 from exporter.run.tasks import Job, Result
-from exporter.verify import parents_of
+from exporter.verify import graphs_of
 from exporter.verify.shards import Schedule
 
 LOCAL = "ray"
@@ -65,6 +67,7 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if address == LOCAL:
             step("starting a Ray cluster on this machine")
@@ -81,6 +84,9 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
             ray.init(address=address, **options)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
+    for number, handler in handlers.items():  # Ray puts its own in their place, which abort the process
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
     try:
         yield Cluster(ray, address)
     finally:
@@ -92,10 +98,11 @@ def _reach(address: str) -> None:
     parts = urlsplit(address)
     try:
         socket.create_connection((parts.hostname or "", parts.port or 0), CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise Unavailable(
-            f"--on {address}: nothing answers there ({error.strerror or error}); `ray start --head` prints the port of "
-            "the Ray client server, 10001 if no other is set"
+            f"--on {address}: nothing answers there ({reason}); `ray start --head` prints the port of the Ray client "
+            "server, 10001 if no other is set"
         ) from None
 
 
@@ -270,8 +277,7 @@ def _contents(references: Sequence[Any]) -> list[Callable[[], bytes]]:
 
 def paths_of(artifact: Artifact) -> list[Path]:
     """The files of an artifact, and of the ONNX graph that runs where the artifact cannot, with their sidecars."""
-    graphs = [artifacts.load(path) for path in parents_of(artifact)]
-    return [path for one in (artifact, *graphs) for path in (*one.files, sidecar_path(one.path))]
+    return [path for one in (artifact, *graphs_of(artifact)) for path in (*one.files, sidecar_path(one.path))]
 
 
 def job_of(artifact: Artifact, schedule: Schedule | Ranges) -> Job:

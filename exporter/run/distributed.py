@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import msgspec
 from exporter import backends
 from exporter import predict as predictions
 from exporter.artifact import Artifact
-from exporter.errors import ExporterError
+from exporter.errors import BadRequest, ExporterError
 from exporter.model import variants
 from exporter.model.sources import is_random
-from exporter.predict import PredictOptions, Summary
+from exporter.predict import PredictOptions, Summary, writers
 from exporter.predict.store import Chunk
 from exporter.progress import step, track
 from exporter.recipe import Model
@@ -43,10 +44,14 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     """
     check_address(address)
     schedule = shards.schedule(artifact, options, images)
-    folder = spread.create(_shards_of(out), schedule)
-    with spread.alone(folder):
+    with spread.alone(_shards_of(out), artifact.path.name):
+        folder = spread.create(_shards_of(out), schedule, replace=True)
         try:
             _measure(folder, artifact, folder.missing(), address)
+        except ExporterError:
+            if len(folder.missing()) == schedule.count:  # nothing to continue with
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         except KeyboardInterrupt:
             state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
             raise KeyboardInterrupt(f"{state}; the same command continues") from None
@@ -55,7 +60,8 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
 
 def remove_shards(out: Path) -> None:
     """Remove the shards of a report that is written."""
-    shutil.rmtree(_shards_of(out), ignore_errors=True)
+    with suppress(BadRequest), spread.alone(_shards_of(out), out.name):  # another process may have begun
+        shutil.rmtree(_shards_of(out), ignore_errors=True)
 
 
 def _shards_of(out: Path) -> Path:
@@ -94,6 +100,7 @@ def predict(
     Raises: as `predict`, `connected` and `Cluster.results` do; BadRequest for standard input and for folders of masks.
     """
     check_address(address)
+    writers.check(out)
     schedule = predictions.ranges_of(artifact, sources, options, out)
     job, need = job_of(artifact, schedule), need_of(artifact, options.device, options.threads)
 

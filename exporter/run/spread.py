@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from exporter.artifact import Artifact, disk, sealed, sidecar_path
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.report import Report
-from exporter.verify import VerifyOptions, parents_of, shards
+from exporter.verify import VerifyOptions, graphs_of, shards
 from exporter.verify.shards import Schedule, Shard
 
 COMMANDS = "commands.txt"
@@ -90,17 +90,30 @@ class Folder:
         return self.key + number.to_bytes(8, "big")
 
 
-def create(path: Path, schedule: Schedule) -> Folder:
-    """The folder of a schedule, new or continued: shards of the same schedule are kept, those of another are deleted.
+def create(path: Path, schedule: Schedule, replace: bool = False) -> Folder:
+    """The folder of a schedule, new or continued: shards of the same schedule are kept.
 
-    Raises: BadRequest for a folder that has something else, and one that cannot be written.
+    Args:
+        path: the folder.
+        schedule: of the shards.
+        replace: remove shards of another schedule.
+
+    Raises: BadRequest for a folder that has something else, or shards of another schedule; for one that cannot be
+        written.
     """
-    file = path / "schedule.json"
-    if path.exists() and not file.is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise BadRequest(f"{path}: expected a new or empty folder, or one of an earlier --on files; give another")
+    file, others = path / "schedule.json", f"{path}: expected a new or empty folder, or one of the same schedule"
     content = msgspec.json.format(msgspec.json.encode(schedule, order="deterministic"), indent=1)
-    if file.is_file() and file.read_bytes() != content:  # of another schedule
-        shutil.rmtree(path / "shards", ignore_errors=True)
+    if file.is_file():
+        read_schedule(path)  # refuses a file that is none of this tool
+        stored = sorted((path / "shards").glob("[0-9]*.shard"))
+        if stored and file.read_bytes() != content:
+            if not replace:
+                raise BadRequest(f"{others}; it has {len(stored)} shards of another one, so give another folder")
+            note(f"{len(stored)} shards of another schedule are removed")
+            for shard in stored:
+                shard.unlink(missing_ok=True)
+    elif path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        raise BadRequest(f"{others}; give another")
     disk.write_file(file, content)
     folder = Folder(path, schedule)
     if schedule.count > len(missing := folder.missing()):
@@ -109,18 +122,24 @@ def create(path: Path, schedule: Schedule) -> Folder:
 
 
 @contextmanager
-def alone(folder: Folder) -> Iterator[None]:
+def alone(path: Path, name: str) -> Iterator[None]:
     """Hold the lock of a folder, so that one process measures all its shards.
 
-    Raises: BadRequest where another does.
+    Args:
+        path: the folder, which is made if it is missing.
+        name: of the artifact, for the message.
+
+    Raises: BadRequest where another process holds it, and for a folder that cannot be written.
     """
     try:
-        release = disk.lock(folder.path, wait=False)
+        path.mkdir(parents=True, exist_ok=True)
+        release = disk.lock(path, wait=False)
     except BlockingIOError:
         raise BadRequest(
-            f"{folder.path}: another process is verifying {Path(folder.schedule.artifact).name} for the same report; "
-            "wait for it, or give another -o"
+            f"{path}: another process is verifying {name} for the same report; wait for it, or give another -o"
         ) from None
+    except OSError as error:
+        raise disk.write_error(error, path.parent) from None
     try:
         yield
     finally:
@@ -138,19 +157,38 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, image
 
     Raises: as `shards.schedule` and `create` do.
     """
+    if "\n" in str(path) or path.resolve() in artifact.path.resolve().parents:
+        raise BadRequest(f"{path}: expected a folder without the artifact, and without a line break in its name")
     folder = create(path, shards.schedule(artifact, options, images))
     target = folder.artifact_path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for one in (artifact, *map(artifacts.load, parents_of(artifact))):
+        for one in (artifact, *graphs_of(artifact)):
             for file in (*one.files, sidecar_path(one.path)):
                 shutil.copyfile(file, target.parent / file.name)
     except OSError as error:
         raise disk.write_error(error, target.parent) from None
-    quoted = shlex.quote(str(path))
+    quoted = shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
     lines = [f"convnext-export shard {quoted} {number}\n" for number in range(folder.schedule.count)]
     disk.write_file(path / COMMANDS, "".join(lines).encode("utf-8", "surrogateescape"))
     return folder
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The schedule in a folder.
+
+    Raises: BadRequest for any other folder.
+    """
+    file = path / "schedule.json"
+    try:
+        schedule = msgspec.json.decode(file.read_bytes() if file.is_file() else b"", type=Schedule)
+        if "\0" in schedule.artifact:
+            raise ValueError("no file has such a name")
+    except (OSError, ValueError):
+        raise BadRequest(
+            f"{path}: no schedule of shards in it; `convnext-export verify ARTIFACT --on files:{path}` writes one"
+        ) from None
+    return schedule
 
 
 def open_folder(path: Path) -> tuple[Folder, Artifact]:
@@ -158,15 +196,16 @@ def open_folder(path: Path) -> tuple[Folder, Artifact]:
 
     Raises: BadRequest for any other folder.
     """
-    file = path / "schedule.json"
-    try:
-        schedule = msgspec.json.decode(file.read_bytes(), type=Schedule)
-    except (OSError, msgspec.DecodeError):
-        raise BadRequest(
-            f"{path}: no schedule of shards in it; `convnext-export verify ARTIFACT --on files:{path}` writes one"
-        ) from None
+    schedule = read_schedule(path)
     folder = Folder(path, schedule)
     return folder, artifacts.load(folder.artifact_path)
+
+
+def check_report(folder: Path, path: Path) -> None:
+    """Raises: BadRequest for a report that would replace a file of the folder."""
+    inside = path.resolve().parent in (folder.resolve() / "shards", folder.resolve() / "artifact")
+    if inside or (path.resolve().parent == folder.resolve() and path.name in ("schedule.json", COMMANDS)):
+        raise BadRequest(f"-o {path}: a file of the shards; give another name")
 
 
 def original_of(folder: Folder, copy: Artifact) -> Artifact:
@@ -178,20 +217,31 @@ def original_of(folder: Folder, copy: Artifact) -> Artifact:
     return copy
 
 
-def measure(path: Path, numbers: Sequence[int], data: str | None = None, weights: str | None = None) -> tuple[int, ...]:
+def measure(
+    path: Path,
+    words: Iterable[str],
+    data: str | None = None,
+    weights: str | None = None,
+    reference: str | None = None,
+) -> tuple[int, ...]:
     """Measure shards of a folder that are missing, and return their numbers.
 
     Args:
         path: the folder.
-        numbers: of the shards.
+        words: numbers of shards, as for `numbers_of`.
         data, weights: where images and weights are on this machine, if not where they were when it was scheduled.
+        reference: a module of the user that the schedule names; it is imported only if it is named here too.
 
     Raises: BadRequest for a number that the schedule does not have; otherwise as `shards.open_worker` does.
     """
     folder, artifact = open_folder(path)
-    schedule = folder.schedule
-    if unknown := [number for number in numbers if number not in range(schedule.count)]:
-        raise BadRequest(f"shard {unknown[0]}: {path} has the shards 0 to {schedule.count - 1}")
+    schedule, named = folder.schedule, folder.schedule.options.reference
+    if reference != (named if named and ":" in named else None):
+        raise BadRequest(
+            f"--reference: the schedule compares with {named or 'the network of this tool'}; "
+            + (f"add --reference {named} to import that module" if named and ":" in named else "leave it out")
+        )
+    numbers = numbers_of(words, schedule.count, str(path))
     missing = set(folder.missing())
     wanted = [number for number in dict.fromkeys(numbers) if number in missing]
     if not wanted:
@@ -206,16 +256,23 @@ def measure(path: Path, numbers: Sequence[int], data: str | None = None, weights
     return tuple(wanted)
 
 
-def numbers_of(words: Iterable[str]) -> list[int]:
+def numbers_of(words: Iterable[str], count: int, folder: str) -> list[int]:
     """The numbers of shards: `3`, or a range with both ends, `0-7`.
 
-    Raises: BadRequest for other words.
+    Args:
+        words: as typed.
+        count: of the shards of the folder.
+        folder: for the message.
+
+    Raises: BadRequest for other words, and for shards that there are not.
     """
     numbers: list[int] = []
     for word in words:
         first, dash, last = word.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise BadRequest(f"{word}: expected the number of a shard, or a range like 0-7")
+        if not (first.isdecimal() and last.isdecimal()) or len(first + last) > 20 or int(first) > int(last):
+            raise BadRequest(f"{word[:40]}: expected the number of a shard, or a range like 0-7")
+        if int(last) >= count:
+            raise BadRequest(f"shard {last}: {folder} has the shards 0 to {count - 1}")
         numbers += range(int(first), int(last) + 1)
     return numbers

@@ -17,7 +17,7 @@ import msgspec
 from exporter import __version__, predict, run
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk
-from exporter.errors import BadRequest, ExporterError
+from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.predict import Ranges
 from exporter.run import Outcome, RecipeRun
 from exporter.verify import shards
@@ -74,6 +74,8 @@ def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result
         return Result(_OPENED[job.key][1](number))
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
+    except (OSError, MemoryError) as error:
+        return Result(error=f"a worker failed: {first_line(error)}", exit_code=3)
 
 
 def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:

@@ -336,6 +336,15 @@ def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Run
         yield Runnable(Artifact(path, parent.sidecar), stand_in, (finding,))
 
 
+def graphs_of(artifact: Artifact) -> list[Artifact]:
+    """The ONNX graphs that run in place of an artifact that cannot run here."""
+    graphs = []
+    for path in parents_of(artifact) if backends.runtime_of(artifact).unable() else []:
+        with suppress(BadRequest):
+            graphs.append(artifacts.load(path))
+    return graphs
+
+
 def parents_of(artifact: Artifact) -> list[Path]:
     """The ONNX graphs beside an artifact that it was built from. Files of other versions or of other tools that are
     named like a sidecar are none."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Sidecar
@@ -61,7 +62,7 @@ class Pair:
         original, candidate = (sliding(self.windows, one) for one in (self.original, run))
         for batch in samples.batches(self.size):
             lines = tuple(
-                f"{samples.identity(name)} {' '.join(map(str, np.ravel(label)))}\n"
+                f"{samples.identity(name)} {_words(label)}\n"
                 for name, label in zip(batch.names, batch.labels, strict=True)
             )
             both = original(batch.images), candidate(batch.images)
@@ -77,6 +78,13 @@ class Pair:
             raise BadRequest(
                 f"{self.artifact.path}: {model} returns {shapes[0]}, the artifact {shapes[1]}; give the same model"
             )
+
+
+def _words(label: NDArray[np.int64]) -> str:
+    """The classes of an image as text; of a mask its digest."""
+    if label.ndim == 2:
+        return hashlib.sha256(label.tobytes()).hexdigest()
+    return " ".join(map(str, np.ravel(label)))
 
 
 @dataclass

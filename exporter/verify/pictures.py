@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.data.masks import colors
+from exporter.errors import as_utf8
 from exporter.report import Picture
 
 MOST = 6
@@ -42,7 +43,7 @@ class Worst:
         """The worst first."""
         return tuple(
             Picture(
-                name=name,
+                name=as_utf8(name),
                 reference=self.reference,
                 agreement=-100 * negated,
                 images=(_png(_colored(expected)), _png(_colored(classes)), _png(_difference(expected, classes))),

@@ -24,7 +24,7 @@ from exporter.artifact.tensors import Tensor, tensor_of
 from exporter.backends import Layer
 from exporter.data.fingerprint import fingerprint
 from exporter.data.samples import Samples
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest, first_line, some
 from exporter.report import Finding, Report
 from exporter.verify import (
     VerifyOptions,
@@ -58,7 +58,7 @@ class Schedule(Record, frozen=True):
     sha256: str
     options: VerifyOptions
     images: str
-    total: Annotated[int, msgspec.Meta(ge=1)]
+    total: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
     size: Annotated[int, msgspec.Meta(ge=1)]
     skipped: tuple[str, ...]
     versions: dict[str, str]
@@ -139,7 +139,7 @@ def refuse_others(schedule: Schedule, artifact: Artifact, data: str | None = Non
     if artifact.sidecar.sha256 != schedule.sha256:
         raise BadRequest(f"{artifact.path}: another artifact than the schedule's; give that one")
     backends.refuse_other_versions(schedule.versions, artifact)
-    source = data or schedule.options.data
+    source = schedule.options.data if data is None else data
     if fingerprint(source, times=False) != schedule.images:
         raise BadRequest(f"{source}: other images than those of the schedule; restore them, or schedule again")
 
@@ -197,8 +197,18 @@ def open_worker(
         `verify` does.
     """
     refuse_others(schedule, artifact, data)
-    options = replace(schedule.options, data=data or schedule.options.data, weights=weights or schedule.options.weights)
+    options = replace(
+        schedule.options,
+        data=schedule.options.data if data is None else data,
+        weights=schedule.options.weights if weights is None else weights,
+    )
     runtime, samples = prepared(artifact, options)
+    batch = size_of(artifact.sidecar, windows_of(artifact.sidecar, options))
+    if samples.total != schedule.total or schedule.size % batch:
+        raise BadRequest(
+            f"the schedule has {schedule.total:,} images in shards of {schedule.size}, and {options.data} has "
+            f"{samples.total:,} in batches of {batch}; schedule again"
+        )
     layers = layers_of(artifact, runtime, options)
     with open_runnable(artifact, runtime) as runnable:
         meters = checks.start_all(options, checks.Subject(artifact, layers))
@@ -229,9 +239,14 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
         name = shard.arithmetic if quantized or shard.findings else ""
         others.setdefault(name, shard.findings)
         tally = tallies.setdefault(name, Tally(checks.start_all(schedule.options, subject)))
-        for batch in map(_measured, shard.batches):
-            tally.add(batch)
-            every.add(with_(batch, rows={}))
+        try:
+            for batch in map(_measured, shard.batches):
+                tally.add(batch)
+                every.add(with_(batch, rows={}))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise BadRequest(
+                f"shard {number} is not one of this schedule ({first_line(error)}); measure it again"
+            ) from None
         tally.skipped += shard.skipped
     tallies = _readable(tallies, schedule.skipped)
     windows = windows_of(artifact.sidecar, schedule.options)

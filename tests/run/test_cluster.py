@@ -27,8 +27,9 @@ from exporter.run import cluster, distributed, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
-from tests.conftest import copy_artifact
+from tests.conftest import copy_artifact, snapshot
 
+MARK = "TESTS_RAY"  # in the environment of all processes of a cluster of these tests
 RAY = Path(sys.executable).with_name("ray")
 
 
@@ -55,12 +56,12 @@ def address(tmp_path_factory):
         "RAY_USAGE_STATS_ENABLED": "0",
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
+        MARK: sockets,
     }
     room = ["--num-cpus", "2", "--object-store-memory", "100000000", "--node-ip-address", "127.0.0.1"]
     ports = ["--min-worker-port", "0", "--max-worker-port", "0"]
     head = ["--head", "--port", gcs, "--ray-client-server-port", client, "--include-dashboard=false"]
     commands = [[*head, "--temp-dir", sockets, *ports], ["--address", f"127.0.0.1:{gcs}", *ports]]
-    before = set(psutil.pids())
     # The client servers of two clusters on one machine take the same ports.
     one_at_a_time = once.locked(once.shared_folder(tmp_path_factory, "ray-clusters") / "one")
     with one_at_a_time, pytest.MonkeyPatch.context() as patch:
@@ -70,9 +71,8 @@ def address(tmp_path_factory):
             started = [RAY, "start", *map(str, words), *room]
             subprocess.run(started, check=True, capture_output=True, timeout=120, cwd=folder)
         yield f"ray://127.0.0.1:{client}"
-        for process in psutil.process_iter(["cmdline"]):
-            words = " ".join(process.info["cmdline"] or [])
-            if process.pid not in before and any(word in words for word in ("ray::", "raylet", "gcs_server", "/ray/")):
+        for process in psutil.process_iter(["environ"]):
+            if process.pid != os.getpid() and (process.info["environ"] or {}).get(MARK) == sockets:
                 process.kill()
     shutil.rmtree(sockets, ignore_errors=True)
 
@@ -390,9 +390,11 @@ def test_bad_words_are_refused(words, message, copied, photos, refused, tmp_path
 def test_two_verifications_of_one_report_do_not_meet(copied, photos, refused, tmp_path):
     report = copied.path.with_name(f"{copied.path.name}.report.json")
     folder = spread.create(report.with_name(f".{report.name}.shards"), shards.schedule(copied, VerifyOptions()))
-    with spread.alone(folder):
+    before = snapshot(tmp_path)
+    with spread.alone(folder.path, "a"):
         message = refused(2, "verify", copied.path, "--on", "ray")
     assert "another process is verifying custom_fp32.onnx for the same report" in message
+    assert snapshot(tmp_path) == before
 
 
 def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, photos, run, monkeypatch):

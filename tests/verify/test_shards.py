@@ -1,5 +1,6 @@
 """A verification in shards: a report with the same bytes, whoever measured the shards and in whatever order."""
 
+import os
 import random
 
 import msgspec
@@ -232,8 +233,9 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     assert "3 of 3 shards are in" in run(*options).err
     assert "every one of these shards was measured already" in run("shard", folder, 0).err
     other = run(*options, "--min-cosine", 0.5)
-    assert other.code == 0
-    assert not list((folder / "shards").glob("*.shard")), "shards of another schedule"
+    assert other.code == 2
+    assert "it has 3 shards of another one, so give another folder" in other.err
+    assert len(list((folder / "shards").glob("*.shard"))) == 3
 
 
 def test_data_and_weights_may_lie_elsewhere(tiny, photos, tmp_path, run):
@@ -262,7 +264,7 @@ def test_data_and_weights_may_lie_elsewhere(tiny, photos, tmp_path, run):
         (["--on", "ray://host"], "expected ray, ray://HOST:PORT"),
         (["--shard-size", "16"], "only applies to shards"),
         (["--on", "files:work", "--blocks"], "--blocks"),
-        (["--on", "files:."], "expected a new or empty folder"),
+        (["--on", "files:."], "expected a folder without the artifact"),
     ],
 )
 def test_bad_words_are_refused(words, message, copied, refused, tmp_path, monkeypatch):
@@ -284,7 +286,88 @@ def test_bad_folders_and_numbers_are_refused(copied, refused, run, tmp_path, mon
 
 
 def test_numbers_of_shards():
-    assert spread.numbers_of(["3", "0-2"]) == [3, 0, 1, 2]
+    assert spread.numbers_of(["3", "0-2"], 4, "work") == [3, 0, 1, 2]
+    with pytest.raises(BadRequest, match="work has the shards 0 to 3"):
+        spread.numbers_of(["0-99999999999"], 4, "work")
+    with pytest.raises(BadRequest, match="expected the number of a shard"):
+        spread.numbers_of(["1" * 5000], 4, "work")
+
+
+def test_a_folder_of_the_user_is_left_as_it_is(copied, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/shards").mkdir(parents=True)
+    (tmp_path / "mine/schedule.json").write_text('{"my": "plan"}')
+    (tmp_path / "mine/shards/thesis.txt").write_text("years")
+    message = refused(2, "verify", copied.path, "--on", "files:mine", folder=tmp_path)
+    assert "no schedule of shards in it" in message
+    message = refused(2, "verify", copied.path, "--on", "files:built", folder=tmp_path)
+    assert "expected a folder without the artifact" in message
+
+
+def test_a_report_does_not_replace_a_file_of_its_shards(copied, refused, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("verify", copied.path, "--on", "files:work").code == 0
+    assert run("shard", "work", 0).code == 0
+    for name in ("schedule.json", "commands.txt", "shards/000000.shard", "artifact/a.json"):
+        assert "a file of the shards" in refused(2, "merge", "work", "-o", f"work/{name}", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("total", 20, "the schedule has 20 images in shards of 512, and synthetic has 16 in batches of 16"),
+        ("size", 7, "in shards of 7"),
+        ("total", 0, "no schedule of shards in it"),
+        ("artifact", "a\0b", "no schedule of shards in it"),
+    ],
+)
+def test_a_schedule_that_was_edited_is_refused(field, value, message, copied, refused, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("verify", copied.path, "--on", "files:work").code == 0
+    path = tmp_path / "work/schedule.json"
+    path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | {field: value}))
+    assert message in refused(2, "shard", "work", 0, folder=tmp_path)
+
+
+def test_a_module_is_imported_only_if_it_is_named(copied, refused, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('imported', 'w')")
+    assert run("verify", copied.path, "--on", "files:work").code == 0
+    path = tmp_path / "work/schedule.json"
+    content = msgspec.json.decode(path.read_bytes())
+    content["options"]["reference"] = "evil:model"
+    path.write_bytes(msgspec.json.encode(content))
+    message = refused(2, "shard", "work", 0, folder=tmp_path)
+    assert "add --reference evil:model to import that module" in message
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_shard_of_other_arrays_is_refused(artifacts, photos):
+    artifact = artifacts["onnxruntime", "fp32"]
+    schedule, done = measured(artifact, VerifyOptions(data=str(photos)))
+
+    def read(number):
+        shard = shards.decode(done[number])
+        rows = {
+            "parity": {
+                **shard.batches[0].rows["parity"],
+                "cosines": shards.Tensor(dtype="O", shape=(1,), content=b"12345678"),
+            }
+        }
+        return replace(shard, batches=(replace(shard.batches[0], rows=rows),)) if number == 1 else shard
+
+    with pytest.raises(BadRequest, match="shard 1 is not one of this schedule"):
+        shards.merged(schedule, artifact, read)
+
+
+def test_names_that_are_no_text_are_written(artifacts, tmp_path, run):
+    for number in range(3):
+        path = os.fsencode(tmp_path) + b"/bad\xff%d.png" % number
+        Image.fromarray(synthetic.dead_leaves(48, number)).save(tmp_path / "a.png")
+        (tmp_path / "a.png").rename(os.fsdecode(path))
+    report = verify.verify(artifacts["onnxruntime", "fp32"], VerifyOptions(data=str(tmp_path)))
+    assert "bad�" in report.find("cosine").detail
+    assert reports.encode(report)
 
 
 def test_a_schedule_survives_its_file(artifacts):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from exporter.errors import as_utf8
 from exporter.recipe import Checks
 from exporter.report import Finding, judged, number
 from exporter.verify.checks import Check, Moments, Rows, Seen, Subject, agreement, moments, share
@@ -111,7 +112,7 @@ class Parity:
 
     def _worst(self, cosines: Sequence[float]) -> str:
         """The name of the image with the smallest cosine, where names are known."""
-        return f" ({self.images[int(np.argmin(cosines))]})" if len(self.images) == len(cosines) else ""
+        return f" ({as_utf8(self.images[int(np.argmin(cosines))])})" if len(self.images) == len(cosines) else ""
 
     @property
     def measured(self) -> dict[str, Output]:
