@@ -34,7 +34,7 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     if any(finding.check == "regression" for report in reports for finding in report.findings):
         return None
     case = _case(reports)
-    if case is None or len({machine_of(report) for report in reports}) > 1:
+    if case is None or any(machine_of(report) != machine_of(reports[0]) for report in reports):
         return None
     timed = sorted(
         (report for report in reports if _latency(report, case) is not None), key=lambda one: _latency(one, case) or 0.0

@@ -99,6 +99,12 @@ def test_the_page_and_the_table_begin_with_it():
     assert '<p class="answer bad">Ship none of these' in html.render([BAD])
 
 
+def test_facts_of_a_machine_may_be_anything():
+    odd = replace(FAST, environment={"cpu": ["a", {"b": 1}]})
+    assert answer([odd, replace(odd, artifact={"path": "b"})]).passes
+    assert answer([odd, SLOW]) is None
+
+
 def test_names_are_escaped():
     hostile = replace(FAST, artifact={"path": '"><script>|'})
     assert "<script>" not in html.render([hostile, SLOW])
