@@ -33,6 +33,8 @@ AHEAD = 4  # tasks that wait in the cluster, for each one that can run
 STORE_BYTES = 256 << 20
 CONNECT_S = 5.0
 WAIT_S = 1.0  # so that Ctrl-C is not late
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""Of the clusters that this tool starts: no usage reports, and workers get as much of a core as other processes."""
 
 
 def check_address(address: str) -> None:
@@ -62,7 +64,8 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
     backends.require("ray", "ray")
     import logging
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it is read when a cluster starts
+    for name, setting in SETTINGS.items():
+        os.environ.setdefault(name, setting)
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -53,7 +53,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
     settings = {
         "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **cluster.SETTINGS,
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         MARK: sockets,
@@ -355,6 +355,22 @@ def test_a_machine_without_the_images_says_so(copied, photos, worker):
     other = predict.ranges_of(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
     changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images": "x"})
     assert "other images than when the command began" in tasks.check(cluster.job_of(copied, changed), []).error
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_reports_nothing_and_its_workers_are_not_niced(monkeypatch):
+    pytest.importorskip("ray")
+    for name in cluster.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    with cluster.connected("ray") as connected:
+        niceness = next(connected.calls(niceness_and_reports, [(Need(), ())]))
+    assert niceness == (0, "0")
+    for name in cluster.SETTINGS:
+        monkeypatch.delenv(name)
+
+
+def niceness_and_reports():
+    return os.nice(0), os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
 def test_without_ray_the_line_that_installs_it_is_printed(copied, refused, monkeypatch, tmp_path):
