@@ -71,22 +71,14 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if address == LOCAL:
-            step("starting a Ray cluster on this machine")
-            ray.init(
-                address="local",
-                num_cpus=machine.cores(),
-                include_dashboard=False,
-                object_store_memory=STORE_BYTES + 2 * needed_bytes,
-                _node_ip_address="127.0.0.1",
-                **options,
-            )
-        else:
-            _reach(address)
-            ray.init(address=address, **options)
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-        raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
+    if address == LOCAL:
+        step("starting a Ray cluster on this machine")
+        options |= {"address": "local", "num_cpus": machine.cores(), "include_dashboard": False}
+        options |= {"object_store_memory": STORE_BYTES + 2 * needed_bytes, "_node_ip_address": "127.0.0.1"}
+    else:
+        _reach(address)
+        options |= {"address": address}
+    _begin(ray, address, options)
     for number, handler in handlers.items():  # Ray puts its own in their place, which abort the process
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)
@@ -94,6 +86,22 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
         yield Cluster(ray, address)
     finally:
         ray.shutdown()
+
+
+def _begin(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Connect. Ray's processes are given up by each other where they start slowly on a busy machine, so it is tried
+    again.
+
+    Raises: Unavailable where the cluster does not answer.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            ray.init(**options)
+            return
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            if not left:
+                raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
 
 
 def _reach(address: str) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +43,16 @@ def free_ports(count):
     return ports
 
 
+def of_the_cluster(sockets):
+    """The processes that were started with this mark, and those that they started, whose environment Ray overwrites."""
+    marked = [
+        process
+        for process in psutil.process_iter(["environ"])
+        if process.pid != os.getpid() and (process.info["environ"] or {}).get(MARK) == sockets
+    ]
+    return [one for process in marked for one in (process, *process.children(recursive=True))]
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Two Ray nodes on this machine, each with room for two workers, and the address of their client server."""
@@ -71,8 +81,8 @@ def address(tmp_path_factory):
             started = [RAY, "start", *map(str, words), *room]
             subprocess.run(started, check=True, capture_output=True, timeout=120, cwd=folder)
         yield f"ray://127.0.0.1:{client}"
-        for process in psutil.process_iter(["environ"]):
-            if process.pid != os.getpid() and (process.info["environ"] or {}).get(MARK) == sockets:
+        for process in of_the_cluster(sockets):
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
     shutil.rmtree(sockets, ignore_errors=True)
 
@@ -371,6 +381,24 @@ def test_a_cluster_of_its_own_reports_nothing_and_its_workers_are_not_niced(monk
 
 def niceness_and_reports():
     return os.nice(0), os.environ["RAY_USAGE_STATS_ENABLED"]
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_connection_is_tried_three_times(failures):
+    tried = []
+
+    def init(address):
+        tried.append(address)
+        if len(tried) <= failures:
+            raise ConnectionAbortedError("Initialization failure from server")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None, exceptions=SimpleNamespace(RayError=Lost))
+    if failures == 3:
+        with pytest.raises(Unavailable, match=r"does not answer \(Initialization failure from server\)"):
+            cluster._begin(ray, "ray", {"address": "local"})
+    else:
+        cluster._begin(ray, "ray", {"address": "local"})
+    assert len(tried) == min(failures + 1, 3)
 
 
 def test_without_ray_the_line_that_installs_it_is_printed(copied, refused, monkeypatch, tmp_path):
