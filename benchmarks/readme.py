@@ -132,12 +132,12 @@ def quiet_gate(gated: gate.Experiment) -> str:
     calm = [kind for kind in gated.kinds if not kind.slower_pct]
     slow = next(kind for kind in gated.kinds if kind.slower_pct == 5)
     names = {kind.name for kind in calm}
-    alarms = [trial.alarm for trial in gated.trials if trial.kind in names]
+    hits = [trial.alarm for trial in gated.trials if trial.kind in names]
     plain = [alarm for kind in calm for alarm in gate.plain_alarms(gated, kind)]
-    found = [trial.alarm for trial in gated.trials if trial.kind == slow.name]
+    hits = [trial.alarm for trial in gated.trials if trial.kind == slow.name]
     return (
-        f"**A gate that ignores noise.** {sum(alarms)} of {len(alarms)} comparisons of an artifact with itself were "
-        f"false alarms (a plain threshold: {sum(plain)} of {len(plain)}), and {sum(found)} of {len(found)} slow-downs "
+        f"**A gate that ignores noise.** {sum(hits)} of {len(hits)} comparisons of an artifact with itself were "
+        f"false alarms (a plain threshold: {sum(plain)} of {len(plain)}), and {sum(hits)} of {len(hits)} slow-downs "
         f"of {slow.slower_pct:g} % were found ([CI gate](docs/gate.md))."
     )
 
@@ -196,9 +196,9 @@ def _gate_example(gated: gate.Experiment) -> str:
 
 
 def _finding(report: Report, metric: str) -> Finding:
-    found = report.find(metric)
-    assert found is not None
-    return found
+    finding = report.find(metric)
+    assert finding is not None
+    return finding
 
 
 def prepare(folder: Path, weights: Path, data: Path) -> None:

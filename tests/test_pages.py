@@ -63,9 +63,9 @@ def test_every_message_has_an_area():
 
 def test_messages_of_errors_are_collected():
     assert {"BadRequest", "Unavailable", "CheckFailed", "NoClassifier"} <= messages.ERRORS
-    found = messages.messages(messages.ROOT)
-    assert len(found) > 400
-    assert "unknown variant …; …" in found
+    texts = messages.messages(messages.ROOT)
+    assert len(texts) > 400
+    assert "unknown variant …; …" in texts
     assert messages.split("one image at a time; leave it out") == ("one image at a time", "leave it out")
     assert messages.split("unknown variant …; …") == ("unknown variant …", "")
 

@@ -202,7 +202,7 @@ def test_a_machine_of_another_version_is_refused_by_its_address(address, copied,
         assert re.fullmatch(r"machine \S+: convnext-export \S+, but the job is of 0.0; install that version", line)
 
 
-# What Ray does with lost workers, by a Ray that loses them when it is told to.
+# Lost workers, with a Ray that loses as many as a test wants.
 
 
 class Lost(Exception):
@@ -324,17 +324,17 @@ def test_a_worker_opens_a_job_once_and_takes_its_folder_and_threads(copied, phot
 def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker):
     schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
     job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
-    asked = []
+    copied_files = []
 
     def content(path):
-        asked.append(path)
+        copied_files.append(path)
         return path.read_bytes()
 
     sent = [lambda path=path: content(path) for path in cluster.paths_of(copied)]
     assert tasks.check(job, sent).error == ""
-    assert len(asked) == 2
+    assert len(copied_files) == 2
     assert tasks.do(job, sent, 0).error == ""
-    assert len(asked) == 2
+    assert len(copied_files) == 2
 
 
 @pytest.mark.parametrize(

@@ -34,19 +34,19 @@ class Runners:
             return re.sub(r"\$\{\{ (.+?) \}\}", lambda match: str(values[match[1]]), str(text))
 
         for step in WORKFLOW[job]["steps"]:
-            told = {key: value(one) for key, one in step.get("with", {}).items()}
+            inputs = {key: value(one) for key, one in step.get("with", {}).items()}
             uses = step.get("uses", "run").partition("@")[0].removeprefix("actions/")
             if uses == "checkout":
                 shutil.copytree(self.repository, work, dirs_exist_ok=True)
             elif uses == "upload-artifact":
-                assert not (self.uploaded / told["name"]).exists(), "an artifact cannot be uploaded twice"
-                target = self.uploaded / told["name"]
-                path = work / told["path"]
+                assert not (self.uploaded / inputs["name"]).exists(), "an artifact cannot be uploaded twice"
+                target = self.uploaded / inputs["name"]
+                path = work / inputs["path"]
                 shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
             elif uses == "download-artifact":
-                pattern = told.get("name") or told["pattern"]
+                pattern = inputs.get("name") or inputs["pattern"]
                 for artifact in sorted(self.uploaded.glob(pattern)):
-                    shutil.copytree(artifact, work / told["path"], dirs_exist_ok=True)
+                    shutil.copytree(artifact, work / inputs["path"], dirs_exist_ok=True)
             elif uses == "run" and not step["run"].startswith("pip install"):
                 outputs |= self.bash(value(step["run"]), work)
             else:
