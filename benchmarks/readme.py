@@ -132,11 +132,11 @@ def quiet_gate(gated: gate.Experiment) -> str:
     calm = [kind for kind in gated.kinds if not kind.slower_pct]
     slow = next(kind for kind in gated.kinds if kind.slower_pct == 5)
     names = {kind.name for kind in calm}
-    hits = [trial.alarm for trial in gated.trials if trial.kind in names]
+    alarms = [trial.alarm for trial in gated.trials if trial.kind in names]
     plain = [alarm for kind in calm for alarm in gate.plain_alarms(gated, kind)]
     hits = [trial.alarm for trial in gated.trials if trial.kind == slow.name]
     return (
-        f"**A gate that ignores noise.** {sum(hits)} of {len(hits)} comparisons of an artifact with itself were "
+        f"**A gate that ignores noise.** {sum(alarms)} of {len(alarms)} comparisons of an artifact with itself were "
         f"false alarms (a plain threshold: {sum(plain)} of {len(plain)}), and {sum(hits)} of {len(hits)} slow-downs "
         f"of {slow.slower_pct:g} % were found ([CI gate](docs/gate.md))."
     )

@@ -29,7 +29,7 @@ from exporter.verify import VerifyOptions, shards
 BUILD_BYTES = 800 << 20  # of a build, beside four times the weights
 
 
-def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, images: int | None = None) -> Report:
+def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, size: int | None = None) -> Report:
     """Verify on a cluster. The report has the bytes of `verify` on one machine of the same kind.
 
     Shards are stored in a folder beside the report until `remove_shards`, and the same command continues there.
@@ -38,12 +38,12 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
         artifact, options: as for `verify`.
         address: of the cluster.
         out: the report.
-        images: of a shard.
+        size: images of a shard.
 
     Raises: as `verify`, `connected` and `Cluster.results` do.
     """
     check_address(address)
-    schedule = shards.schedule(artifact, options, images)
+    schedule = shards.schedule(artifact, options, size)
     with spread.alone(_shards_of(out), artifact.path.name):
         folder = spread.create(_shards_of(out), schedule, replace=True)
         try:

@@ -146,20 +146,20 @@ def alone(path: Path, name: str) -> Iterator[None]:
         release()
 
 
-def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, images: int | None = None) -> Folder:
+def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, size: int | None = None) -> Folder:
     """Write a folder from which every shard can be measured by a command of its own, on any machine.
 
     Args:
         artifact: what to verify; it is copied.
         options: as for `verify`.
         path: the folder.
-        images: of a shard.
+        size: images of a shard.
 
     Raises: as `shards.schedule` and `create` do.
     """
     if "\n" in str(path) or path.resolve() in artifact.path.resolve().parents:
         raise BadRequest(f"{path}: expected a folder without the artifact, and without a line break in its name")
-    folder = create(path, shards.schedule(artifact, options, images))
+    folder = create(path, shards.schedule(artifact, options, size))
     target = folder.artifact_path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ MAX_BYTES = 2**30  # of an unpacked shard
 class Schedule(Record, frozen=True):
     """What all shards of a verification have in common.
 
-    artifact, sha256: the path at the time of scheduling, and the digest of its graph. images: a digest of the names and
+    artifact, sha256: the path at the time of scheduling, and the digest of its graph. images_digest: of the names and
     sizes of the files. size: images of a shard, the last one may have fewer. skipped: files left out of all shards,
     with the reason. versions: of this tool and of the libraries that compute.
     """
@@ -57,7 +57,7 @@ class Schedule(Record, frozen=True):
     artifact: str
     sha256: str
     options: VerifyOptions
-    images: str
+    images_digest: str
     total: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
     size: Annotated[int, msgspec.Meta(ge=1)]
     skipped: tuple[str, ...]
@@ -105,13 +105,13 @@ class Shard(Record, frozen=True):
     batches: tuple[StoredBatch, ...]
 
 
-def schedule(artifact: Artifact, options: VerifyOptions, images: int | None = None) -> Schedule:
+def schedule(artifact: Artifact, options: VerifyOptions, size: int | None = None) -> Schedule:
     """The schedule of a verification.
 
     Args:
         artifact: what to verify.
         options: as for `verify`.
-        images: of a shard, rounded up to full batches.
+        size: images of a shard, rounded up to full batches.
 
     Raises: as `verify` does; BadRequest for `blocks`.
     """
@@ -123,9 +123,9 @@ def schedule(artifact: Artifact, options: VerifyOptions, images: int | None = No
         artifact=str(artifact.path),
         sha256=artifact.sidecar.sha256,
         options=options,
-        images=fingerprint(options.data, times=False),
+        images_digest=fingerprint(options.data, times=False),
         total=samples.total,
-        size=-(-(images or IMAGES) // batch) * batch,
+        size=-(-(size or IMAGES) // batch) * batch,
         skipped=tuple(samples.skipped),
         versions=backends.computing_versions(artifact),
     )
@@ -140,7 +140,7 @@ def refuse_others(schedule: Schedule, artifact: Artifact, data: str | None = Non
         raise BadRequest(f"{artifact.path}: another artifact than the schedule's; give that one")
     backends.refuse_other_versions(schedule.versions, artifact)
     source = schedule.options.data if data is None else data
-    if fingerprint(source, times=False) != schedule.images:
+    if fingerprint(source, times=False) != schedule.images_digest:
         raise BadRequest(f"{source}: other images than those of the schedule; restore them, or schedule again")
 
 
