@@ -30,6 +30,7 @@ PAGES = (
     "gate",
     "inputs",
     "int8",
+    "json",
     "measure",
     "multilabel",
     "new-runtime",
@@ -123,7 +124,10 @@ def type_in(desk, run, lines):
         words = shlex.split(line.replace("--calib-size 256", "--calib-size 20"))[1:]  # as many as there are
         if words[0] == "compare":  # with what was built before
             shutil.copytree(desk / "build", desk / "baseline")
+        words, file = (words[:-2], words[-1]) if ">" in words else (words, None)
         result = run(*words)
+        if file:
+            (desk / file).write_text(result.out)
         if "--for web" in line and result.code == 3 and "npm" in result.err:
             continue  # there is no network
         assert result.code == 0, f"{line}\n{result.err}"

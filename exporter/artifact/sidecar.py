@@ -321,6 +321,17 @@ def encode(sidecar: Sidecar) -> bytes:
     return msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
 
 
+def schema_of(record: type[Record], title: str) -> dict[str, Any]:
+    """The JSON schema of a record."""
+    schema = msgspec.json.schema(record)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a sidecar."""
+    return schema_of(Sidecar, "convnext-export sidecar")
+
+
 class _Head(msgspec.Struct):
     """The facts of a sidecar of any schema that say how to build its artifact again."""
 

@@ -258,6 +258,11 @@ def targets() -> list[str]:
     return [name for name in runtimes() if hasattr(discover.module(__name__, name), "TARGET")]
 
 
+def name_of(word: str) -> str:
+    """The name of the backend whose build command is `word`; any other word is returned as it is."""
+    return next((name for name in targets() if target(name).command == word), word)
+
+
 def runtime(name: str) -> Runtime[Options]:
     """The runtime of that name.
 

@@ -103,6 +103,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe, marks = file.read(path, overrides, target_options)
     if recipe is not None:
+        recipe = _with_name_of_backend(recipe)
         find_problems(recipe, marks)
     marks.refuse()
     assert recipe is not None
@@ -114,14 +115,20 @@ def target_options(backend: str) -> type[Record]:
 
     Raises: BadRequest for an unknown backend.
     """
-    return backends.target(backend).options
+    return backends.target(backends.name_of(backend)).options
+
+
+def _with_name_of_backend(recipe: Recipe) -> Recipe:
+    """The recipe with the name of its backend, where it has the name of the build command instead."""
+    return msgspec.structs.replace(recipe, backend=backends.name_of(recipe.backend))
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
-    targets = {name: backends.target(name) for name in backends.targets()}
-    precisions = {word for target in targets.values() for word in target.precisions}
-    return file.schema({name: target.options for name, target in targets.items()}, precisions)
+    targets = [backends.target(name) for name in backends.targets()]
+    precisions = {word for target in targets for word in target.precisions}
+    options = {tuple(dict.fromkeys((target.name, target.command))): target.options for target in targets}
+    return file.schema(options, precisions)
 
 
 def check(recipe: Recipe) -> None:
@@ -129,6 +136,7 @@ def check(recipe: Recipe) -> None:
 
     Raises: BadRequest with every problem.
     """
+    recipe = _with_name_of_backend(recipe)
     marks = Marks("")
     for path, text in problems(recipe):
         marks.at(path, text)
@@ -167,6 +175,7 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     Raises: BadRequest with every problem of the recipe, for weights that cannot be used, or where the folder has an
         artifact of other weights under the same name; Unavailable when a runtime or weights are missing here.
     """
+    recipe = _with_name_of_backend(recipe)
     check(recipe)
     target, runtime = backends.target(recipe.backend), backends.runtime(recipe.backend)
     runtime.probe()

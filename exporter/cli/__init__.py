@@ -63,10 +63,11 @@ class Commands(click.Group):
                 module = importlib.import_module(f"exporter.cli.{group}")
                 command: click.Command = getattr(module, f"{cmd_name}_command")
                 return command
-        if cmd_name in (backends := build_commands()):
+        backends = build_commands()
+        if (backend := backends.get(cmd_name, cmd_name)) in backends.values():
             from exporter.cli import build
 
-            return build.command(backends[cmd_name])
+            return build.command(backend)
         return None
 
     def resolve_command(

@@ -156,8 +156,6 @@ def _show(built: Built, as_json: bool) -> None:
     """Print what was built; a report of its accuracy is written beside it."""
     import shlex
 
-    import msgspec
-
     from exporter import report
     from exporter.cli.console import console, plain, print_findings, print_json, size
 
@@ -167,12 +165,7 @@ def _show(built: Built, as_json: bool) -> None:
     if judged is not None:
         report.save(judged, path)
     if as_json:
-        facts: dict[str, Any] = {"artifact": artifact.to_dict()}
-        if judged is not None:
-            facts["report"] = msgspec.to_builtins(judged)
-        elif built.report is not None:
-            facts["findings"] = built.report.findings
-        print_json(facts)
+        print_json({"artifact": artifact.to_dict()} | ({"report": built.report} if built.report is not None else {}))
     else:
         if built.report is not None:
             print_findings(built.report.findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,25 @@ def print_json(value: Any) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def schema_option(documents: str, module: str) -> Callable[[Any], Any]:
+    """A `--schema` option, which prints the JSON schema of documents and needs no argument.
+
+    Args:
+        documents: what they are, as in "reports".
+        module: the name of a module whose `schema` returns it.
+    """
+
+    def print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+        if wanted:
+            print_json(importlib.import_module(module).schema())
+            context.exit()
+
+    return click.option(
+        "--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
+        help=f"Print the JSON schema of {documents} instead.",
+    )  # fmt: skip
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:

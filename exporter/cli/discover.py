@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from exporter.cli.console import schema_option
 from exporter.errors import printable
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def doctor_command(as_json: bool) -> None:
 
 
 @click.command("recipes", short_help="List the bundled recipes.")
-@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes instead, for editors.")
+@schema_option("recipes, for editors", "exporter.build")
 @JSON
-def recipes_command(schema: bool, as_json: bool) -> None:
+def recipes_command(as_json: bool) -> None:
     """Print the bundled recipes, one line each; `run` takes them by name.
 
     \b
@@ -99,9 +100,6 @@ def recipes_command(schema: bool, as_json: bool) -> None:
     from exporter.cli.console import console, plain, print_json, print_table
     from exporter.recipe import bundled
 
-    if schema:
-        print_json(build.schema())
-        return
     recipes = {name: build.read(path) for name, path in bundled.recipes().items()}
     if as_json:
         print_json(
@@ -120,6 +118,7 @@ def recipes_command(schema: bool, as_json: bool) -> None:
 @click.option("--layers", "all_layers", is_flag=True, help="Print every layer instead of a line per block.")
 @click.option("--picture", metavar="FILE.svg", type=click.Path(path_type=Path),
               help="Also draw the network, a cell for each layer, coloured by its precision.")  # fmt: skip
+@schema_option("sidecars", "exporter.artifact.sidecar")
 @JSON
 def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_json: bool) -> None:
     """Print inputs, outputs, precision of each layer, preprocessing, labels and parents of an artifact; for a TensorRT
@@ -129,6 +128,7 @@ def inspect_command(artifact: Path, all_layers: bool, picture: Path | None, as_j
     Examples:
       convnext-export inspect build/tiny_fp16.xml
       convnext-export inspect build/tiny_int8.plan --picture engine.svg
+      convnext-export inspect --schema > sidecar.schema.json
     """
     from exporter import artifact as artifacts
     from exporter.cli.console import print_findings, print_json

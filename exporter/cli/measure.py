@@ -199,7 +199,7 @@ def finish_verification(
     "-o", "--out", metavar="DIR", type=click.Path(path_type=Path),
     help="A folder for the reports; by default each is beside its artifact.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The reports as a JSON list on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout; of several artifacts a list.")
 def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, **values: Any) -> None:
     """Time artifacts and the eager PyTorch model they were built from, in turn, in six fresh processes.
 
@@ -227,7 +227,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
         reports = [latency.with_limits(one, options) for one in latency.bench(opened, options)]
     merged = [report.save_merged(one, path) for one, path in zip(reports, paths, strict=True)]
     if as_json:
-        print_json(merged)
+        print_json(merged if len(merged) > 1 else merged[0])
     else:
         print_rows(tables.latency(tables.disambiguated(reports)))
         print_answer(tables.disambiguated(merged))

@@ -45,6 +45,8 @@ def optimize_command(out: Path, force: bool, as_json: bool, **values: Any) -> No
       convnext-export optimize --weights my_convnext.pth --data photos/val --goal throughput --batch 8
       convnext-export optimize --variant tiny --goal size --max-latency 50ms
     """
+    import msgspec
+
     from exporter import artifact, optimize
     from exporter.cli.console import console, drawing, plain, print_json, print_rows
     from exporter.optimize import publish, tables
@@ -60,9 +62,10 @@ def optimize_command(out: Path, force: bool, as_json: bool, **values: Any) -> No
     for name in (publish.PAGE, publish.DETAILS):
         artifact.check_output(out / name)
     with drawing(), artifact.forced(force):
-        result = optimize.optimize(request, out).result
+        outcome = optimize.optimize(request, out)
+    result = outcome.result
     if as_json:
-        print_json(result)
+        print_json(msgspec.to_builtins(result) | {"report": outcome.report})
     else:
         print_rows(tables.tried(result))
         console().print(tables.FRONT, style="dim", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from exporter.cli.console import schema_option
 from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
 from exporter.errors import printable
@@ -54,6 +55,7 @@ def run_command(
       convnext-export run recipes/*.yaml --jobs 2 --dry-run
     """
     from exporter import run
+    from exporter.cli import build_commands
     from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_table
     from exporter.errors import BadRequest
     from exporter.recipe import bundled
@@ -64,7 +66,7 @@ def run_command(
         from exporter.run import cluster
 
         cluster.check_address(on)
-    recipe_runs = run.read_all([bundled.find_recipe(word) for word in recipes], out, overrides, force)
+    recipe_runs = run.read_all([bundled.find_recipe(word, build_commands()) for word in recipes], out, overrides, force)
     if dry_run:
         plans = {job.name: run.plan(job) for job in recipe_runs}
         if as_json:
@@ -184,6 +186,7 @@ def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **
     "--history", metavar="FILE", type=click.Path(path_type=Path), help="Also append the reports to this .jsonl file."
 )
 @click.option("--commit", metavar="SHA", help="Commit of the reports in the history; by default git's HEAD.")
+@schema_option("reports and comparisons", "exporter.report")
 def report_command(
     reports: tuple[Path, ...], form: str, out: Path | None, history: Path | None, commit: str | None
 ) -> None:
@@ -194,6 +197,7 @@ def report_command(
       convnext-export report build/*.report.json --format html -o report.html
       convnext-export report build/*.report.json --history history.jsonl
       convnext-export report history.jsonl --format html -o trend.html
+      convnext-export report --schema > report.schema.json
     """
     from exporter import artifact
     from exporter.artifact import disk

@@ -60,7 +60,7 @@ def find(request: Request) -> tuple[list[Candidate], list[Skipped]]:
     _check(request, known)
     listed: list[Candidate] = []
     skipped: list[Skipped] = []
-    for name in dict.fromkeys(options.backend or known):
+    for name in dict.fromkeys(map(backends.name_of, options.backend or known)):
         if reason := _cannot_run(name, options.device):
             skipped.append(Skipped(backend=name, precision="", reason=reason))
         else:
@@ -84,7 +84,7 @@ def _check(request: Request, known: list[str]) -> None:
         if limit == 0:
             raise BadRequest(f"{name} 0: nothing could be within it; give a number above 0")
     for word in options.backend or ():
-        if word not in known:
+        if backends.name_of(word) not in known:
             raise BadRequest(f"--backend {word}: no such runtime; {nearest(word, known)}")
     for word in options.precision or ():
         if word not in precision.PRECISIONS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from exporter.artifact.disk import user_path
 from exporter.errors import BadRequest, nearest
@@ -20,14 +22,20 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
 
-def find_recipe(word: str) -> Path:
+def find_recipe(word: str, backends: Mapping[str, str] = MappingProxyType({})) -> Path:
     """The file of a recipe: a path, or the name of a bundled one.
+
+    Args:
+        word: a path or a name, whose folder is a backend or the build command of one.
+        backends: the names of backends by their build commands.
 
     Raises: BadRequest when there is neither, with the nearest name.
     """
     path, known = user_path(word), recipes()
     if path.is_file():
         return path
+    folder, slash, name = word.partition("/")
+    word = f"{backends.get(folder, folder)}{slash}{name}"
     if word not in known and path.suffix in (".yaml", ".yml"):
         raise BadRequest(f"{word}: no such file")
     if word not in known:

@@ -140,25 +140,25 @@ for _kind in (list, tuple):
     )
 
 
-def schema(targets: Mapping[str, type[Record]], precisions: Iterable[str]) -> dict[str, Any]:
+def schema(targets: Mapping[tuple[str, ...], type[Record]], precisions: Iterable[str]) -> dict[str, Any]:
     """The JSON schema of a recipe, for editors.
 
     Args:
-        targets: the record of target options of each backend, by name.
+        targets: the record of target options of each backend, by its name and its build command.
         precisions: the precisions of all of them.
     """
     _, parts = msgspec.json.schema_components([Recipe, *targets.values()], ref_template="#/$defs/{name}")
     whole = parts.pop("Recipe")
-    whole["properties"]["backend"] = {"enum": sorted(targets)}
+    whole["properties"]["backend"] = {"enum": sorted({word for words in targets for word in words})}
     whole["properties"]["precision"] = {"enum": sorted(precisions)}
     for part in [whole, *parts.values()]:
         part.pop("description", None)
     whole["allOf"] = [
         {
-            "if": {"properties": {"backend": {"const": name}}},
+            "if": {"properties": {"backend": {"enum": words}}},
             "then": {"properties": {"target": {"$ref": f"#/$defs/{kind.__name__}"}}},
         }
-        for name, kind in targets.items()
+        for words, kind in targets.items()
     ]
     whole["title"] = "convnext-export recipe"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": parts}

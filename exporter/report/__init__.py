@@ -16,8 +16,8 @@ import msgspec
 from exporter import precision
 from exporter.artifact import read_sidecar, refuse_sidecar, sidecar_path
 from exporter.artifact.disk import write_file
-from exporter.artifact.sidecar import Record
-from exporter.errors import BadRequest
+from exporter.artifact.sidecar import Record, schema_of
+from exporter.errors import BadRequest, printable
 
 SCHEMA = 1
 MAX_REPORT_BYTES = 512 * 2**20
@@ -106,6 +106,11 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of a report; a comparison is one too."""
+    return schema_of(Report, "convnext-export report")
+
+
 def encode(report: Report) -> bytes:
     """The report as indented JSON; a list of numbers is one line, however long."""
     text = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
@@ -129,10 +134,10 @@ def load(path: Path) -> Report:
 
 
 def load_all(path: Path) -> list[Report]:
-    """Read a report, or a list of reports as `bench --json` prints it.
+    """Read a report, a document that has one as `report`, or a list of them: all that commands print with `--json`.
 
-    Raises: BadRequest for a file that is missing, truncated, no report or of another schema, for an empty list, and for
-        an artifact in an unknown precision.
+    Raises: BadRequest for a file that is missing, truncated, no report or of another schema, for a list without a
+        report, and for an artifact in an unknown precision.
     """
     if not path.is_file():
         raise BadRequest(f"{path}: no such report; `convnext-export verify ARTIFACT` writes one")
@@ -142,7 +147,7 @@ def load_all(path: Path) -> list[Report]:
     content = path.read_bytes()
     try:
         known = msgspec.json.decode(content, type=list[dict[str, Any]] | dict[str, Any])
-        listed = known if isinstance(known, list) else [known]
+        listed = _reports_in(known if isinstance(known, list) else [known], path)
         schemas = [one.get("schema") for one in listed]
         if other := [schema for schema in schemas if schema != SCHEMA]:
             raise BadRequest(f"{path}: report of schema {other[0]}, this version reads {SCHEMA}; measure again")
@@ -155,6 +160,22 @@ def load_all(path: Path) -> list[Report]:
         if "precision" in report.artifact:  # a report of `compare` may have none
             precision.get(str(report.artifact["precision"])[:40], path)
     return reports
+
+
+def _reports_in(documents: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The reports among JSON objects; that of a recipe which failed is None.
+
+    Raises: BadRequest for an object that is no report and has none.
+    """
+    for document in documents:
+        if not {"report", "schema"} & set(document):
+            keys = printable(", ".join(document)[:80]) or "no key"
+            raise BadRequest(
+                f"{path}: an object with {keys}, expected a report, as `verify`, `bench`, `compare` and `run` print "
+                "it with --json; give the output of one of these"
+            )
+    reports = [document.get("report", document) for document in documents]
+    return [report for report in reports if isinstance(report, dict)]
 
 
 def gpu_of(report: Report) -> str:

@@ -1,0 +1,131 @@
+"""What commands print as JSON: it has the shape of the schemas, and `report` and `compare` read it."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from exporter.artifact import sidecar_path
+from tests.conftest import ROOT, copy_artifact
+
+REPORTS = sorted((ROOT / "benchmarks" / "results").rglob("*.report.json"))
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    """The schema of each kind of document, as commands print it."""
+    from tests.conftest import type_command
+
+    printed = {word: type_command(word, "--schema") for word in ("report", "inspect", "recipes")}
+    assert {result.code for result in printed.values()} == {0}
+    for result in printed.values():
+        jsonschema.Draft202012Validator.check_schema(result.json)
+    return {word: jsonschema.Draft202012Validator(result.json) for word, result in printed.items()}
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.relative_to(REPORTS[0].parents[3]).as_posix())
+def test_every_committed_report_has_the_shape_of_the_schema(path, schemas):
+    schemas["report"].validate(json.loads(path.read_text()))
+
+
+def test_reports_are_committed():
+    assert len(REPORTS) > 10
+
+
+def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):
+    good = json.loads(REPORTS[0].read_text())
+    for bad in ({**good, "passed": "yes"}, {**good, "more": 1}, {**good, "findings": [{"check": "parity"}]}):
+        assert not schemas["report"].is_valid(bad)
+
+
+def test_sidecars_and_recipes_have_the_shape_of_their_schemas(artifacts, run, tmp_path, schemas):
+    for made in artifacts.values():
+        schemas["inspect"].validate(json.loads(sidecar_path(made.path).read_text()))
+    planned = run("onnx", "--variant", "atto", "--weights", "random", "--dry-run", "--json")
+    schemas["recipes"].validate(planned.json["recipe"])
+    assert not schemas["recipes"].is_valid({**planned.json["recipe"], "precison": "fp16"})
+
+
+@pytest.fixture
+def printed(artifacts, run, tiny, tmp_path, monkeypatch):
+    """What each command that measures or builds prints, as a file."""
+    monkeypatch.chdir(tmp_path)
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    Path("my.yaml").write_text(
+        f"backend: onnx\nprecision: fp32\nmodel: {{weights: {tiny}}}\nexport: {{imgsz: 64}}\n"
+        "checks: {samples: 4}\nbench: null\n"
+    )
+    commands = {
+        "openvino": (
+            "openvino",
+            "--int8",
+            "--calib",
+            "synthetic",
+            "--calib-size",
+            4,
+            "--weights",
+            tiny,
+            "--imgsz",
+            64,
+            "-o",
+            "built",
+        ),
+        "verify": ("verify", made.path, "--samples", 4),
+        "bench": ("bench", made.path, "--duration", 0.5),
+        "bisect": ("bisect", made.path),
+        "run": ("run", "my.yaml", "-o", "ran"),
+    }
+    for name, words in commands.items():
+        result = run(*words, "--json")
+        assert result.code == 0, result.err
+        Path(f"{name}.json").write_text(result.out)
+    return [Path(f"{name}.json") for name in commands]
+
+
+def test_report_and_compare_read_what_every_command_prints(printed, run, schemas):
+    for path in printed:
+        shown = run("report", path)
+        assert shown.code == 0, (path, shown.err)
+        assert "custom" in shown.out or path.stem == "bisect"  # its differences have no table
+    compared = run("compare", "verify.json", "verify.json", "--fail-on", "bytes:0", "--json")
+    assert compared.code == 0, compared.err
+    schemas["report"].validate(compared.json)
+    Path("compared.json").write_text(compared.out)
+    assert run("report", "compared.json").code == 0
+    for name in ("verify", "bench", "bisect"):  # one artifact, one report
+        schemas["report"].validate(json.loads(Path(f"{name}.json").read_text()))
+
+
+def test_json_without_a_report_is_refused_with_its_keys(run, refused, artifacts, tiny, tmp_path):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    (tmp_path / "a.json").write_text(run("inspect", made.path, "--json").out)
+    line = refused(2, "report", tmp_path / "a.json")
+    assert "an object with artifact, layers, findings, expected a report" in line
+    (tmp_path / "a.json").write_text(run("onnx", "--weights", tiny, "-o", tmp_path / "b", "--json").out)
+    assert "an object with artifact, expected a report" in refused(2, "report", tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(run("doctor", "--json").out)
+    assert "expected a report" in refused(2, "compare", tmp_path / "a.json", tmp_path / "a.json")
+
+
+def test_build_commands_and_backends_have_the_names_of_each_other(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("onnx", "onnxruntime"):
+        assert run(word, "--weights", tiny, "--dry-run", "--json").json["recipe"]["backend"] == "onnxruntime"
+    for word in ("trt", "tensorrt"):
+        Path("my.yaml").write_text(f"backend: {word}\nprecision: fp16\ntarget: {{opt_level: 0}}\n")
+        assert "unknown" not in run("run", "my.yaml", "--dry-run").err
+        assert run("run", f"{word}/tiny_fp16", "--dry-run").code == 0
+    assert run("run", "onnxruntime/my", "--dry-run").code == 2
+
+
+def test_the_names_of_build_commands_give_the_same_artifact_from_python(tiny, tmp_path):
+    from exporter.build import build
+    from exporter.recipe import Export, Model, Recipe
+
+    paths = []
+    for word in ("onnx", "onnxruntime"):
+        recipe = Recipe(backend=word, precision="fp32", model=Model(weights=str(tiny)), export=Export(imgsz=64))
+        paths.append(build(recipe, tmp_path / word).artifact)
+    assert paths[0].sidecar.sha256 == paths[1].sidecar.sha256
+    assert paths[0].sidecar.recipe == paths[1].sidecar.recipe
