@@ -21,7 +21,8 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
 
     Large weights stay out of onnxsim, so a model above 2 GB takes no more memory than a small one.
 
-    Returns: (simplified model, ""), or (the same model, reason). The caller, which has a runtime, compares the outputs.
+    Returns: the simplified model and "", or the same model and the reason, "" where there is nothing to simplify. The
+        caller, which has a runtime, compares the outputs.
     """
     import onnx_ir as ir
     import onnxsim
@@ -34,7 +35,8 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
     except Exception as error:  # noqa: BLE001  (onnxsim raises anything; what it cannot do is told, not hidden)
         return model, f"onnxsim failed ({type(error).__name__}: {first_line(error)[:120]})"
     reason = _worse(candidate, model)
-    return (model, reason) if reason else (candidate, "")
+    same = _operators(candidate) == _operators(model)
+    return (model, reason) if reason or same else (candidate, "")
 
 
 def _put_back(candidate: ir.Model, model: ir.Model) -> None:
@@ -63,8 +65,6 @@ def _worse(candidate: ir.Model, model: ir.Model) -> str:
     ):
         if old.name != new.name or str(old.shape) != str(new.shape):
             return f"{old.name} was {old.shape} and became {new.name} {new.shape}"
-    if _operators(candidate) == _operators(model):
-        return f"nothing to simplify in {before} nodes"
     return ""
 
 
