@@ -179,7 +179,7 @@ def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **
     "form",
     default="markdown",
     show_default=True,
-    help="html, markdown, junit, github (annotations) or csv.",
+    help="html, markdown, text, junit, github (annotations) or csv.",
 )
 @click.option("-o", "--out", metavar="FILE", type=click.Path(path_type=Path), help="Output file; by default stdout.")
 @click.option(

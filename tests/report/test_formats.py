@@ -14,11 +14,12 @@ import pytest
 from markdown_it import MarkdownIt
 from msgspec.structs import replace
 
-from exporter import discover
+from exporter import discover, report
 from exporter.report import Finding, Report, tables
+from tests.conftest import ROOT
 
 EVIL = 'a"><script>alert(1)<b>|`$x^2$`.onnx'
-FORMATS = ("csv", "github", "html", "junit", "markdown")
+FORMATS = ("csv", "github", "html", "junit", "markdown", "text")
 
 
 def latency(metric, samples, **told):
@@ -248,3 +249,23 @@ def test_artifacts_of_one_name_are_labelled_with_their_paths():
         "a.onnx",
         "b.onnx",
     ]
+
+
+def test_text_is_a_table_that_fits_a_terminal():
+    lines = rendered("text", made("a.onnx", 10.0), made(f"{'b' * 20}.xml", 20.0, passed=False)).splitlines()
+    assert lines[0].split() == ["artifact", "size", "top-1", "agreement", "p50", "ms", "×", "eager"]
+    assert "1.00 MB  82.10 %" in lines[2]
+    assert lines[3].endswith("fails p50_ms")
+    long = rendered("text", made("a.onnx", 10.0), made(f"{'b' * 60}.xml", 20.0)).splitlines()
+    assert max(map(len, long)) <= 100
+    assert "size" not in long[0]
+    assert "p50 ms" in long[0]
+
+
+def test_text_ends_with_the_artifact_to_ship():
+    folder = ROOT / "benchmarks" / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
+    reports = [report.load(path) for path in sorted(folder.glob("*.report.json"))]
+    lines = rendered("text", *reports).splitlines()
+    assert len(lines) == len(reports) + 4
+    assert max(map(len, lines[:-1])) <= 100
+    assert lines[-1].startswith("Ship custom_int8.onnx: 5.71 × as fast as PyTorch")

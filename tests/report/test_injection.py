@@ -103,7 +103,9 @@ def render_all(text, folder):
     path = folder / "a.report.json"
     report.save(hostile(text), path)
     history = trend(text, folder / "history.jsonl")
-    texts = {form: rendering.rendered([path], form)[0] for form in ("csv", "github", "html", "junit", "markdown")}
+    texts = {
+        form: rendering.rendered([path], form)[0] for form in ("csv", "github", "html", "junit", "markdown", "text")
+    }
     return texts | {f"trend {form}": rendering.rendered([history], form)[0] for form in ("html", "markdown")}
 
 

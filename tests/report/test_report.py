@@ -95,7 +95,7 @@ def test_the_report_verb_writes_what_it_prints(run, example, tmp_path):
 
 def test_an_unknown_format_is_refused(refused, example, tmp_path):
     report.save(example, tmp_path / "a.json")
-    assert "unknown report format 'pdf'; known: csv, github, html, junit, markdown" in refused(
+    assert "unknown report format 'pdf'; known: csv, github, html, junit, markdown, text" in refused(
         2, "report", tmp_path / "a.json", "--format", "pdf"
     )
 
