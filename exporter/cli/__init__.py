@@ -15,6 +15,7 @@ from typing import NoReturn
 import click
 
 from exporter import __version__
+from exporter.cli.console import with_verbosity
 from exporter.errors import ExporterError, nearest, printable
 
 FILES = {
@@ -55,7 +56,11 @@ class Commands(click.Group):
         return [name for names in groups().values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
+        """The command of that name, or of the backend of that name."""
+        command = self._command(cmd_name)
+        return command and with_verbosity(command)
+
+    def _command(self, cmd_name: str) -> click.Command | None:
         import importlib
 
         for group, names in FILES.items():
@@ -106,6 +111,9 @@ def cli() -> None:
     convnext-export bench build/base_fp32.onnx build/base_fp32.xml
     convnext-export run onnxruntime/tiny_int8
     """
+
+
+with_verbosity(cli)
 
 
 def _close(option: str, known: Iterable[str]) -> list[str]:

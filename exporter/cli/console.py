@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from exporter.errors import printable
-from exporter.progress import REPORTER
+from exporter.progress import REPORTER, Silent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 REDRAW_S = 0.1
+VERBOSITY = "exporter.verbosity"  # the key of a command's context
 UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -33,15 +36,17 @@ def console(stderr: bool = False) -> Console:
 
 
 class Drawn:
-    """Draws steps as lines and loops as bars, on stderr."""
+    """Draws steps as lines and loops as bars, on stderr; of a verbose command, with the seconds since its start."""
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = False) -> None:
         self.console = console(stderr=True)
         self.noted: set[str] = set()
+        self.start = time.monotonic() if verbose else None
 
     def step(self, text: str) -> None:
         """Print the name of a step that begins."""
-        self.console.print(f"[dim]·[/] {plain(text)}")
+        seconds = "" if self.start is None else f"{time.monotonic() - self.start:7.1f} s "
+        self.console.print(f"[dim]{seconds}·[/] {plain(text)}")
 
     def note(self, text: str) -> None:
         """Print a note, once for each text."""
@@ -78,14 +83,49 @@ def plain(text: object) -> str:
     return escape(printable(str(text)))
 
 
+def with_verbosity(command: click.Command) -> click.Command:
+    """The command with the options `--quiet` and `--verbose`, if it has none."""
+    if all(parameter.name != "quiet" for parameter in command.params):
+        for name, text in (
+            ("quiet", "Print the result and errors only."),
+            ("verbose", "Also print when each step began, and the log messages of libraries."),
+        ):
+            words = (f"-{name[0]}", f"--{name}")
+            option = click.Option(words, is_flag=True, expose_value=False, callback=_remember, help=text)
+            command.params.append(option)
+    return command
+
+
+def _remember(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and context.meta.setdefault(VERBOSITY, option.name) != option.name:
+        raise click.UsageError("--quiet and --verbose contradict each other; leave one out", context)
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw progress inside the `with` block."""
-    token = REPORTER.set(Drawn())
+    """Draw progress inside the `with` block, as much as `--quiet` or `--verbose` asks for."""
+    verbosity = click.get_current_context().meta.get(VERBOSITY)
+    token = REPORTER.set(Silent() if verbosity == "quiet" else Drawn(verbose=verbosity == "verbose"))
+    try:
+        with _messages_of_libraries() if verbosity == "verbose" else nullcontext():
+            yield
+    finally:
+        REPORTER.reset(token)
+
+
+@contextmanager
+def _messages_of_libraries() -> Iterator[None]:
+    """Print log messages of level INFO and above inside the `with` block."""
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
     try:
         yield
     finally:
-        REPORTER.reset(token)
+        root.setLevel(before)
+        root.removeHandler(handler)
 
 
 def print_json(value: Any) -> None:
