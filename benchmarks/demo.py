@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import io
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import msgspec
@@ -11,10 +12,10 @@ import msgspec
 from benchmarks import digits
 from benchmarks.provenance import environment
 from exporter.artifact.disk import write_file
+from exporter.cli import main
 from exporter.machine import has_bf16
 
 ROOT = Path("build/demo")
-COMMAND = Path(sys.executable).with_name("convnext-export")
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "trt": "plan"}
 UNSURE = ["--when-unsure", "warn"]  # 500 images cannot tell if one answer in a hundred changes
 THREADS = ["--threads", "1"]  # in so small a network two threads wait for each other longer than they compute
@@ -34,34 +35,35 @@ def artifact(words: list[str]) -> Path:
     return ROOT / f"custom_{precision}.{SUFFIXES[words[0]]}"
 
 
-def run(*words: str) -> None:
-    """Type a command, and stop the demo if it fails."""
-    print(f"\n$ convnext-export {' '.join(words)}", file=sys.stderr, flush=True)
-    done = subprocess.run([COMMAND, *words], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+def run(*words: object, show: bool = False) -> None:
+    """Run a command, print what it prints if `show`, and stop the demo if it fails."""
+    print("$ convnext-export", *words, file=sys.stderr, flush=True)
+    sys.argv = ["convnext-export", *map(str, words), "--quiet"]
+    with nullcontext() if show else redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code:
+                raise
 
 
-def main() -> None:
-    """Train once, build, verify on 500 held-out digits, time, print the table and draw the page."""
+def demo() -> None:
+    """Train once, build, verify on 500 held-out digits, time, draw the page and print the table."""
     digits.prepare(ROOT)
-    run("calibrate", CALIBRATION)
     for words in builds():
-        judged = (
-            ["--calib", CALIBRATION, "--data", str(DATA), "--even-if-slower", *UNSURE, *THREADS]
-            if "--int8" in words
-            else []
-        )
-        run(*words, *judged, "--weights", str(WEIGHTS), "-o", str(ROOT))
-    made = [artifact(words) for words in builds()]
-    for path in made:
-        run("verify", str(path), "--data", str(DATA), "--blocks", *UNSURE)
-    reports = [f"{path}.report.json" for path in made]
-    run("bench", *(str(path) for path in made if path.suffix != ".plan"), *THREADS)  # a plan runs on a GPU
-    run("report", *reports)
-    run("report", *reports, "--format", "html", "-o", str(ROOT / "report.html"))
+        judged = ("--calib", CALIBRATION, "--data", DATA, "--even-if-slower", *UNSURE, *THREADS)
+        run(*words, *(judged if "--int8" in words else ()), "--weights", WEIGHTS, "-o", ROOT)
+    built = [artifact(words) for words in builds()]
+    for path in built:
+        run("verify", path, "--data", DATA, "--blocks", *UNSURE)
+    run("bench", *(path for path in built if path.suffix != ".plan"), *THREADS)  # a plan runs on a GPU
     write_file(ROOT / "session.json", msgspec.json.format(msgspec.json.encode(environment(threads=1))))
+    reports = [f"{path}.report.json" for path in built]
+    run("report", *reports, "--format", "html", "-o", ROOT / "report.html")
+    print(file=sys.stderr)
+    run("report", *reports, "--format", "text", show=True)
+    print(f"the report is {ROOT / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    demo()
