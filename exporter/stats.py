@@ -63,14 +63,19 @@ def drop_interval(lost: float, won: float, count: int) -> tuple[float, float]:
     return 100 * (middle - half), 100 * (middle + half)
 
 
-def mean_half_width(values: Sequence[float]) -> float | None:
-    """Half of Student's 95 % interval of a mean, in the unit of the values; None for fewer than three, which are equal
-    too often by chance."""
+def mean_half_width(values: Sequence[float], count: int | None = None) -> float | None:
+    """Half of Student's 95 % interval of a mean, in the unit of the values.
+
+    Args:
+        values: fewer than three have no interval, as they are equal too often by chance.
+        count: the interval of so many values with the same spread, instead of those that are there.
+    """
     from scipy.stats import t
 
     if len(values) < 3:
         return None
-    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values)))
+    count = count or len(values)
+    return float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / sqrt(count))
 
 
 @dataclass(frozen=True)

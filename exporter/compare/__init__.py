@@ -57,6 +57,7 @@ METRICS = {
     "nodes": Metric("exact"),
     "top1_drop": Metric("answers", answers="top1"),
     "map_drop": Metric("answers", answers="map"),
+    "miou_drop": Metric("answers", answers="miou"),
 }
 
 
@@ -219,12 +220,12 @@ def compare_exact(limit: Limit, base: float, head: float) -> Finding:
 
 
 def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
-    """The loss of top-1 or mAP of head compared with base on the same images, in points; a loss within its interval
-    passes.
+    """The loss of top-1, mAP or mIoU of head compared with base on the same images, in points; a loss within its
+    interval passes.
 
     Args:
         limit: of a metric of answers.
-        base, head: with a sample for each image: for top-1 whether it is right, for mAP its pseudo-value.
+        base, head: with a sample for each image: for top-1 whether it is right, else its part in mAP or mIoU.
 
     Raises: BadRequest when the images differ.
     """
@@ -233,7 +234,7 @@ def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
         raise BadRequest(
             f"{limit.metric}: base answered {count} images and head {len(head.samples)}; verify both on the same --data"
         )
-    drop = _map_drop(base, head) if limit.metric == "map_drop" else _top1_drop(base, head)
+    drop = _top1_drop(base, head) if limit.metric == "top1_drop" else _mean_drop(limit.metric, base, head)
     significant = drop.low is not None and drop.low > 0
     within = drop.value is None or drop.value <= limit.most
     detail = drop.detail + ("" if significant or within else "; above the limit, but within the noise of few images")
@@ -241,13 +242,13 @@ def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
     return result if significant else replace(result, passed=True)
 
 
-def _map_drop(base: Finding, head: Finding) -> Finding:
-    """The difference of two mAPs, with Student's interval of the paired differences of the images' pseudo-values."""
+def _mean_drop(metric: str, base: Finding, head: Finding) -> Finding:
+    """The difference of two mAPs or mIoUs, with Student's interval of the paired differences of the images' parts."""
     value = (base.value or 0.0) - (head.value or 0.0)
     half = mean_half_width(np.subtract(base.samples, head.samples).tolist())
     return Finding(
         check="regression",
-        metric="map_drop",
+        metric=metric,
         value=value,
         unit="points",
         low=None if half is None else value - half,

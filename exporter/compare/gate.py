@@ -32,7 +32,7 @@ class GateOptions(CompareOptions, frozen=True):
         tuple[str, ...],
         about(
             "A limit, as in p50_ms:5% (the default), p99_ms:10%, throughput_ips:5%, bytes:1%, nodes:0, top1_drop:0.3 "
-            "or, of multi-label heads, map_drop:0.3.",
+            "or, of multi-label heads, map_drop:0.3, of segmentation miou_drop:0.3.",
             metavar="METRIC:LIMIT",
         ),
     ] = ()
@@ -40,7 +40,9 @@ class GateOptions(CompareOptions, frozen=True):
     build: Annotated[
         str | None, about("The shell command that builds HEAD, here and at --base-rev.", metavar="CMD")
     ] = None
-    data: Annotated[str | None, about("Labelled images, needed for top1_drop and map_drop.", metavar="SRC")] = None
+    data: Annotated[
+        str | None, about("Labelled images, needed for top1_drop, map_drop and miou_drop.", metavar="SRC")
+    ] = None
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:
@@ -94,7 +96,9 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
     if len(by_kind["answers"]) > 1:
-        raise BadRequest("--fail-on: top1_drop is of classes and map_drop of a multi-label head; give one of the two")
+        raise BadRequest(
+            "--fail-on: top1_drop is of classes, map_drop of a multi-label head and miou_drop of segmentation; give one"
+        )
     check_pair(pair, options)
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:

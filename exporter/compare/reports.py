@@ -150,7 +150,7 @@ def _answers(report: Report, limit: Limit, side: str) -> Finding:
         multilabel = " --outputs multilabel" if metric == "map" else ""
         raise BadRequest(
             f"--fail-on {limit}: the {side} report has no {metric}; `verify --data`{multilabel} "
-            "with labels measures it, mAP where an image has one"
+            "with labels measures it, mAP where an image has one, mIoU of masks"
         )
     return answers
 

@@ -242,7 +242,9 @@ def changes(findings: Sequence[Finding]) -> str:
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(shown)), [f"{f.metric} {f.case}".strip() for f in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("change and its 95 % interval, % (points for top1_drop, map_drop); dashed: the limit")
+        axes.set_xlabel(
+            "change and its 95 % interval, % (points for top1_drop, map_drop, miou_drop); dashed: the limit"
+        )
     return drawing.svg
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
+from exporter import report
 from exporter.data import synthetic
 from exporter.errors import BadRequest
 from exporter.model import weights
@@ -17,11 +20,13 @@ from exporter.verify import VerifyOptions, verify
 from exporter.verify.checks import Seen, Subject
 from exporter.verify.checks.segmentation import (
     Segmentation,
+    areas_of,
     classes_of,
-    intersections_over_unions,
     near_borders,
+    parts_of_images,
+    shares_of,
 )
-from tests.conftest import build
+from tests.conftest import build, copy_artifact
 from tests.model import segmenters
 from tests.reference import library
 
@@ -70,7 +75,26 @@ def data(folder, tmp_path_factory):
 
 def test_intersection_over_union_is_that_of_the_definition():
     counts = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
-    np.testing.assert_allclose(intersections_over_unions(counts), [3 / 6, 4 / 7, np.nan])
+    np.testing.assert_allclose(shares_of(areas_of(counts)), [3 / 6, 4 / 7, np.nan])
+
+
+def areas(images, seed):
+    """Pixels of the intersection and of the union of five classes: the fourth is in one image, the fifth in none."""
+    rng = np.random.default_rng(seed)
+    union = rng.integers(1, 1000, (images, 5))
+    union[1:, 3] = union[:, 4] = 0
+    return np.stack([(union * rng.beta(8, 2, union.shape)).astype(int), union], 1)
+
+
+def test_the_parts_of_images_have_miou_as_their_mean_and_its_spread_over_draws_of_images():
+    drawn = areas(200, 0)
+    parts = parts_of_images(drawn)
+    assert parts.shape == (200,)
+    assert parts.mean() == pytest.approx(np.nanmean(shares_of(drawn.sum(0))))
+    drawn = drawn[:, :, :3]  # a draw without the image of the fourth class has one class less
+    parts, rng = parts_of_images(drawn), np.random.default_rng(1)
+    draws = [np.nanmean(shares_of(drawn[rng.integers(0, 200, 200)].sum(0))) for _ in range(4000)]
+    assert parts.std(ddof=1) / np.sqrt(200) == pytest.approx(np.std(draws), rel=0.05)
 
 
 def test_of_equal_scores_the_first_class_counts():
@@ -109,7 +133,11 @@ def test_an_artifact_has_the_pixels_and_the_miou_of_pytorch(artifact, data, requ
     assert report.value("images") == 3
     assert report.value("pixel_agreement") == pytest.approx(100, abs=0.1)
     assert report.value("miou_to_eager") == pytest.approx(100, abs=0.5)
-    assert report.value("miou_drop") == pytest.approx(0, abs=0.1)
+    drop = report.find("miou_drop")
+    assert drop.value == pytest.approx(0, abs=0.1)
+    assert drop.low <= drop.value <= drop.high
+    assert len(report.find("miou").samples) == 3
+    assert np.mean(report.find("miou").samples) == pytest.approx(report.value("miou"), abs=1e-3)
     by_class = {finding.case: finding.value for finding in report.findings if finding.metric == "iou"}
     assert set(by_class) <= set(segmenters.LABELS)
     assert report.value("miou") == pytest.approx(np.mean(list(by_class.values())))
@@ -139,6 +167,32 @@ def test_other_pixels_than_pytorchs_fail(labels, folder, data):
     report = verify(labels, VerifyOptions(data=str(data)), reference_session=Shifted(network))
     failed = {finding.metric for finding in report.findings if not finding.passed}
     assert {"pixel_agreement", "miou_to_eager"} <= failed
+
+
+def test_the_gate_compares_miou_on_the_same_masks(labels, data, tmp_path, run):
+    for name in ("base", "head"):
+        (tmp_path / name).mkdir()
+    made = [copy_artifact(labels, tmp_path / name) for name in ("base", "head")]
+    for one in made:
+        assert run("verify", one.path, "--data", data).code == 0
+    paths = [f"{one.path}.report.json" for one in made]
+    same = run("compare", *paths, "--fail-on", "miou_drop:0.3", "--json")
+    (finding,) = same.json["findings"]
+    assert (same.code, finding["value"], finding["low"], finding["high"]) == (0, 0, 0, 0)
+    worse = report.load(Path(paths[1]))
+    lost = tuple(
+        replace(
+            one, value=one.value - 5, samples=tuple(part - 5 + 0.1 * index for index, part in enumerate(one.samples))
+        )
+        if one.metric == "miou"
+        else one
+        for one in worse.findings
+    )
+    report.save(replace(worse, findings=lost), Path(paths[1]))
+    result = run("compare", *paths, "--fail-on", "miou_drop:0.3")
+    assert result.code == 6
+    assert "REGRESSION of miou_drop" in result.out
+    assert run("compare", *(one.path for one in made), "--data", data, "--fail-on", "miou_drop:0.3").code == 0
 
 
 def test_limits_of_the_user_hold(labels, data):

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from exporter.backends import Array
 from exporter.data.masks import IGNORED
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
+from exporter.stats import mean_half_width
+from exporter.verify import budgets
 from exporter.verify.checks import Check, Rows, Seen, Subject
 from exporter.verify.outputs import PIXELS, kinds
 from exporter.verify.pictures import Worst, compared
@@ -28,11 +31,13 @@ class Segmentation:
     def __init__(self, options: Checks, subject: Subject) -> None:
         sidecar = subject.artifact.sidecar
         self.options, self.limits = options, subject.precision.limits.pixels
-        self.max_drop = subject.precision.max_drop_points if options.max_drop is None else options.max_drop
+        limit = options.max_drop
+        unsure = budgets.when_unsure(options.when_unsure, limit is not None)
+        self.budget = budgets.Budget(subject.precision.max_drop_points if limit is None else limit, "low", unsure)
         self.active = any(kind in PIXELS for kind in kinds(sidecar, options.outputs))
         self.classes, self.labels = sidecar.weights.num_classes, sidecar.labels
-        pairs = ("to_eager", "eager", "artifact")
-        self.counts: dict[str, Counts] = {pair: np.zeros((self.classes, self.classes), np.int64) for pair in pairs}
+        self.to_eager: Counts = np.zeros((self.classes, self.classes), np.int64)
+        self.to_masks: dict[str, list[Counts]] = {"eager": [], "artifact": []}
         self.agree: list[float] = []
         self.worst = Worst()
         self.in_band = self.agree_in_band = 0
@@ -53,9 +58,7 @@ class Segmentation:
             **compared(seen.labels if has_masks else eager, got),
         }
         if has_masks:
-            known = seen.labels >= 0
-            rows["eager"] = self._count(seen.labels[known], eager[known])
-            rows["artifact"] = self._count(seen.labels[known], got[known])
+            rows["eager"], rows["artifact"] = (self._areas(seen.labels, classes) for classes in (eager, got))
         return rows
 
     def add(self, rows: Rows, names: Sequence[str]) -> None:
@@ -64,10 +67,10 @@ class Segmentation:
         self.in_band += int(rows["band"][0])
         self.agree_in_band += int(rows["band"][1])
         self.has_masks |= bool(rows["has_masks"])
-        for pair, counts in self.counts.items():
-            if pair in rows:
-                which, pixels = rows[pair]
-                counts.flat[which] += pixels
+        pairs, pixels = rows["to_eager"]
+        self.to_eager.flat[pairs] += pixels
+        for side, areas in self.to_masks.items():
+            areas += list(rows.get(side, ()))
         self.worst.add(names, rows, "masks" if rows["has_masks"] else "eager PyTorch")
 
     def _count(self, expected: Counts, got: Counts) -> Counts:
@@ -76,27 +79,58 @@ class Segmentation:
         pairs = np.flatnonzero(pixels)
         return np.stack([pairs, pixels[pairs]])
 
+    def _areas(self, masks: Counts, classes: Counts) -> Counts:
+        """The pixels of the intersection and of the union of each class in each image, (N, 2, C)."""
+        areas = np.zeros((len(masks), 2, self.classes), np.int64)
+        for index, (mask, got) in enumerate(zip(masks, classes, strict=True)):
+            known = mask >= 0
+            both, first, second = (
+                np.bincount(one, minlength=self.classes)
+                for one in (mask[known & (mask == got)], mask[known], got[known])
+            )
+            areas[index] = both, first + second - both
+        return areas
+
     def findings(self) -> list[Finding]:
         """pixel_agreement, boundary_agreement and miou_to_eager; with masks miou_eager, miou and miou_drop; iou of each
         class."""
         if not self.agree:
             return []
-        shares = intersections_over_unions(self.counts["to_eager"])
+        shares = shares_of(areas_of(self.to_eager))
         findings = [
             self._agreement(),
             *self._boundary(),
             judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high"),
         ]
-        if self.has_masks and not self.counts["eager"].any():
+        areas = {side: np.array(listed) for side, listed in self.to_masks.items() if listed}
+        has_classes = bool(areas) and bool(areas["eager"].any())
+        if self.has_masks and not has_classes:
             detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
             findings.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
-        if not self.counts["eager"].any():
+        if not has_classes:
             return [*findings, *self._of_classes("iou_to_eager", shares)]
-        eager, artifact = (intersections_over_unions(self.counts[pair]) for pair in ("eager", "artifact"))
-        means = [self._mean("miou_eager", eager), self._mean("miou", artifact)]
-        drop = float(np.nanmean(eager) - np.nanmean(artifact))
-        finding = Finding(check="segmentation", metric="miou_drop", value=100 * drop, unit="points")
-        return [*findings, *means, judged(finding, self.max_drop, "low"), *self._of_classes("iou", artifact)]
+        eager, artifact = (shares_of(areas[side].sum(0)) for side in ("eager", "artifact"))
+        parts = {side: 100 * parts_of_images(areas[side]) for side in ("eager", "artifact")}
+        means = [
+            replace(self._mean(metric, shares), samples=tuple(parts[side].round(4).tolist()))
+            for metric, shares, side in (("miou_eager", eager, "eager"), ("miou", artifact, "artifact"))
+        ]
+        drop = 100 * float(np.nanmean(eager) - np.nanmean(artifact))
+        return [*findings, *means, self._drop(drop, parts), *self._of_classes("iou", artifact)]
+
+    def _drop(self, drop: float, parts: dict[str, NDArray[np.float64]]) -> Finding:
+        """miou_drop with Student's interval over images; of fewer than three images it is judged without."""
+        differences = (parts["eager"] - parts["artifact"]).tolist()
+        finding = Finding(check="segmentation", metric="miou_drop", value=drop, unit="points")
+        if mean_half_width(differences) is None:
+            return judged(finding, self.budget.limit, "low")
+
+        def interval(images: int) -> tuple[float, float]:
+            half = mean_half_width(differences, images) or 0.0
+            return drop - half, drop + half
+
+        low, high = interval(len(differences))
+        return budgets.judged(replace(finding, low=low, high=high), self.budget, len(differences), interval)
 
     def _agreement(self) -> Finding:
         worst = min(self.agree)
@@ -116,7 +150,7 @@ class Segmentation:
         if not self.in_band:
             return []
         value = 100 * self.agree_in_band / self.in_band
-        share = 100 * self.in_band / self.counts["to_eager"].sum()
+        share = 100 * self.in_band / self.to_eager.sum()
         detail = f"{share:.1f} % of the pixels lie within {BAND} pixels of a border between classes of eager PyTorch"
         return [Finding(check="segmentation", metric="boundary_agreement", value=value, unit="%", detail=detail)]
 
@@ -160,17 +194,43 @@ def near_borders(classes: Counts) -> NDArray[np.bool_]:
     return np.asarray(least != largest)
 
 
-def intersections_over_unions(counts: Counts) -> NDArray[np.float64]:
-    """Intersection over union of each class (Everingham et al., IJCV 2010, section 4.1.3: TP / (TP + FP + FN)), from 0
-    to 1, over the pixels of all images; NaN for a class that neither side has.
+def areas_of(counts: Counts) -> Counts:
+    """The pixels of the intersection and of the union of each class (2, C).
 
     Args:
         counts: (C, C) pixels by the expected class and the one that was computed.
     """
-    both = np.diag(counts).astype(np.float64)
-    union = counts.sum(0) + counts.sum(1) - both
-    shares: NDArray[np.float64] = np.divide(both, union, out=np.full(len(counts), np.nan), where=union > 0)
+    both = np.diag(counts)
+    return np.stack([both, counts.sum(0) + counts.sum(1) - both])
+
+
+def shares_of(areas: Counts) -> NDArray[np.float64]:
+    """Intersection over union of each class (Everingham et al., IJCV 2010, section 4.1.3: TP / (TP + FP + FN)), from 0
+    to 1; NaN for a class that neither side has.
+
+    Args:
+        areas: (2, C) pixels of the intersection and of the union, over all images.
+    """
+    both, union = areas.astype(np.float64)
+    shares: NDArray[np.float64] = np.divide(both, union, out=np.full(len(both), np.nan), where=union > 0)
     return shares
+
+
+def parts_of_images(areas: Counts) -> NDArray[np.float64]:
+    """A number for each image (N,) whose mean is mIoU, and whose spread is that of mIoU times the root of N.
+
+    A share is a ratio of sums over images, so these are the linearised values of a ratio (Cochran, "Sampling
+    Techniques", 1977, section 2.11), averaged over classes. Those of two artifacts for the same images are paired.
+
+    Args:
+        areas: (N, 2, C) pixels of the intersection and of the union.
+    """
+    sums = areas.sum(0)
+    shares, union = shares_of(sums), sums[1]
+    known = union > 0
+    residuals = (areas[:, 0] - np.nan_to_num(shares) * areas[:, 1])[:, known] / union[known]
+    values: NDArray[np.float64] = float(shares[known].mean()) + len(areas) * residuals.mean(1)
+    return values
 
 
 CHECK = Check(Segmentation)
