@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 REDRAW_S = 0.1
 VERBOSITY = "exporter.verbosity"  # the key of a command's context
+WRAPPED = 24  # the width below which the last column of a table is not wrapped
+DROPPED_FIRST = (
+    *("load ms", "of peak", "p90 ms", "p99 ms", "images/s", "95 % interval", "max error", "cosine"),
+    *("kept in higher precision", "size"),
+)  # columns of a table that is wider than the terminal; then the last ones
 UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -155,16 +160,37 @@ def schema_option(documents: str, module: str) -> Callable[[Any], Any]:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print a table on stdout; columns in `right` are aligned right."""
+    """Print a table on stdout; columns in `right` are aligned right. Columns for which the terminal is too narrow are
+    named below it instead."""
     from rich import box
     from rich.table import Table
 
+    terminal, rows = console(), [[plain(cell) for cell in row] for row in rows]
+    kept = fitting(columns, rows, terminal.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=column != columns[-1])
+    for index in kept:
+        column = columns[index]
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=index != len(columns) - 1)
     for row in rows:
-        table.add_row(*(plain(cell) for cell in row))
-    console().print(table)
+        table.add_row(*(row[index] for index in kept))
+    terminal.print(table)
+    if hidden := [column for index, column in enumerate(columns) if index not in kept]:
+        terminal.print(f"not shown in {terminal.width} columns: {', '.join(hidden)}", style="dim", soft_wrap=True)
+
+
+def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The columns, by number, of a table that fits the width; the first column and the last, which can wrap, stay."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    widths[-1] = min(widths[-1], WRAPPED)
+    kept = list(range(len(columns)))
+    first = [columns.index(column) for column in DROPPED_FIRST if column in columns[1:-1]]
+    for index in [*first, *(one for one in reversed(kept[1:-1]) if one not in first)]:
+        if sum(widths[one] + 2 for one in kept) - 2 <= width:
+            break
+        kept.remove(index)
+    return kept
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
