@@ -56,7 +56,8 @@ def demo() -> None:
     built = [artifact(words) for words in builds()]
     for path in built:
         run("verify", path, "--data", DATA, "--blocks", *UNSURE)
-    run("bench", *(path for path in built if path.suffix != ".plan"), *THREADS)  # a plan runs on a GPU
+    timed = [path for path in built if path.suffix != ".plan"]  # a plan runs on a GPU
+    run("bench", *timed, *THREADS, "--duration", 3)  # seconds: thousands of runs of so small a network
     write_file(ROOT / "session.json", msgspec.json.format(msgspec.json.encode(environment(threads=1))))
     reports = [f"{path}.report.json" for path in built]
     run("report", *reports, "--format", "html", "-o", ROOT / "report.html")

@@ -154,10 +154,8 @@ def _refuse_calibration() -> None:
 
 def _show(built: Built, as_json: bool) -> None:
     """Print what was built; a report of its accuracy is written beside it."""
-    import shlex
-
     from exporter import report
-    from exporter.cli.console import console, plain, print_findings, print_json, size
+    from exporter.cli.console import console, plain, print_after, print_findings, print_json, print_next, size
 
     artifact, sidecar = built.artifact, built.artifact.sidecar
     judged = built.report if sidecar.quantization is not None else None
@@ -171,11 +169,11 @@ def _show(built: Built, as_json: bool) -> None:
             print_findings(built.report.findings)
         console().print(f"[bold]{plain(artifact.path)}[/]  {sidecar.precision}, {size(sidecar.bytes)}", soft_wrap=True)
         if judged is None:
-            hint = f"convnext-export verify {shlex.quote(str(artifact.path))} --data FOLDER"
-            console().print(f"check it on your images: {plain(hint)}", style="dim", soft_wrap=True)
+            print_next("check it on your images", "verify", artifact.path, "--data", "FOLDER")
         else:
             verdict = "[green]passed[/]" if judged.passed else "[red]FAILED[/]: the artifact is the best candidate"
             console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
+            print_after(artifact.path, judged)
     if judged is not None and not judged.passed:
         raise click.exceptions.Exit(5)
 

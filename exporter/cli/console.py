@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -214,6 +215,22 @@ def print_findings(findings: Iterable[Finding]) -> None:
 def print_rows(table: Table) -> None:
     """Print a table of a report on stdout."""
     print_table(table.columns, [[cell.replace("**", "") for cell in row] for row in table.rows], right=table.right)
+
+
+def print_next(text: str, *words: object) -> None:
+    """Print what the next command does, and the command."""
+    line = shlex.join(["convnext-export", *map(str, words)])
+    console().print(f"{text}: {plain(line)}", style="dim", soft_wrap=True)
+
+
+def print_after(artifact: object, report: Report) -> None:
+    """Print what to do after a verification; an artifact that cannot run here can be neither timed nor bisected."""
+    if report.find("simulated"):
+        return
+    if report.passed:
+        print_next("time it beside PyTorch", "bench", artifact)
+    else:
+        print_next("find the part that differs", "bisect", artifact)
 
 
 def print_answer(reports: Sequence[Report]) -> None:

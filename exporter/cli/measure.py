@@ -173,7 +173,7 @@ def finish_verification(
 ) -> None:
     """Save and print the report of a verification. Exit with 5 where a check failed."""
     from exporter import report, verify
-    from exporter.cli.console import console, drawing, plain, print_findings, print_json
+    from exporter.cli.console import console, drawing, plain, print_after, print_findings, print_json
 
     merged = report.save_merged(verified, path)
     if remove_shards:
@@ -188,6 +188,7 @@ def finish_verification(
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
+        print_after(artifact.path, verified)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 
@@ -215,7 +216,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     """
     from exporter import artifact, report
     from exporter.bench import latency
-    from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_rows
+    from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_next, print_rows
     from exporter.report import tables
 
     paths = [(out or path.parent) / f"{path.name}.report.json" for path in artifacts]
@@ -231,8 +232,9 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     else:
         print_rows(tables.latency(tables.disambiguated(reports)))
         print_answer(tables.disambiguated(merged))
-        for path in paths:
-            console().print(f"the report is {plain(path)}", soft_wrap=True)
+        noun = "report is" if len(paths) == 1 else "reports are"
+        console().print(f"the {noun} {plain(', '.join(map(str, paths)))}", soft_wrap=True)
+        print_next("show it as a page", "report", *paths, "--format", "html", "-o", "report.html")
     if not all(one.passed for one in reports):
         raise click.exceptions.Exit(5)
 

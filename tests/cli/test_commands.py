@@ -61,13 +61,16 @@ def test_verify_prints_a_table_with_verdicts(run, artifacts, tmp_path):
     assert result.code == 0
     assert "pass" in result.out
     assert "synthetic" in result.out
-    assert "passed; the report is" in result.out
+    verdict, following = result.out.splitlines()[-2:]
+    assert "passed; the report is" in verdict
+    assert following == f"time it beside PyTorch: convnext-export bench {made.path}"
 
 
 def test_a_check_that_does_not_hold_is_exit_5_with_the_report_written(run, artifacts, tmp_path):
     made = copy_artifact(artifacts["openvino", "fp16"], tmp_path)
     result = run("verify", made.path, "--samples", 4, "--atol", 1e-9)
     assert result.code == 5
+    assert result.out.splitlines()[-1] == f"find the part that differs: convnext-export bisect {made.path}"
     assert "FAIL" in result.out
     assert json.loads((tmp_path / "custom_fp16.xml.report.json").read_text())["passed"] is False
 
