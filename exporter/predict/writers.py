@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from exporter.delimited import escape_formula
-from exporter.errors import BadRequest, Unavailable, some
+from exporter.errors import BadRequest, some
+from exporter.predict import parquet
 from exporter.predict.answers import Answers, Output
 from exporter.predict.store import Chunk
 
@@ -42,13 +43,13 @@ def write_csv(file: Path, answers: Answers, chunks: Chunks) -> None:
 def write_parquet(file: Path, answers: Answers, chunks: Chunks) -> None:
     """A row for each image, in groups of `ROW_GROUP` rows."""
     import pyarrow as pa
-    from pyarrow import parquet
+    from pyarrow.parquet import ParquetWriter
 
     types = {"text": pa.string(), "integer": pa.int32(), "float": pa.float32(), "vector": pa.list_(pa.float32())}
     table = columns(answers)
     schema = pa.schema([(column.name, types[column.cell]) for column in table])
     rows = (flat(table, record) for record in records(answers, chunks()))
-    with parquet.ParquetWriter(file, schema) as writer:
+    with ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
 
@@ -93,10 +94,7 @@ def check(out: Path) -> None:
     if out.suffix.lower() not in WRITERS:
         raise BadRequest(f"-o {out}: expected a file that ends in {', '.join(WRITERS)}")
     if out.suffix.lower() == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise Unavailable("pyarrow is not installed; pip install 'convnext-export[parquet]'") from None
+        parquet.require()
 
 
 def check_kinds(out: Path, answers: Answers) -> None:

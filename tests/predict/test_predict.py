@@ -240,7 +240,7 @@ def test_every_kind_of_source(photos, tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("https://example.org/a.jpg", "only file:// addresses"),
+        ("https://example.org/a.jpg", "or one in object storage"),
         ("{photos}/belov", "did you mean 'below'"),
         ("{photos}/*.bmp", "no images in it"),
         ("{photos}/nobody/*.png", "no images in it"),

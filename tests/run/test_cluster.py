@@ -141,6 +141,20 @@ def test_a_report_and_predictions_have_the_bytes_of_one_machine(address, copied,
     assert (tmp_path / "several.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
+@pytest.mark.slow
+def test_rows_of_a_parquet_file_are_answered_on_a_cluster(address, copied, photos, tmp_path, run, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("exporter.predict.ranges.IMAGES", 8)
+    contents = [file.read_bytes() for file in sorted(photos.rglob("*.png"))]
+    parquet.write_table(pa.table({"image": contents}), tmp_path / "rows.parquet", row_group_size=20)
+    words = ("predict", copied.path, tmp_path / "rows.parquet", "-o")
+    assert run(*words, tmp_path / "one.parquet").code == 0
+    result = run(*words, tmp_path / "several.parquet", "--on", address)
+    assert result.code == 0, result.err
+    assert (tmp_path / "several.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert parquet.read_metadata(tmp_path / "one.parquet").num_rows == len(contents)
+
+
 def write_recipes(folder, weights, bench):
     for precision in ("fp32", "fp16"):
         text = f"backend: onnxruntime\nprecision: {precision}\nmodel: {{weights: {weights}}}\nchecks: {{samples: 4}}\n"
