@@ -231,4 +231,4 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """The answers after the first `done` images."""
     with opened(artifact, answers, options) as predictor:
-        yield from predictor.chunks(images.after(done), done)
+        yield from predictor.chunks(images.samples.after(done), done)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote_to_bytes
@@ -44,10 +44,6 @@ class Images:
         content = self.content(name)
         return Path(name) if content is None else io.BytesIO(content)
 
-    def after(self, count: int) -> Samples:
-        """Those after the first `count`."""
-        return replace(self.samples, items=lambda: islice(self.samples.items(), count, None), skipped=[])
-
 
 def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | None = None) -> Images:
     """The images of all sources, in order.
@@ -70,8 +66,11 @@ def _joined(source: str, parts: Sequence[Images]) -> Images:
     """The images of all parts, in order."""
     total = sum(part.samples.total for part in parts)
 
-    def items() -> Iterator[Item]:
-        return chain.from_iterable(part.samples.items() for part in parts)
+    def items(start: int = 0) -> Iterator[Item]:
+        for part in parts:
+            if start < part.samples.total:
+                yield from part.samples.items(start)
+            start = max(0, start - part.samples.total)
 
     def content(name: str) -> bytes | None:
         every = (part.content(name) for part in parts)
@@ -114,7 +113,7 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
     if path.exists() and parquet.is_parquet(path.name):
         return _of_rows(_without(word, split), split, recipe)
     if path.exists():
-        return _of([(word, partial(images.read, path, recipe))], f"{word} {_state(path)}")
+        return _of([word], lambda _: partial(images.read, path, recipe), f"{word} {_state(path)}")
     if is_pattern:
         return _of_pattern(word, split, recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -162,9 +161,9 @@ def _of_storage(word: str, recipe: Preprocessing) -> Images:
     if not pictures:
         raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png, or .parquet")
     by_name = {file.address: file for file in pictures}
-    named = [(file.address, partial(_read_remote, file, recipe)) for file in pictures]
     key = _digest(f"{file.address} {file.state}" for file in pictures)
-    return replace(_of(named, key), content=lambda name: by_name[name].read() if name in by_name else None)
+    part = _of(list(by_name), lambda name: partial(_read_remote, by_name[name], recipe), key)
+    return replace(part, content=lambda name: by_name[name].read() if name in by_name else None)
 
 
 def _read_remote(file: remote.File, recipe: Preprocessing) -> Array:
@@ -180,10 +179,10 @@ def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | 
         raise BadRequest(f"{name}: no rows in it; expected an image in each row")
     if rows.kind == "path":
         names = ["" if path is None else _beside(name, path) for path in rows.every()]
-        return replace(_of([(one, partial(_read_at, one, recipe)) for one in names], key), content=_remote_content)
+        return replace(_of(names, lambda one: partial(_read_at, one, recipe), key), content=_remote_content)
 
-    def items() -> Iterator[Item]:
-        for row in range(rows.total):
+    def items(start: int = 0) -> Iterator[Item]:
+        for row in range(start, rows.total):
             yield f"{name}[{row}]", UNKNOWN, partial(_read_row, rows, name, row, recipe)
 
     def content(image: str) -> bytes | None:
@@ -233,8 +232,12 @@ def _content_of(value: Any, table: str) -> bytes:
         raise images.Unreadable(f"{path}: {error.strerror}") from None
 
 
-def _to_the_end(samples: Samples, name: str) -> Iterator[Item]:
-    """All images of an archive; where it is damaged, the rest of them cannot be read."""
+def _to_the_end(samples: Samples, name: str, start: int = 0) -> Iterator[Item]:
+    """The images of an archive from number `start` on; where it is damaged, the rest of them cannot be read."""
+    return islice(_every(samples, name), start, None)
+
+
+def _every(samples: Samples, name: str) -> Iterator[Item]:
     count = 0
     try:
         for item in samples.items():
@@ -277,8 +280,7 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
             f"{STDIN}: more than {MAX_STDIN_BYTES >> 20} MiB on standard input; give a folder or a pattern"
         )
     if _is_image(content):
-        named = [(STDIN, partial(_read_bytes, content, recipe))]
-        part = _of(named, hashlib.sha256(content).hexdigest())
+        part = _of([STDIN], lambda _: partial(_read_bytes, content, recipe), hashlib.sha256(content).hexdigest())
         return replace(part, content=lambda name: content if name == STDIN else None)
     by_nul = b"\0" in content and (content.endswith(b"\0") or _is_text(content.replace(b"\0", b"\n")))
     lines = content.split(b"\0" if by_nul else b"\n")
@@ -316,9 +318,8 @@ def _read_bytes(content: bytes, recipe: Preprocessing) -> Array:
 def _of_files(word: str, names: Sequence[str], recipe: Preprocessing) -> Images:
     if not names:
         raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png")
-    paths = list(map(Path, names))
-    named = [(name, partial(images.read, path, recipe)) for name, path in zip(names, paths, strict=True)]
-    return _of(named, _digest(f"{name} {_state(path)}" for name, path in zip(names, paths, strict=True)))
+    key = _digest(f"{name} {_state(Path(name))}" for name in names)
+    return _of(names, lambda name: partial(images.read, Path(name), recipe), key)
 
 
 def _state(path: Path) -> str:
@@ -330,9 +331,11 @@ def _state(path: Path) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _of(named: Sequence[tuple[str, Callable[[], Array]]], key: str) -> Images:
-    def items() -> Iterator[Item]:
-        for name, make in named:
-            yield name, UNKNOWN, make
+def _of(names: Sequence[str], make: Callable[[str], Callable[[], Array]], key: str) -> Images:
+    """Images by their names; `make` returns a function that reads one. Nothing but the names is kept in memory."""
 
-    return Images(Samples("", len(named), items, labelled=False), key)
+    def items(start: int = 0) -> Iterator[Item]:
+        for index in range(start, len(names)):
+            yield names[index], UNKNOWN, make(names[index])
+
+    return Images(Samples("", len(names), items, labelled=False), key)
