@@ -427,3 +427,17 @@ def test_a_folder_of_another_origin_is_left_alone(artifacts, photos, tmp_path):
     with pytest.raises(BadRequest, match="not an unfinished output of this tool"):
         wrote(artifacts["onnxruntime", "fp32"], photos, out, overwrite=True)
     assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_answers_are_stored_before_they_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "FLUSH_S", 1e9)
+    monkeypatch.setattr(store, "FLUSH_BYTES", 10 * store.CHUNK_BYTES)
+    kept = store.Store(tmp_path / "a.csv", store.Job(artifact="", images="", total=100, options={}))
+    kept.folder.mkdir()
+    most = 0
+    for start in range(100):
+        kept.add(store.chunk_of(start, ["a.png"], [""], {}))
+        most = max(most, len(kept.waiting))
+    assert most == 10
+    kept.flush()
+    assert [chunk.start for chunk in kept.chunks()] == list(range(100))
