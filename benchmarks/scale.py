@@ -114,7 +114,10 @@ class Result(Record, frozen=True):
             run.waiting * run.size for run in self.runs if (run.machines, run.size) == (MACHINES, ranges.IMAGES)
         )
         name = sys.getsizeof(NAME) + 8
+        slowest = max(self.costs_ms.values())
         rows = {
+            "an image on two cores": "; ".join(f"{name} {cost:.0f} ms" for name, cost in self.costs_ms.items()),
+            "a range on the slowest machines": f"{ranges.IMAGES * slowest / 1000:.0f} s",
             "peak of resident memory": f"{many.peak_bytes / 1e6:,.0f} MB with {many.images:,} images, {each:.0f} bytes "
             "more for each further image",
             "results that wait for their turn, at most": f"{waits * sent / 1e6:,.0f} MB",
@@ -123,6 +126,8 @@ class Result(Record, frozen=True):
             "answers through the object store": f"{sent:.0f} bytes an image, {sent * IMAGES / 1e9:.2f} GB in all",
             "artifact through the object store": f"{ARTIFACT_BYTES * MACHINES / 1e9:.1f} GB, once to each machine",
             "receiving and storing": f"{1e6 * many.receive_s / many.images:.1f} µs an image",
+            "a range in Ray, and stored": f"{1000 * RAY_S:.0f} ms (assumed), and "
+            f"{1000 * ranges.IMAGES * many.receive_s / many.images:.1f} ms",
             "writing the file at the end": f"{1e6 * many.write_s / many.images:.1f} µs an image",
         }
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]) + "\n"
