@@ -377,7 +377,7 @@ def test_a_machine_without_the_images_says_so(copied, photos, worker):
     (worker / "few").mkdir()
     Image.fromarray(synthetic.dead_leaves(48, 0)).save(worker / "few" / "a.png")
     other = predict.ranges_of(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
-    changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images": "x"})
+    changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images_digest": "x"})
     assert "other images than when the command began" in tasks.check(cluster.job_of(copied, changed), []).error
 
 
