@@ -351,6 +351,26 @@ def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker)
     assert len(copied_files) == 2
 
 
+def test_a_machine_keeps_the_copies_that_it_used_last(copied, photos, worker, monkeypatch):
+    monkeypatch.setattr(tasks, "COPIES", 3)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
+    kept = worker / "cache" / "convnext-export" / "artifacts"
+    for key in ("a", "b", "c", "a", "d"):
+        assert tasks.check(replace(job, key=key), contents(copied)).error == ""
+        for folder in kept.iterdir():
+            os.utime(folder, (0, folder.stat().st_mtime - 100))
+    assert sorted(folder.name for folder in kept.iterdir()) == ["a", "c", "d"]
+    assert all(len(list(folder.iterdir())) == 2 for folder in kept.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(copied, photos, worker):
+    (worker / "cache").write_bytes(b"a file")
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
+    assert "cache" in tasks.check(job, contents(copied)).error
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
