@@ -42,6 +42,15 @@ class Chunk(Record, frozen=True):
         """The number of images up to the end of this chunk."""
         return self.start + len(self.names)
 
+    def after(self, count: int) -> Chunk:
+        """The part of it after the first `count` images of all."""
+        first = max(0, count - self.start)
+        if not first:
+            return self
+        rows = sum(not error for error in self.errors[:first])
+        arrays = {name: array[rows:] for name, array in self.arrays().items()} if not all(self.errors[first:]) else {}
+        return chunk_of(self.start + first, list(self.names[first:]), list(self.errors[first:]), arrays)
+
 
 def chunk_of(start: int, names: list[str], errors: list[str], arrays: Mapping[str, NDArray[Any]]) -> Chunk:
     """A chunk of these arrays."""

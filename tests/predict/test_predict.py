@@ -441,3 +441,28 @@ def test_answers_are_stored_before_they_fill_the_memory(tmp_path, monkeypatch):
     assert most == 10
     kept.flush()
     assert [chunk.start for chunk in kept.chunks()] == list(range(100))
+
+
+def test_a_part_of_a_batch_has_the_answers_of_its_images():
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    chunk = store.chunk_of(8, list("abcd"), ["", "no image", "", ""], {"values": values})
+    assert chunk.after(8) is chunk
+    part = chunk.after(10)
+    assert (part.start, part.names, part.errors) == (10, ("c", "d"), ("", ""))
+    assert part.arrays()["values"].tolist() == values[1:].tolist()
+    bad = store.chunk_of(0, ["a", "b"], ["", "no image"], {"values": values[:1]}).after(1)
+    assert (bad.names, bad.tensors) == (("b",), {})
+
+
+def test_another_device_is_not_resumed(artifacts, photos, tmp_path, monkeypatch):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    real = store.Store.add
+    monkeypatch.setattr(store.Store, "add", lambda kept, chunk: interrupted() if chunk.start else real(kept, chunk))
+    with pytest.raises(KeyboardInterrupt):
+        wrote(artifact, photos, out)
+    with pytest.raises(BadRequest, match="was begun with device None, now cuda; give the same, or --overwrite"):
+        predict.predict(artifact, [str(photos)], PredictOptions(top=2, device="cuda"), out, resume=True)

@@ -22,7 +22,7 @@ from PIL import Image
 from exporter import backends, predict
 from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
-from exporter.predict import PredictOptions
+from exporter.predict import PredictOptions, store
 from exporter.run import cluster, distributed, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
@@ -502,4 +502,40 @@ def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, pho
     assert "2 of 4 shards are stored; the same command continues" in result.err
     assert run(*words).code == 0
     assert sorted(submitted) == [0, 1, 2, 3]
+    tasks._close()
+
+
+def test_an_output_is_continued_in_the_middle_of_a_batch(copied, photos, tmp_path, monkeypatch):
+    """As after a part that had batches of another size: no image is answered twice."""
+    out, whole = tmp_path / "a.csv", tmp_path / "whole.csv"
+    predict.predict(copied, [str(photos)], PredictOptions(), whole)
+
+    class OneMachine:
+        """Does the tasks in this process."""
+
+        sent, check = (lambda *_: [] for _ in range(2))
+
+        def results(self, job, references, numbers, need, in_order):
+            del need
+            assert in_order
+            for number in numbers:
+                yield number, tasks.do(job, references, number).content
+
+    def part(done):
+        schedule = predict.ranges_of(copied, [str(photos)], PredictOptions(), out)
+        with predict.open_ranges(schedule, copied) as chunks:
+            first = next(iter(chunks(0)))
+        assert len(first.names) == 4
+        yield replace_chunk(first)
+        raise KeyboardInterrupt
+
+    def replace_chunk(chunk):
+        rows = {name: array[:2] for name, array in chunk.arrays().items()}
+        return store.chunk_of(0, list(chunk.names[:2]), ["", ""], rows)
+
+    monkeypatch.setattr(distributed, "connected", lambda *_: nullcontext(OneMachine()))
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(copied, [str(photos)], PredictOptions(), out, elsewhere=part)
+    distributed.predict(copied, [str(photos)], PredictOptions(), "ray", out, resume=True)
+    assert out.read_bytes() == whole.read_bytes()
     tasks._close()
