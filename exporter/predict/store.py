@@ -44,12 +44,17 @@ class Chunk(Record, frozen=True):
 
     def after(self, count: int) -> Chunk:
         """The part of it after the first `count` images of all."""
-        first = max(0, count - self.start)
-        if not first:
+        return self.between(count, self.end)
+
+    def between(self, start: int, stop: int) -> Chunk:
+        """The part of it from image number `start` of all up to `stop`, which is left out."""
+        first, last = max(0, start - self.start), min(len(self.names), stop - self.start)
+        if (first, last) == (0, len(self.names)):
             return self
-        rows = sum(not error for error in self.errors[:first])
-        arrays = {name: array[rows:] for name, array in self.arrays().items()} if not all(self.errors[first:]) else {}
-        return chunk_of(self.start + first, list(self.names[first:]), list(self.errors[first:]), arrays)
+        errors = self.errors[first:last]
+        skipped, rows = (sum(not error for error in part) for part in (self.errors[:first], errors))
+        arrays = {name: array[skipped : skipped + rows] for name, array in self.arrays().items()} if rows else {}
+        return chunk_of(self.start + first, list(self.names[first:last]), list(errors), arrays)
 
 
 def chunk_of(start: int, names: list[str], errors: list[str], arrays: Mapping[str, NDArray[Any]]) -> Chunk:

@@ -1,6 +1,7 @@
 """`predict`: the answers are those of the runtime for the images, in every format, after an interruption too."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,8 @@ from exporter import artifact as artifacts_
 from exporter import predict
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions, predictor, sources, store, writers
+from exporter.predict import answers as answers_
+from exporter.recipe import Checks
 from tests.conftest import PX, build, tiny_config
 
 COUNT = 40
@@ -466,3 +469,41 @@ def test_another_device_is_not_resumed(artifacts, photos, tmp_path, monkeypatch)
         wrote(artifact, photos, out)
     with pytest.raises(BadRequest, match="was begun with device None, now cuda; give the same, or --overwrite"):
         predict.predict(artifact, [str(photos)], PredictOptions(top=2, device="cuda"), out, resume=True)
+
+
+OUTPUTS = {
+    "classes": answers_.Output("logits", 0, "logits", "classes", 7, tuple("abcdefg")),
+    "multilabel": answers_.Output("tags", 1, "logits", "multilabel", 7, ()),
+    "values": answers_.Output("age", 2, "logits", "values", 2, ()),
+    "embedding": answers_.Output("vector", 3, "embedding", "embedding", 0, ()),
+}
+
+
+@pytest.mark.parametrize("kinds", [(kind,) for kind in OUTPUTS] + [tuple(OUTPUTS)], ids="-".join)
+@pytest.mark.parametrize("size", [1, 3, 8, 40])
+def test_the_columns_of_a_parquet_file_are_the_records(kinds, size, tmp_path, monkeypatch):
+    """The table that is made of the records, a row at a time, is the expected one."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    outputs = tuple(replace_place(OUTPUTS[kind], place) for place, kind in enumerate(kinds))
+    answers, draw = answers_.Answers(outputs, 3, Checks()), np.random.default_rng(0)
+    widths = {"classes": 7, "multilabel": 7, "values": 2, "embedding": 5}
+    chunks = []
+    for start in range(0, 40, size):
+        count = min(size, 40 - start)
+        errors = ["no image" if start + row in (0, 5, 16, 17, 39) else "" for row in range(count)]
+        good = errors.count("")
+        values = tuple(draw.normal(size=(good, widths[kind])).astype(np.float32) for kind in kinds)
+        names = [f"{start + row}.png" for row in range(count)]
+        chunks.append(store.chunk_of(start, names, errors, answers.of(values) if good else {}))
+    monkeypatch.setattr(writers, "ROW_GROUP", 16)
+    writers.write_parquet(tmp_path / "a.parquet", answers, lambda: iter(chunks))
+    table = parquet.read_table(tmp_path / "a.parquet")
+    columns = writers.columns(answers)
+    rows = [writers.flat(columns, record) for record in writers.records(answers, iter(chunks))]
+    assert table.equals(pa.Table.from_pylist(rows, table.schema))
+    metadata = parquet.read_metadata(tmp_path / "a.parquet")
+    assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [16, 16, 8]
+
+
+def replace_place(output, place):
+    return dataclasses.replace(output, place=place)
