@@ -324,17 +324,17 @@ def drive(images: int, results: Any) -> None:
         parquet.write_table(pa.table({"image": pa.array([b"a"] * images)}), table, row_group_size=1000)
         opened = open_images([str(table)], Preprocessing(size=224, resize=224))
         job = store.Job(artifact="", images=opened.key, total=opened.samples.total, options={})
-        sent = 0
+        sent = unreadable = 0
         received_s = 0.0
         with store.opened(out, job, resume=False, overwrite=False) as kept:
             for content in answers_from(0, images, ranges.IMAGES, str(table)):
                 began = time.perf_counter()
                 for chunk in msgspec.msgpack.decode(content, type=list[store.Chunk]):
                     kept.add(chunk)
+                    unreadable += sum(bool(error) for error in chunk.errors)
                 received_s += time.perf_counter() - began
                 sent += len(content)
             began = time.perf_counter()
-            sum(len(chunk.names) for chunk in kept.chunks())  # those that are unreadable are counted
             kept.finish(lambda file: writers.write_parquet(file, answers, kept.chunks))
             write_s = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -507,3 +507,24 @@ def test_the_columns_of_a_parquet_file_are_the_records(kinds, size, tmp_path, mo
 
 def replace_place(output, place):
     return dataclasses.replace(output, place=place)
+
+
+def test_images_that_were_unreadable_before_an_interruption_are_counted_after_it(
+    artifacts, photos, tmp_path, monkeypatch
+):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    words, real = [str(photos / "page.jpg"), str(photos), str(photos / "empty.png")], store.Store.add
+
+    def add(kept, chunk):
+        if chunk.start >= 8:
+            raise KeyboardInterrupt
+        real(kept, chunk)
+
+    monkeypatch.setattr(store.Store, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(artifact, words, PredictOptions(), out)
+    monkeypatch.setattr(store.Store, "add", real)
+    summary = predict.predict(artifact, words, PredictOptions(), out, resume=True)
+    assert summary.now == COUNT + 2 - 8
+    names = [reason.partition(":")[0].rpartition("/")[2] for reason in summary.unreadable]
+    assert names == ["page.jpg", "empty.png", "page.jpg", "empty.png"]
