@@ -119,7 +119,7 @@ class Result(Record, frozen=True):
             "an image on two cores": "; ".join(f"{name} {cost:.0f} ms" for name, cost in self.costs_ms.items()),
             "a range on the slowest machines": f"{ranges.IMAGES * slowest / 1000:.0f} s",
             "peak of resident memory": f"{many.peak_bytes / 1e6:,.0f} MB with {many.images:,} images, {each:.0f} bytes "
-            "more for each further image",
+            f"more for each further image, {(many.peak_bytes + each * (IMAGES - many.images)) / 1e9:.1f} GB for all",
             "results that wait for their turn, at most": f"{waits * sent / 1e6:,.0f} MB",
             "names of a folder, in each process": f"{name} bytes an image, {name * IMAGES / 1e9:.1f} GB; of a Parquet "
             "file with bytes none",
