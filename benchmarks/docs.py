@@ -33,6 +33,7 @@ from benchmarks import (
     quantizers,
     readme,
     recipes,
+    scale,
 )
 from benchmarks.any_size import Result as AnySize
 from benchmarks.footprint import Footprint, table
@@ -60,6 +61,7 @@ DOCUMENTS = (
     "README.md",
     "docs/bisect.md",
     "docs/checkpoints.md",
+    "docs/cluster.md",
     "docs/demo.md",
     "docs/forms.md",
     "docs/gate.md",
@@ -132,6 +134,7 @@ def tables() -> dict[str, str]:
     ]
     cases = peers.load(TURIN / "peers")
     typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
+    scaled = msgspec.json.decode((MILAN / "scale.json").read_bytes(), type=scale.Result)
     raced = _race()
     by_size = _sizes()
     return {
@@ -149,6 +152,8 @@ def tables() -> dict[str, str]:
         "optimize-choices": optimize.table([optimized, of_tiny]) + machine(optimized.environment),
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
+        "scale": scaled.table(),
+        "scale-driver": scaled.driver_table() + machine(scaled.environment),
         "serving": answered.table() + machine(answered.environment),
         "segmentation": segmented.table() + machine(segmented.environment),
         "any-size": any_size.table() + machine(any_size.environment),

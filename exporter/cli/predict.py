@@ -39,14 +39,16 @@ def predict_command(
 ) -> None:
     """Run an artifact on images, with the preprocessing and the labels that its sidecar has.
 
-    SRC is a file, a folder, a pattern, a file:// address, a manifest, an .npz file, or - for standard input: the bytes
-    of an image, or names of files, one a line. An image that cannot be read has a reason in place of an answer.
+    SRC is a file, a folder, a pattern, a manifest, an .npz file, a Parquet file (FILE.parquet#COLUMN takes one column),
+    an address (file://, s3://, gs://), or - for standard input: the bytes of an image, or names of files, one a line.
+    An image that cannot be read has a reason in place of an answer.
 
     \b
     Examples:
       convnext-export predict build/tiny_fp32.onnx photo.jpg
       convnext-export predict build/tiny_fp32.onnx photos more/*.png -o answers.csv
       convnext-export predict build/tiny_fp32.onnx photos -o answers.csv --resume
+      convnext-export predict build/tiny_fp32.onnx "s3://bucket/val/*.parquet#image" -o answers.parquet
       convnext-export predict build/tiny_segment_fp32.onnx photos -o masks
     """
     import sys

@@ -14,8 +14,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -103,7 +102,7 @@ class CalibrationSet:
 
         Raises: BadRequest for an image that cannot be read: ranges must be those of the whole set.
         """
-        part = replace(self.samples, items=lambda: islice(self.samples.items(), skip, None), skipped=[])
+        part = self.samples.after(skip)
         yield from part.batches(size)
         if part.skipped:
             raise BadRequest(f"{self.source}: cannot calibrate with {some(part.skipped)}; leave out or replace them")

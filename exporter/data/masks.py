@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,8 +105,8 @@ def open_masks(
         if not pair.mask.is_file():
             raise BadRequest(f"{pair.mask}: no such mask, for the image {pair.name}; add it, or remove the image")
 
-    def items() -> Iterator[Item]:
-        for name, image, mask, digest in pairs:
+    def items(start: int = 0) -> Iterator[Item]:
+        for name, image, mask, digest in islice(pairs, start, None):
             yield (
                 name,
                 partial(_read, image, mask, preprocessing_of, values),

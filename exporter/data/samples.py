@@ -14,7 +14,7 @@ from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,14 @@ MASK_FOLDERS = (
 Item = tuple[str, Label | Callable[[], NDArray[np.int64]], Callable[[], NDArray[Any]]]
 
 
+class Items(Protocol):
+    """Iterates over images from number `start` on, without going through those before it where that is possible."""
+
+    def __call__(self, start: int = 0, /) -> Iterator[Item]:
+        """The images from number `start` on."""
+        ...
+
+
 @dataclass
 class Samples:
     """Images to measure with.
@@ -56,7 +64,7 @@ class Samples:
 
     source: str
     total: int
-    items: Callable[[], Iterator[Item]]
+    items: Items
     labelled: bool
     skipped: list[str] = field(default_factory=list)
     synthetic: bool = False
@@ -69,7 +77,19 @@ class Samples:
     def between(self, start: int, stop: int) -> Samples:
         """Those from number `start` up to `stop`, which is left out."""
         stop = min(stop, self.total)
-        return replace(self, total=stop - start, items=lambda: islice(self.items(), start, stop), skipped=[])
+
+        def items(skip: int = 0) -> Iterator[Item]:
+            return islice(self.items(start + skip), max(0, stop - start - skip))
+
+        return replace(self, total=stop - start, items=items, skipped=[])
+
+    def after(self, start: int) -> Samples:
+        """Those from number `start` on. Their total stays that of all."""
+
+        def items(skip: int = 0) -> Iterator[Item]:
+            return self.items(start + skip)
+
+        return replace(self, items=items, skipped=[])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All images in batches of `size`; the last one may be smaller, and so is one with unreadable images."""
@@ -220,8 +240,9 @@ def of_files(
     _check_channels(source, [name for name, _ in found], recipe.channels)
     stray = _stray_images(root) if any(label != UNKNOWN for _, label in found) and Path(source).is_dir() else []
 
-    def items() -> Iterator[Item]:
-        for name, label in found:
+    def items(start: int = 0) -> Iterator[Item]:
+        for index in range(start, len(found)):
+            name, label = found[index]
             yield name, label, partial(read_file, root / name, recipe, digests.get(name, ""))
 
     return Samples(
@@ -254,8 +275,8 @@ def of_generator(source: str, generator: str, found: Sequence[tuple[str, Label]]
     if not maker.sized:
         _check_channels(source, [generator], recipe.channels)
 
-    def items() -> Iterator[Item]:
-        for path, label in found:
+    def items(start: int = 0) -> Iterator[Item]:
+        for path, label in islice(found, start, None):
             yield f"{generator} {path}", label, partial(maker.input, generators.number(path, source), recipe)
 
     return Samples(source, len(found), items, found[0][1] != UNKNOWN, synthetic=maker.synthetic)
@@ -272,8 +293,8 @@ def _check_channels(source: str, names: Sequence[str], channels: int) -> None:
 
 
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
-    def items() -> Iterator[Item]:
-        for seed in range(count):
+    def items(start: int = 0) -> Iterator[Item]:
+        for seed in range(start, count):
             yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
 
     return Samples("synthetic", count, items, labelled=False, synthetic=True)
@@ -291,7 +312,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
     total = min(arrays.count, most or arrays.count)
     wanted = set(spread(arrays.count, total)) if total < arrays.count else None
 
-    def items() -> Iterator[Item]:
+    def every() -> Iterator[Item]:
         for index, array in enumerate(arrays.rows()):
             if wanted is not None and index not in wanted:
                 continue
@@ -301,6 +322,10 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
             yield f"{path.name}[{index}]", label, partial(np.asarray, array)
 
     digest = cache(partial(sha256_file, path))
+
+    def items(start: int = 0) -> Iterator[Item]:
+        return islice(every(), start, None)
+
     return Samples(
         str(path), total, items, labels is not None, identity=lambda name: f"{digest()} {name.rpartition('[')[2]}"
     )

@@ -89,9 +89,8 @@ def predict(
         if done < job.total:
             step(f"predicting {job.total - done:,} images with {artifact.path.name}")
         chunks = elsewhere(done) if elsewhere else _chunks(artifact, answers, images, options, done)
-        _keep(kept, track(chunks, job.total - done, "images", _count))
+        unreadable = _unreadable(kept.chunks()) + _keep(kept, track(chunks, job.total - done, "images", _count))
         seconds = time.monotonic() - began
-        unreadable = _unreadable(kept.chunks())
         if len(unreadable) == job.total:
             kept.discard()
         _report(unreadable, job.total)
@@ -100,14 +99,17 @@ def predict(
     return Summary(total=job.total, now=job.total - done, unreadable=unreadable, seconds=seconds)
 
 
-def _keep(kept: store.Store, chunks: Iterator[Chunk]) -> None:
-    """Store the chunks as they come.
+def _keep(kept: store.Store, chunks: Iterator[Chunk]) -> tuple[str, ...]:
+    """Store the chunks as they come, and return what in them is unreadable.
 
     Raises: KeyboardInterrupt, with what was stored until then.
     """
+    unreadable: list[str] = []
     try:
         for chunk in chunks:
             kept.add(chunk)
+            unreadable += _unreadable(iter([chunk]))
+        return tuple(unreadable)
     except KeyboardInterrupt:
         reached = f"{kept.out} has {kept.done():,} of {kept.job.total:,} images"
         raise KeyboardInterrupt(f"{reached}; --resume added to the same command continues it") from None
@@ -231,4 +233,4 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """The answers after the first `done` images."""
     with opened(artifact, answers, options) as predictor:
-        yield from predictor.chunks(images.after(done), done)
+        yield from predictor.chunks(images.samples.after(done), done)

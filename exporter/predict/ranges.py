@@ -20,12 +20,12 @@ IMAGES = 512
 
 class Ranges(Record, frozen=True):
     """Ranges of images that other processes predict: the sources, the options, the name of the output, a digest of the
-    images (`Images.key`), their number, the images of a range, and the versions that compute."""
+    images (`Images.key`), the number of images in all and of a range, and the versions that compute."""
 
     sources: tuple[str, ...]
     options: PredictOptions
     out: str
-    images: str
+    images_digest: str
     total: int
     size: int
     versions: dict[str, str]
@@ -49,7 +49,7 @@ def ranges_of(
         sources=tuple(sources),
         options=options,
         out=str(out),
-        images=images.key,
+        images_digest=images.key,
         total=images.samples.total,
         size=-(-(size or IMAGES) // batch) * batch,
         versions=backends.computing_versions(artifact),
@@ -63,7 +63,7 @@ def refuse_others(ranges: Ranges, artifact: Artifact) -> Images:
     """
     backends.refuse_other_versions(ranges.versions, artifact)
     images = open_images(ranges.sources, artifact.sidecar.preprocessing)
-    if images.key != ranges.images:
+    if images.key != ranges.images_digest:
         raise BadRequest(
             f"{some(ranges.sources)}: other images than when the command began; restore them, or begin anew"
         )

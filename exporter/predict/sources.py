@@ -1,4 +1,5 @@
-"""The images that a user means: files, folders, patterns, `file://` addresses, arrays, manifests, standard input."""
+"""The images that a user means: files, folders, patterns, arrays, manifests, Parquet files, addresses, standard
+input."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote_to_bytes
 
 from exporter.artifact import sha256_file
@@ -20,8 +21,9 @@ from exporter.backends import Array
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
 from exporter.data.manifests import is_manifest, locate
-from exporter.data.samples import Item, Samples, images_in, open_samples
+from exporter.data.samples import Item, Samples, images_in, mask_folders, open_samples
 from exporter.errors import BadRequest, nearest
+from exporter.predict import parquet, remote
 from exporter.recipe import bundled
 
 STDIN = "-"
@@ -31,19 +33,16 @@ MAX_STDIN_BYTES = 1 << 28
 @dataclass(frozen=True)
 class Images:
     """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists;
-    `stdin_image` are the bytes of an image on standard input."""
+    `content` returns by its name the bytes of an image that is no file of this machine, and None for others."""
 
     samples: Samples
     key: str
-    stdin_image: bytes = b""
+    content: Callable[[str], bytes | None] = lambda _: None
 
     def file(self, name: str) -> Path | IO[bytes]:
-        """An image by its name: a stream for standard input, else its path, which may not exist."""
-        return io.BytesIO(self.stdin_image) if name == STDIN and self.stdin_image else Path(name)
-
-    def after(self, count: int) -> Samples:
-        """Those after the first `count`."""
-        return replace(self.samples, items=lambda: islice(self.samples.items(), count, None), skipped=[])
+        """An image by its name: a stream if it is no file of this machine, else its path, which may not exist."""
+        content = self.content(name)
+        return Path(name) if content is None else io.BytesIO(content)
 
 
 def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | None = None) -> Images:
@@ -51,24 +50,33 @@ def open_images(words: Sequence[str], recipe: Preprocessing, stdin: IO[bytes] | 
 
     Args:
         words: files, folders (with all below them), patterns such as `photos/*.jpg`, `file://` addresses, manifests,
-            `.npz` files, bundled sets, `synthetic`, or `-`.
+            `.npz` files, bundled sets, `synthetic`, Parquet files (or folders of them), addresses in object storage,
+            or `-`.
         recipe: how each image becomes an input.
         stdin: read for `-`: the bytes of one image, or the names of files, one a line or separated by NUL.
 
-    Raises: BadRequest for a source that does not exist, or without an image.
+    Raises: BadRequest for a source that does not exist, or without an image; Unavailable where a package that reads it
+        is not installed.
     """
     parts = [_open(word, recipe, stdin) for word in words]
+    return _joined(", ".join(words), parts)
+
+
+def _joined(source: str, parts: Sequence[Images]) -> Images:
+    """The images of all parts, in order."""
     total = sum(part.samples.total for part in parts)
 
-    def items() -> Iterator[Item]:
-        return chain.from_iterable(part.samples.items() for part in parts)
+    def items(start: int = 0) -> Iterator[Item]:
+        for part in parts:
+            if start < part.samples.total:
+                yield from part.samples.items(start)
+            start = max(0, start - part.samples.total)
 
-    samples = Samples(", ".join(words), total, items, labelled=False)
-    return Images(
-        samples,
-        _digest(part.key for part in parts),
-        next((part.stdin_image for part in parts if part.stdin_image), b""),
-    )
+    def content(name: str) -> bytes | None:
+        every = (part.content(name) for part in parts)
+        return next((one for one in every if one is not None), None)
+
+    return Images(Samples(source, total, items, labelled=False), _digest(part.key for part in parts), content)
 
 
 def _digest(words: Iterable[str]) -> str:
@@ -83,12 +91,16 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         return _from_stdin(recipe, stdin)
     if not word:
         raise BadRequest("a source is empty; give a file, a folder or a pattern")
-    if "://" in word:
-        word = _path_of(word)
+    if remote.is_address(word):
+        return _of_storage(word, recipe)
+    return _open_here(_path_of(word) if "://" in word else word, recipe)
+
+
+def _open_here(word: str, recipe: Preprocessing) -> Images:
+    """The images of a source of this machine."""
     path, split = locate(word)
     if path.is_dir():
-        folder = word.removesuffix(f"#{split}" if split else "").rstrip("/")
-        return _of_files(word, [f"{folder}/{name}" for name in images_in(path, split)], recipe)
+        return _of_folder(word, path, split, recipe)
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise BadRequest(f"{word}: a pipe or device; pipe it to standard input and give -")
     is_pattern = glob.has_magic(word) and not path.exists()
@@ -98,17 +110,134 @@ def _open(word: str, recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
         if path.suffix.lower() == ".npz":
             samples = replace(samples, items=partial(_to_the_end, samples, path.name))
         return Images(samples, f"{samples.total} of {split} of {content}")
+    if path.exists() and parquet.is_parquet(path.name):
+        return _of_rows(_without(word, split), split, recipe)
     if path.exists():
-        return _of([(word, partial(images.read, path, recipe))], f"{word} {_state(path)}")
+        return _of([word], lambda _: partial(images.read, path, recipe), f"{word} {_state(path)}")
     if is_pattern:
-        matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))  # noqa: PTH111, PTH207  (as typed)
-        return _of_files(word, [name for name in matches if Path(name).is_file()], recipe)
+        return _of_pattern(word, split, recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
 
 
-def _to_the_end(samples: Samples, name: str) -> Iterator[Item]:
-    """All images of an archive; where it is damaged, the rest of them cannot be read."""
+def _without(word: str, split: str) -> str:
+    return word.removesuffix(f"#{split}") if split else word
+
+
+def _of_pattern(word: str, split: str, recipe: Preprocessing) -> Images:
+    """The files that match a pattern; if all are Parquet files, their rows."""
+    pattern = word if not parquet.is_parquet(_without(word, split)) else _without(word, split)
+    matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))  # noqa: PTH111, PTH207  (as typed)
+    names = [name for name in matches if Path(name).is_file()]
+    if names and all(map(parquet.is_parquet, names)):
+        return _joined(word, [_of_rows(name, split, recipe) for name in names])
+    return _of_files(word, names, recipe)
+
+
+def _of_folder(word: str, path: Path, split: str, recipe: Preprocessing) -> Images:
+    """The images of a folder; if it has none, the rows of its Parquet files."""
+    folder = _without(word, split).rstrip("/")
+    may_be_column = bool(split) and mask_folders(path) is None
+    names = [] if may_be_column else images_in(path, split)
+    if not names and (tables := parquet.files_in(path)):
+        return _joined(word, [_of_rows(f"{folder}/{name}", split, recipe) for name in tables])
+    return _of_files(word, [f"{folder}/{name}" for name in names or images_in(path, split)], recipe)
+
+
+def _of_storage(word: str, recipe: Preprocessing) -> Images:
+    """The images at an address in object storage; if it has none, the rows of its Parquet files."""
+    address, _, column = word.rpartition("#") if "#" in word else (word, "", "")
+    try:
+        files = remote.files_at(word)
+    except BadRequest:
+        if not column:
+            raise
+        files = remote.files_at(address)
+    visible = [file for file in files if not any(part.startswith(".") for part in file.path.split("/"))]
+    tables = [file for file in visible if parquet.is_parquet(file.path)]
+    pictures = [file for file in visible if Path(file.path).suffix.lower() in images.SUFFIXES]
+    if tables and (column or not pictures):
+        return _joined(word, [_of_rows(file.address, column, recipe, file) for file in tables])
+    if not pictures:
+        raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png, or .parquet")
+    by_name = {file.address: file for file in pictures}
+    key = _digest(f"{file.address} {file.state}" for file in pictures)
+    part = _of(list(by_name), lambda name: partial(_read_remote, by_name[name], recipe), key)
+    return replace(part, content=lambda name: by_name[name].read() if name in by_name else None)
+
+
+def _read_remote(file: remote.File, recipe: Preprocessing) -> Array:
+    return images.read(io.BytesIO(file.read()), recipe)
+
+
+def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | None = None) -> Images:
+    """The images of the rows of a Parquet file, of this machine or in object storage."""
+    path = Path(name).expanduser()
+    rows = parquet.Rows(name, path.open("rb") if file is None else file.open(), column)
+    key = f"{name}#{rows.column} {_state(path) if file is None else file.state}"
+    if not rows.total:
+        raise BadRequest(f"{name}: no rows in it; expected an image in each row")
+    if rows.kind == "path":
+        names = ["" if path is None else _beside(name, path) for path in rows.every()]
+        return replace(_of(names, lambda one: partial(_read_at, one, recipe), key), content=_remote_content)
+
+    def items(start: int = 0) -> Iterator[Item]:
+        for row in range(start, rows.total):
+            yield f"{name}[{row}]", UNKNOWN, partial(_read_row, rows, name, row, recipe)
+
+    def content(image: str) -> bytes | None:
+        row = image.removeprefix(f"{name}[").removesuffix("]")
+        return _content_of(rows.value(int(row)), name) if row.isdecimal() and image == f"{name}[{row}]" else None
+
+    return Images(Samples("", rows.total, items, labelled=False), key, content)
+
+
+def _beside(table: str, path: str) -> str:
+    """A path in a row as a path or an address: relative ones begin at the folder of the Parquet file."""
+    if remote.is_address(path) or Path(path).is_absolute():
+        return path
+    return f"{table.rpartition('/')[0]}/{path}" if "/" in table else path
+
+
+def _read_at(name: str, recipe: Preprocessing) -> Array:
+    if not name:
+        raise images.Unreadable("no path in this row")
+    return _read_remote(remote.file_at(name), recipe) if remote.is_address(name) else images.read(Path(name), recipe)
+
+
+def _remote_content(name: str) -> bytes | None:
+    return remote.file_at(name).read() if remote.is_address(name) else None
+
+
+def _read_row(rows: parquet.Rows, table: str, row: int, recipe: Preprocessing) -> Array:
+    return images.read(io.BytesIO(_content_of(rows.value(row), table)), recipe)
+
+
+def _content_of(value: Any, table: str) -> bytes:
+    """The bytes of the image in a row: of the row itself, or of the file that it names.
+
+    Raises: images.Unreadable where there is none.
+    """
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if content is not None:
+        return bytes(content)
+    if not path:
+        raise images.Unreadable("no image in this row")
+    name = _beside(table, path)
+    if remote.is_address(name):
+        return remote.file_at(name).read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise images.Unreadable(f"{path}: {error.strerror}") from None
+
+
+def _to_the_end(samples: Samples, name: str, start: int = 0) -> Iterator[Item]:
+    """The images of an archive from number `start` on; where it is damaged, the rest of them cannot be read."""
+    return islice(_every(samples, name), start, None)
+
+
+def _every(samples: Samples, name: str) -> Iterator[Item]:
     count = 0
     try:
         for item in samples.items():
@@ -135,7 +264,10 @@ def _path_of(address: str) -> str:
     scheme, _, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     if scheme.lower() != "file" or host.lower() not in ("", "localhost"):
-        raise BadRequest(f"{address}: only file:// addresses of this machine are read; download it first")
+        raise BadRequest(
+            f"{address}: expected a file:// address of this machine, or one in object storage "
+            f"({'://, '.join(remote.PACKAGES)}://); download it first"
+        )
     return os.fsdecode(
         unquote_to_bytes(os.fsencode(slash + path))
     )  # names of files are bytes, and may have # and ? in them
@@ -148,8 +280,8 @@ def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:
             f"{STDIN}: more than {MAX_STDIN_BYTES >> 20} MiB on standard input; give a folder or a pattern"
         )
     if _is_image(content):
-        named = [(STDIN, partial(_read_bytes, content, recipe))]
-        return replace(_of(named, hashlib.sha256(content).hexdigest()), stdin_image=content)
+        part = _of([STDIN], lambda _: partial(_read_bytes, content, recipe), hashlib.sha256(content).hexdigest())
+        return replace(part, content=lambda name: content if name == STDIN else None)
     by_nul = b"\0" in content and (content.endswith(b"\0") or _is_text(content.replace(b"\0", b"\n")))
     lines = content.split(b"\0" if by_nul else b"\n")
     names = [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
@@ -186,9 +318,8 @@ def _read_bytes(content: bytes, recipe: Preprocessing) -> Array:
 def _of_files(word: str, names: Sequence[str], recipe: Preprocessing) -> Images:
     if not names:
         raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png")
-    paths = list(map(Path, names))
-    named = [(name, partial(images.read, path, recipe)) for name, path in zip(names, paths, strict=True)]
-    return _of(named, _digest(f"{name} {_state(path)}" for name, path in zip(names, paths, strict=True)))
+    key = _digest(f"{name} {_state(Path(name))}" for name in names)
+    return _of(names, lambda name: partial(images.read, Path(name), recipe), key)
 
 
 def _state(path: Path) -> str:
@@ -200,9 +331,11 @@ def _state(path: Path) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _of(named: Sequence[tuple[str, Callable[[], Array]]], key: str) -> Images:
-    def items() -> Iterator[Item]:
-        for name, make in named:
-            yield name, UNKNOWN, make
+def _of(names: Sequence[str], make: Callable[[str], Callable[[], Array]], key: str) -> Images:
+    """Images by their names; `make` returns a function that reads one. Nothing but the names is kept in memory."""
 
-    return Images(Samples("", len(named), items, labelled=False), key)
+    def items(start: int = 0) -> Iterator[Item]:
+        for index in range(start, len(names)):
+            yield names[index], UNKNOWN, make(names[index])
+
+    return Images(Samples("", len(names), items, labelled=False), key)

@@ -21,6 +21,7 @@ from exporter.errors import BadRequest
 
 FLUSH_S = 5.0
 FLUSH_BYTES = 32 << 20
+CHUNK_BYTES = 2048  # of a chunk of a few images in memory, with its names and records, beside its arrays
 
 
 class Chunk(Record, frozen=True):
@@ -40,6 +41,20 @@ class Chunk(Record, frozen=True):
     def end(self) -> int:
         """The number of images up to the end of this chunk."""
         return self.start + len(self.names)
+
+    def after(self, count: int) -> Chunk:
+        """The part of it after the first `count` images of all."""
+        return self.between(count, self.end)
+
+    def between(self, start: int, stop: int) -> Chunk:
+        """The part of it from image number `start` of all up to `stop`, which is left out."""
+        first, last = max(0, start - self.start), min(len(self.names), stop - self.start)
+        if (first, last) == (0, len(self.names)):
+            return self
+        errors = self.errors[first:last]
+        skipped, rows = (sum(not error for error in part) for part in (self.errors[:first], errors))
+        arrays = {name: array[skipped : skipped + rows] for name, array in self.arrays().items()} if rows else {}
+        return chunk_of(self.start + first, list(self.names[first:last]), list(errors), arrays)
 
 
 def chunk_of(start: int, names: list[str], errors: list[str], arrays: Mapping[str, NDArray[Any]]) -> Chunk:
@@ -65,6 +80,7 @@ class Store:
         self.out, self.job = out, job
         self.folder = folder_of(out)
         self.waiting: list[Chunk] = []
+        self.waiting_bytes = 0
         self.flushed = time.monotonic()
 
     def done(self) -> int:
@@ -84,8 +100,8 @@ class Store:
         Raises: Unavailable when the disk is full.
         """
         self.waiting.append(chunk)
-        size = sum(len(tensor.content) for one in self.waiting for tensor in one.tensors.values())
-        if size > FLUSH_BYTES or time.monotonic() - self.flushed > FLUSH_S:
+        self.waiting_bytes += CHUNK_BYTES + sum(len(tensor.content) for tensor in chunk.tensors.values())
+        if self.waiting_bytes > FLUSH_BYTES or time.monotonic() - self.flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
@@ -94,7 +110,7 @@ class Store:
             content = msgspec.msgpack.encode(self.waiting)
             name = f"{self.waiting[0].start:012d}.{hashlib.sha256(content).hexdigest()[:16]}"
             disk.write_file(self.folder / name, content)
-        self.waiting, self.flushed = [], time.monotonic()
+        self.waiting, self.waiting_bytes, self.flushed = [], 0, time.monotonic()
 
     def chunks(self) -> Iterator[Chunk]:
         """All chunks on the disk, in order."""

@@ -6,7 +6,7 @@ import csv
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 
 from exporter.delimited import escape_formula
-from exporter.errors import BadRequest, Unavailable, some
-from exporter.predict.answers import Answers, Output
+from exporter.errors import BadRequest, some
+from exporter.predict import parquet
+from exporter.predict.answers import Answers, Arrays, Output
 from exporter.predict.store import Chunk
 
 Chunks = Callable[[], Iterator[Chunk]]
@@ -42,15 +43,81 @@ def write_csv(file: Path, answers: Answers, chunks: Chunks) -> None:
 def write_parquet(file: Path, answers: Answers, chunks: Chunks) -> None:
     """A row for each image, in groups of `ROW_GROUP` rows."""
     import pyarrow as pa
-    from pyarrow import parquet
+    from pyarrow.parquet import ParquetWriter
 
     types = {"text": pa.string(), "integer": pa.int32(), "float": pa.float32(), "vector": pa.list_(pa.float32())}
     table = columns(answers)
     schema = pa.schema([(column.name, types[column.cell]) for column in table])
-    rows = (flat(table, record) for record in records(answers, chunks()))
-    with parquet.ParquetWriter(file, schema) as writer:
-        while group := list(islice(rows, ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
+    with ParquetWriter(file, schema) as writer:
+        for group in _groups(chunks()):
+            errors = [error or None for chunk in group for error in chunk.errors]
+            cells = _cells_of(answers, group)
+            good = pa.array(_places(errors), pa.int64())  # an image with an error has a null in the columns of answers
+            every = [
+                pa.array([name for chunk in group for name in chunk.names]),
+                *(_array(cells[column.name], types[column.cell]).take(good) for column in table[1:-1]),
+                pa.array(errors, pa.string()),
+            ]
+            writer.write_table(pa.Table.from_arrays(every, schema=schema), row_group_size=ROW_GROUP)
+
+
+def _array(cells: Any, of_type: Any) -> Any:
+    """Cells as a column of Parquet; vectors come as (N, width)."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(of_type):
+        return pa.array(cells, of_type)
+    ends = np.arange(len(cells) + 1, dtype=np.int32) * (cells.shape[1] if len(cells) else 0)
+    return pa.ListArray.from_arrays(ends, pa.array(np.ravel(cells), pa.float32()))
+
+
+def _places(errors: Sequence[str | None]) -> Iterator[int | None]:
+    """For each image its number among those without an error, None for one with an error."""
+    place = 0
+    for error in errors:
+        yield None if error else place
+        place += not error
+
+
+def _groups(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks of `ROW_GROUP` images together; the last group has fewer. A chunk that goes over the end is divided."""
+    group: list[Chunk] = []
+    end = ROW_GROUP
+    for chunk in chunks:
+        while chunk.end >= end:
+            yield [*group, chunk.between(chunk.start, end)]
+            group, chunk, end = [], chunk.after(end), end + ROW_GROUP
+        group += [chunk] if chunk.names else []
+    if group:
+        yield group
+
+
+def _cells_of(answers: Answers, group: Sequence[Chunk]) -> dict[str, Any]:
+    """The cells of images without an error, by the names of the columns; those of vectors as (N, width)."""
+    parts = [chunk.arrays() for chunk in group if chunk.tensors]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    cells: dict[str, Any] = {}
+    for output in answers.outputs:
+        before = f"{output.name}." if len(answers.outputs) > 1 else ""
+        for column in _columns_of(answers, output):
+            cells[before + column.name] = _cells(output, joined, column.keys) if joined else ()
+    return cells
+
+
+def _cells(output: Output, arrays: Arrays, keys: tuple[str | int, ...]) -> Any:
+    """The cells of one column: what `Answers.records` has under these keys."""
+    if keys[0] == "embedding":
+        return arrays[output.name]
+    if keys[0] == "values":
+        return arrays[output.name][:, int(keys[1])]
+    if keys[0] == "labels":
+        decided = arrays[f"{output.name}.decided"]
+        return [";".join(output.label(number) for number in np.flatnonzero(row).tolist()) for row in decided]
+    rank, word = int(keys[1]), keys[2]
+    if word == "probability":
+        return [round(one, 6) for one in arrays[f"{output.name}.probabilities"][:, rank].tolist()]
+    numbers = arrays[f"{output.name}.classes"][:, rank]
+    return numbers if word == "class" else [output.labels[number] for number in numbers.tolist()]
 
 
 def write_npz(file: Path, answers: Answers, chunks: Chunks) -> None:
@@ -93,10 +160,7 @@ def check(out: Path) -> None:
     if out.suffix.lower() not in WRITERS:
         raise BadRequest(f"-o {out}: expected a file that ends in {', '.join(WRITERS)}")
     if out.suffix.lower() == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise Unavailable("pyarrow is not installed; pip install 'convnext-export[parquet]'") from None
+        parquet.require()
 
 
 def check_kinds(out: Path, answers: Answers) -> None:

@@ -112,7 +112,7 @@ def predict(
             """The answers after the first `done` images."""
             for _, content in cluster.results(job, references, schedule.numbers(done), need, in_order=True):
                 every = msgspec.msgpack.decode(content, type=list[Chunk])
-                yield from (chunk for chunk in every if chunk.end > done)
+                yield from (chunk.after(done) for chunk in every if chunk.end > done)
 
         return predictions.predict(artifact, sources, options, out, resume, overwrite, elsewhere=chunks)
 

@@ -7,6 +7,7 @@ its exit code, so that no task is tried again because of it.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from exporter.verify import shards
 from exporter.verify.shards import Schedule
 
 Task = Callable[[int], bytes]
+COPIES = 8
+"""Copies of artifacts that a machine keeps, of the jobs that were begun there last."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,29 @@ def _artifact(job: Job, contents: Sequence[Callable[[], bytes]]) -> Artifact:
         if {file.name: file.sha256 for file in artifact.sidecar.files}.items() <= wanted.items():
             return artifact
     folder = disk.cache_folder() / "artifacts" / job.key
+    _make_room(folder)
     for (name, digest), content in zip(job.files, contents, strict=True):
         if not (folder / name).is_file() or artifacts.sha256_file(folder / name) != digest:
             disk.write_file(folder / name, content())
     return artifacts.load(folder / job.artifact.name)
+
+
+def _make_room(folder: Path) -> None:
+    """Make the folder of a copy, or mark it as used now, and remove those that were used longest ago beyond `COPIES`.
+
+    A process that has such a copy open can still read it.
+
+    Raises: Unavailable or BadRequest for a cache that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+    except OSError as error:
+        raise disk.write_error(error, folder.parent) from None
+    used: dict[Path, float] = {}
+    for copy in folder.parent.iterdir():
+        with suppress(OSError):  # another process removed it
+            used[copy] = copy.stat().st_mtime
+    used.pop(folder, None)
+    for copy in sorted(used, key=lambda copy: used[copy], reverse=True)[COPIES - 1 :]:
+        shutil.rmtree(copy, ignore_errors=True)

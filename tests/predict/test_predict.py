@@ -1,6 +1,7 @@
 """`predict`: the answers are those of the runtime for the images, in every format, after an interruption too."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,8 @@ from exporter import artifact as artifacts_
 from exporter import predict
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions, predictor, sources, store, writers
+from exporter.predict import answers as answers_
+from exporter.recipe import Checks
 from tests.conftest import PX, build, tiny_config
 
 COUNT = 40
@@ -240,7 +243,7 @@ def test_every_kind_of_source(photos, tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("https://example.org/a.jpg", "only file:// addresses"),
+        ("https://example.org/a.jpg", "or one in object storage"),
         ("{photos}/belov", "did you mean 'below'"),
         ("{photos}/*.bmp", "no images in it"),
         ("{photos}/nobody/*.png", "no images in it"),
@@ -427,3 +430,101 @@ def test_a_folder_of_another_origin_is_left_alone(artifacts, photos, tmp_path):
     with pytest.raises(BadRequest, match="not an unfinished output of this tool"):
         wrote(artifacts["onnxruntime", "fp32"], photos, out, overwrite=True)
     assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_answers_are_stored_before_they_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "FLUSH_S", 1e9)
+    monkeypatch.setattr(store, "FLUSH_BYTES", 10 * store.CHUNK_BYTES)
+    kept = store.Store(tmp_path / "a.csv", store.Job(artifact="", images="", total=100, options={}))
+    kept.folder.mkdir()
+    most = 0
+    for start in range(100):
+        kept.add(store.chunk_of(start, ["a.png"], [""], {}))
+        most = max(most, len(kept.waiting))
+    assert most == 10
+    kept.flush()
+    assert [chunk.start for chunk in kept.chunks()] == list(range(100))
+
+
+def test_a_part_of_a_batch_has_the_answers_of_its_images():
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    chunk = store.chunk_of(8, list("abcd"), ["", "no image", "", ""], {"values": values})
+    assert chunk.after(8) is chunk
+    part = chunk.after(10)
+    assert (part.start, part.names, part.errors) == (10, ("c", "d"), ("", ""))
+    assert part.arrays()["values"].tolist() == values[1:].tolist()
+    bad = store.chunk_of(0, ["a", "b"], ["", "no image"], {"values": values[:1]}).after(1)
+    assert (bad.names, bad.tensors) == (("b",), {})
+
+
+def test_another_device_is_not_resumed(artifacts, photos, tmp_path, monkeypatch):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    real = store.Store.add
+    monkeypatch.setattr(store.Store, "add", lambda kept, chunk: interrupted() if chunk.start else real(kept, chunk))
+    with pytest.raises(KeyboardInterrupt):
+        wrote(artifact, photos, out)
+    with pytest.raises(BadRequest, match="was begun with device None, now cuda; give the same, or --overwrite"):
+        predict.predict(artifact, [str(photos)], PredictOptions(top=2, device="cuda"), out, resume=True)
+
+
+OUTPUTS = {
+    "classes": answers_.Output("logits", 0, "logits", "classes", 7, tuple("abcdefg")),
+    "multilabel": answers_.Output("tags", 1, "logits", "multilabel", 7, ()),
+    "values": answers_.Output("age", 2, "logits", "values", 2, ()),
+    "embedding": answers_.Output("vector", 3, "embedding", "embedding", 0, ()),
+}
+
+
+@pytest.mark.parametrize("kinds", [(kind,) for kind in OUTPUTS] + [tuple(OUTPUTS)], ids="-".join)
+@pytest.mark.parametrize("size", [1, 3, 8, 40])
+def test_the_columns_of_a_parquet_file_are_the_records(kinds, size, tmp_path, monkeypatch):
+    """The table that is made of the records, a row at a time, is the expected one."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    outputs = tuple(replace_place(OUTPUTS[kind], place) for place, kind in enumerate(kinds))
+    answers, draw = answers_.Answers(outputs, 3, Checks()), np.random.default_rng(0)
+    widths = {"classes": 7, "multilabel": 7, "values": 2, "embedding": 5}
+    chunks = []
+    for start in range(0, 40, size):
+        count = min(size, 40 - start)
+        errors = ["no image" if start + row in (0, 5, 16, 17, 39) else "" for row in range(count)]
+        good = errors.count("")
+        values = tuple(draw.normal(size=(good, widths[kind])).astype(np.float32) for kind in kinds)
+        names = [f"{start + row}.png" for row in range(count)]
+        chunks.append(store.chunk_of(start, names, errors, answers.of(values) if good else {}))
+    monkeypatch.setattr(writers, "ROW_GROUP", 16)
+    writers.write_parquet(tmp_path / "a.parquet", answers, lambda: iter(chunks))
+    table = parquet.read_table(tmp_path / "a.parquet")
+    columns = writers.columns(answers)
+    rows = [writers.flat(columns, record) for record in writers.records(answers, iter(chunks))]
+    assert table.equals(pa.Table.from_pylist(rows, table.schema))
+    metadata = parquet.read_metadata(tmp_path / "a.parquet")
+    assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [16, 16, 8]
+
+
+def replace_place(output, place):
+    return dataclasses.replace(output, place=place)
+
+
+def test_images_that_were_unreadable_before_an_interruption_are_counted_after_it(
+    artifacts, photos, tmp_path, monkeypatch
+):
+    artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
+    words, real = [str(photos / "page.jpg"), str(photos), str(photos / "empty.png")], store.Store.add
+
+    def add(kept, chunk):
+        if chunk.start >= 8:
+            raise KeyboardInterrupt
+        real(kept, chunk)
+
+    monkeypatch.setattr(store.Store, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(artifact, words, PredictOptions(), out)
+    monkeypatch.setattr(store.Store, "add", real)
+    summary = predict.predict(artifact, words, PredictOptions(), out, resume=True)
+    assert summary.now == COUNT + 2 - 8
+    names = [reason.partition(":")[0].rpartition("/")[2] for reason in summary.unreadable]
+    assert names == ["page.jpg", "empty.png", "page.jpg", "empty.png"]

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from exporter import predict
+from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
-from exporter.predict import PredictOptions
+from exporter.predict import PredictOptions, sources
 from tests.conftest import build
 from tests.predict.test_predict import names_of
 
@@ -35,6 +36,25 @@ def test_a_list_of_names_alone_is_a_source(photo, artifacts):
     assert names_of([listed]) == ["one.png", "two words.png"]
     records = list(predict.answer(artifacts["onnxruntime", "fp32"], [str(listed)], PredictOptions()))
     assert ["predictions" in record for record in records] == [True, True]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 4, 5, 9])
+def test_images_from_any_number_on_are_read_without_those_before_them(start, photo, tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", images=np.zeros((3, 40, 40, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("in/one.png\nin/one.png\n")
+    words = [str(photo), str(photo.parent), str(tmp_path / "a.npz"), str(tmp_path / "list.txt")]
+    every, recipe = names_of(words), Preprocessing(size=32, resize=32)
+    opened, made = sources.open_images(words, recipe), []
+    real = sources.partial
+    monkeypatch.setattr(sources, "partial", lambda *words: made.append(words) or real(*words))
+    assert len(every) == 7
+    for part in (opened.samples.after(start), opened.samples.between(start, 7)):
+        made.clear()
+        assert [name for name, _, _ in part.items()] == every[start:]
+        assert len(made) <= max(0, 7 - start)
+        assert [name for name, _, _ in part.items(1)] == [name for name, _, _ in part.items()][1:]
+    nested = opened.samples.between(1, 7).between(2, 4)
+    assert [name for name, _, _ in nested.items()] == every[3:5]
 
 
 def test_a_named_pipe_is_refused_in_place_of_waiting(photo, tmp_path):

@@ -22,7 +22,7 @@ from PIL import Image
 from exporter import backends, predict
 from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
-from exporter.predict import PredictOptions
+from exporter.predict import PredictOptions, store
 from exporter.run import cluster, distributed, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
@@ -139,6 +139,20 @@ def test_a_report_and_predictions_have_the_bytes_of_one_machine(address, copied,
     result = run("predict", copied.path, ".", "-o", tmp_path / "several.csv", "--on", address)
     assert result.code == 0, result.err
     assert (tmp_path / "several.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_rows_of_a_parquet_file_are_answered_on_a_cluster(address, copied, photos, tmp_path, run, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("exporter.predict.ranges.IMAGES", 8)
+    contents = [file.read_bytes() for file in sorted(photos.rglob("*.png"))]
+    parquet.write_table(pa.table({"image": contents}), tmp_path / "rows.parquet", row_group_size=20)
+    words = ("predict", copied.path, tmp_path / "rows.parquet", "-o")
+    assert run(*words, tmp_path / "one.parquet").code == 0
+    result = run(*words, tmp_path / "several.parquet", "--on", address)
+    assert result.code == 0, result.err
+    assert (tmp_path / "several.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
+    assert parquet.read_metadata(tmp_path / "one.parquet").num_rows == len(contents)
 
 
 def write_recipes(folder, weights, bench):
@@ -337,6 +351,26 @@ def test_a_machine_without_the_artifact_gets_a_copy_once(copied, photos, worker)
     assert len(copied_files) == 2
 
 
+def test_a_machine_keeps_the_copies_that_it_used_last(copied, photos, worker, monkeypatch):
+    monkeypatch.setattr(tasks, "COPIES", 3)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
+    kept = worker / "cache" / "convnext-export" / "artifacts"
+    for key in ("a", "b", "c", "a", "d"):
+        assert tasks.check(replace(job, key=key), contents(copied)).error == ""
+        for folder in kept.iterdir():
+            os.utime(folder, (0, folder.stat().st_mtime - 100))
+    assert sorted(folder.name for folder in kept.iterdir()) == ["a", "c", "d"]
+    assert all(len(list(folder.iterdir())) == 2 for folder in kept.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(copied, photos, worker):
+    (worker / "cache").write_bytes(b"a file")
+    schedule = shards.schedule(copied, VerifyOptions(data=str(photos)), 16)
+    job = replace(cluster.job_of(copied, schedule), artifact=worker / "nowhere" / copied.path.name)
+    assert "cache" in tasks.check(job, contents(copied)).error
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -363,7 +397,7 @@ def test_a_machine_without_the_images_says_so(copied, photos, worker):
     (worker / "few").mkdir()
     Image.fromarray(synthetic.dead_leaves(48, 0)).save(worker / "few" / "a.png")
     other = predict.ranges_of(copied, [str(worker / "few")], PredictOptions(), Path("out.csv"))
-    changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images": "x"})
+    changed = type(ranges)(**{name: getattr(other, name) for name in other.__struct_fields__} | {"images_digest": "x"})
     assert "other images than when the command began" in tasks.check(cluster.job_of(copied, changed), []).error
 
 
@@ -468,4 +502,40 @@ def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, pho
     assert "2 of 4 shards are stored; the same command continues" in result.err
     assert run(*words).code == 0
     assert sorted(submitted) == [0, 1, 2, 3]
+    tasks._close()
+
+
+def test_an_output_is_continued_in_the_middle_of_a_batch(copied, photos, tmp_path, monkeypatch):
+    """As after a part that had batches of another size: no image is answered twice."""
+    out, whole = tmp_path / "a.csv", tmp_path / "whole.csv"
+    predict.predict(copied, [str(photos)], PredictOptions(), whole)
+
+    class OneMachine:
+        """Does the tasks in this process."""
+
+        sent, check = (lambda *_: [] for _ in range(2))
+
+        def results(self, job, references, numbers, need, in_order):
+            del need
+            assert in_order
+            for number in numbers:
+                yield number, tasks.do(job, references, number).content
+
+    def part(done):
+        schedule = predict.ranges_of(copied, [str(photos)], PredictOptions(), out)
+        with predict.open_ranges(schedule, copied) as chunks:
+            first = next(iter(chunks(0)))
+        assert len(first.names) == 4
+        yield replace_chunk(first)
+        raise KeyboardInterrupt
+
+    def replace_chunk(chunk):
+        rows = {name: array[:2] for name, array in chunk.arrays().items()}
+        return store.chunk_of(0, list(chunk.names[:2]), ["", ""], rows)
+
+    monkeypatch.setattr(distributed, "connected", lambda *_: nullcontext(OneMachine()))
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(copied, [str(photos)], PredictOptions(), out, elsewhere=part)
+    distributed.predict(copied, [str(photos)], PredictOptions(), "ray", out, resume=True)
+    assert out.read_bytes() == whole.read_bytes()
     tasks._close()
