@@ -177,7 +177,7 @@ def test_html_needs_nothing_else_and_runs_nothing():
 def test_html_says_what_the_report_says():
     words = " ".join(Page(rendered("html", made(passed=False))).words)
     assert f"fails: {EVIL}" in words
-    for part in ("82.10 %", "12.00", "regressed", "A <b>CPU</b>", "stages.0.2", "agreement"):
+    for part in ("82.10 %", "12.00", "regressed", "A <b>CPU</b>", "stages.0.2", "cosine"):
         assert part in words, part
 
 

@@ -11,7 +11,8 @@ import msgspec
 from exporter.report import Report, charts
 from exporter.report.answer import answer
 from exporter.report.history import Entry, series, step_table, steps
-from exporter.report.tables import Table, name, tables, warnings
+from exporter.report.summary import appendix, facts, failures, view, views
+from exporter.report.tables import Table, name, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -37,9 +38,10 @@ def render(reports: Sequence[Report]) -> str:
         "convnext-export report",
         answer=answer(reports),
         verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
-        lead=warnings(reports),
-        tables=tables(reports),
-        appendix=_blocks(reports),
+        lead=[*failures(reports), *warnings(reports)],
+        facts=facts(reports),
+        tables=views(reports),
+        appendix=[*appendix(reports), *_blocks(reports)],
         charts=[one for one in drawn if one.svg],
         masks=[(name(report), report.pictures) for report in reports if report.pictures],
         environments=environments(reports),
@@ -58,10 +60,10 @@ def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     """The template with its parts; whatever comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    blank: dict[str, Any] = {
-        key: [] for key in ("lead", "tables", "appendix", "charts", "masks", "environments", "provenance")
-    }
-    blank["answer"] = None
+    lists = ("lead", "facts", "tables", "appendix", "charts", "masks", "environments", "provenance")
+    blank: dict[str, Any] = {"answer": None, **{key: [] for key in lists}}
+    for key in ("tables", "appendix"):
+        parts[key] = [view(one) if isinstance(one, Table) else one for one in parts.get(key, [])]
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
     return template.render(title=title, verdict=verdict, **(blank | parts))
 

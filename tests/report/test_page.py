@@ -1,0 +1,160 @@
+"""The page of a report: tables whose columns fit, verdicts as chips, and facts that all rows share once."""
+
+import shutil
+
+import pytest
+from msgspec.structs import replace
+
+from benchmarks import screenshots
+from exporter.report import Finding, summary
+from exporter.report.formats import html
+from exporter.report.tables import Table, changes
+from tests.package import browser
+
+NEEDS_CHROMIUM = pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="no chromium here; apt-get install chromium"
+)
+WIDE, NARROW = 1280, 390
+
+
+def failing(report):
+    findings = [
+        replace(f, value=2.4, passed=False, detail="14 images lost, 2 won") if f.metric == "top1_drop" else f
+        for f in report.findings
+    ]
+    return replace(report, passed=False, findings=tuple(findings))
+
+
+def cells(view, column):
+    return [row[view.columns.index(column)] for row in view.rows]
+
+
+def test_a_column_that_all_rows_share_becomes_a_line_and_an_empty_one_is_left_out():
+    table = Table(
+        "t", ("artifact", "setting", "load ms", "p50 ms"), ("p50 ms",), [("a", "cpu", "–", "1"), ("b", "cpu", "", "1")]
+    )
+    view = summary.view(table)
+    assert (view.columns, view.rows) == (("artifact", "p50 ms"), [("a", "1"), ("b", "1")])
+    assert view.shared == (("setting", "cpu"),)
+    other = replace_rows(table, [("a", "cpu", "", "1"), ("b", "gpu", "", "1")])
+    assert summary.view(other).columns == ("artifact", "setting", "p50 ms")
+    assert summary.view(replace_rows(table, table.rows[:1])).columns == ("artifact", "setting", "p50 ms")
+
+
+def replace_rows(table, rows):
+    return Table(table.title, table.columns, table.right, rows)
+
+
+def test_the_table_of_artifacts_has_one_row_each_and_the_fastest_that_passes_first():
+    reports = screenshots.demo()
+    fast = min((r for r in reports if r.value("p50_ms")), key=lambda r: r.value("p50_ms"))
+    view = summary.views(reports)[0]
+    assert (view.title, len(view.rows)) == ("Artifacts", 9)
+    assert cells(view, "artifact")[0] == fast.artifact["path"].rpartition("/")[2]
+    reports[reports.index(fast)] = failing(fast)
+    view = summary.views(reports)[0]
+    assert cells(view, "artifact")[-1] == fast.artifact["path"].rpartition("/")[2]
+
+
+def test_a_chip_names_each_metric_that_failed_and_each_doubt():
+    def chips(*findings):
+        return [f"{chip.sign} {chip.text}" for chip in summary.chips(findings)]
+
+    good = Finding(check="parity", metric="cosine", value=1.0)
+    bad = replace(good, metric="max_abs", passed=False)
+    unsure = replace(good, metric="top1_drop", unsure=True)
+    noisy = replace(good, metric="speedup", noise="noisy: x")
+    assert chips(good) == ["✓ passes"]
+    assert chips(good, bad, bad, unsure, noisy) == ["✗ fails max_abs", "? unsure: top1_drop", "~ noisy"]
+
+
+def test_machine_setting_noise_and_images_are_each_said_once():
+    reports = screenshots.demo()
+    facts = dict(summary.facts(reports))
+    assert len(summary.facts(reports)) == len(facts) == 4
+    assert facts["timed on"] == "cpu, 1 thread, latency"
+    assert facts["noise"] == "interval wider than ±5 %"
+    text = html.render(reports)
+    tables = text[text.index("<h2>Artifacts") : text.index("<h2>Environment")]
+    assert "interval wider" not in tables
+    other = replace(reports[0], environment={**reports[0].environment, "cpu": "Another", "commit": "abc"})
+    lines = summary.facts([other, *reports[1:3]])
+    assert lines[0][0] == "machine"
+    assert lines[0][1].endswith("(custom_bf16.xml)")
+    assert ("commit", "abc") in lines
+
+
+def test_what_failed_is_listed_with_value_limit_and_detail():
+    (line,) = summary.failures([failing(screenshots.demo()[0])])
+    assert line == "custom_bf16.xml fails top1_drop: 2.4 points (limit 0.5); 14 images lost, 2 won"
+    assert line in html.render([failing(screenshots.demo()[0])])
+
+
+def test_what_regressed_is_first_then_what_is_nearest_to_its_limit():
+    def change(metric, value, limit, **more):
+        return Finding(check="regression", metric=metric, value=value, limit=limit, **more)
+
+    findings = (
+        change("p50_ms", -3.0, 5.0), change("bytes", 0.0, 0.0), change("throughput_ips", -4.0, -5.0),
+        change("p99_ms", 30.0, 10.0, unsure=True), change("nodes", 7.0, 0.0, passed=False),
+        change("top1_drop", None, 0.3), change("p90_ms", 12.0, 10.0, passed=False),
+    )  # fmt: skip
+    report = replace(screenshots.demo()[0], findings=findings)
+    order = [change.metric for _, change in changes([report])]
+    assert order == ["nodes", "p90_ms", "p99_ms", "throughput_ips", "bytes", "top1_drop", "p50_ms"]
+    view = summary.views([report])[0]
+    assert [chips[0].text for chips in cells(view, "verdict")] == ["regressed"] * 2 + ["passes"] * 5
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The pages of 2, 8 and 20 artifacts, of a failing gate, and of a failing artifact with a long name."""
+    folder = tmp_path_factory.mktemp("pages")
+    reports = screenshots.cases()
+    hostile = replace(failing(screenshots.demo()[0]), artifact={"path": "build/" + 200 * "x" + ".onnx"})
+    reports["failing"] = [hostile, *screenshots.demo()[1:3]]
+    for name, each in reports.items():
+        (folder / f"{name}.html").write_text(html.render(each))
+    return {name: folder / f"{name}.html" for name in reports}
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with browser.page(tmp_path_factory.mktemp("browser") / "profile") as opened:
+        yield opened
+
+
+def visit(opened, path, width, script=True):
+    opened.send("Emulation.setScriptExecutionDisabled", value=not script)
+    opened.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=True)
+    opened.send("Page.navigate", url="about:blank")
+    opened.send("Page.navigate", url=path.as_uri())
+    opened.until(f"location.href === '{path.as_uri()}' && document.readyState === 'complete'")
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate", "failing"])
+def test_no_page_is_wider_than_its_window(pages, chromium, name):
+    for width in (WIDE, NARROW):
+        visit(chromium, pages[name], width)
+        assert chromium.value("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate"])
+def test_the_first_table_fits_in_a_wide_window_and_scrolls_alone_in_a_narrow_one(pages, chromium, name):
+    first = "((one) => one.scrollWidth > one.clientWidth)(document.querySelector('.scroll'))"
+    visit(chromium, pages[name], WIDE)
+    assert chromium.value(first) is False
+    visit(chromium, pages[name], NARROW)
+    assert chromium.value(first) is True
+    chromium.value("document.querySelector('.scroll').scrollLeft = 500")
+    stays = "document.querySelector('.scroll tbody td').getBoundingClientRect().left"
+    assert chromium.value(stays) >= 0, "the name of the row stays in sight"
+
+
+def test_the_page_of_twenty_artifacts_stays_small(pages):
+    for path in pages.values():
+        assert path.stat().st_size < 1e6
