@@ -89,7 +89,7 @@ def chips(findings: Sequence[Finding]) -> tuple[Chip, ...]:
     failed = dict.fromkeys(finding.metric for finding in findings if not finding.passed)
     unsure = dict.fromkeys(finding.metric for finding in findings if finding.passed and finding.unsure)
     first = tuple(Chip(f"fails {one}", "bad") for one in failed) or (Chip("passes", "good"),)
-    doubts = tuple(Chip(f"unsure: {one}", "unsure") for one in unsure)
+    doubts = tuple(Chip(one, "unsure") for one in unsure)
     noisy = (Chip("noisy", "noisy"),) if any(map(noise_of, findings)) else ()
     return first + doubts + noisy
 

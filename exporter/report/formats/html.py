@@ -28,8 +28,7 @@ def render(reports: Sequence[Report]) -> str:
     """The page."""
     bad = [name(report) for report in reports if not report.passed]
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
-    compared = [finding for report in reports for finding in report.findings]
-    drawn = [chart("Change from the base", charts.changes(compared))]
+    drawn = [chart("Change from the base", charts.changes(reports))]
     drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
     drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
     drawn += [chart("Error of each block", charts.blocks(reports))]
