@@ -360,6 +360,7 @@ def blocks(reports: Sequence[Report]) -> str:
             axes.fill_between(range(len(cases)), list(map(min, every)), list(map(max, every)), color=FAINT, alpha=0.5)
             axes.semilogy(line, marker="o", markersize=3, linewidth=1.2, color=_color(report))
             axes.set_title(short(name(report), 32), fontsize=9, loc="left")
+            axes.minorticks_off()
         for axes in grid[len(known) :]:
             axes.set_visible(False)
         for axes in grid[max(len(known) - columns, 0) : len(known)]:
@@ -380,6 +381,5 @@ def _block_axes(axes: Axes, cases: Sequence[str]) -> None:
     )
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.figure.supylabel("error ÷ PyTorch's spread", fontsize=10)
     axes.figure.supxlabel("stage, at its first block; grey: the range of all artifacts", fontsize=10)

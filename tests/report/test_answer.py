@@ -107,5 +107,5 @@ def test_facts_of_a_machine_may_be_anything():
 
 def test_names_are_escaped():
     hostile = replace(FAST, artifact={"path": '"><script>|'})
-    assert "<script>" not in html.render([hostile, SLOW])
+    assert '"><script>' not in html.render([hostile, SLOW])
     assert "<script>" not in markdown.render([hostile, SLOW])

@@ -159,6 +159,58 @@ def test_the_first_table_fits_in_a_wide_window_and_scrolls_alone_in_a_narrow_one
     assert chromium.value(stays) >= 0, "the name of the row stays in sight"
 
 
+NAMES = """[...document.querySelectorAll('table')[0].tBodies[0].rows].filter((row) => !row.hidden)
+    .map((row) => row.cells[0].innerText)"""
+
+
+def click(opened, title):
+    heads = "[...document.querySelectorAll('table')[0].tHead.rows[0].cells]"
+    opened.value(f"{heads}.find((one) => one.innerText.trim().startsWith({title!r})).firstChild.click()")
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_a_click_on_the_title_of_a_column_sorts_by_number_then_backwards(pages, chromium):
+    visit(chromium, pages["report-8"], WIDE)
+    sizes = {tables.name(report): report.value("bytes") for report in screenshots.demo()[:8]}
+    click(chromium, "size")
+    ordered = chromium.value(NAMES)
+    assert [sizes[one] for one in ordered] == sorted(sizes.values())
+    click(chromium, "size")
+    assert [sizes[one] for one in chromium.value(NAMES)] == sorted(sizes.values(), reverse=True)
+    click(chromium, "p50")
+    assert chromium.value(NAMES)[-1] == "custom_fp16.plan", "what was not timed is last"
+    click(chromium, "p50")
+    assert chromium.value(NAMES)[-1] == "custom_fp16.plan"
+    click(chromium, "artifact")
+    assert chromium.value(NAMES) == sorted(sizes)
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_the_field_above_a_long_table_keeps_rows_with_all_of_its_words(pages, chromium):
+    visit(chromium, pages["report-8"], WIDE)
+    write = "((one) => {{ one.value = {!r}; one.dispatchEvent(new Event('input')); }})(document.querySelector('input'))"
+    chromium.value(write.format("INT8 onnx"))
+    assert chromium.value(NAMES) == ["custom_int8.onnx"]
+    chromium.value(write.format(""))
+    assert len(chromium.value(NAMES)) == 8
+    visit(chromium, pages["report-2"], WIDE)
+    assert chromium.value("document.querySelector('table').parentElement.previousElementSibling.tagName") == "P"
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_the_page_is_whole_without_its_script(pages, chromium):
+    shown = []
+    for script in (True, False):
+        visit(chromium, pages["report-8"], WIDE, script)
+        shown.append(chromium.value("document.body.innerText.split(/\\s+/).join(' ')"))
+        assert chromium.value("document.querySelectorAll('button, input').length > 0") is script
+    assert shown[0] == shown[1]
+    assert "custom_int8.onnx" in shown[1]
+
+
 def test_the_page_of_twenty_artifacts_stays_small(pages):
     for path in pages.values():
         assert path.stat().st_size < 1e6

@@ -1,7 +1,12 @@
-"""Reports as one self-contained HTML page: no script, no request, light or dark as the reader's system is."""
+"""Reports as one self-contained HTML page: no request, whole without its script, light or dark as the reader's system.
+
+The page allows only its own script, by the script's hash, so that a browser runs no other one.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +20,7 @@ from exporter.report.summary import appendix, facts, failures, view, views
 from exporter.report.tables import Table, name, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+SCRIPT = Path(__file__).with_name("page.js")
 
 
 class Chart(NamedTuple):
@@ -58,13 +64,16 @@ def chart(title: str, svg: str) -> Chart:
 def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     """The template with its parts; whatever comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     lists = ("lead", "facts", "tables", "appendix", "charts", "masks", "environments", "provenance")
     blank: dict[str, Any] = {"answer": None, **{key: [] for key in lists}}
     for key in ("tables", "appendix"):
         parts[key] = [view(one) if isinstance(one, Table) else one for one in parts.get(key, [])]
+    script = SCRIPT.read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
-    return template.render(title=title, verdict=verdict, **(blank | parts))
+    return template.render(title=title, verdict=verdict, script=Markup(script), digest=digest, **(blank | parts))
 
 
 def _blocks(reports: Sequence[Report]) -> list[Table]:
