@@ -55,8 +55,9 @@ def _scaled(finding: Finding, factor: float, drop: float) -> Finding:
         return replace(finding, value=value / factor)
     if finding.metric == "block_error":
         return replace(finding, value=value * factor)
-    if finding.metric in ("top1", "top1_drop"):
-        return replace(finding, value=value + (drop if finding.metric == "top1_drop" else -drop))
+    if finding.metric in ("top1", "top1_drop") and finding.interval:
+        more, (low, high) = drop if finding.metric == "top1_drop" else -drop, finding.interval
+        return replace(finding, value=value + more, low=low + more, high=high + more)
     return finding
 
 

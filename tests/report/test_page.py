@@ -1,5 +1,6 @@
 """The page of a report: tables whose columns fit, verdicts as chips, and facts that all rows share once."""
 
+import base64
 import itertools
 import re
 import shutil
@@ -209,6 +210,29 @@ def test_the_page_is_whole_without_its_script(pages, chromium):
         assert chromium.value("document.querySelectorAll('button, input').length > 0") is script
     assert shown[0] == shown[1]
     assert "custom_int8.onnx" in shown[1]
+
+
+PAPER_WIDTH = round((297 - 2 * 10) / 25.4 * 96)  # A4 landscape within its margins, in CSS pixels
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("name", ["report-8", "report-20", "gate"])
+def test_on_paper_the_page_is_white_nothing_is_cut_and_details_are_open(pages, chromium, name):
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    background = "getComputedStyle(document.body).backgroundColor"
+    chromium.send("Emulation.setEmulatedMedia", media="screen", features=dark)
+    visit(chromium, pages[name], PAPER_WIDTH)
+    assert chromium.value(background) == "rgb(22, 24, 27)"
+    chromium.send("Emulation.setEmulatedMedia", media="print", features=dark)
+    assert chromium.value(background) == "rgb(255, 255, 255)"
+    widths = "[...document.querySelectorAll('table')].slice(0, 2).map((one) => one.scrollWidth)"
+    assert max(chromium.value(widths)) <= PAPER_WIDTH
+    assert chromium.value("[...document.querySelectorAll('input')].every((one) => !one.offsetHeight)")
+    assert chromium.value("[...document.querySelectorAll('details dd')].every((one) => one.checkVisibility())")
+    pdf = base64.b64decode(chromium.send("Page.printToPDF", preferCSSPageSize=True)["data"])
+    assert pdf.startswith(b"%PDF")
+    chromium.send("Emulation.setEmulatedMedia", media="", features=[])
 
 
 def test_the_page_of_twenty_artifacts_stays_small(pages):

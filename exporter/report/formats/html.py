@@ -89,7 +89,8 @@ def _blocks(reports: Sequence[Report]) -> list[Table]:
 def _block(finding: Any) -> str:
     if finding is None:
         return "–"
-    return f"{finding.value:.2g} · {finding.detail}" if finding.value is not None else f"NaN · {finding.detail}"
+    value = "NaN" if finding.value is None else f"{finding.value:.2g}"
+    return f"{value} · {finding.detail}" if finding.detail else value
 
 
 def environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
