@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from exporter.report import Report, charts
-from exporter.report.answer import answer
+from exporter.report.answer import Answer, answer
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.summary import appendix, facts, failures, view, views
 from exporter.report.tables import Table, name, warnings
@@ -32,7 +32,8 @@ class Chart(NamedTuple):
 
 def render(reports: Sequence[Report]) -> str:
     """The page."""
-    bad = [name(report) for report in reports if not report.passed]
+    bad = dict.fromkeys(name(report) for report in reports if not report.passed)
+    compared = any(finding.check == "regression" for report in reports for finding in report.findings)
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
     drawn = [chart("Change from the base", charts.changes(reports))]
     drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
@@ -42,7 +43,7 @@ def render(reports: Sequence[Report]) -> str:
     return page(
         "convnext-export report",
         answer=answer(reports),
-        verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
+        verdict=None if compared else f"fails: {', '.join(bad)}" if bad else "passes",
         lead=[*failures(reports), *warnings(reports)],
         facts=facts(reports),
         tables=views(reports),
@@ -125,14 +126,30 @@ def render_trend(entries: Sequence[Entry]) -> str:
     """The page of a history: the charts of series with a step first, then the others."""
     known = [(one, steps(one)) for one in series(entries) if len(one.entries) > 1]
     known.sort(key=lambda pair: not pair[1])
+    machines = dict.fromkeys(one.machine for one, _ in known)
+    suffix = {machine: f" ({machine})" if len(machines) > 1 else "" for machine in machines}
+    table = step_table(entries)
     return page(
         "convnext-export trend",
-        lead=[f"{len({entry.commit for entry in entries})} commits, {len(known)} series."],
-        tables=[step_table(entries)] if any(found for _, found in known) else [],
+        answer=_trend(entries, table),
+        facts=[] if table.rows else [("machine", machine) for machine in machines],
+        tables=[table] if table.rows else [],
         charts=[
-            chart(f"{one.artifact}: {one.metric} ({one.machine})", charts.trend(one, found)) for one, found in known
+            chart(f"{one.artifact}: {one.metric}{suffix[one.machine]}", charts.trend(one, found))
+            for one, found in known
         ],
     )
+
+
+def _trend(entries: Sequence[Entry], table: Table) -> Answer:
+    """How many steps the history has, and the latest, with its commit."""
+    commits = f"{len({entry.commit for entry in entries})} commits"
+    if not table.rows:
+        return Answer(f"No step in {commits}.", None, ())
+    commit, time, artifact, metric, before, after, change, _ = table.rows[0]
+    latest = f"at commit {commit} ({time}): {artifact}, {metric}, {before} → {after} ({change})"
+    count = f"{len(table.rows)} step{'s' if len(table.rows) > 1 else ''}"
+    return Answer(f"{count} in {commits}, the latest {latest}.", None, ())
 
 
 RENDER = render
