@@ -140,7 +140,7 @@ def accuracy_against_latency(reports: Sequence[Report]) -> str:
             axes.plot([ms, ms], [low, high], color=_color(report), linewidth=1, alpha=0.45)
             axes.plot(ms, one.value, markers[str(report.artifact.get("backend"))], color=_color(report), markersize=8)
         if best is not None:
-            axes.axhline(best, color=INK, linewidth=1, linestyle="--", label=_eager(first, best))
+            axes.axhline(best, color=INK, linewidth=1, linestyle="--", zorder=1, label=_eager(first, best))
         _legend(axes, [report for report, _, _ in points])
         axes.margins(x=0.12)
         axes.set_ylim(_zoom([(one.value, *end) for (_, _, one), end in zip(points, ends, strict=True)], best))
@@ -191,7 +191,7 @@ def front(points: Sequence[Point], metric: str, eager: tuple[float, float] | Non
                 axes.plot(point.ms, point.value, "o", markersize=16, markerfacecolor="none", markeredgecolor=INK)
         if eager is not None:
             label = f"PyTorch: {eager[1]:.6g}, {eager[0]:.4g} ms"
-            axes.axhline(eager[1], color=INK, linewidth=1, linestyle="--", label=label)
+            axes.axhline(eager[1], color=INK, linewidth=1, linestyle="--", zorder=1, label=label)
             axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
         axes.margins(x=0.12)
         axes.set_ylim(_zoom([(one.value, one.low, one.high) for one in points], eager[1] if eager else None))
@@ -324,22 +324,26 @@ def changes(reports: Sequence[Report]) -> str:
 
 
 def trend(one: Series, steps: Sequence[Step]) -> str:
-    """A series by commit, with its steps."""
-    with drawn(f"{one.artifact} {one.metric}", 2.6) as (axes, drawing):
+    """A series by commit; each step has its commit and change, and the axis the first commit and the last."""
+    with drawn(f"{one.artifact} {one.metric}", 2.2) as (axes, drawing):
         axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]
-        for step in steps:
-            axes.axvline(commits.index(step.commit) - 0.5, color=COLORS[5], linestyle="--")
-            axes.annotate(
-                f"{step.commit[:7]} {step.change_pct:+.1f} %",
-                (commits.index(step.commit), step.after),
-                xytext=(4, 10),
-                textcoords="offset points",
-            )
-        every = math.ceil(len(commits) / 20)
-        axes.set_xticks(range(0, len(commits), every), [commit[:7] for commit in commits[::every]], rotation=60)
-        axes.set_ylabel(one.metric)
-        axes.margins(y=0.25)
+        places = [commits.index(step.commit) for step in steps]
+        for x in places:
+            axes.axvline(x - 0.5, color=COLORS[5], linestyle="--", linewidth=1)
+        ends = (0, len(commits) - 1)
+        axes.set_xticks(ends, [f"{commits[end][:7]}\n{one.entries[end].time[:10]}" for end in ends])
+        axes.set_ylabel(short(one.metric, 24))
+        axes.margins(y=0.35)
+        low, high = min(one.values), max(one.values)
+        if high - low < 1e-3 * abs(high):  # a constant fills no axis
+            axes.set_ylim(low - 0.01 * abs(low) - 1e-9, high + 0.01 * abs(high) + 1e-9)
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+        texts = [f"{step.commit[:7]} {step.change_pct:+.1f} %" for step in steps]
+        dots = [(x, value, "") for x, value in enumerate(one.values)][:: math.ceil(len(commits) / 200)]
+        marked = [(x, one.values[x], text) for x, text in zip(places, texts, strict=True)]
+        place(axes, [*dots, *marked])
+        drawing.text = "; ".join([f"{low:.4g} to {high:.4g}", *texts])
     return drawing.svg
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 LONGEST = 40  # characters of a label
 FONT = 9  # points
-RADIUS, GAP, STEP = 5.0, 7.0, 16.0  # points: half a marker, marker to label, between the places that are tried
+RADIUS, GAP, STEP = 5.0, 10.0, 16.0  # points: half a marker, marker to label, between the places that are tried
 WIDER = 1.1  # a reader's font may be wider than the one measured here
 
 
@@ -44,7 +44,7 @@ def place(axes: Axes, points: Sequence[tuple[float, float, str]], line: float | 
 
     Args:
         axes: of a figure of 72 dpi, with its limits; nothing may move it afterwards.
-        points: x, y and text of each.
+        points: x, y and text of each; one without text gets no label, and none covers it.
         line: the height of a horizontal line, which no label covers.
     """
     figure: Any = axes.figure
@@ -57,7 +57,8 @@ def place(axes: Axes, points: Sequence[tuple[float, float, str]], line: float | 
     if line is not None:
         _, height = axes.transData.transform((0, line))
         taken.append(Box(frame.left, height - 1, frame.right, height + 1))
-    for (x, y), (at_x, at_y, text) in sorted(zip(spots, points, strict=True)):
+    labelled = sorted(pair for pair in zip(spots, points, strict=True) if pair[1][2])
+    for (x, y), (at_x, at_y, text) in labelled:
         note = axes.annotate(
             short(text), (at_x, at_y), xytext=(0, 0), textcoords="offset points", fontsize=FONT, va="bottom"
         )

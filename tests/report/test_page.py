@@ -15,6 +15,7 @@ from exporter.report import Finding, charts, summary, tables
 from exporter.report.formats import html
 from exporter.report.tables import Table, changes
 from tests.package import browser
+from tests.report.test_history import entries
 
 NEEDS_CHROMIUM = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium here; apt-get install chromium"
@@ -120,7 +121,8 @@ def pages(tmp_path_factory):
     reports["failing"] = [hostile, *screenshots.demo()[1:3]]
     for name, each in reports.items():
         (folder / f"{name}.html").write_text(html.render(each))
-    return {name: folder / f"{name}.html" for name in reports}
+    (folder / "trend.html").write_text(html.render_trend(entries([1.0] * 60 + [1.2] * 4 + [1.1] * 40 + [1.4] * 9)))
+    return {name: folder / f"{name}.html" for name in (*reports, "trend")}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def visit(opened, path, width, script=True):
 
 @pytest.mark.slow
 @NEEDS_CHROMIUM
-@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate", "failing"])
+@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate", "failing", "trend"])
 def test_no_page_is_wider_than_its_window(pages, chromium, name):
     for width in (WIDE, NARROW):
         visit(chromium, pages[name], width)
@@ -253,7 +255,7 @@ OVERLAPS = """[...document.querySelectorAll('svg')].flatMap((svg) => {
 
 @pytest.mark.slow
 @NEEDS_CHROMIUM
-@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate", "failing"])
+@pytest.mark.parametrize("name", ["report-2", "report-8", "report-20", "gate", "failing", "trend"])
 def test_no_text_of_a_chart_covers_another_or_is_cut(pages, chromium, name):
     visit(chromium, pages[name], WIDE)
     assert chromium.value(OVERLAPS) == []
