@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 LONGEST = 40  # characters of a label
 FONT = 9  # points
 RADIUS, GAP, STEP = 5.0, 10.0, 16.0  # points: half a marker, marker to label, between the places that are tried
-WIDER = 1.1  # a reader's font may be wider than the one measured here
 
 
 class Box(NamedTuple):
@@ -57,22 +56,28 @@ def place(axes: Axes, points: Sequence[tuple[float, float, str]], line: float | 
     if line is not None:
         _, height = axes.transData.transform((0, line))
         taken.append(Box(frame.left, height - 1, frame.right, height + 1))
+    aligned: dict[str, Any] = {"textcoords": "offset points", "fontsize": FONT, "va": "bottom", "ha": "center"}
     labelled = sorted(pair for pair in zip(spots, points, strict=True) if pair[1][2])
     for (x, y), (at_x, at_y, text) in labelled:
-        note = axes.annotate(
-            short(text), (at_x, at_y), xytext=(0, 0), textcoords="offset points", fontsize=FONT, va="bottom"
-        )
+        note = axes.annotate(short(text), (at_x, at_y), xytext=(0, 0), **aligned)
         measured = note.get_window_extent()
-        candidates = _places(x, y, measured.width * WIDER, measured.height, frame)
+        candidates = _places(x, y, measured.width, measured.height, frame)
         box = next((one for one in candidates if not any(map(one.meets, taken))), None)
         if box is None:
             note.remove()
             continue
-        note.set_position((box.left - x, box.bottom - y))
+        note.set_position(((box.left + box.right) / 2 - x, box.bottom - y))
         taken.append(box)
         if round(box.distance(x, y), 3) != GAP:
             end = (min(max(x, box.left), box.right) - x, min(max(y, box.bottom), box.top) - y)
-            style = {"arrowstyle": "-", "linewidth": 0.6, "color": note.get_color(), "alpha": 0.5, "shrinkB": RADIUS}
+            style = {
+                "arrowstyle": "-",
+                "linewidth": 0.6,
+                "color": note.get_color(),
+                "alpha": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 3,
+            }
             axes.annotate("", (at_x, at_y), xytext=end, textcoords="offset points", arrowprops=style)
 
 
@@ -93,4 +98,4 @@ def _places(x: float, y: float, width: float, height: float, frame: Box) -> Iter
         if frame.left <= box.left and box.right <= frame.right and frame.bottom <= box.bottom and box.top <= frame.top
     ]
     yield from (box for box in inside if box in boxes[:4])
-    yield from sorted(inside, key=lambda box: box.distance(x, y))
+    yield from sorted(inside, key=lambda box: (box.distance(x, y), abs((box.left + box.right) / 2 - x)))

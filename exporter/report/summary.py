@@ -85,13 +85,16 @@ def view(table: Table, chips: Sequence[tuple[Chip, ...]] | None = None) -> View:
 
 
 def chips(findings: Sequence[Finding]) -> tuple[Chip, ...]:
-    """A chip for each metric that failed, else one that everything passes; then the unsure metrics, and noise."""
+    """A chip for each metric that failed, else one that everything passes; then doubt and noise."""
     failed = dict.fromkeys(finding.metric for finding in findings if not finding.passed)
-    unsure = dict.fromkeys(finding.metric for finding in findings if finding.passed and finding.unsure)
     first = tuple(Chip(f"fails {one}", "bad") for one in failed) or (Chip("passes", "good"),)
-    doubts = tuple(Chip(one, "unsure") for one in unsure)
+    doubts = (Chip("unsure", "unsure"),) if any(map(_is_unsure, findings)) else ()
     noisy = (Chip("noisy", "noisy"),) if any(map(noise_of, findings)) else ()
     return first + doubts + noisy
+
+
+def _is_unsure(finding: Finding) -> bool:
+    return finding.passed and finding.unsure and finding.check != "regression"
 
 
 def views(reports: Sequence[Report]) -> list[View]:
@@ -161,13 +164,16 @@ def _limit(finding: Finding) -> str:
 
 
 def facts(reports: Sequence[Report]) -> list[tuple[str, str]]:
-    """What holds for the whole page: machine, setting of the timing, its noise, images, commit. Each text once, with
-    its artifacts where there are several texts."""
+    """What holds for the whole page: machine, commit, images, setting of the timing, doubts, noise.
+
+    Each text stands once, with its artifacts where there are several texts.
+    """
     known: list[tuple[str, list[tuple[str, str]]]] = [
         ("machine", [(name(report), machine(report)) for report in reports]),
         ("commit", [(name(report), str(report.environment.get("commit") or "")) for report in reports]),
         ("images", [(name(report), data(report)) for report in reports]),
         ("timed on", [(name(report), _setting(report)) for report in reports]),
+        ("unsure", [(name(report), f.metric) for report in reports for f in report.findings if _is_unsure(f)]),
         ("noise", [(name(report), noise) for report in reports for noise in _noises(report)]),
     ]
     return [(label, line) for label, texts in known for line in _once(texts)]
