@@ -27,7 +27,7 @@ from exporter.report import Finding, Report
 from exporter.report.formats import html
 
 DEMO = Path(__file__).parent / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
-WIDTH, HEIGHT, SHADES = 1280, 1500, 64
+WIDTH, HEIGHT, COLORS = 1280, 1900, 256
 TIMES = ("p50_ms", "p90_ms", "p99_ms")
 LIMITS = ("p50_ms:5%", "bytes:1%", "top1_drop:0.3")
 
@@ -93,7 +93,7 @@ def cases() -> dict[str, list[Report]]:
 
 
 def picture(page: str) -> bytes:
-    """The top of a page as PNG, of few colours.
+    """The top of a page as PNG with a palette.
 
     Raises: subprocess.CalledProcessError without Chromium.
     """
@@ -104,7 +104,7 @@ def picture(page: str) -> bytes:
         sizes = [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={taken}", f"--user-data-dir={folder}/profile"]
         subprocess.run([*words, *sizes, path.as_uri()], check=True, capture_output=True)
         out = io.BytesIO()
-        Image.open(taken).convert("RGB").quantize(SHADES).save(out, "PNG", optimize=True)
+        Image.open(taken).convert("RGB").quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(out, "PNG", optimize=True)
         return out.getvalue()
 
 
