@@ -6,7 +6,6 @@ python -m benchmarks.provenance          # lists the results, oldest code first
 from __future__ import annotations
 
 import json
-import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from exporter import backends
 from exporter.errors import ExporterError
 from exporter.git import git
-from exporter.report.rendering import COMMIT_VARIABLES
+from exporter.machine import ci_commit
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ("commit", "command", "date")
@@ -38,7 +37,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, 12 digits, with `+changes` where files differ from it; "" where git knows none."""
-    if (of_ci := _commit_of_ci()) is not None:
+    if (of_ci := ci_commit()) is not None:
         return of_ci[:12]
     try:
         at = git("rev-parse", "HEAD", failed="no commit")[:12]
@@ -46,10 +45,6 @@ def commit() -> str:
     except ExporterError:
         return ""
     return at + ("+changes" if changed else "")
-
-
-def _commit_of_ci() -> str | None:
-    return next((os.environ[name] for name in COMMIT_VARIABLES if os.environ.get(name)), None)
 
 
 def recorded_commit(path: Path) -> str | None:

@@ -173,7 +173,16 @@ def environment(runtimes: Iterable[str] = ()) -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(runtimes),
+        **({"commit": commit} if (commit := ci_commit()) else {}),
     }
+
+
+COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
+
+
+def ci_commit() -> str | None:
+    """The commit that a CI runs for."""
+    return next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
 
 
 BUSY_PCT, STEAL_PCT, WAITED_PCT = 10.0, 2.0, 5.0

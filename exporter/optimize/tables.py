@@ -111,7 +111,7 @@ def chart(result: Result) -> str:
     points = [
         Point(
             label=f"{row.backend} {row.precision}", ms=row.p50_ms or 0, value=row.accuracy.value, low=row.accuracy.low,
-            high=row.accuracy.high, chosen=row is result.winner, on_front=row.on_front,
+            high=row.accuracy.high, chosen=row is result.winner, on_front=row.on_front, precision=row.precision,
         )
         for row in best.values()
         if row.accuracy is not None

@@ -1,4 +1,4 @@
-"""The answer of several reports: which artifact to ship, and why none of the others."""
+"""The answer of several reports: which artifact to ship, and why none of the others; of `compare`, what regressed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.report import Finding, Report, machine_of
-from exporter.report.tables import name, noise_of
+from exporter.report.tables import changes, name, noise_of
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -19,20 +19,21 @@ AGREEMENTS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence that names the artifact to ship, whether there is one, and a line for each of the others."""
+    """A sentence that names the artifact to ship, whether there is one, and a line for each of the others. `passes` is
+    None for a history, which is not judged."""
 
     sentence: str
-    passes: bool
+    passes: bool | None
     others: tuple[str, ...]
 
 
 def answer(reports: Sequence[Report]) -> Answer | None:
     """The fastest artifact that passes its checks, by the median latency of the first case that all were timed in.
 
-    None where nothing was timed, where reports are of several machines, and for reports of `compare`.
+    None where nothing was timed, and where reports are of several machines. Of reports of `compare`, what regressed.
     """
-    if any(finding.check == "regression" for report in reports for finding in report.findings):
-        return None
+    if changed := [change for _, change in changes(reports)]:
+        return _of_changes(changed)
     case = _case(reports)
     if case is None or any(machine_of(report) != machine_of(reports[0]) for report in reports):
         return None
@@ -48,6 +49,24 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     rest = [report for report in (*timed, *untimed) if report is not chosen]
     others = [_reason(report, chosen, case) for report in sorted(rest, key=lambda one: not one.passed)]
     return Answer(f"Ship {name(chosen)}: {_speed(chosen, case)}{_accuracy(chosen)}.", True, tuple(others))
+
+
+def _of_changes(changed: Sequence[Finding]) -> Answer:
+    """How many changes regressed and the worst of these, then the others and those that are unsure."""
+    bad = [change for change in changed if not change.passed]
+    unsure = [f"unsure: {_change(change)}" for change in changed if change.passed and change.unsure]
+    count = f"{len(changed)} change{'s' if len(changed) > 1 else ''}"
+    if not bad:
+        return Answer(f"No regression in {count}.", True, tuple(unsure))
+    return Answer(f"{len(bad)} of {count} regressed: {_change(bad[0])}.", False, (*map(_change, bad[1:]), *unsure))
+
+
+def _change(change: Finding) -> str:
+    unit = f" {change.unit}" if change.unit else ""
+    value = "not measured" if change.value is None else f"{change.value:+.2f}{unit}"
+    interval = "95 % {:+.2f} to {:+.2f}, ".format(*change.interval) if change.interval else ""
+    limit = "no limit" if change.limit is None else f"limit {change.limit:g}{unit}"
+    return f"{f'{change.metric} {change.case}'.strip()} {value} ({interval}{limit})"
 
 
 def _case(reports: Sequence[Report]) -> str | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from exporter import discover, report
+from exporter import discover, machine, report
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, printable
 from exporter.git import git
@@ -17,8 +16,6 @@ from exporter.report import history
 from exporter.report.tables import disambiguated, name
 
 R = TypeVar("R", bound=Record)
-
-COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")
 
 
 def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
@@ -63,6 +60,9 @@ def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:
 
     Raises: BadRequest when no commit is known, or the file is no history of this tool.
     """
-    commit = commit or next((os.environ[key] for key in COMMIT_VARIABLES if os.environ.get(key)), None)
-    commit = commit or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
+    commit = (
+        commit
+        or machine.ci_commit()
+        or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
+    )
     history.append(file, [one for path in paths for one in report.load_all(path)], commit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,10 +86,23 @@ def verdict(report: Report, checks: Sequence[str]) -> str:
     return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
 
 
+def changes(reports: Sequence[Report]) -> list[tuple[Report, Finding]]:
+    """The changes that `compare` measured: what regressed first, then what is nearest to its limit."""
+    known = [(report, f) for report in reports for f in report.findings if f.check == "regression"]
+    return sorted(known, key=lambda pair: (pair[1].passed, not pair[1].unsure, -_share_of_limit(pair[1])))
+
+
+def _share_of_limit(change: Finding) -> float:
+    """The change as a multiple of its limit; of a limit of 0, plus or minus infinity."""
+    if change.value is None or not change.value:
+        return 0.0
+    return change.value / change.limit if change.limit else math.copysign(math.inf, change.value)
+
+
 def regressions(reports: Sequence[Report]) -> Table:
-    """A row for each limit that `compare` checked."""
+    """A row for each limit that `compare` checked, in the order of `changes`."""
     columns = ("artifact", "metric", "case", "setting", "change", "95 % interval", "limit", "", "detail")
-    rows = [_regression(report, f) for report in reports for f in report.findings if f.check == "regression"]
+    rows = [_regression(report, change) for report, change in changes(reports)]
     return Table("Change from the base", columns, columns[4:7], rows)
 
 
@@ -119,18 +133,25 @@ def accuracy(reports: Sequence[Report]) -> Table:
         (
             name(report),
             runs_on(report),
-            f"{(report.value('bytes') or 0) / 1e6:.2f} MB",
-            _accuracy(report, ""),
-            _accuracy(report, "_eager"),
-            _agreement(report),
-            number(report.find("cosine"), "{:.7f}"),
-            number(report.find("max_abs"), "{:.2g}"),
+            *accuracy_cells(report),
             verdict(report, ACCURACY),
         )
         for report in reports
         if any(map(report.find, ("cosine", "relative_error", "label_agreement", "pixel_agreement")))
     ]
     return Table("Accuracy against eager PyTorch", columns, columns[2:8], rows)
+
+
+def accuracy_cells(report: Report) -> tuple[str, ...]:
+    """Size, accuracy of the artifact and of eager PyTorch, agreement, cosine and largest error."""
+    return (
+        number(report.find("bytes"), "{:.2f} MB", 1e-6),
+        _accuracy(report, ""),
+        _accuracy(report, "_eager"),
+        _agreement(report),
+        number(report.find("cosine"), "{:.7f}"),
+        number(report.find("max_abs"), "{:.2g}"),
+    )
 
 
 def _accuracy(report: Report, of: str) -> str:
@@ -239,23 +260,27 @@ def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, .
             yield (words, p50.setting, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
     for report in reports:
         if p50 := report.find("p50_ms", case):
-            yield (name(report), _setting(report, p50), batch, *_latency(report, case))
+            yield (name(report), setting(report, p50), batch, *latency_cells(report, case), _remark(report, case))
 
 
-def _latency(report: Report, case: str) -> tuple[str, ...]:
+def latency_cells(report: Report, case: str) -> tuple[str, ...]:
+    """Percentiles, images per second, the speed-up and its interval, share of peak, and time to load."""
     metrics = ("p50_ms", "p90_ms", "p99_ms", "throughput_ips")
-    speed, p50 = report.find("speedup", case), report.find("p50_ms", case)
-    bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
-    interval = "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else ""
-    noise = noise_of(speed) if speed else p50.noise if p50 else ""
+    speed = report.find("speedup", case)
     return (
         *(number(report.find(metric, case)) for metric in metrics),
         number(speed, "{:.2f}"),
-        interval,
+        "{:.2f}–{:.2f}".format(*speed.interval) if speed and speed.interval else "",
         number(report.find("peak_pct", case), "{:.0f} %"),
         number(report.find("load_ms")),
-        f"**fails** {'; '.join(bad)}" if bad else noise,
     )
+
+
+def _remark(report: Report, case: str) -> str:
+    """Failed findings of the timing, else its noise."""
+    bad = [f.detail or f.metric for f in report.findings if f.check == "latency" and not f.passed]
+    ratio = report.find("speedup", case) or report.find("p50_ms", case)
+    return f"**fails** {'; '.join(bad)}" if bad else noise_of(ratio) if ratio else ""
 
 
 def noise_of(ratio: Finding) -> str:
@@ -264,7 +289,7 @@ def noise_of(ratio: Finding) -> str:
     return ratio.noise or (last if last.startswith("noisy") else "")
 
 
-def _setting(report: Report, p50: Finding) -> str:
+def setting(report: Report, p50: Finding) -> str:
     """Device, threads and hint of a timing; older reports have them in their recipe."""
     bench = report.recipe.get("bench")
     if p50.setting or not isinstance(bench, dict):
@@ -278,9 +303,9 @@ def _setting(report: Report, p50: Finding) -> str:
     return ", ".join(str(word) for word in words if word)
 
 
-def number(finding: Finding | None, form: str = "{:.4g}") -> str:
-    """The value of a finding, or a dash if it was not measured."""
-    return "–" if finding is None or finding.value is None else form.format(finding.value)
+def number(finding: Finding | None, form: str = "{:.4g}", scale: float = 1.0) -> str:
+    """The value of a finding times `scale`, or a dash if it was not measured."""
+    return "–" if finding is None or finding.value is None else form.format(finding.value * scale)
 
 
 def machine(report: Report) -> str:

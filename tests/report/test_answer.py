@@ -81,12 +81,29 @@ def test_nothing_is_shipped_where_all_fail():
         [report("a", top1_agreement=100.0)],
         [FAST, report("b", 5.0, cpu="another")],
         [FAST, report("b", 5.0, case="batch 8")],
-        [replace(FAST, findings=(*FAST.findings, Finding(check="regression", metric="p50_ms", value=1.0)))],
     ],
-    ids=["nothing", "no timing", "two machines", "no common batch", "compare"],
+    ids=["nothing", "no timing", "two machines", "no common batch"],
 )
 def test_there_is_no_answer_where_artifacts_cannot_be_compared(reports):
     assert answer(reports) is None
+
+
+def change(metric, value, limit, passed=True, **more):
+    finding = Finding(check="regression", metric=metric, value=value, unit="%", limit=limit, passed=passed, **more)
+    return replace(FAST, passed=passed, findings=(*FAST.findings, finding))
+
+
+def test_of_a_comparison_the_answer_is_what_regressed_most():
+    worst = change("p50_ms", 12.0, 5.0, passed=False, low=10.0, high=14.0, case="batch 1")
+    reports = [change("p90_ms", 1.0, 5.0), change("bytes", 2.0, 1.0, passed=False), worst]
+    reports += [change("p99_ms", 20.0, 10.0, unsure=True)]
+    known = answer(reports)
+    assert not known.passes
+    assert known.sentence == "2 of 4 changes regressed: p50_ms batch 1 +12.00 % (95 % +10.00 to +14.00, limit 5 %)."
+    assert known.others == ("bytes +2.00 % (limit 1 %)", "unsure: p99_ms +20.00 % (limit 10 %)")
+    assert markdown.render(reports).startswith("**2 of 4 changes regressed: p50")
+    good = answer(reports[:1])
+    assert (good.sentence, good.passes, good.others) == ("No regression in 1 change.", True, ())
 
 
 def test_the_page_and_the_table_begin_with_it():
@@ -107,5 +124,5 @@ def test_facts_of_a_machine_may_be_anything():
 
 def test_names_are_escaped():
     hostile = replace(FAST, artifact={"path": '"><script>|'})
-    assert "<script>" not in html.render([hostile, SLOW])
+    assert '"><script>' not in html.render([hostile, SLOW])
     assert "<script>" not in markdown.render([hostile, SLOW])

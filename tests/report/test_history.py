@@ -1,14 +1,16 @@
 """A history is appended to, and its steps are found at the commit that made them."""
 
 import json
+import re
 import subprocess
 
 import numpy as np
 import pytest
 
-from exporter import report
+from exporter import machine, report
 from exporter.errors import BadRequest
 from exporter.report import history
+from exporter.report.formats import html
 from exporter.report.history import Entry, Series
 from tests.report.test_formats import made
 
@@ -92,9 +94,7 @@ def test_the_commit_is_gits_or_the_cis(tmp_path, run, monkeypatch):
 
 
 def _history_variables():
-    from exporter.report import rendering
-
-    return rendering.COMMIT_VARIABLES
+    return machine.COMMIT_VARIABLES
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[]", '{"schema": 2}', '{"commit": "a"', "\x00"])
@@ -113,3 +113,25 @@ def test_what_is_no_history_is_left_as_it_was(tmp_path, refused):
     assert "line 1" in refused(2, *told, folder=tmp_path)
     assert "written as html or markdown" in refused(2, "report", tmp_path / "h.jsonl", "--format", "csv")
     assert "no entries" in refused(2, "report", tmp_path / "none.jsonl")
+
+
+def test_the_page_begins_with_the_latest_step_and_its_commit_and_charts_mark_every_step():
+    both = entries([1.0] * 12 + [1.2] * 12 + [1.1] * 12) + entries([5.0] * 36, metric="bytes")
+    page = html.render_trend(both)
+    assert "2 steps in 36 commits, the latest at commit c024 (2026-11-02 00:00): a.onnx, speedup, batch 1" in page
+    first, second = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    texts = [text.strip() for text in re.findall(r"<text[^>]*>(.*?)</text>", first, flags=re.S)]
+    assert [text.split()[0] for text in texts if text.endswith("%")] == ["c012", "c024"]
+    assert {"c000", "c035", "2026-11-01", "2026-11-02"} <= set(texts)
+    assert "c012" not in second
+    assert page.count(">A</") == 0
+    assert page.count("machine: A") == 1
+    assert "No step in 36 commits." in html.render_trend(entries([5.0] * 36))
+
+
+def test_reports_of_a_ci_have_its_commit(monkeypatch):
+    for name in _history_variables():
+        monkeypatch.delenv(name, raising=False)
+    assert "commit" not in machine.environment()
+    monkeypatch.setenv("CI_COMMIT_SHA", "f" * 40)
+    assert machine.environment()["commit"] == "f" * 40

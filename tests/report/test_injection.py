@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from exporter import report
 from exporter.cli.console import print_table
 from exporter.report import Finding, Report, rendering
+from exporter.report.formats import html as html_format
 from exporter.report.history import Entry
 from tests import once
 from tests.package import browser
@@ -143,6 +144,7 @@ class Reader(html.parser.HTMLParser):
 def check_html(text, tags):
     page = Reader(text)
     assert not set(page.tags) - tags
+    assert page.tags.count("script") == text.count(f"<script>{html_format.SCRIPT.read_text()}</script>") == 1
     assert not [key for key, _ in page.attributes if key.startswith("on")]
     links = [value for key, value in page.attributes if key in ("href", "src", "xlink:href")]
     assert all(link.startswith(("#", "data:,")) for link in links)
@@ -227,7 +229,22 @@ def opened(tmp_path_factory):
 def test_a_browser_runs_no_script_of_any_page(pages, tags, opened, tmp_path):
     for form in ("html", "trend html"):
         page = tmp_path / f"{form.replace(' ', '_')}.html"
-        page.write_text(pages[form])
+        without_policy = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", pages[form])
+        assert without_policy != pages[form]
+        page.write_text(without_policy)
         text = content(opened, page)
         assert re.search("<title>convnext-export (report|trend)</title>", text), "a script would set it to 1"
-        check_html(text, tags)
+        check_html(text, {*tags, "button", "input"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here; apt-get install chromium")
+@pytest.mark.parametrize(
+    "attack", ["<script>document.title=1</script>", "<img src=x onerror=document.title=1>", "<a href=x>x</a>"]
+)
+def test_the_policy_of_a_page_stops_a_script_that_got_into_it(attack, opened, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(html_format.render([made("a.onnx"), made("b.onnx")]).replace("<h1>", f"{attack}<h1>"))
+    text = content(opened, page)
+    assert "<title>convnext-export report</title>" in text
+    assert "<button" in text, "the page's own script has run"

@@ -1,7 +1,12 @@
-"""Reports as one self-contained HTML page: no script, no request, light or dark as the reader's system is."""
+"""Reports as one self-contained HTML page: no request, whole without its script, light or dark as the reader's system.
+
+The page allows only its own script, by the script's hash, so that a browser runs no other one.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +14,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from exporter.report import Report, charts
-from exporter.report.answer import answer
+from exporter.report.answer import Answer, answer
 from exporter.report.history import Entry, series, step_table, steps
-from exporter.report.tables import Table, name, tables, warnings
+from exporter.report.summary import appendix, facts, failures, view, views
+from exporter.report.tables import Table, name, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+SCRIPT = Path(__file__).with_name("page.js")
 
 
 class Chart(NamedTuple):
@@ -25,10 +32,10 @@ class Chart(NamedTuple):
 
 def render(reports: Sequence[Report]) -> str:
     """The page."""
-    bad = [name(report) for report in reports if not report.passed]
+    bad = dict.fromkeys(name(report) for report in reports if not report.passed)
+    compared = any(finding.check == "regression" for report in reports for finding in report.findings)
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
-    compared = [finding for report in reports for finding in report.findings]
-    drawn = [chart("Change from the base", charts.changes(compared))]
+    drawn = [chart("Change from the base", charts.changes(reports))]
     drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
     drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
     drawn += [chart("Error of each block", charts.blocks(reports))]
@@ -36,10 +43,11 @@ def render(reports: Sequence[Report]) -> str:
     return page(
         "convnext-export report",
         answer=answer(reports),
-        verdict="passes" if not bad else f"fails: {', '.join(dict.fromkeys(bad))}",
-        lead=warnings(reports),
-        tables=tables(reports),
-        appendix=_blocks(reports),
+        verdict=None if compared else f"fails: {', '.join(bad)}" if bad else "passes",
+        lead=[*failures(reports), *warnings(reports)],
+        facts=facts(reports),
+        tables=views(reports),
+        appendix=[*appendix(reports), *_blocks(reports)],
         charts=[one for one in drawn if one.svg],
         masks=[(name(report), report.pictures) for report in reports if report.pictures],
         environments=environments(reports),
@@ -57,13 +65,16 @@ def chart(title: str, svg: str) -> Chart:
 def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     """The template with its parts; whatever comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
-    blank: dict[str, Any] = {
-        key: [] for key in ("lead", "tables", "appendix", "charts", "masks", "environments", "provenance")
-    }
-    blank["answer"] = None
+    lists = ("lead", "facts", "tables", "appendix", "charts", "masks", "environments", "provenance")
+    blank: dict[str, Any] = {"answer": None, **{key: [] for key in lists}}
+    for key in ("tables", "appendix"):
+        parts[key] = [view(one) if isinstance(one, Table) else one for one in parts.get(key, [])]
+    script = SCRIPT.read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text("utf-8"))
-    return template.render(title=title, verdict=verdict, **(blank | parts))
+    return template.render(title=title, verdict=verdict, script=Markup(script), digest=digest, **(blank | parts))
 
 
 def _blocks(reports: Sequence[Report]) -> list[Table]:
@@ -79,7 +90,8 @@ def _blocks(reports: Sequence[Report]) -> list[Table]:
 def _block(finding: Any) -> str:
     if finding is None:
         return "–"
-    return f"{finding.value:.2g} · {finding.detail}" if finding.value is not None else f"NaN · {finding.detail}"
+    value = "NaN" if finding.value is None else f"{finding.value:.2g}"
+    return f"{value} · {finding.detail}" if finding.detail else value
 
 
 def environments(reports: Sequence[Report]) -> list[list[tuple[str, str]]]:
@@ -114,14 +126,30 @@ def render_trend(entries: Sequence[Entry]) -> str:
     """The page of a history: the charts of series with a step first, then the others."""
     known = [(one, steps(one)) for one in series(entries) if len(one.entries) > 1]
     known.sort(key=lambda pair: not pair[1])
+    machines = dict.fromkeys(one.machine for one, _ in known)
+    suffix = {machine: f" ({machine})" if len(machines) > 1 else "" for machine in machines}
+    table = step_table(entries)
     return page(
         "convnext-export trend",
-        lead=[f"{len({entry.commit for entry in entries})} commits, {len(known)} series."],
-        tables=[step_table(entries)] if any(found for _, found in known) else [],
+        answer=_trend(entries, table),
+        facts=[] if table.rows else [("machine", machine) for machine in machines],
+        tables=[table] if table.rows else [],
         charts=[
-            chart(f"{one.artifact}: {one.metric} ({one.machine})", charts.trend(one, found)) for one, found in known
+            chart(f"{one.artifact}: {one.metric}{suffix[one.machine]}", charts.trend(one, found))
+            for one, found in known
         ],
     )
+
+
+def _trend(entries: Sequence[Entry], table: Table) -> Answer:
+    """How many steps the history has, and the latest, with its commit."""
+    commits = f"{len({entry.commit for entry in entries})} commits"
+    if not table.rows:
+        return Answer(f"No step in {commits}.", None, ())
+    commit, time, artifact, metric, before, after, change, _ = table.rows[0]
+    latest = f"at commit {commit} ({time}): {artifact}, {metric}, {before} → {after} ({change})"
+    count = f"{len(table.rows)} step{'s' if len(table.rows) > 1 else ''}"
+    return Answer(f"{count} in {commits}, the latest {latest}.", None, ())
 
 
 RENDER = render
