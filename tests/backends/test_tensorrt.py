@@ -202,6 +202,7 @@ def test_the_share_of_work_in_the_asked_precision_is_told(artifacts):
 
 
 def test_inspect_holds_eight_bits_against_fp16_beside_and_draws_the_network(artifacts, run, tmp_path):
+    assert artifacts["tensorrt", "fp16"].path.parent == artifacts["tensorrt", "int8"].path.parent
     done = run("inspect", artifacts["tensorrt", "int8"].path, "--picture", tmp_path / "plan.svg", "--json")
     assert done.code == 0, done.err
     found = {f["metric"]: f for f in done.json["findings"]}
