@@ -128,7 +128,7 @@ def render_trend(entries: Sequence[Entry]) -> str:
     known.sort(key=lambda pair: not pair[1])
     machines = dict.fromkeys(one.machine for one, _ in known)
     suffix = {machine: f" ({machine})" if len(machines) > 1 else "" for machine in machines}
-    table = step_table(entries)
+    table = step_table(entries if any(found for _, found in known) else [])  # looks for the steps once more
     return page(
         "convnext-export trend",
         answer=_trend(entries, table),
