@@ -1,4 +1,4 @@
-"""The scheduler of `--on ray` with 10 million images on 100 machines, in simulated time.
+"""The scheduler of `--on ray` with 10 million images on 100 to 1,600 machines, in simulated time.
 
     python -m benchmarks.scale -o benchmarks/results/<machine>/scale.json
 
@@ -92,8 +92,8 @@ class Result(Record, frozen=True):
         """A row for each run."""
         write_s = self.drivers[-1].write_s / self.drivers[-1].images * IMAGES
         lines = [
-            "| machines | range | failures an hour | results | tasks lost | most results that wait | seconds | ideal "
-            "| ideal / seconds | with the file |",
+            "| machines | images per range | machines failing per hour | results | tasks lost "
+            "| peak of waiting results | seconds | ideal seconds | ideal / seconds | with writing the file |",
             "|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
         ]
         for run in self.runs:

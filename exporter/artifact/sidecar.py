@@ -324,6 +324,9 @@ def encode(sidecar: Sidecar) -> bytes:
 def schema_of(record: type[Record], title: str) -> dict[str, Any]:
     """The JSON schema of a record."""
     schema = msgspec.json.schema(record)
+    fields = schema["$defs"][record.__name__]
+    fields["properties"]["schema"] = {"const": fields["properties"]["schema"]["default"]}
+    fields["required"] = [*fields["required"], "schema"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
 
 

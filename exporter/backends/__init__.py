@@ -272,6 +272,11 @@ def runtime(name: str) -> Runtime[Options]:
     return found
 
 
+def _commands(known: Sequence[str]) -> list[str]:
+    """The build commands of targets whose name is another one."""
+    return [command for name in known if (command := target(name).command) != name]
+
+
 def target(name: str) -> Target:
     """The target of that name.
 
@@ -280,7 +285,7 @@ def target(name: str) -> Target:
     known = targets()
     if name not in known:
         what = "nothing is built for" if name in runtimes() else "unknown"
-        raise BadRequest(f"{what} backend {name!r}; {nearest(name, known)}")
+        raise BadRequest(f"{what} backend {name!r}; {nearest(name, [*known, *_commands(known)])}")
     found: Target = discover.load(__name__, name, "TARGET")
     return found
 

@@ -84,7 +84,7 @@ class Commands(click.Group):
             hint = (
                 f"these export: {', '.join(builds)}"
                 if args[0] in BUILD_WORDS
-                else nearest(args[0], self.list_commands(ctx))
+                else nearest(args[0], [*self.list_commands(ctx), *build_commands().values()])
             )
             ctx.fail(f"no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)

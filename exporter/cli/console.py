@@ -28,8 +28,8 @@ VERBOSITY = "exporter.verbosity"  # the key of a command's context
 WRAPPED = 24  # the width below which the last column of a table is not wrapped
 DROPPED_FIRST = (
     *("load ms", "of peak", "p90 ms", "p99 ms", "images/s", "95 % interval", "max error", "cosine"),
-    *("kept in higher precision", "size"),
-)  # columns of a table that is wider than the terminal; then the last ones
+    *("kept in higher precision", "size", "eager", "setting"),
+)  # columns of a table that is wider than the terminal
 UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -167,11 +167,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     from rich.table import Table
 
     terminal, rows = console(), [[plain(cell) for cell in row] for row in rows]
-    kept = fitting(columns, rows, terminal.width)
+    kept, fits = fitting(columns, rows, terminal.width)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index in kept:
         column = columns[index]
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=index != len(columns) - 1)
+        table.add_column(
+            column, justify="right" if column in right else "left", no_wrap=fits and index != len(columns) - 1
+        )
     for row in rows:
         table.add_row(*(row[index] for index in kept))
     terminal.print(table)
@@ -179,19 +181,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
         terminal.print(f"not shown in {terminal.width} columns: {', '.join(hidden)}", style="dim", soft_wrap=True)
 
 
-def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The columns, by number, of a table that fits the width; the first column and the last, which can wrap, stay."""
+def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], bool]:
+    """The columns of a table, by number, without as many of `DROPPED_FIRST` as make it fit the width, and whether it
+    does; the last column can wrap."""
     from rich.cells import cell_len
 
     widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
     widths[-1] = min(widths[-1], WRAPPED)
     kept = list(range(len(columns)))
-    first = [columns.index(column) for column in DROPPED_FIRST if column in columns[1:-1]]
-    for index in [*first, *(one for one in reversed(kept[1:-1]) if one not in first)]:
-        if sum(widths[one] + 2 for one in kept) - 2 <= width:
-            break
-        kept.remove(index)
-    return kept
+    dropped = [columns.index(column) for column in DROPPED_FIRST if column in columns[1:-1]]
+    while not (fits := sum(widths[index] + 2 for index in kept) - 2 <= width) and dropped:
+        kept.remove(dropped.pop(0))
+    return kept, fits
 
 
 def print_findings(findings: Iterable[Finding]) -> None:
@@ -218,7 +219,9 @@ def print_rows(table: Table) -> None:
 
 
 def print_next(text: str, *words: object) -> None:
-    """Print what the next command does, and the command."""
+    """Print what the next command does, and the command, unless the command is quiet."""
+    if click.get_current_context().meta.get(VERBOSITY) == "quiet":
+        return
     line = shlex.join(["convnext-export", *map(str, words)])
     console().print(f"{text}: {plain(line)}", style="dim", soft_wrap=True)
 

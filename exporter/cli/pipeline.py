@@ -201,11 +201,13 @@ def report_command(
     """
     from exporter import artifact
     from exporter.artifact import disk
+    from exporter.cli.console import drawing
     from exporter.report import rendering
 
     for path in (path for path in (out, history) if path):
         artifact.check_output(path)
-    text, notes = rendering.rendered(reports, form)
+    with drawing():
+        text, notes = rendering.rendered(reports, form)
     for note in notes:
         click.echo(printable(f"note: {note}"), err=True)
     if history:

@@ -221,7 +221,7 @@ def compare_exact(limit: Limit, base: float, head: float) -> Finding:
 
 def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
     """The loss of top-1, mAP or mIoU of head compared with base on the same images, in points; a loss within its
-    interval passes.
+    interval passes. A mean of fewer than three images has no interval, and is judged without.
 
     Args:
         limit: of a metric of answers.
@@ -235,7 +235,7 @@ def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
             f"{limit.metric}: base answered {count} images and head {len(head.samples)}; verify both on the same --data"
         )
     drop = _top1_drop(base, head) if limit.metric == "top1_drop" else _mean_drop(limit.metric, base, head)
-    significant = drop.low is not None and drop.low > 0
+    significant = drop.low is None or drop.low > 0
     within = drop.value is None or drop.value <= limit.most
     detail = drop.detail + ("" if significant or within else "; above the limit, but within the noise of few images")
     result = judged(replace(drop, metric=limit.metric, detail=detail), limit.most, "low")

@@ -41,7 +41,7 @@ class GateOptions(CompareOptions, frozen=True):
         str | None, about("The shell command that builds HEAD, here and at --base-rev.", metavar="CMD")
     ] = None
     data: Annotated[
-        str | None, about("Labelled images, needed for top1_drop, map_drop and miou_drop.", metavar="SRC")
+        str | None, about("Images with labels or masks, needed for top1_drop, map_drop and miou_drop.", metavar="SRC")
     ] = None
 
 
@@ -97,7 +97,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
     if len(by_kind["answers"]) > 1:
         raise BadRequest(
-            "--fail-on: top1_drop is of classes, map_drop of a multi-label head and miou_drop of segmentation; give one"
+            "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"
         )
     check_pair(pair, options)
     findings = compare_times(pair, by_kind["time"], options)

@@ -35,12 +35,12 @@ def find_recipe(word: str, backends: Mapping[str, str] = MappingProxyType({})) -
     if path.is_file():
         return path
     folder, slash, name = word.partition("/")
-    word = f"{backends.get(folder, folder)}{slash}{name}"
-    if word not in known and path.suffix in (".yaml", ".yml"):
+    full = f"{backends.get(folder, folder)}{slash}{name}"
+    if full not in known and path.suffix in (".yaml", ".yml"):
         raise BadRequest(f"{word}: no such file")
-    if word not in known:
-        raise BadRequest(f"{word}: no such recipe; {nearest(word, known) if known else 'give a file'}")
-    return known[word]
+    if full not in known:
+        raise BadRequest(f"{word}: no such recipe; {nearest(full, known) if known else 'give a file'}")
+    return known[full]
 
 
 def sets() -> dict[str, Path]:

@@ -6,6 +6,7 @@ reports into text.
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from pathlib import Path
@@ -18,8 +19,10 @@ from exporter.artifact import read_sidecar, refuse_sidecar, sidecar_path
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record, schema_of
 from exporter.errors import BadRequest, printable
+from exporter.progress import note
 
 SCHEMA = 1
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_REPORT_BYTES = 512 * 2**20
 
 
@@ -146,16 +149,21 @@ def load_all(path: Path) -> list[Report]:
         raise BadRequest(f"{path}: {path.stat().st_size} bytes, more than a report of this tool has")
     content = path.read_bytes()
     try:
+        if content.startswith(UTF16):  # as PowerShell redirects
+            content = content.decode("utf-16").encode()
+        content = content.removeprefix(codecs.BOM_UTF8)
         known = msgspec.json.decode(content, type=list[dict[str, Any]] | dict[str, Any])
         listed = _reports_in(known if isinstance(known, list) else [known], path)
         schemas = [one.get("schema") for one in listed]
         if other := [schema for schema in schemas if schema != SCHEMA]:
-            raise BadRequest(f"{path}: report of schema {other[0]}, this version reads {SCHEMA}; measure again")
+            raise BadRequest(
+                f"{path}: report of schema {str(other[0])[:40]}, this version reads {SCHEMA}; measure again"
+            )
         reports = [msgspec.convert(one, Report) for one in listed]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"{path}: not a report of this tool, or truncated ({error}); measure again") from None
     if not reports:
-        raise BadRequest(f"{path}: a list without a report; measure again")
+        raise BadRequest(f"{path}: no report in it; measure again")
     for report in reports:
         if "precision" in report.artifact:  # a report of `compare` may have none
             precision.get(str(report.artifact["precision"])[:40], path)
@@ -174,8 +182,13 @@ def _reports_in(documents: list[dict[str, Any]], path: Path) -> list[dict[str, A
                 f"{path}: an object with {keys}, expected a report, as `verify`, `bench`, `compare` and `run` print "
                 "it with --json; give the output of one of these"
             )
+        if document.get("report") is None and document.get("error"):
+            failure = printable(f"{document.get('recipe')}: {document['error']}"[:200])
+            note(f"{path}: no report of a recipe that failed, {failure}")
+        elif not isinstance(document.get("report", {}), dict | None):
+            raise BadRequest(f"{path}: `report` holds no report; give the output of a command as it was printed")
     reports = [document.get("report", document) for document in documents]
-    return [report for report in reports if isinstance(report, dict)]
+    return [report for report in reports if report is not None]
 
 
 def gpu_of(report: Report) -> str:
@@ -237,9 +250,11 @@ def save_merged(report: Report, path: Path) -> Report:
 def is_stale(report: Report) -> bool:
     """Whether the artifact was rebuilt after the report."""
     path = Path(str(report.artifact.get("path") or "?"))
-    if not sidecar_path(path).is_file():
-        return False
     try:
+        if not sidecar_path(path).is_file():
+            return False
         return read_sidecar(path).sha256 != report.artifact.get("sha256")
     except BadRequest:
         return True
+    except OSError:  # a name that no file here can have
+        return False

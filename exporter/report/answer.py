@@ -78,7 +78,7 @@ def _case(reports: Sequence[Report]) -> str | None:
 
 def _latency(report: Report, case: str) -> float | None:
     finding = report.find("p50_ms", case)
-    return finding.value if finding else None
+    return finding.value if finding and finding.value and finding.value > 0 else None
 
 
 def _speed(report: Report, case: str) -> str:

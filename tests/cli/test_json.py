@@ -35,7 +35,14 @@ def test_reports_are_committed():
 
 def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):
     good = json.loads(REPORTS[0].read_text())
-    for bad in ({**good, "passed": "yes"}, {**good, "more": 1}, {**good, "findings": [{"check": "parity"}]}):
+    unversioned = {key: value for key, value in good.items() if key != "schema"}
+    for bad in (
+        unversioned,
+        {**good, "schema": 2},
+        {**good, "passed": "yes"},
+        {**good, "more": 1},
+        {**good, "findings": [{"check": "parity"}]},
+    ):
         assert not schemas["report"].is_valid(bad)
 
 
@@ -129,3 +136,32 @@ def test_the_names_of_build_commands_give_the_same_artifact_from_python(tiny, tm
         paths.append(build(recipe, tmp_path / word).artifact)
     assert paths[0].sidecar.sha256 == paths[1].sidecar.sha256
     assert paths[0].sidecar.recipe == paths[1].sidecar.recipe
+
+
+def test_recipes_that_failed_are_named_and_other_values_than_reports_are_refused(tmp_path, run, refused):
+    good = json.loads(REPORTS[0].read_text())
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps([{"recipe": "a", "report": good}, {"recipe": "b", "report": None, "error": "no such file"}])
+    )
+    result = run("report", path, "--format", "text")
+    assert result.code == 0
+    assert "no report of a recipe that failed, b: no such file" in result.err
+    for wrong in ("x", 5, [good]):
+        path.write_text(json.dumps([good, {"report": wrong}]))
+        assert "`report` holds no report" in refused(2, "report", path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_json_that_a_shell_of_windows_wrote_is_read(encoding, tmp_path, run):
+    (tmp_path / "a.json").write_text(REPORTS[0].read_text(), encoding=encoding)
+    assert run("report", tmp_path / "a.json").code == 0
+
+
+def test_misspelled_names_have_the_nearest_as_a_hint(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean 'onnxruntime'?" in run("onnxruntimes", "--dry-run").err
+    assert "did you mean 'tensorrt'?" in run("tensort", "--dry-run").err
+    Path("my.yaml").write_text("backend: onxx\nprecision: fp32\n")
+    assert "onnx" in run("run", "my.yaml", "--dry-run").err
+    assert run("run", "onnx/tinny_int8", "--dry-run").err.startswith("error: onnx/tinny_int8: no such recipe")

@@ -9,7 +9,8 @@ import pytest
 def test_a_quiet_command_prints_its_result_only(words, run, tiny, tmp_path):
     result = run(*words, "--weights", tiny, "-o", tmp_path)
     assert (result.code, result.err) == (0, "")
-    assert "custom_fp32.onnx" in result.out
+    (line,) = result.out.splitlines()
+    assert "custom_fp32.onnx" in line
 
 
 def test_a_quiet_command_prints_errors(refused, tiny, tmp_path):

@@ -290,8 +290,9 @@ def test_the_schema_knows_every_key_and_the_keys_of_each_target():
     assert set(schema["properties"]) == set(Recipe.__struct_fields__)
     assert schema["additionalProperties"] is False
     named = {
-        rule["if"]["properties"]["backend"]["const"]: rule["then"]["properties"]["target"]["$ref"]
+        word: rule["then"]["properties"]["target"]["$ref"]
         for rule in schema["allOf"]
+        for word in rule["if"]["properties"]["backend"]["enum"]
     }
     assert set(named) == set(schema["properties"]["backend"]["enum"])
     assert "profiles" in schema["$defs"][named["tensorrt"].rpartition("/")[2]]["properties"]

@@ -25,6 +25,7 @@ from exporter.verify.checks.segmentation import (
     near_borders,
     parts_of_images,
     shares_of,
+    shares_of_masks,
 )
 from tests.conftest import build, copy_artifact
 from tests.model import segmenters
@@ -83,18 +84,28 @@ def areas(images, seed):
     rng = np.random.default_rng(seed)
     union = rng.integers(1, 1000, (images, 5))
     union[1:, 3] = union[:, 4] = 0
-    return np.stack([(union * rng.beta(8, 2, union.shape)).astype(int), union], 1)
+    return np.stack([(union * rng.beta(8, 2, union.shape)).astype(int), union, union], 1)
 
 
 def test_the_parts_of_images_have_miou_as_their_mean_and_its_spread_over_draws_of_images():
     drawn = areas(200, 0)
     parts = parts_of_images(drawn)
     assert parts.shape == (200,)
-    assert parts.mean() == pytest.approx(np.nanmean(shares_of(drawn.sum(0))))
+    assert parts.mean() == pytest.approx(np.nanmean(shares_of(drawn[:, :2].sum(0))))
+    empty = np.zeros((3, 3, 5), int)
+    np.testing.assert_allclose(parts_of_images(np.concatenate([drawn, empty])), parts, err_msg="masks without a class")
     drawn = drawn[:, :, :3]  # a draw without the image of the fourth class has one class less
     parts, rng = parts_of_images(drawn), np.random.default_rng(1)
-    draws = [np.nanmean(shares_of(drawn[rng.integers(0, 200, 200)].sum(0))) for _ in range(4000)]
+    draws = [np.nanmean(shares_of(drawn[rng.integers(0, 200, 200), :2].sum(0))) for _ in range(4000)]
     assert parts.std(ddof=1) / np.sqrt(200) == pytest.approx(np.std(draws), rel=0.05)
+
+
+def test_a_class_that_no_mask_has_is_in_no_mean():
+    one = np.array([[[80, 0], [100, 0], [100, 0]]] * 4)
+    stray = one.copy()
+    stray[0, 1, 1] = 1  # a pixel of another class
+    np.testing.assert_array_equal(shares_of_masks(stray), [0.8, np.nan])
+    assert parts_of_images(one).mean() == parts_of_images(stray).mean() == pytest.approx(0.8)
 
 
 def test_of_equal_scores_the_first_class_counts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from exporter.report import Report
@@ -16,7 +17,7 @@ DROPPED_FIRST = ("size", "agreement", "× eager", "top-1")
 def render(reports: Sequence[Report]) -> str:
     """A row for each artifact, then the one to ship. Columns that do not fit are left out."""
     known = answer(reports)
-    return "\n".join([*_lines(reports), *(["", known.sentence] if known else [])]) + "\n"
+    return "\n".join([*_lines(reports), *(["", *textwrap.wrap(known.sentence, WIDTH)] if known else [])]) + "\n"
 
 
 def _row(report: Report) -> dict[str, str]:
@@ -35,7 +36,7 @@ def _row(report: Report) -> dict[str, str]:
         "unsure": any(finding.unsure for finding in report.findings),
         "noisy": (speedup := report.find("speedup")) is not None and speedup.noise,
     }
-    verdict = f"fails {', '.join(failed)}" if failed else "passes"
+    verdict = f"fails {', '.join(failed)}".strip() if not report.passed else "passes"
     return cells | {"": ", ".join([verdict, *(word for word, holds in doubts.items() if holds)])}
 
 

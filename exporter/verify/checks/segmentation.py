@@ -80,15 +80,15 @@ class Segmentation:
         return np.stack([pairs, pixels[pairs]])
 
     def _areas(self, masks: Counts, classes: Counts) -> Counts:
-        """The pixels of the intersection and of the union of each class in each image, (N, 2, C)."""
-        areas = np.zeros((len(masks), 2, self.classes), np.int64)
+        """The pixels of the intersection, of the union and of the mask of each class in each image, (N, 3, C)."""
+        areas = np.zeros((len(masks), 3, self.classes), np.int64)
         for index, (mask, got) in enumerate(zip(masks, classes, strict=True)):
             known = mask >= 0
             both, first, second = (
                 np.bincount(one, minlength=self.classes)
                 for one in (mask[known & (mask == got)], mask[known], got[known])
             )
-            areas[index] = both, first + second - both
+            areas[index] = both, first + second - both, first
         return areas
 
     def findings(self) -> list[Finding]:
@@ -103,34 +103,33 @@ class Segmentation:
             judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high"),
         ]
         areas = {side: np.array(listed) for side, listed in self.to_masks.items() if listed}
-        has_classes = bool(areas) and bool(areas["eager"].any())
+        has_classes = bool(areas) and bool(areas["eager"][:, 2].any())
         if self.has_masks and not has_classes:
             detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
             findings.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
         if not has_classes:
             return [*findings, *self._of_classes("iou_to_eager", shares)]
-        eager, artifact = (shares_of(areas[side].sum(0)) for side in ("eager", "artifact"))
-        parts = {side: 100 * parts_of_images(areas[side]) for side in ("eager", "artifact")}
+        shares = shares_of_masks(areas["artifact"])
+        parts = [100 * parts_of_images(areas[side]) for side in ("eager", "artifact")]
         means = [
-            replace(self._mean(metric, shares), samples=tuple(parts[side].round(4).tolist()))
-            for metric, shares, side in (("miou_eager", eager, "eager"), ("miou", artifact, "artifact"))
+            replace(self._mean(metric, shares_of_masks(areas[side])), samples=tuple(part.round(4).tolist()))
+            for metric, side, part in zip(("miou_eager", "miou"), ("eager", "artifact"), parts, strict=True)
         ]
-        drop = 100 * float(np.nanmean(eager) - np.nanmean(artifact))
-        return [*findings, *means, self._drop(drop, parts), *self._of_classes("iou", artifact)]
+        return [*findings, *means, self._drop(parts[0] - parts[1]), *self._of_classes("iou", shares)]
 
-    def _drop(self, drop: float, parts: dict[str, NDArray[np.float64]]) -> Finding:
+    def _drop(self, differences: NDArray[np.float64]) -> Finding:
         """miou_drop with Student's interval over images; of fewer than three images it is judged without."""
-        differences = (parts["eager"] - parts["artifact"]).tolist()
+        drop, parts = float(differences.mean()), differences.tolist()
         finding = Finding(check="segmentation", metric="miou_drop", value=drop, unit="points")
-        if mean_half_width(differences) is None:
+        if mean_half_width(parts) is None:
             return judged(finding, self.budget.limit, "low")
 
         def interval(images: int) -> tuple[float, float]:
-            half = mean_half_width(differences, images) or 0.0
+            half = mean_half_width(parts, images) or 0.0
             return drop - half, drop + half
 
-        low, high = interval(len(differences))
-        return budgets.judged(replace(finding, low=low, high=high), self.budget, len(differences), interval)
+        low, high = interval(len(parts))
+        return budgets.judged(replace(finding, low=low, high=high), self.budget, len(parts), interval)
 
     def _agreement(self) -> Finding:
         worst = min(self.agree)
@@ -216,19 +215,34 @@ def shares_of(areas: Counts) -> NDArray[np.float64]:
     return shares
 
 
-def parts_of_images(areas: Counts) -> NDArray[np.float64]:
-    """A number for each image (N,) whose mean is mIoU, and whose spread is that of mIoU times the root of N.
+def shares_of_masks(areas: Counts) -> NDArray[np.float64]:
+    """Intersection over union of each class of the masks (C,); NaN for a class that no mask has.
 
-    A share is a ratio of sums over images, so these are the linearised values of a ratio (Cochran, "Sampling
-    Techniques", 1977, section 2.11), averaged over classes. Those of two artifacts for the same images are paired.
+    A class that one artifact alone predicts would have a share of 0 there and none elsewhere, so that the means of two
+    artifacts would be of different classes; its pixels count against the classes of the masks.
 
     Args:
-        areas: (N, 2, C) pixels of the intersection and of the union.
+        areas: (N, 3, C) pixels of the intersection, of the union and of the mask.
     """
     sums = areas.sum(0)
-    shares, union = shares_of(sums), sums[1]
-    known = union > 0
-    residuals = (areas[:, 0] - np.nan_to_num(shares) * areas[:, 1])[:, known] / union[known]
+    return np.where(sums[2] > 0, shares_of(sums[:2]), np.nan)
+
+
+def parts_of_images(areas: Counts) -> NDArray[np.float64]:
+    """A number for each image with a mask whose mean is mIoU, and whose standard deviation is √N times the
+    standard error of mIoU.
+
+    A share is a ratio of sums over images, so these are the linearised values of a ratio (Cochran, "Sampling
+    Techniques", 1977, section 2.11), averaged over classes. Those of two artifacts for the same images are paired. A
+    class in one image alone adds nothing to the spread.
+
+    Args:
+        areas: (N, 3, C) pixels of the intersection, of the union and of the mask.
+    """
+    areas = areas[areas[:, 2].any(1)]
+    shares, union = shares_of_masks(areas), areas[:, 1].sum(0)
+    known = ~np.isnan(shares)
+    residuals = (areas[:, 0, known] - shares[known] * areas[:, 1, known]) / union[known]
     values: NDArray[np.float64] = float(shares[known].mean()) + len(areas) * residuals.mean(1)
     return values
 
