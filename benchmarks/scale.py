@@ -121,8 +121,8 @@ class Result(Record, frozen=True):
             "peak of resident memory": f"{many.peak_bytes / 1e6:,.0f} MB with {many.images:,} images, {each:.0f} bytes "
             f"more for each further image, {(many.peak_bytes + each * (IMAGES - many.images)) / 1e9:.1f} GB for all",
             "results that wait for their turn, at most": f"{waits * sent / 1e6:,.0f} MB",
-            "names of a folder, in each process": f"{name} bytes an image, {name * IMAGES / 1e9:.1f} GB; of a Parquet "
-            "file with bytes none",
+            "names of a folder, in each process": f"{name} bytes an image, {name * IMAGES / 1e9:.1f} GB; 0 for a "
+            "Parquet file of image bytes",
             "answers through the object store": f"{sent:.0f} bytes an image, {sent * IMAGES / 1e9:.2f} GB in all",
             "artifact through the object store": f"{ARTIFACT_BYTES * MACHINES / 1e9:.1f} GB, once to each machine",
             "receiving and storing": f"{1e6 * many.receive_s / many.images:.1f} µs an image",
