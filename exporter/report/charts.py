@@ -59,7 +59,8 @@ def panels(title: str, height: float, rows: int, columns: int) -> Iterator[tuple
     style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False, "font.size": 10}
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
     drawing = Drawing()
-    with mpl.rc_context({**style, **ink, "grid.color": FAINT, "axes.axisbelow": True}):
+    with mpl.rc_context({**style, **ink, "grid.color": FAINT, "axes.axisbelow": True}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that this machine has no font for; the reader's has
         figure = Figure(figsize=(9.5, height), dpi=72, layout="constrained")
         grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axes in grid:

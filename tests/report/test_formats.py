@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import subprocess
+import warnings
 
 import junitparser
 import numpy as np
@@ -260,6 +261,19 @@ def test_text_is_a_table_that_fits_a_terminal():
     assert max(map(len, long)) <= 100
     assert "size" not in long[0]
     assert "p50 ms" in long[0]
+
+
+def test_names_in_other_scripts_cause_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "模型" in rendered("html", made("模型.onnx"), made("b.onnx", 20.0))
+
+
+def test_a_latency_of_zero_is_none():
+    zero = made("zero.onnx")
+    findings = tuple(replace(one, value=0.0) if one.metric == "p50_ms" else one for one in zero.findings)
+    for form in FORMATS:
+        rendered(form, replace(zero, findings=tuple(f for f in findings if f.check != "regression")), noisy())
 
 
 def test_text_ends_with_the_artifact_to_ship():
