@@ -25,7 +25,7 @@ from exporter.predict.ranges import Ranges as Ranges
 from exporter.predict.ranges import open_ranges as open_ranges
 from exporter.predict.ranges import ranges_of as ranges_of
 from exporter.predict.ranges import refuse_others as refuse_others
-from exporter.predict.sources import Images, open_images
+from exporter.predict.sources import Images, open_images, refuse_source
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
 from exporter.verify.checks.segmentation import classes_of
@@ -75,6 +75,7 @@ def predict(
         return predict_masks(artifact, sources, options, out, resume, overwrite, stdin)
     writers.check(out)
     artifacts.check_output(out)
+    refuse_source(out, sources)
     answers = answers_for(artifact, options, whole=out.suffix.lower() == ".npz")
     writers.check_kinds(out, answers)
     images = open_images(sources, artifact.sidecar.preprocessing, stdin)

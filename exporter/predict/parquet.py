@@ -61,13 +61,13 @@ class Rows:
     def value(self, row: int) -> Any:
         """What the column has in a row.
 
-        Raises: images.Unreadable for a row behind the damaged place of its row group.
+        Raises: images.Unreadable for a row behind the damaged place of its row group, and for text that is not UTF-8.
         """
         with self.lock:
             while True:
                 for first, values in self.kept:
                     if first <= row < first + len(values):
-                        return values[row - first].as_py()
+                        return _python(values[row - first])
                 self._advance(row)
 
     def _advance(self, row: int) -> None:
@@ -156,3 +156,10 @@ def _kind(of_column: Any) -> Kind:
         fields = {field.name: _kind(field.type) for field in of_column}
         return "struct" if fields.get("bytes") == "bytes" and fields.get("path", "path") == "path" else ""
     return ""
+
+
+def _python(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise Unreadable("the path in this row is no UTF-8 text") from None

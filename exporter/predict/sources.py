@@ -227,9 +227,13 @@ def _content_of(value: Any, table: str) -> bytes:
     if remote.is_address(name):
         return remote.file_at(name).read()
     try:
+        if Path(name).exists() and not Path(name).is_file():  # a pipe would be waited for
+            raise images.Unreadable(f"{path}: no regular file")
         return Path(name).read_bytes()
     except OSError as error:
         raise images.Unreadable(f"{path}: {error.strerror}") from None
+    except ValueError:  # a name with a NUL
+        raise images.Unreadable("the path in this row is no name of a file") from None
 
 
 def _to_the_end(samples: Samples, name: str, start: int = 0) -> Iterator[Item]:
@@ -250,6 +254,23 @@ def _every(samples: Samples, name: str) -> Iterator[Item]:
 
 def _unreadable(reason: str) -> Array:
     raise images.Unreadable(reason)
+
+
+def refuse_source(out: Path, sources: Sequence[str]) -> None:
+    """Refuse to replace a file that images are read from.
+
+    Raises: BadRequest where the output is a source, or a Parquet file in a folder or of a pattern that is one.
+    """
+    if not out.is_file():
+        return
+    for word in sources:
+        for text in (word, word.rpartition("#")[0]):
+            local = _path_of(text) if text.lower().startswith("file://") else text
+            path = Path(local)
+            matches = [Path(one) for one in glob.glob(local, recursive=True)] if local else []  # noqa: PTH207
+            is_in_a_folder = out.suffix == ".parquet" and path.is_dir() and path.resolve() in out.resolve().parents
+            if local and (is_in_a_folder or any(one.samefile(out) for one in [path, *matches] if one.is_file())):
+                raise BadRequest(f"-o {out}: the images are read from there ({word}); give another name")
 
 
 def _is_a_set(word: str) -> bool:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import random
 import re
 from importlib import util
@@ -384,3 +385,23 @@ def test_without_its_package_the_line_that_installs_it_is_printed(scheme, packag
         pytest.skip(f"{package} is installed")
     words = ("predict", artifacts["onnxruntime", "fp32"].path, f"{scheme}://bucket/a", "-o", tmp_path / "a.csv")
     assert f"{package} is not installed; pip install {package}" in refused(3, *words, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "word", ["{0}/a.parquet", "{0}/a.parquet#image", "file://{0}/a.parquet", "{0}", "{0}/*.parquet"]
+)
+def test_an_output_never_replaces_a_source(word, photos, artifacts, refused, tmp_path):
+    write(tmp_path / "a.parquet", {"image": contents(photos)})
+    words = ("predict", artifacts["onnxruntime", "fp32"].path, word.format(tmp_path), "-o", tmp_path / "a.parquet")
+    assert "the images are read from there" in refused(2, *words, "--overwrite", folder=tmp_path)
+
+
+def test_paths_that_are_no_regular_file_or_no_name_have_a_reason(photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    rows = [{"bytes": None, "path": path} for path in (str(tmp_path / "pipe"), "/dev/zero", "a\0b")]
+    write(tmp_path / "a.parquet", {"image": [{"bytes": contents(photos)[0], "path": "good.png"}, *rows]})
+    read = sources.open_images([f"{tmp_path}/a.parquet"], Preprocessing(size=32))
+    _, *loads = [load for *_, load in read.samples.items()]
+    for load, reason in zip(loads, ("no regular file", "no regular file", "no name of a file"), strict=True):
+        with pytest.raises(Unreadable, match=reason):
+            load()
