@@ -265,12 +265,20 @@ def refuse_source(out: Path, sources: Sequence[str]) -> None:
         return
     for word in sources:
         for text in (word, word.rpartition("#")[0]):
-            local = _path_of(text) if text.lower().startswith("file://") else text
-            path = Path(local)
+            local = _path_of(text) if text.lower().startswith("file://") else os.path.expanduser(text)  # noqa: PTH111
             matches = [Path(one) for one in glob.glob(local, recursive=True)] if local else []  # noqa: PTH207
-            is_in_a_folder = out.suffix == ".parquet" and path.is_dir() and path.resolve() in out.resolve().parents
-            if local and (is_in_a_folder or any(one.samefile(out) for one in [path, *matches] if one.is_file())):
+            read = [Path(local), *matches] if local else []
+            if any(one.samefile(out) for one in read if one.is_file()) or _is_read_from(read, out, text != word):
                 raise BadRequest(f"-o {out}: the images are read from there ({word}); give another name")
+
+
+def _is_read_from(folders: Sequence[Path], out: Path, has_column: bool) -> bool:
+    """Whether an output is a Parquet file whose rows `_of_folder` reads: one in a folder without images, or with a
+    column that is named."""
+    return out.suffix.lower() == ".parquet" and any(
+        folder.is_dir() and folder.resolve() in out.resolve().parents and (has_column or not images_in(folder, ""))
+        for folder in folders
+    )
 
 
 def _is_a_set(word: str) -> bool:

@@ -379,8 +379,9 @@ def blocks(reports: Sequence[Report]) -> str:
 
 def _block_axes(axes: Axes, cases: Sequence[str]) -> None:
     """The first block of each stage on the x axis; whole decades on the y axis, so that at least two have a label."""
-    starts = [index for index, case in enumerate(cases) if case.endswith(".0") and case.startswith("stages")]
-    axes.set_xticks(starts, [cases[index].split(".")[1] for index in starts])
+    parts = [case.rpartition(".") for case in cases]  # ("stages.1", ".", "0")
+    starts = {index: stage[-1] for index, (stage, _, block) in enumerate(parts) if block == "0" and "." in stage}
+    axes.set_xticks(list(starts), list(starts.values()))
     low, high = (
         10.0 ** rounded(np.log10(end)) for rounded, end in zip((np.floor, np.ceil), axes.get_ylim(), strict=True)
     )

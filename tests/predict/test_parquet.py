@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from importlib import util
 
 import fsspec
@@ -394,6 +395,13 @@ def test_an_output_never_replaces_a_source(word, photos, artifacts, refused, tmp
     write(tmp_path / "a.parquet", {"image": contents(photos)})
     words = ("predict", artifacts["onnxruntime", "fp32"].path, word.format(tmp_path), "-o", tmp_path / "a.parquet")
     assert "the images are read from there" in refused(2, *words, "--overwrite", folder=tmp_path)
+
+
+def test_an_output_among_pictures_is_no_source(photos, artifacts, run, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    words = ("predict", artifacts["onnxruntime", "fp32"].path, tmp_path / "photos", "-o", tmp_path / "photos/a.parquet")
+    assert run(*words).code == 0
+    assert run(*words, "--overwrite").code == 0
 
 
 def test_paths_that_are_no_regular_file_or_no_name_have_a_reason(photos, tmp_path):
