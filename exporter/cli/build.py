@@ -155,7 +155,7 @@ def _refuse_calibration() -> None:
 def _show(built: Built, as_json: bool) -> None:
     """Print what was built; a report of its accuracy is written beside it."""
     from exporter import report
-    from exporter.cli.console import console, plain, print_after, print_findings, print_json, print_next, size
+    from exporter.cli.console import console, plain, print_findings, print_json, print_next, print_next_step, size
 
     artifact, sidecar = built.artifact, built.artifact.sidecar
     judged = built.report if sidecar.quantization is not None else None
@@ -173,7 +173,7 @@ def _show(built: Built, as_json: bool) -> None:
         else:
             verdict = "[green]passed[/]" if judged.passed else "[red]FAILED[/]: the artifact is the best candidate"
             console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
-            print_after(artifact.path, judged)
+            print_next_step(artifact.path, judged)
     if judged is not None and not judged.passed:
         raise click.exceptions.Exit(5)
 

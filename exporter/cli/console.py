@@ -226,7 +226,7 @@ def print_next(text: str, *words: object) -> None:
     console().print(f"{text}: {plain(line)}", style="dim", soft_wrap=True)
 
 
-def print_after(artifact: object, report: Report) -> None:
+def print_next_step(artifact: object, report: Report) -> None:
     """Print what to do after a verification; an artifact that cannot run here can be neither timed nor bisected."""
     if report.find("simulated"):
         return

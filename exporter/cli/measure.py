@@ -173,7 +173,7 @@ def finish_verification(
 ) -> None:
     """Save and print the report of a verification. Exit with 5 where a check failed."""
     from exporter import report, verify
-    from exporter.cli.console import console, drawing, plain, print_after, print_findings, print_json
+    from exporter.cli.console import console, drawing, plain, print_findings, print_json, print_next_step
 
     merged = report.save_merged(verified, path)
     if remove_shards:
@@ -188,7 +188,7 @@ def finish_verification(
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
-        print_after(artifact.path, verified)
+        print_next_step(artifact.path, verified)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 
