@@ -165,8 +165,8 @@ def test_verify_and_bench_share_the_report(benched, run):
 
 def test_throughput_runs_several_at_once(artifacts, run, tmp_path):
     made = artifacts["onnxruntime", "fp32"]
-    told = ("--hint", "throughput", "--threads", "2", "--duration", "0.5", "-o", tmp_path, "--json")
-    one = run("bench", made.path, *told).json
+    options = ("--hint", "throughput", "--threads", "2", "--duration", "0.5", "-o", tmp_path, "--json")
+    one = run("bench", made.path, *options).json
     assert "2 batches at once" in found(one, "p50_ms")["detail"]
 
 

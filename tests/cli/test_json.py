@@ -47,8 +47,8 @@ def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):
 
 
 def test_sidecars_and_recipes_have_the_shape_of_their_schemas(artifacts, run, tmp_path, schemas):
-    for made in artifacts.values():
-        schemas["inspect"].validate(json.loads(sidecar_path(made.path).read_text()))
+    for artifact in artifacts.values():
+        schemas["inspect"].validate(json.loads(sidecar_path(artifact.path).read_text()))
     planned = run("onnx", "--variant", "atto", "--weights", "random", "--dry-run", "--json")
     schemas["recipes"].validate(planned.json["recipe"])
     assert not schemas["recipes"].is_valid({**planned.json["recipe"], "precison": "fp16"})
@@ -58,7 +58,7 @@ def test_sidecars_and_recipes_have_the_shape_of_their_schemas(artifacts, run, tm
 def printed(artifacts, run, tiny, tmp_path, monkeypatch):
     """What each command that measures or builds prints, as a file."""
     monkeypatch.chdir(tmp_path)
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    artifact = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
     Path("my.yaml").write_text(
         f"backend: onnx\nprecision: fp32\nmodel: {{weights: {tiny}}}\nexport: {{imgsz: 64}}\n"
         "checks: {samples: 4}\nbench: null\n"
@@ -78,9 +78,9 @@ def printed(artifacts, run, tiny, tmp_path, monkeypatch):
             "-o",
             "built",
         ),
-        "verify": ("verify", made.path, "--samples", 4),
-        "bench": ("bench", made.path, "--duration", 0.5),
-        "bisect": ("bisect", made.path),
+        "verify": ("verify", artifact.path, "--samples", 4),
+        "bench": ("bench", artifact.path, "--duration", 0.5),
+        "bisect": ("bisect", artifact.path),
         "run": ("run", "my.yaml", "-o", "ran"),
     }
     for name, words in commands.items():
@@ -105,8 +105,8 @@ def test_report_and_compare_read_what_every_command_prints(printed, run, schemas
 
 
 def test_json_without_a_report_is_refused_with_its_keys(run, refused, artifacts, tiny, tmp_path):
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
-    (tmp_path / "a.json").write_text(run("inspect", made.path, "--json").out)
+    artifact = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    (tmp_path / "a.json").write_text(run("inspect", artifact.path, "--json").out)
     line = refused(2, "report", tmp_path / "a.json")
     assert "an object with artifact, layers, findings, expected a report" in line
     (tmp_path / "a.json").write_text(run("onnx", "--weights", tiny, "-o", tmp_path / "b", "--json").out)

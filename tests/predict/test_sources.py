@@ -44,14 +44,14 @@ def test_images_from_any_number_on_are_read_without_those_before_them(start, pho
     (tmp_path / "list.txt").write_text("in/one.png\nin/one.png\n")
     words = [str(photo), str(photo.parent), str(tmp_path / "a.npz"), str(tmp_path / "list.txt")]
     every, recipe = names_of(words), Preprocessing(size=32, resize=32)
-    opened, made = sources.open_images(words, recipe), []
+    opened, calls = sources.open_images(words, recipe), []
     real = sources.partial
-    monkeypatch.setattr(sources, "partial", lambda *words: made.append(words) or real(*words))
+    monkeypatch.setattr(sources, "partial", lambda *words: calls.append(words) or real(*words))
     assert len(every) == 7
     for part in (opened.samples.after(start), opened.samples.between(start, 7)):
-        made.clear()
+        calls.clear()
         assert [name for name, _, _ in part.items()] == every[start:]
-        assert len(made) <= max(0, 7 - start)
+        assert len(calls) <= max(0, 7 - start)
         assert [name for name, _, _ in part.items(1)] == [name for name, _, _ in part.items()][1:]
     nested = opened.samples.between(1, 7).between(2, 4)
     assert [name for name, _, _ in nested.items()] == every[3:5]

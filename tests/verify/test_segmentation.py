@@ -183,10 +183,10 @@ def test_other_pixels_than_pytorchs_fail(labels, folder, data):
 def test_the_gate_compares_miou_on_the_same_masks(labels, data, tmp_path, run):
     for name in ("base", "head"):
         (tmp_path / name).mkdir()
-    made = [copy_artifact(labels, tmp_path / name) for name in ("base", "head")]
-    for one in made:
+    copies = [copy_artifact(labels, tmp_path / name) for name in ("base", "head")]
+    for one in copies:
         assert run("verify", one.path, "--data", data).code == 0
-    paths = [f"{one.path}.report.json" for one in made]
+    paths = [f"{one.path}.report.json" for one in copies]
     same = run("compare", *paths, "--fail-on", "miou_drop:0.3", "--json")
     (finding,) = same.json["findings"]
     assert (same.code, finding["value"], finding["low"], finding["high"]) == (0, 0, 0, 0)
@@ -203,7 +203,7 @@ def test_the_gate_compares_miou_on_the_same_masks(labels, data, tmp_path, run):
     result = run("compare", *paths, "--fail-on", "miou_drop:0.3")
     assert result.code == 6
     assert "REGRESSION of miou_drop" in result.out
-    assert run("compare", *(one.path for one in made), "--data", data, "--fail-on", "miou_drop:0.3").code == 0
+    assert run("compare", *(one.path for one in copies), "--data", data, "--fail-on", "miou_drop:0.3").code == 0
 
 
 def test_limits_of_the_user_hold(labels, data):
