@@ -81,7 +81,8 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         path: the file.
         split: the rows to take; "" takes those for validation or testing, or all where there are no splits.
 
-    Raises: BadRequest for a file that is no manifest, leads out of its folder, or can be read in two ways.
+    Raises: BadRequest for a file that is no manifest, leads out of its folder, lists an image twice, or can be read in
+        two ways.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -107,6 +108,7 @@ def read_manifest(path: Path, split: str = "") -> Listed:
     generated = "generator" in header
     root = path.parent / header.get("source", ".") if frozen and not generated else path.parent
     _check_names(path, root, "" if generated else header.get("source", ""), [row["path"] or "" for row in rows])
+    _refuse_repeated(path, numbered)
     if not frozen and not generated:
         root = _folder_of(path, split, rows)
         if root != path.parent:
@@ -277,6 +279,19 @@ def _check_names(path: Path, root: Path, source: str, names: list[str]) -> None:
     inside = os.path.realpath(root)
     if linked := next((name for name in names if _leads_out(inside, name)), None):
         raise BadRequest(f"{path}: {linked!r} is a link out of {root}; put the image itself there")
+
+
+def _refuse_repeated(path: Path, rows: _Rows) -> None:
+    """Refuse an image in two lines: it would count twice, and intervals would be too narrow.
+
+    Raises: BadRequest.
+    """
+    lines: dict[str, int] = {}
+    for line, row in rows:
+        name = os.path.normpath(row["path"])
+        first = lines.setdefault(name, line)
+        if first != line:
+            raise BadRequest(f"{path}: lines {first} and {line} are both {name!r}; list each image once")
 
 
 def _leads_out(inside: str, name: str) -> bool:

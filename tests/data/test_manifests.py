@@ -183,6 +183,26 @@ def test_a_folder_beside_a_list_is_no_way_out(folder, tmp_path_factory):
         gather(folder / "val.txt")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "lines"),
+    [
+        ("m.csv", "path,label\n0.png,0\n1.png,1\n./0.png,1\n", "2 and 4"),
+        ("m.tsv", "path\n1.png\n\n0.png\n0.png\n", "4 and 5"),
+        ("m.txt", "0.png 0\n1.png 1\n1.png 1\n", "2 and 3"),
+    ],
+)
+def test_an_image_in_two_lines_is_refused_with_both(name, text, lines, folder):
+    (folder / name).write_text(text)
+    with pytest.raises(BadRequest, match=rf"lines {lines} are both '[01].png'; list each image once"):
+        read_manifest(folder / name)
+
+
+def test_an_image_may_be_in_two_splits(folder):
+    (folder / "m.csv").write_text("path,label,split\n0.png,0,train\n1.png,1,train\n0.png,0,val\n")
+    assert len(read_manifest(folder / "m.csv", "train").rows) == 2
+    assert len(read_manifest(folder / "m.csv", "val").rows) == 1
+
+
 def test_a_text_that_lists_no_images_is_refused(folder):
     (folder / "m.txt").write_text("cat\ndog\n")
     with pytest.raises(BadRequest, match="expected a folder"):
