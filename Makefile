@@ -53,7 +53,7 @@ docs: install    ## write the generated parts of the docs
 	$(BIN)/python -m benchmarks.docs
 
 site: install $(SITE_STAMP) ## build the docs as a site with search, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
 
 $(SITE_STAMP): $(STAMP)

@@ -51,9 +51,10 @@ def export(
 
     Returns: the artifact, with the report of its comparison with the module on the recipe's images.
 
-    Raises: BadRequest for a module that is no ConvNeXt, labels that do not fit it, or fields of the recipe that only
-        mean something for a file of weights; CheckFailed when the network, or the artifact's graph, differs from the
-        module, with nothing left on disk.
+    Raises:
+        BadRequest: for a module that is no ConvNeXt, labels that do not fit it, or fields of the recipe that only mean
+            something for a file of weights.
+        CheckFailed: when the network, or the artifact's graph, differs from the module; nothing is left on disk.
     """
     out, chosen = Path(out), recipe.model
     _check(module, recipe)
