@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SITE_STAMP := .venv/.site-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types imports docs site clean bench-peers rivals gpu
+.PHONY: help install demo test check format lint types imports docs site publish clean bench-peers rivals gpu
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -55,6 +55,10 @@ docs: install    ## write the generated parts of the docs
 site: install $(SITE_STAMP) ## build the docs as a site with search, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
+
+publish: install $(SITE_STAMP) ## commit the site of this version to the branch gh-pages, beside those of other versions
+	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH mike deploy --update-aliases \
+	  $$($(BIN)/python -c "import exporter; print(exporter.__version__)") latest
 
 $(SITE_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs

@@ -1,10 +1,14 @@
 """Pages lead to files and headings that are there, every message is on the page of messages, and the site builds."""
 
 import importlib.util
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +18,8 @@ from tests.conftest import ROOT
 
 TEXTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "calibration").glob("*.md")])
 needs_mkdocs = pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
-    reason="mkdocs is not installed: `make site` installs it",
+    not all(map(importlib.util.find_spec, ("mkdocs", "mkdocstrings", "mike"))),
+    reason="mkdocs or mike is not installed: `make site` installs them",
 )
 
 
@@ -82,21 +86,49 @@ def test_the_hooks_of_pre_commit_are_the_checks_of_make():
     assert {hook["id"] for hook in hooks} == {"format", "lint", "types", "imports"}
 
 
+def publish(folder, version, beside):
+    """Commit the site of a version to the branch gh-pages, where another version is, in a copy of the pages; returns the
+    files of that branch."""
+    copy, published = folder / "copy", folder / "published"
+    shutil.copytree(ROOT / "docs", copy / "docs")
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("exporter", "benchmarks"):
+        (copy / name).symlink_to(ROOT / name)
+    people = {f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | people | {"PATH": path, "NO_MKDOCS_2_WARNING": "1"}
+
+    def type_words(*words):
+        done = subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    (copy / "versions.json").write_text(json.dumps([{"version": beside, "title": beside, "aliases": ["latest"]}]))
+    type_words("git", "init", "--quiet", "--initial-branch", "gh-pages")
+    type_words("git", "add", "versions.json")
+    type_words("git", "commit", "--quiet", "-m", beside)
+    type_words("mike", "deploy", "--update-aliases", version, "latest")
+    type_words("git", "clone", "--quiet", copy, published)
+    return published
+
+
 @needs_mkdocs
 @pytest.mark.slow
-def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+def test_the_site_builds_beside_earlier_versions_and_loads_nothing_from_elsewhere(tmp_path):
     """In strict mode: a link, an anchor or a name of the API that is not there is an error. With `--quiet`, mkdocs does
     not count warnings, and the strict mode passes."""
     begin = time.monotonic()
-    words = [sys.executable, "-m", "mkdocs", "build", "--site-dir", tmp_path]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    published = publish(tmp_path, "0.1.0", beside="0.0.1")
     assert time.monotonic() - begin < 60
-    pages = list(tmp_path.glob("*.html"))
+    versions = json.loads((published / "versions.json").read_text())
+    assert [(one["version"], one["aliases"]) for one in versions] == [("0.1.0", ["latest"]), ("0.0.1", [])]
+    site = published / "0.1.0"
+    assert '"version":{"provider":"mike"}' in (site / "index.html").read_text().replace(" ", "")
+    pages = list(site.glob("*.html"))
     assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= {path.name for path in pages}
-    assert (tmp_path / "search" / "search_index.json").exists()
+    assert (site / "search" / "search_index.json").exists()
     for page in pages:
         loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=\"?([^\"\s>]+)", page.read_text())
         foreign = [address for address in loaded if re.match(r"(https?:)?//", address)]
         assert [one for one in foreign if "canonical" not in one] == [], page.name
-    assert "exporter.build.live.export" in (tmp_path / "api.html").read_text()
+    assert "exporter.build.live.export" in (site / "api.html").read_text()
