@@ -87,7 +87,7 @@ def test_the_hooks_of_pre_commit_are_the_checks_of_make():
 
 
 def publish(folder, version, beside):
-    """Commit the site of a version to the branch gh-pages, where another version is, in a copy of the pages; returns the
+    """Commit the site of a version to the branch gh-pages, where another version is, in a copy of the pages; return the
     files of that branch."""
     copy, published = folder / "copy", folder / "published"
     shutil.copytree(ROOT / "docs", copy / "docs")
