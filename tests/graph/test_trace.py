@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from exporter import artifact, backends
 from exporter.artifact.sidecar import OutputSpec
@@ -97,6 +98,7 @@ def shape_of(graph):
         ("v1", {"imgsz": 64}),
         ("v2", {"imgsz": 64, "batch": 1, "dtype": "uint8"}),
         ("overlap", {"imgsz": 64, "batch": 1}),
+        ("v1", {}),
     ],
 )
 def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(variety, options, traced_anew):
@@ -114,6 +116,21 @@ def test_it_is_the_graph_that_the_exporter_makes_of_the_decomposed_program(varie
         model, (example,), dynamo=True, opset_version=trace.TRACED, dynamic_shapes=shapes, verbose=False
     )
     assert shape_of(trace.trace(model, options).graph) == shape_of(plain.model.graph)
+
+
+def test_an_operator_that_mixes_types_gets_them_promoted(traced_anew):
+    """PyTorch multiplies whole numbers with fp32; ONNX does not."""
+    from exporter.graph import trace
+
+    class Mixed(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3)) * torch.arange(1, 4)
+
+    graph = trace.trace(Mixed().eval(), trace_options(imgsz=32, batch=2))
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    (outputs,) = ReferenceEvaluator(ir.serde.serialize_model(graph)).run(None, {trace.INPUT: images})
+    assert np.allclose(outputs, images.mean((2, 3)) * np.arange(1, 4), atol=1e-6)
+    onnx.checker.check_model(ir.serde.serialize_model(graph), full_check=True)
 
 
 def test_a_last_stride_of_64_leaves_the_size_open():
