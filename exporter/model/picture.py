@@ -33,7 +33,7 @@ def _hamming(x: Tensor) -> Tensor:
 
 def _bicubic(x: Tensor) -> Tensor:
     """Keys' cubic with a = −0.5."""
-    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0.0))
+    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
 
 
 def _lanczos(x: Tensor) -> Tensor:
@@ -130,11 +130,12 @@ class Picture(nn.Module):
 def _bilinear_bits(at: Tensor, side: int, side_resized: int) -> Tensor:
     """The weights of `bilinear` as their upper and their lower bits (2, rows, columns), exact in fp32.
 
-    In units of half a pixel over the size, weights are whole numbers; each is divided by their sum bit by bit.
+    In units of half a pixel over the size, weights are whole numbers; each is divided by their sum bit by bit. A number
+    minus a tensor has no ONNX function: PyTorch's exporter would decompose the whole network.
     """
     ends = 2 * _larger(side, side_resized)
     distance = (2 * torch.arange(side, dtype=torch.float32) + 1) * side_resized - (2 * at[:, None] + 1) * side
-    rest = (ends - distance.abs()).clamp(min=0)
+    rest = (-distance.abs() + ends).clamp(min=0)
     total, weights = rest.sum(1, keepdim=True), torch.zeros_like(rest)
     for bits in (8, 7, 7):
         rest = rest * 2**bits
