@@ -276,6 +276,21 @@ def test_a_latency_of_zero_is_none():
         rendered(form, replace(zero, findings=tuple(f for f in findings if f.check != "regression")), noisy())
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("value", "other"), [(1e308, -1e308), (1.7e308, 1e308), (5e-324, 1e308), (-0.0, 5e-324)])
+def test_any_finite_number_is_rendered(form, value, other):
+    one = made("a.onnx")
+    numbers = {"value": value, "low": min(value, other), "high": max(value, other), "limit": other}
+    metrics = ("tried_loss", "tried_ms")
+    searched = [Finding(check="int8", metric=metric, case=case, value=number)
+                for metric in metrics for case, number in (("a", value), ("b", other))]  # fmt: skip
+    extreme = [replace(f, **numbers, samples=f.samples and (value, other, *f.samples)) for f in one.findings]
+    text = rendered(form, replace(one, findings=(*extreme, *searched)), made("b.onnx"))
+    assert "b.onnx" in text
+    if form == "html":
+        assert "Accuracy loss of int8 by latency" in text
+
+
 def test_text_ends_with_the_artifact_to_ship():
     folder = ROOT / "benchmarks" / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
     reports = [report.load(path) for path in sorted(folder.glob("*.report.json"))]

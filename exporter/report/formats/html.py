@@ -15,6 +15,7 @@ import msgspec
 
 from exporter.report import Report, charts
 from exporter.report.answer import Answer, answer
+from exporter.report.drawable import drawable
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.summary import appendix, facts, failures, view, views
 from exporter.report.tables import Table, name, warnings
@@ -35,11 +36,12 @@ def render(reports: Sequence[Report]) -> str:
     bad = dict.fromkeys(name(report) for report in reports if not report.passed)
     compared = any(finding.check == "regression" for report in reports for finding in report.findings)
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
-    drawn = [chart("Change from the base", charts.changes(reports))]
-    drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
-    drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
-    drawn += [chart("Error of each block", charts.blocks(reports))]
-    drawn += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
+    shown = list(map(drawable, reports))
+    drawn = [chart("Change from the base", charts.changes(shown))]
+    drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(shown))]
+    drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in shown]
+    drawn += [chart("Error of each block", charts.blocks(shown))]
+    drawn += [chart(f"Latency of every run, {case}", charts.distributions(shown, case)) for case in cases]
     return page(
         "convnext-export report",
         answer=answer(reports),
