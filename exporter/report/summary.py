@@ -11,6 +11,7 @@ from exporter.report import Finding, Report
 from exporter.report.tables import (
     Table,
     accuracy_cells,
+    bisections,
     changes,
     data,
     int8,
@@ -108,8 +109,8 @@ def views(reports: Sequence[Report]) -> list[View]:
 
 
 def appendix(reports: Sequence[Report]) -> list[View]:
-    """The tables at the end of the page: all percentiles and batches, and sensitivity."""
-    return [view(table) for table in (latency(reports), sensitivity(reports)) if table.rows]
+    """The tables at the end of the page: the errors of `bisect`, all percentiles and batches, and sensitivity."""
+    return [view(table) for table in (bisections(reports), latency(reports), sensitivity(reports)) if table.rows]
 
 
 def _change_chips(change: Finding) -> tuple[Chip, ...]:
@@ -149,12 +150,13 @@ def _timing(report: Report) -> tuple[str, ...]:
 
 
 def failures(reports: Sequence[Report]) -> list[str]:
-    """A line for each failed check, with its value, limit and detail; the table of changes has those of `compare`."""
+    """A line for each failed check, with its value, limit and detail, except those that the table of changes or
+    `tables.sentences` has."""
     return [
         f"{name(report)} fails {metric(finding)} {finding.case}".rstrip() + f": {number(finding)} {_limit(finding)}"
         for report in reports
         for finding in report.findings
-        if not finding.passed and finding.check != "regression"
+        if not finding.passed and finding.check not in ("regression", "report") and finding.metric != "reason"
     ]
 
 

@@ -26,8 +26,8 @@ class Table:
 
 def tables(reports: Sequence[Report]) -> list[Table]:
     """All tables with at least one row, regressions first."""
-    every = (regressions(reports), accuracy(reports), int8(reports), sensitivity(reports), latency(reports))
-    return [table for table in every if table.rows]
+    every = (regressions, bisections, accuracy, int8, sensitivity, latency)
+    return [table for table in (create(reports) for create in every) if table.rows]
 
 
 def name(report: Report) -> str:
@@ -84,6 +84,11 @@ def verdict(report: Report, checks: Sequence[str]) -> str:
         return f"**fails** {', '.join(bad)}"
     unsure = dict.fromkeys(finding.metric for finding in judged if finding.unsure)
     return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
+
+
+def is_comparison(report: Report) -> bool:
+    """Whether `compare` wrote the report."""
+    return any(finding.check == "regression" for finding in report.findings)
 
 
 def changes(reports: Sequence[Report]) -> list[tuple[Report, Finding]]:
@@ -230,10 +235,44 @@ def sensitivity(reports: Sequence[Report]) -> Table:
     )
 
 
+def bisections(reports: Sequence[Report]) -> Table:
+    """A row for each error that `bisect` measured, in the order of the parts."""
+    columns = ("artifact", "metric", "part", "error", "limit", "", "detail")
+    rows = [
+        (name(report), metric(f), f.case, number(f, "{:.2g} %"), _limit(f), "" if f.passed else "**fails**", f.detail)
+        for report in reports
+        for f in report.findings
+        if f.check == "bisect" and f.unit == "%"
+    ]
+    return Table("Error of each part, on the input that it has in the artifact", columns, columns[3:5], rows)
+
+
+def _limit(finding: Finding) -> str:
+    return "–" if finding.limit is None else f"{finding.limit:.2g} %"
+
+
+def bisected(report: Report) -> list[str]:
+    """The first part that differs and why, and how it is kept in higher precision; nothing for other reports."""
+    if not any(finding.check == "bisect" for finding in report.findings):
+        return []
+    reason, advice = report.find("reason"), report.find("keep")
+    first = f"{reason.case}: {reason.detail}" if reason else "every part is within its limit"
+    return [first, *([f"keep it in higher precision: {advice.detail}"] if advice else [])]
+
+
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """The lines above all tables: artifacts whose int8 layers are not faster than the baseline, or have no verdict."""
+    """The lines above all tables: those of `sentences`; artifacts whose int8 layers are not faster than the baseline,
+    or have no verdict."""
     gains = ((name(report), report.find("gain")) for report in reports)
-    return [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
+    slow = [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
+    return [*sentences(reports), *slow]
+
+
+def sentences(reports: Sequence[Report]) -> list[str]:
+    """A line for each report whose verdict contradicts its findings (`rendering.rendered` adds a finding to it), and
+    those of `bisect`."""
+    contradictions = [f"{name(one)}: {f.detail}" for one in reports for f in one.findings if f.check == "report"]
+    return [*contradictions, *(f"{name(one)}: {line}" for one in reports for line in bisected(one))]
 
 
 def not_faster(gain: Finding) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from exporter.report import Report
 from exporter.report.answer import answer
-from exporter.report.tables import accuracy, latency, name
+from exporter.report.tables import accuracy, latency, name, sentences
 
 WIDTH = 100
 COLUMNS = ("artifact", "size", "top-1", "agreement", "p50 ms", "× eager", "")
@@ -15,9 +15,11 @@ DROPPED_FIRST = ("size", "agreement", "× eager", "top-1")
 
 
 def render(reports: Sequence[Report]) -> str:
-    """A row for each artifact, then the one to ship. Columns that do not fit are left out."""
+    """A row for each artifact, then what `bisect` says, and the one to ship. Columns that do not fit are left out."""
     known = answer(reports)
-    return "\n".join([*_lines(reports), *(["", *textwrap.wrap(known.sentence, WIDTH)] if known else [])]) + "\n"
+    below = [*sentences(reports), *([known.sentence] if known else [])]
+    wrapped = [line for sentence in below for line in ("", *textwrap.wrap(sentence, WIDTH))]
+    return "\n".join([*_lines(reports), *wrapped]) + "\n"
 
 
 def _row(report: Report) -> dict[str, str]:
