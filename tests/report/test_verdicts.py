@@ -4,9 +4,11 @@ among other reports."""
 import pytest
 from msgspec.structs import replace
 
-from exporter.report import Finding, tables
+from exporter import report
+from exporter.report import Finding, rendering, tables
 from exporter.report.formats import html, markdown, text
-from tests.report.test_answer import FAST
+from tests.report.test_answer import BAD, FAST
+from tests.report.test_formats import FORMATS
 
 BISECTED = replace(
     FAST,
@@ -19,6 +21,23 @@ BISECTED = replace(
         Finding(check="bisect", metric="part_error", case="stages.1.0", value=7.5, unit="%", limit=2.0, passed=False),
     ),
 )
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("contradictory", "words"),
+    [
+        (replace(FAST, passed=False), "marked as failed, but no finding failed"),
+        (replace(BAD, passed=True), "marked as passed, but top1_drop failed"),
+    ],
+)
+def test_a_verdict_that_contradicts_the_findings_is_no_pass(contradictory, words, form, tmp_path):
+    path = tmp_path / "a.report.json"
+    report.save(contradictory, path)
+    shown, _ = rendering.rendered([path], form)
+    assert words in " ".join(shown.split()), shown
+    assert "Ship int8" not in shown
+    assert "checks passed" not in shown
 
 
 @pytest.mark.parametrize("form", [html, markdown, text])
