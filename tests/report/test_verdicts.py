@@ -6,8 +6,9 @@ from msgspec.structs import replace
 
 from exporter import report
 from exporter.report import Finding, rendering, tables
+from exporter.report.answer import answer
 from exporter.report.formats import html, markdown, text
-from tests.report.test_answer import BAD, FAST
+from tests.report.test_answer import BAD, FAST, SLOW, change
 from tests.report.test_formats import FORMATS
 
 BISECTED = replace(
@@ -40,6 +41,13 @@ def test_a_verdict_that_contradicts_the_findings_is_no_pass(contradictory, words
     assert "checks passed" not in shown
 
 
+def test_a_comparison_marked_as_failed_is_no_pass(tmp_path):
+    path = tmp_path / "a.compare.json"
+    report.save(replace(change("p90_ms", 1.0, 5.0), passed=False), path)
+    shown, _ = rendering.rendered([path], "text")
+    assert "No regression in 1 change, but int8.xml failed." in shown
+
+
 @pytest.mark.parametrize("form", [html, markdown, text])
 def test_a_report_of_bisect_has_its_sentence_in_every_format(form):
     shown = form.render([BISECTED])
@@ -52,3 +60,16 @@ def test_the_errors_of_bisect_are_a_table():
     (table,) = tables.tables([BISECTED])
     assert table.rows[1] == ("int8.onnx", "error", "stages.1.0", "7.5 %", "2 %", "**fails**", "")
     assert "7.5 %" in html.render([BISECTED])
+
+
+def test_of_a_comparison_among_other_reports_both_are_said():
+    regressed = change("p50_ms", 12.0, 5.0, passed=False, case="batch 1")
+    known = answer([SLOW, regressed, FAST])
+    assert known.sentence.startswith(
+        "1 of 1 change regressed: p50_ms batch 1 +12.00 % (limit 5 %). Ship int8.xml: 2.90"
+    )
+    assert not known.passes
+    assert answer([change("p50_ms", 1.0, 5.0), FAST]).passes
+    for form in (html, markdown, text):
+        assert "1 of 1 change regressed" in form.render([SLOW, regressed])
+    assert "✗ fails: int8.onnx" in html.render([change("p50_ms", 1.0, 5.0), BAD])

@@ -18,7 +18,7 @@ from exporter.report.answer import Answer, answer
 from exporter.report.drawable import drawable
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.summary import appendix, facts, failures, view, views
-from exporter.report.tables import Table, name, warnings
+from exporter.report.tables import Table, is_comparison, name, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -33,8 +33,8 @@ class Chart(NamedTuple):
 
 def render(reports: Sequence[Report]) -> str:
     """The page."""
-    bad = dict.fromkeys(name(report) for report in reports if not report.passed)
-    compared = any(finding.check == "regression" for report in reports for finding in report.findings)
+    judged = [report for report in reports if not is_comparison(report)]
+    bad = dict.fromkeys(name(report) for report in judged if not report.passed)
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
     shown = list(map(drawable, reports))
     drawn = [chart("Change from the base", charts.changes(shown))]
@@ -45,7 +45,7 @@ def render(reports: Sequence[Report]) -> str:
     return page(
         "convnext-export report",
         answer=answer(reports),
-        verdict=None if compared else f"fails: {', '.join(bad)}" if bad else "passes",
+        verdict=None if reports and not judged else f"fails: {', '.join(bad)}" if bad else "passes",
         lead=[*failures(reports), *warnings(reports)],
         facts=facts(reports),
         tables=views(reports),
