@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from msgspec.structs import replace
+from rich.cells import cell_len
 
 from exporter import discover, report
 from exporter.report import Finding, Report, tables
@@ -261,6 +262,13 @@ def test_text_is_a_table_that_fits_a_terminal():
     assert max(map(len, long)) <= 100
     assert "size" not in long[0]
     assert "p50 ms" in long[0]
+
+
+def test_text_is_aligned_by_the_width_of_letters_in_a_terminal():
+    lines = rendered("text", *map(made, ("模型模型模型.onnx", "cafe\u0301.onnx", "model_of_ours.onnx"))).splitlines()
+    starts = {cell_len(line[: line.index("1.00 MB")]) for line in lines[2:5]}
+    assert len(starts) == 1
+    assert cell_len(lines[1]) == max(map(cell_len, lines[2:5]))
 
 
 def test_names_in_other_scripts_cause_no_warning():
