@@ -105,6 +105,7 @@ def _outcomes(recipe_runs: Sequence[RecipeRun], jobs: int, on: str | None) -> li
 def _row(outcome: Outcome) -> tuple[str, ...]:
     """A row of the summary."""
     from exporter.cli.console import size
+    from exporter.report.tables import doubts
 
     artifact, report = outcome.artifact, outcome.report
     if artifact is None or report is None:
@@ -113,12 +114,10 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         _number(report.value(metric), digits)
         for metric, digits in (("cosine", 6), ("top1", 2), ("top1_drop", 2), ("p50_ms", 3), ("speedup", 2))
     )
-    verdict = "passes" if report.passed else "FAILS"
-    if (speedup := report.find("speedup")) and speedup.noise:
-        verdict += ", noisy"
+    words = ["passes" if report.passed else "FAILS", *doubts(report.findings)]
     if not any(step == "done" for step in outcome.steps.values()):
-        verdict += ", all steps skipped"
-    return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, verdict)
+        words.append("all steps skipped")
+    return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, ", ".join(words))
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -14,6 +14,7 @@ from exporter.report.tables import (
     bisections,
     changes,
     data,
+    doubts,
     int8,
     latency,
     latency_cells,
@@ -89,9 +90,7 @@ def chips(findings: Sequence[Finding]) -> tuple[Chip, ...]:
     """A chip for each metric that failed, else one that everything passes; then doubt and noise."""
     failed = dict.fromkeys(finding.metric for finding in findings if not finding.passed)
     first = tuple(Chip(f"fails {one}", "bad") for one in failed) or (Chip("passes", "good"),)
-    doubts = (Chip("unsure", "unsure"),) if any(map(_is_unsure, findings)) else ()
-    noisy = (Chip("noisy", "noisy"),) if any(map(noise_of, findings)) else ()
-    return first + doubts + noisy
+    return (*first, *(Chip(word, word) for word in doubts(findings)))
 
 
 def _is_unsure(finding: Finding) -> bool:
@@ -114,9 +113,8 @@ def appendix(reports: Sequence[Report]) -> list[View]:
 
 
 def _change_chips(change: Finding) -> tuple[Chip, ...]:
-    first = Chip("regressed", "bad") if not change.passed else Chip("passes", "good")
-    doubts = (Chip("unsure", "unsure"),) if change.unsure else ()
-    return (first, *doubts, *((Chip("noisy", "noisy"),) if change.noise else ()))
+    first = Chip("passes", "good") if change.passed else Chip("regressed", "bad")
+    return (first, *(Chip(word, word) for word in doubts([change])))
 
 
 def _is_measured(report: Report) -> bool:

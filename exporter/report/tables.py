@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from msgspec.structs import replace
 
 from exporter.machine import TOOLS
 from exporter.report import Finding, Report, gpu_of
+
+Doubt = Literal["unsure", "noisy"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ def verdict(report: Report, checks: Sequence[str]) -> str:
     return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
 
 
+def doubts(findings: Sequence[Finding]) -> list[Doubt]:
+    """Whether a finding passes with a warning, and whether a ratio or a time of them is uncertain."""
+    unsure = any(finding.passed and finding.unsure for finding in findings)
+    known: dict[Doubt, bool] = {"unsure": unsure, "noisy": any(map(noise_of, findings))}
+    return [word for word, holds in known.items() if holds]
+
+
 def is_comparison(report: Report) -> bool:
     """Whether `compare` wrote the report."""
     return any(finding.check == "regression" for finding in report.findings)
@@ -115,8 +125,7 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     unit = " %" if f.unit == "%" else f" {f.unit}" if f.unit else ""
     interval = "{:+.2f} … {:+.2f}".format(*f.interval) if f.interval else ""
     limit = "–" if f.limit is None else f"{f.limit:g}{unit}"
-    word = "**regressed**" if not f.passed else "passes, unsure" if f.unsure else "passes"
-    word += ", noisy" if f.noise else ""
+    word = ", ".join(["passes" if f.passed else "**regressed**", *doubts([f])])
     detail = "; ".join(filter(None, (f.detail, f.noise)))
     change = "–" if f.value is None else f"{f.value:+.2f}{unit}"
     return (name(report), f.metric, f.case, f.setting, change, interval, limit, word, detail)

@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from exporter import report
-from exporter.report import Finding, rendering, tables
+from exporter.report import Finding, rendering, summary, tables
 from exporter.report.answer import answer
 from exporter.report.formats import html, markdown, text
 from tests.report.test_answer import BAD, FAST, SLOW, change
@@ -73,3 +73,20 @@ def test_of_a_comparison_among_other_reports_both_are_said():
     for form in (html, markdown, text):
         assert "1 of 1 change regressed" in form.render([SLOW, regressed])
     assert "✗ fails: int8.onnx" in html.render([change("p50_ms", 1.0, 5.0), BAD])
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "words"),
+    [
+        ("top1_drop", {"unsure": True}, ["unsure"]),
+        ("top1_drop", {"unsure": True, "passed": False}, []),
+        ("gain", {"noise": "noisy: others used 40 %", "low": 1.5}, ["noisy"]),
+    ],
+)
+def test_text_and_page_doubt_by_the_same_rule(metric, more, words):
+    one = replace(SLOW, passed=more.get("passed", True))
+    one = replace(one, findings=(*one.findings, Finding(check="int8", metric=metric, value=2.0, **more)))
+    verdict = text.render([one]).splitlines()[2].partition("fp32.xml")[2]
+    chips = [chip.text for chip in summary.chips(one.findings)[1:]]
+    assert chips == words
+    assert [word for word in ("unsure", "noisy") if word in verdict] == words

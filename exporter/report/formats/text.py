@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from exporter.report import Report
 from exporter.report.answer import answer
 from exporter.report.columns import column_widths, fitting, padded
-from exporter.report.tables import accuracy, latency, name, sentences
+from exporter.report.tables import accuracy, doubts, latency, name, sentences
 
 WIDTH = 100
 COLUMNS = ("artifact", "size", "top-1", "agreement", "p50 ms", "× eager", "")
@@ -35,12 +35,8 @@ def _row(report: Report) -> dict[str, str]:
             named = zip(table.columns, row, strict=True)
             cells |= {column: cell for column, cell in named if column in RIGHT}
     failed = dict.fromkeys(finding.metric for finding in report.findings if not finding.passed)
-    doubts = {
-        "unsure": any(finding.unsure for finding in report.findings),
-        "noisy": (speedup := report.find("speedup")) is not None and speedup.noise,
-    }
     verdict = f"fails {', '.join(failed)}".strip() if not report.passed else "passes"
-    return cells | {"": ", ".join([verdict, *(word for word, holds in doubts.items() if holds)])}
+    return cells | {"": ", ".join([verdict, *doubts(report.findings)])}
 
 
 def _lines(reports: Sequence[Report]) -> list[str]:
