@@ -137,8 +137,22 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+class WithSchema(click.Command):
+    """A command with the option `--schema`, which takes no other word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises: click.UsageError for other words."""
+        if (
+            not ctx.resilient_parsing
+            and "--schema" in args
+            and (others := [word for word in args if word != "--schema"])
+        ):
+            raise click.UsageError(f"--schema takes no other word; leave out {shlex.join(others)}", ctx)
+        return super().parse_args(ctx, args)
+
+
 def schema_option(documents: str, module: str) -> Callable[[Any], Any]:
-    """A `--schema` option, which prints the JSON schema of documents and needs no argument.
+    """A `--schema` option of a command of `WithSchema`, which prints the JSON schema of documents.
 
     Args:
         documents: what they are, as in "reports".

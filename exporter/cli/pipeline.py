@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.console import schema_option
+from exporter.cli.console import WithSchema, schema_option
 from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
 from exporter.errors import printable
@@ -171,7 +171,7 @@ def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **
         raise click.exceptions.Exit(6)
 
 
-@click.command("report", short_help="Render reports for people or a CI, or a history as a trend page.")
+@click.command("report", cls=WithSchema, short_help="Render reports for people or a CI, or a history as a trend page.")
 @click.argument("reports", metavar="REPORT.json…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--format",
