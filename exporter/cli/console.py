@@ -26,10 +26,6 @@ T = TypeVar("T")
 REDRAW_S = 0.1
 VERBOSITY = "exporter.verbosity"  # the key of a command's context
 WRAPPED = 24  # the width below which the last column of a table is not wrapped
-DROPPED_FIRST = (
-    *("load ms", "of peak", "p90 ms", "p99 ms", "images/s", "95 % interval", "max error", "cosine"),
-    *("kept in higher precision", "size", "eager", "setting"),
-)  # columns of a table that is wider than the terminal
 UNITS = ("B", "kB", "MB", "GB")
 
 
@@ -141,8 +137,22 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+class WithSchema(click.Command):
+    """A command with the option `--schema`, which takes no other word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises: click.UsageError for other words."""
+        if (
+            not ctx.resilient_parsing
+            and "--schema" in args
+            and (others := [word for word in args if word != "--schema"])
+        ):
+            raise click.UsageError(f"--schema takes no other word; leave out {shlex.join(others)}", ctx)
+        return super().parse_args(ctx, args)
+
+
 def schema_option(documents: str, module: str) -> Callable[[Any], Any]:
-    """A `--schema` option, which prints the JSON schema of documents and needs no argument.
+    """A `--schema` option of a command of `WithSchema`, which prints the JSON schema of documents.
 
     Args:
         documents: what they are, as in "reports".
@@ -166,8 +176,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     from rich import box
     from rich.table import Table
 
+    from exporter.report.columns import fitting
+
     terminal, rows = console(), [[plain(cell) for cell in row] for row in rows]
-    kept, fits = fitting(columns, rows, terminal.width)
+    kept, fits = fitting(columns, rows, terminal.width, WRAPPED)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index in kept:
         column = columns[index]
@@ -179,20 +191,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
     terminal.print(table)
     if hidden := [column for index, column in enumerate(columns) if index not in kept]:
         terminal.print(f"not shown in {terminal.width} columns: {', '.join(hidden)}", style="dim", soft_wrap=True)
-
-
-def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], bool]:
-    """The columns of a table, by number, without as many of `DROPPED_FIRST` as make it fit the width, and whether it
-    does; the last column can wrap."""
-    from rich.cells import cell_len
-
-    widths = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
-    widths[-1] = min(widths[-1], WRAPPED)
-    kept = list(range(len(columns)))
-    dropped = [columns.index(column) for column in DROPPED_FIRST if column in columns[1:-1]]
-    while not (fits := sum(widths[index] + 2 for index in kept) - 2 <= width) and dropped:
-        kept.remove(dropped.pop(0))
-    return kept, fits
 
 
 def print_findings(findings: Iterable[Finding]) -> None:

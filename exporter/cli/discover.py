@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exporter.cli.console import schema_option
+from exporter.cli.console import WithSchema, schema_option
 from exporter.errors import printable
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def doctor_command(as_json: bool) -> None:
         print_table(("", "what", "found", "what to do"), [(f.mark, f.what, f.found, f.remedy) for f in facts])
 
 
-@click.command("recipes", short_help="List the bundled recipes.")
+@click.command("recipes", cls=WithSchema, short_help="List the bundled recipes.")
 @schema_option("recipes, for editors", "exporter.build")
 @JSON
 def recipes_command(as_json: bool) -> None:
@@ -113,7 +113,9 @@ def recipes_command(as_json: bool) -> None:
     console().print(f"folder: {folder}; copy a recipe, or run it by name", style="dim", soft_wrap=True)
 
 
-@click.command("inspect", short_help="Show an artifact: inputs, outputs, precision of each layer, origin.")
+@click.command(
+    "inspect", cls=WithSchema, short_help="Show an artifact: inputs, outputs, precision of each layer, origin."
+)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--layers", "all_layers", is_flag=True, help="Print every layer instead of a line per block.")
 @click.option("--picture", metavar="FILE.svg", type=click.Path(path_type=Path),

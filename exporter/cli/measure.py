@@ -261,6 +261,7 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     from exporter import artifact as artifacts
     from exporter import keep
     from exporter.cli.console import console, drawing, plain, print_findings, print_json
+    from exporter.report import tables
 
     with drawing():
         report = keep.bisect(artifacts.load(artifact), KeepOptions(**values))
@@ -268,14 +269,9 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
         print_json(report)
     else:
         print_findings([finding for finding in report.findings if finding.metric not in ("reason", "keep")])
-        reason = report.find("reason")
-        text = (
-            f"[red]{plain(reason.case)}[/]: {plain(reason.detail)}"
-            if reason
-            else "[green]every part is within its limit[/]"
-        )
-        console().print(text, soft_wrap=True)
-        if advice := report.find("keep"):
-            console().print(f"keep it in higher precision: {plain(advice.detail)}", soft_wrap=True)
+        first, *advice = tables.bisected(report)
+        console().print(f"[{'green' if report.passed else 'red'}]{plain(first)}[/]", soft_wrap=True)
+        for line in advice:
+            console().print(plain(line), soft_wrap=True)
     if not report.passed:
         raise click.exceptions.Exit(5)

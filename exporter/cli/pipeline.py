@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.console import schema_option
+from exporter.cli.console import WithSchema, schema_option
 from exporter.cli.options import add, devices, options_of
 from exporter.compare.gate import GateOptions
 from exporter.errors import printable
@@ -105,6 +105,7 @@ def _outcomes(recipe_runs: Sequence[RecipeRun], jobs: int, on: str | None) -> li
 def _row(outcome: Outcome) -> tuple[str, ...]:
     """A row of the summary."""
     from exporter.cli.console import size
+    from exporter.report.tables import doubts
 
     artifact, report = outcome.artifact, outcome.report
     if artifact is None or report is None:
@@ -113,12 +114,10 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         _number(report.value(metric), digits)
         for metric, digits in (("cosine", 6), ("top1", 2), ("top1_drop", 2), ("p50_ms", 3), ("speedup", 2))
     )
-    verdict = "passes" if report.passed else "FAILS"
-    if (speedup := report.find("speedup")) and speedup.noise:
-        verdict += ", noisy"
+    words = ["passes" if report.passed else "FAILS", *doubts(report.findings)]
     if not any(step == "done" for step in outcome.steps.values()):
-        verdict += ", all steps skipped"
-    return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, verdict)
+        words.append("all steps skipped")
+    return (outcome.name, str(artifact.path), size(artifact.sidecar.bytes), *numbers, ", ".join(words))
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -172,7 +171,7 @@ def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **
         raise click.exceptions.Exit(6)
 
 
-@click.command("report", short_help="Render reports for people or a CI, or a history as a trend page.")
+@click.command("report", cls=WithSchema, short_help="Render reports for people or a CI, or a history as a trend page.")
 @click.argument("reports", metavar="REPORT.json…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--format",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.report import Finding, Report, machine_of
-from exporter.report.tables import changes, name, noise_of
+from exporter.report.tables import changes, is_comparison, name, noise_of
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -28,12 +28,25 @@ class Answer:
 
 
 def answer(reports: Sequence[Report]) -> Answer | None:
-    """The fastest artifact that passes its checks, by the median latency of the first case that all were timed in.
+    """Of reports of `compare`, what regressed; of the others the fastest artifact that passes its checks, by the median
+    latency of the first case that all were timed in.
 
-    None where nothing was timed, and where reports are of several machines. Of reports of `compare`, what regressed.
+    None where nothing was compared or timed. Artifacts that were timed on several machines are not compared.
     """
-    if changed := [change for _, change in changes(reports)]:
-        return _of_changes(changed)
+    compared = [report for report in reports if is_comparison(report)]
+    parts = [
+        _of_changes(compared) if compared else None,
+        _of_artifacts([report for report in reports if not is_comparison(report)]),
+    ]
+    known = [part for part in parts if part is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    changed, shipped = known
+    sentence = f"{changed.sentence} {shipped.sentence}"
+    return Answer(sentence, bool(changed.passes and shipped.passes), changed.others + shipped.others)
+
+
+def _of_artifacts(reports: Sequence[Report]) -> Answer | None:
     case = _case(reports)
     if case is None or any(machine_of(report) != machine_of(reports[0]) for report in reports):
         return None
@@ -51,11 +64,14 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     return Answer(f"Ship {name(chosen)}: {_speed(chosen, case)}{_accuracy(chosen)}.", True, tuple(others))
 
 
-def _of_changes(changed: Sequence[Finding]) -> Answer:
+def _of_changes(reports: Sequence[Report]) -> Answer:
     """How many changes regressed and the worst of these, then the others and those that are unsure."""
+    changed = [change for _, change in changes(reports)]
     bad = [change for change in changed if not change.passed]
     unsure = [f"unsure: {_change(change)}" for change in changed if change.passed and change.unsure]
     count = f"{len(changed)} change{'s' if len(changed) > 1 else ''}"
+    if not bad and (failed := [name(report) for report in reports if not report.passed]):
+        return Answer(f"No regression in {count}, but {', '.join(failed)} failed.", False, tuple(unsure))
     if not bad:
         return Answer(f"No regression in {count}.", True, tuple(unsure))
     return Answer(f"{len(bad)} of {count} regressed: {_change(bad[0])}.", False, (*map(_change, bad[1:]), *unsure))

@@ -14,6 +14,7 @@ import numpy as np
 
 from exporter.precision import PRECISIONS
 from exporter.report import Report
+from exporter.report.drawable import bounded
 from exporter.report.history import Series, Step
 from exporter.report.labels import place, short
 from exporter.report.tables import changes as ordered
@@ -327,7 +328,8 @@ def changes(reports: Sequence[Report]) -> str:
 def trend(one: Series, steps: Sequence[Step]) -> str:
     """A series by commit; each step has its commit and change, and the axis the first commit and the last."""
     with drawn(f"{one.artifact} {one.metric}", 2.2) as (axes, drawing):
-        axes.plot(one.values, "o-", color=COLORS[0], markersize=4, linewidth=1)
+        values = list(map(bounded, one.values))
+        axes.plot(values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]
         places = [commits.index(step.commit) for step in steps]
         for x in places:
@@ -336,13 +338,13 @@ def trend(one: Series, steps: Sequence[Step]) -> str:
         axes.set_xticks(ends, [f"{commits[end][:7]}\n{one.entries[end].time[:10]}" for end in ends])
         axes.set_ylabel(short(one.metric, 24))
         axes.margins(y=0.35)
-        low, high = min(one.values), max(one.values)
+        low, high = min(values), max(values)
         if high - low < 1e-3 * abs(high):  # a constant fills no axis
             axes.set_ylim(low - 0.01 * abs(low) - 1e-9, high + 0.01 * abs(high) + 1e-9)
         axes.ticklabel_format(axis="y", useOffset=False, style="plain")
         texts = [f"{step.commit[:7]} {step.change_pct:+.1f} %" for step in steps]
-        dots = [(x, value, "") for x, value in enumerate(one.values)][:: math.ceil(len(commits) / 200)]
-        marked = [(x, one.values[x], text) for x, text in zip(places, texts, strict=True)]
+        dots = [(x, value, "") for x, value in enumerate(values)][:: math.ceil(len(commits) / 200)]
+        marked = [(x, values[x], text) for x, text in zip(places, texts, strict=True)]
         place(axes, [*dots, *marked])
         drawing.text = "; ".join([f"{low:.4g} to {high:.4g}", *texts])
     return drawing.svg

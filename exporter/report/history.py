@@ -151,10 +151,10 @@ def steps(one: Series) -> list[Step]:
     edges = [0, *breaks]
     result = []
     for start, middle, end in zip(edges, edges[1:], edges[2:], strict=False):
-        before, after = float(np.median(values[start:middle])), float(np.median(values[middle:end]))
-        if abs(np.log(after / before)) > max(LEAST_STEP_PCT / 100, 3 * noise):
-            at = one.entries[middle]
-            result.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, before, after))
+        before, after = np.median(logs[start:middle]), np.median(logs[middle:end])
+        if abs(after - before) > max(LEAST_STEP_PCT / 100, 3 * noise):
+            at, levels = one.entries[middle], (float(np.exp(before)), float(np.exp(after)))
+            result.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, *levels))
     return result
 
 

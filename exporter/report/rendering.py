@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from exporter import discover, machine, report
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, printable
 from exporter.git import git
-from exporter.report import history
+from exporter.report import Finding, Report, history
 from exporter.report.tables import disambiguated, name
 
 R = TypeVar("R", bound=Record)
@@ -35,11 +36,21 @@ def rendered(paths: Sequence[Path], form: str) -> tuple[str, list[str]]:
             raise BadRequest(f"{paths[0]}: no entries; `report REPORT.json --history {paths[0]}` appends one")
         return str(discover.load(package, form, "TREND")([_printable(entry) for entry in entries])), []
     loaded = [(path, one) for path in paths for one in report.load_all(path)]
-    return str(render(disambiguated([_printable(one) for _, one in loaded]))), [
+    return str(render(disambiguated([_judged(_printable(one)) for _, one in loaded]))), [
         f"{path}: {name(one)} was rebuilt after this report; measure it again"
         for path, one in loaded
         if report.is_stale(one)
     ]
+
+
+def _judged(one: Report) -> Report:
+    """The report; one whose verdict contradicts its findings fails, with a finding that says so."""
+    failed = dict.fromkeys(finding.metric for finding in one.findings if not finding.passed)
+    if one.passed != bool(failed):
+        return one
+    why = f"marked as passed, but {', '.join(failed)} failed" if failed else "marked as failed, but no finding failed"
+    contradiction = Finding(check="report", metric="verdict", value=None, passed=False, detail=f"{why}; measure again")
+    return replace(one, passed=False, findings=(*one.findings, contradiction))
 
 
 def _printable(record: R) -> R:

@@ -11,8 +11,10 @@ from exporter.report import Finding, Report
 from exporter.report.tables import (
     Table,
     accuracy_cells,
+    bisections,
     changes,
     data,
+    doubts,
     int8,
     latency,
     latency_cells,
@@ -88,9 +90,7 @@ def chips(findings: Sequence[Finding]) -> tuple[Chip, ...]:
     """A chip for each metric that failed, else one that everything passes; then doubt and noise."""
     failed = dict.fromkeys(finding.metric for finding in findings if not finding.passed)
     first = tuple(Chip(f"fails {one}", "bad") for one in failed) or (Chip("passes", "good"),)
-    doubts = (Chip("unsure", "unsure"),) if any(map(_is_unsure, findings)) else ()
-    noisy = (Chip("noisy", "noisy"),) if any(map(noise_of, findings)) else ()
-    return first + doubts + noisy
+    return (*first, *(Chip(word, word) for word in doubts(findings)))
 
 
 def _is_unsure(finding: Finding) -> bool:
@@ -108,14 +108,13 @@ def views(reports: Sequence[Report]) -> list[View]:
 
 
 def appendix(reports: Sequence[Report]) -> list[View]:
-    """The tables at the end of the page: all percentiles and batches, and sensitivity."""
-    return [view(table) for table in (latency(reports), sensitivity(reports)) if table.rows]
+    """The tables at the end of the page: the errors of `bisect`, all percentiles and batches, and sensitivity."""
+    return [view(table) for table in (bisections(reports), latency(reports), sensitivity(reports)) if table.rows]
 
 
 def _change_chips(change: Finding) -> tuple[Chip, ...]:
-    first = Chip("regressed", "bad") if not change.passed else Chip("passes", "good")
-    doubts = (Chip("unsure", "unsure"),) if change.unsure else ()
-    return (first, *doubts, *((Chip("noisy", "noisy"),) if change.noise else ()))
+    first = Chip("passes", "good") if change.passed else Chip("regressed", "bad")
+    return (first, *(Chip(word, word) for word in doubts([change])))
 
 
 def _is_measured(report: Report) -> bool:
@@ -149,12 +148,13 @@ def _timing(report: Report) -> tuple[str, ...]:
 
 
 def failures(reports: Sequence[Report]) -> list[str]:
-    """A line for each failed check, with its value, limit and detail; the table of changes has those of `compare`."""
+    """A line for each failed check, with its value, limit and detail, except those that the table of changes or
+    `tables.sentences` has."""
     return [
         f"{name(report)} fails {metric(finding)} {finding.case}".rstrip() + f": {number(finding)} {_limit(finding)}"
         for report in reports
         for finding in report.findings
-        if not finding.passed and finding.check != "regression"
+        if not finding.passed and finding.check not in ("regression", "report") and finding.metric != "reason"
     ]
 
 

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from msgspec.structs import replace
 
 from exporter.machine import TOOLS
 from exporter.report import Finding, Report, gpu_of
+
+Doubt = Literal["unsure", "noisy"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Table:
 
 def tables(reports: Sequence[Report]) -> list[Table]:
     """All tables with at least one row, regressions first."""
-    every = (regressions(reports), accuracy(reports), int8(reports), sensitivity(reports), latency(reports))
-    return [table for table in every if table.rows]
+    every = (regressions, bisections, accuracy, int8, sensitivity, latency)
+    return [table for table in (create(reports) for create in every) if table.rows]
 
 
 def name(report: Report) -> str:
@@ -86,6 +89,18 @@ def verdict(report: Report, checks: Sequence[str]) -> str:
     return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
 
 
+def doubts(findings: Sequence[Finding]) -> list[Doubt]:
+    """Whether a finding passes with a warning, and whether a ratio or a time of them is uncertain."""
+    unsure = any(finding.passed and finding.unsure for finding in findings)
+    known: dict[Doubt, bool] = {"unsure": unsure, "noisy": any(map(noise_of, findings))}
+    return [word for word, holds in known.items() if holds]
+
+
+def is_comparison(report: Report) -> bool:
+    """Whether `compare` wrote the report."""
+    return any(finding.check == "regression" for finding in report.findings)
+
+
 def changes(reports: Sequence[Report]) -> list[tuple[Report, Finding]]:
     """The changes that `compare` measured: what regressed first, then what is nearest to its limit."""
     known = [(report, f) for report in reports for f in report.findings if f.check == "regression"]
@@ -110,8 +125,7 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     unit = " %" if f.unit == "%" else f" {f.unit}" if f.unit else ""
     interval = "{:+.2f} … {:+.2f}".format(*f.interval) if f.interval else ""
     limit = "–" if f.limit is None else f"{f.limit:g}{unit}"
-    word = "**regressed**" if not f.passed else "passes, unsure" if f.unsure else "passes"
-    word += ", noisy" if f.noise else ""
+    word = ", ".join(["passes" if f.passed else "**regressed**", *doubts([f])])
     detail = "; ".join(filter(None, (f.detail, f.noise)))
     change = "–" if f.value is None else f"{f.value:+.2f}{unit}"
     return (name(report), f.metric, f.case, f.setting, change, interval, limit, word, detail)
@@ -230,10 +244,44 @@ def sensitivity(reports: Sequence[Report]) -> Table:
     )
 
 
+def bisections(reports: Sequence[Report]) -> Table:
+    """A row for each error that `bisect` measured, in the order of the parts."""
+    columns = ("artifact", "metric", "part", "error", "limit", "", "detail")
+    rows = [
+        (name(report), metric(f), f.case, number(f, "{:.2g} %"), _limit(f), "" if f.passed else "**fails**", f.detail)
+        for report in reports
+        for f in report.findings
+        if f.check == "bisect" and f.unit == "%"
+    ]
+    return Table("Error of each part, on the input that it has in the artifact", columns, columns[3:5], rows)
+
+
+def _limit(finding: Finding) -> str:
+    return "–" if finding.limit is None else f"{finding.limit:.2g} %"
+
+
+def bisected(report: Report) -> list[str]:
+    """The first part that differs and why, and how it is kept in higher precision; nothing for other reports."""
+    if not any(finding.check == "bisect" for finding in report.findings):
+        return []
+    reason, advice = report.find("reason"), report.find("keep")
+    first = f"{reason.case}: {reason.detail}" if reason else "every part is within its limit"
+    return [first, *([f"keep it in higher precision: {advice.detail}"] if advice else [])]
+
+
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """The lines above all tables: artifacts whose int8 layers are not faster than the baseline, or have no verdict."""
+    """The lines above all tables: those of `sentences`; artifacts whose int8 layers are not faster than the baseline,
+    or have no verdict."""
     gains = ((name(report), report.find("gain")) for report in reports)
-    return [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
+    slow = [f"{artifact}: {gain.detail}" for artifact, gain in gains if gain and not_faster(gain)]
+    return [*sentences(reports), *slow]
+
+
+def sentences(reports: Sequence[Report]) -> list[str]:
+    """A line for each report whose verdict contradicts its findings (`rendering.rendered` adds a finding to it), and
+    those of `bisect`."""
+    contradictions = [f"{name(one)}: {f.detail}" for one in reports for f in one.findings if f.check == "report"]
+    return [*contradictions, *(f"{name(one)}: {line}" for one in reports for line in bisected(one))]
 
 
 def not_faster(gain: Finding) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +32,8 @@ def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory(prefix="convnext-export-run-") as folder:
         turn = Path(folder) / "turn"
         turn.touch()
-        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, (lines, turn)) as pool:
+        shared = (lines, turn, logging.getLogger().level)
+        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, shared) as pool:
             waiting = [pool.submit(_run, recipe_run) for recipe_run in runs]
             try:
                 outcomes = [
@@ -64,12 +67,25 @@ def _stop() -> None:
 
 def _draw(lines: Any, reporter: Reporter) -> None:
     while (line := lines.get()) is not None:
-        kind, text = line
-        getattr(reporter, kind)(text)
+        kind, content = line
+        if kind == "log":
+            logging.getLogger(content.name).handle(content)
+        else:
+            getattr(reporter, kind)(content)
 
 
-def _begin(lines: Any, turn: Path) -> None:
+def _begin(lines: Any, turn: Path, level: int) -> None:
     _SHARED[:] = [lines, turn]
+    logging.getLogger().setLevel(level)
+    logging.getLogger().addHandler(_LogQueue(lines))
+
+
+class _LogQueue(QueueHandler):
+    """Sends log messages to the process that displays them."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Send one message."""
+        self.queue.put_nowait(("log", record))
 
 
 def _run(recipe_run: RecipeRun) -> Outcome:

@@ -33,6 +33,12 @@ def test_reports_are_committed():
     assert len(REPORTS) > 10
 
 
+@pytest.mark.parametrize("word", ["report", "inspect", "recipes"])
+def test_a_schema_is_printed_alone(word, refused, tmp_path):
+    line = refused(2, word, "--schema", "--json", folder=tmp_path)
+    assert "--schema takes no other word; leave out --json" in line
+
+
 def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):
     good = json.loads(REPORTS[0].read_text())
     unversioned = {key: value for key, value in good.items() if key != "schema"}

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from exporter import report
-from exporter.cli.console import fitting
+from exporter.cli.console import WRAPPED
 from exporter.report import tables
+from exporter.report.columns import fitting
 from tests.conftest import ROOT
 
 DEMO = ROOT / "benchmarks" / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
@@ -25,7 +26,7 @@ def reports():
 @pytest.mark.parametrize("table", [tables.accuracy, tables.latency])
 def test_kept_columns_fit_and_the_most_telling_ones_stay(table, width, reports):
     shown = table(reports)
-    kept, fits = fitting(shown.columns, shown.rows, width)
+    kept, fits = fitting(shown.columns, shown.rows, width, WRAPPED)
     names = [shown.columns[index] for index in kept]
     widths = [max(len(row[index]) for row in (shown.columns, *shown.rows)) for index in kept]
     assert fits
@@ -42,7 +43,7 @@ def test_kept_columns_fit_and_the_most_telling_ones_stay(table, width, reports):
 def test_a_table_wraps_rather_than_lose_its_verdict(width):
     columns = ("artifact", "metric", "case", "setting", "change", "95 % interval", "limit", "", "detail")
     row = ("a.onnx", "p50_ms", "batch 1", "cpu, 1 thread", "+50 %", "+31 … +70", "5 %", "regressed", "a long " * 20)
-    kept, fits = fitting(columns, [row], width)
+    kept, fits = fitting(columns, [row], width, WRAPPED)
     assert {"metric", "case", "change", "limit", "", "detail"} <= {columns[index] for index in kept}
     assert fits == (width == 80)
 

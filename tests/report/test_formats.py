@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from msgspec.structs import replace
+from rich.cells import cell_len
 
 from exporter import discover, report
 from exporter.report import Finding, Report, tables
@@ -263,6 +264,13 @@ def test_text_is_a_table_that_fits_a_terminal():
     assert "p50 ms" in long[0]
 
 
+def test_text_is_aligned_by_the_width_of_letters_in_a_terminal():
+    lines = rendered("text", *map(made, ("模型模型模型.onnx", "cafe\u0301.onnx", "model_of_ours.onnx"))).splitlines()
+    starts = {cell_len(line[: line.index("1.00 MB")]) for line in lines[2:5]}
+    assert len(starts) == 1
+    assert cell_len(lines[1]) == max(map(cell_len, lines[2:5]))
+
+
 def test_names_in_other_scripts_cause_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -274,6 +282,21 @@ def test_a_latency_of_zero_is_none():
     findings = tuple(replace(one, value=0.0) if one.metric == "p50_ms" else one for one in zero.findings)
     for form in FORMATS:
         rendered(form, replace(zero, findings=tuple(f for f in findings if f.check != "regression")), noisy())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("value", "other"), [(1e308, -1e308), (1.7e308, 1e308), (5e-324, 1e308), (-0.0, 5e-324)])
+def test_any_finite_number_is_rendered(form, value, other):
+    one = made("a.onnx")
+    numbers = {"value": value, "low": min(value, other), "high": max(value, other), "limit": other}
+    metrics = ("tried_loss", "tried_ms")
+    searched = [Finding(check="int8", metric=metric, case=case, value=number)
+                for metric in metrics for case, number in (("a", value), ("b", other))]  # fmt: skip
+    extreme = [replace(f, **numbers, samples=f.samples and (value, other, *f.samples)) for f in one.findings]
+    text = rendered(form, replace(one, findings=(*extreme, *searched)), made("b.onnx"))
+    assert "b.onnx" in text
+    if form == "html":
+        assert "Accuracy loss of int8 by latency" in text
 
 
 def test_text_ends_with_the_artifact_to_ship():

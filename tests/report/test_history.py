@@ -50,6 +50,11 @@ def test_one_bad_commit_is_no_step_nor_are_too_few():
     assert history.steps(Series("a", "m", "x", tuple(entries([0.0] * 8, metric="x")))) == []
 
 
+@pytest.mark.parametrize("levels", [[1e308] * 4 + [5e-324] * 4, [5e-324] * 4 + [1e308] * 4, [1e308, -1e308] * 4])
+def test_any_finite_number_is_drawn(levels):
+    assert "c007" in html.render_trend(entries(levels, noise=0.0))
+
+
 def test_machines_are_never_mixed():
     both = entries([1.0] * 10, machine="A") + entries([2.0] * 10, machine="B")
     assert [len(one.entries) for one in history.series(both)] == [10, 10]

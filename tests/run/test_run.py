@@ -183,8 +183,9 @@ def test_two_weights_of_one_network_are_refused_before_anything_is_built(recipe,
 
 def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
     both = recipe("onnxruntime", "fp32", "a", TIMED), recipe("openvino", "fp32", "b")
-    result = run("run", *both, "--jobs", "2", "--json", "-o", "out")
+    result = run("run", "-v", *both, "--jobs", "2", "--json", "-o", "out")
     assert result.code == 0, result.err
+    assert "onnx_ir" in result.err, "log messages of worker processes"
     assert [set(one["steps"].values()) for one in result.json] == [{"done"}, {"done", "not asked for"}]
     assert "onnxruntime/a: tracing" in result.err
     assert "openvino/b: tracing" in result.err

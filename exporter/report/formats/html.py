@@ -15,9 +15,10 @@ import msgspec
 
 from exporter.report import Report, charts
 from exporter.report.answer import Answer, answer
+from exporter.report.drawable import drawable
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.summary import appendix, facts, failures, view, views
-from exporter.report.tables import Table, name, warnings
+from exporter.report.tables import Table, is_comparison, name, warnings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -32,18 +33,19 @@ class Chart(NamedTuple):
 
 def render(reports: Sequence[Report]) -> str:
     """The page."""
-    bad = dict.fromkeys(name(report) for report in reports if not report.passed)
-    compared = any(finding.check == "regression" for report in reports for finding in report.findings)
+    judged = [report for report in reports if not is_comparison(report)]
+    bad = dict.fromkeys(name(report) for report in judged if not report.passed)
     cases = dict.fromkeys(f.case for r in reports for f in r.findings if f.metric == "p50_ms" and f.samples)
-    drawn = [chart("Change from the base", charts.changes(reports))]
-    drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(reports))]
-    drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in reports]
-    drawn += [chart("Error of each block", charts.blocks(reports))]
-    drawn += [chart(f"Latency of every run, {case}", charts.distributions(reports, case)) for case in cases]
+    shown = list(map(drawable, reports))
+    drawn = [chart("Change from the base", charts.changes(shown))]
+    drawn += [chart("Accuracy by latency", charts.accuracy_against_latency(shown))]
+    drawn += [chart(f"Accuracy loss of int8 by latency, {name(r)}", charts.tried(r)) for r in shown]
+    drawn += [chart("Error of each block", charts.blocks(shown))]
+    drawn += [chart(f"Latency of every run, {case}", charts.distributions(shown, case)) for case in cases]
     return page(
         "convnext-export report",
         answer=answer(reports),
-        verdict=None if compared else f"fails: {', '.join(bad)}" if bad else "passes",
+        verdict=None if reports and not judged else f"fails: {', '.join(bad)}" if bad else "passes",
         lead=[*failures(reports), *warnings(reports)],
         facts=facts(reports),
         tables=views(reports),

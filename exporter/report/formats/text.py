@@ -7,17 +7,20 @@ from collections.abc import Sequence
 
 from exporter.report import Report
 from exporter.report.answer import answer
-from exporter.report.tables import accuracy, latency, name
+from exporter.report.columns import column_widths, fitting, padded
+from exporter.report.tables import accuracy, doubts, latency, name, sentences
 
 WIDTH = 100
 COLUMNS = ("artifact", "size", "top-1", "agreement", "p50 ms", "× eager", "")
-DROPPED_FIRST = ("size", "agreement", "× eager", "top-1")
+RIGHT = COLUMNS[1:-1]
 
 
 def render(reports: Sequence[Report]) -> str:
-    """A row for each artifact, then the one to ship. Columns that do not fit are left out."""
+    """A row for each artifact, then what `bisect` says, and the one to ship. Columns that do not fit are left out."""
     known = answer(reports)
-    return "\n".join([*_lines(reports), *(["", *textwrap.wrap(known.sentence, WIDTH)] if known else [])]) + "\n"
+    below = [line for sentence in sentences(reports) for line in ("", sentence)]  # whole, as they may hold a command
+    below += ["", *textwrap.wrap(known.sentence, WIDTH)] if known else []
+    return "\n".join([*_lines(reports), *below]) + "\n"
 
 
 def _row(report: Report) -> dict[str, str]:
@@ -30,28 +33,22 @@ def _row(report: Report) -> dict[str, str]:
     for table in (accuracy([report]), latency([report])):
         for row in [row for row in table.rows if row[0] == name(report)][:1]:
             named = zip(table.columns, row, strict=True)
-            cells |= {column: cell for column, cell in named if column in COLUMNS[1:-1]}
+            cells |= {column: cell for column, cell in named if column in RIGHT}
     failed = dict.fromkeys(finding.metric for finding in report.findings if not finding.passed)
-    doubts = {
-        "unsure": any(finding.unsure for finding in report.findings),
-        "noisy": (speedup := report.find("speedup")) is not None and speedup.noise,
-    }
     verdict = f"fails {', '.join(failed)}".strip() if not report.passed else "passes"
-    return cells | {"": ", ".join([verdict, *(word for word, holds in doubts.items() if holds)])}
+    return cells | {"": ", ".join([verdict, *doubts(report.findings)])}
 
 
 def _lines(reports: Sequence[Report]) -> list[str]:
-    cells = [dict(zip(COLUMNS, COLUMNS, strict=True)), *map(_row, reports)]
-    widths = {column: max(len(row[column]) for row in cells) for column in COLUMNS}
-    for column in DROPPED_FIRST:
-        if sum(widths.values()) + 2 * (len(widths) - 1) > WIDTH:
-            del widths[column]
+    rows = [tuple(_row(report).values()) for report in reports]
+    kept, _ = fitting(COLUMNS, rows, WIDTH)
+    widths = column_widths(COLUMNS, rows)
     lines = [
-        "  ".join(row[column].rjust(width) if column in COLUMNS[1:-1] else row[column].ljust(width)
-                  for column, width in widths.items()).rstrip()
-        for row in cells
-    ]  # fmt: skip
-    return [lines[0], "─" * min(WIDTH, max(map(len, lines))), *lines[1:]]
+        "  ".join(padded(row[index], widths[index], COLUMNS[index] in RIGHT) for index in kept).rstrip()
+        for row in (COLUMNS, *rows)
+    ]
+    total = sum(widths[index] + 2 for index in kept) - 2
+    return [lines[0], "─" * min(WIDTH, total), *lines[1:]]
 
 
 RENDER = render

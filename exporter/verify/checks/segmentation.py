@@ -97,25 +97,32 @@ class Segmentation:
         if not self.agree:
             return []
         shares = shares_of(areas_of(self.to_eager))
-        findings = [
+        to_eager = [
             self._agreement(),
             *self._boundary(),
             judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high"),
         ]
         areas = {side: np.array(listed) for side, listed in self.to_masks.items() if listed}
-        has_classes = bool(areas) and bool(areas["eager"][:, 2].any())
-        if self.has_masks and not has_classes:
-            detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
-            findings.append(Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail))
-        if not has_classes:
-            return [*findings, *self._of_classes("iou_to_eager", shares)]
-        shares = shares_of_masks(areas["artifact"])
-        parts = [100 * parts_of_images(areas[side]) for side in ("eager", "artifact")]
+        if areas and areas["eager"][:, 2].any():
+            return [*to_eager, *self._with_masks(areas["eager"], areas["artifact"])]
+        return [*to_eager, *self._without_classes(), *self._of_classes("iou_to_eager", shares)]
+
+    def _with_masks(self, eager: Counts, artifact: Counts) -> list[Finding]:
+        """miou_eager, miou, miou_drop and the iou of each class, from the areas of all images (N, 3, C)."""
+        parts = [100 * parts_of_images(areas) for areas in (eager, artifact)]
+        shares = [shares_of_masks(areas) for areas in (eager, artifact)]
         means = [
-            replace(self._mean(metric, shares_of_masks(areas[side])), samples=tuple(part.round(4).tolist()))
-            for metric, side, part in zip(("miou_eager", "miou"), ("eager", "artifact"), parts, strict=True)
+            replace(self._mean(metric, share), samples=tuple(part.round(4).tolist()))
+            for metric, share, part in zip(("miou_eager", "miou"), shares, parts, strict=True)
         ]
-        return [*findings, *means, self._drop(parts[0] - parts[1]), *self._of_classes("iou", shares)]
+        return [*means, self._drop(parts[0] - parts[1]), *self._of_classes("iou", shares[1])]
+
+    def _without_classes(self) -> list[Finding]:
+        """A failure where there are masks, as none of their pixels has a class."""
+        if not self.has_masks:
+            return []
+        detail = f"no pixel of the masks has a class ({IGNORED} is none); give masks with classes"
+        return [Finding(check="segmentation", metric="miou", value=None, passed=False, detail=detail)]
 
     def _drop(self, differences: NDArray[np.float64]) -> Finding:
         """miou_drop with Student's interval over images; of fewer than three images it is judged without."""
