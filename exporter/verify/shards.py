@@ -33,12 +33,12 @@ from exporter.verify import (
     layers_of,
     open_pair,
     open_runnable,
-    pictures_of,
     prepared,
     reference,
     report_of,
 )
 from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
+from exporter.verify.shown import shown
 from exporter.verify.slide import windows_of
 
 IMAGES = 512
@@ -259,7 +259,7 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
         [*_apart(findings), *_machines(machines)],
         {**first.environment, "session": first.facts},
         every.digest.hexdigest(),
-        tuple(picture for tally in tallies.values() for picture in pictures_of(tally)),
+        shown(list(tallies.values())),
     )
 
 
