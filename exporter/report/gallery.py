@@ -56,6 +56,17 @@ def gallery(reports: Sequence[Report]) -> Gallery | None:
     )
 
 
+def first_changed(reports: Sequence[Report]) -> list[str]:
+    """A sentence for each artifact with another answer than the reference: on which image they differ most."""
+    known = [(name(report), report.differences[0]) for report in reports if report.differences]
+    return [
+        f"Another answer: {prediction(one.artifact)} of {artifact} for {one.image}, "
+        f"where the reference has {prediction(one.reference)}."
+        for artifact, one in known
+        if one.changed
+    ]
+
+
 def _within_budget(lists: Sequence[Sequence[Difference]]) -> list[str]:
     """The thumbnails, each once, that fit on the page: the first image of each artifact, then the second, and on."""
     places = range(max(map(len, lists)))

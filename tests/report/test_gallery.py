@@ -13,7 +13,7 @@ from PIL import Image
 
 from exporter import report as reports
 from exporter.report import Difference, Prediction, rendering
-from exporter.report.formats import html
+from exporter.report.formats import html, markdown
 from exporter.report.gallery import MOST_CHARACTERS, gallery
 from tests.package import browser
 from tests.report.test_formats import made
@@ -154,6 +154,14 @@ def test_a_page_of_twenty_artifacts_stays_within_two_megabytes_and_shows_the_fir
     shown = [[bool(card.thumbnail) for card in cards] for _, _, cards in gallery(each).groups]
     assert min(map(sum, shown)) >= max(map(sum, shown)) - 1
     assert all(flags == sorted(flags, reverse=True) for flags in shown)
+
+
+def test_markdown_names_the_image_with_another_answer():
+    text = markdown.render(
+        [with_images(3, image="a|b.png"), with_images(1, "same.onnx", changed=False), made("old.onnx")]
+    )
+    lines = [line for line in text.splitlines() if line.startswith("Another answer")]
+    assert lines == ["Another answer: class 7, 49.0 % of a.onnx for a&#124;b.png, where the reference has cat, 51.3 %."]
 
 
 @pytest.mark.parametrize("content", ["", "a b", '"><script>', "AAAA", "/9j/" + "A" * MOST_CHARACTERS])
