@@ -7,7 +7,7 @@ input of the network, so they show the part of the image that it sees.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,22 @@ class Thumbnails:
             files[place] = thumbnail(images[place], self.preprocessing)
         jpeg = {JPEG: np.frombuffer(b"".join(files), np.uint8), SIZES: np.array([len(file) for file in files])}
         return {**rows, CHECK: {**rows[CHECK], **jpeg}}
+
+
+def pruned(batches: Sequence[Mapping[str, Rows]]) -> list[dict[str, Rows]]:
+    """What the checks keep of several batches, without the thumbnails of images that are not among the `MOST` largest
+    ranks of all of them."""
+    ranks = np.concatenate([rows[CHECK][RANKS] for rows in batches if CHECK in rows] or [np.zeros(0)])
+    kept, start, shorter = np.isin(np.arange(len(ranks)), leading(ranks)), 0, []
+    for rows in batches:
+        own, shorter_rows = rows.get(CHECK, {}), dict(rows)
+        if SIZES in own:
+            here = kept[start : start + len(own[SIZES])]
+            start += len(here)
+            jpeg = own[JPEG][np.repeat(here, own[SIZES])]
+            shorter_rows[CHECK] = {**own, JPEG: jpeg, SIZES: own[SIZES] * here}
+        shorter.append(shorter_rows)
+    return shorter
 
 
 def thumbnail(image: NDArray[Any], preprocessing: Preprocessing) -> bytes:

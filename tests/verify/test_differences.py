@@ -18,7 +18,7 @@ from exporter.recipe import Checks
 from exporter.verify import VerifyOptions, thumbnails, verify
 from exporter.verify.checks import Seen, Subject
 from exporter.verify.checks.differences import Differences
-from exporter.verify.thumbnails import MOST, MOST_BYTES, SIDE, Thumbnails, leading, thumbnail
+from exporter.verify.thumbnails import MOST, MOST_BYTES, SIDE, Thumbnails, leading, pruned, thumbnail
 from tests.conftest import PX
 
 NAMES = tuple(f"{number}.png" for number in range(40))
@@ -273,6 +273,23 @@ def test_only_images_that_may_be_in_the_report_are_drawn(artifacts, monkeypatch)
     assert set(np.argsort(-ranks)[:MOST]) <= set(drawn)
     assert len(drawn) < 12 + 2 * 12 * np.log(4000 / 12)
     assert running.added({"parity": {}}, images) == {"parity": {}}
+
+
+def test_a_shard_has_the_thumbnails_of_its_twelve_largest_ranks_only(monkeypatch, artifacts):
+    monkeypatch.setattr(thumbnails, "thumbnail", lambda image, _: bytes([int(image[0, 0, 0])] * int(image[0, 0, 0])))
+    running = Thumbnails(artifacts["onnxruntime", "fp32"].sidecar.preprocessing)
+    ranks = np.random.default_rng(0).random(100)
+    parts = [slice(start, start + 16) for start in range(0, 100, 16)]
+    images = np.arange(1, 101, dtype=np.float32)[:, None, None, None]
+    batches = [running.added({"differences": {"ranks": ranks[part]}}, images[part]) for part in parts]
+    kept = pruned([*batches, {"parity": {}}])
+    assert kept.pop() == {"parity": {}}
+    sizes = np.concatenate([rows["differences"]["jpeg_sizes"] for rows in kept])
+    first = np.sort(ranks.argsort()[-MOST:])
+    assert np.flatnonzero(sizes).tolist() == first.tolist()
+    content = np.concatenate([rows["differences"]["jpeg"] for rows in kept])
+    assert content.tolist() == [number + 1 for number in first for _ in range(number + 1)]
+    assert sum(len(rows["differences"]["jpeg"]) for rows in batches) > len(content)
 
 
 def test_ranks_of_zero_do_not_lead():
