@@ -238,10 +238,11 @@ def test_images_without_a_file_have_thumbnails_too(artifacts, source, tmp_path):
 
 def test_a_thumbnail_is_small_whatever_it_shows(artifacts):
     recipe = artifacts["onnxruntime", "fp32"].sidecar.preprocessing
-    noise = np.random.default_rng(0).integers(0, 256, (224, 300, 3), dtype=np.uint8)
-    content = thumbnail(normalise(noise, recipe), recipe)
-    assert len(content) <= MOST_BYTES
-    assert Image.open(io.BytesIO(content)).size == (SIDE, 72)
+    for height, width in ((72, SIDE), (225, 300), (768, 1024)):
+        noise = np.random.default_rng(0).choice([0, 255], (height, width, 3)).astype(np.uint8)
+        content = thumbnail(normalise(noise, recipe), recipe)
+        assert len(content) <= MOST_BYTES
+        assert Image.open(io.BytesIO(content)).size == (SIDE, 72)
     broken = np.full((3, 8, 8), np.nan, np.float32)
     broken[0], broken[1] = np.inf, -np.inf
     assert Image.open(io.BytesIO(thumbnail(broken, recipe))).size == (8, 8)
