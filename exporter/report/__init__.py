@@ -75,8 +75,35 @@ class Picture(Record, frozen=True):
     images: tuple[str, str, str]
 
 
+class Prediction(Record, frozen=True):
+    """A class or label by its number, its name where that is known, and its probability, from 0 to 1."""
+
+    index: int
+    name: str = ""
+    probability: float | None = None
+
+
+class Difference(Record, frozen=True):
+    """An image with the answers of the reference and of the artifact.
+
+    changed: whether the class is another one, or a label was set or removed.
+    difference: between both probabilities of the reference's class, or of the label; None where one is not finite.
+    labels: the true classes; None where they are not known.
+    thumbnail: a JPEG in base64 of the image as the network takes it, "" where there is none.
+    """
+
+    image: str
+    reference: Prediction
+    artifact: Prediction
+    changed: bool
+    difference: float | None = None
+    labels: tuple[Prediction, ...] | None = None
+    thumbnail: str = ""
+
+
 class Report(Record, frozen=True):
-    """All findings about one artifact, with its recipe and the machine; `pictures` of segmentation."""
+    """All findings about one artifact, with its recipe and the machine; `pictures` of segmentation. `differences` has
+    the images whose answers differ most, the first one most; None where answers were not compared."""
 
     passed: bool
     recipe: dict[str, Any]
@@ -85,6 +112,7 @@ class Report(Record, frozen=True):
     findings: tuple[Finding, ...]
     schema: int = SCHEMA
     pictures: tuple[Picture, ...] = ()
+    differences: tuple[Difference, ...] | None = None
 
     def value(self, metric: str) -> float | None:
         """The value of a metric, or None when it was not measured."""
@@ -242,6 +270,7 @@ def save_merged(report: Report, path: Path) -> Report:
             environment={**old.environment, **report.environment},
             findings=(*kept, *report.findings),
             pictures=report.pictures or (() if "verify" in report.recipe else old.pictures),
+            differences=report.differences if "verify" in report.recipe else old.differences,
         )
     save(report, path)
     return report

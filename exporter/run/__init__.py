@@ -241,6 +241,7 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
         environment={key: value for part in parts for key, value in part.environment.items()},
         findings=tuple(finding for listed in findings.values() for finding in listed),
         pictures=tuple(picture for part in parts for picture in part.pictures),
+        differences=next((part.differences for part in reversed(parts) if part.differences is not None), None),
     )
     return latency.with_limits(merged, recipe.bench or Bench())
 

@@ -25,14 +25,14 @@ from exporter.graph import files, half
 from exporter.progress import note, step, track
 from exporter.recipe import Checks, MovedWeights, Reference, RuntimeThreads
 from exporter.recipe.fields import about
-from exporter.report import Finding, Picture, Report, judged
+from exporter.report import Finding, Report, judged
 from exporter.verify import answers, checks, outputs
 from exporter.verify.batches import Pair, Tally
 from exporter.verify.batches import batch_size as batch_size
 from exporter.verify.batches import run_batch as run_batch
 from exporter.verify.blocks import block_errors
 from exporter.verify.checks import Meter
-from exporter.verify.checks.segmentation import Segmentation
+from exporter.verify.shown import Shown, shown
 from exporter.verify.slide import SlideOptions, Windows, whole, windows_of
 
 MAX_UNREADABLE_PCT = 10
@@ -83,7 +83,7 @@ def verify(
     with open_runnable(artifact, runtime) as runnable:
         measured = _measured(artifact, runnable, layers, options, samples, reference_session)
     environment = {**backends.environment(), "session": measured.facts}
-    return report_of(artifact, options, measured.findings, environment, measured.images, measured.pictures)
+    return report_of(artifact, options, measured.findings, environment, measured.images, measured.shown)
 
 
 def prepared(
@@ -120,7 +120,7 @@ def report_of(
     findings: Sequence[Finding],
     environment: dict[str, object],
     images: str,
-    pictures: tuple[Picture, ...],
+    shown: Shown,
 ) -> Report:
     """The report of a verification; `images` is a digest of the images in their order, with their classes."""
     return Report(
@@ -129,7 +129,8 @@ def report_of(
         artifact=artifact.to_dict(),
         environment=environment,
         findings=tuple(findings),
-        pictures=pictures,
+        pictures=shown.pictures,
+        differences=shown.differences,
     )
 
 
@@ -203,12 +204,12 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
 @dataclass(frozen=True)
 class Measured:
     """The findings of all checks, the facts of the artifact's session, a digest of the images in their order, with
-    their classes, and pictures of masks."""
+    their classes, and what the page shows of images."""
 
     findings: list[Finding]
     facts: dict[str, str]
     images: str
-    pictures: tuple[Picture, ...] = ()
+    shown: Shown
 
 
 def _measured(
@@ -237,7 +238,7 @@ def _measured(
     if options.blocks:
         images = next(iter(samples.batches(artifact.sidecar.batch or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return Measured(findings, facts, tally.digest.hexdigest(), pictures_of(tally))
+    return Measured(findings, facts, tally.digest.hexdigest(), shown([tally]))
 
 
 @contextmanager
@@ -267,12 +268,6 @@ def findings_of(tally: Tally, source: str, windows: Windows | None, others: Sequ
         raise BadRequest(f"{source}: none of its {len(tally.skipped)} images can be read ({tally.skipped[0]})")
     findings = [finding for meter in tally.meters.values() for finding in meter.findings()]
     return [*findings, *others, *_data_findings(tally.skipped, tally.count, source, windows)]
-
-
-def pictures_of(tally: Tally) -> tuple[Picture, ...]:
-    """Pictures of the masks that differ most."""
-    segmented = (meter for meter in tally.meters.values() if isinstance(meter, Segmentation))
-    return tuple(picture for meter in segmented for picture in meter.worst.pictures())
 
 
 def _compare_blocks(

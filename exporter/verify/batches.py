@@ -1,7 +1,8 @@
 """One batch of images after another through both models, and what the checks keep of each.
 
-What is kept of a batch depends on the batch alone. A process can measure any range of the images; a report needs all
-batches, in the order of the images.
+What a check keeps of a batch depends on the batch alone. A process can measure any range of the images; a report needs
+all batches, in the order of the images. Which images have thumbnails depends on the range too, but those of the report
+are the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from exporter.errors import BadRequest
 from exporter.verify import checks
 from exporter.verify.checks import Meter, Rows
 from exporter.verify.slide import Windows, sliding
+from exporter.verify.thumbnails import Thumbnails
 
 BATCH = 16
 
@@ -29,7 +31,7 @@ BATCH = 16
 @dataclass(frozen=True)
 class MeasuredBatch:
     """The names of the readable images of a batch, for each a line with its identity and its classes, and what each
-    check keeps."""
+    check keeps, with thumbnails of images that differ more than those before."""
 
     names: tuple[str, ...]
     lines: tuple[str, ...]
@@ -60,6 +62,7 @@ class Pair:
         """
         run = partial(run_batch, self.candidate, fixed=self.artifact.sidecar.batch)
         original, candidate = (sliding(self.windows, one) for one in (self.original, run))
+        thumbnails = Thumbnails(self.artifact.sidecar.preprocessing)
         for batch in samples.batches(self.size):
             lines = tuple(
                 f"{samples.identity(name)} {_words(label)}\n"
@@ -68,7 +71,8 @@ class Pair:
             both = original(batch.images), candidate(batch.images)
             self._refuse_other_shapes(*both)
             names = tuple(batch.names)
-            yield MeasuredBatch(names, lines, checks.measure(self.meters, checks.Seen(batch.labels, *both, names)))
+            rows = checks.measure(self.meters, checks.Seen(batch.labels, *both, names))
+            yield MeasuredBatch(names, lines, thumbnails.added(rows, batch.images))
 
     def _refuse_other_shapes(self, expected: Outputs, got: Outputs) -> None:
         """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""

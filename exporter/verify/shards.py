@@ -33,13 +33,14 @@ from exporter.verify import (
     layers_of,
     open_pair,
     open_runnable,
-    pictures_of,
     prepared,
     reference,
     report_of,
 )
 from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
+from exporter.verify.shown import shown
 from exporter.verify.slide import windows_of
+from exporter.verify.thumbnails import pruned
 
 IMAGES = 512
 """Of a shard, where no number is given: about half a minute of ConvNeXt-T on two cores."""
@@ -161,7 +162,7 @@ class Worker:
 
     def shard(self, number: int, batches: Sequence[MeasuredBatch], skipped: Sequence[str]) -> Shard:
         """The record of a shard."""
-        artifact = self.pair.artifact
+        artifact, kept = self.pair.artifact, pruned([batch.rows for batch in batches])
         on_cpu = self.findings or backends.device_kind(artifact, self.schedule.options.device) == "CPU"
         where = machine.arithmetic() if on_cpu else (machine.gpu() or {}).get("name", "GPU")
         return Shard(
@@ -172,7 +173,7 @@ class Worker:
             layers=self.layers,
             skipped=tuple(skipped),
             findings=self.findings,
-            batches=tuple(map(_stored, batches)),
+            batches=tuple(_stored(with_(batch, rows=rows)) for batch, rows in zip(batches, kept, strict=True)),
         )
 
     def measure(self, number: int) -> Shard:
@@ -259,7 +260,7 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
         [*_apart(findings), *_machines(machines)],
         {**first.environment, "session": first.facts},
         every.digest.hexdigest(),
-        tuple(picture for tally in tallies.values() for picture in pictures_of(tally)),
+        shown(list(tallies.values())),
     )
 
 

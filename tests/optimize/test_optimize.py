@@ -49,6 +49,7 @@ def test_the_fastest_within_the_budget_is_written_with_its_report_and_recipe(out
     report = json.loads((tmp_path / "out" / "custom_int8.onnx.report.json").read_text())
     assert report["passed"]
     assert {"cosine", "p50_ms", "speedup", "tried"} <= {finding["metric"] for finding in report["findings"]}
+    assert report["differences"]
     assert json.loads((tmp_path / "out" / "optimize.json").read_text())["sha256"] == outcome.result.sha256
 
 

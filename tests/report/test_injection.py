@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from exporter import report
 from exporter.cli.console import print_table
-from exporter.report import Finding, Report, rendering
+from exporter.report import Difference, Finding, Prediction, Report, rendering
 from exporter.report.formats import html as html_format
 from exporter.report.history import Entry
 from tests import once
@@ -57,6 +57,11 @@ def hostile(attack):
         for index in range(2)
     ]
     sensitivity = Finding(check="int8", metric="sensitivity", value=0.1)
+    answer = Prediction(index=1, name=attack, probability=0.5)
+    differences = [
+        Difference(image=attack, reference=answer, artifact=answer, changed=True, labels=(answer,), thumbnail=content)
+        for content in (attack, "/9j/ABCD")
+    ]
     unknown = Finding(check=attack, metric=attack, value=1.0, limit=0.5, passed=False)
     findings = [
         msgspec.structs.replace(f, case=f"{attack}{i % 2}", unit=attack, detail=attack)
@@ -82,7 +87,7 @@ def hostile(attack):
     }
     return Report(
         passed=False, recipe={attack: {attack: attack}}, artifact=sidecar, environment=environment,
-        findings=tuple(findings),
+        findings=tuple(findings), differences=tuple(differences),
     )  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def check_html(text, tags):
     assert page.tags.count("script") == text.count(f"<script>{html_format.SCRIPT.read_text()}</script>") == 1
     assert not [key for key, _ in page.attributes if key.startswith("on")]
     links = [value for key, value in page.attributes if key in ("href", "src", "xlink:href")]
-    assert all(link.startswith(("#", "data:,")) for link in links)
+    assert all(link.startswith(("#", "data:,")) or link == "data:image/jpeg;base64,/9j/ABCD" for link in links)
 
 
 def test_no_page_has_a_script_an_event_or_a_tag_from_its_data(pages, tags):

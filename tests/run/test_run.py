@@ -28,6 +28,7 @@ def test_a_recipe_is_built_verified_timed_and_reported(recipe, run, tmp_path):
     assert "passes" in result.out
     found = json.loads((tmp_path / "build" / "custom_fp16.onnx.report.json").read_text())
     assert {f["check"] for f in found["findings"]} >= {"parity", "latency", "structure"}
+    assert isinstance(found["differences"], list), "the images of the verification are kept"
     assert "custom_fp16.onnx" in (tmp_path / "build" / "report.html").read_text()
 
 

@@ -41,6 +41,7 @@ def logits():
 def test_every_check_is_found():
     assert discover.names("exporter.verify.checks") == [
         "accuracy",
+        "differences",
         "multilabel",
         "neighbours",
         "parity",

@@ -16,6 +16,7 @@ import msgspec
 from exporter.report import Report, charts
 from exporter.report.answer import Answer, answer
 from exporter.report.drawable import drawable
+from exporter.report.gallery import gallery
 from exporter.report.history import Entry, series, step_table, steps
 from exporter.report.summary import appendix, facts, failures, view, views
 from exporter.report.tables import Table, is_comparison, name, warnings
@@ -51,6 +52,7 @@ def render(reports: Sequence[Report]) -> str:
         tables=views(reports),
         appendix=[*appendix(reports), *_blocks(reports)],
         charts=[one for one in drawn if one.svg],
+        gallery=gallery(reports),
         masks=[(name(report), report.pictures) for report in reports if report.pictures],
         environments=environments(reports),
         provenance=[(name(report), _provenance(report)) for report in reports],
@@ -70,7 +72,7 @@ def page(title: str, verdict: str | None = None, **parts: Any) -> str:
     from markupsafe import Markup
 
     lists = ("lead", "facts", "tables", "appendix", "charts", "masks", "environments", "provenance")
-    blank: dict[str, Any] = {"answer": None, **{key: [] for key in lists}}
+    blank: dict[str, Any] = {"answer": None, "gallery": None, **{key: [] for key in lists}}
     for key in ("tables", "appendix"):
         parts[key] = [view(one) if isinstance(one, Table) else one for one in parts.get(key, [])]
     script = SCRIPT.read_text("utf-8")
