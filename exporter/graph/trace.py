@@ -63,7 +63,8 @@ def trace(model: torch.nn.Module, options: TraceOptions) -> ir.Model:
     import torch
 
     example = torch.zeros(*_example_shape(options), dtype=getattr(torch, options.dtype))
-    # Entries of the cache of fake tensors hold for one size only; for open sizes, making them takes half of the time.
+    # With a dynamic height and width, PyTorch never uses an entry of its cache of fake tensors again, and making the
+    # entries takes half of the trace.
     uses_cache = options.imgsz is not None and not options.picture
     with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=uses_cache):
         exported = torch.export.export(
@@ -129,17 +130,24 @@ def _converted(exported: torch.export.ExportedProgram, options: TraceOptions) ->
 
 @contextlib.contextmanager
 def _promoting_mixed_types_only() -> Iterator[None]:
-    """Skip the exporter's pass that inserts type promotions where every operator gets only fp32 tensors, and none is
-    needed. The pass runs the whole network again on fake tensors, which takes a third of the time of a trace."""
-    from torch.onnx._internal.exporter import _fx_passes
+    """Skip the exporter's pass that inserts type promotions in networks that need none. The pass runs the whole network
+    again on fake tensors, which takes a third of the time of a trace."""
+    import torch
 
-    promote = getattr(_fx_passes, "insert_type_promotion_nodes", None)
-    if promote is None:  # in another version of PyTorch
+    try:
+        from torch.onnx._internal.exporter import _fx_passes
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        promote, rules = _fx_passes.insert_type_promotion_nodes, type_promotion.TypePromotionTable()
+        rule_of = type_promotion.get_type_promotion_rule
+    except (ImportError, AttributeError):  # a version of PyTorch with other internals: the pass runs
         yield
         return
 
     def promote_mixed(graph_module: torch.fx.GraphModule) -> None:
-        if not _is_fp32(graph_module):
+        parts = [part for part in graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+        nodes = (node for part in parts for node in part.graph.nodes if node.op == "call_function")
+        if any(rule_of(node, rules) and _mixes_types(node) for node in nodes):
             promote(graph_module)
 
     _fx_passes.insert_type_promotion_nodes = promote_mixed
@@ -149,17 +157,21 @@ def _promoting_mixed_types_only() -> Iterator[None]:
         _fx_passes.insert_type_promotion_nodes = promote
 
 
-def _is_fp32(graph_module: torch.fx.GraphModule) -> bool:
-    """Whether every tensor that an operator gets is in fp32."""
+def _mixes_types(node: torch.fx.Node) -> bool:
+    """Whether the arguments of an operator are tensors of several types, a tensor and a number that the graph computes,
+    or whole numbers and a fraction; or whether whole numbers give fractions."""
     import torch
 
-    return all(
-        argument.meta["val"].dtype == torch.float32
-        for node in graph_module.graph.nodes
-        if node.op == "call_function"
-        for argument in node.all_input_nodes
-        if isinstance(argument.meta.get("val"), torch.Tensor)
-    )
+    values = [argument.meta.get("val") for argument in node.all_input_nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    types = {tensor.dtype for tensor in tensors}
+    if node.target == torch.ops.aten.where.self:
+        types.discard(torch.bool)  # of the condition
+    if len(types) != 1 or len(tensors) < len(values):
+        return True
+    (only,), result = types, node.meta.get("val")
+    has_fraction = any(isinstance(argument, float) for argument in node.args)
+    return only != torch.float32 and (has_fraction or getattr(result, "dtype", None) not in (only, torch.bool))
 
 
 def _taken(model: ir.Model) -> ir.Model:
