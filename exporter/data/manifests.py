@@ -108,11 +108,11 @@ def read_manifest(path: Path, split: str = "") -> Listed:
     generated = "generator" in header
     root = path.parent / header.get("source", ".") if frozen and not generated else path.parent
     _check_names(path, root, "" if generated else header.get("source", ""), [row["path"] or "" for row in rows])
-    _refuse_repeated(path, numbered)
     if not frozen and not generated:
         root = _folder_of(path, split, rows)
         if root != path.parent:
             _check_names(path, path.parent, "", [f"{root.name}/{row['path']}" for row in rows])
+    _refuse_repeated(path, numbered)
     return Listed(root, header, rows, [line for line, _ in numbered], columns)
 
 

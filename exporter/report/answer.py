@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.report import Finding, Report, machine_of
-from exporter.report.tables import changes, is_comparison, name, noise_of
+from exporter.report.tables import changes, failed_metrics, is_comparison, name, noise_of
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -31,17 +31,13 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     """Of reports of `compare`, what regressed; of the others the fastest artifact that passes its checks, by the median
     latency of the first case that all were timed in.
 
-    None where nothing was compared or timed. Artifacts that were timed on several machines are not compared.
+    None where nothing was compared or timed. Artifacts timed on different machines are not ranked.
     """
     compared = [report for report in reports if is_comparison(report)]
-    parts = [
-        _of_changes(compared) if compared else None,
-        _of_artifacts([report for report in reports if not is_comparison(report)]),
-    ]
-    known = [part for part in parts if part is not None]
-    if len(known) < 2:
-        return known[0] if known else None
-    changed, shipped = known
+    changed = _of_changes(compared) if compared else None
+    shipped = _of_artifacts([report for report in reports if not is_comparison(report)])
+    if changed is None or shipped is None:
+        return changed or shipped
     sentence = f"{changed.sentence} {shipped.sentence}"
     return Answer(sentence, bool(changed.passes and shipped.passes), changed.others + shipped.others)
 
@@ -123,8 +119,7 @@ def _accuracy(report: Report) -> str:
 
 
 def _failure(report: Report) -> str:
-    failed = dict.fromkeys(finding.metric for finding in report.findings if not finding.passed)
-    return f"{name(report)} fails {', '.join(failed)}"
+    return f"{name(report)} fails {', '.join(failed_metrics(report.findings))}".strip()
 
 
 def _reason(report: Report, chosen: Report, case: str) -> str:

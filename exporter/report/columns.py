@@ -1,4 +1,4 @@
-"""Which columns of a table fit a terminal, by the cells that their text takes there."""
+"""Chooses the columns that fit a terminal; widths are in terminal cells."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from exporter.report import Finding, Report
 
-LARGEST, SMALLEST = 1e15, 1e-15  # of what is measured nothing comes near
+LARGEST, SMALLEST = 1e15, 1e-15  # no measured value is near these bounds
 
 
 def drawable(report: Report) -> Report:

@@ -57,14 +57,21 @@ def gallery(reports: Sequence[Report]) -> Gallery | None:
 
 
 def first_changed(reports: Sequence[Report]) -> list[str]:
-    """A sentence for each artifact with another answer than the reference: on which image they differ most."""
-    known = [(name(report), report.differences[0]) for report in reports if report.differences]
-    return [
-        f"Another answer: {prediction(one.artifact)} of {artifact} for {one.image}, "
-        f"where the reference has {prediction(one.reference)}."
-        for artifact, one in known
-        if one.changed
-    ]
+    """A sentence for each artifact with another answer than the reference: its first image whose class or label
+    changed."""
+    known = [(name(report), next((d for d in report.differences or () if d.changed), None)) for report in reports]
+    return [_sentence(artifact, one) for artifact, one in known if one is not None]
+
+
+def _sentence(artifact: str, one: Difference) -> str:
+    if one.reference.index == one.artifact.index:  # of a multi-label head
+        shares = " and ".join(_percent(answer.probability) or "no number" for answer in (one.artifact, one.reference))
+        return f"{artifact} and the reference disagree on label {_named(one.reference)} for {one.image}: {shares}."
+    taken, expected = (
+        _named(answer) + (f" ({percent})" if (percent := _percent(answer.probability)) else "")
+        for answer in (one.artifact, one.reference)
+    )
+    return f"{artifact} answers {taken} for {one.image}; the reference answers {expected}."
 
 
 def _within_budget(lists: Sequence[Sequence[Difference]]) -> list[str]:
@@ -81,7 +88,7 @@ def _within_budget(lists: Sequence[Sequence[Difference]]) -> list[str]:
 
 def _summary(differences: Sequence[Difference]) -> str:
     changed = sum(one.changed for one in differences)
-    return f"{len(differences)} image{'s' if len(differences) > 1 else ''}, {changed} with another answer"
+    return f"{len(differences)} image{'s' if len(differences) > 1 else ''}, {changed} with another class or label"
 
 
 def _card(one: Difference, thumbnail: str) -> Card:
@@ -92,7 +99,7 @@ def _card(one: Difference, thumbnail: str) -> Card:
 
 
 def _chips(one: Difference) -> tuple[Chip, ...]:
-    """Whether the answer changed, and where the image has one label, whether the right one was lost or won."""
+    """Whether the class or label changed, and of an image with true classes, whether the right one was lost or won."""
     if not one.changed:
         return ()
     if one.labels is not None and one.reference.index != one.artifact.index:
@@ -101,10 +108,17 @@ def _chips(one: Difference) -> tuple[Chip, ...]:
             return (Chip("lost", "bad"),)
         if one.artifact.index in right:
             return (Chip("won", "good"),)
-    return (Chip("changed", "unsure"),)
+    return (Chip("changed", "changed"),)
 
 
 def prediction(one: Prediction) -> str:
     """The class by name or number, with its probability in percent."""
-    named = one.name or f"class {one.index}"
-    return named if one.probability is None else f"{named}, {100 * one.probability:.1f} %"
+    return ", ".join(filter(None, (_named(one), _percent(one.probability))))
+
+
+def _named(one: Prediction) -> str:
+    return one.name or f"class {one.index}"
+
+
+def _percent(probability: float | None) -> str:
+    return "" if probability is None else f"{100 * probability:.1f} %"

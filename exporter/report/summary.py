@@ -15,6 +15,7 @@ from exporter.report.tables import (
     changes,
     data,
     doubts,
+    failed_metrics,
     int8,
     latency,
     latency_cells,
@@ -39,12 +40,12 @@ class Chip:
     """A short verdict, with a sign for readers who cannot tell its colour."""
 
     text: str
-    kind: Literal["good", "bad", "unsure", "noisy"]
+    kind: Literal["good", "bad", "unsure", "noisy", "changed"]
 
     @property
     def sign(self) -> str:
         """One character for the kind."""
-        return {"good": "✓", "bad": "✗", "unsure": "?", "noisy": "~"}[self.kind]
+        return {"good": "✓", "bad": "✗", "unsure": "?", "noisy": "~", "changed": "≠"}[self.kind]
 
 
 Cell = str | tuple[Chip, ...]
@@ -88,9 +89,9 @@ def view(table: Table, chips: Sequence[tuple[Chip, ...]] | None = None) -> View:
 
 def chips(findings: Sequence[Finding]) -> tuple[Chip, ...]:
     """A chip for each metric that failed, else one that everything passes; then doubt and noise."""
-    failed = dict.fromkeys(finding.metric for finding in findings if not finding.passed)
-    first = tuple(Chip(f"fails {one}", "bad") for one in failed) or (Chip("passes", "good"),)
-    return (*first, *(Chip(word, word) for word in doubts(findings)))
+    failed = tuple(Chip(f"fails {one}", "bad") for one in failed_metrics(findings))
+    passes = Chip("passes", "good") if all(finding.passed for finding in findings) else Chip("fails", "bad")
+    return (*(failed or (passes,)), *(Chip(word, word) for word in doubts(findings)))
 
 
 def _is_unsure(finding: Finding) -> bool:
@@ -118,8 +119,9 @@ def _change_chips(change: Finding) -> tuple[Chip, ...]:
 
 
 def _is_measured(report: Report) -> bool:
-    """Whether the report has accuracy or latency of its own, not only changes from a base."""
-    return any(finding.check not in ("regression", "blocks") for finding in report.findings)
+    """Whether the report has accuracy or latency of its own, not only changes from a base or errors of parts."""
+    other = ("regression", "blocks", "bisect", "report")
+    return any(finding.check not in other for finding in report.findings)
 
 
 def _artifacts(reports: Sequence[Report]) -> tuple[Table, list[tuple[Chip, ...]]]:

@@ -83,14 +83,21 @@ def runs_on(report: Report) -> str:
 def verdict(report: Report, checks: Sequence[str]) -> str:
     """'passes', with the metrics of these checks that are unsure; or those that failed."""
     judged = [finding for finding in report.findings if finding.check in checks]
-    if bad := dict.fromkeys(finding.metric for finding in judged if not finding.passed):
+    if bad := failed_metrics(judged):
         return f"**fails** {', '.join(bad)}"
     unsure = dict.fromkeys(finding.metric for finding in judged if finding.unsure)
     return f"passes, unsure of {', '.join(unsure)}" if unsure else "passes"
 
 
+def failed_metrics(findings: Sequence[Finding]) -> list[str]:
+    """The displayed names of the metrics that failed, each once. Findings that only hold a sentence, which `sentences`
+    returns, are left out."""
+    failed = (f for f in findings if not f.passed and f.check != "report" and f.metric != "reason")
+    return list(dict.fromkeys(map(metric, failed)))
+
+
 def doubts(findings: Sequence[Finding]) -> list[Doubt]:
-    """Whether a finding passes with a warning, and whether a ratio or a time of them is uncertain."""
+    """The words `unsure` (a finding passes with a warning) and `noisy` (a timing was disturbed) that apply."""
     unsure = any(finding.passed and finding.unsure for finding in findings)
     known: dict[Doubt, bool] = {"unsure": unsure, "noisy": any(map(noise_of, findings))}
     return [word for word, holds in known.items() if holds]
@@ -253,7 +260,7 @@ def bisections(reports: Sequence[Report]) -> Table:
         for f in report.findings
         if f.check == "bisect" and f.unit == "%"
     ]
-    return Table("Error of each part, on the input that it has in the artifact", columns, columns[3:5], rows)
+    return Table("Errors measured by bisect", columns, columns[3:5], rows)
 
 
 def _limit(finding: Finding) -> str:
@@ -266,7 +273,7 @@ def bisected(report: Report) -> list[str]:
         return []
     reason, advice = report.find("reason"), report.find("keep")
     first = f"{reason.case}: {reason.detail}" if reason else "every part is within its limit"
-    return [first, *([f"keep it in higher precision: {advice.detail}"] if advice else [])]
+    return [first, *([f"keep {advice.case} in higher precision: {advice.detail}"] if advice else [])]
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:

@@ -289,8 +289,8 @@ def typed(line, run):
 
 def advice(result):
     """The command at the end of what `bisect` printed, or ""."""
-    last = result.out.splitlines()[-1]
-    return last.removeprefix("keep it in higher precision: ") if last.startswith("keep it") else ""
+    first, separator, command = result.out.splitlines()[-1].partition(" in higher precision: ")
+    return command if separator and first.startswith("keep ") else ""
 
 
 def test_the_command_it_prints_keeps_an_overflowing_block_in_fp32(tiny, tmp_path, monkeypatch, run):

@@ -189,6 +189,7 @@ def test_a_folder_beside_a_list_is_no_way_out(folder, tmp_path_factory):
         ("m.csv", "path,label\n0.png,0\n1.png,1\n./0.png,1\n", "2 and 4"),
         ("m.tsv", "path\n1.png\n\n0.png\n0.png\n", "4 and 5"),
         ("m.txt", "0.png 0\n1.png 1\n1.png 1\n", "2 and 3"),
+        ("m.csv", "path\n0\n0.png\n", "2 and 3"),
     ],
 )
 def test_an_image_in_two_lines_is_refused_with_both(name, text, lines, folder):

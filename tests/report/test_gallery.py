@@ -14,7 +14,7 @@ from PIL import Image
 from exporter import report as reports
 from exporter.report import Difference, Prediction, rendering
 from exporter.report.formats import html, markdown
-from exporter.report.gallery import MOST_CHARACTERS, gallery
+from exporter.report.gallery import MOST_CHARACTERS, first_changed, gallery
 from tests.package import browser
 from tests.report.test_formats import made
 from tests.report.test_page import NARROW, WIDE, visit
@@ -95,12 +95,12 @@ def test_a_card_has_the_name_both_answers_and_the_label():
 @pytest.mark.parametrize(
     ("fields", "chip"),
     [
-        ({}, "? changed"),
+        ({}, "≠ changed"),
         ({"changed": False}, None),
         ({"labels": (Prediction(index=2),)}, "✗ lost"),
         ({"labels": (Prediction(index=7),)}, "✓ won"),
-        ({"labels": (Prediction(index=5),)}, "? changed"),
-        ({"labels": (Prediction(index=2),), "artifact": Prediction(index=2, probability=0.1)}, "? changed"),
+        ({"labels": (Prediction(index=5),)}, "≠ changed"),
+        ({"labels": (Prediction(index=2),), "artifact": Prediction(index=2, probability=0.1)}, "≠ changed"),
     ],
 )
 def test_a_chip_says_whether_the_right_answer_was_lost_or_won(fields, chip):
@@ -128,8 +128,17 @@ def test_artifacts_that_differ_nowhere_are_named_and_old_reports_have_no_list():
     assert gallery([old]) is None
     assert "Images that differ most" not in html.render([old])
     page = html.render([old, equal, with_images(1)])
-    assert "No image has another answer, or a probability that differs by 0.1 points: same.onnx</p>" in page
-    assert "a.onnx: 1 image, 1 with another answer" in page
+    assert (
+        "No image has another class or label, or a probability that changed by at least 0.1 points: same.onnx" in page
+    )
+    assert "a.onnx: 1 image, 1 with another class or label" in page
+    assert "✗ lost: only the reference is right; ✓ won: only the artifact is right; ≠ changed:" in page
+    assert "≠ changed:" not in html.render([old, equal])
+
+
+def test_images_without_a_thumbnail_are_counted():
+    assert "<p>1 image is shown by name only" in html.render([with_images(1, thumbnail="")])
+    assert "<p>2 images are shown by name only" in html.render([with_images(2, thumbnail="")])
 
 
 def test_a_page_of_twenty_artifacts_stays_within_two_megabytes_and_shows_the_first_images_of_each():
@@ -160,8 +169,28 @@ def test_markdown_names_the_image_with_another_answer():
     text = markdown.render(
         [with_images(3, image="a|b.png"), with_images(1, "same.onnx", changed=False), made("old.onnx")]
     )
-    lines = [line for line in text.splitlines() if line.startswith("Another answer")]
-    assert lines == ["Another answer: class 7, 49.0 % of a.onnx for a&#124;b.png, where the reference has cat, 51.3 %."]
+    lines = [line for line in text.splitlines() if "answers" in line]
+    assert lines == ["a.onnx answers class 7 (49.0 %) for a&#124;b.png; the reference answers cat (51.3 %)."]
+
+
+@pytest.mark.parametrize(
+    ("artifact", "sentence"),
+    [
+        (Prediction(index=7), "a.onnx answers class 7 for b.png; the reference answers cat (51.3 %)."),
+        (
+            Prediction(index=2, name="cat", probability=0.45),
+            "a.onnx and the reference disagree on label cat for b.png: 45.0 % and 51.3 %.",
+        ),
+        (
+            Prediction(index=2, name="cat"),
+            "a.onnx and the reference disagree on label cat for b.png: no number and 51.3 %.",
+        ),
+    ],
+)
+def test_the_first_image_with_another_answer_is_in_a_sentence(artifact, sentence):
+    undefined = difference(0, image="nan.png", changed=False, difference=None)
+    report = replace(made("a.onnx"), differences=(undefined, difference(1, image="b.png", artifact=artifact)))
+    assert first_changed([report, made("old.onnx"), replace(made("same.onnx"), differences=())]) == [sentence]
 
 
 @pytest.mark.parametrize("content", ["", "a b", '"><script>', "AAAA", "/9j/" + "A" * MOST_CHARACTERS])

@@ -52,7 +52,7 @@ def test_a_comparison_marked_as_failed_is_no_pass(tmp_path):
 def test_a_report_of_bisect_has_its_sentence_in_every_format(form):
     shown = form.render([BISECTED])
     assert shown.count("stages.1.0: ranges clip") == 1
-    assert "keep it in higher precision: convnext-export onnx" in shown
+    assert "keep stages.1.0 in higher precision: convnext-export onnx" in shown
     assert "every part is within its limit" in form.render([replace(BISECTED, findings=BISECTED.findings[2:3])])
 
 
@@ -73,6 +73,26 @@ def test_of_a_comparison_among_other_reports_both_are_said():
     for form in (html, markdown, text):
         assert "1 of 1 change regressed" in form.render([SLOW, regressed])
     assert "✗ fails: int8.onnx" in html.render([change("p50_ms", 1.0, 5.0), BAD])
+    assert '<p class="verdict">' not in html.render([regressed, SLOW]), "red and green would contradict each other"
+    assert "✓ passes</span></p>" in html.render([SLOW])
+
+
+def test_failed_metrics_are_named_as_displayed_and_without_sentences():
+    contradiction = Finding(check="report", metric="verdict", value=None, passed=False, detail="marked as failed")
+    both = (*BISECTED.findings, contradiction)
+    assert tables.failed_metrics(both) == ["error"]
+    assert [chip.text for chip in summary.chips(both)] == ["fails error"]
+    assert [chip.text for chip in summary.chips([contradiction])] == ["fails"]
+    assert "fails error" in text.render([BISECTED])
+    slower = replace(BISECTED, findings=(*FAST.findings, *both))
+    assert answer([FAST, slower]).others == ("int8.onnx fails error",)
+    assert answer([replace(FAST, findings=(*FAST.findings, contradiction), passed=False)]).others == ("int8.xml fails",)
+
+
+def test_errors_of_bisect_alone_are_no_row_of_the_table_of_artifacts():
+    contradiction = Finding(check="report", metric="verdict", value=None, passed=False)
+    assert summary.views([BISECTED, replace(BISECTED, findings=(contradiction,))]) == []
+    assert [view.title for view in summary.views([FAST, BISECTED])] == ["Artifacts"]
 
 
 @pytest.mark.parametrize(
