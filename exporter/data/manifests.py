@@ -68,7 +68,7 @@ class Listed(NamedTuple):
         return self.header.get("generator", "")
 
 
-def read_manifest(path: Path, split: str = "") -> Listed:
+def read_manifest(path: Path, split: str = "", repeats: bool = False) -> Listed:
     """Read a manifest: a table with columns `path` and, if known, `label`, `sha256` and `split`, or lines `NAME LABEL`
     in a `.txt` file, as in ImageNet's `val.txt`, or names alone; above a table a header of lines `# key: value`. In
     place of `label` a table may have a column for each label, with 0 or 1.
@@ -80,6 +80,7 @@ def read_manifest(path: Path, split: str = "") -> Listed:
     Args:
         path: the file.
         split: the rows to take; "" takes those for validation or testing, or all where there are no splits.
+        repeats: whether an image may be listed twice.
 
     Raises: BadRequest for a file that is no manifest, leads out of its folder, lists an image twice, or can be read in
         two ways.
@@ -112,7 +113,8 @@ def read_manifest(path: Path, split: str = "") -> Listed:
         root = _folder_of(path, split, rows)
         if root != path.parent:
             _check_names(path, path.parent, "", [f"{root.name}/{row['path']}" for row in rows])
-    _refuse_repeated(path, numbered)
+    if not repeats:
+        _refuse_repeated(path, numbered)
     return Listed(root, header, rows, [line for line, _ in numbered], columns)
 
 

@@ -155,6 +155,7 @@ def open_samples(
     classes: int | None,
     most: int | None = None,
     multilabel: bool = False,
+    repeats: bool = False,
 ) -> Samples:
     """The images a user means.
 
@@ -167,6 +168,7 @@ def open_samples(
         most: at most so many images, evenly spread; None is all (of synthetic ones, 16).
         multilabel: whether an image may have several of the model's labels, or none. A folder then gives images without
             labels, as its sub-folders name one for each image.
+        repeats: whether a manifest may list an image twice.
 
     Raises: BadRequest when there is nothing there, or a class the model does not have.
     """
@@ -181,7 +183,7 @@ def open_samples(
     if path.is_dir():
         entries = _folder(path, split, labels, None if multilabel else classes)
     elif is_manifest(path):
-        listed = read_manifest(path, split)
+        listed = read_manifest(path, split, repeats)
         root, generator = listed.root, listed.generator
         entries = (labels_of if multilabel else classes_of)(path, listed, labels, classes)
         digests = {row["path"]: row["sha256"] for row in listed.rows if row.get("sha256")}

@@ -105,7 +105,7 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
         raise BadRequest(f"{word}: a pipe or device; pipe it to standard input and give -")
     is_pattern = glob.has_magic(word) and not path.exists()
     if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
-        samples = open_samples(word, recipe, (), None)
+        samples = open_samples(word, recipe, (), None, repeats=True)
         content = sha256_file(path) if path.is_file() else word
         if path.suffix.lower() == ".npz":
             samples = replace(samples, items=partial(_to_the_end, samples, path.name))
