@@ -186,7 +186,10 @@ def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
     both = recipe("onnxruntime", "fp32", "a", TIMED), recipe("openvino", "fp32", "b")
     result = run("run", "-v", *both, "--jobs", "2", "--json", "-o", "out")
     assert result.code == 0, result.err
-    assert "onnx_ir" in result.err, "log messages of worker processes"
+    messages = [line for line in result.err.splitlines() if line.startswith("onnx_ir")]
+    recipes = {line.split(": ")[1] for line in messages}
+    assert recipes, "log messages of worker processes"
+    assert recipes <= {"onnxruntime/a", "openvino/b"}, "with the name of the recipe"
     assert [set(one["steps"].values()) for one in result.json] == [{"done"}, {"done", "not asked for"}]
     assert "onnxruntime/a: tracing" in result.err
     assert "openvino/b: tracing" in result.err
