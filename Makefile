@@ -52,6 +52,7 @@ gpu: install     ## all that needs an NVIDIA GPU, in under 8 minutes
 docs: install    ## write the generated parts of the docs
 	$(BIN)/python -m benchmarks.docs
 
+# not --quiet: mkdocs then counts no warnings, and strict mode passes
 site: install $(SITE_STAMP) ## build the docs as a site with search, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"

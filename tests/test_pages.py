@@ -86,7 +86,7 @@ def test_the_hooks_of_pre_commit_are_the_checks_of_make():
     assert {hook["id"] for hook in hooks} == {"format", "lint", "types", "imports"}
 
 
-def publish(folder, version, beside):
+def publish(folder, version, earlier_version):
     """Commit the site of a version to the branch gh-pages, where another version is, in a copy of the pages; return the
     files of that branch."""
     copy, published = folder / "copy", folder / "published"
@@ -95,30 +95,34 @@ def publish(folder, version, beside):
         shutil.copy(ROOT / name, copy)
     for name in ("exporter", "benchmarks"):
         (copy / name).symlink_to(ROOT / name)
-    people = {f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    git_identity = {
+        f"GIT_{who}_{what}": "t@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | people | {"PATH": path, "NO_MKDOCS_2_WARNING": "1"}
+    env = os.environ | git_identity | {"PATH": path, "NO_MKDOCS_2_WARNING": "1"}
 
-    def type_words(*words):
+    def run(*words):
         done = subprocess.run(words, cwd=copy, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    (copy / "versions.json").write_text(json.dumps([{"version": beside, "title": beside, "aliases": ["latest"]}]))
-    type_words("git", "init", "--quiet", "--initial-branch", "gh-pages")
-    type_words("git", "add", "versions.json")
-    type_words("git", "commit", "--quiet", "-m", beside)
-    type_words("mike", "deploy", "--update-aliases", version, "latest")
-    type_words("git", "clone", "--quiet", copy, published)
+    (copy / "versions.json").write_text(
+        json.dumps([{"version": earlier_version, "title": earlier_version, "aliases": ["latest"]}])
+    )
+    run("git", "init", "--quiet", "--initial-branch", "gh-pages")
+    run("git", "add", "versions.json")
+    run("git", "commit", "--quiet", "-m", earlier_version)
+    run("mike", "deploy", "--update-aliases", version, "latest")
+    run("git", "clone", "--quiet", copy, published)
     return published
 
 
 @needs_mkdocs
 @pytest.mark.slow
-def test_the_site_builds_beside_earlier_versions_and_loads_nothing_from_elsewhere(tmp_path):
+def test_the_site_builds_next_to_earlier_versions_and_loads_nothing_from_elsewhere(tmp_path):
     """In strict mode: a link, an anchor or a name of the API that is not there is an error. With `--quiet`, mkdocs does
     not count warnings, and the strict mode passes."""
     begin = time.monotonic()
-    published = publish(tmp_path, "0.1.0", beside="0.0.1")
+    published = publish(tmp_path, "0.1.0", earlier_version="0.0.1")
     assert time.monotonic() - begin < 60
     versions = json.loads((published / "versions.json").read_text())
     assert [(one["version"], one["aliases"]) for one in versions] == [("0.1.0", ["latest"]), ("0.0.1", [])]

@@ -138,15 +138,17 @@ def print_json(value: Any) -> None:
 
 
 class WithSchema(click.Command):
-    """A command with the option `--schema`, which takes no other word."""
+    """A command whose option `--schema` must stand alone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises: click.UsageError for other words."""
-        if (
-            not ctx.resilient_parsing
-            and "--schema" in args
-            and (others := [word for word in args if word != "--schema"])
-        ):
+        """With `--help`, `--schema` is ignored.
+
+        Raises: click.UsageError for other words.
+        """
+        others = [word for word in args if word != "--schema"]
+        if any(word in ctx.help_option_names for word in others):
+            return super().parse_args(ctx, others)
+        if others and "--schema" in args and not ctx.resilient_parsing:
             raise click.UsageError(f"--schema takes no other word; leave out {shlex.join(others)}", ctx)
         return super().parse_args(ctx, args)
 

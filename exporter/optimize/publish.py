@@ -132,6 +132,7 @@ def _report(search: Search, artifact: Artifact, candidate: Candidate, result: Re
         artifact=artifact.to_dict(),
         environment=verified.environment,
         findings=findings,
+        pictures=verified.pictures,
         differences=verified.differences,
     )
     return msgspec.convert(msgspec.to_builtins(whole), Report)  # as it is read again: counts are floats

@@ -22,6 +22,7 @@ from exporter.errors import BadRequest, printable
 from exporter.progress import note
 
 SCHEMA = 1
+MOST_DIFFERENCES = 12  # images of `Report.differences`, and of an artifact on the page
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_REPORT_BYTES = 512 * 2**20
 
@@ -87,7 +88,8 @@ class Difference(Record, frozen=True):
     """An image with the answers of the reference and of the artifact.
 
     changed: whether the class is another one, or a label was set or removed.
-    difference: between both probabilities of the reference's class, or of the label; None where one is not finite.
+    probability_change: |p_artifact − p_reference| of the reference's class, 0 to 1; of several labels, of the one that
+        changed most; None where a probability is not finite.
     labels: the true classes; None where they are not known.
     thumbnail: a JPEG in base64 of the image as the network takes it, "" where there is none.
     """
@@ -96,7 +98,7 @@ class Difference(Record, frozen=True):
     reference: Prediction
     artifact: Prediction
     changed: bool
-    difference: float | None = None
+    probability_change: float | None = None
     labels: tuple[Prediction, ...] | None = None
     thumbnail: str = ""
 

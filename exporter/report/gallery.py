@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exporter.report import Difference, Prediction, Report
+from exporter.report import MOST_DIFFERENCES, Difference, Prediction, Report
 from exporter.report.summary import Chip
 from exporter.report.tables import name
 
-MOST = 12  # images of an artifact
 MOST_CHARACTERS = 800_000  # of all thumbnails, so that a page of twenty artifacts stays within 2 MB
-JPEG = re.compile("/9j/[A-Za-z0-9+/]*={0,2}")  # base64 of its first three bytes, FF D8 FF, and on
+JPEG_BASE64 = re.compile("/9j/[A-Za-z0-9+/]*={0,2}")  # base64 of its first three bytes, FF D8 FF, and on
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ class Gallery:
 
 def gallery(reports: Sequence[Report]) -> Gallery | None:
     """The images of all reports that compared answers; None where there are none."""
-    known = [(name(report), report.differences[:MOST]) for report in reports if report.differences is not None]
+    known = [
+        (name(report), report.differences[:MOST_DIFFERENCES]) for report in reports if report.differences is not None
+    ]
     if not known:
         return None
     shown = _within_budget([differences for _, differences in known])
@@ -80,7 +81,7 @@ def _within_budget(lists: Sequence[Sequence[Difference]]) -> list[str]:
     ordered = [differences[place].thumbnail for place in places for differences in lists if place < len(differences)]
     shown, free = [], MOST_CHARACTERS
     for thumbnail in dict.fromkeys(ordered):
-        if len(thumbnail) <= free and JPEG.fullmatch(thumbnail):
+        if len(thumbnail) <= free and JPEG_BASE64.fullmatch(thumbnail):
             shown.append(thumbnail)
             free -= len(thumbnail)
     return shown

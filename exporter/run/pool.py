@@ -20,7 +20,7 @@ from exporter.progress import REPORTER, Reporter
 from exporter.run import Outcome, RecipeRun, run_or_explain
 
 T = TypeVar("T")
-_SHARED: list[Any] = []  # in a child process: the queue to the display, and the lock file of timing
+_SHARED: list[Any] = []  # in a child process: the queue to the display, the lock file of timing, and the log handler
 
 
 def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
@@ -32,8 +32,8 @@ def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory(prefix="convnext-export-run-") as folder:
         turn = Path(folder) / "turn"
         turn.touch()
-        shared = (lines, turn, logging.getLogger().level)
-        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, shared) as pool:
+        worker_arguments = (lines, turn, logging.getLogger().level)
+        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, worker_arguments) as pool:
             waiting = [pool.submit(_run, recipe_run) for recipe_run in runs]
             try:
                 outcomes = [
@@ -75,21 +75,26 @@ def _draw(lines: Any, reporter: Reporter) -> None:
 
 
 def _begin(lines: Any, turn: Path, level: int) -> None:
-    _SHARED[:] = [lines, turn]
+    handler = _LogQueue(lines)
+    _SHARED[:] = [lines, turn, handler]
     logging.getLogger().setLevel(level)
-    logging.getLogger().addHandler(_LogQueue(lines))
+    logging.getLogger().addHandler(handler)
 
 
 class _LogQueue(QueueHandler):
-    """Sends log messages to the process that displays them."""
+    """Sends log messages to the process that displays them, after the recipe's name."""
+
+    recipe = ""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Send one message."""
+        """Send one message, which `prepare` formatted."""
+        record.msg = f"{self.recipe}: {record.msg}"
         self.queue.put_nowait(("log", record))
 
 
 def _run(recipe_run: RecipeRun) -> Outcome:
-    lines, turn = _SHARED
+    lines, turn, handler = _SHARED
+    handler.recipe = recipe_run.name
     token = REPORTER.set(_Sent(recipe_run.name, lines))
     try:
         with turns.sharing(turn):

@@ -32,7 +32,7 @@ from exporter.verify.batches import batch_size as batch_size
 from exporter.verify.batches import run_batch as run_batch
 from exporter.verify.blocks import block_errors
 from exporter.verify.checks import Meter
-from exporter.verify.shown import Shown, shown
+from exporter.verify.page_images import PageImages, page_images
 from exporter.verify.slide import SlideOptions, Windows, whole, windows_of
 
 MAX_UNREADABLE_PCT = 10
@@ -83,7 +83,7 @@ def verify(
     with open_runnable(artifact, runtime) as runnable:
         measured = _measured(artifact, runnable, layers, options, samples, reference_session)
     environment = {**backends.environment(), "session": measured.facts}
-    return report_of(artifact, options, measured.findings, environment, measured.images, measured.shown)
+    return report_of(artifact, options, measured.findings, environment, measured.images, measured.page_images)
 
 
 def prepared(
@@ -120,7 +120,7 @@ def report_of(
     findings: Sequence[Finding],
     environment: dict[str, object],
     images: str,
-    shown: Shown,
+    of_page: PageImages,
 ) -> Report:
     """The report of a verification; `images` is a digest of the images in their order, with their classes."""
     return Report(
@@ -129,8 +129,8 @@ def report_of(
         artifact=artifact.to_dict(),
         environment=environment,
         findings=tuple(findings),
-        pictures=shown.pictures,
-        differences=shown.differences,
+        pictures=of_page.pictures,
+        differences=of_page.differences,
     )
 
 
@@ -204,12 +204,12 @@ def _eager_options(options: VerifyOptions) -> eager.EagerOptions:
 @dataclass(frozen=True)
 class Measured:
     """The findings of all checks, the facts of the artifact's session, a digest of the images in their order, with
-    their classes, and what the page shows of images."""
+    their classes, and the images on the page."""
 
     findings: list[Finding]
     facts: dict[str, str]
     images: str
-    shown: Shown
+    page_images: PageImages
 
 
 def _measured(
@@ -238,7 +238,7 @@ def _measured(
     if options.blocks:
         images = next(iter(samples.batches(artifact.sidecar.batch or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)
-    return Measured(findings, facts, tally.digest.hexdigest(), shown([tally]))
+    return Measured(findings, facts, tally.digest.hexdigest(), page_images([tally]))
 
 
 @contextmanager

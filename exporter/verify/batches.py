@@ -72,7 +72,7 @@ class Pair:
             self._refuse_other_shapes(*both)
             names = tuple(batch.names)
             rows = checks.measure(self.meters, checks.Seen(batch.labels, *both, names))
-            yield MeasuredBatch(names, lines, thumbnails.added(rows, batch.images))
+            yield MeasuredBatch(names, lines, thumbnails.with_thumbnails(rows, batch.images))
 
     def _refuse_other_shapes(self, expected: Outputs, got: Outputs) -> None:
         """Raises: BadRequest for a PyTorch model whose outputs have other shapes than those of the artifact."""

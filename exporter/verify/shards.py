@@ -38,9 +38,9 @@ from exporter.verify import (
     report_of,
 )
 from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
-from exporter.verify.shown import shown
+from exporter.verify.page_images import page_images
 from exporter.verify.slide import windows_of
-from exporter.verify.thumbnails import pruned
+from exporter.verify.thumbnails import drop_unused_thumbnails
 
 IMAGES = 512
 """Of a shard, where no number is given: about half a minute of ConvNeXt-T on two cores."""
@@ -162,7 +162,7 @@ class Worker:
 
     def shard(self, number: int, batches: Sequence[MeasuredBatch], skipped: Sequence[str]) -> Shard:
         """The record of a shard."""
-        artifact, kept = self.pair.artifact, pruned([batch.rows for batch in batches])
+        artifact, kept = self.pair.artifact, drop_unused_thumbnails([batch.rows for batch in batches])
         on_cpu = self.findings or backends.device_kind(artifact, self.schedule.options.device) == "CPU"
         where = machine.arithmetic() if on_cpu else (machine.gpu() or {}).get("name", "GPU")
         return Shard(
@@ -260,7 +260,7 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
         [*_apart(findings), *_machines(machines)],
         {**first.environment, "session": first.facts},
         every.digest.hexdigest(),
-        shown(list(tallies.values())),
+        page_images(list(tallies.values())),
     )
 
 

@@ -7,6 +7,8 @@ import jsonschema
 import pytest
 
 from exporter.artifact import sidecar_path
+from exporter.cli import cli, groups
+from exporter.cli.console import WithSchema
 from tests.conftest import ROOT, copy_artifact
 
 REPORTS = sorted((ROOT / "benchmarks" / "results").rglob("*.report.json"))
@@ -37,6 +39,22 @@ def test_reports_are_committed():
 def test_a_schema_is_printed_alone(word, refused, tmp_path):
     line = refused(2, word, "--schema", "--json", folder=tmp_path)
     assert "--schema takes no other word; leave out --json" in line
+
+
+@pytest.mark.parametrize("words", [("--schema", "--help"), ("--help", "--schema")])
+@pytest.mark.parametrize("word", ["report", "inspect", "recipes"])
+def test_help_is_shown_with_schema(word, words, run):
+    result = run(word, *words)
+    assert result.code == 0
+    assert "Print the JSON schema of" in result.out
+
+
+def test_every_command_with_a_schema_takes_it_alone():
+    parent = cli.make_context("convnext-export", [], resilient_parsing=True)
+    known = {name: cli.get_command(parent, name) for names in groups().values() for name in names}
+    found = {name for name, one in known.items() for option in one.params if "--schema" in option.opts}
+    assert found == {"report", "inspect", "recipes"}
+    assert {name for name, one in known.items() if isinstance(one, WithSchema)} == found
 
 
 def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -268,3 +269,5 @@ def test_a_segmenter_is_judged_by_its_pixels(request_of, tiny_upernet, tmp_path)
     assert 97 < winner.accuracy.value < 100
     assert "agreement with PyTorch" in tables.sentence(outcome.result)
     assert "% of pixels" in tables.tried(outcome.result).columns[7]
+    written = json.loads(Path(f"{outcome.result.artifact}.report.json").read_text())
+    assert written["pictures"], "the masks are kept"

@@ -36,7 +36,7 @@ def jpeg(seed, side=96, size=None):
 def difference(number, **fields):
     known = {
         "image": f"cat/{number:03}.png", "reference": Prediction(index=2, name="cat", probability=0.5126),
-        "artifact": Prediction(index=7, probability=0.49), "changed": True, "difference": 0.2,
+        "artifact": Prediction(index=7, probability=0.49), "changed": True, "probability_change": 0.2,
         "thumbnail": jpeg(number),
     }  # fmt: skip
     return Difference(**known | fields)
@@ -188,7 +188,7 @@ def test_markdown_names_the_image_with_another_answer():
     ],
 )
 def test_the_first_image_with_another_answer_is_in_a_sentence(artifact, sentence):
-    undefined = difference(0, image="nan.png", changed=False, difference=None)
+    undefined = difference(0, image="nan.png", changed=False, probability_change=None)
     report = replace(made("a.onnx"), differences=(undefined, difference(1, image="b.png", artifact=artifact)))
     assert first_changed([report, made("old.onnx"), replace(made("same.onnx"), differences=())]) == [sentence]
 

@@ -12,13 +12,14 @@ from PIL import Image
 from scipy.special import expit, softmax
 
 from exporter.data import synthetic
-from exporter.data.images import normalise
+from exporter.data.images import normalise, preprocess_pictures
 from exporter.data.samples import open_samples
 from exporter.recipe import Checks
+from exporter.report import MOST_DIFFERENCES
 from exporter.verify import VerifyOptions, thumbnails, verify
 from exporter.verify.checks import Seen, Subject
 from exporter.verify.checks.differences import Differences
-from exporter.verify.thumbnails import MOST, MOST_BYTES, SIDE, Thumbnails, leading, pruned, thumbnail
+from exporter.verify.thumbnails import MOST_BYTES, SIDE, Thumbnails, drop_unused_thumbnails, leading, thumbnail
 from tests.conftest import PX
 
 NAMES = tuple(f"{number}.png" for number in range(40))
@@ -86,7 +87,7 @@ def expected_order(a, b):
 def test_images_with_another_class_come_first_then_the_largest_changes(subject, noise):
     eager, got = noisy(noise=noise)
     a, b = (softmax(scores.astype(np.float64), 1) for scores in (eager, got))
-    order = expected_order(a, b)[:MOST]
+    order = expected_order(a, b)[:MOST_DIFFERENCES]
     shown = differing(Differences(Checks(), subject), (eager,), (got,), np.arange(40) % 11 - 1)
     assert [one.image for one in shown] == [NAMES[image] for image in order]
     for one, image in zip(shown, order, strict=True):
@@ -99,7 +100,7 @@ def test_images_with_another_class_come_first_then_the_largest_changes(subject, 
         assert (None if one.labels is None else [label.index for label in one.labels]) == (
             None if label < 0 else [label]
         )
-    assert sum(one.changed for one in shown) == min(MOST, (a.argmax(1) != b.argmax(1)).sum())
+    assert sum(one.changed for one in shown) == min(MOST_DIFFERENCES, (a.argmax(1) != b.argmax(1)).sum())
 
 
 def test_images_that_differ_by_less_than_a_tenth_of_a_percent_are_left_out(subject):
@@ -114,7 +115,7 @@ def test_images_that_differ_by_less_than_a_tenth_of_a_percent_are_left_out(subje
 def test_of_equal_differences_the_first_images_are_kept(subject):
     eager = np.tile(np.eye(10, dtype=np.float32)[:1], (40, 1))
     shown = differing(Differences(Checks(), subject), (eager,), (2 * eager,))
-    assert [one.image for one in shown] == list(NAMES[:MOST])
+    assert [one.image for one in shown] == list(NAMES[:MOST_DIFFERENCES])
 
 
 def test_an_answer_that_is_not_finite_is_first_and_has_no_probability(subject):
@@ -122,7 +123,7 @@ def test_an_answer_that_is_not_finite_is_first_and_has_no_probability(subject):
     got[23, 4], got[5] = np.nan, np.inf
     shown = differing(Differences(Checks(), subject), (eager,), (got,))
     assert [one.image for one in shown[:2]] == ["5.png", "23.png"]
-    assert [one.difference for one in shown[:2]] == [None, None]
+    assert [one.probability_change for one in shown[:2]] == [None, None]
     assert shown[1].artifact.probability is None
     assert shown[1].reference.probability == pytest.approx(softmax(eager[23]).max(), abs=1e-5)
 
@@ -131,7 +132,7 @@ def test_probabilities_of_an_output_are_taken_as_they_are(artifacts):
     eager, got = (softmax(scores, 1) for scores in noisy())
     meter = Differences(Checks(), subject_of(artifacts["onnxruntime", "fp32"], probabilities="softmax"))
     shown = differing(meter, (eager,), (got,))
-    assert [one.image for one in shown] == [NAMES[image] for image in expected_order(eager, got)[:MOST]]
+    assert [one.image for one in shown] == [NAMES[image] for image in expected_order(eager, got)[:MOST_DIFFERENCES]]
     assert shown[0].reference.probability == pytest.approx(float(eager[int(shown[0].image[:-4])].max()), abs=1e-6)
 
 
@@ -144,14 +145,14 @@ def test_the_five_most_probable_classes_are_compared_by_their_numbers(artifacts)
     ]
     artifact = artifacts["onnxruntime", "fp32"]
     shown = differing(Differences(Checks(), subject_of(artifact, classes="classes", probabilities="top5")), *outputs)
-    assert len(shown) == MOST
+    assert len(shown) == MOST_DIFFERENCES
     for one in shown:
         image = int(one.image[:-4])
         assert (one.reference.index, one.artifact.index) == (eager[image].argmax(), got[image].argmax())
         assert one.artifact.probability == pytest.approx(float(got[image].max()), abs=1e-6)
         place = np.flatnonzero(order[1][image] == one.reference.index)
         other = got[image, one.reference.index] if len(place) else np.sort(got[image])[-5]
-        assert one.difference == pytest.approx(abs(float(eager[image].max() - other)), abs=1e-5)
+        assert one.probability_change == pytest.approx(abs(float(eager[image].max() - other)), abs=1e-5)
 
 
 @pytest.mark.parametrize("holds", ["logits", "sigmoid"])
@@ -164,7 +165,7 @@ def test_of_several_labels_the_one_that_changed_most_is_shown(artifacts, holds):
     labels = np.random.default_rng(1).integers(0, 2, (40, 10))
     meter = Differences(Checks(outputs="multilabel"), subject_of(artifacts["onnxruntime", "fp32"], scores=holds))
     shown = differing(meter, (eager,), (got,), labels)
-    assert [one.image for one in shown] == [NAMES[image] for image in (-score).argsort()[:MOST]]
+    assert [one.image for one in shown] == [NAMES[image] for image in (-score).argsort()[:MOST_DIFFERENCES]]
     for one in shown:
         image = int(one.image[:-4])
         assert one.reference.index == one.artifact.index == (2 * flipped + moved)[image].argmax()
@@ -256,8 +257,16 @@ def test_inputs_of_any_number_of_channels_are_drawn(artifacts, channels, mode):
     shown = Image.open(io.BytesIO(thumbnail(normalise(pixels, recipe), recipe)))
     assert shown.mode == mode
     assert np.abs(np.asarray(shown)[32, 32].astype(int) - pixels[0, 0, : len(shown.getbands())]).max() < 12
-    picture = thumbnail(pixels, replace(recipe, input="image"))
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(shown))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_a_picture_the_part_that_the_network_gets_is_drawn(artifacts, channels):
+    recipe = artifacts["onnxruntime", "fp32"].sidecar.preprocessing
+    recipe = replace(recipe, mean=(0.5,) * channels, std=(0.25,) * channels, input="image")
+    picture = synthetic.dead_leaves(160, 0)[20:140, :, :channels]
+    content = thumbnail(picture, recipe)
+    assert Image.open(io.BytesIO(content)).size == (PX, PX)
+    assert content == thumbnail(preprocess_pictures(picture[None], recipe)[0], replace(recipe, input="normalized"))
 
 
 def test_only_images_that_may_be_in_the_report_are_drawn(artifacts, monkeypatch):
@@ -269,11 +278,11 @@ def test_only_images_that_may_be_in_the_report_are_drawn(artifacts, monkeypatch)
     for start in range(0, len(ranks), 16):
         part = ranks[start : start + 16]
         images = np.arange(start, start + 16, dtype=np.float32)[:, None, None, None]
-        rows = running.added({"differences": {"ranks": part}}, images)["differences"]
+        rows = running.with_thumbnails({"differences": {"ranks": part}}, images)["differences"]
         assert rows["jpeg_sizes"].sum() == len(rows["jpeg"])
-    assert set(np.argsort(-ranks)[:MOST]) <= set(drawn)
+    assert set(np.argsort(-ranks)[:MOST_DIFFERENCES]) <= set(drawn)
     assert len(drawn) < 12 + 2 * 12 * np.log(4000 / 12)
-    assert running.added({"parity": {}}, images) == {"parity": {}}
+    assert running.with_thumbnails({"parity": {}}, images) == {"parity": {}}
 
 
 def test_a_shard_has_the_thumbnails_of_its_twelve_largest_ranks_only(monkeypatch, artifacts):
@@ -282,11 +291,11 @@ def test_a_shard_has_the_thumbnails_of_its_twelve_largest_ranks_only(monkeypatch
     ranks = np.random.default_rng(0).random(100)
     parts = [slice(start, start + 16) for start in range(0, 100, 16)]
     images = np.arange(1, 101, dtype=np.float32)[:, None, None, None]
-    batches = [running.added({"differences": {"ranks": ranks[part]}}, images[part]) for part in parts]
-    kept = pruned([*batches, {"parity": {}}])
+    batches = [running.with_thumbnails({"differences": {"ranks": ranks[part]}}, images[part]) for part in parts]
+    kept = drop_unused_thumbnails([*batches, {"parity": {}}])
     assert kept.pop() == {"parity": {}}
     sizes = np.concatenate([rows["differences"]["jpeg_sizes"] for rows in kept])
-    first = np.sort(ranks.argsort()[-MOST:])
+    first = np.sort(ranks.argsort()[-MOST_DIFFERENCES:])
     assert np.flatnonzero(sizes).tolist() == first.tolist()
     content = np.concatenate([rows["differences"]["jpeg"] for rows in kept])
     assert content.tolist() == [number + 1 for number in first for _ in range(number + 1)]
@@ -296,7 +305,7 @@ def test_a_shard_has_the_thumbnails_of_its_twelve_largest_ranks_only(monkeypatch
 def test_ranks_of_zero_do_not_lead():
     assert leading(np.array([0.0, 0.5, 2.5, 0.0, np.inf, 0.5])).tolist() == [4, 2, 1, 5]
     assert leading(np.zeros(0)).tolist() == []
-    assert len(leading(np.ones(20))) == MOST
+    assert len(leading(np.ones(20))) == MOST_DIFFERENCES
 
 
 def test_names_that_are_no_utf8_can_be_written(subject):

@@ -65,8 +65,9 @@ def test_classes_are_counted_as_in_one_process(precision, artifacts, photos):
         "2: stray.png: lies beside the class folders; class 3/43.png: no image of a known format"
     )
     assert report.value("top1") is not None
-    assert precision != "int8" or len(report.differences) == 12
-    assert all(one.thumbnail for one in report.differences)
+    if precision == "int8":
+        assert len(report.differences) == 12
+        assert all(one.thumbnail for one in report.differences)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "tensorrt"])

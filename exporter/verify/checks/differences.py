@@ -21,10 +21,10 @@ from exporter.recipe import Checks
 from exporter.report import Difference, Finding, Prediction, number
 from exporter.verify.checks import Check, Rows, Seen, Subject
 from exporter.verify.outputs import decision, kinds
-from exporter.verify.thumbnails import JPEG, RANKS, SIZES, leading
+from exporter.verify.thumbnails import JPEG_KEY, RANKS, SIZES_KEY, leading
 
-LEAST = 0.001  # a smaller difference of a probability is not shown
-CHANGED = 2.0  # added to the rank of an image whose class changed; differences are at most 1
+LEAST = 0.001  # a smaller change of a probability is not shown
+CHANGED = 2.0  # added to the rank of an image whose class changed; changes are at most 1
 DIGITS = 6
 
 
@@ -50,8 +50,8 @@ class Differences:
         self.entries: list[Entry] = []
 
     def measure(self, seen: Seen) -> Rows:
-        """For each image of one batch (N,) its rank, both classes with their probability, and the difference between
-        the probabilities of the reference's class; the labels."""
+        """For each image of one batch (N,) its rank, both classes with their probability, and the change of the
+        probability of the reference's class; the labels."""
         if not self.active:
             return {}
         with np.errstate(all="ignore"):
@@ -61,15 +61,19 @@ class Differences:
         return {**rows, "labels": seen.labels}
 
     def _multilabel(self, eager: Outputs, got: Outputs, probable: bool) -> Rows:
-        a, b = (outputs[0].reshape(len(outputs[0]), -1) for outputs in (eager, got))
-        flipped = (a >= self.cut) != (b >= self.cut)
-        first, second = (scores if probable else 1 / (1 + np.exp(-scores)) for scores in (a, b))
-        difference = np.abs(first - second)
-        ranks = _ranks(flipped, difference)
-        place = ranks.argmax(1)
-        chosen = np.arange(len(a)), place
-        both = first[chosen], second[chosen]
-        return _rows(ranks[chosen], (place, place), both, difference[chosen], flipped[chosen])
+        """Of scores (N, L) the label of each image with the largest rank (N,), as class of the reference and of the
+        artifact, with both probabilities of it."""
+        reference_scores, artifact_scores = (outputs[0].reshape(len(outputs[0]), -1) for outputs in (eager, got))
+        changed = (reference_scores >= self.cut) != (artifact_scores >= self.cut)
+        reference_probabilities, artifact_probabilities = (
+            scores if probable else 1 / (1 + np.exp(-scores)) for scores in (reference_scores, artifact_scores)
+        )
+        changes = np.abs(reference_probabilities - artifact_probabilities)
+        ranks = _ranks(changed, changes)
+        label = ranks.argmax(1)
+        chosen = np.arange(len(ranks)), label
+        probabilities = reference_probabilities[chosen], artifact_probabilities[chosen]
+        return _rows(ranks[chosen], (label, label), probabilities, changes[chosen], changed[chosen])
 
     def add(self, rows: Rows, names: Sequence[str]) -> None:
         """Accumulate one batch."""
@@ -94,7 +98,7 @@ class Differences:
             reference=reference,
             artifact=artifact,
             changed=bool(rows["changed"][place]),
-            difference=_rounded(rows["differences"][place]),
+            probability_change=_rounded(rows["probability_changes"][place]),
             labels=labels,
             thumbnail=_thumbnail(rows, place),
         )
@@ -110,24 +114,46 @@ class Differences:
 
 
 def _classes(eager: Outputs, got: Outputs, probable: bool) -> Rows:
-    expected, chosen = eager[0].argmax(1), got[0].argmax(1)
-    a, b, same = (
+    """Of scores (N, C) the class of the largest score of each image (N,), with its probability (N,)."""
+    reference_class, artifact_class = eager[0].argmax(1), got[0].argmax(1)
+    reference_probability, artifact_probability, artifact_probability_of_reference_class = (
         _probability(scores, classes, probable)
-        for scores, classes in ((eager[0], expected), (got[0], chosen), (got[0], expected))
+        for scores, classes in ((eager[0], reference_class), (got[0], artifact_class), (got[0], reference_class))
     )
-    difference, changed = np.abs(a - same), expected != chosen
-    return _rows(_ranks(changed, difference), (expected, chosen), (a, b), difference, changed)
+    return _compared(
+        (reference_class, artifact_class),
+        (reference_probability, artifact_probability),
+        artifact_probability_of_reference_class,
+    )
 
 
 def _top(eager: Outputs, got: Outputs, probable: bool) -> Rows:
     """Of the most probable classes (N, 5) and their probabilities (N, 5). Where the reference's class is not among
     those of the artifact, its probability there is at most that of the last one, which is taken."""
     del probable
-    (expected, a), (chosen, b) = ((classes[:, 0].astype(np.int64), shares[:, 0]) for classes, shares in (eager, got))
-    there = got[0] == expected[:, None]
-    same = np.where(there.any(1), (got[1] * there).sum(1), got[1][:, -1])
-    difference, changed = np.abs(a - same), expected != chosen
-    return _rows(_ranks(changed, difference), (expected, chosen), (a, b), difference, changed)
+    (reference_class, reference_probability), (artifact_class, artifact_probability) = (
+        (classes[:, 0].astype(np.int64), probabilities[:, 0]) for classes, probabilities in (eager, got)
+    )
+    is_reference_class = got[0] == reference_class[:, None]
+    artifact_probability_of_reference_class = np.where(
+        is_reference_class.any(1), (got[1] * is_reference_class).sum(1), got[1][:, -1]
+    )
+    return _compared(
+        (reference_class, artifact_class),
+        (reference_probability, artifact_probability),
+        artifact_probability_of_reference_class,
+    )
+
+
+def _compared(
+    classes: tuple[NDArray[np.int64], NDArray[np.int64]],
+    probabilities: tuple[Array, Array],
+    artifact_probability_of_reference_class: Array,
+) -> Rows:
+    """The rows of images whose classes (N,) of the reference and of the artifact have these probabilities (N,)."""
+    changes = np.abs(probabilities[0] - artifact_probability_of_reference_class)
+    changed = classes[0] != classes[1]
+    return _rows(_ranks(changed, changes), classes, probabilities, changes, changed)
 
 
 def _probability(scores: Array, classes: NDArray[np.intp], probable: bool) -> Array:
@@ -140,24 +166,25 @@ def _probability(scores: Array, classes: NDArray[np.intp], probable: bool) -> Ar
     return shares
 
 
-def _ranks(changed: NDArray[np.bool_], difference: Array) -> NDArray[np.float64]:
-    """How far up an image, or a label of it, is in the list; 0 where it is not in it. NaN and infinity are first."""
-    ranks = CHANGED * changed + np.where(difference >= LEAST, difference, 0.0)
-    return np.where(np.isfinite(difference), ranks, np.inf)
+def _ranks(changed: NDArray[np.bool_], changes: Array) -> NDArray[np.float64]:
+    """Sort key (N,) or (N, L): ∞ for non-finite probabilities, 2 + change where the class changed, else the change; 0
+    below `LEAST`."""
+    ranks = CHANGED * changed + np.where(changes >= LEAST, changes, 0.0)
+    return np.where(np.isfinite(changes), ranks, np.inf)
 
 
 def _rows(
     ranks: NDArray[np.float64],
     indexes: tuple[NDArray[np.int64], NDArray[np.int64]],
     probabilities: tuple[Array, Array],
-    differences: Array,
+    probability_changes: Array,
     changed: NDArray[np.bool_],
 ) -> Rows:
     return {
         RANKS: ranks,
         "indexes": np.stack(indexes, 1),
         "probabilities": np.stack(probabilities, 1),
-        "differences": differences,
+        "probability_changes": probability_changes,
         "changed": changed,
     }
 
@@ -169,10 +196,10 @@ def _rounded(value: float) -> float | None:
 
 def _thumbnail(rows: Rows, place: int) -> str:
     """The JPEG of an image in base64; "" where none was drawn."""
-    if SIZES not in rows:
+    if SIZES_KEY not in rows:
         return ""
-    start = int(rows[SIZES][:place].sum())
-    return base64.b64encode(rows[JPEG][start : start + int(rows[SIZES][place])].tobytes()).decode()
+    start = int(rows[SIZES_KEY][:place].sum())
+    return base64.b64encode(rows[JPEG_KEY][start : start + int(rows[SIZES_KEY][place])].tobytes()).decode()
 
 
 CHECK = Check(Differences)
