@@ -1,5 +1,8 @@
 """The devices of OpenVINO: single ones, and groups of which one or several run the model."""
 
+import subprocess
+import sys
+
 import numpy as np
 import openvino
 import pytest
@@ -179,3 +182,27 @@ def test_a_recipe_for_an_npu_has_fixed_shapes(section):
 def test_a_recipe_for_a_device_that_the_runtime_does_not_take_is_refused():
     with pytest.raises(BadRequest, match="--device npu: this recipe is for onnxruntime, which takes cpu, cuda"):
         check(recipe_of("onnxruntime", weights="random:0", bench=Bench(device="npu")))
+
+
+TWO_THREADS = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from exporter import artifact, backends
+
+sys.setswitchinterval(1e-6)  # so that both threads are in the first call at once
+opened, runtime = artifact.load(Path(sys.argv[1])), backends.runtime("openvino")
+with runtime.open(opened, runtime.options(hint="throughput")) as session:
+    both, images = threading.Barrier(2), np.zeros((1, 3, 64, 64), np.float32)
+    threads = [threading.Thread(target=lambda: (both.wait(), session(images))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_the_first_calls_of_two_threads_do_not_wait_for_each_other(artifacts):
+    """In OpenVINO the first conversion of a type does so in most of such processes."""
+    words = [sys.executable, "-c", TWO_THREADS, str(artifacts["openvino", "fp32"].path)]
+    assert subprocess.run(words, timeout=60, check=False).returncode == 0

@@ -70,6 +70,9 @@ class OpenVinoSession:
         self.requests: SimpleQueue[Any] = SimpleQueue()  # a call takes one and puts it back
         for _ in range(streams):
             self.requests.put(compiled.create_infer_request())
+        # The first call builds a static table of types. Two threads at once wait for each other for ever: one holds the
+        # lock of the table and needs Python's, the other the reverse.
+        compiled.inputs[0].get_element_type().to_dtype()
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
