@@ -52,9 +52,9 @@ def test_help_is_shown_with_schema(word, words, run):
 def test_every_command_with_a_schema_takes_it_alone():
     parent = cli.make_context("convnext-export", [], resilient_parsing=True)
     known = {name: cli.get_command(parent, name) for names in groups().values() for name in names}
-    found = {name for name, one in known.items() for option in one.params if "--schema" in option.opts}
-    assert found == {"report", "inspect", "recipes"}
-    assert {name for name, one in known.items() if isinstance(one, WithSchema)} == found
+    with_schema = {name for name, one in known.items() for option in one.params if "--schema" in option.opts}
+    assert with_schema == {"report", "inspect", "recipes"}
+    assert {name for name, one in known.items() if isinstance(one, WithSchema)} == with_schema
 
 
 def test_a_report_with_a_wrong_or_an_unknown_key_has_not(schemas):
