@@ -1,7 +1,7 @@
-"""Thumbnails of the images whose answers differ most, drawn while the images are at hand.
+"""Thumbnails of the images whose answers differ most, drawn when a batch is measured.
 
-No image is read twice, and sources without files (`.npz`, generators) have thumbnails too. They are drawn from the
-input of the network, so they show the part of the image that it sees.
+So no image is read twice, and sources without files (`.npz`, generators) have thumbnails too. A thumbnail is drawn from
+the input of the network: it shows the part of the image that the network gets.
 """
 
 from __future__ import annotations
@@ -64,16 +64,18 @@ def drop_unused_thumbnails(batches: Sequence[Mapping[str, Rows]]) -> list[dict[s
     """What the checks keep of several batches, without the thumbnails of images that are not among the
     `MOST_DIFFERENCES` largest ranks of all of them."""
     ranks = np.concatenate([rows[DIFFERENCES][RANKS] for rows in batches if DIFFERENCES in rows] or [np.zeros(0)])
-    kept, start, shorter = np.isin(np.arange(len(ranks)), leading(ranks)), 0, []
+    is_kept = np.isin(np.arange(len(ranks)), leading(ranks))
+    start = 0  # of the batch, among the images of all batches
+    pruned = []
     for rows in batches:
-        own, shorter_rows = rows.get(DIFFERENCES, {}), dict(rows)
-        if SIZES_KEY in own:
-            here = kept[start : start + len(own[SIZES_KEY])]
-            start += len(here)
-            jpeg = own[JPEG_KEY][np.repeat(here, own[SIZES_KEY])]
-            shorter_rows[DIFFERENCES] = {**own, JPEG_KEY: jpeg, SIZES_KEY: own[SIZES_KEY] * here}
-        shorter.append(shorter_rows)
-    return shorter
+        stored, pruned_rows = rows.get(DIFFERENCES, {}), dict(rows)
+        if SIZES_KEY in stored:
+            kept_in_batch = is_kept[start : start + len(stored[SIZES_KEY])]
+            start += len(kept_in_batch)
+            jpeg = stored[JPEG_KEY][np.repeat(kept_in_batch, stored[SIZES_KEY])]
+            pruned_rows[DIFFERENCES] = {**stored, JPEG_KEY: jpeg, SIZES_KEY: stored[SIZES_KEY] * kept_in_batch}
+        pruned.append(pruned_rows)
+    return pruned
 
 
 def thumbnail(image: NDArray[Any], preprocessing: Preprocessing) -> bytes:
