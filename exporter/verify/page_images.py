@@ -20,7 +20,7 @@ class PageImages:
 
 
 def page_images(tallies: Sequence[Tally]) -> PageImages:
-    """Collect the page's images from the images of one tally, or of several, each with its own images."""
+    """The masks and the most different images of all tallies; no image is in two of them."""
     meters = [meter for tally in tallies for meter in tally.meters.values()]
     pictures = [picture for one in meters if isinstance(one, Segmentation) for picture in one.worst.pictures()]
     answers = [one for one in meters if isinstance(one, Differences) and one.active]

@@ -44,7 +44,7 @@ class Differences:
         self.kinds, self.labels = kinds(sidecar, options.outputs), sidecar.labels
         self.kind, holds = (self.kinds[0], sidecar.outputs[0].holds) if self.kinds else ("features", "")
         self.active = self.kind in ("classes", "top", "multilabel")
-        self.probable = holds in PROBABILITIES
+        self.has_probabilities = holds in PROBABILITIES
         self.cut = decision(options, holds)
         self.count = 0
         self.entries: list[Entry] = []
@@ -56,17 +56,17 @@ class Differences:
             return {}
         with np.errstate(all="ignore"):
             rows = {"classes": _classes, "top": _top, "multilabel": self._multilabel}[self.kind](
-                seen.eager, seen.outputs, self.probable
+                seen.eager, seen.outputs, self.has_probabilities
             )
         return {**rows, "labels": seen.labels}
 
-    def _multilabel(self, eager: Outputs, got: Outputs, probable: bool) -> Rows:
+    def _multilabel(self, eager: Outputs, got: Outputs, has_probabilities: bool) -> Rows:
         """Of scores (N, L) the label of each image with the largest rank (N,), as class of the reference and of the
         artifact, with both probabilities of it."""
         reference_scores, artifact_scores = (outputs[0].reshape(len(outputs[0]), -1) for outputs in (eager, got))
         changed = (reference_scores >= self.cut) != (artifact_scores >= self.cut)
         reference_probabilities, artifact_probabilities = (
-            scores if probable else 1 / (1 + np.exp(-scores)) for scores in (reference_scores, artifact_scores)
+            scores if has_probabilities else 1 / (1 + np.exp(-scores)) for scores in (reference_scores, artifact_scores)
         )
         changes = np.abs(reference_probabilities - artifact_probabilities)
         ranks = _ranks(changed, changes)
@@ -113,11 +113,11 @@ class Differences:
         return []
 
 
-def _classes(eager: Outputs, got: Outputs, probable: bool) -> Rows:
+def _classes(eager: Outputs, got: Outputs, has_probabilities: bool) -> Rows:
     """Of scores (N, C) the class of the largest score of each image (N,), with its probability (N,)."""
     reference_class, artifact_class = eager[0].argmax(1), got[0].argmax(1)
     reference_probability, artifact_probability, artifact_probability_of_reference_class = (
-        _probability(scores, classes, probable)
+        _probability(scores, classes, has_probabilities)
         for scores, classes in ((eager[0], reference_class), (got[0], artifact_class), (got[0], reference_class))
     )
     return _compared(
@@ -127,10 +127,9 @@ def _classes(eager: Outputs, got: Outputs, probable: bool) -> Rows:
     )
 
 
-def _top(eager: Outputs, got: Outputs, probable: bool) -> Rows:
+def _top(eager: Outputs, got: Outputs, _: bool) -> Rows:
     """Of the most probable classes (N, 5) and their probabilities (N, 5). Where the reference's class is not among
-    those of the artifact, its probability there is at most that of the last one, which is taken."""
-    del probable
+    those of the artifact, the artifact's fifth probability is used, which is an upper bound of it."""
     (reference_class, reference_probability), (artifact_class, artifact_probability) = (
         (classes[:, 0].astype(np.int64), probabilities[:, 0]) for classes, probabilities in (eager, got)
     )
@@ -156,10 +155,10 @@ def _compared(
     return _rows(_ranks(changed, changes), classes, probabilities, changes, changed)
 
 
-def _probability(scores: Array, classes: NDArray[np.intp], probable: bool) -> Array:
+def _probability(scores: Array, classes: NDArray[np.intp], has_probabilities: bool) -> Array:
     """The probability (N,) of one class of each image: its score, or the softmax of all scores (N, C)."""
     own = np.take_along_axis(scores, classes[:, None], axis=1)[:, 0]
-    if probable:
+    if has_probabilities:
         return own
     largest = scores.max(1)
     shares: Array = np.exp(own - largest) / np.exp(scores - largest[:, None]).sum(1)
