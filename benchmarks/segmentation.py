@@ -35,15 +35,21 @@ from exporter.recipe import Export, Model, Quantization, Recipe
 THREADS, SIZE, TURNS, REPETITIONS = 2, 512, 3, 7
 RUNTIMES = ("onnxruntime", "openvino")
 CALIBRATION_IMAGES = 16
-EXPORT, PLAIN, LABELS, INT8 = "torch export", "plain", "labels", "int8"
+EXPORT, PLAIN, LABELS, BF16, INT8 = "torch export", "plain", "labels", "bf16", "int8"
 GRAPHS = {
     EXPORT: "transformers, `torch.onnx.export`, logits",
     PLAIN: "`--form plain`, logits",
     "own": "logits",
     LABELS: "`--output labels`",
+    BF16: "`--output labels --bf16`",
     INT8: "`--output labels --int8`",
 }
-OPTIONS = {PLAIN: {"form": "plain"}, LABELS: {"output": "labels"}, INT8: {"output": "labels"}}
+OPTIONS = {
+    PLAIN: {"form": "plain"},
+    LABELS: {"output": "labels"},
+    BF16: {"output": "labels"},
+    INT8: {"output": "labels"},
+}
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array], Any]
 
@@ -71,7 +77,7 @@ class Result(Record, frozen=True):
         lines = ["| runtime | graph | ms | speed-up | peak memory | share |", "|---|---|--:|--:|--:|--:|"]
         for runtime in RUNTIMES:
             rows = [one for one in self.repetitions if one.runtime == runtime]
-            for name in GRAPHS if rows else ():
+            for name in rows[0].ms if rows else ():
                 ms = median(value for row in rows for value in row.ms[name])
                 pairs = [b / a for row in rows for a, b in zip(row.ms[name], row.ms[EXPORT], strict=True)]
                 peak = median(row.peak_bytes[name] for row in rows)
@@ -80,15 +86,17 @@ class Result(Record, frozen=True):
                     f"| {runtime} | {GRAPHS[name]} | {ms:.0f} | {median(pairs):.2f} × ({min(pairs):.2f}–"
                     f"{max(pairs):.2f}) | {peak / 1e6:,.0f} MB | {share:.2f} |"
                 )
-        return "\n".join([*lines, "", *filter(None, map(self._over_fp32, RUNTIMES))]) + "\n"
+        over_fp32 = [self._over_fp32(runtime, name) for runtime in RUNTIMES for name in (BF16, INT8)]
+        return "\n".join([*lines, "", *filter(None, over_fp32)]) + "\n"
 
-    def _over_fp32(self, runtime: str) -> str:
-        """Markdown: how many times as fast int8 is as fp32 with the same output, or ""."""
-        rows = [one for one in self.repetitions if one.runtime == runtime and INT8 in one.ms]
-        pairs = [b / a for row in rows for a, b in zip(row.ms[INT8], row.ms[LABELS], strict=True)]
+    def _over_fp32(self, runtime: str, name: str) -> str:
+        """Markdown: how many times as fast bf16 or int8 is as fp32 with the same output, or ""."""
+        rows = [one for one in self.repetitions if one.runtime == runtime and name in one.ms]
+        pairs = [b / a for row in rows for a, b in zip(row.ms[name], row.ms[LABELS], strict=True)]
         if not pairs:
             return ""
-        return f"* {runtime}: int8 is {median(pairs):.2f} × ({min(pairs):.2f}–{max(pairs):.2f}) as fast as fp32 labels."
+        interval = f"{min(pairs):.2f}–{max(pairs):.2f}"
+        return f"* {runtime}: {name} is {median(pairs):.2f} × ({interval}) as fast as fp32 labels."
 
 
 def transformers_model() -> Any:
@@ -129,9 +137,9 @@ def graphs(folder: Path, size: int) -> dict[str, dict[str, Path]]:
     for runtime in RUNTIMES:
         files[runtime] = {EXPORT: export}
         for name in GRAPHS:
-            if name != EXPORT:
+            if name != EXPORT and (name != BF16 or (runtime == "openvino" and machine.has_bf16())):
                 recipe = Recipe(
-                    backend=runtime, precision="int8" if name == INT8 else "fp32",
+                    backend=runtime, precision=name if name in (BF16, INT8) else "fp32",
                     model=Model(weights=str(folder / "weights")),
                     export=msgspec.convert({"imgsz": size, "batch": 1, **OPTIONS.get(name, {})}, Export),
                     quantization=Quantization(calib_size=CALIBRATION_IMAGES) if name == INT8 else None,
@@ -148,8 +156,9 @@ def _built(recipe: Recipe, folder: Path) -> Path:
         return prepare(resolve(recipe, folder), Path(traced)).make((), folder).path
 
 
-def opened(runtime: str, file: Path) -> Run:
-    """A session of a stock runtime, in fp32 on `THREADS` threads."""
+def opened(runtime: str, file: Path, arithmetic: str = "f32") -> Run:
+    """A session of a stock runtime on `THREADS` threads. Layers that are not int8 are computed in `arithmetic`, which
+    ONNX Runtime takes from the graph."""
     if runtime == "onnxruntime":
         import onnxruntime
 
@@ -160,7 +169,7 @@ def opened(runtime: str, file: Path) -> Run:
         return lambda images: session.run(None, {"images": images})
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
+    settings = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
     return lambda images: compiled([images])
 
@@ -171,7 +180,7 @@ Turns = tuple[dict[str, list[float]], int]
 def take_turns(runtime: str, files: Mapping[str, Path], size: int) -> Turns:
     """The milliseconds of each graph, turn by turn, and the peak of this process's resident memory in bytes."""
     images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
-    runs = {name: opened(runtime, file) for name, file in files.items()}
+    runs = {name: opened(runtime, file, BF16 if name == BF16 else "f32") for name, file in files.items()}
     ms = {name: list[float]() for name in runs}
     for turn in range(TURNS + 1):
         for name, run in runs.items():
