@@ -53,7 +53,7 @@ from exporter.report.tables import machine as report_machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MILAN, TURIN = RESULTS / "epyc-milan-2-cores", RESULTS / "epyc-turin-2-cores"
+GENOA, MILAN, TURIN = (RESULTS / f"epyc-{name}-2-cores" for name in ("genoa", "milan", "turin"))
 H100 = RESULTS / "h100"
 XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
@@ -103,7 +103,7 @@ def tables() -> dict[str, str]:
     trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
     others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)
     formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
-    settings = msgspec.json.decode((TURIN / "int8.json").read_bytes(), type=int8.Result)
+    quantized = msgspec.json.decode((GENOA / "int8.json").read_bytes(), type=int8.Result)
     vnni, avx2 = (
         msgspec.json.decode((XEON / name).read_bytes(), type=int8.Result)
         for name in ("int8.json", "int8-without-vnni.json")
@@ -168,10 +168,10 @@ def tables() -> dict[str, str]:
         "int8-cpus": int8.cpu_table(vnni, avx2)
         + machine(vnni.environment, vnni.commit)
         + machine(avx2.environment, avx2.commit),
-        "int8-accuracy": int8.accuracy_table(vnni) + machine(vnni.environment, vnni.commit),
+        "int8-accuracy": int8.accuracy_table(quantized) + machine(quantized.environment, quantized.commit),
         "int8-accuracy-without-vnni": int8.accuracy_table(avx2) + machine(avx2.environment, avx2.commit),
-        "int8-settings": int8.setting_table(settings) + machine(settings.environment),
-        "int8-memory": int8.memory_table(settings) + machine(settings.environment),
+        "int8-settings": int8.setting_table(quantized) + machine(quantized.environment, quantized.commit),
+        "int8-memory": int8.memory_table(quantized) + machine(quantized.environment, quantized.commit),
         "layouts": checkpoints.table(msgspec.json.decode((XEON / "checkpoints.json").read_bytes())),
         "recipe-keys": recipes.key_table(),
         "kill": killed.table(),

@@ -214,7 +214,7 @@ WITHOUT_COMMIT = {  # measured before results recorded it; the list may only bec
     "epyc-milan-2-cores/gate.json",
     *(
         f"epyc-turin-2-cores/{name}.json"
-        for name in ("footprint", "forms", "fuzz", "fuzz-manifest-again", "int8", "kill", "plans")
+        for name in ("footprint", "forms", "fuzz", "fuzz-manifest-again", "kill", "plans")
     ),
     "xeon-sapphire-rapids-2-cores/fuzz-checkpoints.json",
 }
