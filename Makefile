@@ -15,8 +15,10 @@ install: $(STAMP) ## make .venv with all that can be used without a GPU
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,reference,keras,parquet,ray]" --group dev
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --editable ".[cpu,openvino,tensorrt-rtx,reference,keras,parquet,ray]" --group dev
+	@# on all cores; pip compiles on one. PyTorch has files for later versions of Python, which fail.
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	touch $@
 
 demo: install    ## train on real digits, export, lower, verify, print the table
