@@ -98,7 +98,7 @@ def cli_help() -> str:
 @cache
 def tables() -> dict[str, str]:
     """The tables of the documents by their mark."""
-    reports = [report.load(XEON / "demo" / f"custom_{name}.report.json") for name in DEMO]
+    reports = [report.load(GENOA / "demo" / f"custom_{name}.report.json") for name in DEMO]
     footprint = msgspec.json.decode((TURIN / "footprint.json").read_bytes(), type=Footprint)
     trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
     others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)

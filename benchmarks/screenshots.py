@@ -26,7 +26,7 @@ from exporter.compare import gate
 from exporter.report import Finding, Report
 from exporter.report.formats import html
 
-DEMO = Path(__file__).parent / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
+DEMO = Path(__file__).parent / "results" / "epyc-genoa-2-cores" / "demo"
 WIDTH, HEIGHT, COLORS = 1280, 1900, 256
 TIMES = ("p50_ms", "p90_ms", "p99_ms")
 LIMITS = ("p50_ms:5%", "bytes:1%", "top1_drop:0.3")

@@ -14,7 +14,7 @@ from exporter.report import tables
 from exporter.report.columns import fitting
 from tests.conftest import ROOT
 
-DEMO = ROOT / "benchmarks" / "results" / "xeon-sapphire-rapids-2-cores" / "demo"
+DEMO = ROOT / "benchmarks" / "results" / "epyc-genoa-2-cores" / "demo"
 
 
 @pytest.fixture(scope="module")
