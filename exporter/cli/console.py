@@ -220,20 +220,29 @@ def print_rows(table: Table) -> None:
 
 def print_next(text: str, *words: object) -> None:
     """Print what the next command does, and the command, unless the command is quiet."""
-    if click.get_current_context().meta.get(VERBOSITY) == "quiet":
-        return
-    line = shlex.join(["convnext-export", *map(str, words)])
-    console().print(f"{text}: {plain(line)}", style="dim", soft_wrap=True)
+    print_hint(f"{text}: {shlex.join(['convnext-export', *map(str, words)])}")
 
 
-def print_next_step(artifact: object, report: Report) -> None:
-    """Print what to do after a verification; an artifact that cannot run here can be neither timed nor bisected."""
+def print_hint(text: str) -> None:
+    """Print a line on what to do next, unless the command is quiet."""
+    if click.get_current_context().meta.get(VERBOSITY) != "quiet":
+        console().print(plain(text), style="dim", soft_wrap=True)
+
+
+def print_next_step(artifact: object, report: Report, data: str | None = None, reference: str | None = None) -> None:
+    """Print what to do after a verification on some images; an artifact that cannot run here can be neither timed nor
+    bisected, and `bisect` compares with no other model than the artifact was built from."""
+    from exporter.recipe import SYNTHETIC
+
     if report.find("simulated"):
         return
     if report.passed:
         print_next("time it beside PyTorch", "bench", artifact)
+    elif reference:
+        print_hint(f"to find the module that differs, build the artifact again with --reference {reference}")
     else:
-        print_next("find the part that differs", "bisect", artifact)
+        images = () if data in (None, SYNTHETIC) else ("--data", data)
+        print_next("find the part that differs", "bisect", artifact, *images)
 
 
 def print_answer(reports: Sequence[Report]) -> None:

@@ -144,7 +144,7 @@ def verify_command(
             from exporter.run import distributed
 
             verified = distributed.verify(opened, options, on, path, shard_size)
-    finish_verification(opened, verified, path, as_json, remove_shards=on is not None)
+    finish_verification(opened, verified, path, as_json, options, remove_shards=on is not None)
 
 
 def _schedule_shards(
@@ -169,7 +169,12 @@ def _schedule_shards(
 
 
 def finish_verification(
-    artifact: Artifact, verified: Report, path: Path, as_json: bool, remove_shards: bool = False
+    artifact: Artifact,
+    verified: Report,
+    path: Path,
+    as_json: bool,
+    options: VerifyOptions | None = None,
+    remove_shards: bool = False,
 ) -> None:
     """Save and print the report of a verification. Exit with 5 where a check failed."""
     from exporter import report, verify
@@ -188,7 +193,8 @@ def finish_verification(
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
-        print_next_step(artifact.path, verified)
+        source = (options.data, options.reference) if options else ()
+        print_next_step(artifact.path, verified, *source)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 

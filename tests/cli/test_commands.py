@@ -15,6 +15,18 @@ from exporter.artifact import load, sidecar_path
 from exporter.data import synthetic
 from tests.conftest import ROOT, copy_artifact, needs_bf16, snapshot, tiny_state, write_tiny
 
+OTHER_WEIGHTS = """
+from exporter.model.fit import empty
+from tests.conftest import tiny_architecture, tiny_state
+
+def load():
+    model = empty(tiny_architecture(), 10).to_empty(device="cpu")
+    state = tiny_state()
+    state["head.weight"] = -state["head.weight"]
+    model.load_state_dict(state)
+    return model
+"""
+
 
 @pytest.fixture
 def photos(tmp_path):
@@ -73,6 +85,19 @@ def test_a_check_that_does_not_hold_is_exit_5_with_the_report_written(run, artif
     assert result.out.splitlines()[-1] == f"find the part that differs: convnext-export bisect {made.path}"
     assert "FAIL" in result.out
     assert json.loads((tmp_path / "custom_fp16.xml.report.json").read_text())["passed"] is False
+
+
+def test_the_next_step_takes_the_images_and_names_a_reference(run, artifacts, photos, tmp_path, monkeypatch):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    words = ("verify", made.path, "--data", photos)
+    following = run(*words, "--atol", 1e-12).out.splitlines()[-1]
+    assert following == f"find the part that differs: convnext-export bisect {made.path} --data {photos}"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other_weights.py").write_text(OTHER_WEIGHTS)
+    result = run(*words, "--reference", "other_weights:load")
+    assert result.code == 5
+    following = result.out.splitlines()[-1]
+    assert following == "to find the module that differs, build the artifact again with --reference other_weights:load"
 
 
 def test_unreadable_images_are_counted_and_named(run, artifacts, photos, tmp_path):
