@@ -123,7 +123,7 @@ def type_in(desk, run, lines):
     for line in lines:
         words = shlex.split(line.replace("--calib-size 256", "--calib-size 20"))[1:]  # as many as there are
         if words[0] == "compare":  # with what was built before
-            shutil.copytree(desk / "build", desk / "baseline")
+            shutil.copytree(desk / "build", desk / "baseline", dirs_exist_ok=True)
         words, file = (words[:-2], words[-1]) if ">" in words else (words, None)
         result = run(*words)
         if file:
