@@ -201,7 +201,10 @@ def test_a_page_colours_the_pixels_of_a_segmenter(tiny_upernet, runtime, page, s
     assert np.abs(np.array(corner[:3]) - mixed).max() <= 1
     command = [sys.executable, "selftest.py"]
     tested = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
-    assert tested.stdout.splitlines()[0].startswith("Self-test passed: 0.0 % of the pixels have another class")
+    share = re.match(r"Self-test passed: ([\d.]+) % of the pixels have another class", tested.stdout)
+    # In one of the 96 × 96 pixels two scores differ by 3e-7 of their standard deviation: CPUs choose differently.
+    assert share
+    assert float(share[1]) <= 0.011
     facts = json.loads((out / "model.json").read_text())
     facts["expected"][0][0] = [number + 1 for number in facts["expected"][0][0]]
     (out / "model.json").write_text(json.dumps(facts))
