@@ -15,7 +15,7 @@ from exporter.backends import Array, Bound, Outputs, Session
 MAP_SIDE = 32  # height and width of the feature map of a convolution
 ROWS = MAP_SIDE**2  # of the input of a matrix product
 PEAK_RUNS = 2, 8  # of each product, at least and at most; the shortest counts
-ENOUGH_S = 0.1  # a product that took so long is not run more than it must
+ENOUGH_S = 0.1  # after so many seconds of runs, and at least two of them, products can be compared
 IN_A_ROW = 8  # products below fp32: only the first converts its input from fp32, and only the last its output to it
 
 
