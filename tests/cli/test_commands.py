@@ -88,10 +88,10 @@ def test_a_check_that_does_not_hold_is_exit_5_with_the_report_written(run, artif
 
 
 def test_the_next_step_takes_the_images_and_names_a_reference(run, artifacts, photos, tmp_path, monkeypatch):
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
-    words = ("verify", made.path, "--data", photos)
+    artifact = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    words = ("verify", artifact.path, "--data", photos)
     following = run(*words, "--atol", 1e-12).out.splitlines()[-1]
-    assert following == f"find the part that differs: convnext-export bisect {made.path} --data {photos}"
+    assert following == f"find the part that differs: convnext-export bisect {artifact.path} --data {photos}"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other_weights.py").write_text(OTHER_WEIGHTS)
     result = run(*words, "--reference", "other_weights:load")
