@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from exporter.report import Finding, Report
     from exporter.report.tables import Table
+    from exporter.verify import VerifyOptions
 
 T = TypeVar("T")
 REDRAW_S = 0.1
@@ -229,19 +230,22 @@ def print_hint(text: str) -> None:
         console().print(plain(text), style="dim", soft_wrap=True)
 
 
-def print_next_step(artifact: object, report: Report, data: str | None = None, reference: str | None = None) -> None:
-    """Print what to do after a verification on some images; an artifact that cannot run here can be neither timed nor
-    bisected, and `bisect` compares with no other model than the artifact was built from."""
+def print_next_step(artifact: object, report: Report, options: VerifyOptions | None = None) -> None:
+    """Print the command that follows a verification, if any.
+
+    An artifact that cannot run here can be neither timed nor bisected. `bisect` compares only with the model that the
+    artifact was built from, so it cannot explain a difference from `--reference`.
+    """
     from exporter.recipe import SYNTHETIC
 
     if report.find("simulated"):
         return
     if report.passed:
         print_next("time it beside PyTorch", "bench", artifact)
-    elif reference:
-        print_hint(f"to find the module that differs, build the artifact again with --reference {reference}")
+    elif options and options.reference:
+        print_hint(f"to find the module that differs, build the artifact again with --reference {options.reference}")
     else:
-        images = () if data in (None, SYNTHETIC) else ("--data", data)
+        images = ("--data", options.data) if options and options.data != SYNTHETIC else ()
         print_next("find the part that differs", "bisect", artifact, *images)
 
 

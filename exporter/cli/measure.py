@@ -193,8 +193,7 @@ def finish_verification(
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
         console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
-        source = (options.data, options.reference) if options else ()
-        print_next_step(artifact.path, verified, *source)
+        print_next_step(artifact.path, verified, options)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 
