@@ -116,7 +116,9 @@ def tables() -> dict[str, str]:
     profiled = msgspec.json.decode((MILAN / "profile.json").read_bytes(), type=profile.Result)
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
     answered = msgspec.json.decode((MILAN / "serving.json").read_bytes(), type=Serving)
-    segmented = msgspec.json.decode((MILAN / "segmentation.json").read_bytes(), type=Segmentation)
+    segmented = [
+        msgspec.json.decode((folder / "segmentation.json").read_bytes(), type=Segmentation) for folder in (GENOA, MILAN)
+    ]
     any_size = msgspec.json.decode((MILAN / "any-size.json").read_bytes(), type=AnySize)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
@@ -155,7 +157,7 @@ def tables() -> dict[str, str]:
         "scale": scaled.table(),
         "scale-driver": scaled.driver_table() + machine(scaled.environment),
         "serving": answered.table() + machine(answered.environment),
-        "segmentation": segmented.table() + machine(segmented.environment),
+        "segmentation": "\n".join(one.table() + machine(one.environment) for one in segmented),
         "any-size": any_size.table() + machine(any_size.environment),
         "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
