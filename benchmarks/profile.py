@@ -162,7 +162,7 @@ def peak(backend: str, folder: Path) -> float:
     """The fastest product of a runtime in GFLOP/s."""
     artifact, runtime = _build(backend, None, folder), backends.runtime(backend)
     assert runtime.peak is not None
-    with runtime.peak(artifact, runtime.options(threads=THREADS)) as session:
+    with runtime.peak(artifact, runtime.options(threads=THREADS), "") as session:
         images = worker.inputs(Plan(arms=(), preprocessing=artifact.sidecar.preprocessing, batch=1))
         run = session.bind(images).run
         timing.settle(run, 0.5, 5.0)

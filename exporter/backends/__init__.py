@@ -176,7 +176,8 @@ class Runtime(Generic[Opt]):
     opens_onnx: whether `open` takes the fp32 ONNX graph of any target, so that a traced graph can be checked with it.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
-    peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it.
+    peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it; its
+        text, from another process, spares the search.
     serving: how applications and servers run its artifacts.
     """
 
@@ -192,7 +193,7 @@ class Runtime(Generic[Opt]):
     opens_onnx: bool = False
     layers: Callable[[Artifact, Opt], list[Layer]] | None = None
     blocks: Callable[[Artifact, Opt], AbstractContextManager[Blocks]] | None = None
-    peak: Callable[[Artifact, Opt], AbstractContextManager[Session]] | None = None
+    peak: Callable[[Artifact, Opt, str], AbstractContextManager[Session]] | None = None
     serving: Serving | None = None
 
 

@@ -275,8 +275,8 @@ def blocks(artifact: Artifact, options: EagerOptions) -> Iterator[Blocks]:
 
 
 @contextmanager
-def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
-    """The fastest product of torch's."""
+def peak(artifact: Artifact, options: EagerOptions, known: str = "") -> Iterator[Product]:
+    """The fastest product of torch's, or the `known` one."""
     import torch
 
     del artifact
@@ -289,7 +289,7 @@ def peak(artifact: Artifact, options: EagerOptions) -> Iterator[Product]:
         else:
             yield EagerSession(lambda matrix: matrix @ weight, options.device)
 
-    with _threads(options.threads), fastest_product(product, "fp32") as fastest:
+    with _threads(options.threads), fastest_product(product, "fp32", known) as fastest:
         yield fastest
 
 

@@ -30,7 +30,7 @@ class Arm(Record, frozen=True):
 
     `path` is the artifact in every case; `weights` is the path of the network's weights, if they were moved;
     `reference` names the model that runs in place of this tool's own network; `cache_dir` is the runtime's folder of
-    compiled models.
+    compiled models; `product` is the text of the fastest product, where a process before chose it.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Arm(Record, frozen=True):
     threads: int | None = None
     hint: Literal["latency", "throughput"] = "latency"
     cache_dir: str | None = None
+    product: str = ""
 
     @property
     def setting(self) -> str:

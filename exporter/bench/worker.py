@@ -65,9 +65,12 @@ def open_arm(arm: Arm) -> Iterator[Session]:
     if arm.runtime not in ("artifact", "peak"):
         options |= {"weights": arm.weights, "compiled": arm.runtime == "torch.compile", "reference": arm.reference}
         options |= {"arithmetic": arm.runtime} if arm.runtime in ("tf32", "fp16", "bf16") else {}
-    opening = runtime.peak if arm.runtime == "peak" else runtime.open
-    assert opening is not None
-    with opening(artifact, runtime.options(**options)) as session:
+    if arm.runtime == "peak":
+        assert runtime.peak is not None
+        opened = runtime.peak(artifact, runtime.options(**options), arm.product)
+    else:
+        opened = runtime.open(artifact, runtime.options(**options))
+    with opened as session:
         yield session
 
 

@@ -200,8 +200,8 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
 
             return backends.Bound(run, tuple)
 
-    def fastest():
-        with _peak.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "fp32") as product:
+    def fastest(known=""):
+        with _peak.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "fp32", known) as product:
             return product.weights
 
     assert fastest() == _peak.PeakProduct(1024, convolution=False)
@@ -211,6 +211,9 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
     seconds.update({key: value / 1000 for key, value in seconds.items()})
     seconds.update({(4096, False): 0.002, (4096, True): 0.003})
     assert fastest() == _peak.PeakProduct(4096, convolution=False)
+    # The text of one, from another process, spares the timing.
+    before, slow = now, _peak.PeakProduct(512, convolution=True)
+    assert (fastest(str(slow)), now) == (slow, before)
 
 
 @pytest.mark.parametrize(("name", "precision"), RUN)

@@ -90,6 +90,14 @@ def opened(arm):
 
 
 @contextlib.contextmanager
+def choosing(arm):
+    """A product, which each process would choose by itself."""
+    session = Fake(arm.name)
+    session.facts["product"] = arm.product or f"of process {os.getpid()}"
+    yield session
+
+
+@contextlib.contextmanager
 def slower_head(arm):
     """Two milliseconds, and 40 % more for the head of a comparison."""
     yield Fake(f"{arm.name}@{2.8 if arm.name == 'head' else 2.0}")

@@ -88,6 +88,15 @@ def test_when_every_arm_falls_it_ends():
     assert timing.launches == []
 
 
+def test_all_processes_time_the_product_that_the_first_one_chose():
+    timing = Timing(plan("peak@1", "a@1"))
+    first, *others = itertools.islice(supervisor.launches(timing, fakes.choosing), 3)
+    chosen = first.facts["peak@1"]
+    assert chosen["product"] == f"of process {chosen['process']}"
+    assert {launch.facts["peak@1"]["product"] for launch in others} == {chosen["product"]}
+    assert len({launch.facts["peak@1"]["process"] for launch in (first, *others)}) == 3
+
+
 @pytest.mark.parametrize("name", ["wrong", "nan"])
 def test_other_answers_than_the_first_arms_are_seen(name):
     (launch,) = timed(1, "eager", name).launches

@@ -267,8 +267,9 @@ def blocks(artifact: Artifact, options: Options) -> Iterator[Blocks]:
 
 
 @contextmanager
-def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
-    """The fastest product of ONNX Runtime's; in fp16 on a GPU, for a CPU's fp16 is computed in fp32 or slower."""
+def peak(artifact: Artifact, options: Options, known: str = "") -> Iterator[Product]:
+    """The fastest product of ONNX Runtime's, or the `known` one; in fp16 on a GPU, for a CPU computes fp16 in fp32 or
+    slower."""
     sidecar = replace(artifact.sidecar, preprocessing=Preprocessing())
     precision = artifact.sidecar.precision
     precision = "fp32" if precision == "fp16" and options.device == "cpu" else precision
@@ -281,7 +282,7 @@ def peak(artifact: Artifact, options: Options) -> Iterator[Product]:
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 
-    with fastest_product(product, precision) as fastest:
+    with fastest_product(product, precision, known) as fastest:
         yield fastest
 
 

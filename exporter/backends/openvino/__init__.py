@@ -296,15 +296,15 @@ def blocks(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Blocks]:
 
 
 @contextmanager
-def peak(artifact: Artifact, options: OpenVinoOptions) -> Iterator[Product]:
-    """The fastest product of OpenVINO's, each compiled as the artifact is."""
+def peak(artifact: Artifact, options: OpenVinoOptions, known: str = "") -> Iterator[Product]:
+    """The fastest product of OpenVINO's, or the `known` one, each compiled as the artifact is."""
 
     @contextmanager
     def product(weights: PeakProduct) -> Iterator[OpenVinoSession]:
         compiled = _compile(artifact, options, lambda _: peak_model(weights, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
-    with fastest_product(product, artifact.sidecar.precision) as fastest:
+    with fastest_product(product, artifact.sidecar.precision, known) as fastest:
         yield fastest
 
 
