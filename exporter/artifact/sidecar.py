@@ -263,6 +263,18 @@ class Sidecar(Record, frozen=True):
         first = self.inputs[0].shape[0]
         return 1 if self.preprocessing.input == "image" else first if isinstance(first, int) else None
 
+    @property
+    def assumed_preprocessing(self) -> str:
+        """How images are prepared, where neither the weights nor an option says so, as for a file of tensors alone;
+        else "". Random weights and those of the Hub have none that could be another."""
+        places = [self.origins.get(name, "") for name in ("size", "resize", "mean", "std")]
+        is_assumed = all(place == "default" or place.startswith("published preprocessing") for place in places)
+        if not is_assumed or self.weights.layout == "random" or self.weights.source.startswith("hf-hub:"):
+            return ""
+        recipe = self.preprocessing
+        first = "squashed" if recipe.crop == "squash" else f"resized to {size_text(recipe.resize)}, cut"
+        return f"{first} to {size_text(recipe.size)} ({places[0]})"
+
     def facts(self) -> dict[str, str]:
         """The metadata that the model file carries: every fact known before the file is written, without locations,
         so that the same build gives the same bytes in any folder."""

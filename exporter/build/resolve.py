@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from exporter import artifact as artifacts
 from exporter import backends, machine, precision
-from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size, size_text
+from exporter.artifact.sidecar import OutputSpec, Preprocessing, Record, Sidecar, Size
 from exporter.backends import Options, Runtime, Target, TargetOptions
 from exporter.build.problems import (
     check_keep,
@@ -220,22 +220,16 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
     )
     for path in job.files:
         artifacts.refuse_other_weights(path, job.sidecar.weights)
-    _note_assumed(job.sidecar, recipe.model.weights)
+    _note_assumed(job.sidecar)
     return job
 
 
-def _note_assumed(sidecar: Sidecar, source: str) -> None:
-    """Say how images are prepared where neither the weights nor an option says so, as for a file of tensors alone."""
-    origins = [sidecar.origins.get(name, "") for name in ("size", "resize", "mean", "std")]
-    is_assumed = all(origin == "default" or origin.startswith("published preprocessing") for origin in origins)
-    if not is_assumed or sources.is_random(source) or source == "hub" or source.startswith("hf-hub:"):
-        return
-    recipe = sidecar.preprocessing
-    first = "squashed" if recipe.crop == "squash" else f"resized to {size_text(recipe.resize)}, cut"
-    note(
-        f"nothing says how images were prepared in training, so they are {first} to {size_text(recipe.size)} "
-        f"({origins[0]}); if they were not, give --imgsz, --resize, --mean and --std"
-    )
+def _note_assumed(sidecar: Sidecar) -> None:
+    if assumed := sidecar.assumed_preprocessing:
+        note(
+            f"nothing says how images were prepared in training, so they are {assumed}; if they were not, give "
+            "--imgsz, --resize, --mean and --std"
+        )
 
 
 def cpu_of(recipe: Recipe) -> CpuClass:
@@ -320,6 +314,8 @@ def _sidecar(
 ) -> Sidecar:
     """Facts of the fp32 graph that are known before it is traced."""
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
+    if recipe.export.imgsz and trace.imgsz:
+        origins["size"] = "--imgsz"  # also where it is the size that the weights state
     classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
     arch = checkpoint.variant.architecture
     counted = arch if trace.has_any_size else replace(arch, decoder=None, pyramid=None)

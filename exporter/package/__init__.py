@@ -89,6 +89,8 @@ def package(
     contents = Contents(artifact, serving, outputs, outputs[0].labels, answers.top or TOP, checks, sample, None)
     aim.check(contents, own)
     contents = dataclasses.replace(contents, exact=aim.exact(contents))
+    if assumed := artifact.sidecar.assumed_preprocessing:
+        note(f"the package prepares images as assumed: {assumed}; nothing says that they were in training")
     with folder.staged(out, artifact.sidecar.bytes) as staging:
         step(f"running {artifact.path.name} on {sample.name}")
         expected, unexpected = expected_of(artifact, sample)

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from exporter import report
 from exporter.artifact import sidecar_path
+from exporter.data.synthetic import dead_leaves
 from tests.conftest import ROOT, copy_artifact
 
 SCALE = "pixels are from 0 to 1 here: divide by 255"
@@ -175,7 +177,7 @@ def test_a_limit_that_is_missed_by_less_than_the_digits_shown_is_explained():
     assert value(slow) == "3.00000001 ms"
 
 
-@pytest.mark.parametrize("word", ["export", "build", "convert"])
+@pytest.mark.parametrize("word", ["export", "build", "convert", "exprot", "buidl"])
 def test_a_command_that_says_export_is_answered_with_those_that_do(word, refused):
     assert refused(2, word).endswith(f"no command {word!r}; these export: onnx, openvino, trt")
 
@@ -291,3 +293,27 @@ def test_a_build_says_so_where_nothing_states_the_preprocessing(run, tiny, tmp_p
     assert f"{says} resized to 256, cut to 224 (default)" in " ".join(built.err.split())
     for words in (["--weights", tiny], ["--weights", bare, "--imgsz", 96]):
         assert says not in " ".join(run("onnx", *words, "-o", tmp_path / "b", "--force").err.split())
+
+
+def test_an_assumed_preprocessing_is_repeated_where_it_matters(run, tiny, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        Image.fromarray(dead_leaves((97, 150), seed)).save(photos / f"{seed}.png")
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((tiny / "model.safetensors").read_bytes())
+    built = {}
+    for name, words in (("assumed", [bare]), ("stated", [bare, "--imgsz", 224])):
+        run("onnx", "--weights", *words, "-o", tmp_path / name)
+        (built[name],) = (tmp_path / name).glob("*.onnx")
+    rows = {name: run("verify", path, "--data", photos, "--json").out for name, path in built.items()}
+    assert "assumed_preprocessing" in rows["assumed"]
+    assert '"assumed_preprocessing"' not in rows["stated"]
+    assert '"assumed_preprocessing"' not in run("verify", built["assumed"], "--json").out, (
+        "synthetic images have no other"
+    )
+    for name, path in built.items():
+        packaged = run("package", path, "--for", "python", "-o", tmp_path / f"{name}-package")
+        page = (tmp_path / f"{name}-package" / "README.md").read_text()
+        assert ("resized to 256, cut to 224 (default)" in " ".join(packaged.err.split())) == (name == "assumed")
+        assert ("**Assumed:**" in page) == (name == "assumed")

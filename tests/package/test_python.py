@@ -159,6 +159,8 @@ def test_a_file_that_is_no_image_has_a_reason_in_place_of_an_answer(artifacts, b
     assert result.returncode == 1
     assert execute(bare, "predict.py", "sample.png", folder=out).returncode == 0
     assert "python predict.py IMAGE" in execute(bare, "predict.py", folder=out).stderr
+    help_ = execute(bare, "predict.py", "--help", folder=out)
+    assert (help_.returncode, "python predict.py IMAGE" in help_.stdout) == (0, True)
     (out / artifacts["onnxruntime", "fp32"].path.name).unlink()
     for words in (["predict.py", "sample.png"], ["selftest.py"]):
         result = execute(bare, *words, folder=out)

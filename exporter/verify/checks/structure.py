@@ -1,4 +1,4 @@
-"""Structure: size of the artifact, share of multiply-accumulates in int8, and int8 saturation."""
+"""Structure: size of the artifact, share of multiply-accumulates in int8, int8 saturation, assumed preprocessing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from exporter import machine
 from exporter.backends import NARROW, Layer
+from exporter.data.samples import is_synthetic
 from exporter.errors import some
 from exporter.quantize.cpus import unlike
 from exporter.quantize.rounding import MAX_SUM
@@ -19,8 +20,8 @@ class Structure:
     """Checks of the artifact itself, not of its outputs."""
 
     def __init__(self, options: Checks, subject: Subject) -> None:
-        del options
         self.subject = subject
+        self.data = options.data
 
     def measure(self, seen: Seen) -> Rows:
         """Nothing: these checks need no images."""
@@ -38,6 +39,7 @@ class Structure:
         return [
             *self._quantized(),
             *self._other_cpu(),
+            *self._assumed(),
             *saturation(layers),
             *([Finding(check="structure", metric="nodes", value=len(layers))] if layers else []),
             Finding(check="structure", metric="bytes", value=sidecar.bytes, unit="bytes", detail=files),
@@ -63,6 +65,15 @@ class Structure:
         quantization = self.subject.artifact.sidecar.quantization
         reason = unlike(quantization.cpu) if quantization is not None else ""
         return [Finding(check="structure", metric="other_cpu", value=1, detail=reason)] if reason else []
+
+    def _assumed(self) -> list[Finding]:
+        """The preprocessing, where nothing says that it is the one of training. Both models get the same images, so
+        it lowers the accuracy of both and changes no comparison."""
+        assumed = self.subject.artifact.sidecar.assumed_preprocessing
+        if not assumed or is_synthetic(self.data):
+            return []
+        detail = f"images are {assumed}; nothing says that they were in training, and another way lowers top-1"
+        return [Finding(check="data", metric="assumed_preprocessing", value=1, detail=detail)]
 
 
 def saturation(layers: Sequence[Layer]) -> list[Finding]:
