@@ -52,13 +52,13 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
         best = result.best.artifact
         layers = job.runtime.layers(best, job.runtime.options()) if job.runtime.layers is not None else []
         baseline = speed.baseline(work, build_recipe, folder)
+        artifact = work.make(result.best.kept, job.out)
+        record_quality(artifact, result.best.report)  # an interrupt of the timing leaves the artifact
+        step(f"{artifact.path} is written")
         timed = speed.time(work, result, baseline, folder, opener)
         speeds = speed.findings(timed, result, layers)
-        artifact = work.make(result.best.kept, job.out)
         static = job.target.findings(artifact, baseline) if job.target.findings is not None else []
-    report = _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])
-    record_quality(artifact, report)
-    return artifact, report
+    return artifact, _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])
 
 
 def _has_real_data(work: Work) -> bool:
@@ -93,7 +93,9 @@ def _calibration(work: Work) -> list[Finding]:
     enough = usual_size(images.synthetic, work.sidecar.task in DENSE)
     few = f"; {enough} or more are better" if images.total < enough else ""
     method = f"{quantization.calib_method}, smoothing {quantization.smoothing:g}"
-    detail = f"{source}{few}; {method}, bias correction {quantization.bias_correction}"
+    has_others = images.synthetic or quantization.data is not None
+    same = "" if has_others else "; the loss is measured on the same images, give others with --data"
+    detail = f"{source}{few}{same}; {method}, bias correction {quantization.bias_correction}"
     check = work.job.recipe.precision
     return [Finding(check=check, metric="calibration", value=images.total, unit="images", detail=detail)]
 
