@@ -127,7 +127,7 @@ def _changes(
     pair: Pair, limits: Sequence[Limit], batch: int, options: CompareOptions, processes: int, opener: Opener
 ) -> list[Change]:
     plan = _plan(pair, batch, options, seed=options.seed + processes)
-    names = f"{pair.base.path.name} and {pair.head.path.name}"
+    names = f"{pair.base.path} (base) and {pair.head.path} (head)"
     step(f"timing {names} in turn in {processes} fresh processes, batch {batch}")
     timing = Timing(plan)
     supervisor.measure(timing, opener, processes, stop_on_failure=True)

@@ -18,6 +18,7 @@ from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare
 from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
+from exporter.progress import note
 from exporter.recipe import OutputKind
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
@@ -82,6 +83,8 @@ def _compare_reports(
 ) -> Report:
     pairs = pairs_of(bases, heads)
     findings = compare_reports(pairs, limits, options.across)
+    for base, head in pairs:
+        _note_accuracy(base.artifact, head.artifact, limits)
     base, head = pairs[0]
     if len(pairs) == 1:
         return _report(findings, base.artifact, head.artifact, limits, options, head.environment)
@@ -100,6 +103,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
             "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"
         )
     check_pair(pair, options)
+    _note_accuracy(pair.base.to_dict(), pair.head.to_dict(), limits)
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
@@ -110,6 +114,27 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
         both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
         findings += compare_reports([(both[0], both[1])], by_kind["answers"], ("model",))
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())
+
+
+def _note_accuracy(base: dict[str, Any], head: dict[str, Any], limits: Sequence[Limit]) -> None:
+    """Say that accuracy is not compared, where it may differ."""
+    if any(METRICS[limit.metric].kind == "answers" for limit in limits):
+        return
+    facts = {
+        "weights": [_digest(side.get("weights")) for side in (base, head)],
+        "precision": [side.get("precision") for side in (base, head)],
+        "calibration": [_digest(side.get("quantization")) for side in (base, head)],
+        "preprocessing": [side.get("preprocessing") for side in (base, head)],
+    }
+    if differing := [name for name, (before, after) in facts.items() if before != after]:
+        note(
+            f"accuracy is not compared, and the {' and '.join(differing)} of base and head differ; add --fail-on "
+            "top1_drop:0.3 (map_drop of several labels, miou_drop of masks) and labelled images"
+        )
+
+
+def _digest(part: object) -> object:
+    return part.get("digest") if isinstance(part, dict) else None
 
 
 def _exact(artifact: Artifact, metric: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from exporter import backends
 from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_answers, compare_exact, judge
 from exporter.errors import BadRequest, some
-from exporter.report import Finding, Report, gpu_of, machine_of
+from exporter.report import Finding, Report, gpu_of, images_of, machine_of
 from exporter.report.tables import name
 from exporter.stats import center, is_larger, shift
 
@@ -100,7 +100,7 @@ def check_images(base: Report, head: Report, limit: Limit) -> None:
 
     Raises: BadRequest.
     """
-    digests = {side: _images(report) for side, report in (("base", base), ("head", head))}
+    digests = {side: images_of(report) for side, report in (("base", base), ("head", head))}
     for side, digest in digests.items():
         if not digest:
             raise BadRequest(f"--fail-on {limit}: the {side} report does not say on which images; `verify` it again")
@@ -109,12 +109,6 @@ def check_images(base: Report, head: Report, limit: Limit) -> None:
             f"--fail-on {limit}: base and head were verified on different images, or with other classes "
             f"({digests['base'][:12]}… and {digests['head'][:12]}…); `verify` both on the same --data"
         )
-
-
-def _images(report: Report) -> str:
-    """The digest of the images that a report was verified on, or ""."""
-    verified = report.recipe.get("verify")
-    return str(verified.get("images") or "") if isinstance(verified, dict) else ""
 
 
 def _words(model: Sequence[object]) -> str:

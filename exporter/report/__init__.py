@@ -227,6 +227,12 @@ def gpu_of(report: Report) -> str:
     return str(gpu.get("name", "")) if isinstance(gpu, dict) else ""
 
 
+def images_of(report: Report) -> str:
+    """The digest of the images that a report was verified on, with their classes, or ""."""
+    verified = report.recipe.get("verify")
+    return str(verified.get("images") or "") if isinstance(verified, dict) else ""
+
+
 def machine_of(report: Report) -> tuple[object, ...]:
     """The facts that identify a machine: processor, instruction sets, cores, system."""
     facts = report.environment

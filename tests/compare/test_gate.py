@@ -69,6 +69,20 @@ def test_a_slower_day_is_no_regression_where_eager_was_slower_too(typed):
     assert typed(timed(10, eager=30), timed(10, eager=25, seed=1)).code == 6, "as slow as before on a faster day"
 
 
+def test_a_gate_without_a_limit_on_accuracy_says_so_where_it_may_differ(typed):
+    base = timed(10, weights={"digest": "a"}, precision="fp32", quantization=None)
+    says = "accuracy is not compared, and the {} of base and head differ; add --fail-on top1_drop:0.3"
+
+    def note(**facts):
+        return " ".join(typed(base, timed(10, seed=1, **{**base.artifact, **facts})).err.split())
+
+    assert "accuracy is not compared" not in note()
+    assert says.format("weights") in note(weights={"digest": "b"})
+    assert says.format("precision and calibration") in note(precision="int8", quantization={"digest": "c"})
+    judged = typed(base, timed(10, seed=1, **{**base.artifact, "precision": "int8"}), "--fail-on", "top1_drop:1")
+    assert "accuracy is not compared" not in judged.err
+
+
 def test_answers_and_sizes_are_compared_too(typed):
     head = timed(10, seed=1)
     worse = replace(head.find("top1"), samples=(1.0,) * 800 + (0.0,) * 200)
