@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exporter.report import Finding, Report, machine_of
-from exporter.report.tables import changes, failed_metrics, is_comparison, name, noise_of
+from exporter.report import Finding, Report, images_of, machine_of
+from exporter.report.tables import changes, data, failed_metrics, is_comparison, name, noise_of
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -40,6 +40,27 @@ def answer(reports: Sequence[Report]) -> Answer | None:
         return changed or shipped
     sentence = f"{changed.sentence} {shipped.sentence}"
     return Answer(sentence, bool(changed.passes and shipped.passes), changed.others + shipped.others)
+
+
+def caveats(reports: Sequence[Report]) -> list[str]:
+    """Why no artifact is recommended, and whether accuracies are of different images; nothing of `compare`."""
+    verified = [report for report in reports if report.find("images") and not is_comparison(report)]
+    if not verified:
+        return []
+    images = {images_of(report): f"{name(report)} on {data(report)}" for report in verified}
+    different = f"Accuracies are of different images, so do not compare them: {'; '.join(images.values())}."
+    return list(filter(None, (_unranked(reports), different if len(images) > 1 else "")))
+
+
+def _unranked(reports: Sequence[Report]) -> str:
+    """Why `_of_artifacts` has no answer, or ""."""
+    if not any(finding.metric == "p50_ms" for report in reports for finding in report.findings):
+        return "No artifact is recommended: none was timed; `bench` does."
+    if any(machine_of(report) != machine_of(reports[0]) for report in reports):
+        return "No artifact is recommended: they were measured on different machines."
+    if _case(reports) is None:
+        return "No artifact is recommended: no batch size was timed for all of them."
+    return ""
 
 
 def _of_artifacts(reports: Sequence[Report]) -> Answer | None:
@@ -100,7 +121,7 @@ def _speed(report: Report, case: str) -> str:
     if speedup is None or speedup.value is None:
         return latency
     interval = " (95 % {:.2f} to {:.2f})".format(*speedup.interval) if speedup.interval else ""
-    noise = f" ({noise_of(speedup)})" if noise_of(speedup) else ""
+    noise = " (noisy)" if noise_of(speedup) else ""
     return f"{speedup.value:.2f} × as fast as PyTorch{interval}, {latency}{noise}"
 
 

@@ -58,6 +58,12 @@ def metric(finding: Finding) -> str:
     return METRICS.get(finding.metric, finding.metric)
 
 
+def title(finding: Finding) -> str:
+    """The displayed name of a finding's metric, and its case."""
+    word = " over" if finding.metric == "gain" and finding.case else ""
+    return f"{metric(finding)}{word} {finding.case}".strip()
+
+
 def disambiguated(reports: Sequence[Report]) -> list[Report]:
     """The reports; artifacts that share a file name get their whole path as label."""
     paths = dict.fromkeys(str(report.artifact.get("path", "?")) for report in reports)
@@ -271,9 +277,10 @@ def bisected(report: Report) -> list[str]:
     """The first part that differs and why, and how it is kept in higher precision; nothing for other reports."""
     if not any(finding.check == "bisect" for finding in report.findings):
         return []
-    reason, advice = report.find("reason"), report.find("keep")
+    reason, few, advice = map(report.find, ("reason", "few_images", "keep"))
     first = f"{reason.case}: {reason.detail}" if reason else "every part is within its limit"
-    return [first, *([f"keep {advice.case} in higher precision: {advice.detail}"] if advice else [])]
+    kept = f"keep {advice.case} in higher precision: {advice.detail}" if advice else ""
+    return [first, *filter(None, (few.detail if few else "", kept))]
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from exporter.report import Finding, Report
-from exporter.report.answer import answer
+from exporter.report.answer import answer, caveats
 from exporter.report.formats import html, markdown
 
 
@@ -53,7 +53,7 @@ def test_intervals_that_overlap_are_said():
 
 def test_a_disturbed_timing_is_said():
     sentence = answer([report("a", 1.0, (1, 2, 3), noise="noisy: others used 40 %")]).sentence
-    assert sentence.endswith("1 ms for batch 1 (noisy: others used 40 %).")
+    assert sentence.endswith("1 ms for batch 1 (noisy).")
 
 
 def test_without_labels_the_agreement_is_said():
@@ -86,6 +86,32 @@ def test_nothing_is_shipped_where_all_fail():
 )
 def test_there_is_no_answer_where_artifacts_cannot_be_compared(reports):
     assert answer(reports) is None
+
+
+def verified(name, images="a", **words):
+    made = report(name, **words)
+    counted = Finding(check="data", metric="images", value=64, detail=f"64 of {images}")
+    return replace(made, findings=(*made.findings, counted), recipe={"verify": {"images": images}})
+
+
+@pytest.mark.parametrize(
+    ("reports", "said"),
+    [
+        ([], []),
+        ([verified("a", ms=3.0)], []),
+        ([verified("a")], ["No artifact is recommended: none was timed; `bench` does."]),
+        ([verified("a", ms=1.0), verified("b", ms=1.0, cpu="b")],
+         ["No artifact is recommended: they were measured on different machines."]),
+        ([verified("a", ms=1.0), verified("b", ms=1.0, case="batch 8")],
+         ["No artifact is recommended: no batch size was timed for all of them."]),
+        ([verified("a", ms=1.0), verified("b", "c", ms=1.0)],
+         ["Accuracies are of different images, so do not compare them: a on 64 of a; b on 64 of c."]),
+    ],
+)  # fmt: skip
+def test_a_page_says_why_nothing_is_recommended_and_which_rows_are_of_other_images(reports, said):
+    assert caveats(reports) == said
+    for text in said:
+        assert text in html.render(reports).replace("&#39;", "'")
 
 
 def change(metric, value, limit, passed=True, **more):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from exporter.report import Report, charts
-from exporter.report.answer import Answer, answer
+from exporter.report.answer import Answer, answer, caveats
 from exporter.report.drawable import drawable
 from exporter.report.gallery import gallery
 from exporter.report.history import Entry, series, step_table, steps
@@ -47,7 +47,7 @@ def render(reports: Sequence[Report]) -> str:
         "convnext-export report",
         answer=answer(reports),
         verdict=f"fails: {', '.join(bad)}" if bad else None if len(judged) < len(reports) else "passes",
-        lead=[*failures(reports), *warnings(reports)],
+        lead=[*failures(reports), *warnings(reports), *caveats(reports)],
         facts=facts(reports),
         tables=views(reports),
         appendix=[*appendix(reports), *_blocks(reports)],

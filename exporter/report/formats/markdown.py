@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exporter.report import Report
-from exporter.report.answer import answer
+from exporter.report.answer import answer, caveats
 from exporter.report.gallery import first_changed
 from exporter.report.history import Entry, step_table
 from exporter.report.tables import Table, data, machine, tables, warnings
@@ -15,7 +15,7 @@ def render(reports: Sequence[Report]) -> str:
     """All tables with rows, the image that differs most, and the machines. Tables have titles if there are several."""
     shown = tables(reports)
     parts = [_table(table, len(shown) > 1) for table in shown]
-    lead = [f"{_escape(line)}\n" for line in warnings(reports)]
+    lead = [f"{_escape(line)}\n" for line in (*warnings(reports), *caveats(reports))]
     images = [f"{_escape(line)}\n" for line in first_changed(reports)]
     return "\n".join([*_answer(reports), *lead, *parts, *images, _footer(reports)]) + "\n"
 
