@@ -13,11 +13,13 @@ from msgspec.structs import replace
 
 from exporter import backends, precision
 from exporter.artifact import Artifact
+from exporter.artifact.outputs import DENSE
 from exporter.bisect import BisectOptions, Examination, examine, percent, report_of
 from exporter.bisect.network import TAIL
 from exporter.build import build, check, check_sources, resolve
 from exporter.build.int8.work import prepare
 from exporter.build.problems import scope_of
+from exporter.data.calibration import usual_size
 from exporter.errors import BadRequest
 from exporter.model import weights
 from exporter.progress import note, step
@@ -56,6 +58,7 @@ def bisect(artifact: Artifact, options: KeepOptions) -> Report:
         if options.try_keep:
             note("higher precision does not reduce this error; nothing was built")
         return report
+    report = _with(report, _few_images(artifact))
     part = _word(examined.first.name)
     try:
         recipe = recipe_with(artifact, part, options.weights)
@@ -69,6 +72,20 @@ def bisect(artifact: Artifact, options: KeepOptions) -> Report:
         step(f"building {artifact.path.name} again with {part} in higher precision")
         findings += _tried(examined, recipe, part, options)
     return _with(report, findings)
+
+
+def _few_images(artifact: Artifact) -> list[Finding]:
+    """Advice to calibrate on more images, where there were fewer than usual: a range that is too narrow is that of the
+    images, and more of them cost no speed."""
+    sidecar, quantization = artifact.sidecar, artifact.sidecar.quantization
+    if quantization is None:
+        return []
+    usual = usual_size(quantization.synthetic, sidecar.task in DENSE)
+    if quantization.images >= usual:
+        return []
+    images = quantization.images
+    detail = f"first calibrate on more images (--calib): it has the ranges of {images}, and {usual} are usual"
+    return [Finding(check="bisect", metric="few_images", value=images, unit="images", detail=detail)]
 
 
 def _with(report: Report, findings: list[Finding]) -> Report:

@@ -81,11 +81,9 @@ class Commands(click.Group):
         """The command of a command line; an unknown one is refused with the nearest name."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             builds = [name for name in build_commands() if name != "null"]  # for tests
-            hint = (
-                f"these export: {', '.join(builds)}"
-                if args[0] in BUILD_WORDS
-                else nearest(args[0], [*self.list_commands(ctx), *build_commands().values()])
-            )
+            known = [*self.list_commands(ctx), *build_commands().values()]
+            close = difflib.get_close_matches(args[0], [*known, *BUILD_WORDS], n=1, cutoff=0.5)
+            hint = f"these export: {', '.join(builds)}" if set(close) & set(BUILD_WORDS) else nearest(args[0], known)
             ctx.fail(f"no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 

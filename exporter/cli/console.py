@@ -203,7 +203,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
     rows = [
         (
             f.check,
-            f"{tables.metric(f)} {f.case}".strip(),
+            tables.title(f),
             value(f),
             limit(f),
             ("unsure" if f.unsure else "pass" if f.passed else "FAIL") if f.limit is not None else "",
@@ -263,7 +263,7 @@ def value(finding: Finding) -> str:
         return "–" if finding.limit is None else "not a number"
     if finding.metric.endswith("bytes") and finding.unit != "%":
         return size(int(finding.value))
-    text = number(finding.metric, finding.value)
+    text = f"{finding.value:.2f}" if finding.unit == "×" else number(finding.metric, finding.value)
     if not finding.passed and finding.limit is not None and float(text) == float(limit(finding)):
         text = repr(finding.value)  # every digit, because rounding hides why it fails
     return f"{text} {finding.unit}".strip()

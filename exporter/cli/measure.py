@@ -244,6 +244,10 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
         raise click.exceptions.Exit(5)
 
 
+ADVICE = ("reason", "few_images", "keep")
+"""Metrics of findings that are printed as sentences below the table."""
+
+
 @click.command("bisect", short_help="The first part that differs from PyTorch, and why.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @add(options_of(KeepOptions, more={"device": devices()}))
@@ -273,7 +277,7 @@ def bisect_command(artifact: Path, as_json: bool, **values: Any) -> None:
     if as_json:
         print_json(report)
     else:
-        print_findings([finding for finding in report.findings if finding.metric not in ("reason", "keep")])
+        print_findings([finding for finding in report.findings if finding.metric not in ADVICE])
         first, *advice = tables.bisected(report)
         console().print(f"[{'green' if report.passed else 'red'}]{plain(first)}[/]", soft_wrap=True)
         for line in advice:

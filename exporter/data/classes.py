@@ -65,7 +65,7 @@ def match_classes(
     has = f"{len(labels)} labels, none of them among these" if labels else "no labels"
     raise BadRequest(
         f"{where}: {len(names)} classes ({some(names)}), but the model has {classes} classes and {has}; "
-        "build it with --labels FILE, one folder name a line in the order of the classes"
+        "build it with --labels FILE, one name a line in the order of the classes, or give images without class folders"
     )
 
 

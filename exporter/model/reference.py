@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -163,6 +164,11 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Cho
 
 def _broken(name: str, error: Exception) -> Unavailable:
     reason = f"{type(error).__name__}: {first_line(error)}"
+    if "torchvision::" in reason:  # compiled operators, which another PyTorch does not load
+        return Unavailable(
+            f"--reference {name}: it is installed and cannot be imported ({reason}); install the torchvision that was "
+            f"built for torch {importlib.metadata.version('torch')}"
+        )
     return Unavailable(f"--reference {name}: it is installed and cannot be imported ({reason}); install it again")
 
 

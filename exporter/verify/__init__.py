@@ -104,6 +104,11 @@ def prepared(
     windows = windows_of(sidecar, options)
     if windows is not None and options.blocks:
         raise BadRequest("--blocks: compares images of one size, and --slide keeps their aspect ratios; leave one out")
+    if options.reference is not None and options.blocks:
+        raise BadRequest(
+            f"--blocks: compares blocks of this tool's network, and {options.reference} has modules of its own; build "
+            f"the artifact with --reference {options.reference} to compare each module, or leave --blocks out"
+        )
     samples = samples or open_data(sidecar, options, windows)
     _refuse_limits(sidecar, options, samples)
     return runtime, samples

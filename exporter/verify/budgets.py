@@ -56,7 +56,9 @@ def in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("true", "1", "yes")
 
 
-def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[[int], Interval]) -> Finding:
+def judged(
+    finding: Finding, budget: Budget, images: int, interval_of: Callable[[int], Interval], why_passes: str = ""
+) -> Finding:
     """The finding with its verdict.
 
     Args:
@@ -64,6 +66,7 @@ def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[
         budget: the limit.
         images: how many were measured.
         interval_of: the interval if so many images had given the same shares.
+        why_passes: why it passes in between, in place of the number of images that would decide it.
     """
     assert finding.interval is not None
     if budget.is_exceeded(finding.interval) or budget.is_kept(finding.interval):
@@ -71,7 +74,7 @@ def judged(finding: Finding, budget: Budget, images: int, interval_of: Callable[
     enough = fewest(images, lambda count: _is_decided(budget, interval_of(count)))
     more = f"about {enough:,} are needed" if enough else "no number of images is enough, as the value is at the limit"
     text = {
-        "pass": f"{images:,} images are too few to judge by, {more}",
+        "pass": why_passes or f"{images:,} images are too few to judge by, {more}",
         "warn": f"cannot tell with {images:,} images, {more}",
         "fail": f"cannot tell with {images:,} images, {more}; --when-unsure warn lets it pass",
     }[budget.when_unsure]

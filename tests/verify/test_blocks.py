@@ -84,6 +84,11 @@ def test_the_last_operator_of_a_block_is_its_end():
     assert last_operators(names) == {"stages.0.1": "stages.0.1/Add_2", "stages.0.10": "stages.0.10/Add"}
 
 
+def test_blocks_are_refused_beside_a_model_with_other_modules(onnx_copy, refused):
+    said = refused(2, "verify", onnx_copy.path, "--blocks", "--reference", "timm")
+    assert "timm has modules of its own; build the artifact with --reference timm" in said
+
+
 def test_verify_tells_them_when_asked(onnx_copy, run):
     result = run("verify", onnx_copy.path, "--samples", "2", "--blocks", "--json")
     assert result.code == 0

@@ -101,6 +101,15 @@ def test_agreement_on_synthetic_images_warns_of_nothing(subject):
     assert not flipped(16, 8, False, subject).passed
 
 
+def test_of_labelled_images_only_the_loss_says_how_many_are_needed(subject):
+    eager = np.tile(np.eye(10, dtype=np.float32), (10, 1))
+    found = measure(subject, eager, eager.copy(), labels=eager.argmax(1), options=Checks(**LOOSE), batch=100)
+    assert "are needed" in found["top1_drop"].detail
+    assert found["top1_agreement"].detail == (
+        "100 of 100 images; the limit is within the interval, and the loss on the labels is judged"
+    )
+
+
 class Notes(Silent):
     def __init__(self):
         self.texts = []

@@ -138,7 +138,10 @@ def agreement(finding: Finding, options: Checks, default_pct: float, has_labels:
         interval = proportion(hits if images == count else round(hits * images / count), images)
         return interval.low, interval.high
 
-    return budgets.judged(finding, budget, count, interval_of)
+    why_passes = ""
+    if has_labels and skip_warning and not options.when_unsure:  # their own check says how many images are needed
+        why_passes = "the limit is within the interval, and the loss on the labels is judged"
+    return budgets.judged(finding, budget, count, interval_of, why_passes)
 
 
 def start_all(options: Checks, subject: Subject) -> dict[str, Meter]:
