@@ -1,15 +1,18 @@
-"""A verification on a Ray cluster while processes of it are killed: nothing wrong, nothing lost, nothing counted twice.
+"""A verification on a Ray cluster while processes of it are killed and its disk is full: nothing wrong, nothing lost,
+nothing counted twice.
 
     python -m benchmarks.chaos ARTIFACT FOLDER --runs 50 -o build/chaos.json
 
 In each run one to three processes are killed at random moments with SIGKILL: a worker, the raylet (Ray's process for a
-machine), or the command itself. The command is typed again until it ends with a report, which must have the bytes of
-`verify` on one machine. A shard that was stored must not be measured again.
+machine), or the command itself; or the file system of the report, the shards and the caches, which is small and in
+memory (this needs the right to mount), is filled until the command ends. The command is typed again until it ends with
+a report, which must have the bytes of `verify` on one machine. A shard that was stored must not be measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import subprocess
@@ -17,7 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,16 @@ from exporter.artifact.sidecar import Record
 from exporter.progress import note
 
 COMMAND = Path(sys.executable).with_name("convnext-export")
-KINDS = {"worker": "ray::_do", "raylet": "raylet/raylet", "command": ""}
+KINDS = {"worker": "ray::_do", "raylet": "raylet/raylet", "command": "", "disk": ""}
+DISK = "64m"
 SHARD = 16
 TRIES = 6
 LIMIT_S = 300
 
 
 class Run(Record, frozen=True):
-    """What was killed, how often the command was typed, the shards in all, how many commands found stored and how many
-    they measured although they were stored, both added up, and what was wrong ("" is nothing)."""
+    """What was killed or filled, how often the command was typed, the shards in all, how many commands found stored and
+    how many they measured although they were stored, both added up, and what was wrong ("" is nothing)."""
 
     killed: tuple[str, ...]
     commands: int
@@ -57,19 +62,21 @@ class Result(Record, frozen=True):
     schema: int = 1
 
     def table(self) -> str:
-        """One row: runs, processes killed by kind, commands, shards kept, and what was wrong."""
+        """One row: runs, processes killed and disks filled, commands, shards kept, and what was wrong."""
         killed = Counter(kind for run in self.runs for kind in run.killed)
         kinds = ", ".join(f"{killed[kind]} {name}" for kind, name in NAMES.items())
         wrong = sum(bool(run.wrong) for run in self.runs)
         kept, repeated = (sum(getattr(run, name) for run in self.runs) for name in ("kept", "repeated"))
-        head = "| runs | killed | commands | shards kept for the next command | measured again | wrong or lost |"
+        head = (
+            "| runs | killed or filled | commands | shards kept for the next command | measured again | wrong or lost |"
+        )
         row = (
             f"| {len(self.runs)} | {kinds} | {sum(run.commands for run in self.runs)} | {kept} | {repeated} | {wrong} |"
         )
         return f"{head}\n|--:|---|--:|--:|--:|--:|\n{row}\n"
 
 
-NAMES = {"worker": "workers", "raylet": "raylets", "command": "commands"}
+NAMES = {"worker": "workers", "raylet": "raylets", "command": "commands", "disk": "disks"}
 
 
 def descendants(command: subprocess.Popen[str]) -> dict[int, psutil.Process]:
@@ -79,8 +86,29 @@ def descendants(command: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return {}
 
 
-def kill(kind: str, command: subprocess.Popen[str]) -> bool:
-    """Kill the command, or a process of a kind that it started; False where there is none."""
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    """A small file system in memory."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(file: Path) -> None:
+    """Write to a file until its disk is full."""
+    with suppress(OSError), file.open("wb", buffering=0) as filling:
+        while True:
+            filling.write(bytes(4096))
+
+
+def disturb(kind: str, command: subprocess.Popen[str], filler: Path) -> bool:
+    """Fill the disk, or kill the command or a process of a kind that it started; False where there is none."""
+    if kind == "disk":
+        fill(filler)
+        return True
     if kind == "command":
         command.kill()
         return True
@@ -93,9 +121,9 @@ def kill(kind: str, command: subprocess.Popen[str]) -> bool:
 
 
 def run(artifact: Path, folder: Path, expected: bytes, total: int, chance: random.Random) -> Run:
-    """One verification with kills."""
-    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
-        out = Path(temporary) / "report.json"
+    """One verification with kills and full disks."""
+    with small_disk() as disk:
+        out = disk / "report.json"
         shards = out.with_name(f".{out.name}.shards") / "shards"
         words = [COMMAND, "verify", artifact, "--data", folder, "--on", "ray", "--shard-size", str(SHARD), "-o", out]
         kinds = [chance.choice(list(KINDS)) for _ in range(chance.randint(1, 3))]
@@ -103,7 +131,7 @@ def run(artifact: Path, folder: Path, expected: bytes, total: int, chance: rando
         kept = repeated = commands = 0
         while not out.exists() and commands < TRIES:
             before = len(list(shards.glob("*.shard")))
-            text, now = _disturbed(list(map(str, words)), kinds[len(killed) :], chance)
+            text, now = _disturbed(list(map(str, words)), kinds[len(killed) :], disk, chance)
             commands, killed, kept = commands + 1, [*killed, *now], kept + before
             if measuring := re.search(r"in (\d+) shards of up to", text):
                 repeated += int(measuring[1]) - (total - before)
@@ -111,20 +139,22 @@ def run(artifact: Path, folder: Path, expected: bytes, total: int, chance: rando
         return Run(tuple(killed), commands, total, kept, repeated, wrong)
 
 
-def _disturbed(words: list[str], kinds: list[str], chance: random.Random) -> tuple[str, list[str]]:
-    """Type a command and kill processes of these kinds while it runs. Return its messages, and what was killed."""
-    killed, end = [], time.monotonic() + LIMIT_S
+def _disturbed(words: list[str], kinds: list[str], disk: Path, chance: random.Random) -> tuple[str, list[str]]:
+    """Type a command and disturb it in these ways while it runs. Return its messages, and what was killed or filled."""
+    killed, end, filler = [], time.monotonic() + LIMIT_S, disk / "filler"
+    caches = {**os.environ, "XDG_CACHE_HOME": str(disk / "cache")}
     with tempfile.TemporaryFile("w+") as messages:
-        command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=messages, text=True)
+        command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=messages, text=True, env=caches)
         started: dict[int, psutil.Process] = {}
         moments = [(kind, time.monotonic() + chance.uniform(2, 20) * (index + 1)) for index, kind in enumerate(kinds)]
         while command.poll() is None and time.monotonic() < end:
             started |= descendants(command)
-            if moments and time.monotonic() > moments[0][1] and kill(moments[0][0], command):
+            if moments and time.monotonic() > moments[0][1] and disturb(moments[0][0], command, filler):
                 killed.append(moments.pop(0)[0])
             time.sleep(0.05)
         command.kill()
         command.wait()
+        filler.unlink(missing_ok=True)
         for process in started.values():  # what a killed command left
             with suppress(psutil.Error):
                 process.kill()
