@@ -127,11 +127,13 @@ def report_of(
     images: str,
     of_page: PageImages,
 ) -> Report:
-    """The report of a verification; `images` is a digest of the images in their order, with their classes."""
+    """The report of a verification; `images` is a digest of the images in their order, with their classes. It leaves
+    out the quality that an earlier verification wrote to the sidecar, so the same verification gives the same bytes."""
+    facts = msgspec.structs.replace(artifact.sidecar, quality={}, seal="")
     return Report(
         passed=all(finding.passed for finding in findings),
         recipe={**artifact.sidecar.recipe, "verify": {**msgspec.to_builtins(options), "images": images}},
-        artifact=artifact.to_dict(),
+        artifact=Artifact(artifact.path, facts).to_dict(),
         environment=environment,
         findings=tuple(findings),
         pictures=of_page.pictures,

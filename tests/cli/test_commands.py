@@ -65,6 +65,7 @@ def test_verify_prints_the_report_as_json_and_keeps_it(run, artifacts, photos, t
     quality = load(made.path).sidecar.quality
     assert quality["cosine"] == metrics["parity", "cosine"]["value"]
     assert (quality["images"], quality["passed"]) == (10, "yes")
+    assert run("verify", made.path, "--data", photos, "--json").json == report, "whatever the sidecar says by now"
 
 
 def test_verify_prints_a_table_with_verdicts(run, artifacts, tmp_path):
