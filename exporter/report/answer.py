@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from exporter.errors import some
 from exporter.report import Finding, Report, images_of, machine_of
-from exporter.report.tables import changes, data, failed_metrics, is_comparison, name, noise_of
+from exporter.report.tables import MEASURES, changes, failed_metrics, is_comparison, name, noise_of
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -44,18 +45,25 @@ def answer(reports: Sequence[Report]) -> Answer | None:
 
 def caveats(reports: Sequence[Report]) -> list[str]:
     """Why no artifact is recommended, and whether accuracies are of different images; nothing of `compare`."""
-    verified = [report for report in reports if report.find("images") and not is_comparison(report)]
-    if not verified:
+    own = [report for report in reports if not is_comparison(report)]
+    if not any(report.find("images") for report in own):
         return []
-    images = {images_of(report): f"{name(report)} on {data(report)}" for report in verified}
-    different = f"Accuracies are of different images, so do not compare them: {'; '.join(images.values())}."
-    return list(filter(None, (_unranked(reports), different if len(images) > 1 else "")))
+    names: dict[str, list[str]] = {}
+    for report in own:
+        if images_of(report) and any(report.find(metric) for metric in MEASURES):
+            names.setdefault(images_of(report), []).append(name(report))
+    groups = "; ".join(map(", ".join, names.values()))
+    different = f"Accuracies are of different images: compare them only within a group ({groups})."
+    return list(filter(None, (_unranked(own), different if len(names) > 1 else "")))
 
 
 def _unranked(reports: Sequence[Report]) -> str:
     """Why `_of_artifacts` has no answer, or ""."""
-    if not any(finding.metric == "p50_ms" for report in reports for finding in report.findings):
-        return "No artifact is recommended: none was timed; `bench` does."
+    timed = [f for report in reports for f in report.findings if f.metric == "p50_ms"]
+    if not timed:
+        return "No artifact is recommended: time them with convnext-export bench."
+    if all(finding.value is None for finding in timed):
+        return "No artifact is recommended: none could be timed."
     if any(machine_of(report) != machine_of(reports[0]) for report in reports):
         return "No artifact is recommended: they were measured on different machines."
     if _case(reports) is None:
@@ -78,7 +86,11 @@ def _of_artifacts(reports: Sequence[Report]) -> Answer | None:
     untimed = [report for report in reports if report not in timed]
     rest = [report for report in (*timed, *untimed) if report is not chosen]
     others = [_reason(report, chosen, case) for report in sorted(rest, key=lambda one: not one.passed)]
-    return Answer(f"Ship {name(chosen)}: {_speed(chosen, case)}{_accuracy(chosen)}.", True, tuple(others))
+    unknown = "" if chosen.find("images") else "; its accuracy was not verified"
+    alike = [name(one) for one in good[1:] if _overlap(*(each.find("speedup", case) for each in (chosen, one)))]
+    equal = f" By these intervals it may be no faster than {some(alike)}." if alike else ""
+    sentence = f"Ship {name(chosen)}: {_speed(chosen, case)}{_accuracy(chosen) or unknown}.{equal}"
+    return Answer(sentence, True, tuple(others))
 
 
 def _of_changes(reports: Sequence[Report]) -> Answer:

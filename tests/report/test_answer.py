@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from exporter.report import Finding, Report
 from exporter.report.answer import answer, caveats
-from exporter.report.formats import html, markdown
+from exporter.report.formats import html, markdown, text
 
 
 def report(name, ms=None, speedup=None, drop=None, passed=True, noise="", cpu="a", case="batch 1", **shares):
@@ -48,12 +48,14 @@ def test_the_fastest_that_passes_is_shipped_and_the_others_have_a_reason():
 
 def test_intervals_that_overlap_are_said():
     close = report("fp16.xml", 4.2, (2.6, 2.8, 3.0), 0.05)
-    assert answer([FAST, close]).others == ("fp16.xml takes 1.05 × as long; the intervals of their speed-ups overlap",)
+    known = answer([FAST, close])
+    assert known.others == ("fp16.xml takes 1.05 × as long; the intervals of their speed-ups overlap",)
+    assert known.sentence.endswith(" By these intervals it may be no faster than fp16.xml.")
 
 
 def test_a_disturbed_timing_is_said():
     sentence = answer([report("a", 1.0, (1, 2, 3), noise="noisy: others used 40 %")]).sentence
-    assert sentence.endswith("1 ms for batch 1 (noisy).")
+    assert sentence.endswith("1 ms for batch 1 (noisy); its accuracy was not verified.")
 
 
 def test_without_labels_the_agreement_is_said():
@@ -91,27 +93,46 @@ def test_there_is_no_answer_where_artifacts_cannot_be_compared(reports):
 def verified(name, images="a", **words):
     made = report(name, **words)
     counted = Finding(check="data", metric="images", value=64, detail=f"64 of {images}")
-    return replace(made, findings=(*made.findings, counted), recipe={"verify": {"images": images}})
+    right = Finding(check="accuracy", metric="top1", value=90.0)
+    return replace(made, findings=(*made.findings, counted, right), recipe={"verify": {"images": images}})
+
+
+def without_accuracy(made):
+    return replace(made, findings=tuple(f for f in made.findings if f.metric != "top1"))
+
+
+NONE = "No artifact is recommended: "
+CRASHED = replace(verified("a"), findings=(*verified("a").findings, Finding("latency", "p50_ms", None, case="batch 1")))
 
 
 @pytest.mark.parametrize(
     ("reports", "said"),
     [
         ([], []),
+        ([FAST], []),
         ([verified("a", ms=3.0)], []),
-        ([verified("a")], ["No artifact is recommended: none was timed; `bench` does."]),
+        ([verified("a")], [NONE + "time them with convnext-export bench."]),
+        ([CRASHED], [NONE + "none could be timed."]),
         ([verified("a", ms=1.0), verified("b", ms=1.0, cpu="b")],
-         ["No artifact is recommended: they were measured on different machines."]),
+         [NONE + "they were measured on different machines."]),
         ([verified("a", ms=1.0), verified("b", ms=1.0, case="batch 8")],
-         ["No artifact is recommended: no batch size was timed for all of them."]),
-        ([verified("a", ms=1.0), verified("b", "c", ms=1.0)],
-         ["Accuracies are of different images, so do not compare them: a on 64 of a; b on 64 of c."]),
+         [NONE + "no batch size was timed for all of them."]),
+        ([verified("a", ms=1.0), verified("b", "c", ms=1.0), verified("d", ms=1.0)],
+         ["Accuracies are of different images: compare them only within a group (a, d; b)."]),
+        ([verified("a", ms=1.0), without_accuracy(verified("b", "c", ms=1.0))], []),
+        ([verified("a", ms=1.0), replace(verified("b", ms=1.0), recipe={})], []),
     ],
 )  # fmt: skip
 def test_a_page_says_why_nothing_is_recommended_and_which_rows_are_of_other_images(reports, said):
     assert caveats(reports) == said
-    for text in said:
-        assert text in html.render(reports).replace("&#39;", "'")
+    pages = [html.render(reports), markdown.render(reports), text.render(reports).replace("\n", " ")]
+    assert all(line in page for line in said for page in pages)
+
+
+def test_a_comparison_beside_reports_changes_no_reason():
+    compared = replace(change("p50_ms", 1.0, 5.0), environment={"cpu": "another"})
+    assert caveats([verified("a", ms=1.0), compared]) == []
+    assert caveats([verified("a"), compared]) == [NONE + "time them with convnext-export bench."]
 
 
 def change(metric, value, limit, passed=True, **more):

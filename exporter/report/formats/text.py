@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from exporter.report import Report
-from exporter.report.answer import answer
+from exporter.report.answer import answer, caveats
 from exporter.report.columns import column_widths, fitting, padded
 from exporter.report.tables import accuracy, doubts, failed_metrics, latency, name, sentences
 
@@ -19,7 +19,8 @@ def render(reports: Sequence[Report]) -> str:
     """A row for each artifact, then what `bisect` says, and the one to ship. Columns that do not fit are left out."""
     known = answer(reports)
     below = [line for sentence in sentences(reports) for line in ("", sentence)]  # whole, as they may hold a command
-    below += ["", *textwrap.wrap(known.sentence, WIDTH)] if known else []
+    lines = [*([known.sentence] if known else []), *caveats(reports)]
+    below += [part for line in lines for part in ("", *textwrap.wrap(line, WIDTH))]
     return "\n".join([*_lines(reports), *below]) + "\n"
 
 
