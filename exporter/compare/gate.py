@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +84,7 @@ def _compare_reports(
     pairs = pairs_of(bases, heads)
     findings = compare_reports(pairs, limits, options.across)
     for base, head in pairs:
-        _note_accuracy(base.artifact, head.artifact, limits)
+        _note_accuracy(base.artifact, head.artifact, limits, "after `verify` of both on labelled images")
     base, head = pairs[0]
     if len(pairs) == 1:
         return _report(findings, base.artifact, head.artifact, limits, options, head.environment)
@@ -103,7 +103,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
             "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"
         )
     check_pair(pair, options)
-    _note_accuracy(pair.base.to_dict(), pair.head.to_dict(), limits)
+    _note_accuracy(pair.base.to_dict(), pair.head.to_dict(), limits, "and --data with labelled images")
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
@@ -116,25 +116,43 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())
 
 
-def _note_accuracy(base: dict[str, Any], head: dict[str, Any], limits: Sequence[Limit]) -> None:
-    """Say that accuracy is not compared, where it may differ."""
-    if any(METRICS[limit.metric].kind == "answers" for limit in limits):
+def _note_accuracy(base: dict[str, Any], head: dict[str, Any], limits: Sequence[Limit], images: str) -> None:
+    """Say that accuracy is not compared, where it may differ, and how it is.
+
+    Args:
+        base, head: the facts of both artifacts.
+        limits: of the comparison.
+        images: how labelled images come into it.
+    """
+    differing = [name for name, fact in FACTS.items() if fact(base) != fact(head)]
+    if not differing or any(METRICS[limit.metric].kind == "answers" for limit in limits):
         return
-    facts = {
-        "weights": [_digest(side.get("weights")) for side in (base, head)],
-        "precision": [side.get("precision") for side in (base, head)],
-        "calibration": [_digest(side.get("quantization")) for side in (base, head)],
-        "preprocessing": [side.get("preprocessing") for side in (base, head)],
-    }
-    if differing := [name for name, (before, after) in facts.items() if before != after]:
-        note(
-            f"accuracy is not compared, and the {' and '.join(differing)} of base and head differ; add --fail-on "
-            "top1_drop:0.3 (map_drop of several labels, miou_drop of masks) and labelled images"
-        )
+    metric = "miou_drop" if head.get("task") == "segment" else "top1_drop"
+    options = " ".join(f"--fail-on {limit}" for limit in (*limits, f"{metric}:0.3"))
+    note(
+        f"accuracy is not compared, and base and head differ in {', '.join(differing)}; to compare it too, give "
+        f"{options} {images}"
+    )
 
 
-def _digest(part: object) -> object:
-    return part.get("digest") if isinstance(part, dict) else None
+def _quantization(artifact: dict[str, Any]) -> object:
+    """How an artifact was quantized, whatever the path of its images."""
+    facts = artifact.get("quantization")
+    return {name: fact for name, fact in facts.items() if name != "calib"} if isinstance(facts, dict) else None
+
+
+def _digest(artifact: dict[str, Any]) -> object:
+    weights = artifact.get("weights")
+    return weights.get("digest") if isinstance(weights, dict) else None
+
+
+FACTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "weights": _digest,
+    "precision": lambda artifact: artifact.get("precision"),
+    "quantization": _quantization,
+    "preprocessing": lambda artifact: artifact.get("preprocessing"),
+}
+"""What accuracy depends on."""
 
 
 def _exact(artifact: Artifact, metric: str) -> float:

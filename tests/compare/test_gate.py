@@ -71,16 +71,22 @@ def test_a_slower_day_is_no_regression_where_eager_was_slower_too(typed):
 
 def test_a_gate_without_a_limit_on_accuracy_says_so_where_it_may_differ(typed):
     base = timed(10, weights={"digest": "a"}, precision="fp32", quantization=None)
-    says = "accuracy is not compared, and the {} of base and head differ; add --fail-on top1_drop:0.3"
+    base.artifact["preprocessing"] = {"size": 224}
+    says = "accuracy is not compared, and base and head differ in {}; to compare it too, give --fail-on p50_ms:5% "
+    says += "--fail-on"
 
-    def note(**facts):
-        return " ".join(typed(base, timed(10, seed=1, **{**base.artifact, **facts})).err.split())
+    def note(*words, **facts):
+        return " ".join(typed(base, timed(10, seed=1, **{**base.artifact, **facts}), *words).err.split())
 
     assert "accuracy is not compared" not in note()
-    assert says.format("weights") in note(weights={"digest": "b"})
-    assert says.format("precision and calibration") in note(precision="int8", quantization={"digest": "c"})
-    judged = typed(base, timed(10, seed=1, **{**base.artifact, "precision": "int8"}), "--fail-on", "top1_drop:1")
-    assert "accuracy is not compared" not in judged.err
+    assert f"{says.format('weights')} top1_drop:0.3 after `verify` of both" in note(weights={"digest": "b"})
+    assert f"{says.format('weights')} miou_drop:0.3" in note("--across", "model", weights={}, task="segment")
+    assert says.format("precision, quantization") in note(precision="int8", quantization={"digest": "c"})
+    assert says.format("preprocessing") in note(preprocessing={"size": 112})
+    assert "accuracy is not compared" not in note("--fail-on", "top1_drop:1", precision="int8")
+    base.artifact["quantization"] = {"digest": "c", "calib": "a", "kept": []}
+    assert "accuracy is not compared" not in note(quantization={"digest": "c", "calib": "b", "kept": []})
+    assert says.format("quantization") in note(quantization={"digest": "c", "calib": "a", "kept": ["head"]})
 
 
 def test_answers_and_sizes_are_compared_too(typed):
@@ -308,12 +314,11 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def test_answers_are_paired_only_on_the_same_images(photographs, artifacts, run, refused):
-    made = artifacts["onnxruntime", "fp32"]
+def test_answers_are_paired_only_on_the_same_images(photographs, onnx_copy, run, refused):
     reports = {}
     for name in ("one", "two", "copy"):
         reports[name] = photographs / f"{name}.report.json"
-        assert run("verify", made.path, "--data", photographs / name, "-o", reports[name]).code == 0
+        assert run("verify", onnx_copy.path, "--data", photographs / name, "-o", reports[name]).code == 0
     limit = ("--fail-on", "top1_drop:0.3")
     assert run("compare", reports["one"], reports["copy"], *limit).code == 0
     assert "different images" in refused(2, "compare", reports["one"], reports["two"], *limit)

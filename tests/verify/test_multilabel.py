@@ -429,8 +429,8 @@ def test_a_healthy_artifact_passes_and_a_corrupted_one_fails(artifacts, scans, t
     assert {"map_drop", "label_agreement"} <= failed
 
 
-def test_the_program_verifies_compares_and_reports_a_multilabel_head(artifacts, scans, run, tmp_path):
-    made = artifacts["onnxruntime", "fp32"]
+def test_the_program_verifies_compares_and_reports_a_multilabel_head(onnx_copy, scans, run, tmp_path):
+    made = onnx_copy
     bad = corrupted(made, tmp_path / "bad")
     files = [tmp_path / "good.report.json", tmp_path / "bad.report.json"]
     for artifact, file, code in zip((made, bad), files, (0, 5), strict=True):
@@ -457,15 +457,14 @@ def test_the_program_verifies_compares_and_reports_a_multilabel_head(artifacts, 
     assert kept["map"] == pytest.approx(loaded.value("map"))
 
 
-def test_reports_on_other_labels_are_not_compared(artifacts, scans, refused, run, tmp_path):
-    made = artifacts["onnxruntime", "fp32"]
+def test_reports_on_other_labels_are_not_compared(onnx_copy, scans, refused, run, tmp_path):
     lines = scans.read_text().splitlines()
     flipped = lines[1][:-1] + str(1 - int(lines[1][-1]))
     other = scans.with_name("other.csv")
     other.write_text("\n".join([lines[0], flipped, *lines[2:]]))
     files = [tmp_path / "a.report.json", tmp_path / "b.report.json"]
     for data, file in zip((scans, other), files, strict=True):
-        run("verify", made.path, "--data", data, "--outputs", "multilabel", "-o", file)
+        run("verify", onnx_copy.path, "--data", data, "--outputs", "multilabel", "-o", file)
     assert "different images, or with other classes" in refused(2, "compare", *files, "--fail-on", "map_drop:1")
 
 
