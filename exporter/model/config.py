@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from exporter.model.processors import Read, Unclear
 
 T = TypeVar("T")
 MAX_LICENSE = 60  # characters
+USUAL_SIZE = 224  # pixels, the default of transformers
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 _MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
@@ -30,6 +31,7 @@ class Config:
     notes: about keys that have no effect.
     unclear: steps of the preprocessing that options must replace.
     share_below_384: as in `processors.Read`.
+    image_size: height and width in `config.json` of transformers, which matter where nothing states a preprocessing.
     """
 
     labels: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Config:
     notes: tuple[str, ...] = ()
     unclear: tuple[Unclear, ...] = ()
     share_below_384: float | None = None
+    image_size: int | None = None
 
 
 def read_config(folder: Path, weights: Path | None = None) -> Config:
@@ -68,7 +71,8 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
         statements.origins["labels"] = path.name
     if len(reads) > 1:
         _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing)
-    return _together(statements, names, reads, _understood(path, lambda: _license(config)))
+    together = _together(statements, names, reads, _understood(path, lambda: _license(config)))
+    return replace(together, image_size=_understood(path, lambda: _image_size(config)))
 
 
 def _of_open_clip(path: Path) -> Config:
@@ -103,7 +107,18 @@ def together(files: Config, training: Config) -> Config:
         notes=(*files.notes, *training.notes),
         unclear=files.unclear if files.preprocessing else training.unclear,
         share_below_384=files.share_below_384 if files.preprocessing else training.share_below_384,
+        image_size=files.image_size,
     )
+
+
+def _image_size(config: dict[str, Any]) -> int | None:
+    """The size that a model of transformers was made for; None for transformers' default, which nobody chose."""
+    size = config.get("image_size")
+    if "model_type" not in config or size in (None, USUAL_SIZE):
+        return None
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"image_size {size!r}: expected a number of pixels")
+    return size
 
 
 def _together(

@@ -133,7 +133,11 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(VALUES, f"published preprocessing of torchvision's {variant.name}"))
-    return published(variant)
+    stated = published(variant)
+    if config.image_size is None:
+        return stated
+    recipe, origins = stated.resolve(size=config.image_size)
+    return dataclasses.replace(stated, preprocessing=recipe, origins=origins | {"size": "image_size of config.json"})
 
 
 def with_keras(stated: Stated, normalization: Mapping[str, Sequence[float]]) -> Stated:

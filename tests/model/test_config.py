@@ -337,3 +337,19 @@ def test_labels_in_training_checkpoints_are_read(beside):
 def test_checkpoints_that_state_nothing_give_nothing(beside):
     config = from_training(beside)
     assert (config.labels, config.preprocessing, config.network) == ((), None, {})
+
+
+def test_the_image_size_of_transformers_is_used_where_no_file_states_a_preprocessing(of):
+    def size_and_origin(config):
+        preprocessing = known(config, "transformers", VARIANTS["tiny"], "")
+        return preprocessing.preprocessing.size, preprocessing.origins["size"]
+
+    own = {"model_type": "convnext", "image_size": 112}
+    assert size_and_origin(of(own)) == (112, "image_size of config.json")
+    assert size_and_origin(of(own | {"image_size": 224})) == (224, "published preprocessing of tiny"), "its default"
+    assert size_and_origin(of({"image_size": 112})) == (224, "published preprocessing of tiny"), "of another library"
+    with pytest.raises(BadRequest, match="image_size 'large': expected a number of pixels"):
+        of(own | {"image_size": "large"})
+    of(own)
+    processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}}
+    assert size_and_origin(of(processor, "preprocessor_config.json")) == (384, "preprocessor_config.json")
