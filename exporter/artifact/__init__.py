@@ -91,7 +91,7 @@ def _load(path: Path) -> Artifact:
         raise BadRequest(f"{path}: no such file" + (f"; {nearest(path.name, known)}" if known else ""))
     refuse_sidecar(path)
     if not sidecar_path(path).is_file():
-        raise BadRequest(f"{path}: {sidecar_path(path).name} is not beside it; copy it too, or build with this tool")
+        raise BadRequest(f"{path}: {sidecar_path(path).name} is not beside it; copy it too, or build with --weights")
     sidecar = decode(sidecar_path(path))
     if not sidecar.files or sidecar.files[0].name != path.name:
         raise BadRequest(f"{path}: its sidecar describes another file; build the artifact again")

@@ -265,10 +265,10 @@ class Sidecar(Record, frozen=True):
 
     @property
     def assumed_preprocessing(self) -> str:
-        """How images are prepared, where neither the weights nor an option says so, as for a file of tensors alone;
-        else "". Random weights and those of the Hub have none that could be another."""
-        places = [self.origins.get(name, "") for name in ("size", "resize", "mean", "std")]
-        is_assumed = all(place == "default" or place.startswith("published preprocessing") for place in places)
+        """How images are prepared, where the weights and the options state only their size or nothing, as for a file of
+        tensors alone; else "". Also "" for random weights (no training) and weights of the Hub (which states it)."""
+        places = [self.origins.get(name, "") for name in ("resize", "crop", "mean", "std")]
+        is_assumed = all(place == "default" or place.startswith("published ") for place in places)
         if not is_assumed or self.weights.layout == "random" or self.weights.source.startswith("hf-hub:"):
             return ""
         recipe = self.preprocessing

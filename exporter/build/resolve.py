@@ -227,8 +227,8 @@ def resolve(recipe: Recipe, out: Path, reference: Reference | None = None) -> Jo
 def _note_assumed(sidecar: Sidecar) -> None:
     if assumed := sidecar.assumed_preprocessing:
         note(
-            f"nothing says how images were prepared in training, so they are {assumed}; if they were not, give "
-            "--imgsz, --resize, --mean and --std"
+            f"the weights do not state the preprocessing of training, so images are {assumed}; if training differed, "
+            "give --resize, --crop-mode, --mean or --std"
         )
 
 

@@ -177,6 +177,13 @@ def test_a_limit_that_is_missed_by_less_than_the_digits_shown_is_explained():
     assert value(slow) == "3.00000001 ms"
 
 
+def test_the_speed_of_a_ratio_has_two_decimals():
+    from exporter.cli.console import value
+    from exporter.report import Finding
+
+    assert value(Finding(check="int8", metric="gain", value=26.04123, unit="×")) == "26.04 ×"
+
+
 @pytest.mark.parametrize("word", ["export", "build", "convert", "exprot", "buidl"])
 def test_a_command_that_says_export_is_answered_with_those_that_do(word, refused):
     assert refused(2, word).endswith(f"no command {word!r}; these export: onnx, openvino, trt")
@@ -286,12 +293,16 @@ def test_no_name_of_a_file_sends_commands_to_the_terminal(words, here, run):
 
 
 def test_a_build_says_so_where_nothing_states_the_preprocessing(run, tiny, tmp_path):
-    says = "nothing says how images were prepared in training, so they are"
+    says = "the weights do not state the preprocessing of training, so images are"
     bare = tmp_path / "bare.safetensors"
     bare.write_bytes((tiny / "model.safetensors").read_bytes())
     built = run("onnx", "--weights", bare, "-o", tmp_path / "a")
     assert f"{says} resized to 256, cut to 224 (default)" in " ".join(built.err.split())
-    for words in (["--weights", tiny], ["--weights", bare, "--imgsz", 96]):
+    for words in (
+        ["--weights", tiny],
+        ["--weights", bare, "--crop-mode", "center"],
+        ["--weights", "random:0", "--variant", "atto", "--imgsz", 96],
+    ):
         assert says not in " ".join(run("onnx", *words, "-o", tmp_path / "b", "--force").err.split())
 
 
@@ -303,11 +314,12 @@ def test_an_assumed_preprocessing_is_repeated_where_it_matters(run, tiny, tmp_pa
     bare = tmp_path / "bare.safetensors"
     bare.write_bytes((tiny / "model.safetensors").read_bytes())
     built = {}
-    for name, words in (("assumed", [bare]), ("stated", [bare, "--imgsz", 224])):
+    for name, words in (("assumed", [bare]), ("stated", [bare, "--resize", 256])):
         run("onnx", "--weights", *words, "-o", tmp_path / name)
         (built[name],) = (tmp_path / name).glob("*.onnx")
     rows = {name: run("verify", path, "--data", photos, "--json").out for name, path in built.items()}
     assert "assumed_preprocessing" in rows["assumed"]
+    assert "the weights do not state the preprocessing" in rows["assumed"]
     assert '"assumed_preprocessing"' not in rows["stated"]
     assert '"assumed_preprocessing"' not in run("verify", built["assumed"], "--json").out, (
         "synthetic images have no other"
