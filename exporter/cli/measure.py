@@ -192,7 +192,9 @@ def finish_verification(
     else:
         print_findings(verified.findings)
         verdict = "[green]passed[/]" if verified.passed else "[red]FAILED[/]"
-        console().print(f"{plain(artifact.path.name)} {verdict}; the report is {plain(path)}", soft_wrap=True)
+        reference = options.reference if options else None
+        compared = f", compared with {plain(reference)}" if reference else ""
+        console().print(f"{plain(artifact.path.name)} {verdict}{compared}; the report is {plain(path)}", soft_wrap=True)
         print_next_step(artifact.path, verified, options)
     if not verified.passed:
         raise click.exceptions.Exit(5)

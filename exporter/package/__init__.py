@@ -21,7 +21,7 @@ from exporter.model.labels import read_labels
 from exporter.package import folder
 from exporter.package.contents import Contents, expected_of, sample_of, serving_of
 from exporter.package.destinations import Destination, DestinationOptions, destination, names
-from exporter.package.rendering import render
+from exporter.package.rendering import render, verified
 from exporter.predict import TOP, PredictOptions
 from exporter.predict.answers import Output, answers_of, check_top
 from exporter.progress import note, step
@@ -89,8 +89,11 @@ def package(
     contents = Contents(artifact, serving, outputs, outputs[0].labels, answers.top or TOP, checks, sample, None)
     aim.check(contents, own)
     contents = dataclasses.replace(contents, exact=aim.exact(contents))
+    quality = artifact.sidecar.quality
+    if quality.get("passed") == "no":
+        note(f"{artifact.path}: its last verification {verified(quality)}")
     if assumed := artifact.sidecar.assumed_preprocessing:
-        note(f"the package prepares images as assumed: {assumed}; nothing says that they were in training")
+        note(f"preprocessing is assumed: images are {assumed}; the weights do not state it")
     with folder.staged(out, artifact.sidecar.bytes) as staging:
         step(f"running {artifact.path.name} on {sample.name}")
         expected, unexpected = expected_of(artifact, sample)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,23 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "pads": _pads(preprocessing),
         "fill": fill if len(fill) > 1 else fill[0],
         "steps": _steps(preprocessing),
+        "verified": verified(contents.artifact.sidecar.quality),
         "threshold": THRESHOLD if contents.checks.threshold is None else contents.checks.threshold,
         "meanings": MEANINGS,
         "datatypes": DATATYPES,
         "sidecar": contents.artifact.sidecar,
         "version": __version__,
     }
+
+
+def verified(quality: Mapping[str, float | str]) -> str:
+    """What the last verification of an artifact says, in words."""
+    if not quality:
+        return "not yet"
+    where = f" on {quality['data']}" if "data" in quality else ""
+    compared = f", compared with {quality['reference']}" if "reference" in quality else ""
+    top1 = f", top-1 {quality['top1']:.2f} %" if "top1" in quality else ""
+    return f"{'failed' if quality.get('passed') == 'no' else 'passed'}{where}{compared}{top1}"
 
 
 def _pads(preprocessing: Preprocessing) -> bool:

@@ -388,5 +388,7 @@ def record_quality(artifact: Artifact, report: Report) -> None:
     values = {metric: report.value(metric) for metric in QUALITY}
     known = {metric: float(value) for metric, value in values.items() if value is not None}
     data = str(report.recipe["verify"]["data"])
-    slid = {"windows": "yes"} if report.recipe["verify"].get("slide") else {}
-    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **slid, **known})
+    others = {"windows": "yes"} if report.recipe["verify"].get("slide") else {}
+    if reference := report.recipe["verify"].get("reference"):
+        others["reference"] = str(reference)
+    artifacts.update_quality(artifact, {"data": data, "passed": "yes" if report.passed else "no", **others, **known})

@@ -11,10 +11,11 @@ from PIL import Image
 
 from exporter import artifact as artifacts_
 from exporter import package
+from exporter.artifact import update_quality
 from exporter.errors import BadRequest, Unavailable
 from exporter.package import PackageOptions, destinations, folder
 from exporter.recipe.fields import fields_of
-from tests.conftest import ROOT, build
+from tests.conftest import ROOT, build, copy_artifact
 from tests.predict.test_predict import WITHOUT
 
 
@@ -55,6 +56,19 @@ def test_bad_input_is_one_line(words, message, artifacts, tmp_path, monkeypatch,
     words = [*words, *([] if "-o" in words else ["-o", "out"])]
     assert message in refused(2, "package", artifacts["onnxruntime", "fp32"].path, *words, folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "labels.txt"]
+
+
+def test_an_artifact_that_failed_its_verification_is_packaged_with_a_note(artifacts, tmp_path, run):
+    (tmp_path / "a").mkdir()
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "a")
+    words = ("package", made.path, "--for", "python", "-o")
+    assert run(*words, tmp_path / "first").code == 0
+    assert "| verified | not yet |" in (tmp_path / "first" / "README.md").read_text()
+    update_quality(made, {"data": "val", "passed": "no", "reference": "mine:model", "top1": 58.4})
+    second = run(*words, tmp_path / "second")
+    says = "failed on val, compared with mine:model, top-1 58.40 %"
+    assert (second.code, f"its last verification {says}" in " ".join(second.err.split())) == (0, True)
+    assert f"| verified | {says} |" in (tmp_path / "second" / "README.md").read_text()
 
 
 def test_an_empty_folder_is_taken(artifacts, tmp_path):

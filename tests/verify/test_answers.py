@@ -21,7 +21,7 @@ from exporter.errors import BadRequest, Unavailable
 from exporter.model import weights
 from exporter.verify import VerifyOptions, answers, open_data, verify
 from tests.artifact.test_sealed import notes
-from tests.conftest import build, recipe_of, write_tiny
+from tests.conftest import build, copy_artifact, recipe_of, type_command, write_tiny
 from tests.reference import library
 
 IMAGES, BATCHES = 20, [16, 4]
@@ -148,6 +148,13 @@ def test_the_users_own_module_is_not_stored(artifacts, tiny, photos, cache, comp
         assert verify(artifacts["onnxruntime", "fp32"], options).passed
     assert computed == 2 * BATCHES
     assert not cache.exists()
+    (tmp_path / "copied").mkdir()
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "copied")
+    said = type_command("verify", made.path, "--data", photos, "--reference", "users_model:model").out
+    assert "passed, compared with users_model:model" in said
+    assert "reference users_model:model" in " ".join(type_command("inspect", made.path).out.split())
+    type_command("verify", made.path, "--data", photos)
+    assert "users_model" not in type_command("inspect", made.path).out
 
 
 @pytest.mark.slow
