@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporter.verify import VerifyOptions
 
 T = TypeVar("T")
-REDRAW_S = 0.1
+REDRAW_S, LINE_S = 0.1, 15.0  # between drawings of a bar, and between lines where no bar can be drawn
 VERBOSITY = "exporter.verbosity"  # the key of a command's context
 WRAPPED = 24  # the width below which the last column of a table is not wrapped
 UNITS = ("B", "kB", "MB", "GB")
@@ -58,17 +58,20 @@ class Drawn:
             self.console.print(f"[yellow]note:[/] {plain(text)}")
 
     def track(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
-        """Yield the items, and advance a progress bar by the count of each.
+        """Yield the items, and show how many are done by the count of each: a bar, or in a pipe or CI a line from time
+        to time.
 
         Nothing is drawn while the next item is computed, because it may be a measurement.
         """
+        show = self._bar if self.console.is_terminal else self._lines
+        return show(items, total, plain(text), count)
+
+    def _bar(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
-        ) as progress:
-            task = progress.add_task(plain(text), total=total)
+        with Progress(*columns, console=self.console, transient=True, auto_refresh=False) as progress:
+            task = progress.add_task(text, total=total)
             drawn = time.monotonic()
             progress.refresh()
             for item in items:
@@ -77,6 +80,17 @@ class Drawn:
                 if time.monotonic() - drawn > REDRAW_S:
                     progress.refresh()
                     drawn = time.monotonic()
+
+    def _lines(self, items: Iterable[T], total: int, text: str, count: Callable[[T], int]) -> Iterator[T]:
+        start = printed = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done, now = done + count(item), time.monotonic()
+            if now - printed > LINE_S and 0 < done < total:
+                left = (now - start) * (total - done) / done
+                self.console.print(f"[dim]  {text}: {done} of {total}, about {left:.0f} s left[/]")
+                printed = now
 
 
 def plain(text: object) -> str:

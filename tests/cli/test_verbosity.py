@@ -39,3 +39,14 @@ def test_quiet_and_verbose_contradict_each_other(run, tiny, tmp_path):
         assert result.code == 2
         assert "leave one out" in result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_where_no_bar_can_be_drawn_a_line_says_how_many_are_done(capsys, monkeypatch):
+    from exporter.cli import console
+
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    for batch in console.Drawn().track([10, 10, 10, 10], 40, "images", lambda count: count):
+        now += batch
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["images: 20 of 40, about 20 s left"], "one in 15 seconds, and none at the end"
