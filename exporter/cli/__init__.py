@@ -121,9 +121,10 @@ def _close(option: str, known: Iterable[str]) -> list[str]:
 
 
 def _show(error: click.ClickException) -> None:
-    """Print a usage error; the words in it may be names of files, from a pattern of the shell."""
-    vars(error).update(message=printable(error.message))
-    error.show()
+    """Print a usage error like any other; the words in it may be names of files, from a pattern of the shell."""
+    if (context := getattr(error, "ctx", None)) is not None:
+        click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
+    click.echo(f"error: {printable(error.format_message())}", err=True)
 
 
 @contextmanager
