@@ -176,8 +176,8 @@ class Runtime(Generic[Opt]):
     opens_onnx: whether `open` takes the fp32 ONNX graph of any target, so that a traced graph can be checked with it.
     layers: what an artifact is made of, layer by layer.
     blocks: opens an artifact so that every block's output can be seen.
-    peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it; its
-        text, from another process, spares the search.
+    peak: the fastest product (`_peak`) on this runtime in the arithmetic of an artifact, to be timed beside it; given
+        the text of a known product, it opens that one without a search.
     serving: how applications and servers run its artifacts.
     """
 

@@ -395,5 +395,5 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
     if EAGER in timing.failures:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
-    finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="of synthetic inputs")
+    finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="on synthetic inputs")
     return judged(finding, precision.get(made.sidecar.precision, made.path).limits.cosine, "high")

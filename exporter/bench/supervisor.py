@@ -80,8 +80,9 @@ def _launch(timing: Timing, seed: int, opener: Opener, hang_s: float, goes_on: b
 
 
 def _plan(timing: Timing, seed: int) -> Plan:
-    """The plan of the next process: standing arms, with the products of the peak that the first process chose."""
-    facts = timing.launches[0].facts if timing.launches else {}
+    """The plan of the next process: standing arms, with the products of the peak that the first undisturbed process
+    chose."""
+    facts = next((launch.facts for launch in timing.launches if not is_disturbed(launch)), {})
     arms = (replace(arm, product=facts.get(arm.name, {}).get("product", "")) for arm in timing.standing())
     return replace(timing.plan, arms=tuple(arms), seed=seed)
 

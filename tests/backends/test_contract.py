@@ -10,6 +10,7 @@ import pytest
 from exporter import artifact, backends
 from exporter.backends import Options, TargetOptions, _peak
 from exporter.backends.openvino import OpenVinoOptions
+from exporter.bench import Arm, worker
 from exporter.bench.latency import BenchOptions, bench
 from exporter.data.images import normalise
 from exporter.errors import BadRequest, Unavailable
@@ -150,6 +151,15 @@ def test_it_takes_pixels_as_they_are(name, precision, word, tiny, tmp_path):
 @pytest.mark.parametrize("name", TARGETS)
 def test_its_own_form_is_one_of_the_forms(name, batch, precision):
     assert backends.target(name).form(precision, batch) in FORMS
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_the_product_of_another_process_is_opened_without_a_search(name, artifacts, monkeypatch):
+    monkeypatch.setattr(_peak, "_fastest", lambda *_: pytest.fail("it was searched again"))
+    known = _peak.PRODUCTS[-1]
+    path = str(artifacts[name, "fp32"].path)
+    with worker.open_arm(Arm(name="peak", path=path, runtime="peak", product=str(known))) as product:
+        assert product.facts["product"] == str(known)
 
 
 @pytest.mark.parametrize("hint", ["latency", "throughput"])
