@@ -29,6 +29,7 @@ def examine() -> list[Fact]:
         Fact(mark="·", what="memory", found=f"{machine.memory_gib():.1f} GiB"),
         Fact(mark="·", what="free disk", found=f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"),
         *(_package(tool) for tool in ("torch", "onnx", "onnxscript", "onnxsim", "huggingface_hub")),
+        *(_reference(library) for library in ("timm", "transformers", "torchvision")),
     ]
     runtimes = [backends.runtime(name) for name in backends.runtimes()]
     return [*facts, *map(_runtime, runtimes), *(fact for one in runtimes for fact in _devices(one)), _hub_cache()]
@@ -39,6 +40,17 @@ def _package(tool: str) -> Fact:
     if version is None:
         return Fact(mark="✗", what=tool, found="not installed", remedy=f"pip install {tool}")
     return Fact(mark="✓", what=tool, found=version)
+
+
+def _reference(library: str) -> Fact:
+    """A library for `--reference`, which nothing else needs."""
+    version = backends.installed(library)
+    return Fact(
+        mark="·",
+        what=f"reference {library}",
+        found=version or "not installed",
+        remedy="" if version else f"pip install {library}",
+    )
 
 
 def _runtime(runtime: Runtime[Options]) -> Fact:

@@ -145,6 +145,7 @@ def _compared(network: Network, reference: Reference, options: TraceOptions) -> 
             f"the network is not the reference {reference.name}: its outputs differ by {max(shares):.2g} of their "
             f"scale; {where}; no artifact was written"
         )
+    step(f"equal to {reference.name}: outputs differ by at most {max(shares):.2g} of their scale")
     return answers
 
 

@@ -145,10 +145,11 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Cho
         prefix = to_ours(tensors, choices).prefix
         state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         return _timm(config, loaded, state) if name == "timm" else _torchvision(loaded, state)
+    except ImportError as error:
+        raise _broken(name, error) from None
     except (
         ArithmeticError,
         AttributeError,
-        ImportError,
         LookupError,
         OSError,
         RuntimeError,
@@ -164,7 +165,7 @@ def _of_library(name: str, loaded: weights.Checkpoint, source: str, choices: Cho
 
 def _broken(name: str, error: Exception) -> Unavailable:
     reason = f"{type(error).__name__}: {first_line(error)}"
-    if "torchvision::" in reason:  # compiled operators, which another PyTorch does not load
+    if "torchvision::" in f"{reason} {error.__cause__}":  # compiled operators, which another PyTorch does not load
         return Unavailable(
             f"--reference {name}: it is installed and cannot be imported ({reason}); install the torchvision that was "
             f"built for torch {importlib.metadata.version('torch')}"
