@@ -75,8 +75,8 @@ def bisect(artifact: Artifact, options: KeepOptions) -> Report:
 
 
 def _few_images(artifact: Artifact) -> list[Finding]:
-    """Advice to calibrate on more images, where there were fewer than usual: a range that is too narrow is that of the
-    images, and more of them cost no speed."""
+    """Advice to calibrate on more images, where there were fewer than by default: few images give ranges that are too
+    narrow, and more images do not slow the artifact."""
     sidecar, quantization = artifact.sidecar, artifact.sidecar.quantization
     if quantization is None:
         return []
@@ -84,7 +84,7 @@ def _few_images(artifact: Artifact) -> list[Finding]:
     if quantization.images >= usual:
         return []
     images = quantization.images
-    detail = f"first calibrate on more images (--calib): it has the ranges of {images}, and {usual} are usual"
+    detail = f"first calibrate on more images (--calib, --calib-size): {images} were used, the default is {usual}"
     return [Finding(check="bisect", metric="few_images", value=images, unit="images", detail=detail)]
 
 

@@ -171,7 +171,7 @@ def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -
     low, high = sorted(percent(flip * end) for end in (change.found.low, change.found.high))
     detail = (
         f"{_verdict(change, regressed, unsure)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
-        f"{len(change.effects)} launches; the base differs from itself by up to {percent(change.floor):.1f} %; "
+        f"{len(change.effects)} processes; the base differs from itself by up to {percent(change.floor):.1f} %; "
         f"a change of {percent(change.detectable()):.1f} % would have been detected"
     )
     return Finding(

@@ -19,7 +19,7 @@ from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import usual_size
 from exporter.data.samples import is_synthetic
 from exporter.errors import ExporterError, first_line
-from exporter.progress import step
+from exporter.progress import note, step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
 from exporter.verify import record_quality
@@ -38,8 +38,8 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
     Returns: the artifact, and its report, which passes where the budget and the limits of the precision hold. If no
         candidate passes, the artifact is the one that loses least.
 
-    Raises: CheckFailed where it would be slower on this machine (`probe`); other ExporterErrors. Nothing changed on
-        disk then.
+    Raises: CheckFailed where it would be slower on this machine (`probe`); other ExporterErrors. Nothing is written
+        before the search has ended.
     """
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
@@ -55,7 +55,11 @@ def build(job: Job, build_recipe: Build, opener: Opener) -> tuple[Artifact, Repo
         artifact = work.make(result.best.kept, job.out)
         record_quality(artifact, result.best.report)  # an interrupt of the timing leaves the artifact
         step(f"{artifact.path} is written")
-        timed = speed.time(work, result, baseline, folder, opener)
+        try:
+            timed = speed.time(work, result, baseline, folder, opener)
+        except KeyboardInterrupt:
+            note(f"{artifact.path} is complete; convnext-export bench times it")
+            raise
         speeds = speed.findings(timed, result, layers)
         static = job.target.findings(artifact, baseline) if job.target.findings is not None else []
     return artifact, _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])

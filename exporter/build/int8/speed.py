@@ -120,7 +120,7 @@ def findings(timed: Timed | str, search: Search, layers: Sequence[Layer]) -> lis
     over_eager, noise = timed.ratio(best.artifact, latency.EAGER), timed.noise(best.artifact, latency.EAGER)
     eager = Finding(
         check=check, metric="int8_speedup", value=over_eager[0], unit="×", low=over_eager[1], high=over_eager[2],
-        detail=NO_VERDICT if timed.timing.disturbances() else "the same run", noise=noise, setting=setting,
+        detail=NO_VERDICT if timed.timing.disturbances() else "timed in the same run", noise=noise, setting=setting,
     )  # fmt: skip
     return [speedup, eager, *_tried(timed, search), *_kept(timed, search), *sensitivities(search)]
 

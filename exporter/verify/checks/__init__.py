@@ -140,7 +140,7 @@ def agreement(finding: Finding, options: Checks, default_pct: float, has_labels:
 
     why_passes = ""
     if has_labels and skip_warning and not options.when_unsure:  # their own check says how many images are needed
-        why_passes = "the limit is within the interval, and the loss on the labels is judged"
+        why_passes = "not decided by these images; the loss of accuracy is judged instead"
     return budgets.judged(finding, budget, count, interval_of, why_passes)
 
 
