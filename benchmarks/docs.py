@@ -15,6 +15,7 @@ import msgspec
 
 from benchmarks import (
     agreement,
+    chaos,
     checkpoints,
     coverage,
     cuda_forms,
@@ -136,6 +137,7 @@ def tables() -> dict[str, str]:
     ]
     cases = peers.load(TURIN / "peers")
     typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
+    disturbed = msgspec.json.decode((GENOA / "chaos.json").read_bytes(), type=chaos.Result)
     scaled = msgspec.json.decode((MILAN / "scale.json").read_bytes(), type=scale.Result)
     raced = _race()
     by_size = _sizes()
@@ -155,6 +157,7 @@ def tables() -> dict[str, str]:
         "profile": profile.table(profiled) + machine(profiled.environment),
         "predict": predicted.table() + machine(predicted.environment),
         "scale": scaled.table(),
+        "chaos": disturbed.table() + machine(disturbed.environment),
         "scale-driver": scaled.driver_table() + machine(scaled.environment),
         "serving": answered.table() + machine(answered.environment),
         "segmentation": "\n".join(one.table() + machine(one.environment) for one in segmented),
