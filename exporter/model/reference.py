@@ -167,8 +167,8 @@ def _broken(name: str, error: Exception) -> Unavailable:
     reason = f"{type(error).__name__}: {first_line(error)}"
     if "torchvision::" in f"{reason} {error.__cause__}":  # compiled operators, which another PyTorch does not load
         return Unavailable(
-            f"--reference {name}: it is installed and cannot be imported ({reason}); install the torchvision that was "
-            f"built for torch {importlib.metadata.version('torch')}"
+            f"--reference {name}: the installed torchvision was built for another torch ({reason}); install the one "
+            f"for torch {importlib.metadata.version('torch')}"
         )
     return Unavailable(f"--reference {name}: it is installed and cannot be imported ({reason}); install it again")
 

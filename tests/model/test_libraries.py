@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import libraries
 from exporter.artifact.sidecar import OutputSpec
-from exporter.errors import BadRequest
-from exporter.model import weights
+from exporter.errors import BadRequest, Unavailable
+from exporter.model import reference, weights
 from tests.reference import library
 
 for name in ("torchvision", "timm", "transformers"):
@@ -464,3 +464,19 @@ def test_a_note_names_the_whole_module_of_a_head_without_a_usual_name():
     layers = torch.nn.BatchNorm1d(64), torch.nn.Dropout(), torch.nn.Linear(64, 5)
     whole = torch.nn.Sequential(libraries.timm_model(num_classes=0), torch.nn.Sequential(*layers))
     assert any("--head 1 takes one" in note for note in fit(whole.state_dict(), {}, Choices()).notes)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("operator torchvision::nms does not exist", "the installed torchvision was built for another torch"),
+        ("bad interpreter", "it is installed and cannot be imported"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_named_with_its_remedy(reason, said, monkeypatch):
+    def fail(name):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(reference.importlib, "import_module", fail)
+    with pytest.raises(Unavailable, match=said):
+        reference.load("timm", weights.load("random:0", "atto"), "random:0")
