@@ -341,8 +341,8 @@ def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None
     else:
         labelled = [(file, -1) for file in images_in(path, split)]
     if not labelled:
-        kinds = some(sorted(images.SUFFIXES)).replace(" more", " more kinds")
-        raise BadRequest(f"{path}: no images in it; expected a sub-folder per class with image files ({kinds})")
+        kinds = some(sorted(images.SUFFIXES))
+        raise BadRequest(f"{path}: no images in it; expected a sub-folder per class with images ({kinds})")
     return labelled
 
 
