@@ -122,7 +122,7 @@ def _note_accuracy(base: dict[str, Any], head: dict[str, Any], limits: Sequence[
     Args:
         base, head: the facts of both artifacts.
         limits: of the comparison.
-        images: how labelled images come into it.
+        images: the words that say how labelled images are given.
     """
     differing = [name for name, fact in FACTS.items() if fact(base) != fact(head)]
     if not differing or any(METRICS[limit.metric].kind == "answers" for limit in limits):

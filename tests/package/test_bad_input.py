@@ -60,11 +60,11 @@ def test_bad_input_is_one_line(words, message, artifacts, tmp_path, monkeypatch,
 
 def test_an_artifact_that_failed_its_verification_is_packaged_with_a_note(artifacts, tmp_path, run):
     (tmp_path / "a").mkdir()
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "a")
-    words = ("package", made.path, "--for", "python", "-o")
+    artifact = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "a")
+    words = ("package", artifact.path, "--for", "python", "-o")
     assert run(*words, tmp_path / "first").code == 0
     assert "| verified | not yet |" in (tmp_path / "first" / "README.md").read_text()
-    update_quality(made, {"data": "val", "passed": "no", "reference": "mine:model", "top1": 58.4})
+    update_quality(artifact, {"data": "val", "passed": "no", "reference": "mine:model", "top1": 58.4})
     second = run(*words, tmp_path / "second")
     says = "failed on val, compared with mine:model, top-1 58.40 %"
     assert (second.code, f"its last verification {says}" in " ".join(second.err.split())) == (0, True)

@@ -91,14 +91,14 @@ def test_there_is_no_answer_where_artifacts_cannot_be_compared(reports):
 
 
 def verified(name, images="a", **words):
-    made = report(name, **words)
+    timed = report(name, **words)
     counted = Finding(check="data", metric="images", value=64, detail=f"64 of {images}")
     right = Finding(check="accuracy", metric="top1", value=90.0)
-    return replace(made, findings=(*made.findings, counted, right), recipe={"verify": {"images": images}})
+    return replace(timed, findings=(*timed.findings, counted, right), recipe={"verify": {"images": images}})
 
 
-def without_accuracy(made):
-    return replace(made, findings=tuple(f for f in made.findings if f.metric != "top1"))
+def without_accuracy(of):
+    return replace(of, findings=tuple(f for f in of.findings if f.metric != "top1"))
 
 
 NONE = "No artifact is recommended: "

@@ -149,12 +149,12 @@ def test_the_users_own_module_is_not_stored(artifacts, tiny, photos, cache, comp
     assert computed == 2 * BATCHES
     assert not cache.exists()
     (tmp_path / "copied").mkdir()
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "copied")
-    said = type_command("verify", made.path, "--data", photos, "--reference", "users_model:model").out
+    copied = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path / "copied")
+    said = type_command("verify", copied.path, "--data", photos, "--reference", "users_model:model").out
     assert "passed, compared with users_model:model" in said
-    assert "reference users_model:model" in " ".join(type_command("inspect", made.path).out.split())
-    type_command("verify", made.path, "--data", photos)
-    assert "users_model" not in type_command("inspect", made.path).out
+    assert "reference users_model:model" in " ".join(type_command("inspect", copied.path).out.split())
+    type_command("verify", copied.path, "--data", photos)
+    assert "users_model" not in type_command("inspect", copied.path).out
 
 
 @pytest.mark.slow

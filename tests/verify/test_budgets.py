@@ -103,9 +103,9 @@ def test_agreement_on_synthetic_images_warns_of_nothing(subject):
 
 def test_of_labelled_images_only_the_loss_says_how_many_are_needed(subject):
     eager = np.tile(np.eye(10, dtype=np.float32), (10, 1))
-    found = measure(subject, eager, eager.copy(), labels=eager.argmax(1), options=Checks(**LOOSE), batch=100)
-    assert "are needed" in found["top1_drop"].detail
-    assert found["top1_agreement"].detail == (
+    findings = measure(subject, eager, eager.copy(), labels=eager.argmax(1), options=Checks(**LOOSE), batch=100)
+    assert "are needed" in findings["top1_drop"].detail
+    assert findings["top1_agreement"].detail == (
         "100 of 100 images; not decided by these images; the loss of accuracy is judged instead"
     )
     own = measure(

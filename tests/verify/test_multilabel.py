@@ -430,10 +430,9 @@ def test_a_healthy_artifact_passes_and_a_corrupted_one_fails(artifacts, scans, t
 
 
 def test_the_program_verifies_compares_and_reports_a_multilabel_head(onnx_copy, scans, run, tmp_path):
-    made = onnx_copy
-    bad = corrupted(made, tmp_path / "bad")
+    bad = corrupted(onnx_copy, tmp_path / "bad")
     files = [tmp_path / "good.report.json", tmp_path / "bad.report.json"]
-    for artifact, file, code in zip((made, bad), files, (0, 5), strict=True):
+    for artifact, file, code in zip((onnx_copy, bad), files, (0, 5), strict=True):
         words = ("verify", artifact.path, "--data", scans, "--outputs", "multilabel", "--threshold", 0.4)
         done = run(*words, "-o", file)
         assert done.code == code, done.err
@@ -452,8 +451,8 @@ def test_the_program_verifies_compares_and_reports_a_multilabel_head(onnx_copy, 
     assert 0 < found.low < drop < found.high
     assert run("compare", files[0], files[0], "--fail-on", "map_drop:0", "-o", tmp_path / "c.json").code == 0
     both = ("--fail-on", "map_drop:1", "--data", scans, "-o", tmp_path / "c.json")
-    assert run("compare", made.path, bad.path, *both).code == 6
-    kept = artifact_files.read_sidecar(made.path).quality
+    assert run("compare", onnx_copy.path, bad.path, *both).code == 6
+    kept = artifact_files.read_sidecar(onnx_copy.path).quality
     assert kept["map"] == pytest.approx(loaded.value("map"))
 
 
