@@ -97,12 +97,12 @@ class CalibrationSet:
         show no loss of accuracy, only errors of outputs, for which `COMPARED` are enough."""
         return self.compared.first(COMPARED) if self.synthetic else self.compared
 
-    def batches(self, size: int, skip: int = 0) -> Iterator[Batch]:
-        """All images after the first `skip`, in batches.
+    def batches(self, size: int, first: int = 0, last: int | None = None) -> Iterator[Batch]:
+        """The images from number `first` up to `last`, which is left out, in batches.
 
         Raises: BadRequest for an image that cannot be read: ranges must be those of the whole set.
         """
-        part = self.samples.after(skip)
+        part = self.samples.between(first, self.total if last is None else last)
         yield from part.batches(size)
         if part.skipped:
             raise BadRequest(f"{self.source}: cannot calibrate with {some(part.skipped)}; leave out or replace them")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ VERSION = 4
 USUAL = frozenset({"pwconv1", "pwconv2", "downsampling", "decoder"})
 """The kinds that are always measured, so that one calibration serves runtimes that quantize different layers."""
 See = Callable[[str, torch.Tensor, int], None]
+Pass = Literal["extremes", "histogram"]
 
 
 @dataclass
@@ -96,9 +97,45 @@ class Statistics:
             kept[kind.name] = values if kind.name == "images" else {k: v for k, v in values.items() if k in names}
         return Statistics(**kept)
 
-    def done(self, which: str) -> int:
+    def done(self, which: Pass) -> int:
         """The number of images that a pass has counted."""
         return int(self.images.get(which, 0))
+
+    def add(self, other: Statistics) -> None:
+        """Add the statistics of other images. Only the last bits of `total` depend on the order of additions."""
+        _merge(self.low, other.low, np.minimum)
+        _merge(self.high, other.high, np.maximum)
+        for mine, others in (
+            (self.total, other.total),
+            (self.count, other.count),
+            (self.histogram, other.histogram),
+            (self.images, other.images),
+        ):
+            _merge(mine, others, np.add)
+        self.sides |= other.sides
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by kind and layer, as `of_arrays` takes them."""
+        kinds = [kind.name for kind in dataclasses.fields(self)]
+        return {f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(self, kind).items()}
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Statistics:
+        """The statistics of which these are the `arrays`."""
+        statistics = Statistics()
+        for key, array in arrays.items():
+            kind, _, name = key.partition("|")
+            getattr(statistics, kind)[name] = array
+        return statistics
+
+
+Measure = Callable[[Pass, Statistics], Iterator[Statistics]]
+"""Returns the statistics of each batch of images that a pass has not counted yet, in the order of the images."""
+
+
+def _merge(mine: dict[str, NDArray[Any]], others: Mapping[str, NDArray[Any]], how: np.ufunc) -> None:
+    for name, array in others.items():
+        mine[name] = how(mine[name], array) if name in mine else array
 
 
 def _output_side(conv: torch.nn.Conv2d, axis: int, side: int) -> int:
@@ -116,6 +153,7 @@ def collect(
     images: CalibrationSet,
     about: Mapping[str, Any],
     histogram: bool = True,
+    measure: Measure | None = None,
 ) -> Statistics:
     """The statistics of a network's layers, from the cache or measured in fp64 (`in_double`); `histogram` is {} in them
     unless it is asked for.
@@ -127,11 +165,11 @@ def collect(
         images: the calibration set.
         about: every fact beside these that the numbers depend on.
         histogram: whether histograms are needed; they take a second pass over the images.
+        measure: runs the network elsewhere; by default it runs in this process.
 
     Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
     """
-    watched = layers(model, kinds | USUAL)
-    measured = sorted({found for name in watched if (found := structure.kind(name))})
+    measured = sorted({found for name in layers(model, kinds | USUAL) if (found := structure.kind(name))})
     facts = {**about, "kinds": measured, "alpha": alpha, "images": images.digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
@@ -140,13 +178,52 @@ def collect(
         note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
         step(f"calibrating on {images.total} images of {images.source}")
-    with watching(watched, partial(_extremes, statistics)):
-        _pass(model, images, statistics, "extremes", store)
+    if measure is None:
+
+        def measure(which: Pass, statistics: Statistics) -> Iterator[Statistics]:
+            return of_batches(model, kinds, images, which, statistics, statistics.done(which))
+
+    _pass(measure, images, statistics, "extremes", store)
     statistics.factor = factors(model, statistics.largest(), alpha)
     if histogram:
-        with watching(watched, partial(_histogram, statistics)):
-            _pass(model, images, statistics, "histogram", store)
+        _pass(measure, images, statistics, "histogram", store)
     return statistics.of(layers(model, kinds))
+
+
+def batch_size(model: ConvNeXt) -> int:
+    """How many images a batch of the statistics has."""
+    return some_of(model, BATCH)
+
+
+def of_batches(
+    model: ConvNeXt,
+    kinds: frozenset[str],
+    images: CalibrationSet,
+    which: Pass,
+    scaled: Statistics,
+    first: int = 0,
+    last: int | None = None,
+) -> Iterator[Statistics]:
+    """The statistics of each batch of images.
+
+    Args:
+        model, kinds: as for `collect`.
+        images: the whole set.
+        which: extremes, or histograms.
+        scaled: for histograms, the extremes of all images with their factors.
+        first: the number of the first image.
+        last: the number of the image after the last; None for all.
+
+    Raises: as `collect` does.
+    """
+    watched = layers(model, kinds | USUAL)
+    with in_double(model):
+        for batch in images.batches(batch_size(model), first, last):
+            part = Statistics(images={which: np.asarray(len(batch.names))})
+            see = partial(_extremes, part) if which == "extremes" else partial(_histogram, part, scaled)
+            with watching(watched, see), torch.inference_mode():
+                model(torch.from_numpy(batch.images).double())
+            yield part
 
 
 @contextmanager
@@ -211,8 +288,8 @@ def _add_taps(padded: torch.Tensor, taps: torch.Tensor, total: torch.Tensor) -> 
             total.addcmul_(padded[:, i : i + height, j : j + width], taps[i, j])
 
 
-def _pass(model: ConvNeXt, images: CalibrationSet, statistics: Statistics, which: str, store: Store) -> None:
-    """Run the images that this pass has not counted yet, and save the statistics from time to time.
+def _pass(measure: Measure, images: CalibrationSet, statistics: Statistics, which: Pass, store: Store) -> None:
+    """Add the images that this pass has not counted yet, and save the statistics from time to time.
 
     They are saved between batches only, so that no image is counted twice.
     """
@@ -220,14 +297,11 @@ def _pass(model: ConvNeXt, images: CalibrationSet, statistics: Statistics, which
     if not left:
         return
     saved = time.monotonic()
-    batches = images.batches(some_of(model, BATCH), statistics.done(which))
-    with in_double(model), torch.inference_mode():
-        for batch in track(batches, left, which, lambda batch: len(batch.names)):
-            model(torch.from_numpy(batch.images).double())
-            statistics.images[which] = np.asarray(statistics.done(which) + len(batch.names))
-            if time.monotonic() - saved > SAVE_S:
-                store.write(statistics)
-                saved = time.monotonic()
+    for part in track(measure(which, statistics), left, which, lambda part: part.done(which)):
+        statistics.add(part)
+        if time.monotonic() - saved > SAVE_S:
+            store.write(statistics)
+            saved = time.monotonic()
     store.write(statistics)
 
 
@@ -254,28 +328,24 @@ def _extremes(statistics: Statistics, name: str, x: torch.Tensor, axis: int) -> 
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantized; verify its fp32 export")
     total = x.sum(others, dtype=torch.float64).numpy()
-    before = name in statistics.low
-    statistics.low[name] = np.minimum(statistics.low[name], low) if before else low
-    statistics.high[name] = np.maximum(statistics.high[name], high) if before else high
-    statistics.total[name] = statistics.total[name] + total if before else total
-    if x.ndim == 4:
-        statistics.sides[name] = np.asarray([x.shape[other] for other in others[1:]])
-    statistics.count[name] = statistics.count.get(name, np.asarray(0)) + x.numel() // x.shape[axis]
+    sides = {name: np.asarray([x.shape[other] for other in others[1:]])} if x.ndim == 4 else {}
+    count = np.asarray(x.numel() // x.shape[axis])
+    statistics.add(Statistics({name: low}, {name: high}, {name: total}, {name: count}, sides=sides))
 
 
-def _histogram(statistics: Statistics, name: str, x: torch.Tensor, axis: int) -> None:
-    low, high = statistics.range(name)
+def _histogram(statistics: Statistics, scaled: Statistics, name: str, x: torch.Tensor, axis: int) -> None:
+    low, high = scaled.range(name)
     counts = np.zeros(BINS)
     if high > low:
         bins_each = BINS / (high - low)
         scale = torch.full((x.shape[axis],), bins_each, dtype=torch.float64)
-        if name in statistics.factor:
-            scale /= torch.from_numpy(statistics.factor[name])
+        if name in scaled.factor:
+            scale /= torch.from_numpy(scaled.factor[name])
         scale = scale.view(-1, *[1] * (x.ndim - 1 - axis))
         for part in torch.split(x, max(1, COUNTED * len(x) // x.numel())):
             bins = (part * scale).sub_(low * bins_each).clamp_(0, BINS - 1).to(torch.int32)
             counts += torch.bincount(bins.flatten(), minlength=BINS).numpy()
-    statistics.histogram[name] = statistics.histogram.get(name, np.zeros(BINS)) + counts
+    statistics.add(Statistics(histogram={name: counts}))
 
 
 class Store:
@@ -288,24 +358,8 @@ class Store:
 
     def read(self) -> Statistics:
         """The cached statistics; empty when the file is damaged or has another key."""
-        statistics = Statistics()
-        for key, array in sealed.read(self.path, self.facts, "the statistics are measured again").items():
-            kind, _, name = key.partition("|")
-            getattr(statistics, kind)[name] = array
-        return statistics
+        return Statistics.of_arrays(sealed.read(self.path, self.facts, "the statistics are measured again"))
 
     def write(self, statistics: Statistics) -> None:
         """Write the statistics to the cache; an error is ignored, because the cache is optional."""
-        kinds = (
-            "low",
-            "high",
-            "total",
-            "count",
-            "sides",
-            "histogram",
-            "images",
-        )  # factors are derived from low and high
-        arrays = {
-            f"{kind}|{name}": np.asarray(array) for kind in kinds for name, array in getattr(statistics, kind).items()
-        }
-        sealed.write(self.path, self.facts, arrays)
+        sealed.write(self.path, self.facts, statistics.arrays())

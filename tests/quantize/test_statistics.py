@@ -103,7 +103,7 @@ def test_counts_go_beyond_what_float32_can_count():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        statistics._histogram(found, "layer", values, 1)
+        statistics._histogram(found, found, "layer", values, 1)
     finally:
         torch.set_num_threads(threads)
     assert found.histogram["layer"].sum() == 2**24 + 5
