@@ -359,13 +359,13 @@ def versions() -> dict[str, str]:
     return machine.versions(distributions())
 
 
-def computing_versions(artifact: Artifact) -> dict[str, str]:
-    """The versions of what determines the answers of an artifact: this tool, its runtime, and what reads images."""
-    names = ("convnext-export", "torch", "numpy", "pillow", *runtime_of(artifact).distributions)
+def computing_versions(artifact: Artifact | None) -> dict[str, str]:
+    """The versions of what determines the answers of an artifact, or of PyTorch (None), and of what reads images."""
+    names = ("convnext-export", "torch", "numpy", "pillow", *(runtime_of(artifact).distributions if artifact else ()))
     return {name: version for name in names if (version := installed(name)) is not None}
 
 
-def refuse_other_versions(versions: Mapping[str, str], artifact: Artifact) -> None:
+def refuse_other_versions(versions: Mapping[str, str], artifact: Artifact | None) -> None:
     """Raises: BadRequest where this process has other versions than these of `computing_versions`."""
     here = computing_versions(artifact)
     for name, version in versions.items():

@@ -25,6 +25,11 @@ JUDGED, TIMED = ("outputs", "threshold", "reduce_zero_label", "when_unsure"), ("
 """The fields of checks that int8's search needs, and those of `bench` with which it is timed."""
 NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)
+ON = click.option(
+    "--on", metavar="ray[://HOST:PORT]",
+    help="int8: run the calibration images, and verify on --data, on a Ray cluster: one of its own on this machine, or "
+    "the one at this address.",
+)  # fmt: skip
 OUTPUT = (
     click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
                  show_default=True, help="Folder for the artifact."),
@@ -50,7 +55,7 @@ def command(name: str) -> click.Command:
         skip = () if len(scopes) > 1 else ("int8_scope",)
         groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix="int8: "))
         groups.append(options_of(Checks, skip=NO_CHECKS, prefix="int8: "))
-        groups.append(options_of(Bench, skip=NO_TIMING, prefix="int8: "))
+        groups.append([*options_of(Bench, skip=NO_TIMING, prefix="int8: "), ON])
     groups += [
         options_of(target.options),
         options_of(Model),
@@ -86,7 +91,7 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     from exporter.recipe import file
 
     as_json, out, save, dry_run = (values.pop(key) for key in ("as_json", "out", "save_config", "dry_run"))
-    force = values.pop("force")
+    force, on = values.pop("force"), values.pop("on", None)
     if out.suffix == target.suffix and not out.is_dir():
         raise BadRequest(f"-o {out}: expected a folder; the file in it is named after network and precision")
     recipe = _recipe(name, target, _precision(flags, values.pop("precision")), values)
@@ -107,8 +112,18 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
             print_json({"recipe": recipe})
         return
     with drawing(), artifact.forced(force):
-        built = build.build(recipe, out)
+        built = _built(recipe, out, on)
     _show(built, as_json)
+
+
+def _built(recipe: Recipe, out: Path, on: str | None) -> Built:
+    from exporter import build
+
+    if on is None:
+        return build.build(recipe, out)
+    from exporter.run import distributed
+
+    return distributed.build(recipe, out, on)
 
 
 def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> Recipe:
@@ -145,7 +160,7 @@ def _refuse_calibration() -> None:
     """Options of int8 would be ignored without it."""
 
     context = click.get_current_context()
-    names = {**fields_of(Quantization), **dict.fromkeys(JUDGED + TIMED)}
+    names = {**fields_of(Quantization), **dict.fromkeys((*JUDGED, *TIMED, "on"))}
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
         if param.name in names and source is click.core.ParameterSource.COMMANDLINE:

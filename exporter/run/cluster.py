@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact, sidecar_path
+from exporter.build.int8.calibration import Calibration
 from exporter.errors import BadRequest, Unavailable, first_line, some
 from exporter.predict import Ranges
 from exporter.progress import step
@@ -33,6 +34,9 @@ AHEAD = 4  # tasks that wait in the cluster, for each one that can run
 STORE_BYTES = 256 << 20
 CONNECT_S = 5.0
 WAIT_S = 1.0  # so that Ctrl-C is not late
+CONTINUE = "run the same command again"
+LOST = {Schedule: ("shard", CONTINUE), Ranges: ("range", "add --resume"), Calibration: ("batch", CONTINUE)}
+"""What a lost task of a schedule is called, and how its other tasks are kept."""
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Of the clusters that this tool starts: no usage reports, and workers get as much of a core as other processes."""
 
@@ -187,7 +191,7 @@ class Cluster:
         """
         need = self.within(need)
         submit = partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
-        return self._results(submit, deque(numbers), need, in_order)
+        return self._results(submit, deque(numbers), need, in_order, *LOST[type(job.schedule)])
 
     def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
@@ -215,7 +219,7 @@ class Cluster:
         )
 
     def _results(
-        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool
+        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool, what: str, again: str
     ) -> Iterator[tuple[int, bytes]]:
         window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
         running, done, order = dict[Any, int](), dict[int, bytes](), deque(waiting)
@@ -242,7 +246,6 @@ class Cluster:
                 break
         if lost:
             reason = next(iter(lost.values()))
-            what, again = ("range", "add --resume") if in_order else ("shard", "run the same command again")
             raise Unavailable(
                 f"the workers of {what} {some(map(str, lost))} were lost {TRIES} times ({reason}). What others did is "
                 f"stored. If memory ran out, use machines with more, or fewer threads; then {again}"
@@ -296,6 +299,12 @@ def job_of(artifact: Artifact, schedule: Schedule | Ranges) -> Job:
     files = tuple((path.name, artifacts.sha256_file(path)) for path in paths_of(artifact))
     key = hashlib.sha256(repr((schedule, files)).encode("utf-8", "surrogateescape")).hexdigest()
     return Job(schedule=schedule, artifact=artifact.path.resolve(), files=files, key=key)
+
+
+def calibration_job(calibration: Calibration, scaled: bytes) -> Job:
+    """The job of a pass over calibration images that needs these statistics."""
+    key = hashlib.sha256(repr(calibration).encode("utf-8", "surrogateescape") + scaled).hexdigest()
+    return Job(schedule=calibration, artifact=Path(), files=(), key=key)
 
 
 def need_of(artifact: Artifact, device: str | None, threads: int | None) -> Need:

@@ -1,4 +1,4 @@
-"""Commands whose work is spread over a Ray cluster: `verify`, `predict` and `run`."""
+"""Commands whose work is spread over a Ray cluster: `verify`, `predict`, `run`, and builds in int8."""
 
 from __future__ import annotations
 
@@ -6,25 +6,41 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from exporter import backends
+from exporter import backends, machine
+from exporter import build as builds
 from exporter import predict as predictions
 from exporter.artifact import Artifact
+from exporter.build import Built
+from exporter.build.int8.calibration import Calibration, decode, encode
 from exporter.errors import BadRequest, ExporterError
 from exporter.model import variants
 from exporter.model.sources import is_random
 from exporter.predict import PredictOptions, Summary, writers
 from exporter.predict.store import Chunk
 from exporter.progress import step, track
-from exporter.recipe import Model
+from exporter.recipe import Model, Recipe
 from exporter.report import Report
 from exporter.run import Outcome, RecipeRun, spread, tasks
-from exporter.run.cluster import Cluster, Need, check_address, connected, job_of, need_of, paths_of
+from exporter.run.cluster import (
+    Cluster,
+    Need,
+    calibration_job,
+    check_address,
+    connected,
+    job_of,
+    need_of,
+    paths_of,
+)
 from exporter.verify import VerifyOptions, shards
+
+if TYPE_CHECKING:
+    from exporter.quantize.statistics import Statistics
 
 BUILD_BYTES = 800 << 20  # of a build, beside four times the weights
 
@@ -69,17 +85,64 @@ def _shards_of(out: Path) -> Path:
 
 
 def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
-    if not missing:
-        return
+    if missing:
+        with connected(address, _bytes(artifact)) as cluster:
+            _measure_on(cluster, folder, artifact, missing)
+
+
+def _measure_on(cluster: Cluster, folder: spread.Folder, artifact: Artifact, missing: Sequence[int]) -> None:
     schedule = folder.schedule
     job, need = job_of(artifact, schedule), need_of(artifact, schedule.options.device, schedule.options.threads)
-    with connected(address, _bytes(artifact)) as cluster:
-        references = cluster.sent(artifact)
-        cluster.check(job, references)
-        step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {schedule.size} images")
-        results = cluster.results(job, references, missing, need)
-        for number, content in track(results, len(missing), "shards", lambda _: 1):
-            folder.store(number, content)
+    references = cluster.sent(artifact)
+    cluster.check(job, references)
+    step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {schedule.size} images")
+    results = cluster.results(job, references, missing, need)
+    for number, content in track(results, len(missing), "shards", lambda _: 1):
+        folder.store(number, content)
+
+
+def build(recipe: Recipe, out: Path, address: str) -> Built:
+    """Build in int8. A cluster runs the calibration images and verifies the candidates on `quantization.data`; the rest
+    of the build is computed, and the artifact is timed, by this process.
+
+    The artifact has the bytes of `exporter.build.build` on one machine. What was measured on calibration images is
+    cached, so that the same command continues.
+
+    Args:
+        recipe, out: as for `exporter.build.build`.
+        address: of the cluster.
+
+    Raises: as `exporter.build.build`, `connected` and `Cluster.results` do.
+    """
+    check_address(address)
+    builds.check(recipe)
+    with connected(address, 2 * _weight_bytes(recipe.model)) as cluster:
+        return builds.build(recipe, out, spread=_Spread(cluster, recipe))
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A cluster that computes parts of a build."""
+
+    cluster: Cluster
+    recipe: Recipe
+
+    def statistics(self, calibration: Calibration, scaled: Statistics, done: int) -> Iterator[Statistics]:
+        """The statistics of each batch after the first `done` images, in order."""
+        content = encode(scaled)
+        job, reference = calibration_job(calibration, content), self.cluster.ray.put(content)
+        memory = BUILD_BYTES + 4 * _weight_bytes(self.recipe.model)  # fp32 and fp64 are three times the weights
+        need = Need(cpus=machine.default_threads(), memory=memory)
+        self.cluster.check(job, [reference])
+        results = self.cluster.results(job, [reference], calibration.numbers(done), need, in_order=True)
+        return (decode(part) for _, part in results)
+
+    def verify(self, artifact: Artifact, options: VerifyOptions) -> Report:
+        """The report of `exporter.verify.verify`."""
+        schedule = shards.schedule(artifact, options)
+        folder = spread.create(_shards_of(artifact.path), schedule)
+        _measure_on(self.cluster, folder, artifact, folder.missing())
+        return folder.merged(artifact)
 
 
 def predict(

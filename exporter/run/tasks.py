@@ -1,4 +1,5 @@
-"""Work that the processes of a Ray cluster do: shards of a verification, ranges of predictions, recipes.
+"""Work that the processes of a Ray cluster do: shards of a verification, ranges of predictions, batches of a
+calibration, recipes.
 
 A process opens its models once, and keeps them for all tasks of a job. An error that the user can fix is a result, with
 its exit code, so that no task is tried again because of it.
@@ -18,6 +19,8 @@ import msgspec
 from exporter import __version__, predict, run
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk
+from exporter.build.int8 import calibration
+from exporter.build.int8.calibration import Calibration
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.predict import Ranges
 from exporter.run import Outcome, RecipeRun
@@ -33,12 +36,13 @@ COPIES = 8
 class Job:
     """What all tasks of a job have in common.
 
-    schedule: of the shards or ranges. artifact: its path. files: the name and SHA-256 of each of its files and of its
-    sidecar. key: identifies the job. folder: the working folder. threads: `OMP_NUM_THREADS` of the process that began
-    the job, "" where it is not set; Ray sets another one. version: of this tool.
+    schedule: of the shards, ranges or batches. artifact: its path. files: the name and SHA-256 of each of its files and
+    of its sidecar; none for a calibration. key: identifies the job. folder: the working folder. threads:
+    `OMP_NUM_THREADS` of the process that began the job, "" where it is not set; Ray sets another one. version: of this
+    tool.
     """
 
-    schedule: Schedule | Ranges
+    schedule: Schedule | Ranges | Calibration
     artifact: Path
     files: tuple[tuple[str, str], ...]
     key: str
@@ -65,15 +69,16 @@ def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result
 
     Args:
         job: its models are opened, unless this process has them open.
-        contents: functions that return the files of the artifact, for a machine that does not have them.
-        number: of the shard or range.
+        contents: functions that return the files of the artifact, for a machine that does not have them; or, for a
+            calibration, the statistics that it needs.
+        number: of the shard, range or batch.
     """
     try:
         if job.key not in _OPENED:
             _close()
             _enter(job)
             stack = ExitStack()
-            _OPENED[job.key] = stack, stack.enter_context(_opened(job, _artifact(job, contents)))
+            _OPENED[job.key] = stack, stack.enter_context(_opened(job, contents))
         return Result(_OPENED[job.key][1](number))
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
@@ -87,11 +92,12 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
         if job.version != __version__:
             raise BadRequest(f"convnext-export {__version__}, but the job is of {job.version}; install that version")
         _enter(job)
-        artifact = _artifact(job, contents)
-        if isinstance(job.schedule, Schedule):
-            shards.refuse_others(job.schedule, artifact)
+        if isinstance(job.schedule, Calibration):
+            calibration.refuse_others(job.schedule)
+        elif isinstance(job.schedule, Schedule):
+            shards.refuse_others(job.schedule, _artifact(job, contents))
         else:
-            predict.refuse_others(job.schedule, artifact)
+            predict.refuse_others(job.schedule, _artifact(job, contents))
         return Result()
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
@@ -127,13 +133,16 @@ def _enter(job: Job) -> None:
 
 
 @contextmanager
-def _opened(job: Job, artifact: Artifact) -> Iterator[Task]:
+def _opened(job: Job, contents: Sequence[Callable[[], bytes]]) -> Iterator[Task]:
     """The function that does a task by its number, with the models of a job open."""
-    if isinstance(job.schedule, Schedule):
-        with shards.open_worker(job.schedule, artifact) as worker:
+    if isinstance(job.schedule, Calibration):
+        measure = calibration.open_batches(job.schedule, calibration.decode(contents[0]()))
+        yield lambda number: calibration.encode(measure(number))
+    elif isinstance(job.schedule, Schedule):
+        with shards.open_worker(job.schedule, _artifact(job, contents)) as worker:
             yield lambda number: shards.encode(worker.measure(number))
     else:
-        with predict.open_ranges(job.schedule, artifact) as chunks:
+        with predict.open_ranges(job.schedule, _artifact(job, contents)) as chunks:
             yield lambda number: msgspec.msgpack.encode(list(chunks(number)))
 
 

@@ -23,9 +23,9 @@ from exporter.machine import Conditions
 from exporter.precision import PRECISIONS
 from exporter.report import Finding, Report, tables
 from exporter.verify import VerifyOptions, verify
-from tests.conftest import PX, ROOT, recipe_of, snapshot, write_tiny
+from tests.build.networks import FRAGILE, write_fragile, write_labelled
+from tests.conftest import ROOT, recipe_of, snapshot, write_tiny
 
-FRAGILE = ("stages.2.1", "stages.0.0")
 BACKENDS = ("onnxruntime", "openvino")
 
 
@@ -40,24 +40,12 @@ def verb(backend):
 
 @pytest.fixture(scope="module")
 def fragile(tmp_path_factory):
-    """A hidden channel of two blocks is far out of reach and does nothing: in eight bits nothing is left beside it."""
-    folder = write_tiny(tmp_path_factory.mktemp("fragile"))
-    state = load_file(folder / "model.safetensors")
-    for block in FRAGILE:
-        state[f"{block}.pwconv1.bias"][5] += 3000
-        state[f"{block}.pwconv2.weight"][:, 5] = 0
-    save_file(state, folder / "model.safetensors")
-    return folder
+    return write_fragile(tmp_path_factory.mktemp("fragile"))
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Twenty labelled images: not of anything, but they are the user's."""
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
-    np.savez(path, images=small.repeat(PX // 8, 1).repeat(PX // 8, 2), labels=rng.integers(0, 10, 20))
-    return path
+    return write_labelled(tmp_path_factory.mktemp("data") / "images.npz")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

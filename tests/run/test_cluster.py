@@ -27,6 +27,7 @@ from exporter.run import cluster, distributed, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
+from tests.build.networks import FRAGILE, write_fragile, write_labelled
 from tests.conftest import copy_artifact, snapshot
 
 MARK = "TESTS_RAY"  # in the environment of all processes of a cluster of these tests
@@ -155,6 +156,28 @@ def test_rows_of_a_parquet_file_are_answered_on_a_cluster(address, copied, photo
     assert parquet.read_metadata(tmp_path / "one.parquet").num_rows == len(contents)
 
 
+@pytest.mark.slow
+def test_an_int8_build_has_the_bytes_of_one_machine(address, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("exporter.build.int8.speed.SECONDS_EACH", 0.3)
+    monkeypatch.setattr("exporter.verify.shards.IMAGES", 16)
+    images, weights = write_labelled(tmp_path / "images.npz"), write_fragile(tmp_path / "fragile")
+    words = ["onnx", "--int8", "--weights", weights, "--calib", images, "--calib-method", "mse", "--data", images]
+    words += ["--max-drop", 0.05, "--json"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of one"))
+    one = run(*words, "-o", "one")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of several"))
+    several = run(*words, "-o", "several", "--on", address)
+    assert several.code == one.code == 0, several.err
+    assert "verifying custom_int8.onnx in 2 shards of up to 16 images" in several.err
+    built = [answer.json["artifact"] for answer in (one, several)]
+    assert built[0]["sha256"] == built[1]["sha256"]
+    assert set(built[0]["quantization"]["kept"]) == set(FRAGILE)
+    judged = [[f for f in answer.json["report"]["findings"] if f["check"] != "int8"] for answer in (one, several)]
+    assert judged[0] == judged[1]
+
+
 def write_recipes(folder, weights, bench):
     for precision in ("fp32", "fp16"):
         text = f"backend: onnxruntime\nprecision: {precision}\nmodel: {{weights: {weights}}}\nchecks: {{samples: 4}}\n"
@@ -260,8 +283,11 @@ class SubmittedTask:
 def results(losses, in_order=False):
     """The numbers of 30 tasks in the order in which their results come, and the error at the end."""
     ray, done = FakeRay(losses), []
+    words = cluster.LOST[predict.Ranges if in_order else shards.Schedule]
     try:
-        for number, content in Cluster(ray, "ray")._results(ray.submit, deque(range(30)), Need(cpus=1), in_order):
+        for number, content in Cluster(ray, "ray")._results(
+            ray.submit, deque(range(30)), Need(cpus=1), in_order, *words
+        ):
             assert content == b"%d" % number
             done.append(number)
     except Unavailable as error:
@@ -457,6 +483,8 @@ def test_a_cluster_that_cannot_be_reached_is_one_line(copied, refused, photos, t
         (["predict", "ARTIFACT", "PHOTOS", "-o", "a.csv", "--on", "slurm"], "expected ray, ray://HOST:PORT"),
         (["run", "onnxruntime/tiny_fp16", "--on", "ray", "--jobs", "2"], "leave one out"),
         (["run", "onnxruntime/tiny_fp16", "--on", "files:a"], "expected ray, ray://HOST:PORT"),
+        (["onnx", "--weights", "random:0", "--on", "ray"], "--on is for int8; add --int8, or leave it out"),
+        (["onnx", "--weights", "random:0", "--int8", "--on", "slurm"], "expected ray, ray://HOST:PORT"),
     ],
 )
 def test_bad_words_are_refused(words, message, copied, photos, refused, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from exporter.artifact import Artifact
 from exporter.artifact.outputs import WITH_LABELS
 from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session, eager
 from exporter.build import budget
+from exporter.build.int8.calibration import Spread
 from exporter.build.int8.work import Work
 from exporter.build.resolve import Job
 from exporter.data.samples import Samples
@@ -163,17 +164,21 @@ def budgeted(job: Job, samples: Samples) -> VerifyOptions:
 
 
 @contextmanager
-def judging(work: Work, folder: Path, data: Samples | None) -> Iterator[Judge]:
+def judging(work: Work, folder: Path, data: Samples | None, spread: Spread | None = None) -> Iterator[Judge]:
     """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
 
     Args:
         work: the calibrated network.
         folder: for the candidates.
         data: the images to compare on; None for the calibration images.
+        spread: processes that compare on `data`; by default, and where the job has a reference, this one does.
     """
     samples = data or work.images.to_compare
     refuse_few(work.job, samples)
     options = budgeted(work.job, samples)
+    if spread is not None and data is not None and work.job.reference is None:
+        yield judge_elsewhere(folder, options, spread)
+        return
     with open_reference(work.job, options, folder) as reference:
         yield judge_of(folder, options, samples, reference)
 
@@ -184,6 +189,16 @@ def judge_of(folder: Path, options: VerifyOptions, samples: Samples, reference: 
     def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
         artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
         return Candidate(kept, artifact, compare(artifact, options, samples, reference, work.job.runtime))
+
+    return judge
+
+
+def judge_elsewhere(folder: Path, options: VerifyOptions, spread: Spread) -> Judge:
+    """A function that builds a candidate in a folder, which other processes compare."""
+
+    def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
+        artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
+        return Candidate(kept, artifact, spread.verify(artifact, options))
 
     return judge
 

@@ -15,8 +15,9 @@ from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Quantization as QuantizationFacts
 from exporter.artifact.sidecar import Sidecar
 from exporter.build.export import Network, graph_of, write
+from exporter.build.int8.calibration import ImageOptions, Spread, measure_by
 from exporter.build.resolve import Job
-from exporter.data.calibration import CalibrationSet, open_calibration
+from exporter.data.calibration import CalibrationSet
 from exporter.errors import CheckFailed, some
 from exporter.graph import files, half
 from exporter.model.structure import is_in
@@ -100,12 +101,13 @@ class Work:
         return msgspec.structs.replace(self.sidecar, quantization=facts)
 
 
-def prepare(job: Job, folder: Path) -> Work:
+def prepare(job: Job, folder: Path, spread: Spread | None = None) -> Work:
     """Calibrate, fold scales into the weights, trace, and compare the graph with PyTorch.
 
     Args:
         job: of precision int8 or fp8.
         folder: for the traced graph; nothing is written elsewhere.
+        spread: processes that run the network on the calibration images; by default this one does.
 
     Raises: ExporterError as `export` does; BadRequest for a calibration set that cannot be used.
     """
@@ -113,14 +115,15 @@ def prepare(job: Job, folder: Path) -> Work:
     assert quantization is not None
     assert placement is not None
     classes = job.sidecar.weights.num_classes if has_classes(job.sidecar, job.recipe.checks.outputs) else None
-    images = open_calibration(
-        quantization.calib, job.sidecar.preprocessing, classes, quantization.calib_size, quantization.calib_seed,
-        dense=job.sidecar.task in DENSE,
-    )  # fmt: skip
+    image_options = ImageOptions(quantization, job.sidecar.preprocessing, classes, job.sidecar.task in DENSE)
+    images = image_options.open()
     from exporter.quantize import simulation, smoothing, statistics
 
     grid: Grid = "fp8" if job.recipe.precision == "fp8" else "int8"
     network = write(job)
+    measure = None
+    if spread is not None:
+        measure = measure_by(spread, job, network.model, placement.kinds, image_options, images)
     measured = statistics.collect(
         network.model,
         placement.kinds,
@@ -128,6 +131,7 @@ def prepare(job: Job, folder: Path) -> Work:
         images,
         _cache_key(job.sidecar),
         histogram=quantization.calib_method != "minmax",
+        measure=measure,
     )
     smoothing.smooth(network.model, measured.factor)
     options = QuantizeOptions(
