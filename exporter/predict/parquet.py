@@ -124,14 +124,21 @@ def _column_of(word: str, schema: Any, column: str) -> tuple[str, Kind]:
 
     Raises: BadRequest where there is none, or several.
     """
-    kinds = {field.name: _kind(field.type) for field in schema}
+    kinds: dict[str, Kind] = {field.name: kind for field in schema if (kind := _kind(field.type))}
+    chosen = _chosen(word, schema, kinds, column)
+    if schema.names.count(chosen) > 1:
+        raise BadRequest(f"{word}: several columns are named {chosen}; rename all but that of the images")
+    return chosen, kinds[chosen]
+
+
+def _chosen(word: str, schema: Any, kinds: dict[str, Kind], column: str) -> str:
     columns = some([f"{field.name} ({field.type})" for field in schema], 6)
     if column:
-        if column not in kinds:
+        if column not in schema.names:
             raise BadRequest(f"{word}: no column {column!r} in it; it has {columns}")
-        if not kinds[column]:
+        if column not in kinds:
             raise BadRequest(f"{word}: column {column} is {schema.field(column).type}; {EXPECTED}")
-        return column, kinds[column]
+        return column
     binary = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
     texts = [name for name in PATHS if kinds.get(name) == "path"]
     if len(binary) > 1:
@@ -141,16 +148,17 @@ def _column_of(word: str, schema: Any, column: str) -> tuple[str, Kind]:
             f"{word}: no column of images in it; {EXPECTED}, and it has {columns}; add #COLUMN for paths in a column "
             f"of another name than {', '.join(PATHS)}"
         )
-    chosen = (binary or texts)[0]
-    return chosen, kinds[chosen]
+    return (binary or texts)[0]
 
 
 def _kind(of_column: Any) -> Kind:
     from pyarrow import types
 
-    if types.is_binary(of_column) or types.is_large_binary(of_column):
+    if types.is_dictionary(of_column):  # a category of pandas
+        return _kind(of_column.value_type)
+    if any(is_(of_column) for is_ in (types.is_binary, types.is_large_binary, types.is_binary_view)):
         return "bytes"
-    if types.is_string(of_column) or types.is_large_string(of_column):
+    if any(is_(of_column) for is_ in (types.is_string, types.is_large_string, types.is_string_view)):
         return "path"
     if types.is_struct(of_column):
         fields = {field.name: _kind(field.type) for field in of_column}

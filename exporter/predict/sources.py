@@ -111,7 +111,7 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
             samples = replace(samples, items=partial(_to_the_end, samples, path.name))
         return Images(samples, f"{samples.total} of {split} of {content}")
     if path.exists() and parquet.is_parquet(path.name):
-        return _of_rows(_without(word, split), split, recipe)
+        return _of_tables(word, [_of_rows(_without(word, split), split, recipe)])
     if path.exists():
         return _of([word], lambda _: partial(images.read, path, recipe), f"{word} {_state(path)}")
     if is_pattern:
@@ -130,7 +130,7 @@ def _of_pattern(word: str, split: str, recipe: Preprocessing) -> Images:
     matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))  # noqa: PTH111, PTH207  (as typed)
     names = [name for name in matches if Path(name).is_file()]
     if names and all(map(parquet.is_parquet, names)):
-        return _joined(word, [_of_rows(name, split, recipe) for name in names])
+        return _of_tables(word, [_of_rows(name, split, recipe) for name in names])
     return _of_files(word, names, recipe)
 
 
@@ -140,7 +140,7 @@ def _of_folder(word: str, path: Path, split: str, recipe: Preprocessing) -> Imag
     may_be_column = bool(split) and mask_folders(path) is None
     names = [] if may_be_column else images_in(path, split)
     if not names and (tables := parquet.files_in(path)):
-        return _joined(word, [_of_rows(f"{folder}/{name}", split, recipe) for name in tables])
+        return _of_tables(word, [_of_rows(f"{folder}/{name}", split, recipe) for name in tables])
     return _of_files(word, [f"{folder}/{name}" for name in names or images_in(path, split)], recipe)
 
 
@@ -157,7 +157,7 @@ def _of_storage(word: str, recipe: Preprocessing) -> Images:
     tables = [file for file in visible if parquet.is_parquet(file.path)]
     pictures = [file for file in visible if Path(file.path).suffix.lower() in images.SUFFIXES]
     if tables and (column or not pictures):
-        return _joined(word, [_of_rows(file.address, column, recipe, file) for file in tables])
+        return _of_tables(word, [_of_rows(file.address, column, recipe, file) for file in tables])
     if not pictures:
         raise BadRequest(f"{word}: no images in it; expected files such as .jpg and .png, or .parquet")
     by_name = {file.address: file for file in pictures}
@@ -170,16 +170,25 @@ def _read_remote(file: remote.File, recipe: Preprocessing) -> Array:
     return images.read(io.BytesIO(file.read()), recipe)
 
 
+def _of_tables(word: str, tables: Sequence[Images]) -> Images:
+    """The rows of Parquet files, of which some may have none.
+
+    Raises: BadRequest where all have none.
+    """
+    joined = _joined(word, tables)
+    if not joined.samples.total:
+        raise BadRequest(f"{word}: no rows in it; expected an image in each row")
+    return joined
+
+
 def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | None = None) -> Images:
     """The images of the rows of a Parquet file, of this machine or in object storage."""
     path = Path(name).expanduser()
     rows = parquet.Rows(name, path.open("rb") if file is None else file.open(), column)
     key = f"{name}#{rows.column} {_state(path) if file is None else file.state}"
-    if not rows.total:
-        raise BadRequest(f"{name}: no rows in it; expected an image in each row")
     if rows.kind == "path":
-        names = ["" if path is None else _beside(name, path) for path in rows.every()]
-        return replace(_of(names, lambda one: partial(_read_at, one, recipe), key), content=_remote_content)
+        paths = [_beside(name, path) if path else f"{name}[{row}]" for row, path in enumerate(rows.every())]
+        return replace(_of(paths, lambda one: partial(_read_at, one, name, recipe), key), content=_content_at)
 
     def items(start: int = 0) -> Iterator[Item]:
         for row in range(start, rows.total):
@@ -194,19 +203,43 @@ def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | 
 
 def _beside(table: str, path: str) -> str:
     """A path in a row as a path or an address: relative ones begin at the folder of the Parquet file."""
-    if remote.is_address(path) or Path(path).is_absolute():
+    if "://" in path or Path(path).is_absolute():
         return path
     return f"{table.rpartition('/')[0]}/{path}" if "/" in table else path
 
 
-def _read_at(name: str, recipe: Preprocessing) -> Array:
-    if not name:
+def _read_at(name: str, table: str, recipe: Preprocessing) -> Array:
+    if name.startswith(f"{table}[") and not Path(name).exists():
         raise images.Unreadable("no path in this row")
-    return _read_remote(remote.file_at(name), recipe) if remote.is_address(name) else images.read(Path(name), recipe)
+    return _read_remote(remote.file_at(name), recipe) if remote.is_address(name) else images.read(_file(name), recipe)
 
 
-def _remote_content(name: str) -> bytes | None:
-    return remote.file_at(name).read() if remote.is_address(name) else None
+def _content_at(name: str) -> bytes | None:
+    """The bytes of a file at an address, None for a path."""
+    if remote.is_address(name):
+        return remote.file_at(name).read()
+    return _file(name).read_bytes() if "://" in name else None
+
+
+def _file(name: str) -> Path:
+    """The path of an image that a row names.
+
+    Raises: images.Unreadable for an address of another machine, for what is no regular file or no name of one, and for
+        a file that is too large for an image.
+    """
+    try:
+        path = Path(_path_of(name)) if "://" in name else Path(name)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise images.Unreadable(f"{name}: no regular file")
+        if (size := path.stat().st_size) > remote.MAX_BYTES:
+            raise images.Unreadable(f"{name}: {size:,} bytes, more than {remote.MAX_BYTES:,}")
+    except BadRequest as error:
+        raise images.Unreadable(str(error)) from None
+    except OSError as error:
+        raise images.Unreadable(f"{name}: {error.strerror}") from None
+    except ValueError:  # a name with a NUL
+        raise images.Unreadable("the path in this row is no name of a file") from None
+    return path
 
 
 def _read_row(rows: parquet.Rows, table: str, row: int, recipe: Preprocessing) -> Array:
@@ -224,16 +257,7 @@ def _content_of(value: Any, table: str) -> bytes:
     if not path:
         raise images.Unreadable("no image in this row")
     name = _beside(table, path)
-    if remote.is_address(name):
-        return remote.file_at(name).read()
-    try:
-        if Path(name).exists() and not Path(name).is_file():  # a pipe would be waited for
-            raise images.Unreadable(f"{path}: no regular file")
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise images.Unreadable(f"{path}: {error.strerror}") from None
-    except ValueError:  # a name with a NUL
-        raise images.Unreadable("the path in this row is no name of a file") from None
+    return remote.file_at(name).read() if remote.is_address(name) else _file(name).read_bytes()
 
 
 def _to_the_end(samples: Samples, name: str, start: int = 0) -> Iterator[Item]:

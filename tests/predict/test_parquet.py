@@ -71,10 +71,33 @@ def columns_of(kind, photos):
         return {"image": pa.array([{"bytes": None, "path": str(photos / name)} for name in names], PATHED)}
     if kind == "path":
         return {"label": list(range(COUNT)), "file_name": [str(photos / name) for name in names]}
+    if kind == "category":
+        return {"path": pa.array([str(photos / name) for name in names]).dictionary_encode()}
+    if kind == "file address":
+        return {"path": [f"file://{photos}/{name}" for name in names]}
+    if kind.endswith("view"):
+        views = {
+            "binary view": (bytes_, pa.binary_view()),
+            "string view": ([f"{photos}/{n}" for n in names], pa.string_view()),
+        }
+        return {"image": pa.array(*views[kind])}
     return {"content": pa.array(bytes_, pa.binary() if kind == "binary" else pa.large_binary())}
 
 
-@pytest.mark.parametrize("kind", ["struct", "struct of paths", "path", "binary", "large binary"])
+KINDS = (
+    "struct",
+    "struct of paths",
+    "path",
+    "file address",
+    "category",
+    "string view",
+    "binary",
+    "large binary",
+    "binary view",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_have_the_answers_of_files(kind, artifacts, photos, expected, tmp_path):
     file = write(tmp_path / "rows.parquet", columns_of(kind, photos), row_group_size=7)
     assert answers_of(artifacts["onnxruntime", "fp32"], file) == expected
@@ -92,12 +115,13 @@ def test_rows_without_an_image_have_a_reason(photos, artifacts, tmp_path):
     struct = pa.array([{"bytes": good, "path": None}, None, {"bytes": None, "path": "gone.png"}], PATHED)
     file = write(tmp_path / "rows.parquet", {"image": struct})
     reasons = [answer.get("error") for answer in answers_of(artifacts["onnxruntime", "fp32"], file)]
-    assert reasons == [None, "no image in this row", "gone.png: No such file or directory"]
+    assert reasons == [None, "no image in this row", f"{tmp_path}/gone.png: No such file or directory"]
     (tmp_path / "a.png").write_bytes(good)
     paths = write(tmp_path / "paths.parquet", {"path": ["a.png", None, "gone.png"]})
     reasons = [answer.get("error") for answer in answers_of(artifacts["onnxruntime", "fp32"], paths)]
     assert reasons[:2] == [None, "no path in this row"]
     assert "No such file" in reasons[2]
+    assert names_of([paths])[1] == f"{paths}[1]"
 
 
 def test_a_folder_and_a_pattern_of_parquet_files_are_read_in_order(photos, artifacts, expected, tmp_path):
@@ -105,6 +129,7 @@ def test_a_folder_and_a_pattern_of_parquet_files_are_read_in_order(photos, artif
     for number in range(3):
         rows = {"image": column[8 * number : 8 * number + 8], "other": column[:8]}
         write(tmp_path / "data" / f"part-{number}.parquet", rows)
+        write(tmp_path / "data" / f"part-{number}-none.parquet", {"image": column[:0], "other": column[:0]})
     (tmp_path / "data" / ".hidden.parquet").write_bytes(b"none")
     artifact = artifacts["onnxruntime", "fp32"]
     for word in (f"{tmp_path}/data#image", f"{tmp_path}/data/*.parquet#image", f"file://{tmp_path}/data#image"):
@@ -406,10 +431,28 @@ def test_an_output_among_pictures_is_no_source(photos, artifacts, run, tmp_path)
 
 def test_paths_that_are_no_regular_file_or_no_name_have_a_reason(photos, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    rows = [{"bytes": None, "path": path} for path in (str(tmp_path / "pipe"), "/dev/zero", "a\0b")]
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(1 << 30)
+    reasons = {
+        str(tmp_path / "pipe"): "no regular file",
+        "/dev/zero": "no regular file",
+        "a\0b": "no name of a file",
+        "large.png": "1,073,741,824 bytes, more than 268,435,456",
+        "https://example.org/a.png": "expected a file:// address of this machine, or one in object storage",
+    }
+    rows = [{"bytes": None, "path": path} for path in reasons]
     write(tmp_path / "a.parquet", {"image": [{"bytes": contents(photos)[0], "path": "good.png"}, *rows]})
-    read = sources.open_images([f"{tmp_path}/a.parquet"], Preprocessing(size=32))
-    _, *loads = [load for *_, load in read.samples.items()]
-    for load, reason in zip(loads, ("no regular file", "no regular file", "no name of a file"), strict=True):
-        with pytest.raises(Unreadable, match=reason):
-            load()
+    write(tmp_path / "b.parquet", {"path": ["good.png", *reasons]})
+    for table in ("a.parquet", "b.parquet"):
+        read = sources.open_images([f"{tmp_path}/{table}"], Preprocessing(size=32))
+        _, *loads = [load for *_, load in read.samples.items()]
+        for load, reason in zip(loads, reasons.values(), strict=True):
+            with pytest.raises(Unreadable, match=reason):
+                load()
+
+
+def test_two_columns_of_one_name_are_refused(photos, artifacts, refused, tmp_path):
+    twice = pa.table([pa.array(contents(photos)[:1]), pa.array([1])], names=["image", "image"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    words = ("predict", artifacts["onnxruntime", "fp32"].path, tmp_path / "a.parquet", "-o", tmp_path / "a.csv")
+    assert "several columns are named image; rename all but that of the images" in refused(2, *words, folder=tmp_path)
