@@ -144,6 +144,11 @@ class Change:
         """Whether the change has to be measured again."""
         return self.found.value > self.most
 
+    @property
+    def may_exceed(self) -> bool:
+        """Whether the interval reaches beyond the limit."""
+        return self.found.high > self.most
+
     def detectable(self) -> float:
         """The change that is detected with 90 % probability: above limit plus floor by 1.28 standard errors."""
         return self.most + self.floor + 1.2816 * self.found.half_width / 1.96
@@ -166,11 +171,11 @@ def processes_needed(comparisons: int) -> int:
 
 def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -> Finding:
     regressed = chance < ALPHA and change.found.value > change.most + change.floor
-    unsure = confirmed and change.is_suspicious and comparisons * change.least_chance >= ALPHA
+    too_few = confirmed and change.is_suspicious and comparisons * change.least_chance >= ALPHA
     flip = -1 if METRICS[change.limit.metric].higher_is_better else 1
     low, high = sorted(percent(flip * end) for end in (change.found.low, change.found.high))
     detail = (
-        f"{_verdict(change, regressed, unsure)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
+        f"{_verdict(change, regressed, too_few)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
         f"{len(change.effects)} processes; the base differs from itself by up to {percent(change.floor):.1f} %; "
         f"a change of {percent(change.detectable()):.1f} % would have been detected"
     )
@@ -188,17 +193,19 @@ def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -
         samples=tuple(round(percent(flip * effect), 4) for effect in change.effects),
         noise=change.noise,
         setting=change.setting,
-        unsure=unsure,
+        unsure=confirmed and not regressed and change.may_exceed,
     )
 
 
-def _verdict(change: Change, regressed: bool, unsure: bool) -> str:
+def _verdict(change: Change, regressed: bool, too_few: bool) -> str:
     if regressed:
         return "regressed"
-    if unsure:
+    if too_few:
         return "above the limit, but too few processes for so many comparisons: compare fewer at once"
     if change.is_suspicious:
         return "above the limit, but not beyond the noise of this machine"
+    if change.may_exceed:
+        return "no regression, but the interval reaches beyond the limit (a longer --duration narrows it)"
     return "better" if change.found.high < 0 else "no regression"
 
 

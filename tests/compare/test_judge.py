@@ -64,7 +64,19 @@ def test_too_few_launches_for_so_many_comparisons_are_said():
     assert (finding.passed, finding.unsure) == (True, True)
     assert "too few processes for so many comparisons: compare fewer at once" in finding.detail
     enough = replace(few, least_chance=0.5**7)
-    assert not judge([enough], confirmed=True)[0].unsure
+    assert "too few" not in judge([enough], confirmed=True)[0].detail
+
+
+def test_a_change_whose_interval_reaches_beyond_the_limit_is_unsure():
+    (noisy,) = judge([change(noise_pct=15, shift_pct=2)], True)
+    assert (noisy.passed, noisy.unsure) == (True, True)
+    assert "no regression, but the interval reaches beyond the limit (a longer --duration narrows it)" in noisy.detail
+    (within_the_floor,) = judge([change(shift_pct=5.7)], True)
+    assert (within_the_floor.passed, within_the_floor.unsure) == (True, True)
+    (quiet,) = judge([change(noise_pct=0.1)], True)
+    assert (quiet.passed, quiet.unsure) == (True, False)
+    (regressed,) = judge([change(shift_pct=10)], True)
+    assert (regressed.passed, regressed.unsure) == (False, False)
 
 
 def test_a_first_look_never_fails():
