@@ -157,11 +157,12 @@ def _by_class(folder: Path, split: str) -> dict[str, list[str]]:
 
 def _wanted(size: int | None, count: int, source: str, dense: bool) -> int:
     usual = usual_size(synthetic=False, dense=dense)
-    if size is None and count < usual:
-        note(f"{source} has {count} images; {usual} or more are better")
     if size is not None and size > count:
         raise BadRequest(f"{source}: {count} images, {size} were asked for; give more images or --calib-size {count}")
-    return size or min(usual, count)
+    wanted = size or min(usual, count)
+    if wanted < usual:
+        note(f"{source}: {wanted} images to calibrate on; {usual} or more are better")
+    return wanted
 
 
 def stratified(found: dict[str, list[str]], wanted: int, draw: random.Random) -> list[tuple[str, str]]:

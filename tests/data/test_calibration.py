@@ -120,12 +120,14 @@ def test_a_manifest_whose_images_are_elsewhere_now_says_where_they_were(folder):
         calibration.read(path)
 
 
-def test_batches_can_begin_in_the_middle(folder):
+def test_batches_can_begin_and_end_in_the_middle(folder):
     images = open_calibration(str(folder), RECIPE, 3)
     everything = [name for batch in images.batches(4) for name in batch.names]
-    rest = [name for batch in images.batches(4, skip=10) for name in batch.names]
+    rest = [name for batch in images.batches(4, 10) for name in batch.names]
+    some = [name for batch in images.batches(4, 8, 14) for name in batch.names]
     assert images.total == len(everything) == 31
     assert rest == everything[10:]
+    assert some == everything[8:14]
 
 
 def test_an_image_that_broke_after_it_was_opened_is_no_silent_gap(folder):
@@ -160,6 +162,7 @@ def test_the_verb_freezes_and_shows(folder, run):
     path = folder.parent / "set.tsv"
     made = run("calibrate", folder, "-o", path, "--calib-size", 9, "--seed", 3, "--json")
     assert made.code == 0, made.err
+    assert f"{folder}: 9 images to calibrate on; 256 or more are better" in made.err
     shown = run("calibrate", path, "--json")
     assert shown.json["digest"] == made.json["digest"] == calibration.read(path).digest
     table = run("calibrate", path).out
