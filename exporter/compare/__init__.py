@@ -193,7 +193,7 @@ def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -
         samples=tuple(round(percent(flip * effect), 4) for effect in change.effects),
         noise=change.noise,
         setting=change.setting,
-        unsure=confirmed and not regressed and change.may_exceed,
+        unsure=not regressed and change.may_exceed,
     )
 
 
@@ -205,7 +205,9 @@ def _verdict(change: Change, regressed: bool, too_few: bool) -> str:
     if change.is_suspicious:
         return "above the limit, but not beyond the noise of this machine"
     if change.may_exceed:
-        return "no regression, but the interval reaches beyond the limit (a longer --duration narrows it)"
+        return (
+            "no regression, but the interval reaches beyond the limit (timing for longer, with --duration, narrows it)"
+        )
     return "better" if change.found.high < 0 else "no regression"
 
 

@@ -103,7 +103,12 @@ class CalibrationSet:
         Raises: BadRequest for an image that cannot be read: ranges must be those of the whole set.
         """
         part = self.samples.between(first, self.total if last is None else last)
-        yield from part.batches(size)
+        for batch in part.batches(size):
+            self._refuse_skipped(part)
+            yield batch
+        self._refuse_skipped(part)
+
+    def _refuse_skipped(self, part: Samples) -> None:
         if part.skipped:
             raise BadRequest(f"{self.source}: cannot calibrate with {some(part.skipped)}; leave out or replace them")
 

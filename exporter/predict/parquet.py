@@ -125,20 +125,23 @@ def _column_of(word: str, schema: Any, column: str) -> tuple[str, Kind]:
     Raises: BadRequest where there is none, or several.
     """
     kinds: dict[str, Kind] = {field.name: kind for field in schema if (kind := _kind(field.type))}
-    chosen = _chosen(word, schema, kinds, column)
+    chosen = column or _only_column(word, schema, kinds)
     if schema.names.count(chosen) > 1:
-        raise BadRequest(f"{word}: several columns are named {chosen}; rename all but that of the images")
+        raise BadRequest(f"{word}: several columns are named {chosen}; rename the others")
+    if chosen not in kinds:
+        listed = some([f"{field.name} ({field.type})" for field in schema], 6)
+        if chosen not in schema.names:
+            raise BadRequest(f"{word}: no column {chosen!r} in it; it has {listed}")
+        raise BadRequest(f"{word}: column {chosen} is {schema.field(chosen).type}; {EXPECTED}")
     return chosen, kinds[chosen]
 
 
-def _chosen(word: str, schema: Any, kinds: dict[str, Kind], column: str) -> str:
+def _only_column(word: str, schema: Any, kinds: dict[str, Kind]) -> str:
+    """The only column with bytes of images, else the first of paths.
+
+    Raises: BadRequest where there is none, or several.
+    """
     columns = some([f"{field.name} ({field.type})" for field in schema], 6)
-    if column:
-        if column not in schema.names:
-            raise BadRequest(f"{word}: no column {column!r} in it; it has {columns}")
-        if column not in kinds:
-            raise BadRequest(f"{word}: column {column} is {schema.field(column).type}; {EXPECTED}")
-        return column
     binary = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
     texts = [name for name in PATHS if kinds.get(name) == "path"]
     if len(binary) > 1:

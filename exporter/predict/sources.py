@@ -171,9 +171,9 @@ def _read_remote(file: remote.File, recipe: Preprocessing) -> Array:
 
 
 def _of_tables(word: str, tables: Sequence[Images]) -> Images:
-    """The rows of Parquet files, of which some may have none.
+    """The rows of Parquet files.
 
-    Raises: BadRequest where all have none.
+    Raises: BadRequest where no file has a row.
     """
     joined = _joined(word, tables)
     if not joined.samples.total:
@@ -187,8 +187,7 @@ def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | 
     rows = parquet.Rows(name, path.open("rb") if file is None else file.open(), column)
     key = f"{name}#{rows.column} {_state(path) if file is None else file.state}"
     if rows.kind == "path":
-        paths = [_beside(name, path) if path else f"{name}[{row}]" for row, path in enumerate(rows.every())]
-        return replace(_of(paths, lambda one: partial(_read_at, one, name, recipe), key), content=_content_at)
+        return _of_paths(name, rows.every(), recipe, key)
 
     def items(start: int = 0) -> Iterator[Item]:
         for row in range(start, rows.total):
@@ -201,6 +200,21 @@ def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | 
     return Images(Samples("", rows.total, items, labelled=False), key, content)
 
 
+def _of_paths(table: str, paths: Sequence[str | None], recipe: Preprocessing, key: str) -> Images:
+    """The images whose paths the rows of a Parquet file have; a row without one has a reason."""
+    names = [_beside(table, path) if path else f"{table}[{row}]" for row, path in enumerate(paths)]
+
+    def items(start: int = 0) -> Iterator[Item]:
+        for row in range(start, len(names)):
+            load = partial(_read_at, names[row], recipe) if paths[row] else partial(_unreadable, "no path in this row")
+            yield names[row], UNKNOWN, load
+
+    def content(name: str) -> bytes | None:
+        return _content_at(name) if "://" in name and name in names else None
+
+    return Images(Samples("", len(names), items, labelled=False), key, content)
+
+
 def _beside(table: str, path: str) -> str:
     """A path in a row as a path or an address: relative ones begin at the folder of the Parquet file."""
     if "://" in path or Path(path).is_absolute():
@@ -208,24 +222,19 @@ def _beside(table: str, path: str) -> str:
     return f"{table.rpartition('/')[0]}/{path}" if "/" in table else path
 
 
-def _read_at(name: str, table: str, recipe: Preprocessing) -> Array:
-    if name.startswith(f"{table}[") and not Path(name).exists():
-        raise images.Unreadable("no path in this row")
+def _read_at(name: str, recipe: Preprocessing) -> Array:
     return _read_remote(remote.file_at(name), recipe) if remote.is_address(name) else images.read(_file(name), recipe)
 
 
-def _content_at(name: str) -> bytes | None:
-    """The bytes of a file at an address, None for a path."""
-    if remote.is_address(name):
-        return remote.file_at(name).read()
-    return _file(name).read_bytes() if "://" in name else None
+def _content_at(name: str) -> bytes:
+    return remote.file_at(name).read() if remote.is_address(name) else _file(name).read_bytes()
 
 
 def _file(name: str) -> Path:
     """The path of an image that a row names.
 
-    Raises: images.Unreadable for an address of another machine, for what is no regular file or no name of one, and for
-        a file that is too large for an image.
+    Raises: images.Unreadable for an address of another machine, for a path that is not a regular file or not a valid
+        file name, and for a file that is too large for an image.
     """
     try:
         path = Path(_path_of(name)) if "://" in name else Path(name)
@@ -256,8 +265,7 @@ def _content_of(value: Any, table: str) -> bytes:
         return bytes(content)
     if not path:
         raise images.Unreadable("no image in this row")
-    name = _beside(table, path)
-    return remote.file_at(name).read() if remote.is_address(name) else _file(name).read_bytes()
+    return _content_at(_beside(table, path))
 
 
 def _to_the_end(samples: Samples, name: str, start: int = 0) -> Iterator[Item]:
@@ -321,9 +329,8 @@ def _path_of(address: str) -> str:
             f"{address}: expected a file:// address of this machine, or one in object storage "
             f"({'://, '.join(remote.PACKAGES)}://); download it first"
         )
-    return os.fsdecode(
-        unquote_to_bytes(os.fsencode(slash + path))
-    )  # names of files are bytes, and may have # and ? in them
+    # Names of files are bytes, and may have # and ? in them.
+    return os.fsdecode(unquote_to_bytes(os.fsencode(slash + path)))
 
 
 def _from_stdin(recipe: Preprocessing, stdin: IO[bytes] | None) -> Images:

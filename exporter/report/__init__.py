@@ -34,7 +34,7 @@ class Finding(Record, frozen=True):
     timed the model, in order; `noise` says why a ratio of times is uncertain, `setting` names the device, threads and
     hint that were timed. `unit` is "%" for percentages (70.6, not 0.706), "ms" for times. `low` and `high` are the ends
     of a 95 % interval. A finding without a limit always passes. A value that is not finite is None and passes no limit.
-    `unsure` is whether it passes with a warning: its interval contains the limit, or there were too few processes
+    `unsure` is whether it passes with a warning: its interval reaches beyond the limit
     for significance.
     """
 

@@ -20,7 +20,7 @@ from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact, sidecar_path
 from exporter.build.int8.calibration import Calibration
-from exporter.errors import BadRequest, Unavailable, first_line, some
+from exporter.errors import BadRequest, CheckFailed, Unavailable, first_line, some
 from exporter.predict import Ranges
 from exporter.progress import step
 from exporter.run import tasks
@@ -261,8 +261,8 @@ def _released(done: dict[int, bytes], order: deque[int], in_order: bool) -> Iter
 
 def _content(result: Result) -> bytes:
     if result.error:
-        kind = Unavailable if result.exit_code == Unavailable.exit_code else BadRequest
-        raise kind(result.error)
+        kinds = (BadRequest, Unavailable, CheckFailed)
+        raise next(kind for kind in kinds if kind.exit_code == result.exit_code)(result.error)
     return result.content
 
 

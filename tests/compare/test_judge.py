@@ -68,9 +68,12 @@ def test_too_few_launches_for_so_many_comparisons_are_said():
 
 
 def test_a_change_whose_interval_reaches_beyond_the_limit_is_unsure():
-    (noisy,) = judge([change(noise_pct=15, shift_pct=2)], True)
+    (noisy,) = judge([change(noise_pct=15, shift_pct=2)], confirmed=False)
     assert (noisy.passed, noisy.unsure) == (True, True)
-    assert "no regression, but the interval reaches beyond the limit (a longer --duration narrows it)" in noisy.detail
+    assert (
+        "no regression, but the interval reaches beyond the limit (timing for longer, with --duration, narrows it)"
+        in noisy.detail
+    )
     (within_the_floor,) = judge([change(shift_pct=5.7)], True)
     assert (within_the_floor.passed, within_the_floor.unsure) == (True, True)
     (quiet,) = judge([change(noise_pct=0.1)], True)
