@@ -33,11 +33,11 @@ import numpy as np
 from benchmarks.provenance import RESULTS, environment
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
-from exporter.predict import Ranges, ranges, store, writers
+from exporter.predict import ranges, store, writers
 from exporter.predict.answers import Answers, Output
 from exporter.predict.sources import open_images
 from exporter.recipe import Checks
-from exporter.run.cluster import LOST, Cluster, Need
+from exporter.run.cluster import Cluster, Need
 from exporter.run.tasks import Result as TaskResult
 
 IMAGES, MACHINES, CORES, THREADS = 10_000_000, 100, 8, 2
@@ -282,7 +282,7 @@ def simulate(run: tuple[int, int, float, bool], costs_ms: dict[str, float], driv
 
     passed = 0
     total = len(numbers)
-    for number, _ in Cluster(ray, "ray")._results(submit, numbers, Need(cpus=THREADS), in_order, *LOST[Ranges]):
+    for number, _ in Cluster(ray, "ray")._results(submit, numbers, Need(cpus=THREADS), in_order):
         passed += 1
         running = len(ray.queue) + len(ray.done) + sum(len(machine.running) for machine in machines)
         waiting = max(waiting, submitted - ray.lost - passed - running)

@@ -359,19 +359,18 @@ def versions() -> dict[str, str]:
     return machine.versions(distributions())
 
 
-def computing_versions(artifact: Artifact | None) -> dict[str, str]:
-    """The versions of what determines the answers of an artifact, or of PyTorch (None), and of what reads images."""
-    names = ("convnext-export", "torch", "numpy", "pillow", *(runtime_of(artifact).distributions if artifact else ()))
+def computing_versions(runtime: Runtime[Options]) -> dict[str, str]:
+    """The versions of what determines answers: this tool, PyTorch, the runtime, and what reads images."""
+    names = ("convnext-export", "torch", "numpy", "pillow", *runtime.distributions)
     return {name: version for name in names if (version := installed(name)) is not None}
 
 
-def refuse_other_versions(versions: Mapping[str, str], artifact: Artifact | None) -> None:
+def refuse_other_versions(versions: Mapping[str, str]) -> None:
     """Raises: BadRequest where this process has other versions than these of `computing_versions`."""
-    here = computing_versions(artifact)
     for name, version in versions.items():
-        if here.get(name) != version:
+        if (here := installed(name)) != version:
             raise BadRequest(
-                f"{name} {here.get(name, 'is missing')}, but the work was begun with {version}; install that version"
+                f"{name} {here or 'is missing'}, but the work was begun with {version}; install that version"
             )
 
 

@@ -12,7 +12,7 @@ from exporter.artifact.sidecar import Sidecar, size_text
 from exporter.bench import Opener, worker
 from exporter.build import int8, tune
 from exporter.build.export import export
-from exporter.build.int8.calibration import Spread
+from exporter.build.int8.workers import Workers
 from exporter.build.resolve import Job as Job
 from exporter.build.resolve import check as check
 from exporter.build.resolve import check_sources as check_sources
@@ -40,7 +40,7 @@ def build(
     out: Path,
     opener: Opener = worker.open_arm,
     reference: Reference | None = None,
-    spread: Spread | None = None,
+    workers: Workers | None = None,
 ) -> Built:
     """Build the artifact of a recipe, from the weights to the file that a runtime loads.
 
@@ -49,7 +49,7 @@ def build(
         out: the folder to write to.
         opener: opens models in the timing process, where forms or precisions are timed.
         reference: the model that the network is compared with; by default the one that the recipe names.
-        spread: processes that compute parts of an int8 build; by default this one computes all.
+        workers: processes that compute parts of an int8 build; by default this one computes all.
 
     Raises: ExporterError, with nothing changed on disk.
     """
@@ -59,7 +59,7 @@ def build(
     for path in job.files:
         _note_replaced(path, job)
     if job.precision.needs_calibration:
-        return Built(*int8.build(job, _artifact_of, opener, spread))
+        return Built(*int8.build(job, _artifact_of, opener, workers))
     graph = export(job)
     if recipe.precision != "fp32":
         step(f"{recipe.precision} for {recipe.backend}")

@@ -27,8 +27,8 @@ NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
 NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)
 ON = click.option(
     "--on", metavar="ray[://HOST:PORT]",
-    help="int8: run the calibration images, and verify on --data, on a Ray cluster: one of its own on this machine, or "
-    "the one at this address.",
+    help="int8: spread the calibration, and the verification on --data, over a Ray cluster: ray starts one on this "
+    "machine, ray://HOST:PORT uses a running one.",
 )  # fmt: skip
 OUTPUT = (
     click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
@@ -97,6 +97,10 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
     recipe = _recipe(name, target, _precision(flags, values.pop("precision")), values)
     if save or dry_run:
         build.check(recipe)
+    if on is not None:
+        from exporter.run import cluster
+
+        cluster.check_address(on)
     if dry_run:
         build.check_sources(recipe)
     if save:

@@ -14,7 +14,8 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -74,12 +75,14 @@ class Manifest(Record, frozen=True):
 @dataclass(frozen=True)
 class CalibrationSet:
     """Images to calibrate with: what they are called, the digest of their contents, the images as the network takes
-    them, and as sessions of the artifact get them."""
+    them, and as sessions of the artifact get them. `manifest` is None for an archive of arrays and for synthetic
+    images."""
 
     source: str
     digest: str
     samples: Samples
     compared: Samples
+    manifest: Manifest | None = None
 
     @property
     def total(self) -> int:
@@ -307,36 +310,54 @@ def open_calibration(
 
     Raises: BadRequest for data that cannot be used, or fewer images than were asked for.
     """
-    digest, open_as = _digest_and_images(source, recipe, classes, size, seed, dense)
+    path = bundled.find_images(source)
+    if source == SYNTHETIC:
+        total = size or usual_size(synthetic=True, dense=dense)
+        digest = hashlib.sha256(f"{synthetic.NAME}, {total}".encode()).hexdigest()
+    elif path.suffix.lower() == ".npz" and path.is_file():
+        total = _wanted(size, open_samples(source, recipe, (), classes).total, source, dense)
+        digest = hashlib.sha256(f"{sha256_file(path)} {total}".encode()).hexdigest()
+    else:
+        return of_manifest(source, _manifest_of(source, path, size, seed, dense), recipe)
+    return _opened(source, digest, recipe, lambda recipe: open_samples(source, recipe, (), classes, total))
+
+
+def of_manifest(source: str, manifest: Manifest, recipe: Preprocessing) -> CalibrationSet:
+    """The images of a manifest, which are not compared with their digests."""
+    listed = [(entry.path, -1) for entry in manifest.entries]
+    if manifest.generator:
+        opened = partial(samples.of_generator, source, manifest.generator, listed)
+    else:
+        opened = partial(samples.of_files, source, Path(manifest.source), listed)
+    return replace(_opened(source, manifest.digest, recipe, opened), manifest=manifest)
+
+
+def _opened(
+    source: str, digest: str, recipe: Preprocessing, open_as: Callable[[Preprocessing], Samples]
+) -> CalibrationSet:
     opened = open_as(recipe)
     of_network = open_as(recipe.of_network()) if recipe.input == "image" else opened
     return CalibrationSet(source, digest, of_network, opened)
 
 
-def _digest_and_images(
-    source: str, recipe: Preprocessing, classes: int | None, size: int | None, seed: int, dense: bool
-) -> tuple[str, Callable[[Preprocessing], Samples]]:
-    """The digest of a set, and a function that opens its images for a preprocessing."""
-    if source == SYNTHETIC:
-        total = size or usual_size(synthetic=True, dense=dense)
-        digest = hashlib.sha256(f"{synthetic.NAME}, {total}".encode()).hexdigest()
-        return digest, lambda recipe: open_samples(SYNTHETIC, recipe, (), classes, total)
-    path = bundled.find_images(source)
-    if path.suffix.lower() == ".npz" and path.is_file():
-        total = _wanted(size, open_samples(source, recipe, (), classes).total, source, dense)
-        digest = hashlib.sha256(f"{sha256_file(path)} {total}".encode()).hexdigest()
-        return digest, lambda recipe: open_samples(source, recipe, (), classes, total)
+def _manifest_of(source: str, path: Path, size: int | None, seed: int, dense: bool) -> Manifest:
+    """The images that are chosen from a manifest or a folder."""
     if path.suffix.lower() in (".tsv", ".csv") and path.is_file():
         manifest = read(path)
         wanted = _wanted(size or len(manifest.entries), len(manifest.entries), source, dense)
         kept = [manifest.entries[index] for index in samples.spread(len(manifest.entries), wanted)]
         manifest = msgspec.structs.replace(manifest, entries=tuple(kept))
         check(manifest, source)
-    elif locate(source)[0].is_dir():
-        manifest = freeze(source, size, seed, dense)
-    else:
-        raise BadRequest(f"--calib {samples.no_such_data(source)}")
-    found = [(entry.path, -1) for entry in manifest.entries]
-    if manifest.generator:
-        return manifest.digest, lambda recipe: samples.of_generator(source, manifest.generator, found, recipe)
-    return manifest.digest, lambda recipe: samples.of_files(source, Path(manifest.source), found, recipe)
+        return manifest
+    if locate(source)[0].is_dir():
+        return freeze(source, size, seed, dense)
+    raise BadRequest(f"--calib {samples.no_such_data(source)}")
+
+
+def refuse_changed(source: str, manifest: Manifest, first: int, last: int) -> None:
+    """Compare the files of a manifest from number `first` up to `last`, which is left out, with their digests.
+
+    Raises: BadRequest for files that changed or are missing, by name.
+    """
+    if not manifest.generator:
+        _check_files(Path(source), Path(manifest.source), manifest.entries[first:last])

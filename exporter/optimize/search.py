@@ -265,7 +265,8 @@ class Search:
     def _judge_quantized(self, candidate: Candidate, reference: Session, folder: Path) -> Report:
         """Keep as few parts in higher precision as the budget needs."""
         work = self.builder.work(candidate)
-        judge = judge_of(folder, self.verifying, self.samples, reference)
+        verifying, samples, runtime = self.verifying, self.samples, work.job.runtime
+        judge = judge_of(folder, lambda artifact: compare(artifact, verifying, samples, reference, runtime))
         best = search_kept(work, judge, partial(sensitivities, work)).best
         artifact = work.make(best.kept, self.store.artifacts(candidate.name))
         built = Build(file=artifact.path.name, bytes=artifact.sidecar.bytes, kept=best.kept)

@@ -52,7 +52,7 @@ def ranges_of(
         images_digest=images.key,
         total=images.samples.total,
         size=-(-(size or IMAGES) // batch) * batch,
-        versions=backends.computing_versions(artifact),
+        versions=backends.computing_versions(backends.runtime_of(artifact)),
     )
 
 
@@ -61,7 +61,7 @@ def refuse_others(ranges: Ranges, artifact: Artifact) -> Images:
 
     Raises: BadRequest where this process has other versions or other images.
     """
-    backends.refuse_other_versions(ranges.versions, artifact)
+    backends.refuse_other_versions(ranges.versions)
     images = open_images(ranges.sources, artifact.sidecar.preprocessing)
     if images.key != ranges.images_digest:
         raise BadRequest(

@@ -26,7 +26,7 @@ from exporter.artifact import sealed
 from exporter.artifact.disk import cache_folder
 from exporter.artifact.outputs import DENSE
 from exporter.data.calibration import CalibrationSet
-from exporter.errors import CheckFailed
+from exporter.errors import CheckFailed, ExporterError
 from exporter.model import structure
 from exporter.model.convnext import ConvNeXt
 from exporter.progress import note, step, track
@@ -130,7 +130,7 @@ class Statistics:
 
 
 Measure = Callable[[Pass, Statistics], Iterator[Statistics]]
-"""Returns the statistics of each batch of images that a pass has not counted yet, in the order of the images."""
+"""Takes the pass and the statistics so far, and yields those of each remaining batch in the order of the images."""
 
 
 def _merge(mine: dict[str, NDArray[Any]], others: Mapping[str, NDArray[Any]], how: np.ufunc) -> None:
@@ -178,11 +178,7 @@ def collect(
         note(f"statistics of these {images.total} images are cached ({store.path})")
     else:
         step(f"calibrating on {images.total} images of {images.source}")
-    if measure is None:
-
-        def measure(which: Pass, statistics: Statistics) -> Iterator[Statistics]:
-            return of_batches(model, kinds, images, which, statistics, statistics.done(which))
-
+    measure = measure or partial(_measure_here, model, kinds, images)
     _pass(measure, images, statistics, "extremes", store)
     statistics.factor = factors(model, statistics.largest(), alpha)
     if histogram:
@@ -195,35 +191,43 @@ def batch_size(model: ConvNeXt) -> int:
     return some_of(model, BATCH)
 
 
-def of_batches(
+def measure_batches(
     model: ConvNeXt,
     kinds: frozenset[str],
     images: CalibrationSet,
     which: Pass,
-    scaled: Statistics,
+    ranges: Statistics,
     first: int = 0,
     last: int | None = None,
 ) -> Iterator[Statistics]:
     """The statistics of each batch of images.
 
     Args:
-        model, kinds: as for `collect`.
+        model: as for `collect`, but in fp64 (`in_double`).
+        kinds: as for `collect`.
         images: the whole set.
-        which: extremes, or histograms.
-        scaled: for histograms, the extremes of all images with their factors.
+        which: the pass.
+        ranges: for histograms, minimum, maximum and factor of each channel over all images.
         first: the number of the first image.
         last: the number of the image after the last; None for all.
 
     Raises: as `collect` does.
     """
     watched = layers(model, kinds | USUAL)
+    for batch in images.batches(batch_size(model), first, last):
+        part = Statistics(images={which: np.asarray(len(batch.names))})
+        see = partial(_extremes, part) if which == "extremes" else partial(_histogram, part, ranges)
+        with watching(watched, see), torch.inference_mode():
+            model(torch.from_numpy(batch.images).double())
+        yield part
+
+
+def _measure_here(
+    model: ConvNeXt, kinds: frozenset[str], images: CalibrationSet, which: Pass, statistics: Statistics
+) -> Iterator[Statistics]:
+    """A `Measure` of this process."""
     with in_double(model):
-        for batch in images.batches(batch_size(model), first, last):
-            part = Statistics(images={which: np.asarray(len(batch.names))})
-            see = partial(_extremes, part) if which == "extremes" else partial(_histogram, part, scaled)
-            with watching(watched, see), torch.inference_mode():
-                model(torch.from_numpy(batch.images).double())
-            yield part
+        yield from measure_batches(model, kinds, images, which, statistics, statistics.done(which))
 
 
 @contextmanager
@@ -297,11 +301,15 @@ def _pass(measure: Measure, images: CalibrationSet, statistics: Statistics, whic
     if not left:
         return
     saved = time.monotonic()
-    for part in track(measure(which, statistics), left, which, lambda part: part.done(which)):
-        statistics.add(part)
-        if time.monotonic() - saved > SAVE_S:
-            store.write(statistics)
-            saved = time.monotonic()
+    try:
+        for part in track(measure(which, statistics), left, which, lambda part: part.done(which)):
+            statistics.add(part)
+            if time.monotonic() - saved > SAVE_S:
+                store.write(statistics)
+                saved = time.monotonic()
+    except ExporterError:
+        store.write(statistics)
+        raise
     store.write(statistics)
 
 
@@ -333,14 +341,14 @@ def _extremes(statistics: Statistics, name: str, x: torch.Tensor, axis: int) -> 
     statistics.add(Statistics({name: low}, {name: high}, {name: total}, {name: count}, sides=sides))
 
 
-def _histogram(statistics: Statistics, scaled: Statistics, name: str, x: torch.Tensor, axis: int) -> None:
-    low, high = scaled.range(name)
+def _histogram(statistics: Statistics, ranges: Statistics, name: str, x: torch.Tensor, axis: int) -> None:
+    low, high = ranges.range(name)
     counts = np.zeros(BINS)
     if high > low:
         bins_each = BINS / (high - low)
         scale = torch.full((x.shape[axis],), bins_each, dtype=torch.float64)
-        if name in scaled.factor:
-            scale /= torch.from_numpy(scaled.factor[name])
+        if name in ranges.factor:
+            scale /= torch.from_numpy(ranges.factor[name])
         scale = scale.view(-1, *[1] * (x.ndim - 1 - axis))
         for part in torch.split(x, max(1, COUNTED * len(x) // x.numel())):
             bins = (part * scale).sub_(low * bins_each).clamp_(0, BINS - 1).to(torch.int32)

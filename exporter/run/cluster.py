@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact, sidecar_path
-from exporter.build.int8.calibration import Calibration
+from exporter.build.int8.workers import CalibrationPass
 from exporter.errors import BadRequest, CheckFailed, Unavailable, first_line, some
 from exporter.predict import Ranges
 from exporter.progress import step
@@ -34,9 +34,7 @@ AHEAD = 4  # tasks that wait in the cluster, for each one that can run
 STORE_BYTES = 256 << 20
 CONNECT_S = 5.0
 WAIT_S = 1.0  # so that Ctrl-C is not late
-CONTINUE = "run the same command again"
-LOST = {Schedule: ("shard", CONTINUE), Ranges: ("range", "add --resume"), Calibration: ("batch", CONTINUE)}
-"""What a lost task of a schedule is called, and how its other tasks are kept."""
+KEPT = "What others did is stored: run the same command again"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Of the clusters that this tool starts: no usage reports, and workers get as much of a core as other processes."""
 
@@ -64,8 +62,7 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
 
     Raises: Unavailable where Ray is not installed or the cluster cannot be reached.
     """
-    check_address(address)
-    backends.require("ray", "ray")
+    reach(address)
     import logging
 
     for name, setting in SETTINGS.items():
@@ -80,7 +77,6 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
         options |= {"address": "local", "num_cpus": machine.cores(), "include_dashboard": False}
         options |= {"object_store_memory": STORE_BYTES + 2 * needed_bytes, "_node_ip_address": "127.0.0.1"}
     else:
-        _reach(address)
         options |= {"address": address}
     _begin(ray, address, options)
     for number, handler in handlers.items():  # Ray puts its own in their place, which abort the process
@@ -108,8 +104,16 @@ def _begin(ray: Any, address: str, options: dict[str, Any]) -> None:
                 raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
 
 
-def _reach(address: str) -> None:
-    """Raises: Unavailable where nothing listens at the address; Ray itself waits for half a minute."""
+def reach(address: str) -> None:
+    """Check that a cluster can be used, without connecting.
+
+    Raises: BadRequest for an address of another form; Unavailable where Ray is not installed, and where nothing listens
+        at the address, for which Ray itself would wait for half a minute.
+    """
+    check_address(address)
+    backends.require("ray", "ray")
+    if address == LOCAL:
+        return
     parts = urlsplit(address)
     try:
         socket.create_connection((parts.hostname or "", parts.port or 0), CONNECT_S).close()
@@ -132,6 +136,13 @@ class Need:
     def options(self) -> dict[str, Any]:
         """As Ray takes it. Tasks are not repeated by Ray: `Cluster` counts their tries."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory or None, "max_retries": 0}
+
+
+class LostTasks(Exception):
+    """Tasks whose workers were lost each time: their numbers, in words, and the reason of one of them."""
+
+    def __init__(self, numbers: str, reason: str) -> None:
+        self.numbers, self.reason = numbers, reason
 
 
 class Cluster:
@@ -181,17 +192,38 @@ class Cluster:
             raise Unavailable(*problems) if code == Unavailable.exit_code else BadRequest(*problems)
 
     def results(
-        self, job: Job, references: Sequence[Any], numbers: Iterable[int], need: Need, in_order: bool = False
+        self,
+        job: Job,
+        references: Sequence[Any],
+        numbers: Iterable[int],
+        need: Need,
+        in_order: bool = False,
+        task: str = "shard",
+        remedy: str = KEPT,
     ) -> Iterator[tuple[int, bytes]]:
         """Numbers of tasks with their results, as they are done or in order.
 
         A task whose worker is lost is tried `TRIES` times. The others go on.
 
+        Args:
+            job: of the tasks.
+            references: of the contents that they need.
+            numbers: of the tasks.
+            need: of each task.
+            in_order: whether results are passed on in order.
+            task, remedy: for the message about lost tasks.
+
         Raises: what the task raised; at the end Unavailable, with the tasks that were lost each time.
         """
         need = self.within(need)
         submit = partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
-        return self._results(submit, deque(numbers), need, in_order, *LOST[type(job.schedule)])
+        try:
+            yield from self._results(submit, deque(numbers), need, in_order)
+        except LostTasks as lost:
+            raise Unavailable(
+                f"the workers of {task} {lost.numbers} were lost {TRIES} times ({lost.reason}). If memory ran out, use "
+                f"machines with more, or fewer threads. {remedy}"
+            ) from None
 
     def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
@@ -219,7 +251,7 @@ class Cluster:
         )
 
     def _results(
-        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool, what: str, again: str
+        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool
     ) -> Iterator[tuple[int, bytes]]:
         window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
         running, done, order = dict[Any, int](), dict[int, bytes](), deque(waiting)
@@ -245,11 +277,7 @@ class Cluster:
             if lost and in_order:
                 break
         if lost:
-            reason = next(iter(lost.values()))
-            raise Unavailable(
-                f"the workers of {what} {some(map(str, lost))} were lost {TRIES} times ({reason}). What others did is "
-                f"stored. If memory ran out, use machines with more, or fewer threads; then {again}"
-            )
+            raise LostTasks(some(map(str, lost)), next(iter(lost.values())))
 
 
 def _released(done: dict[int, bytes], order: deque[int], in_order: bool) -> Iterator[tuple[int, bytes]]:
@@ -301,10 +329,10 @@ def job_of(artifact: Artifact, schedule: Schedule | Ranges) -> Job:
     return Job(schedule=schedule, artifact=artifact.path.resolve(), files=files, key=key)
 
 
-def calibration_job(calibration: Calibration, scaled: bytes) -> Job:
-    """The job of a pass over calibration images that needs these statistics."""
-    key = hashlib.sha256(repr(calibration).encode("utf-8", "surrogateescape") + scaled).hexdigest()
-    return Job(schedule=calibration, artifact=Path(), files=(), key=key)
+def calibration_job(calibration_pass: CalibrationPass, ranges: bytes) -> Job:
+    """The job of a pass over calibration images that needs these ranges."""
+    key = hashlib.sha256(repr(calibration_pass).encode("utf-8", "surrogateescape") + ranges).hexdigest()
+    return Job(schedule=calibration_pass, artifact=Path(), files=(), key=key)
 
 
 def need_of(artifact: Artifact, device: str | None, threads: int | None) -> Need:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from exporter import build as builds
 from exporter import predict as predictions
 from exporter.artifact import Artifact
 from exporter.build import Built
-from exporter.build.int8.calibration import Calibration, decode, encode
+from exporter.build.int8.workers import CalibrationPass, decode, encode
 from exporter.errors import BadRequest, ExporterError
 from exporter.model import variants
 from exporter.model.sources import is_random
@@ -28,6 +28,7 @@ from exporter.recipe import Model, Recipe
 from exporter.report import Report
 from exporter.run import Outcome, RecipeRun, spread, tasks
 from exporter.run.cluster import (
+    KEPT,
     Cluster,
     Need,
     calibration_job,
@@ -36,13 +37,14 @@ from exporter.run.cluster import (
     job_of,
     need_of,
     paths_of,
+    reach,
 )
 from exporter.verify import VerifyOptions, shards
 
 if TYPE_CHECKING:
     from exporter.quantize.statistics import Statistics
 
-BUILD_BYTES = 800 << 20  # of a build, beside four times the weights
+BUILD_BYTES = 800 << 20  # memory of a build, in addition to four times the weights
 
 
 def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, size: int | None = None) -> Report:
@@ -85,64 +87,83 @@ def _shards_of(out: Path) -> Path:
 
 
 def _measure(folder: spread.Folder, artifact: Artifact, missing: Sequence[int], address: str) -> None:
-    if missing:
-        with connected(address, _bytes(artifact)) as cluster:
-            _measure_on(cluster, folder, artifact, missing)
+    if not missing:
+        return
+    with connected(address, _bytes(artifact)) as cluster:
+        for number, content in _shards(cluster, folder.schedule, artifact, missing):
+            folder.store(number, content)
 
 
-def _measure_on(cluster: Cluster, folder: spread.Folder, artifact: Artifact, missing: Sequence[int]) -> None:
-    schedule = folder.schedule
+def _shards(
+    cluster: Cluster, schedule: shards.Schedule, artifact: Artifact, numbers: Sequence[int], remedy: str = KEPT
+) -> Iterator[tuple[int, bytes]]:
+    """Shards by their number, as they are measured; `remedy` as for `Cluster.results`."""
     job, need = job_of(artifact, schedule), need_of(artifact, schedule.options.device, schedule.options.threads)
     references = cluster.sent(artifact)
     cluster.check(job, references)
-    step(f"verifying {artifact.path.name} in {len(missing)} shards of up to {schedule.size} images")
-    results = cluster.results(job, references, missing, need)
-    for number, content in track(results, len(missing), "shards", lambda _: 1):
-        folder.store(number, content)
+    step(f"verifying {artifact.path.name} in {len(numbers)} shards of up to {schedule.size} images")
+    results = cluster.results(job, references, numbers, need, remedy=remedy)
+    yield from track(results, len(numbers), "shards", lambda _: 1)
 
 
 def build(recipe: Recipe, out: Path, address: str) -> Built:
-    """Build in int8. A cluster runs the calibration images and verifies the candidates on `quantization.data`; the rest
-    of the build is computed, and the artifact is timed, by this process.
+    """Build in int8 or fp8. A cluster runs the calibration images and verifies candidates on `quantization.data`; the
+    rest of the build takes place in this process. The cluster is left before the artifact is timed.
 
-    The artifact has the bytes of `exporter.build.build` on one machine. What was measured on calibration images is
-    cached, so that the same command continues.
+    The artifact has the bytes of `exporter.build.build` on one machine of the same kind. Statistics of calibration
+    images are cached, so that the same command continues.
 
     Args:
         recipe, out: as for `exporter.build.build`.
         address: of the cluster.
 
-    Raises: as `exporter.build.build`, `connected` and `Cluster.results` do.
+    Raises: as `exporter.build.build`, `connected` and `Cluster.results` do; BadRequest for other precisions.
     """
-    check_address(address)
     builds.check(recipe)
-    with connected(address, 2 * _weight_bytes(recipe.model)) as cluster:
-        return builds.build(recipe, out, spread=_Spread(cluster, recipe))
+    if recipe.quantization is None:
+        raise BadRequest(f"--on {address}: {recipe.precision} needs no images, so nothing can be spread; leave it out")
+    reach(address)
+    workers = _ClusterWorkers(recipe, address)
+    try:
+        return builds.build(recipe, out, workers=workers)
+    finally:
+        workers.close()
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """A cluster that computes parts of a build."""
+class _ClusterWorkers:
+    """The workers of a cluster, which is connected when it is first needed."""
 
-    cluster: Cluster
-    recipe: Recipe
+    def __init__(self, recipe: Recipe, address: str) -> None:
+        self.recipe, self.address, self.connection = recipe, address, ExitStack()
+        self.cluster: Cluster | None = None
 
-    def statistics(self, calibration: Calibration, scaled: Statistics, done: int) -> Iterator[Statistics]:
+    def _connected(self) -> Cluster:
+        if self.cluster is None:
+            sent = 2 * _weight_bytes(self.recipe.model)  # a candidate, and the ONNX graph that may run in its place
+            self.cluster = self.connection.enter_context(connected(self.address, sent))
+        return self.cluster
+
+    def statistics(self, calibration_pass: CalibrationPass, ranges: Statistics, done: int) -> Iterator[Statistics]:
         """The statistics of each batch after the first `done` images, in order."""
-        content = encode(scaled)
-        job, reference = calibration_job(calibration, content), self.cluster.ray.put(content)
-        memory = BUILD_BYTES + 4 * _weight_bytes(self.recipe.model)  # fp32 and fp64 are three times the weights
+        cluster, content = self._connected(), encode(ranges)
+        job, references = calibration_job(calibration_pass, content), [cluster.ray.put(content)]
+        memory = BUILD_BYTES + 4 * _weight_bytes(self.recipe.model)  # the network in fp32 and in fp64: three times
         need = Need(cpus=machine.default_threads(), memory=memory)
-        self.cluster.check(job, [reference])
-        results = self.cluster.results(job, [reference], calibration.numbers(done), need, in_order=True)
-        return (decode(part) for _, part in results)
+        cluster.check(job, references)
+        numbers, remedy = calibration_pass.remaining(done), "Earlier batches are cached: run the same command again"
+        for _, part in cluster.results(job, references, numbers, need, True, "batch", remedy):
+            yield decode(part)
 
     def verify(self, artifact: Artifact, options: VerifyOptions) -> Report:
         """The report of `exporter.verify.verify`."""
-        schedule = shards.schedule(artifact, options)
-        folder = spread.create(_shards_of(artifact.path), schedule)
-        _measure_on(self.cluster, folder, artifact, folder.missing())
-        return folder.merged(artifact)
+        schedule, remedy = shards.schedule(artifact, options), "Run the same command again"
+        contents = dict(_shards(self._connected(), schedule, artifact, range(schedule.count), remedy=remedy))
+        return shards.merged(schedule, artifact, lambda number: shards.decode(contents[number]))
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self.connection.close()
+        self.cluster = None
 
 
 def predict(
@@ -173,7 +194,8 @@ def predict(
 
         def chunks(done: int) -> Iterator[Chunk]:
             """The answers after the first `done` images."""
-            for _, content in cluster.results(job, references, schedule.numbers(done), need, in_order=True):
+            numbers, remedy = schedule.numbers(done), "What others did is stored: add --resume"
+            for _, content in cluster.results(job, references, numbers, need, True, "range", remedy):
                 every = msgspec.msgpack.decode(content, type=list[Chunk])
                 yield from (chunk.after(done) for chunk in every if chunk.end > done)
 

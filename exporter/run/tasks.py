@@ -19,8 +19,8 @@ import msgspec
 from exporter import __version__, predict, run
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk
-from exporter.build.int8 import calibration
-from exporter.build.int8.calibration import Calibration
+from exporter.build.int8 import workers
+from exporter.build.int8.workers import CalibrationPass
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.predict import Ranges
 from exporter.run import Outcome, RecipeRun
@@ -42,7 +42,7 @@ class Job:
     tool.
     """
 
-    schedule: Schedule | Ranges | Calibration
+    schedule: Schedule | Ranges | CalibrationPass
     artifact: Path
     files: tuple[tuple[str, str], ...]
     key: str
@@ -70,7 +70,7 @@ def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result
     Args:
         job: its models are opened, unless this process has them open.
         contents: functions that return the files of the artifact, for a machine that does not have them; or, for a
-            calibration, the statistics that it needs.
+            calibration, the ranges that it needs.
         number: of the shard, range or batch.
     """
     try:
@@ -92,8 +92,8 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
         if job.version != __version__:
             raise BadRequest(f"convnext-export {__version__}, but the job is of {job.version}; install that version")
         _enter(job)
-        if isinstance(job.schedule, Calibration):
-            calibration.refuse_others(job.schedule)
+        if isinstance(job.schedule, CalibrationPass):
+            workers.refuse_others(job.schedule)
         elif isinstance(job.schedule, Schedule):
             shards.refuse_others(job.schedule, _artifact(job, contents))
         else:
@@ -135,9 +135,9 @@ def _enter(job: Job) -> None:
 @contextmanager
 def _opened(job: Job, contents: Sequence[Callable[[], bytes]]) -> Iterator[Task]:
     """The function that does a task by its number, with the models of a job open."""
-    if isinstance(job.schedule, Calibration):
-        measure = calibration.open_batches(job.schedule, calibration.decode(contents[0]()))
-        yield lambda number: calibration.encode(measure(number))
+    if isinstance(job.schedule, CalibrationPass):
+        with workers.open_batches(job.schedule, workers.decode(contents[0]())) as measure:
+            yield lambda number: workers.encode(measure(number))
     elif isinstance(job.schedule, Schedule):
         with shards.open_worker(job.schedule, _artifact(job, contents)) as worker:
             yield lambda number: shards.encode(worker.measure(number))

@@ -128,7 +128,7 @@ def schedule(artifact: Artifact, options: VerifyOptions, size: int | None = None
         total=samples.total,
         size=-(-(size or IMAGES) // batch) * batch,
         skipped=tuple(samples.skipped),
-        versions=backends.computing_versions(artifact),
+        versions=backends.computing_versions(backends.runtime_of(artifact)),
     )
 
 
@@ -139,7 +139,7 @@ def refuse_others(schedule: Schedule, artifact: Artifact, data: str | None = Non
     """
     if artifact.sidecar.sha256 != schedule.sha256:
         raise BadRequest(f"{artifact.path}: another artifact than the schedule's; give that one")
-    backends.refuse_other_versions(schedule.versions, artifact)
+    backends.refuse_other_versions(schedule.versions)
     source = schedule.options.data if data is None else data
     if fingerprint(source, times=False) != schedule.images_digest:
         raise BadRequest(f"{source}: other images than those of the schedule; restore them, or schedule again")

@@ -13,13 +13,13 @@ from exporter.artifact import Artifact
 from exporter.artifact.outputs import DENSE
 from exporter.bench import Opener
 from exporter.build.int8 import probe, speed
-from exporter.build.int8.calibration import Spread
 from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search, sensitivities
 from exporter.build.int8.work import Work, prepare
+from exporter.build.int8.workers import Workers
 from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import usual_size
 from exporter.data.samples import is_synthetic
-from exporter.errors import ExporterError, first_line
+from exporter.errors import ExporterError, Unavailable, first_line
 from exporter.progress import note, step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
@@ -28,14 +28,14 @@ from exporter.verify import record_quality
 Build = Callable[[Recipe, Path], Artifact]
 
 
-def build(job: Job, build_recipe: Build, opener: Opener, spread: Spread | None = None) -> tuple[Artifact, Report]:
+def build(job: Job, build_recipe: Build, opener: Opener, workers: Workers | None = None) -> tuple[Artifact, Report]:
     """Build the artifact that stays within its budget with the fewest parts in higher precision.
 
     Args:
         job: of precision int8 or fp8.
         build_recipe: builds the artifact of another recipe, for the next higher precision.
         opener: opens a model in the timing process.
-        spread: processes that compute parts of the build; by default this one computes all.
+        workers: processes that compute parts of the build; by default this one computes all.
 
     Returns: the artifact, and its report, which passes where the budget and the limits of the precision hold. If no
         candidate passes, the artifact is the one that loses least.
@@ -47,10 +47,12 @@ def build(job: Job, build_recipe: Build, opener: Opener, spread: Spread | None =
         folder = Path(temporary)
         data = open_data(job)  # before the calibration, which takes long
         probe.refuse_slower(job, folder / "probe", opener)
-        work = prepare(job, folder, spread)
-        with judging(work, folder, data, spread) as judge:
+        work = prepare(job, folder, workers)
+        with judging(work, folder, data, workers) as judge:
             result = search(work, judge, partial(sensitivities, work), job.recipe.export.keep or ())
-            cost = _cost_of_synthetic(work, result.best, judge, folder, spread) if _has_real_data(work) else []
+            cost = _cost_of_synthetic(work, result.best, judge, folder, workers) if _has_real_data(work) else []
+        if workers is not None:
+            workers.close()
         best = result.best.artifact
         layers = job.runtime.layers(best, job.runtime.options()) if job.runtime.layers is not None else []
         baseline = speed.baseline(work, build_recipe, folder)
@@ -73,7 +75,9 @@ def _has_real_data(work: Work) -> bool:
     return work.images.synthetic and data is not None and not is_synthetic(data)
 
 
-def _cost_of_synthetic(work: Work, best: Candidate, judge: Judge, folder: Path, spread: Spread | None) -> list[Finding]:
+def _cost_of_synthetic(
+    work: Work, best: Candidate, judge: Judge, folder: Path, workers: Workers | None
+) -> list[Finding]:
     """The loss from calibrating on synthetic images instead of the user's data, with the same parts quantized.
 
     The data may be unfit for calibration (duplicates, a manifest without digests); then the loss is unknown.
@@ -83,9 +87,11 @@ def _cost_of_synthetic(work: Work, best: Candidate, judge: Judge, folder: Path, 
     quantization = msgspec.structs.replace(work.quantization, calib=str(work.quantization.data), calib_size=None)
     recipe = msgspec.structs.replace(work.job.recipe, quantization=quantization)
     try:
-        real = prepare(resolve(recipe, folder), folder, spread)
+        real = prepare(resolve(recipe, folder), folder, workers)
         other = judge(real, best.kept)
     except ExporterError as error:
+        if workers is not None and isinstance(error, Unavailable):
+            raise
         detail = f"not measured: {first_line(error)}"
         return [Finding(check=check, metric="synthetic_cost", value=None, detail=detail)]
     images = f"{real.images.total} of {quantization.calib}"

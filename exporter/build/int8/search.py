@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from exporter.artifact import Artifact
 from exporter.artifact.outputs import WITH_LABELS
 from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session, eager
 from exporter.build import budget
-from exporter.build.int8.calibration import Spread
 from exporter.build.int8.work import Work
+from exporter.build.int8.workers import Workers
 from exporter.build.resolve import Job
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
@@ -164,41 +165,38 @@ def budgeted(job: Job, samples: Samples) -> VerifyOptions:
 
 
 @contextmanager
-def judging(work: Work, folder: Path, data: Samples | None, spread: Spread | None = None) -> Iterator[Judge]:
-    """A function that builds a candidate in a folder and compares it with PyTorch, which runs once.
+def judging(work: Work, folder: Path, data: Samples | None, workers: Workers | None = None) -> Iterator[Judge]:
+    """A function that builds a candidate in a folder and compares it with PyTorch. PyTorch runs once in this process,
+    and on workers once for each candidate unless its outputs are cached there.
 
     Args:
         work: the calibrated network.
         folder: for the candidates.
         data: the images to compare on; None for the calibration images.
-        spread: processes that compare on `data`; by default, and where the job has a reference, this one does.
+        workers: processes that compare on `data`; by default, and where the job has a reference, this one does.
     """
     samples = data or work.images.to_compare
     refuse_few(work.job, samples)
     options = budgeted(work.job, samples)
-    if spread is not None and data is not None and work.job.reference is None:
-        yield judge_elsewhere(folder, options, spread)
+    if workers is not None and data is not None and work.job.reference is None:
+        yield judge_of(folder, partial(workers.verify, options=options))
         return
     with open_reference(work.job, options, folder) as reference:
-        yield judge_of(folder, options, samples, reference)
+        runtime = work.job.runtime
+        yield judge_of(folder, lambda artifact: compare(artifact, options, samples, reference, runtime))
 
 
-def judge_of(folder: Path, options: VerifyOptions, samples: Samples, reference: Session) -> Judge:
-    """A function that builds a candidate in a folder and compares it with an open reference."""
+def judge_of(folder: Path, compared: Callable[[Artifact], Report]) -> Judge:
+    """A function that builds a candidate in a folder and compares it.
 
-    def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
-        artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
-        return Candidate(kept, artifact, compare(artifact, options, samples, reference, work.job.runtime))
-
-    return judge
-
-
-def judge_elsewhere(folder: Path, options: VerifyOptions, spread: Spread) -> Judge:
-    """A function that builds a candidate in a folder, which other processes compare."""
+    Args:
+        folder: for the candidates.
+        compared: the report of an artifact.
+    """
 
     def judge(work: Work, kept: tuple[str, ...]) -> Candidate:
         artifact = work.make(kept, Path(tempfile.mkdtemp(dir=folder)))
-        return Candidate(kept, artifact, spread.verify(artifact, options))
+        return Candidate(kept, artifact, compared(artifact))
 
     return judge
 

@@ -15,7 +15,7 @@ from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Quantization as QuantizationFacts
 from exporter.artifact.sidecar import Sidecar
 from exporter.build.export import Network, graph_of, write
-from exporter.build.int8.calibration import ImageOptions, Spread, measure_by
+from exporter.build.int8.workers import ImageOptions, Workers, measure_on
 from exporter.build.resolve import Job
 from exporter.data.calibration import CalibrationSet
 from exporter.errors import CheckFailed, some
@@ -101,13 +101,13 @@ class Work:
         return msgspec.structs.replace(self.sidecar, quantization=facts)
 
 
-def prepare(job: Job, folder: Path, spread: Spread | None = None) -> Work:
+def prepare(job: Job, folder: Path, workers: Workers | None = None) -> Work:
     """Calibrate, fold scales into the weights, trace, and compare the graph with PyTorch.
 
     Args:
         job: of precision int8 or fp8.
         folder: for the traced graph; nothing is written elsewhere.
-        spread: processes that run the network on the calibration images; by default this one does.
+        workers: processes that run the network on the calibration images; by default this one does.
 
     Raises: ExporterError as `export` does; BadRequest for a calibration set that cannot be used.
     """
@@ -115,15 +115,20 @@ def prepare(job: Job, folder: Path, spread: Spread | None = None) -> Work:
     assert quantization is not None
     assert placement is not None
     classes = job.sidecar.weights.num_classes if has_classes(job.sidecar, job.recipe.checks.outputs) else None
-    image_options = ImageOptions(quantization, job.sidecar.preprocessing, classes, job.sidecar.task in DENSE)
-    images = image_options.open()
+    options = ImageOptions(
+        calib=quantization.calib,
+        size=quantization.calib_size,
+        seed=quantization.calib_seed,
+        preprocessing=job.sidecar.preprocessing,
+        classes=classes,
+        dense=job.sidecar.task in DENSE,
+    )
+    images = options.open()
     from exporter.quantize import simulation, smoothing, statistics
 
     grid: Grid = "fp8" if job.recipe.precision == "fp8" else "int8"
     network = write(job)
-    measure = None
-    if spread is not None:
-        measure = measure_by(spread, job, network.model, placement.kinds, image_options, images)
+    measure = measure_on(workers, job, network.model, options, images) if workers is not None else None
     measured = statistics.collect(
         network.model,
         placement.kinds,
@@ -134,7 +139,7 @@ def prepare(job: Job, folder: Path, spread: Spread | None = None) -> Work:
         measure=measure,
     )
     smoothing.smooth(network.model, measured.factor)
-    options = QuantizeOptions(
+    quantize_options = QuantizeOptions(
         grid=grid,
         inputs=placement.inputs,
         half=placement.rest == "fp16",
@@ -142,7 +147,7 @@ def prepare(job: Job, folder: Path, spread: Spread | None = None) -> Work:
         method=quantization.calib_method,
         bias_correction=quantization.bias_correction,
     )
-    plan = simulation.plan(network.model, placement.kinds, placement.symmetric, measured, images, options)
+    plan = simulation.plan(network.model, placement.kinds, placement.symmetric, measured, images, quantize_options)
     graph, sidecar = graph_of(job, network, folder / "traced.onnx")
     recipe = {**sidecar.recipe, "precision": job.recipe.precision}
     sidecar = msgspec.structs.replace(sidecar, precision=job.recipe.precision, recipe=recipe)
