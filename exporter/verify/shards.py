@@ -44,6 +44,7 @@ from exporter.verify.thumbnails import drop_unused_thumbnails
 
 IMAGES = 512
 """Of a shard, where no number is given: about half a minute of ConvNeXt-T on two cores."""
+MAX_IMAGES = 2**15  # of a shard: two feature vectors of the widest network for each are half of `MAX_BYTES`
 MAX_BYTES = 2**30  # of an unpacked shard
 
 
@@ -114,8 +115,10 @@ def schedule(artifact: Artifact, options: VerifyOptions, size: int | None = None
         options: as for `verify`.
         size: images of a shard, rounded up to full batches.
 
-    Raises: as `verify` does; BadRequest for `blocks`.
+    Raises: as `verify` does; BadRequest for `blocks`, and for shards of more than `MAX_IMAGES`.
     """
+    if size is not None and not 1 <= size <= MAX_IMAGES:
+        raise BadRequest(f"--shard-size {size}: expected 1 to {MAX_IMAGES:,} images")
     if options.blocks:
         raise BadRequest("--blocks: compares the first images in one process; leave it out, or leave --on out")
     _, samples = prepared(artifact, options)

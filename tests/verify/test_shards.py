@@ -266,6 +266,7 @@ def test_data_and_weights_may_lie_elsewhere(tiny, photos, tmp_path, run):
         (["--on", "ray://host"], "expected ray, ray://HOST:PORT"),
         (["--shard-size", "16"], "only applies to shards"),
         (["--on", "files:work", "--blocks"], "--blocks"),
+        (["--on", "files:work", "--shard-size", "32769"], "--shard-size 32769: expected 1 to 32,768 images"),
         (["--on", "files:."], "expected a folder without the artifact"),
     ],
 )
