@@ -125,10 +125,8 @@ def tables() -> dict[str, str]:
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
     gains = msgspec.json.decode((MILAN / "gain.json").read_bytes(), type=coverage.Experiment)
-    killed = msgspec.json.decode((TURIN / "kill.json").read_bytes(), type=kill.Result)
-    again = msgspec.json.decode((TURIN / "fuzz-manifest-again.json").read_bytes(), type=fuzz.Result)
-    readers = msgspec.json.decode((XEON / "fuzz-checkpoints.json").read_bytes(), type=fuzz.Result)
-    fuzzed = msgspec.json.decode((TURIN / "fuzz.json").read_bytes(), type=fuzz.Result)
+    killed = msgspec.json.decode((GENOA / "kill.json").read_bytes(), type=kill.Result)
+    fuzzed = msgspec.json.decode((GENOA / "fuzz.json").read_bytes(), type=fuzz.Result)
     cuda = msgspec.json.decode((H100 / "cuda-forms.json").read_bytes(), type=cuda_forms.Result)
     on_gpu = [
         report.load(H100 / "gpu" / f"batch-{batch}" / f"tiny_{precision}.onnx.report.json")
@@ -179,10 +177,8 @@ def tables() -> dict[str, str]:
         "int8-memory": int8.memory_table(quantized) + machine(quantized.environment, quantized.commit),
         "layouts": checkpoints.table(msgspec.json.decode((XEON / "checkpoints.json").read_bytes())),
         "recipe-keys": recipes.key_table(),
-        "kill": killed.table(),
-        "fuzz": fuzzed.table(),
-        "fuzz-again": again.table(),
-        "fuzz-checkpoints": readers.table() + machine(readers.environment),
+        "kill": killed.table() + machine(killed.environment),
+        "fuzz": fuzzed.table() + machine(fuzzed.environment),
         "plan-targets": plans.target_table(planned),
         "plan-networks": plans.network_table(planned),
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
