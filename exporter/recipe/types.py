@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from exporter.recipe.fields import about
 
+SYNTHETIC = "synthetic"
 TASKS = ("classify", "embed", "tokens", "features", "segment", "pyramid")
 Tasks = Annotated[
     str,

@@ -33,7 +33,7 @@ from exporter.verify.batches import run_batch as run_batch
 from exporter.verify.blocks import block_errors
 from exporter.verify.checks import Meter
 from exporter.verify.page_images import PageImages, page_images
-from exporter.verify.slide import SlideOptions, Windows, whole, windows_of
+from exporter.verify.slide import Windows, whole, windows_of
 
 MAX_UNREADABLE_PCT = 10
 QUALITY = (
@@ -45,7 +45,7 @@ QUALITY = (
 """The metrics that an artifact's sidecar keeps."""
 
 
-class VerifyOptions(SlideOptions, frozen=True):
+class VerifyOptions(Checks, frozen=True):
     """Options of `verify`."""
 
     weights: MovedWeights = None

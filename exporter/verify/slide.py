@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from msgspec import Meta
 from msgspec.structs import replace
 
 from exporter.artifact.sidecar import Preprocessing, Sidecar, as_size, sides, size_text
@@ -17,38 +16,9 @@ from exporter.backends import Array, Outputs
 from exporter.data import images
 from exporter.errors import BadRequest
 from exporter.recipe import Checks
-from exporter.recipe.fields import about
 
 USUAL = 512  # pixels
 STEP = 2 / 3  # of a window: 341 of 512 and 426 of 640 in the published evaluations
-
-
-class SlideOptions(Checks, frozen=True):
-    """Options of checks, and of sliding windows."""
-
-    slide: Annotated[
-        bool,
-        about(
-            "For --task segment: resize images without changing their aspect ratio, run overlapping windows over them "
-            "and average the logits, as mmsegmentation does; without it each image is resized and runs once."
-        ),
-    ] = False
-    window: Annotated[
-        Annotated[int, Meta(ge=32, le=4096)] | None,
-        about(
-            "Side of the windows in pixels.",
-            metavar="N",
-            default="the artifact's input size, or for any size test_cfg of the checkpoint, or 512",
-        ),
-    ] = None
-    stride: Annotated[
-        Annotated[int, Meta(ge=1, le=4096)] | None,
-        about(
-            "Step between windows in pixels.",
-            metavar="N",
-            default="test_cfg of the checkpoint, or two thirds of a window: 341 of 512",
-        ),
-    ] = None
 
 
 class Windows(NamedTuple):
@@ -64,7 +34,7 @@ class Windows(NamedTuple):
         return f"windows of {size} pixels, stride {steps}, over images whose short side is that of a window"
 
 
-def windows_of(sidecar: Sidecar, options: SlideOptions) -> Windows | None:
+def windows_of(sidecar: Sidecar, options: Checks) -> Windows | None:
     """The windows that options ask for, None without `slide`.
 
     Raises: BadRequest for an artifact without logits of each pixel, and for windows that do not fit it.

@@ -15,6 +15,7 @@ from exporter import run as running
 from exporter.build.int8 import speed
 from exporter.progress import REPORTER
 from exporter.run import pool
+from exporter.run.steps import verify_options
 from tests.conftest import snapshot, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -288,3 +289,9 @@ def test_the_same_run_twice_at_once_takes_turns(recipe, tmp_path, monkeypatch):
     for one in both:
         one.join()
     assert len(built) == 1
+
+
+def test_a_recipe_can_ask_for_sliding_windows(recipe, tmp_path):
+    (one,) = running.read_all([recipe(more="checks: {slide: true, window: 64, stride: 32}")], tmp_path)
+    options = verify_options(one.recipe)
+    assert (options.slide, options.window, options.stride) == (True, 64, 32)
