@@ -246,9 +246,15 @@ def compare_answers(limit: Limit, base: Finding, head: Finding) -> Finding:
     drop = _top1_drop(base, head) if limit.metric == "top1_drop" else _mean_drop(limit.metric, base, head)
     significant = drop.low is None or drop.low > 0
     within = drop.value is None or drop.value <= limit.most
-    detail = drop.detail + ("" if significant or within else "; above the limit, but within the noise of few images")
+    may_exceed = drop.high is not None and drop.high > limit.most
+    detail = drop.detail
+    if not within and not significant:
+        detail += "; above the limit, but within the noise of few images"
+    elif within and may_exceed:
+        detail += "; the interval reaches beyond the limit (more images narrow it)"
     result = judged(replace(drop, metric=limit.metric, detail=detail), limit.most, "low")
-    return result if significant else replace(result, passed=True)
+    passed = result.passed or not significant
+    return replace(result, passed=passed, unsure=passed and may_exceed)
 
 
 def _mean_drop(metric: str, base: Finding, head: Finding) -> Finding:

@@ -36,6 +36,7 @@ SYNTHETIC_SIZE = 128  # with more, agreement of the trained atto networks with e
 DENSE_SIZE = 16  # for segmentation and pyramids, of whose maps every position is counted
 COMPARED = 32  # synthetic images on which a quantized network is compared with PyTorch
 COLUMNS = ("sha256", "path", "label")
+RESTORE = "restore them, or copy them to this machine"
 
 
 class Entry(Record, frozen=True):
@@ -83,6 +84,13 @@ class CalibrationSet:
     samples: Samples
     compared: Samples
     manifest: Manifest | None = None
+
+    @property
+    def ordered_digest(self) -> str:
+        """A digest of the contents in their order."""
+        if self.manifest is None:
+            return self.digest
+        return hashlib.sha256("\n".join(entry.sha256 for entry in self.manifest.entries).encode()).hexdigest()
 
     @property
     def total(self) -> int:
@@ -359,5 +367,14 @@ def refuse_changed(source: str, manifest: Manifest, first: int, last: int) -> No
 
     Raises: BadRequest for files that changed or are missing, by name.
     """
-    if not manifest.generator:
-        _check_files(Path(source), Path(manifest.source), manifest.entries[first:last])
+    root = Path(manifest.source)
+    entries = () if manifest.generator else manifest.entries[first:last]
+    if others := [entry.path for entry in entries if not _is_same(root / entry.path, entry.sha256)]:
+        raise BadRequest(f"--calib {source}: not as when the command began: {some(others)}; {RESTORE}")
+
+
+def _is_same(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False

@@ -157,6 +157,8 @@ def _only_column(word: str, schema: Any, kinds: dict[str, Kind]) -> str:
 def _kind(of_column: Any) -> Kind:
     from pyarrow import types
 
+    if types.is_null(of_column):  # no row has a value
+        return "path"
     if types.is_dictionary(of_column):  # a category of pandas
         return _kind(of_column.value_type)
     if any(is_(of_column) for is_ in (types.is_binary, types.is_large_binary, types.is_binary_view)):
@@ -164,8 +166,9 @@ def _kind(of_column: Any) -> Kind:
     if any(is_(of_column) for is_ in (types.is_string, types.is_large_string, types.is_string_view)):
         return "path"
     if types.is_struct(of_column):
-        fields = {field.name: _kind(field.type) for field in of_column}
-        return "struct" if fields.get("bytes") == "bytes" and fields.get("path", "path") == "path" else ""
+        fields = {field.name: field.type for field in of_column}
+        has_bytes = "bytes" in fields and (_kind(fields["bytes"]) == "bytes" or types.is_null(fields["bytes"]))
+        return "struct" if has_bytes and ("path" not in fields or _kind(fields["path"]) == "path") else ""
     return ""
 
 

@@ -175,10 +175,9 @@ def _of_tables(word: str, tables: Sequence[Images]) -> Images:
 
     Raises: BadRequest where no file has a row.
     """
-    joined = _joined(word, tables)
-    if not joined.samples.total:
+    if not any(table.samples.total for table in tables):
         raise BadRequest(f"{word}: no rows in it; expected an image in each row")
-    return joined
+    return _joined(word, tables)
 
 
 def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | None = None) -> Images:
@@ -201,7 +200,7 @@ def _of_rows(name: str, column: str, recipe: Preprocessing, file: remote.File | 
 
 
 def _of_paths(table: str, paths: Sequence[str | None], recipe: Preprocessing, key: str) -> Images:
-    """The images whose paths the rows of a Parquet file have; a row without one has a reason."""
+    """The images whose paths the rows of a Parquet file have."""
     names = [_beside(table, path) if path else f"{table}[{row}]" for row, path in enumerate(paths)]
 
     def items(start: int = 0) -> Iterator[Item]:

@@ -39,7 +39,7 @@ PIXELS_FEWER = 8  # how many times fewer images are run at once where the output
 COUNTED = 1 << 20  # values that are counted at once
 CACHED = 1 << 17  # values of a depthwise convolution that are computed at once, so that they stay in a core's cache
 SAVE_S = 5.0  # how often what was measured so far is written down
-VERSION = 4
+VERSION = 5
 USUAL = frozenset({"pwconv1", "pwconv2", "downsampling", "decoder"})
 """The kinds that are always measured, so that one calibration serves runtimes that quantize different layers."""
 See = Callable[[str, torch.Tensor, int], None]
@@ -170,7 +170,7 @@ def collect(
     Raises: CheckFailed when a layer gets NaN or infinity; BadRequest for images that cannot be read.
     """
     measured = sorted({found for name in layers(model, kinds | USUAL) if (found := structure.kind(name))})
-    facts = {**about, "kinds": measured, "alpha": alpha, "images": images.digest, "count": images.total}
+    facts = {**about, "kinds": measured, "alpha": alpha, "images": images.ordered_digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
     store = Store(facts)
     statistics = store.read()

@@ -67,7 +67,10 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
 
     for name, setting in SETTINGS.items():
         os.environ.setdefault(name, setting)
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        raise Unavailable(f"ray cannot be imported ({first_line(error)}); install it again") from None
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -114,7 +114,7 @@ def test_an_image_that_cannot_be_read_or_changed_is_named(recipe, tmp_path, monk
     last.write_bytes(good + b" ")
     (job,) = workers.passes
     error = tasks.do(replace(job, key="changed"), [lambda: content], 1).error
-    assert f"{tmp_path / 'set.tsv'}: changed since it was frozen: 11.png" in error
+    assert f"--calib {tmp_path / 'set.tsv'}: not as when the command began: 11.png; restore" in error
 
     last.write_bytes(b"no image")
     text = (tmp_path / "set.tsv").read_text().replace(hashlib.sha256(good).hexdigest(), sha256_file(last))
@@ -136,10 +136,10 @@ def test_a_worker_with_other_weights_or_images_says_so(recipe, tmp_path, monkeyp
     assert "torch 2" in tasks.check(replace(job, schedule=other), []).error
     write_tiny(tmp_path / "fragile")
     error = tasks.do(replace(job, key="weights"), [lambda: ranges], 0).error
-    where = "on this machine are not those where the command was typed; copy them here"
-    assert error == f"{tmp_path / 'fragile'}: the weights {where}"
+    remedy = "with which the command began; restore them, or copy them to this machine"
+    assert error == f"{tmp_path / 'fragile'}: not the weights {remedy}"
     images = tmp_path / "images.npz"
     images.write_bytes(images.read_bytes() + b" ")
     result = tasks.check(job, [])
-    assert result.error == f"--calib {images}: the images {where}"
+    assert result.error == f"--calib {images}: not the images {remedy}"
     assert result.exit_code == 2

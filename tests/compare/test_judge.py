@@ -143,7 +143,10 @@ def test_a_drop_must_be_significant_too():
     limit = parse_limit("top1_drop:0.3")
     base = [1.0] * 1000
     assert not compare_answers(limit, answers(base), answers([1.0] * 950 + [0.0] * 50)).passed
+    assert not compare_answers(limit, answers(base), answers(base)).unsure
     few = compare_answers(limit, answers([1.0] * 10), answers([1.0] * 9 + [0.0]))
+    assert (few.passed, few.unsure) == (True, True)
+    assert compare_answers(limit, answers([1.0] * 10), answers([1.0] * 10)).unsure
     assert few.passed
     assert few.value == pytest.approx(10)
     assert "within the noise of few images" in few.detail

@@ -71,6 +71,8 @@ def columns_of(kind, photos):
         return {"image": pa.array([{"bytes": None, "path": str(photos / name)} for name in names], PATHED)}
     if kind == "path":
         return {"label": list(range(COUNT)), "file_name": [str(photos / name) for name in names]}
+    if kind == "struct without paths":
+        return {"image": [{"bytes": content, "path": None} for content in bytes_]}
     if kind == "category":
         return {"path": pa.array([str(photos / name) for name in names]).dictionary_encode()}
     if kind == "file address":
@@ -87,6 +89,7 @@ def columns_of(kind, photos):
 KINDS = (
     "struct",
     "struct of paths",
+    "struct without paths",
     "path",
     "file address",
     "category",
@@ -122,6 +125,9 @@ def test_rows_without_an_image_have_a_reason(photos, artifacts, tmp_path):
     assert reasons[:2] == [None, "no path in this row"]
     assert "No such file" in reasons[2]
     assert names_of([paths])[1] == f"{paths}[1]"
+    nothing = write(tmp_path / "nothing.parquet", {"image": pa.nulls(2)})
+    with pytest.raises(BadRequest, match=r"none of 2 images can be read .* no path in this row"):
+        answers_of(artifacts["onnxruntime", "fp32"], nothing)
 
 
 def test_a_folder_and_a_pattern_of_parquet_files_are_read_in_order(photos, artifacts, expected, tmp_path):
@@ -130,6 +136,7 @@ def test_a_folder_and_a_pattern_of_parquet_files_are_read_in_order(photos, artif
         rows = {"image": column[8 * number : 8 * number + 8], "other": column[:8]}
         write(tmp_path / "data" / f"part-{number}.parquet", rows)
         write(tmp_path / "data" / f"part-{number}-none.parquet", {"image": column[:0], "other": column[:0]})
+    write(tmp_path / "data" / "part-null.parquet", {"image": pa.nulls(0), "other": pa.nulls(0)})
     (tmp_path / "data" / ".hidden.parquet").write_bytes(b"none")
     artifact = artifacts["onnxruntime", "fp32"]
     for word in (f"{tmp_path}/data#image", f"{tmp_path}/data/*.parquet#image", f"file://{tmp_path}/data#image"):

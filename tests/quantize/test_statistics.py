@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
+from PIL import Image
 
 from exporter.artifact.sidecar import Preprocessing
+from exporter.data import calibration, synthetic
 from exporter.data.calibration import open_calibration
 from exporter.errors import CheckFailed
 from exporter.model import forms, weights
@@ -171,6 +174,34 @@ def test_an_interrupt_is_taken_up_where_it_was(model, images, stop_at, monkeypat
     for name in expected.histogram:
         assert np.array_equal(found.histogram[name], expected.histogram[name])
         assert found.mean(name) == pytest.approx(expected.mean(name), rel=1e-6)
+
+
+def test_the_same_images_in_another_order_continue_no_calibration(model, monkeypatch, tmp_path):
+    """Images are counted by their number: some would count twice, and others not at all."""
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.fromarray(synthetic.dead_leaves(PX, number)).save(tmp_path / "images" / f"{number:02d}.png")
+    frozen = calibration.freeze(str(tmp_path / "images"), 12, 0)
+    reverse = replace(frozen, entries=frozen.entries[::-1])
+    one, other = (calibration.of_manifest("set", manifest, RECIPE) for manifest in (frozen, reverse))
+    assert one.digest == other.digest
+    expected = collect(model, ALL, 0.5, other, {"weights": "uninterrupted"}, histogram=False)
+    real, seen = type(model).forward, []
+
+    def interrupted(self, x):
+        seen.append(len(x))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(self, x)
+
+    monkeypatch.setattr(statistics, "SAVE_S", 0.0)
+    monkeypatch.setattr(type(model), "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, ALL, 0.5, one, ABOUT, histogram=False)
+    monkeypatch.setattr(type(model), "forward", real)
+    found = collect(model, ALL, 0.5, other, ABOUT, histogram=False)
+    assert all(np.array_equal(found.low[name], expected.low[name]) for name in expected.low)
+    assert all(np.array_equal(found.total[name], expected.total[name]) for name in expected.total)
 
 
 def test_a_network_that_gives_nan_is_named_where_it_begins(model, images):

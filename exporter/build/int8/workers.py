@@ -118,7 +118,7 @@ def measure_on(workers: Workers, job: Job, model: ConvNeXt, options: ImageOption
         kinds=job.placement.kinds,
         images=options,
         manifest=images.manifest,
-        images_digest=images.digest,
+        images_digest=images.ordered_digest,
         total=images.total,
         batch_size=batch_size(model),
         versions=backends.computing_versions(job.runtime),
@@ -150,7 +150,7 @@ def refuse_others(calibration_pass: CalibrationPass) -> None:
 
 
 def _other(source: str, what: str) -> str:
-    return f"{source}: the {what} on this machine are not those where the command was typed; copy them here"
+    return f"{source}: not the {what} with which the command began; {calibration.RESTORE}"
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def open_batches(calibration_pass: CalibrationPass, ranges: Statistics) -> Itera
     backends.refuse_other_versions(calibration_pass.versions)
     chosen, manifest = calibration_pass.weights, calibration_pass.manifest
     images = calibration_pass.images.open(manifest)
-    if images.digest != calibration_pass.images_digest:
+    if images.ordered_digest != calibration_pass.images_digest:
         raise BadRequest(_other(f"--calib {images.source}", "images"))
     labels = Path(chosen.labels) if chosen.labels else None
     checkpoint = weights.load(chosen.weights, chosen.variant, labels, weights.choices_of(msgspec.to_builtins(chosen)))
