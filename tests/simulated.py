@@ -28,8 +28,9 @@ openvino.Core.available_devices = ["CPU", "GPU", "NPU"]
 class _FallingBack(_Session):
     """Like the GPU build of ONNX Runtime: without a GPU nothing but the CPU is left."""
 
-    def __init__(self, path, options=None, providers=(), **more):
-        super().__init__(path, options, providers=[] if "CPUExecutionProvider" not in providers else providers, **more)
+    def __init__(self, path, sess_options=None, providers=(), **more):
+        falls_back = providers and "CPUExecutionProvider" not in providers
+        super().__init__(path, sess_options, providers=[] if falls_back else providers or None, **more)
 
 
 onnxruntime.InferenceSession = _FallingBack

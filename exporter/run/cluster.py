@@ -33,6 +33,7 @@ TRIES = 3
 AHEAD = 4  # tasks that wait in the cluster, for each one that can run
 STORE_BYTES = 256 << 20
 CONNECT_S = 5.0
+TOKEN = "~/.ray/auth_token"
 WAIT_S = 1.0  # so that Ctrl-C is not late
 KEPT = "What others did is stored: run the same command again"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
@@ -67,6 +68,8 @@ def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
 
     for name, setting in SETTINGS.items():
         os.environ.setdefault(name, setting)
+    if address != LOCAL and _has_token():  # Ray's client sends it only then; a cluster without tokens ignores it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -104,7 +107,16 @@ def _begin(ray: Any, address: str, options: dict[str, Any]) -> None:
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             if not left:
-                raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)})") from None
+                token = (
+                    "" if address == LOCAL or _has_token() else f"; if it asks for a token, copy {TOKEN} of its head"
+                )
+                raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)}){token}") from None
+
+
+def _has_token() -> bool:
+    """Whether Ray finds a token for clusters that ask for one, as those of Ray 2.60 do by default."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or Path(TOKEN).expanduser().is_file()
 
 
 def reach(address: str) -> None:

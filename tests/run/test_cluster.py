@@ -454,6 +454,18 @@ def niceness_and_reports():
     return os.nice(0), os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
+def test_a_cluster_that_asks_for_a_token_is_explained(monkeypatch, tmp_path):
+    def init(address):
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    ray = SimpleNamespace(init=init, shutdown=lambda: None, exceptions=SimpleNamespace(RayError=Lost))
+    with pytest.raises(Unavailable, match=r"if it asks for a token, copy ~/\.ray/auth_token of its head$"):
+        cluster._begin(ray, "ray://head:10001", {"address": "ray://head:10001"})
+
+
 @pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_connection_is_tried_three_times(failures):
     tried = []
