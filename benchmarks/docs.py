@@ -100,9 +100,9 @@ def cli_help() -> str:
 def tables() -> dict[str, str]:
     """The tables of the documents by their mark."""
     reports = [report.load(GENOA / "demo" / f"custom_{name}.report.json") for name in DEMO]
-    footprint = msgspec.json.decode((TURIN / "footprint.json").read_bytes(), type=Footprint)
+    footprint = msgspec.json.decode((GENOA / "footprint.json").read_bytes(), type=Footprint)
     trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
-    others = msgspec.json.decode((MILAN / "agreement.json").read_bytes(), type=agreement.Result)
+    others = msgspec.json.decode((GENOA / "agreement.json").read_bytes(), type=agreement.Result)
     formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
     quantized = msgspec.json.decode((GENOA / "int8.json").read_bytes(), type=int8.Result)
     vnni, avx2 = (
@@ -145,9 +145,9 @@ def tables() -> dict[str, str]:
         "example": readme.example(reports[DEMO.index("int8.xml")], trials),
         "messages": messages.page(),
         "claims": readme.claims(cases, side_by_side, optimized, trials, planned),
-        "footprint": table(footprint),
+        "footprint": table(footprint) + machine(footprint.environment),
         "gate": gate.table(trials),
-        "agreement": agreement.table(others),
+        "agreement": agreement.table(others) + machine(others.environment),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
         "gain": f"{coverage.verdicts(gains.repetitions)}\n" + machine(gains.environment, gains.commit),
         "optimize": optimize.tried_table(optimized) + machine(optimized.environment),
