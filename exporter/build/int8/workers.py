@@ -59,7 +59,7 @@ class ImageOptions:
 class CalibrationPass:
     """Inputs that all batches of one pass over the calibration images share."""
 
-    statistic: Pass
+    which: Pass
     # The network.
     weights: Model
     weights_digest: str
@@ -110,7 +110,7 @@ def measure_on(workers: Workers, job: Job, model: ConvNeXt, options: ImageOption
     assert job.placement is not None
     assert quantization is not None
     first = CalibrationPass(
-        statistic="extremes",
+        which="extremes",
         weights=replace(job.recipe.model, reference=None),  # the network is compared with it in this process
         weights_digest=job.sidecar.weights.digest,
         spec=job.trace.spec,
@@ -125,12 +125,12 @@ def measure_on(workers: Workers, job: Job, model: ConvNeXt, options: ImageOption
         fingerprints=_fingerprints(quantization),
     )
 
-    def measure(statistic: Pass, statistics: Statistics) -> Iterator[Statistics]:
+    def measure(which: Pass, statistics: Statistics) -> Iterator[Statistics]:
         ranges = Statistics()
-        if statistic == "histogram":
+        if which == "histogram":
             ranges = Statistics(low=statistics.low, high=statistics.high, factor=statistics.factor)
-        calibration_pass = dataclasses.replace(first, statistic=statistic)
-        return workers.statistics(calibration_pass, ranges, statistics.done(statistic))
+        calibration_pass = dataclasses.replace(first, which=which)
+        return workers.statistics(calibration_pass, ranges, statistics.done(which))
 
     return measure
 
@@ -184,9 +184,7 @@ def open_batches(calibration_pass: CalibrationPass, ranges: Statistics) -> Itera
         last = min(first + calibration_pass.batch_size, calibration_pass.total)
         if manifest is not None:
             calibration.refuse_changed(images.source, manifest, first, last)
-        (part,) = measure_batches(
-            model, calibration_pass.kinds, images, calibration_pass.statistic, ranges, first, last
-        )
+        (part,) = measure_batches(model, calibration_pass.kinds, images, calibration_pass.which, ranges, first, last)
         return part
 
     with in_double(model):
