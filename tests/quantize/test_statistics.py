@@ -199,9 +199,9 @@ def test_the_same_images_in_another_order_continue_no_calibration(model, monkeyp
     with pytest.raises(KeyboardInterrupt):
         collect(model, ALL, 0.5, one, ABOUT, histogram=False)
     monkeypatch.setattr(type(model), "forward", real)
-    found = collect(model, ALL, 0.5, other, ABOUT, histogram=False)
-    assert all(np.array_equal(found.low[name], expected.low[name]) for name in expected.low)
-    assert all(np.array_equal(found.total[name], expected.total[name]) for name in expected.total)
+    continued = collect(model, ALL, 0.5, other, ABOUT, histogram=False)
+    assert all(np.array_equal(continued.low[name], expected.low[name]) for name in expected.low)
+    assert all(np.array_equal(continued.total[name], expected.total[name]) for name in expected.total)
 
 
 def test_a_network_that_gives_nan_is_named_where_it_begins(model, images):
