@@ -107,10 +107,11 @@ def _begin(ray: Any, address: str, options: dict[str, Any]) -> None:
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             ray.shutdown()
             if not left:
-                token = (
-                    "" if address == LOCAL or _has_token() else f"; if it asks for a token, copy {TOKEN} of its head"
-                )
-                raise Unavailable(f"--on {address}: the cluster does not answer ({first_line(error)}){token}") from None
+                may_need_token = address != LOCAL and not _has_token()
+                hint = f"; if it asks for a token, copy {TOKEN} from its head machine to this one"
+                raise Unavailable(
+                    f"--on {address}: the cluster does not answer ({first_line(error)}){hint if may_need_token else ''}"
+                ) from None
 
 
 def _has_token() -> bool:

@@ -462,7 +462,9 @@ def test_a_cluster_that_asks_for_a_token_is_explained(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     ray = SimpleNamespace(init=init, shutdown=lambda: None, exceptions=SimpleNamespace(RayError=Lost))
-    with pytest.raises(Unavailable, match=r"if it asks for a token, copy ~/\.ray/auth_token of its head$"):
+    with pytest.raises(
+        Unavailable, match=r"if it asks for a token, copy ~/\.ray/auth_token from its head machine to this one$"
+    ):
         cluster._begin(ray, "ray://head:10001", {"address": "ray://head:10001"})
 
 
