@@ -21,7 +21,7 @@ AREAS: dict[str, tuple[tuple[str, ...], str]] = {
     "Runtimes and devices": (("backends",), "run `convnext-export doctor`; see [Install](install.md)"),
     "Artifacts and files": (("artifact", "git.py"), "build the artifact again, or give another folder with `-o`"),
     "Clusters and shards": (
-        ("run/cluster.py", "run/distributed.py", "run/spread.py", "run/tasks.py", "verify/shards.py"),
+        ("run/cluster.py", "run/distributed.py", "run/recipes.py", "run/spread.py", "run/tasks.py", "verify/shards.py"),
         "see [Cluster](cluster.md)",
     ),
     "Recipes and runs": (("recipe", "run"), "see [Recipes](recipes.md)"),

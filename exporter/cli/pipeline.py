@@ -95,10 +95,10 @@ def run_command(
 
 def _outcomes(recipe_runs: Sequence[RecipeRun], jobs: int, on: str | None) -> list[Outcome]:
     from exporter import run
-    from exporter.run import distributed, pool
+    from exporter.run import pool, recipes
 
     if on is not None:
-        return distributed.run_all(recipe_runs, on)
+        return recipes.run_all(recipe_runs, on)
     return pool.run_all(recipe_runs, jobs) if jobs > 1 else run.run_all(recipe_runs)
 
 

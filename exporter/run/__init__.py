@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +26,12 @@ from exporter.run.steps import STEPS, Part, Steps, bench_options, verify_options
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One recipe to run, under a name that is unique in this run. `force` replaces artifacts of other weights; without
-    `timed` the artifact is timed by a later run."""
+    """One recipe to run, under a name that is unique in this run. `force` replaces artifacts of other weights."""
 
     path: Path
     recipe: Recipe
     out: Path
     force: bool = False
-    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -160,14 +158,46 @@ def run(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
         artifact = _build(recipe_run, steps, outcome)
         _verify(recipe_run, steps, artifact, outcome)
         _bench(recipe_run, steps, artifact, outcome, opener)
-        artifact = Artifact(artifact.path, read_sidecar(artifact.path))  # with its quality as it was verified
-        outcome.artifact, outcome.path = artifact, artifact.path.with_name(f"{artifact.path.name}.report.json")
-        outcome.report = _merged(recipe_run.recipe, steps, artifact)
-        encoded = report.encode(outcome.report)
-        if not outcome.path.is_file() or outcome.path.read_bytes() != encoded:
-            write_file(outcome.path, encoded)
-    outcome.exit_code = 0 if outcome.report.passed else 5
+        _write_report(recipe_run, steps, artifact, outcome)
     return outcome
+
+
+def begin(recipe_run: RecipeRun) -> Outcome:
+    """Run the first step of a recipe, the build, unless its inputs are unchanged.
+
+    Raises: as `run` does.
+    """
+    outcome = Outcome(recipe_run.name)
+    with _alone(recipe_run):
+        outcome.artifact = _build(recipe_run, Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder), outcome)
+    return outcome
+
+
+def finish(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+    """Run the last step of a recipe, the timing, after other processes of the same run built and verified it; and write
+    the report.
+
+    Raises: as `run` does; BadRequest where the artifact is gone.
+    """
+    outcome = Outcome(recipe_run.name)
+    with _alone(recipe_run):
+        steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder, done=("build", "verify"))
+        artifact = steps.artifact()
+        if artifact is None:
+            raise BadRequest(f"{recipe_run.out}: the artifact was removed or replaced after its build; run it again")
+        _bench(recipe_run, steps, artifact, outcome, opener)
+        _write_report(recipe_run, steps, artifact, outcome)
+    return outcome
+
+
+def _write_report(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome) -> None:
+    artifact = Artifact(artifact.path, read_sidecar(artifact.path))  # with its quality as it was verified
+    outcome.artifact, outcome.path = artifact, artifact.path.with_name(f"{artifact.path.name}.report.json")
+    outcome.report = _merged(recipe_run.recipe, steps, artifact)
+    encoded = report.encode(outcome.report)
+    if not outcome.path.is_file() or outcome.path.read_bytes() != encoded:
+        write_file(outcome.path, encoded)
+    outcome.exit_code = 0 if outcome.report.passed else 5
 
 
 @contextmanager
@@ -205,13 +235,25 @@ def _verify(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Ou
         return
     key = steps.key("verify", artifact)
     verified = verify.verify(artifact, verify_options(recipe_run.recipe))
-    verify.record_quality(artifact, verified)
-    steps.keep("verify", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=verified))
+    keep_verified(steps, artifact, key, verified)
     outcome.steps["verify"] = "done"
 
 
+def keep_verified(steps: Steps, artifact: Artifact, key: str, verified: Report) -> None:
+    """Store the report of a verification, and the quality of the artifact beside it.
+
+    Args:
+        steps: of the recipe.
+        artifact: what was verified.
+        key: of the step, from before it was done.
+        verified: the report.
+    """
+    verify.record_quality(artifact, verified)
+    steps.keep("verify", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=verified))
+
+
 def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome, opener: Opener) -> None:
-    options = bench_options(recipe_run.recipe) if recipe_run.timed else None
+    options = bench_options(recipe_run.recipe)
     if options is None or (why := not_timed(recipe_run.recipe)):
         outcome.steps["bench"] = "not asked for" if options is None else why
         return
@@ -269,8 +311,13 @@ def run_all(runs: Sequence[RecipeRun], opener: Opener = worker.open_arm) -> list
 
 def run_or_explain(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
     """Run a recipe. Where it cannot be run, its outcome says why."""
+    return explained(recipe_run, lambda: run(recipe_run, opener))
+
+
+def explained(recipe_run: RecipeRun, do: Callable[[], Outcome]) -> Outcome:
+    """The outcome of steps of a recipe. Where they cannot be done, it says why."""
     try:
-        return run(recipe_run, opener)
+        return do()
     except ExporterError as error:
         return Outcome(recipe_run.name, error=str(error), exit_code=error.exit_code)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from exporter import artifact as artifacts
@@ -28,6 +28,8 @@ from exporter.run.tasks import Job, Result
 from exporter.verify import graphs_of
 from exporter.verify.shards import Schedule
 
+T = TypeVar("T")
+"""A task: its number, or the index of its job and its number."""
 LOCAL = "ray"
 TRIES = 3
 AHEAD = 4  # tasks that wait in the cluster, for each one that can run
@@ -154,11 +156,11 @@ class Need:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory or None, "max_retries": 0}
 
 
-class LostTasks(Exception):
-    """Tasks whose workers were lost each time: their numbers, in words, and the reason of one of them."""
+@dataclass(frozen=True)
+class Lost:
+    """In place of the result of a task whose worker was lost `TRIES` times: the reason."""
 
-    def __init__(self, numbers: str, reason: str) -> None:
-        self.numbers, self.reason = numbers, reason
+    reason: str
 
 
 class Cluster:
@@ -181,14 +183,15 @@ class Cluster:
         """References to the content of the files of an artifact, in the order of `files_of`."""
         return tuple(self.ray.put(path.read_bytes()) for path in paths_of(artifact))
 
-    def check(self, job: Job, references: Sequence[Any]) -> None:
-        """Refuse machines that cannot do the tasks of a job.
+    def check(self, job: Job, references: Sequence[Any], need: Need) -> None:
+        """Refuse machines that have what the tasks of a job need but cannot do them.
 
         Raises: BadRequest or Unavailable with the address of each, and what it lacks.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = self.nodes()
+        gpus = self.within(need).gpus
+        nodes = [node for node in self.nodes() if node[2].get("GPU", 0) >= gpus]
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node, _, _ in nodes]
         remote = self.ray.remote(_check)
         waiting = [
@@ -231,15 +234,40 @@ class Cluster:
 
         Raises: what the task raised; at the end Unavailable, with the tasks that were lost each time.
         """
+        need, lost = self.within(need), dict[int, str]()
+        submit = self._submitter(job, references, need)
+        for number, result in self._results(submit, deque(numbers), need, in_order):
+            if isinstance(result, Lost):
+                lost[number] = result.reason
+                if in_order:
+                    break
+            else:
+                yield number, content_of(result)
+        if lost:
+            raise lost_error(f"{task} {some(map(str, lost))}", next(iter(lost.values())), remedy)
+
+    def results_of_several(
+        self, jobs: Sequence[tuple[Job, Sequence[int]]], need: Need
+    ) -> Iterator[tuple[int, int, Result | Lost]]:
+        """The index of a job, the number of one of its tasks, and the result, as the tasks are done. After an error or
+        a lost task of a job no other one of it is begun.
+
+        Args:
+            jobs: with the numbers of their tasks. Their artifacts are in the working folder of every machine.
+            need: of each task.
+        """
         need = self.within(need)
-        submit = partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
-        try:
-            yield from self._results(submit, deque(numbers), need, in_order)
-        except LostTasks as lost:
-            raise Unavailable(
-                f"the workers of {task} {lost.numbers} were lost {TRIES} times ({lost.reason}). If memory ran out, use "
-                f"machines with more, or fewer threads. {remedy}"
-            ) from None
+        submits = [self._submitter(job, (), need) for job, _ in jobs]
+        waiting = deque((index, number) for index, (_, numbers) in enumerate(jobs) for number in numbers)
+        for (index, number), result in self._results(lambda task: submits[task[0]](task[1]), waiting, need):
+            yield index, number, result
+            if isinstance(result, Lost) or result.error:
+                others = [task for task in waiting if task[0] != index]
+                waiting.clear()
+                waiting.extend(others)
+
+    def _submitter(self, job: Job, references: Sequence[Any], need: Need) -> Callable[[int], Any]:
+        return partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
 
     def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
@@ -267,47 +295,56 @@ class Cluster:
         )
 
     def _results(
-        self, submit: Callable[[int], Any], waiting: deque[int], need: Need, in_order: bool
-    ) -> Iterator[tuple[int, bytes]]:
+        self, submit: Callable[[T], Any], waiting: deque[T], need: Need, in_order: bool = False
+    ) -> Iterator[tuple[T, Result | Lost]]:
+        """Tasks with their results. The caller may remove tasks from `waiting`, unless the results are in order."""
         window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
-        running, done, order = dict[Any, int](), dict[int, bytes](), deque(waiting)
-        losses, lost = Counter[int](), dict[int, str]()
+        running, done, order = dict[Any, T](), dict[T, Result | Lost](), deque(waiting)
+        losses = Counter[T]()
         while waiting or running or done:
             while waiting and len(running) + len(done) < window:
-                number = waiting.popleft()
-                running[submit(number)] = number
+                task = waiting.popleft()
+                running[submit(task)] = task
             ready, _ = self.ray.wait(list(running), timeout=WAIT_S) if running else ([], [])
             for reference in ready:
-                number = running.pop(reference)
+                task = running.pop(reference)
                 try:
-                    done[number] = _content(self.ray.get(reference))
+                    done[task] = self.ray.get(reference)
                 except self.ray.exceptions.RayTaskError:
                     raise
                 except self.ray.exceptions.RayError as error:
-                    losses[number] += 1
-                    if losses[number] < TRIES:
-                        waiting.appendleft(number)
+                    losses[task] += 1
+                    if losses[task] < TRIES:
+                        waiting.appendleft(task)
                     else:
-                        lost[number] = _reason(error)
+                        done[task] = Lost(_reason(error))
             yield from _released(done, order, in_order)
-            if lost and in_order:
-                break
-        if lost:
-            raise LostTasks(some(map(str, lost)), next(iter(lost.values())))
 
 
-def _released(done: dict[int, bytes], order: deque[int], in_order: bool) -> Iterator[tuple[int, bytes]]:
+def _released(done: dict[T, Result | Lost], order: deque[T], in_order: bool) -> Iterator[tuple[T, Result | Lost]]:
     """Take the results that can be passed on."""
     while done and (not in_order or order[0] in done):
-        number = order.popleft() if in_order else next(iter(done))
-        yield number, done.pop(number)
+        task = order.popleft() if in_order else next(iter(done))
+        yield task, done.pop(task)
 
 
-def _content(result: Result) -> bytes:
+def content_of(result: Result) -> bytes:
+    """The content of a result.
+
+    Raises: its error.
+    """
     if result.error:
         kinds = (BadRequest, Unavailable, CheckFailed)
         raise next(kind for kind in kinds if kind.exit_code == result.exit_code)(result.error)
     return result.content
+
+
+def lost_error(tasks_in_words: str, reason: str, remedy: str = KEPT) -> Unavailable:
+    """The error about tasks whose workers were lost each time."""
+    return Unavailable(
+        f"the workers of {tasks_in_words} were lost {TRIES} times ({reason}). If memory ran out, use machines with "
+        f"more, or fewer threads. {remedy}"
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -1,19 +1,17 @@
-"""Commands whose work is spread over a Ray cluster: `verify`, `predict`, `run`, and builds in int8."""
+"""Commands whose work is spread over a Ray cluster: `verify`, `predict`, and builds in int8."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from exporter import backends, machine
 from exporter import build as builds
+from exporter import machine
 from exporter import predict as predictions
 from exporter.artifact import Artifact
 from exporter.build import Built
@@ -26,7 +24,7 @@ from exporter.predict.store import Chunk
 from exporter.progress import step, track
 from exporter.recipe import Model, Recipe
 from exporter.report import Report
-from exporter.run import Outcome, RecipeRun, spread, tasks
+from exporter.run import spread
 from exporter.run.cluster import (
     KEPT,
     Cluster,
@@ -100,7 +98,7 @@ def _shards(
     """Shards by their number, as they are measured; `remedy` as for `Cluster.results`."""
     job, need = job_of(artifact, schedule), need_of(artifact, schedule.options.device, schedule.options.threads)
     references = cluster.sent(artifact)
-    cluster.check(job, references)
+    cluster.check(job, references, need)
     step(f"verifying {artifact.path.name} in {len(numbers)} shards of up to {schedule.size} images")
     results = cluster.results(job, references, numbers, need, remedy=remedy)
     yield from track(results, len(numbers), "shards", lambda _: 1)
@@ -139,7 +137,7 @@ class _ClusterWorkers:
 
     def _connected(self) -> Cluster:
         if self.cluster is None:
-            sent = 2 * _weight_bytes(self.recipe.model)  # a candidate, and the ONNX graph that may run in its place
+            sent = 2 * weight_bytes(self.recipe.model)  # a candidate, and the ONNX graph that may run in its place
             self.cluster = self.connection.enter_context(connected(self.address, sent))
         return self.cluster
 
@@ -147,9 +145,9 @@ class _ClusterWorkers:
         """The statistics of each batch after the first `done` images, in order."""
         cluster, content = self._connected(), encode(ranges)
         job, references = calibration_job(calibration_pass, content), [cluster.ray.put(content)]
-        memory = BUILD_BYTES + 4 * _weight_bytes(self.recipe.model)  # the network in fp32 and in fp64: three times
+        memory = BUILD_BYTES + 4 * weight_bytes(self.recipe.model)  # the network in fp32 and in fp64: three times
         need = Need(cpus=machine.default_threads(), memory=memory)
-        cluster.check(job, references)
+        cluster.check(job, references, need)
         numbers, remedy = calibration_pass.remaining(done), "Earlier batches are cached: run the same command again"
         for _, part in cluster.results(job, references, numbers, need, True, "batch", remedy):
             yield decode(part)
@@ -190,7 +188,7 @@ def predict(
 
     with connected(address, _bytes(artifact)) as cluster:
         references = cluster.sent(artifact)
-        cluster.check(job, references)
+        cluster.check(job, references, need)
 
         def chunks(done: int) -> Iterator[Chunk]:
             """The answers after the first `done` images."""
@@ -202,63 +200,7 @@ def predict(
         return predictions.predict(artifact, sources, options, out, resume, overwrite, elsewhere=chunks)
 
 
-def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:
-    """Run recipes on a cluster, whose machines share the working folder.
-
-    Builds and verifications run beside each other, as far as the memory of the machines allows. Each artifact is then
-    timed on a machine on which nothing else of the run takes place.
-
-    Raises: as `connected` does.
-    """
-    check_address(address)
-    with connected(address) as cluster:
-        machines = [resources for _, _, resources in cluster.nodes()]
-        alone = Need(cpus=max(resources.get("CPU", 1) for resources in machines))
-        gpus = int(any(resources.get("GPU") for resources in machines))
-        step(f"running {len(runs)} recipes")
-        needs = [_need_of_build(run, alone, gpus) for run in runs]
-        built = _outcomes(cluster, [replace(run, timed=False) for run in runs], needs)
-        timed = [run for run, one in zip(runs, built, strict=True) if not one.error and run.recipe.bench is not None]
-        step(f"timing {len(timed)} artifacts, each alone on a machine")
-        again = _outcomes(cluster, timed, [replace(alone, gpus=_gpus(run, gpus)) for run in timed])
-    latest = {outcome.name: outcome for outcome in again}
-    return [_joined(outcome, latest.get(outcome.name)) for outcome in built]
-
-
-def _outcomes(cluster: Cluster, runs: Sequence[RecipeRun], needs: Sequence[Need]) -> list[Outcome]:
-    folder = Path(os.getcwd())  # noqa: PTH109  (as the user sees it)
-    calls = [(need, (folder, run)) for run, need in zip(runs, needs, strict=True)]
-    results = track(cluster.calls(tasks.recipe, calls), len(runs), "recipes", lambda _: 1)
-    return [
-        Outcome(run.name, error=str(result), exit_code=result.exit_code)
-        if isinstance(result, ExporterError)
-        else result
-        for run, result in zip(runs, results, strict=True)
-    ]
-
-
-def _joined(built: Outcome, timed: Outcome | None) -> Outcome:
-    """The outcome of a recipe after its timing, with the steps that were done before."""
-    if timed is None:
-        return built
-    timed.steps |= {name: state for name, state in built.steps.items() if name != "bench"}
-    return timed
-
-
-def _need_of_build(run: RecipeRun, alone: Need, gpus: int) -> Need:
-    """Builds in int8 time their artifact, and get a machine for themselves."""
-    need = Need() if run.recipe.quantization is None else alone
-    memory = BUILD_BYTES + 4 * _weight_bytes(run.recipe.model)
-    return replace(need, gpus=_gpus(run, gpus), memory=memory)
-
-
-def _gpus(run: RecipeRun, gpus: int) -> int:
-    """One GPU for a runtime that uses none but GPUs, if the cluster has any."""
-    kinds = set(backends.runtime(run.recipe.backend).devices.values())
-    return min(gpus, int(kinds == {"NVIDIA GPU"}))
-
-
-def _weight_bytes(model: Model) -> int:
+def weight_bytes(model: Model) -> int:
     """The size of the weights: of a file or folder, else of the variant."""
     path = Path(model.weights)
     if is_random(model.weights) or not path.exists():

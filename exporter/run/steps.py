@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ class Part(Record, frozen=True):
 
 
 class Steps:
-    """The stored results of a recipe's steps."""
+    """The stored results of a recipe's steps.
 
-    def __init__(self, recipe: Recipe, out: Path, folder: Path) -> None:
-        self.recipe, self.out, self.folder = recipe, out, folder
+    Args:
+        recipe, out, folder: as in `RecipeRun`.
+        done: steps that a cluster did in the same run. Their stored results are used, whichever machine they are of.
+        cluster: the address of the cluster that verifies; "" for this machine.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, folder: Path, done: Sequence[str] = (), cluster: str = "") -> None:
+        self.recipe, self.out, self.folder, self.done, self.cluster = recipe, out, folder, done, cluster
 
     def key(self, name: str, artifact: Artifact | None = None) -> str:
         """The cache key of a step: a digest of all its inputs; "" where it is unknown before the step is done.
@@ -86,7 +93,8 @@ class Steps:
         images = fingerprint(options.pop("data"))
         del options["weights"]
         options["when_unsure"] = when_unsure(self.recipe.checks.when_unsure)
-        return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": _machine()}
+        where = self.cluster or _machine()
+        return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": where}
 
     def _bench(self, artifact: Artifact) -> dict[str, Any]:
         options = msgspec.to_builtins(bench_options(self.recipe))
@@ -97,7 +105,7 @@ class Steps:
     def artifact(self) -> Artifact | None:
         """The artifact of this recipe, if it is whole and its inputs are unchanged."""
         part = self._read("build")
-        if part is None or not part.key or part.key != self.key("build"):
+        if part is None or not self._holds("build", part, None):
             return None
         path = self.out / part.file
         if not path.exists():
@@ -119,13 +127,16 @@ class Steps:
         part = self._read(name)
         if part is None or part.sha256 != artifact.sidecar.sha256:
             return None
-        key = self.key(name) if name == "build" else self.key(name, artifact)
-        if not part.key or part.key != key:
+        if not self._holds(name, part, None if name == "build" else artifact):
             return None
         if part.report is not None and part.machine != _machine_text():
             again = f"remove {self.folder / name}.json to build and time it here"
             return replace(part, report=_without_times(part.report, f"timed on {part.machine}, not here; {again}"))
         return part
+
+    def _holds(self, name: str, part: Part, artifact: Artifact | None) -> bool:
+        """Whether the inputs of a step are unchanged since its result was stored."""
+        return name in self.done or (bool(part.key) and part.key == self.key(name, artifact))
 
     def keep(self, name: str, part: Part) -> None:
         """Store the result of a step that was done on this machine."""

@@ -24,6 +24,7 @@ from exporter.build.int8.workers import CalibrationPass
 from exporter.errors import BadRequest, ExporterError, first_line
 from exporter.predict import Ranges
 from exporter.run import Outcome, RecipeRun
+from exporter.run.steps import verify_options
 from exporter.verify import shards
 from exporter.verify.shards import Schedule
 
@@ -36,16 +37,16 @@ COPIES = 8
 class Job:
     """What all tasks of a job have in common.
 
-    schedule: of the shards, ranges or batches. artifact: its path. files: the name and SHA-256 of each of its files and
-    of its sidecar; none for a calibration. key: identifies the job. folder: the working folder. threads:
-    `OMP_NUM_THREADS` of the process that began the job, "" where it is not set; Ray sets another one. version: of this
-    tool.
+    schedule: of the shards, ranges or batches; none for recipes. artifact: its path. files: name and SHA-256 of each of
+    its files and of its sidecar; none for a calibration. key: identifies the job. folder: the working folder.
+    threads: `OMP_NUM_THREADS` of the process that began the job, "" where it is not set; Ray sets another one. version:
+    of this tool.
     """
 
-    schedule: Schedule | Ranges | CalibrationPass
-    artifact: Path
-    files: tuple[tuple[str, str], ...]
-    key: str
+    schedule: Schedule | Ranges | CalibrationPass | None = None
+    artifact: Path = Path()
+    files: tuple[tuple[str, str], ...] = ()
+    key: str = ""
     folder: Path = field(default_factory=Path.cwd)
     threads: str = field(default_factory=lambda: os.environ.get("OMP_NUM_THREADS", ""))
     version: str = __version__
@@ -69,8 +70,8 @@ def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result
 
     Args:
         job: its models are opened, unless this process has them open.
-        contents: functions that return the files of the artifact, for a machine that does not have them; or, for a
-            calibration, the ranges that it needs.
+        contents: functions that return the files of the artifact, for a machine that does not have them; none where all
+            machines have them; or, for a calibration, the ranges that it needs.
         number: of the shard, range or batch.
     """
     try:
@@ -96,19 +97,40 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
             workers.refuse_others(job.schedule)
         elif isinstance(job.schedule, Schedule):
             shards.refuse_others(job.schedule, _artifact(job, contents))
-        else:
+        elif job.schedule is not None:
             predict.refuse_others(job.schedule, _artifact(job, contents))
         return Result()
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
 
 
-def recipe(folder: Path, recipe_run: RecipeRun) -> Outcome:
-    """Run a recipe on this machine, in the working folder of the process that began the run."""
-    if not folder.is_dir():
-        return Outcome(recipe_run.name, error=f"there is no folder {folder}; mount it", exit_code=2)
-    os.chdir(folder)
-    return run.run_or_explain(recipe_run)
+def build(folder: Path, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
+    """Build the artifact of a recipe, and make the schedule of its verification, if there are no errors.
+
+    Args:
+        folder: the working folder of the process that began the run.
+        recipe_run: the recipe.
+    """
+    scheduled: list[Schedule] = []
+
+    def do() -> Outcome:
+        _enter_folder(folder)
+        outcome = run.begin(recipe_run)
+        assert outcome.artifact is not None
+        scheduled.append(shards.schedule(outcome.artifact, verify_options(recipe_run.recipe)))
+        return outcome
+
+    return run.explained(recipe_run, do), scheduled[0] if scheduled else None
+
+
+def finish(folder: Path, recipe_run: RecipeRun) -> Outcome:
+    """Time the artifact of a recipe on this machine, and write the report."""
+
+    def do() -> Outcome:
+        _enter_folder(folder)
+        return run.finish(recipe_run)
+
+    return run.explained(recipe_run, do)
 
 
 def _close() -> None:
@@ -126,10 +148,14 @@ def _enter(job: Job) -> None:
         os.environ["OMP_NUM_THREADS"] = job.threads
     else:
         os.environ.pop("OMP_NUM_THREADS", None)
+    _enter_folder(job.folder)
+
+
+def _enter_folder(folder: Path) -> None:
     try:
-        os.chdir(job.folder)
+        os.chdir(folder)
     except OSError as error:
-        raise BadRequest(f"{job.folder}: {error.strerror}; the folder must be the same on every machine") from None
+        raise BadRequest(f"{folder}: {error.strerror}; the folder must be the same on every machine") from None
 
 
 @contextmanager
@@ -142,6 +168,7 @@ def _opened(job: Job, contents: Sequence[Callable[[], bytes]]) -> Iterator[Task]
         with shards.open_worker(job.schedule, _artifact(job, contents)) as worker:
             yield lambda number: shards.encode(worker.measure(number))
     else:
+        assert job.schedule is not None
         with predict.open_ranges(job.schedule, _artifact(job, contents)) as chunks:
             yield lambda number: msgspec.msgpack.encode(list(chunks(number)))
 
@@ -153,6 +180,8 @@ def _artifact(job: Job, contents: Sequence[Callable[[], bytes]]) -> Artifact:
         artifact = artifacts.load(job.artifact)
         if {file.name: file.sha256 for file in artifact.sidecar.files}.items() <= wanted.items():
             return artifact
+    if not contents:
+        raise BadRequest(f"{job.artifact}: missing or another one; the machines must share the working folder")
     folder = disk.cache_folder() / "artifacts" / job.key
     _make_room(folder)
     for (name, digest), content in zip(job.files, contents, strict=True):

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from exporter import backends, predict
+from exporter import backends, machine, predict
 from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions, store
-from exporter.run import cluster, distributed, spread, tasks
+from exporter.run import cluster, distributed, recipes, spread, tasks
 from exporter.run.cluster import Cluster, Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
@@ -55,7 +54,13 @@ def of_the_cluster(sockets):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def caches(tmp_path_factory):
+    """The folders of the caches of two Ray nodes."""
+    return [tmp_path_factory.mktemp("cache") for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, caches):
     """Two Ray nodes on this machine, each with room for two workers, and the address of their client server."""
     pytest.importorskip("ray")
     pytest.importorskip("grpc")
@@ -65,7 +70,6 @@ def address(tmp_path_factory):
     settings = {
         "RAY_AUTH_MODE": "disabled",
         **cluster.SETTINGS,
-        "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
         MARK: sockets,
     }
@@ -78,7 +82,8 @@ def address(tmp_path_factory):
     with one_at_a_time, pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        for words in commands:
+        for words, cache in zip(commands, caches, strict=True):
+            patch.setenv("XDG_CACHE_HOME", str(cache))
             started = [RAY, "start", *map(str, words), *room]
             subprocess.run(started, check=True, capture_output=True, timeout=120, cwd=folder)
         yield f"ray://127.0.0.1:{client}"
@@ -143,6 +148,29 @@ def test_a_report_and_predictions_have_the_bytes_of_one_machine(address, copied,
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_of_one_machine_changes_nothing(address, caches, copied, photos, run, monkeypatch):
+    monkeypatch.chdir(photos)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    report = copied.path.with_name(f"{copied.path.name}.report.json")
+    assert run("verify", copied.path, "--data", photos).code == 0
+    expected = report.read_bytes()
+    for cache in caches:
+        shutil.rmtree(cache / "convnext-export", ignore_errors=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", caches[1]], capture_output=True).returncode:
+        pytest.skip("this machine does not allow to mount")
+    try:
+        (caches[1] / "filler").write_bytes(bytes(4096))
+        result = run("verify", copied.path, "--data", photos, "--on", address, "--shard-size", 16)
+        assert [file for file in caches[1].rglob("*") if file.is_file()] == [caches[1] / "filler"]
+    finally:
+        subprocess.run(["umount", "-l", caches[1]], check=True)
+    assert result.code == 0, result.err
+    assert report.read_bytes() == expected
+    assert len(list(caches[0].rglob("*.sealed"))) < 4, "each machine has measured some of the four batches"
+
+
+@pytest.mark.slow
 def test_rows_of_a_parquet_file_are_answered_on_a_cluster(address, copied, photos, tmp_path, run, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("exporter.predict.ranges.IMAGES", 8)
@@ -196,33 +224,99 @@ def test_recipes_run_on_a_cluster(address, tiny, tmp_path, run, monkeypatch):
     assert [state["build"] for state in again.values()] == ["already there"] * 2
 
 
-@pytest.mark.slow
-def test_every_artifact_is_timed_alone_after_all_are_built(tiny, tmp_path, run, monkeypatch):
+class OneProcess:
+    """A cluster whose tasks run in this process, the last shard first; some of its tasks fail."""
+
+    address = cluster.LOCAL
+
+    def __init__(self, failing=()):
+        self.called, self.failing = [], failing
+
+    def nodes(self):
+        return [("a", "here", {"CPU": 8}), ("b", "there", {"CPU": 2, "GPU": 1})]
+
+    def check(self, job, references, need):
+        assert not tasks.check(job, references).error
+
+    def calls(self, function, calls):
+        for need, (folder, recipe_run) in calls:
+            self.called.append((function.__name__, recipe_run.path.stem, need.cpus, need.gpus, need.memory > 0))
+            yield function(folder, recipe_run)
+
+    def results_of_several(self, jobs, need):
+        for index, (job, numbers) in enumerate(jobs):
+            for number in reversed(numbers):
+                self.called.append((number, job.artifact.stem, need.cpus, need.gpus, False))
+                lost = (job.artifact.stem, number) in self.failing
+                yield index, number, cluster.Lost("it was killed") if lost else tasks.do(job, (), number)
+
+
+@pytest.fixture
+def one_process(tiny, tmp_path, monkeypatch):
+    """Recipes in fp32 and fp16 in the working folder, and a function that runs them in shards of 2 images."""
     monkeypatch.chdir(tmp_path)
-    write_recipes(tmp_path, tiny, "{duration: 0.5}")
-    called = []
+    monkeypatch.setattr(shards, "IMAGES", 2)
+    monkeypatch.setattr("exporter.verify.batches.BATCH", 2)
 
-    class OneMachine:
-        """Runs the recipes in this process."""
+    def use(bench, failing=()):
+        write_recipes(tmp_path, tiny, bench)
+        of_tests = OneProcess(failing)
+        monkeypatch.setattr(recipes, "connected", lambda *_: nullcontext(of_tests))
+        return of_tests
 
-        def nodes(self):
-            return [("a", "here", {"CPU": 8}), ("b", "there", {"CPU": 2, "GPU": 1})]
+    return use
 
-        def calls(self, function, calls):
-            for need, (folder, recipe_run) in calls:
-                called.append((recipe_run.path.stem, recipe_run.timed, need.cpus, need.gpus, need.memory > 0))
-                yield function(folder, recipe_run)
 
-    monkeypatch.setattr(distributed, "connected", lambda *_: nullcontext(OneMachine()))
+@pytest.mark.slow
+def test_artifacts_are_verified_in_shards_after_all_are_built_and_then_timed_alone(one_process, run):
+    used = one_process("{duration: 0.5}")
     result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
     assert result.code == 0, result.err
     assert [outcome["steps"] for outcome in result.json] == [dict.fromkeys(("build", "verify", "bench"), "done")] * 2
-    assert called == [
-        ("fp32", False, 1, 0, True),
-        ("fp16", False, 1, 0, True),
-        ("fp32", True, 8, 0, False),
-        ("fp16", True, 8, 0, False),
+    threads = machine.default_threads()
+    assert used.called == [
+        ("build", "fp32", 1, 0, True),
+        ("build", "fp16", 1, 0, True),
+        (1, "custom_fp32", threads, 0, False),
+        (0, "custom_fp32", threads, 0, False),
+        (1, "custom_fp16", threads, 0, False),
+        (0, "custom_fp16", threads, 0, False),
+        ("finish", "fp32", 8, 0, False),
+        ("finish", "fp16", 8, 0, False),
     ]
+    of_one = run("run", "fp32.yaml", "fp16.yaml", "-o", "one", "--json").json
+    for ours, theirs in zip(result.json, of_one, strict=True):
+        assert not_timed(ours["report"]) == not_timed(theirs["report"])
+    again = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--json").json
+    assert [set(outcome["steps"].values()) for outcome in again] == [{"already there"}] * 2
+
+
+def not_timed(report):
+    return [finding for finding in report["findings"] if finding["check"] != "latency"]
+
+
+@pytest.mark.slow
+def test_a_lost_shard_fails_its_recipe_alone_and_the_same_command_measures_only_that(one_process, run):
+    one_process("null", failing=[("custom_fp32", 0)])
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 3
+    assert "onnxruntime/fp32: the workers of shard 0 were lost 3 times (it was killed)" in result.err
+    failed, whole = result.json
+    assert (failed["report"], whole["error"]) == (None, None)
+    used = one_process("null")
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 0, result.err
+    assert [call[:2] for call in used.called if isinstance(call[0], int)] == [(0, "custom_fp32")]
+    assert not list(Path("out/runs").rglob("*.shard"))
+
+
+@pytest.mark.slow
+def test_an_artifact_that_is_missing_on_a_machine_is_named(worker, copied, photos):
+    job = cluster.job_of(copied, shards.schedule(copied, VerifyOptions(data=str(photos))))
+    gone = replace(job, artifact=job.artifact.with_name("gone.onnx"))
+    assert tasks.do(gone, (), 0).error == (
+        f"{gone.artifact}: missing or another one; the machines must share the working folder"
+    )
 
 
 @pytest.mark.slow
@@ -231,9 +325,9 @@ def test_a_machine_of_another_version_is_refused_by_its_address(address, copied,
     job = cluster.job_of(copied, schedule)
     with cluster.connected(address) as connected:
         references = connected.sent(copied)
-        connected.check(job, references)
+        connected.check(job, references, Need())
         with pytest.raises(BadRequest) as caught:
-            connected.check(replace(job, version="0.0"), references)
+            connected.check(replace(job, version="0.0"), references, Need())
     assert len(caught.value.args) == 2
     for line in caught.value.args:
         assert re.fullmatch(r"machine \S+: convnext-export \S+, but the job is of 0.0; install that version", line)
@@ -257,6 +351,14 @@ class FakeRay:
     def nodes(self):
         return [{"Alive": True, "NodeID": "a", "NodeManagerAddress": "here", "Resources": {"CPU": 2}}]
 
+    def put(self, job):
+        return job
+
+    def remote(self, function):
+        """A function whose calls are the numbers of tasks, with their job in front if there is one."""
+        remote = lambda job, _, number: self.submit(number if job is None else (job, number))  # noqa: E731
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+
     def submit(self, number):
         reference = SubmittedTask(number)
         self.waiting.append(reference)
@@ -272,7 +374,7 @@ class FakeRay:
         if self.losses.get(reference.number, 0) > 0:
             self.losses[reference.number] -= 1
             raise Lost("it was killed")
-        return tasks.Result(b"%d" % reference.number)
+        return tasks.Result(str(reference.number).encode())
 
 
 class SubmittedTask:
@@ -284,11 +386,11 @@ def results(losses, in_order=False):
     """The numbers of 30 tasks in the order in which their results come, and the error at the end."""
     ray, done = FakeRay(losses), []
     try:
-        for number, content in Cluster(ray, "ray")._results(ray.submit, deque(range(30)), Need(cpus=1), in_order):
+        for number, content in Cluster(ray, "ray").results(None, (), range(30), Need(cpus=1), in_order):
             assert content == b"%d" % number
             done.append(number)
-    except cluster.LostTasks as lost:
-        return done, f"{lost.numbers} ({lost.reason})", ray
+    except Unavailable as error:
+        return done, re.search(r"shard (.*) were lost 3 times (\(.*?\))", str(error)).groups(), ray
     return done, "", ray
 
 
@@ -304,29 +406,35 @@ def test_a_task_is_tried_three_times(in_order):
 def test_a_task_that_is_lost_each_time_is_named_and_the_others_stand():
     done, error, _ = results({3: 3, 7: 5})
     assert sorted(done) == [number for number in range(30) if number not in (3, 7)]
-    assert error in ("3, 7 (it was killed)", "7, 3 (it was killed)")
+    assert error in (("3, 7", "(it was killed)"), ("7, 3", "(it was killed)"))
 
 
 def test_in_order_nothing_behind_a_lost_task_is_passed_on():
     done, error, _ = results({3: 3}, in_order=True)
-    assert done == [0, 1, 2][: len(done)]
-    assert error == "3 (it was killed)"
+    assert done == [0, 1, 2]
+    assert error == ("3", "(it was killed)")
 
 
-def test_lost_tasks_are_named_with_what_to_do(monkeypatch):
-    def lose(*_):
-        raise cluster.LostTasks("3, 7", "it was killed")
-        yield
-
-    monkeypatch.setattr(Cluster, "_results", lose)
-    ray = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=print)))
-    ray.put, ray.nodes = (lambda _: None), FakeRay({}).nodes
+def test_lost_tasks_are_named_with_what_to_do():
+    ray = FakeRay({7: 3})
     with pytest.raises(Unavailable) as caught:
         list(Cluster(ray, "ray").results(None, [], [3, 7], Need(), True, "range", "Add --resume"))
     assert str(caught.value) == (
-        "the workers of range 3, 7 were lost 3 times (it was killed). If memory ran out, use machines with more, or "
+        "the workers of range 7 were lost 3 times (it was killed). If memory ran out, use machines with more, or "
         "fewer threads. Add --resume"
     )
+
+
+def test_after_a_lost_task_no_other_of_its_job_is_begun_and_the_other_jobs_go_on():
+    ray = FakeRay({("a", 7): 3})
+    jobs = [("a", range(30)), ("b", range(30))]
+    results = list(Cluster(ray, "ray").results_of_several(jobs, Need(cpus=1)))
+    done = {index: [number for job, number, _ in results if job == index] for index in (0, 1)}
+    assert sorted(done[1]) == list(range(30))
+    assert len(done[0]) <= cluster.AHEAD * 2, "only those that the cluster had"
+    assert [(job, number, result) for job, number, result in results if isinstance(result, cluster.Lost)] == [
+        (0, 7, cluster.Lost("it was killed"))
+    ]
 
 
 def test_a_task_needs_no_more_than_the_largest_machine_has():
@@ -537,7 +645,7 @@ def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, pho
         def sent(self, artifact):
             return contents(artifact)
 
-        def check(self, job, references):
+        def check(self, job, references, need):
             assert not tasks.check(job, references).error
 
         def results(self, job, references, numbers, need, *_, **__):
