@@ -56,7 +56,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GENOA, MILAN, TURIN = (RESULTS / f"epyc-{name}-2-cores" for name in ("genoa", "milan", "turin"))
 H100 = RESULTS / "h100"
-XEON = RESULTS / "xeon-sapphire-rapids-2-cores"
+AMX, XEON = (RESULTS / f"xeon-{name}-2-cores" for name in ("amx", "sapphire-rapids"))
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
 DOCUMENTS = (
     "README.md",
@@ -103,7 +103,7 @@ def tables() -> dict[str, str]:
     footprint = msgspec.json.decode((GENOA / "footprint.json").read_bytes(), type=Footprint)
     trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
     others = msgspec.json.decode((GENOA / "agreement.json").read_bytes(), type=agreement.Result)
-    formed = msgspec.json.decode((TURIN / "forms.json").read_bytes(), type=forms.Result)
+    formed = msgspec.json.decode((AMX / "forms.json").read_bytes(), type=forms.Result)
     quantized = msgspec.json.decode((GENOA / "int8.json").read_bytes(), type=int8.Result)
     vnni, avx2 = (
         msgspec.json.decode((XEON / name).read_bytes(), type=int8.Result)
