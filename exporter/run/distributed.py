@@ -61,17 +61,17 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     check_address(address)
     schedule = shards.schedule(artifact, options, size)
     with spread.alone(_shards_of(out), artifact.path.name):
-        folder = spread.create(_shards_of(out), schedule, replace=True)
+        folder = spread.create_own(_shards_of(out), schedule)
         try:
             _measure(folder, artifact, folder.missing(), address)
         except ExporterError:
             if len(folder.missing()) == schedule.count:  # nothing to continue with
-                shutil.rmtree(folder.path, ignore_errors=True)
+                shutil.rmtree(_shards_of(out), ignore_errors=True)
             raise
         except KeyboardInterrupt:
             state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
             raise KeyboardInterrupt(f"{state}; the same command continues") from None
-        return folder.merged(artifact)
+        return spread.merged_own(folder, artifact)
 
 
 def remove_shards(out: Path) -> None:

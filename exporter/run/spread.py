@@ -6,6 +6,7 @@ The shards can be measured anywhere and in any order, by commands (`measure`) or
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import msgspec
 
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk, sealed, sidecar_path
+from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.report import Report
@@ -90,13 +92,8 @@ class Folder:
         return self.key + number.to_bytes(8, "big")
 
 
-def create(path: Path, schedule: Schedule, replace: bool = False) -> Folder:
+def create(path: Path, schedule: Schedule) -> Folder:
     """The folder of a schedule, new or continued: shards of the same schedule are kept.
-
-    Args:
-        path: the folder.
-        schedule: of the shards.
-        replace: remove shards of another schedule.
 
     Raises: BadRequest for a folder that has something else, or shards of another schedule; for one that cannot be
         written.
@@ -107,17 +104,48 @@ def create(path: Path, schedule: Schedule, replace: bool = False) -> Folder:
         read_schedule(path)  # refuses a file that is none of this tool
         stored = sorted((path / "shards").glob("[0-9]*.shard"))
         if stored and file.read_bytes() != content:
-            if not replace:
-                raise BadRequest(f"{others}; it has {len(stored)} shards of another one, so give another folder")
-            note(f"{len(stored)} shards of another schedule are removed")
-            for shard in stored:
-                shard.unlink(missing_ok=True)
+            raise BadRequest(f"{others}; it has {len(stored)} shards of another one, so give another folder")
     elif path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
         raise BadRequest(f"{others}; give another")
     disk.write_file(file, content)
-    folder = Folder(path, schedule)
-    if schedule.count > len(missing := folder.missing()):
-        note(f"{schedule.count - len(missing)} of {schedule.count} shards are in {path} already")
+    return _noted(Folder(path, schedule))
+
+
+def create_own(path: Path, schedule: Schedule) -> Folder:
+    """The folder of a schedule within a folder that only this command uses, new or continued. Folders of other
+    schedules and of images with other times are removed.
+
+    Raises: BadRequest or Unavailable for a folder that cannot be written.
+    """
+    times = fingerprint(schedule.options.data)  # the schedule leaves them out: copies on other machines have others
+    folder = Folder(path / hashlib.sha256(schedule.key + times.encode()).hexdigest()[:16], schedule)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for entry in path.iterdir():
+            if entry.is_dir() and entry != folder.path:
+                note(f"{entry}: of other images or options, removed")
+                shutil.rmtree(entry, ignore_errors=True)
+    except OSError as error:
+        raise disk.write_error(error, path) from None
+    return _noted(folder)
+
+
+def merged_own(folder: Folder, artifact: Artifact) -> Report:
+    """The report of all shards of `create_own`. Where they cannot be merged, they are removed, so that the images are
+    read again.
+
+    Raises: BadRequest where no image could be read.
+    """
+    try:
+        return folder.merged(artifact)
+    except BadRequest:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _noted(folder: Folder) -> Folder:
+    if stored := folder.schedule.count - len(folder.missing()):
+        note(f"{stored} of {folder.schedule.count} shards are in {folder.path} already")
     return folder
 
 
