@@ -12,6 +12,7 @@ this tool (exit code 1, with its traceback).
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -51,6 +52,14 @@ class CheckFailed(ExporterError):
     """The result of a build did not pass a check."""
 
     exit_code = 5
+
+
+def of_file(error: OSError) -> ExporterError | None:
+    """The error of a user whose file cannot be read or written; None for an error that names no file."""
+    if error.filename is None and error.errno != errno.ENOSPC:
+        return None
+    kind = Unavailable if error.errno == errno.ENOSPC else BadRequest
+    return kind(f"{str(error.filename or 'output')[:200]}: {error.strerror}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

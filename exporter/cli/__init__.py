@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import difflib
-import errno
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ import click
 
 from exporter import __version__
 from exporter.cli.console import with_verbosity
-from exporter.errors import ExporterError, nearest, printable
+from exporter.errors import ExporterError, nearest, of_file, printable
 
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
@@ -195,8 +194,9 @@ def main() -> NoReturn:
         click.echo(f"error: {printable(str(error.object)[:200])}: a name that is no UTF-8 text; rename it", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        explained = of_file(error)
+        if explained is None:
             raise
-        click.echo(f"error: {printable(str(error.filename or 'output')[:200])}: {error.strerror}", err=True)
-        sys.exit(3 if error.errno == errno.ENOSPC else 2)
+        click.echo(f"error: {explained}", err=True)
+        sys.exit(explained.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

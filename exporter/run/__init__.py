@@ -15,7 +15,7 @@ from exporter import backends, build, report, verify
 from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
 from exporter.bench import Opener, latency, worker
-from exporter.errors import BadRequest, ExporterError, some
+from exporter.errors import BadRequest, ExporterError, of_file, some
 from exporter.model import variants, weights
 from exporter.model.sources import is_random
 from exporter.progress import note, step
@@ -124,9 +124,14 @@ def _network(model: Model) -> str:
     return f"{model.variant or f'the model of {model.weights}'}, task {model.task or 'of the weights'}"
 
 
-def plan(recipe_run: RecipeRun) -> dict[str, str]:
-    """Each step of a recipe, and whether its result is present; nothing is built."""
-    steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder)
+def plan(recipe_run: RecipeRun, cluster: str = "") -> dict[str, str]:
+    """Each step of a recipe, and whether its result is present; nothing is built.
+
+    Args:
+        recipe_run: the recipe.
+        cluster: as in `Steps`.
+    """
+    steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder, cluster=cluster)
     artifact = steps.artifact()
     return {name: _plan(steps, name, artifact) for name in STEPS}
 
@@ -316,10 +321,23 @@ def run_or_explain(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> O
 
 def explained(recipe_run: RecipeRun, do: Callable[[], Outcome]) -> Outcome:
     """The outcome of steps of a recipe. Where they cannot be done, it says why."""
-    try:
+    failed = Outcome(recipe_run.name)
+    with explaining(failed):
         return do()
-    except ExporterError as error:
-        return Outcome(recipe_run.name, error=str(error), exit_code=error.exit_code)
+    return failed
+
+
+@contextmanager
+def explaining(outcome: Outcome) -> Iterator[None]:
+    """Within, the first error that a user can fix becomes that of the outcome, so that other recipes go on."""
+    try:
+        yield
+    except (ExporterError, OSError) as raised:
+        error = of_file(raised) if isinstance(raised, OSError) else raised
+        if error is None:
+            raise
+        if not outcome.error:
+            outcome.error, outcome.exit_code = str(error), error.exit_code
 
 
 def report_page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
