@@ -55,6 +55,11 @@ def check_address(address: str) -> None:
         raise BadRequest(f"--on {address}: expected ray, ray://HOST:PORT, or for verify files:DIR")
 
 
+def others_at(address: str) -> str:
+    """The address of a cluster of other machines; "" for this machine."""
+    return "" if address == LOCAL else address
+
+
 @contextmanager
 def connected(address: str, needed_bytes: int = 0) -> Iterator[Cluster]:
     """A cluster: one of its own on this machine for `ray`, else the one at `ray://HOST:PORT`.
@@ -272,7 +277,8 @@ class Cluster:
     def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
         an Unavailable."""
-        remote = self.ray.remote(function)
+        # Each in a process of its own: PyTorch keeps the number of threads that Ray sets for the first task.
+        remote = self.ray.remote(max_calls=1)(function)
         references = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
         for reference in references:
             while not self.ray.wait([reference], timeout=WAIT_S)[0]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,19 @@ from exporter import backends
 from exporter.artifact import Artifact
 from exporter.errors import ExporterError
 from exporter.progress import note, step, track
-from exporter.run import Outcome, RecipeRun, explained, finish, keep_verified, spread, tasks
-from exporter.run.cluster import LOCAL, Cluster, Lost, Need, connected, content_of, job_of, lost_error, need_of
+from exporter.run import Outcome, RecipeRun, explained, explaining, finish, keep_verified, spread, tasks
+from exporter.run.cluster import (
+    Cluster,
+    Lost,
+    Need,
+    connected,
+    content_of,
+    job_of,
+    lost_error,
+    need_of,
+    others_at,
+    reach,
+)
 from exporter.run.distributed import BUILD_BYTES, weight_bytes
 from exporter.run.steps import Steps
 from exporter.run.tasks import Job
@@ -31,14 +41,26 @@ def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:
     Builds run beside each other, as far as the memory of the machines allows. Then the artifacts are verified in
     shards, and each is timed on a machine on which nothing else of the run takes place.
 
-    Raises: as `connected` and `Cluster.check` do.
+    Raises: as `connected` and `Cluster.check` do; BadRequest where another process runs one of the recipes on a
+        cluster.
     """
-    with connected(address) as cluster:
+    reach(address)
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(spread.alone(_shards_of(run), run.name))
+        cluster = locks.enter_context(connected(address))
         cluster.check(Job(), (), Need())
         outcomes, schedules = _build(cluster, runs)
         _verify(cluster, [run for run in runs if run.name in schedules], schedules, outcomes)
         _finish(cluster, [run for run in runs if not outcomes[run.name].error], outcomes)
+        for run in runs:
+            if not outcomes[run.name].error:
+                shutil.rmtree(_shards_of(run), ignore_errors=True)
     return [outcomes[run.name] for run in runs]
+
+
+def _shards_of(run: RecipeRun) -> Path:
+    return run.folder / "shards"
 
 
 def _build(cluster: Cluster, runs: Sequence[RecipeRun]) -> tuple[dict[str, Outcome], dict[str, Schedule]]:
@@ -56,92 +78,72 @@ def _build(cluster: Cluster, runs: Sequence[RecipeRun]) -> tuple[dict[str, Outco
 
 @dataclass(frozen=True)
 class _Verification:
-    """One artifact in shards: the folder that stores them, and the key of the step before it began."""
+    """One artifact in shards: the job and the need of a shard, the folder that stores them, the numbers of those that
+    are missing, and the key of the step before it began."""
 
     run: RecipeRun
     steps: Steps
     key: str
     artifact: Artifact
+    job: Job
+    need: Need
     folder: spread.Folder
+    missing: set[int]
     outcome: Outcome
-
-    @property
-    def need(self) -> Need:
-        """What each shard needs."""
-        options = self.folder.schedule.options
-        return need_of(self.artifact, options.device, options.threads)
 
 
 def _verify(
     cluster: Cluster, runs: Sequence[RecipeRun], schedules: dict[str, Schedule], outcomes: dict[str, Outcome]
 ) -> None:
     """Verify all artifacts that are not verified yet, and write the results to the outcomes."""
-    with ExitStack() as locks:
-        waiting: list[_Verification] = []
-        for run in runs:
-            with _explained(outcomes[run.name]):
-                one = _opened(run, schedules[run.name], cluster, outcomes[run.name], locks)
-                waiting += [] if one is None else [one]
-        needs = dict.fromkeys(one.need for one in waiting)
-        for need in needs:
-            _measure(cluster, [one for one in waiting if one.need == need], need)
+    waiting: list[_Verification] = []
+    for run in runs:
+        with explaining(outcomes[run.name]):
+            one = _opened(run, schedules[run.name], others_at(cluster.address), outcomes[run.name])
+            waiting += [] if one is None else [one]
+    for need in dict.fromkeys(one.need for one in waiting):
+        _measure(cluster, [one for one in waiting if one.need == need], need)
 
 
-def _opened(
-    run: RecipeRun, schedule: Schedule, cluster: Cluster, outcome: Outcome, locks: ExitStack
-) -> _Verification | None:
-    """A verification, with its folder locked; None if it is done already."""
-    artifact, path = outcome.artifact, run.folder / "shards"
+def _opened(run: RecipeRun, schedule: Schedule, address: str, outcome: Outcome) -> _Verification | None:
+    """A verification; None if it is done already."""
+    artifact, options = outcome.artifact, schedule.options
     assert artifact is not None
-    address = "" if cluster.address == LOCAL else cluster.address
     steps = Steps(run.recipe, run.out, run.folder, cluster=address)
     if steps.part("verify", artifact) is not None:
         note(f"{run.name}: verified already, on the same images")
         outcome.steps["verify"] = "already there"
         return None
-    key = steps.key("verify", artifact)
-    locks.enter_context(spread.alone(path, artifact.path.name))
-    return _Verification(run, steps, key, artifact, spread.create(path, schedule, replace=True), outcome)
+    folder = spread.create_own(_shards_of(run), schedule)
+    need = need_of(artifact, options.device, options.threads)
+    job, key = job_of(artifact, schedule), steps.key("verify", artifact)
+    return _Verification(run, steps, key, artifact, job, need, folder, set(folder.missing()), outcome)
 
 
 def _measure(cluster: Cluster, verifications: Sequence[_Verification], need: Need) -> None:
     """Measure the missing shards of several artifacts, and merge those of each artifact when it has all."""
-    jobs, left = [], dict[int, int]()
-    for index, one in enumerate(verifications):
-        missing = one.folder.missing()
-        jobs.append((job_of(one.artifact, one.folder.schedule), missing))
-        left[index] = len(missing)
-        if not missing:
-            _merge(one)
-    step(f"verifying {len(verifications)} artifacts in {sum(left.values())} shards")
-    results = cluster.results_of_several(jobs, need)
-    for index, number, result in track(results, sum(left.values()), "shards", lambda _: 1):
+    total = sum(len(one.missing) for one in verifications)
+    step(f"verifying {len(verifications)} artifacts in {total} shards")
+    for one in verifications:
+        _merge_whole(one)
+    results = cluster.results_of_several([(one.job, sorted(one.missing)) for one in verifications], need)
+    for index, number, result in track(results, total, "shards", lambda _: 1):
         one = verifications[index]
-        with _explained(one.outcome):
+        with explaining(one.outcome):
             if isinstance(result, Lost):
                 raise lost_error(f"shard {number}", result.reason)
             one.folder.store(number, content_of(result))
-            left[index] -= 1
-            if not left[index]:
-                _merge(one)
+            one.missing.remove(number)
+        _merge_whole(one)
 
 
-def _merge(one: _Verification) -> None:
-    """Store the report of all shards of an artifact, and remove the shards."""
-    with _explained(one.outcome):
-        keep_verified(one.steps, one.artifact, one.key, one.folder.merged(one.artifact))
+def _merge_whole(one: _Verification) -> None:
+    """Store the report of an artifact if no shard of it is missing."""
+    if one.missing:
+        return
+    with explaining(one.outcome):
+        keep_verified(one.steps, one.artifact, one.key, spread.merged_own(one.folder, one.artifact))
         one.outcome.steps["verify"] = "done"
-        shutil.rmtree(one.folder.path, ignore_errors=True)
-
-
-@contextmanager
-def _explained(outcome: Outcome) -> Iterator[None]:
-    """Within, the first error of this tool becomes that of the outcome, and the other recipes go on."""
-    try:
-        yield
-    except ExporterError as error:
-        if not outcome.error:
-            outcome.error, outcome.exit_code = str(error), error.exit_code
 
 
 def _finish(cluster: Cluster, runs: Sequence[RecipeRun], outcomes: dict[str, Outcome]) -> None:
@@ -158,11 +160,10 @@ def _finish(cluster: Cluster, runs: Sequence[RecipeRun], outcomes: dict[str, Out
 
 
 def _calls(
-    cluster: Cluster, function: Callable[[Path, RecipeRun], T], runs: Sequence[RecipeRun], needs: Sequence[Need]
+    cluster: Cluster, function: Callable[[Job, RecipeRun], T], runs: Sequence[RecipeRun], needs: Sequence[Need]
 ) -> Iterator[tuple[RecipeRun, T | Outcome]]:
     """Each recipe with the result of a function, or an outcome with the error if its worker is lost."""
-    folder = Path(os.getcwd())  # noqa: PTH109  (as the user sees it)
-    calls = [(need, (folder, run)) for run, need in zip(runs, needs, strict=True)]
+    calls = [(need, (Job(), run)) for run, need in zip(runs, needs, strict=True)]
     results = track(cluster.calls(function, calls), len(runs), "recipes", lambda _: 1)
     for run, result in zip(runs, results, strict=True):
         if isinstance(result, ExporterError):

@@ -104,17 +104,15 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
         return Result(error=str(error), exit_code=error.exit_code)
 
 
-def build(folder: Path, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
+def build(job: Job, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
     """Build the artifact of a recipe, and make the schedule of its verification, if there are no errors.
 
-    Args:
-        folder: the working folder of the process that began the run.
-        recipe_run: the recipe.
+    Ray sets the number of threads to the cores of the task, because several builds may run beside each other.
     """
     scheduled: list[Schedule] = []
 
     def do() -> Outcome:
-        _enter_folder(folder)
+        _enter_folder(job.folder)
         outcome = run.begin(recipe_run)
         assert outcome.artifact is not None
         scheduled.append(shards.schedule(outcome.artifact, verify_options(recipe_run.recipe)))
@@ -123,11 +121,11 @@ def build(folder: Path, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None
     return run.explained(recipe_run, do), scheduled[0] if scheduled else None
 
 
-def finish(folder: Path, recipe_run: RecipeRun) -> Outcome:
+def finish(job: Job, recipe_run: RecipeRun) -> Outcome:
     """Time the artifact of a recipe on this machine, and write the report."""
 
     def do() -> Outcome:
-        _enter_folder(folder)
+        _enter(job)
         return run.finish(recipe_run)
 
     return run.explained(recipe_run, do)

@@ -220,8 +220,8 @@ def test_recipes_run_on_a_cluster(address, tiny, tmp_path, run, monkeypatch):
     assert result.code == 0, result.err
     steps = {"build": "done", "verify": "done", "bench": "not asked for"}
     assert [outcome["steps"] for outcome in result.json] == [steps] * 2
-    again = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--dry-run", "--json").json
-    assert [state["build"] for state in again.values()] == ["already there"] * 2
+    again = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--dry-run", "--on", address, "--json").json
+    assert [(state["build"], state["verify"]) for state in again.values()] == [("already there", "already there")] * 2
 
 
 class OneProcess:
@@ -308,6 +308,49 @@ def test_a_lost_shard_fails_its_recipe_alone_and_the_same_command_measures_only_
     assert result.code == 0, result.err
     assert [call[:2] for call in used.called if isinstance(call[0], int)] == [(0, "custom_fp32")]
     assert not list(Path("out/runs").rglob("*.shard"))
+
+
+@pytest.mark.slow
+def test_an_artifact_that_is_removed_after_its_build_fails_its_recipe_alone(one_process, run, monkeypatch):
+    one_process("null")
+    create = spread.create_own
+    monkeypatch.setattr(
+        spread, "create_own", lambda *words: (Path("out/custom_fp32.onnx").unlink(missing_ok=True), create(*words))[1]
+    )
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 2
+    assert "onnxruntime/fp32: out/custom_fp32.onnx: No such file or directory" in result.err
+    assert [bool(outcome["error"]) for outcome in result.json] == [True, False]
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_read_are_read_again_by_the_same_command(one_process, photos, tmp_path, run):
+    one_process("null")
+    (tmp_path / "data").mkdir()
+    photo, text = photos / "class 0" / "0.png", (tmp_path / "fp32.yaml").read_text()
+    (tmp_path / "fp32.yaml").write_text(text.replace("samples: 4", "data: data"))
+    for broken in (True, False):
+        (tmp_path / "data" / "a.png").write_bytes(bytes(photo.stat().st_size) if broken else photo.read_bytes())
+        os.utime(tmp_path / "data" / "a.png", (1, 1))
+        result = run("run", "fp32.yaml", "-o", "out", "--on", "ray", "--json")
+        assert result.code == (2 if broken else 0), result.err
+        assert ("none of its 1 images can be read" in result.err) == broken
+
+
+def test_two_runs_of_one_recipe_on_a_cluster_do_not_meet(one_process, refused):
+    one_process("null")
+    with spread.alone(Path("out/runs/onnxruntime_fp32/shards"), "a"):
+        message = refused(2, "run", "fp16.yaml", "fp32.yaml", "-o", "out", "--on", "ray")
+    assert "another process is verifying onnxruntime/fp32" in message
+    assert not list(Path("out").glob("*.onnx"))
+
+
+@pytest.mark.slow
+def test_each_build_has_a_process_of_its_own(address):
+    """PyTorch keeps the number of threads of its first task; shards need another one."""
+    with cluster.connected(address) as connected:
+        processes = list(connected.calls(lambda: os.getpid(), [(Need(), ())] * 3))
+    assert len(set(processes)) == 3
 
 
 @pytest.mark.slow
@@ -628,9 +671,8 @@ def test_bad_words_are_refused(words, message, copied, photos, refused, tmp_path
 
 def test_two_verifications_of_one_report_do_not_meet(copied, photos, refused, tmp_path):
     report = copied.path.with_name(f"{copied.path.name}.report.json")
-    folder = spread.create(report.with_name(f".{report.name}.shards"), shards.schedule(copied, VerifyOptions()))
-    before = snapshot(tmp_path)
-    with spread.alone(folder.path, "a"):
+    with spread.alone(report.with_name(f".{report.name}.shards"), "a"):
+        before = snapshot(tmp_path)
         message = refused(2, "verify", copied.path, "--on", "ray")
     assert "another process is verifying custom_fp32.onnx for the same report" in message
     assert snapshot(tmp_path) == before
@@ -661,9 +703,25 @@ def test_an_interrupted_verification_goes_on_with_the_missing_shards(copied, pho
     result = run(*words)
     assert result.code == 4
     assert "2 of 4 shards are stored; the same command continues" in result.err
+    own = next(copied.path.parent.glob(".*.shards"))
+    (own / "of others" / "shards").mkdir(parents=True)  # as a killed process leaves it
+    (own / ".schedule.json.1.new").touch()
     assert run(*words).code == 0
     assert sorted(submitted) == [0, 1, 2, 3]
     tasks._close()
+
+
+def test_shards_of_images_that_were_replaced_since_are_measured_again(copied, photos, tmp_path):
+    folder, own = tmp_path / "photos", tmp_path / "own"
+    shutil.copytree(photos, folder)
+    schedule = shards.schedule(copied, VerifyOptions(data=str(folder)), 16)
+    spread.create_own(own, schedule).store(0, b"a shard")
+    assert spread.create_own(own, schedule).missing() == [1, 2, 3]
+    changed = next(folder.rglob("*.png"))
+    os.utime(changed, (1, 1))
+    assert shards.schedule(copied, VerifyOptions(data=str(folder)), 16) == schedule, "copies may have other times"
+    assert spread.create_own(own, schedule).missing() == [0, 1, 2, 3]
+    assert not list(own.rglob("*.shard"))
 
 
 def test_an_output_is_continued_in_the_middle_of_a_batch(copied, photos, tmp_path, monkeypatch):
