@@ -109,7 +109,7 @@ def tables() -> dict[str, str]:
         msgspec.json.decode((XEON / name).read_bytes(), type=int8.Result)
         for name in ("int8.json", "int8-without-vnni.json")
     )
-    planned = msgspec.json.decode((TURIN / "plans.json").read_bytes(), type=plans.Result)
+    planned = msgspec.json.decode((AMX / "plans.json").read_bytes(), type=plans.Result)
     optimized, of_tiny = (
         msgspec.json.decode((MILAN / name).read_bytes(), type=optimize.Result)
         for name in ("optimize.json", "optimize-tiny.json")
