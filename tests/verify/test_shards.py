@@ -145,17 +145,18 @@ def test_int8_of_unlike_processors_is_reported_apart(artifacts, photos):
     artifact = artifacts["onnxruntime", "int8"]
     options = VerifyOptions(data=str(photos))
     schedule, done = measured(artifact, options)
+    here = machine.arithmetic()
+    other = "avx2" if here == "amx" else "amx"
 
     def read(number):
         shard = shards.decode(done[number])
-        return replace(shard, arithmetic="amx") if number == 1 else shard
+        return replace(shard, arithmetic=other) if number == 1 else shard
 
     report = shards.merged(schedule, artifact, read)
-    here = machine.arithmetic()
-    assert {finding.case for finding in report.findings if finding.metric == "cosine"} == {here, "amx"}
-    assert report.find("images", here).value + report.find("images", "amx").value == COUNT - 1
+    assert {finding.case for finding in report.findings if finding.metric == "cosine"} == {here, other}
+    assert report.find("images", here).value + report.find("images", other).value == COUNT - 1
     assert report.find("machines").value == 2
-    assert "amx: shards 1" in report.find("machines").detail
+    assert f"{other}: shards 1" in report.find("machines").detail
     assert report.find("unlike_classes").detail == "the intervals of all metrics overlap"
     fp32 = artifacts["onnxruntime", "fp32"]
     schedule, done = measured(fp32, options)
