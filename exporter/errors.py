@@ -54,8 +54,8 @@ class CheckFailed(ExporterError):
     exit_code = 5
 
 
-def of_file(error: OSError) -> ExporterError | None:
-    """The error of a user whose file cannot be read or written; None for an error that names no file."""
+def file_error(error: OSError) -> ExporterError | None:
+    """The error that a user reads for a file that cannot be read or written, or a full disk; None for any other."""
     if error.filename is None and error.errno != errno.ENOSPC:
         return None
     kind = Unavailable if error.errno == errno.ENOSPC else BadRequest

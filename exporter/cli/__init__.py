@@ -15,7 +15,7 @@ import click
 
 from exporter import __version__
 from exporter.cli.console import with_verbosity
-from exporter.errors import ExporterError, nearest, of_file, printable
+from exporter.errors import ExporterError, file_error, nearest, printable
 
 FILES = {
     "discover": ("variants", "doctor", "recipes", "inspect"),
@@ -194,9 +194,9 @@ def main() -> NoReturn:
         click.echo(f"error: {printable(str(error.object)[:200])}: a name that is no UTF-8 text; rename it", err=True)
         sys.exit(2)
     except OSError as error:
-        explained = of_file(error)
-        if explained is None:
+        shown = file_error(error)
+        if shown is None:
             raise
-        click.echo(f"error: {explained}", err=True)
-        sys.exit(explained.exit_code)
+        click.echo(f"error: {shown}", err=True)
+        sys.exit(shown.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

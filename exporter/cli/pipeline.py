@@ -62,15 +62,13 @@ def run_command(
 
     if on and jobs > 1:
         raise BadRequest("--jobs is for one machine, and a cluster decides how many recipes run at once; leave one out")
-    others = ""
     if on is not None:
         from exporter.run import cluster
 
         cluster.check_address(on)
-        others = cluster.others_at(on)
     recipe_runs = run.read_all([bundled.find_recipe(word, build_commands()) for word in recipes], out, overrides, force)
     if dry_run:
-        plans = {job.name: run.plan(job, others) for job in recipe_runs}
+        plans = {one.name: run.plan(one, on or "") for one in recipe_runs}
         if as_json:
             print_json(plans)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from exporter import backends, build, report, verify
 from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
 from exporter.bench import Opener, latency, worker
-from exporter.errors import BadRequest, ExporterError, of_file, some
+from exporter.errors import BadRequest, ExporterError, file_error, some
 from exporter.model import variants, weights
 from exporter.model.sources import is_random
 from exporter.progress import note, step
@@ -129,7 +129,7 @@ def plan(recipe_run: RecipeRun, cluster: str = "") -> dict[str, str]:
 
     Args:
         recipe_run: the recipe.
-        cluster: as in `Steps`.
+        cluster: as in `Steps`. Whether it is timed already is answered for this machine.
     """
     steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder, cluster=cluster)
     artifact = steps.artifact()
@@ -167,8 +167,8 @@ def run(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
     return outcome
 
 
-def begin(recipe_run: RecipeRun) -> Outcome:
-    """Run the first step of a recipe, the build, unless its inputs are unchanged.
+def build_only(recipe_run: RecipeRun) -> Outcome:
+    """Build the artifact of a recipe, unless its inputs are unchanged.
 
     Raises: as `run` does.
     """
@@ -178,9 +178,8 @@ def begin(recipe_run: RecipeRun) -> Outcome:
     return outcome
 
 
-def finish(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
-    """Run the last step of a recipe, the timing, after other processes of the same run built and verified it; and write
-    the report.
+def bench_and_report(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+    """Time the artifact of a recipe that other processes of the same run built and verified, and write the report.
 
     Raises: as `run` does; BadRequest where the artifact is gone.
     """
@@ -189,7 +188,9 @@ def finish(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
         steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder, done=("build", "verify"))
         artifact = steps.artifact()
         if artifact is None:
-            raise BadRequest(f"{recipe_run.out}: the artifact was removed or replaced after its build; run it again")
+            raise BadRequest(
+                f"{recipe_run.out}: the artifact was removed or replaced after its build; run the same command again"
+            )
         _bench(recipe_run, steps, artifact, outcome, opener)
         _write_report(recipe_run, steps, artifact, outcome)
     return outcome
@@ -250,7 +251,7 @@ def keep_verified(steps: Steps, artifact: Artifact, key: str, verified: Report) 
     Args:
         steps: of the recipe.
         artifact: what was verified.
-        key: of the step, from before it was done.
+        key: of the step, from before it was done, so that images that change meanwhile are noticed.
         verified: the report.
     """
     verify.record_quality(artifact, verified)
@@ -316,24 +317,19 @@ def run_all(runs: Sequence[RecipeRun], opener: Opener = worker.open_arm) -> list
 
 def run_or_explain(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
     """Run a recipe. Where it cannot be run, its outcome says why."""
-    return explained(recipe_run, lambda: run(recipe_run, opener))
-
-
-def explained(recipe_run: RecipeRun, do: Callable[[], Outcome]) -> Outcome:
-    """The outcome of steps of a recipe. Where they cannot be done, it says why."""
     failed = Outcome(recipe_run.name)
-    with explaining(failed):
-        return do()
+    with recording_error(failed):
+        return run(recipe_run, opener)
     return failed
 
 
 @contextmanager
-def explaining(outcome: Outcome) -> Iterator[None]:
-    """Within, the first error that a user can fix becomes that of the outcome, so that other recipes go on."""
+def recording_error(outcome: Outcome) -> Iterator[None]:
+    """Store the first error that a user can fix in the outcome in place of raising it, so that other recipes go on."""
     try:
         yield
     except (ExporterError, OSError) as raised:
-        error = of_file(raised) if isinstance(raised, OSError) else raised
+        error = file_error(raised) if isinstance(raised, OSError) else raised
         if error is None:
             raise
         if not outcome.error:

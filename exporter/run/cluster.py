@@ -28,8 +28,8 @@ from exporter.run.tasks import Job, Result
 from exporter.verify import graphs_of
 from exporter.verify.shards import Schedule
 
-T = TypeVar("T")
-"""A task: its number, or the index of its job and its number."""
+TaskKey = TypeVar("TaskKey")
+"""The number of a task, or the index of its job and its number."""
 LOCAL = "ray"
 TRIES = 3
 AHEAD = 4  # tasks that wait in the cluster, for each one that can run
@@ -37,7 +37,7 @@ STORE_BYTES = 256 << 20
 CONNECT_S = 5.0
 TOKEN = "~/.ray/auth_token"
 WAIT_S = 1.0  # so that Ctrl-C is not late
-KEPT = "What others did is stored: run the same command again"
+KEPT = "The results of the other tasks are stored: run the same command again"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Of the clusters that this tool starts: no usage reports, and workers get as much of a core as other processes."""
 
@@ -53,11 +53,6 @@ def check_address(address: str) -> None:
         is_address = False
     if not is_address:
         raise BadRequest(f"--on {address}: expected ray, ray://HOST:PORT, or for verify files:DIR")
-
-
-def others_at(address: str) -> str:
-    """The address of a cluster of other machines; "" for this machine."""
-    return "" if address == LOCAL else address
 
 
 @contextmanager
@@ -162,8 +157,8 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """In place of the result of a task whose worker was lost `TRIES` times: the reason."""
+class LostTask:
+    """In place of the result of a task that was given up after `TRIES` lost workers: the reason."""
 
     reason: str
 
@@ -189,7 +184,8 @@ class Cluster:
         return tuple(self.ray.put(path.read_bytes()) for path in paths_of(artifact))
 
     def check(self, job: Job, references: Sequence[Any], need: Need) -> None:
-        """Refuse machines that have what the tasks of a job need but cannot do them.
+        """Refuse a cluster with a machine that lacks the versions, files or images of a job. Machines with fewer GPUs
+        than needed are left out, because no task runs there.
 
         Raises: BadRequest or Unavailable with the address of each, and what it lacks.
         """
@@ -242,7 +238,7 @@ class Cluster:
         need, lost = self.within(need), dict[int, str]()
         submit = self._submitter(job, references, need)
         for number, result in self._results(submit, deque(numbers), need, in_order):
-            if isinstance(result, Lost):
+            if isinstance(result, LostTask):
                 lost[number] = result.reason
                 if in_order:
                     break
@@ -253,9 +249,9 @@ class Cluster:
 
     def results_of_several(
         self, jobs: Sequence[tuple[Job, Sequence[int]]], need: Need
-    ) -> Iterator[tuple[int, int, Result | Lost]]:
+    ) -> Iterator[tuple[int, int, Result | LostTask]]:
         """The index of a job, the number of one of its tasks, and the result, as the tasks are done. After an error or
-        a lost task of a job no other one of it is begun.
+        a lost task the remaining tasks of that job are not submitted.
 
         Args:
             jobs: with the numbers of their tasks. Their artifacts are in the working folder of every machine.
@@ -264,9 +260,9 @@ class Cluster:
         need = self.within(need)
         submits = [self._submitter(job, (), need) for job, _ in jobs]
         waiting = deque((index, number) for index, (_, numbers) in enumerate(jobs) for number in numbers)
-        for (index, number), result in self._results(lambda task: submits[task[0]](task[1]), waiting, need):
+        for (index, number), result in self._results(lambda key: submits[key[0]](key[1]), waiting, need):
             yield index, number, result
-            if isinstance(result, Lost) or result.error:
+            if isinstance(result, LostTask) or result.error:
                 others = [task for task in waiting if task[0] != index]
                 waiting.clear()
                 waiting.extend(others)
@@ -277,7 +273,7 @@ class Cluster:
     def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
         """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
         an Unavailable."""
-        # Each in a process of its own: PyTorch keeps the number of threads that Ray sets for the first task.
+        # One process for each call: PyTorch keeps its first number of threads, and other tasks get another number.
         remote = self.ray.remote(max_calls=1)(function)
         references = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
         for reference in references:
@@ -301,12 +297,12 @@ class Cluster:
         )
 
     def _results(
-        self, submit: Callable[[T], Any], waiting: deque[T], need: Need, in_order: bool = False
-    ) -> Iterator[tuple[T, Result | Lost]]:
+        self, submit: Callable[[TaskKey], Any], waiting: deque[TaskKey], need: Need, in_order: bool = False
+    ) -> Iterator[tuple[TaskKey, Result | LostTask]]:
         """Tasks with their results. The caller may remove tasks from `waiting`, unless the results are in order."""
         window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
-        running, done, order = dict[Any, T](), dict[T, Result | Lost](), deque(waiting)
-        losses = Counter[T]()
+        running, done, order = dict[Any, TaskKey](), dict[TaskKey, Result | LostTask](), deque(waiting)
+        losses = Counter[TaskKey]()
         while waiting or running or done:
             while waiting and len(running) + len(done) < window:
                 task = waiting.popleft()
@@ -323,11 +319,13 @@ class Cluster:
                     if losses[task] < TRIES:
                         waiting.appendleft(task)
                     else:
-                        done[task] = Lost(_reason(error))
+                        done[task] = LostTask(_reason(error))
             yield from _released(done, order, in_order)
 
 
-def _released(done: dict[T, Result | Lost], order: deque[T], in_order: bool) -> Iterator[tuple[T, Result | Lost]]:
+def _released(
+    done: dict[TaskKey, Result | LostTask], order: deque[TaskKey], in_order: bool
+) -> Iterator[tuple[TaskKey, Result | LostTask]]:
     """Take the results that can be passed on."""
     while done and (not in_order or order[0] in done):
         task = order.popleft() if in_order else next(iter(done))
@@ -346,10 +344,10 @@ def content_of(result: Result) -> bytes:
 
 
 def lost_error(tasks_in_words: str, reason: str, remedy: str = KEPT) -> Unavailable:
-    """The error about tasks whose workers were lost each time."""
+    """The error for tasks that were given up after `TRIES` lost workers."""
     return Unavailable(
-        f"the workers of {tasks_in_words} were lost {TRIES} times ({reason}). If memory ran out, use machines with "
-        f"more, or fewer threads. {remedy}"
+        f"{tasks_in_words}: the worker process was lost {TRIES} times ({reason}). If memory ran out, use machines with "
+        f"more memory, or set fewer threads. {remedy}"
     )
 
 
@@ -370,10 +368,10 @@ def _check(job: Job, references: Sequence[Any]) -> Result:
 def _contents(references: Sequence[Any]) -> list[Callable[[], bytes]]:
     import ray
 
-    def content_of(reference: Any) -> Callable[[], bytes]:
+    def reader_of(reference: Any) -> Callable[[], bytes]:
         return lambda: bytes(ray.get(reference))
 
-    return [content_of(reference) for reference in references]
+    return [reader_of(reference) for reference in references]
 
 
 def paths_of(artifact: Artifact) -> list[Path]:

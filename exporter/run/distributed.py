@@ -61,7 +61,7 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
     check_address(address)
     schedule = shards.schedule(artifact, options, size)
     with spread.alone(_shards_of(out), artifact.path.name):
-        folder = spread.create_own(_shards_of(out), schedule)
+        folder = spread.create_internal(_shards_of(out), schedule)
         try:
             _measure(folder, artifact, folder.missing(), address)
         except ExporterError:
@@ -71,7 +71,7 @@ def verify(artifact: Artifact, options: VerifyOptions, address: str, out: Path, 
         except KeyboardInterrupt:
             state = f"{schedule.count - len(folder.missing())} of {schedule.count} shards are stored"
             raise KeyboardInterrupt(f"{state}; the same command continues") from None
-        return spread.merged_own(folder, artifact)
+        return spread.merge_or_discard(folder, artifact)
 
 
 def remove_shards(out: Path) -> None:

@@ -69,7 +69,7 @@ class Folder:
     def merged(self, artifact: Artifact) -> Report:
         """The report of all shards.
 
-        Raises: BadRequest for missing shards.
+        Raises: BadRequest for missing or damaged shards, and where no image could be read.
         """
         if missing := self.missing():
             numbers = some(str(number) for number in missing)
@@ -111,30 +111,30 @@ def create(path: Path, schedule: Schedule) -> Folder:
     return _noted(Folder(path, schedule))
 
 
-def create_own(path: Path, schedule: Schedule) -> Folder:
-    """The folder of a schedule within a folder that only this command uses, new or continued. Folders of other
-    schedules and of images with other times are removed.
+def create_internal(path: Path, schedule: Schedule) -> Folder:
+    """The subfolder of `path` for a schedule and its images, with the shards that are stored there. All other
+    subfolders are removed, because only this tool writes to `path`.
 
-    Raises: BadRequest or Unavailable for a folder that cannot be written.
+    Raises: BadRequest for images that do not exist; BadRequest or Unavailable for a folder that cannot be written.
     """
-    times = fingerprint(schedule.options.data)  # the schedule leaves them out: copies on other machines have others
+    times = fingerprint(schedule.options.data)  # not in the schedule: copies on other machines have other mtimes
     folder = Folder(path / hashlib.sha256(schedule.key + times.encode()).hexdigest()[:16], schedule)
     try:
         path.mkdir(parents=True, exist_ok=True)
         for entry in path.iterdir():
             if entry.is_dir() and entry != folder.path:
-                note(f"{entry}: of other images or options, removed")
+                note(f"{entry}: removed, its shards are of other images or options")
                 shutil.rmtree(entry, ignore_errors=True)
     except OSError as error:
         raise disk.write_error(error, path) from None
     return _noted(folder)
 
 
-def merged_own(folder: Folder, artifact: Artifact) -> Report:
-    """The report of all shards of `create_own`. Where they cannot be merged, they are removed, so that the images are
-    read again.
+def merge_or_discard(folder: Folder, artifact: Artifact) -> Report:
+    """The report of all shards. Where they cannot be merged all are removed, so that the next command measures every
+    image again.
 
-    Raises: BadRequest where no image could be read.
+    Raises: as `Folder.merged` does.
     """
     try:
         return folder.merged(artifact)
@@ -155,7 +155,7 @@ def alone(path: Path, name: str) -> Iterator[None]:
 
     Args:
         path: the folder, which is made if it is missing.
-        name: of the artifact, for the message.
+        name: of the artifact or recipe, for the message.
 
     Raises: BadRequest where another process holds it, and for a folder that cannot be written.
     """
@@ -164,7 +164,7 @@ def alone(path: Path, name: str) -> Iterator[None]:
         release = disk.lock(path, wait=False)
     except BlockingIOError:
         raise BadRequest(
-            f"{path}: another process is verifying {name} for the same report; wait for it, or give another -o"
+            f"{path}: another process is working on {name} in this folder; wait for it, or give another -o"
         ) from None
     except OSError as error:
         raise disk.write_error(error, path.parent) from None

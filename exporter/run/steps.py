@@ -47,8 +47,8 @@ class Steps:
 
     Args:
         recipe, out, folder: as in `RecipeRun`.
-        done: steps that a cluster did in the same run. Their stored results are used, whichever machine they are of.
-        cluster: the address of the cluster that verifies; "" for this machine.
+        done: steps that were just done in this run, perhaps on another machine: their cache keys are not compared.
+        cluster: the address of the cluster that verifies, or "".
     """
 
     def __init__(self, recipe: Recipe, out: Path, folder: Path, done: Sequence[str] = (), cluster: str = "") -> None:
@@ -93,7 +93,8 @@ class Steps:
         images = fingerprint(options.pop("data"))
         del options["weights"]
         options["when_unsure"] = when_unsure(self.recipe.checks.when_unsure)
-        where = self.cluster or _machine()
+        # Which machines will measure the shards is not known yet: the cluster's address stands for them.
+        where = self.cluster if "://" in self.cluster else _machine()
         return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": where}
 
     def _bench(self, artifact: Artifact) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Steps:
     def artifact(self) -> Artifact | None:
         """The artifact of this recipe, if it is whole and its inputs are unchanged."""
         part = self._read("build")
-        if part is None or not self._holds("build", part, None):
+        if part is None or not self._is_valid("build", part, None):
             return None
         path = self.out / part.file
         if not path.exists():
@@ -127,15 +128,15 @@ class Steps:
         part = self._read(name)
         if part is None or part.sha256 != artifact.sidecar.sha256:
             return None
-        if not self._holds(name, part, None if name == "build" else artifact):
+        if not self._is_valid(name, part, None if name == "build" else artifact):
             return None
-        if name != "verify" and part.report is not None and part.machine != _machine_text():
+        if name == "build" and part.report is not None and part.machine != _machine_text():
             again = f"remove {self.folder / name}.json to build and time it here"
             return replace(part, report=_without_times(part.report, f"timed on {part.machine}, not here; {again}"))
         return part
 
-    def _holds(self, name: str, part: Part, artifact: Artifact | None) -> bool:
-        """Whether the inputs of a step are unchanged since its result was stored."""
+    def _is_valid(self, name: str, part: Part, artifact: Artifact | None) -> bool:
+        """Whether a stored result can be used: its cache key is unchanged, or this run has just stored it."""
         return name in self.done or (bool(part.key) and part.key == self.key(name, artifact))
 
     def keep(self, name: str, part: Part) -> None:

@@ -8,6 +8,7 @@ its exit code, so that no task is tried again because of it.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -88,7 +89,8 @@ def do(job: Job, contents: Sequence[Callable[[], bytes]], number: int) -> Result
 
 
 def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
-    """Whether this machine can do tasks of a job: it has the same versions and images. No model is opened."""
+    """Whether this machine can do tasks of a job: it has the same versions and images; for recipes, the same version of
+    this tool and the working folder. No model is opened."""
     try:
         if job.version != __version__:
             raise BadRequest(f"convnext-export {__version__}, but the job is of {job.version}; install that version")
@@ -107,28 +109,24 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
 def build(job: Job, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
     """Build the artifact of a recipe, and make the schedule of its verification, if there are no errors.
 
-    Ray sets the number of threads to the cores of the task, because several builds may run beside each other.
+    `OMP_NUM_THREADS` stays as Ray sets it, the cores of this task, because several builds can share a machine.
     """
-    scheduled: list[Schedule] = []
-
-    def do() -> Outcome:
+    failed = Outcome(recipe_run.name)
+    with run.recording_error(failed):
         _enter_folder(job.folder)
-        outcome = run.begin(recipe_run)
+        outcome = run.build_only(recipe_run)
         assert outcome.artifact is not None
-        scheduled.append(shards.schedule(outcome.artifact, verify_options(recipe_run.recipe)))
-        return outcome
-
-    return run.explained(recipe_run, do), scheduled[0] if scheduled else None
+        return outcome, shards.schedule(outcome.artifact, verify_options(recipe_run.recipe))
+    return failed, None
 
 
-def finish(job: Job, recipe_run: RecipeRun) -> Outcome:
+def bench(job: Job, recipe_run: RecipeRun) -> Outcome:
     """Time the artifact of a recipe on this machine, and write the report."""
-
-    def do() -> Outcome:
+    failed = Outcome(recipe_run.name)
+    with run.recording_error(failed):
         _enter(job)
-        return run.finish(recipe_run)
-
-    return run.explained(recipe_run, do)
+        return run.bench_and_report(recipe_run)
+    return failed
 
 
 def _close() -> None:
@@ -153,7 +151,9 @@ def _enter_folder(folder: Path) -> None:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise BadRequest(f"{folder}: {error.strerror}; the folder must be the same on every machine") from None
+        raise BadRequest(
+            f"working folder {folder}: {error.strerror}; mount it under the same path on every machine"
+        ) from None
 
 
 @contextmanager
@@ -179,7 +179,10 @@ def _artifact(job: Job, contents: Sequence[Callable[[], bytes]]) -> Artifact:
         if {file.name: file.sha256 for file in artifact.sidecar.files}.items() <= wanted.items():
             return artifact
     if not contents:
-        raise BadRequest(f"{job.artifact}: missing or another one; the machines must share the working folder")
+        raise BadRequest(
+            f"{job.artifact}: missing on {platform.node()}, or not the artifact that was built; mount the same working "
+            "folder on every machine"
+        )
     folder = disk.cache_folder() / "artifacts" / job.key
     _make_room(folder)
     for (name, digest), content in zip(job.files, contents, strict=True):

@@ -1,6 +1,7 @@
 """A cluster gives the bytes of one machine, loses nothing with a worker, and refuses what it cannot do by name."""
 
 import os
+import platform
 import re
 import shutil
 import socket
@@ -239,16 +240,17 @@ class OneProcess:
         assert not tasks.check(job, references).error
 
     def calls(self, function, calls):
-        for need, (folder, recipe_run) in calls:
-            self.called.append((function.__name__, recipe_run.path.stem, need.cpus, need.gpus, need.memory > 0))
-            yield function(folder, recipe_run)
+        for need, (job, recipe_run) in calls:
+            cpus, gpus = min(need.cpus, 8), need.gpus
+            self.called.append((function.__name__, recipe_run.path.stem, cpus, gpus, need.memory > 0))
+            yield function(job, recipe_run)
 
     def results_of_several(self, jobs, need):
         for index, (job, numbers) in enumerate(jobs):
             for number in reversed(numbers):
                 self.called.append((number, job.artifact.stem, need.cpus, need.gpus, False))
                 lost = (job.artifact.stem, number) in self.failing
-                yield index, number, cluster.Lost("it was killed") if lost else tasks.do(job, (), number)
+                yield index, number, cluster.LostTask("it was killed") if lost else tasks.do(job, (), number)
 
 
 @pytest.fixture
@@ -281,8 +283,8 @@ def test_artifacts_are_verified_in_shards_after_all_are_built_and_then_timed_alo
         (0, "custom_fp32", threads, 0, False),
         (1, "custom_fp16", threads, 0, False),
         (0, "custom_fp16", threads, 0, False),
-        ("finish", "fp32", 8, 0, False),
-        ("finish", "fp16", 8, 0, False),
+        ("bench", "fp32", 8, 0, False),
+        ("bench", "fp16", 8, 0, False),
     ]
     of_one = run("run", "fp32.yaml", "fp16.yaml", "-o", "one", "--json").json
     for ours, theirs in zip(result.json, of_one, strict=True):
@@ -300,7 +302,7 @@ def test_a_lost_shard_fails_its_recipe_alone_and_the_same_command_measures_only_
     one_process("null", failing=[("custom_fp32", 0)])
     result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
     assert result.code == 3
-    assert "onnxruntime/fp32: the workers of shard 0 were lost 3 times (it was killed)" in result.err
+    assert "onnxruntime/fp32: shard 0: the worker process was lost 3 times (it was killed)" in result.err
     failed, whole = result.json
     assert (failed["report"], whole["error"]) == (None, None)
     used = one_process("null")
@@ -313,9 +315,11 @@ def test_a_lost_shard_fails_its_recipe_alone_and_the_same_command_measures_only_
 @pytest.mark.slow
 def test_an_artifact_that_is_removed_after_its_build_fails_its_recipe_alone(one_process, run, monkeypatch):
     one_process("null")
-    create = spread.create_own
+    create = spread.create_internal
     monkeypatch.setattr(
-        spread, "create_own", lambda *words: (Path("out/custom_fp32.onnx").unlink(missing_ok=True), create(*words))[1]
+        spread,
+        "create_internal",
+        lambda *words: (Path("out/custom_fp32.onnx").unlink(missing_ok=True), create(*words))[1],
     )
     result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
     assert result.code == 2
@@ -337,11 +341,11 @@ def test_images_that_cannot_be_read_are_read_again_by_the_same_command(one_proce
         assert ("none of its 1 images can be read" in result.err) == broken
 
 
-def test_two_runs_of_one_recipe_on_a_cluster_do_not_meet(one_process, refused):
+def test_a_second_run_of_a_recipe_on_a_cluster_is_refused(one_process, refused):
     one_process("null")
     with spread.alone(Path("out/runs/onnxruntime_fp32/shards"), "a"):
         message = refused(2, "run", "fp16.yaml", "fp32.yaml", "-o", "out", "--on", "ray")
-    assert "another process is verifying onnxruntime/fp32" in message
+    assert "another process is working on onnxruntime/fp32 in this folder" in message
     assert not list(Path("out").glob("*.onnx"))
 
 
@@ -358,7 +362,8 @@ def test_an_artifact_that_is_missing_on_a_machine_is_named(worker, copied, photo
     job = cluster.job_of(copied, shards.schedule(copied, VerifyOptions(data=str(photos))))
     gone = replace(job, artifact=job.artifact.with_name("gone.onnx"))
     assert tasks.do(gone, (), 0).error == (
-        f"{gone.artifact}: missing or another one; the machines must share the working folder"
+        f"{gone.artifact}: missing on {platform.node()}, or not the artifact that was built; mount the same working "
+        "folder on every machine"
     )
 
 
@@ -433,7 +438,7 @@ def results(losses, in_order=False):
             assert content == b"%d" % number
             done.append(number)
     except Unavailable as error:
-        return done, re.search(r"shard (.*) were lost 3 times (\(.*?\))", str(error)).groups(), ray
+        return done, re.search(r"shard (.*): the worker process was lost 3 times (\(.*?\))", str(error)).groups(), ray
     return done, "", ray
 
 
@@ -463,8 +468,8 @@ def test_lost_tasks_are_named_with_what_to_do():
     with pytest.raises(Unavailable) as caught:
         list(Cluster(ray, "ray").results(None, [], [3, 7], Need(), True, "range", "Add --resume"))
     assert str(caught.value) == (
-        "the workers of range 7 were lost 3 times (it was killed). If memory ran out, use machines with more, or "
-        "fewer threads. Add --resume"
+        "range 7: the worker process was lost 3 times (it was killed). If memory ran out, use machines with more "
+        "memory, or set fewer threads. Add --resume"
     )
 
 
@@ -475,8 +480,8 @@ def test_after_a_lost_task_no_other_of_its_job_is_begun_and_the_other_jobs_go_on
     done = {index: [number for job, number, _ in results if job == index] for index in (0, 1)}
     assert sorted(done[1]) == list(range(30))
     assert len(done[0]) <= cluster.AHEAD * 2, "only those that the cluster had"
-    assert [(job, number, result) for job, number, result in results if isinstance(result, cluster.Lost)] == [
-        (0, 7, cluster.Lost("it was killed"))
+    assert [(job, number, result) for job, number, result in results if isinstance(result, cluster.LostTask)] == [
+        (0, 7, cluster.LostTask("it was killed"))
     ]
 
 
@@ -563,7 +568,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(copied, photos, worker):
     ("change", "message"),
     [
         ({"version": "9"}, "but the job is of 9; install that version"),
-        ({"folder": Path("/no/such/folder")}, "the folder must be the same on every machine"),
+        ({"folder": Path("/no/such/folder")}, "mount it under the same path on every machine"),
     ],
 )
 def test_a_machine_that_cannot_take_part_says_why(change, message, copied, photos, worker):
@@ -674,7 +679,7 @@ def test_two_verifications_of_one_report_do_not_meet(copied, photos, refused, tm
     with spread.alone(report.with_name(f".{report.name}.shards"), "a"):
         before = snapshot(tmp_path)
         message = refused(2, "verify", copied.path, "--on", "ray")
-    assert "another process is verifying custom_fp32.onnx for the same report" in message
+    assert "another process is working on custom_fp32.onnx in this folder" in message
     assert snapshot(tmp_path) == before
 
 
@@ -715,12 +720,12 @@ def test_shards_of_images_that_were_replaced_since_are_measured_again(copied, ph
     folder, own = tmp_path / "photos", tmp_path / "own"
     shutil.copytree(photos, folder)
     schedule = shards.schedule(copied, VerifyOptions(data=str(folder)), 16)
-    spread.create_own(own, schedule).store(0, b"a shard")
-    assert spread.create_own(own, schedule).missing() == [1, 2, 3]
+    spread.create_internal(own, schedule).store(0, b"a shard")
+    assert spread.create_internal(own, schedule).missing() == [1, 2, 3]
     changed = next(folder.rglob("*.png"))
     os.utime(changed, (1, 1))
     assert shards.schedule(copied, VerifyOptions(data=str(folder)), 16) == schedule, "copies may have other times"
-    assert spread.create_own(own, schedule).missing() == [0, 1, 2, 3]
+    assert spread.create_internal(own, schedule).missing() == [0, 1, 2, 3]
     assert not list(own.rglob("*.shard"))
 
 
