@@ -54,7 +54,7 @@ from exporter.report.tables import machine as report_machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-GENOA, MILAN, TURIN = (RESULTS / f"epyc-{name}-2-cores" for name in ("genoa", "milan", "turin"))
+GENOA, MILAN = (RESULTS / f"epyc-{name}-2-cores" for name in ("genoa", "milan"))
 H100 = RESULTS / "h100"
 AMX, XEON = (RESULTS / f"xeon-{name}-2-cores" for name in ("amx", "sapphire-rapids"))
 DEMO = ("fp32.onnx", "fp16.onnx", "int8.onnx", "fp32.xml", "fp16.xml", "bf16.xml", "int8.xml", "fp16.plan", "int8.plan")
@@ -133,7 +133,7 @@ def tables() -> dict[str, str]:
         for batch in (1, 8)
         for precision in ("fp32", "fp16")
     ]
-    cases = peers.load(TURIN / "peers")
+    cases = peers.load(AMX / "peers")
     typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
     disturbed = msgspec.json.decode((GENOA / "chaos.json").read_bytes(), type=chaos.Result)
     scaled = msgspec.json.decode((MILAN / "scale.json").read_bytes(), type=scale.Result)

@@ -255,7 +255,7 @@ def costs() -> dict[str, float]:
     one is between them. Decoding and preprocessing are added."""
     curves = json.loads((RESULTS / "epyc-milan-2-cores/rivals/sizes.json").read_text())["curves"]
     slow = next(c for c in curves if (c["network"], c["runtime"]) == ("ConvNeXt-T", "onnxruntime"))["milliseconds"][0]
-    rows = json.loads((RESULTS / "epyc-turin-2-cores/peers/tiny-b1.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "xeon-amx-2-cores/peers/tiny-b1.json").read_text())["rows"]
     fast = next(row for row in rows if row["name"] == "ours, ONNX Runtime fp32")["launches"]
     rates = json.loads((RESULTS / "epyc-milan-2-cores/predict.json").read_text())["rates"]["decoding"]
     low, high = (median(chain.from_iterable(samples)) for samples in (fast, slow))
@@ -263,7 +263,7 @@ def costs() -> dict[str, float]:
     return {
         "EPYC Milan": high + decoding,
         "between (assumed)": (low * high) ** 0.5 + decoding,
-        "EPYC Turin": low + decoding,
+        "Xeon with AMX": low + decoding,
     }
 
 
