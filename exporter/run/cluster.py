@@ -270,21 +270,21 @@ class Cluster:
     def _submitter(self, job: Job, references: Sequence[Any], need: Need) -> Callable[[int], Any]:
         return partial(self.ray.remote(_do).options(**need.options()).remote, self.ray.put(job), list(references))
 
-    def calls(self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]) -> Iterator[Any]:
-        """The results of calls of a function, each with its arguments, in order; in place of one whose worker is lost
-        an Unavailable."""
+    def calls(
+        self, function: Callable[..., Any], calls: Sequence[tuple[Need, tuple[Any, ...]]]
+    ) -> Iterator[tuple[int, Any]]:
+        """The index of each call of a function, with its result or a `LostTask`, as they are done.
+
+        Args:
+            function: what is called.
+            calls: what each call needs, and its arguments.
+        """
         # One process for each call: PyTorch keeps its first number of threads, and other tasks get another number.
         remote = self.ray.remote(max_calls=1)(function)
-        references = [remote.options(**self.within(need).options()).remote(*arguments) for need, arguments in calls]
-        for reference in references:
-            while not self.ray.wait([reference], timeout=WAIT_S)[0]:
-                pass
-            try:
-                yield self.ray.get(reference)
-            except self.ray.exceptions.RayTaskError:
-                raise
-            except self.ray.exceptions.RayError as error:
-                yield Unavailable(f"its worker was lost ({_reason(error)}); memory may have run out")
+        submits = [
+            partial(remote.options(**self.within(need).options()).remote, *arguments) for need, arguments in calls
+        ]
+        return self._results(lambda index: submits[index](), deque(range(len(calls))), Need())
 
     def within(self, need: Need) -> Need:
         """What a task needs, but no more than the largest machine has, for which it would wait in vain."""
@@ -298,10 +298,11 @@ class Cluster:
 
     def _results(
         self, submit: Callable[[TaskKey], Any], waiting: deque[TaskKey], need: Need, in_order: bool = False
-    ) -> Iterator[tuple[TaskKey, Result | LostTask]]:
-        """Tasks with their results. The caller may remove tasks from `waiting`, unless the results are in order."""
+    ) -> Iterator[tuple[TaskKey, Any]]:
+        """Tasks with their results or a `LostTask`. The caller may remove tasks from `waiting`, unless the results are
+        in order."""
         window = AHEAD * sum(max(1, int(node.get("CPU", 1) // (need.cpus or 1))) for _, _, node in self.nodes())
-        running, done, order = dict[Any, TaskKey](), dict[TaskKey, Result | LostTask](), deque(waiting)
+        running, done, order = dict[Any, TaskKey](), dict[TaskKey, Any](), deque(waiting)
         losses = Counter[TaskKey]()
         while waiting or running or done:
             while waiting and len(running) + len(done) < window:
@@ -323,9 +324,7 @@ class Cluster:
             yield from _released(done, order, in_order)
 
 
-def _released(
-    done: dict[TaskKey, Result | LostTask], order: deque[TaskKey], in_order: bool
-) -> Iterator[tuple[TaskKey, Result | LostTask]]:
+def _released(done: dict[TaskKey, Any], order: deque[TaskKey], in_order: bool) -> Iterator[tuple[TaskKey, Any]]:
     """Take the results that can be passed on."""
     while done and (not in_order or order[0] in done):
         task = order.popleft() if in_order else next(iter(done))

@@ -67,8 +67,9 @@ def _build(cluster: Cluster, runs: Sequence[RecipeRun]) -> tuple[dict[str, Outco
     """The outcomes of all builds, and the schedules of the verifications of those without errors, by name."""
     step(f"building {len(runs)} recipes")
     outcomes, schedules = dict[str, Outcome](), dict[str, Schedule]()
-    for run, result in _calls(cluster, tasks.build, runs, [_need_of_build(run) for run in runs]):
+    for run, result in _calls(cluster, tasks.build, runs, [_need_of_build(run) for run in runs], "build"):
         outcomes[run.name], schedule = (result, None) if isinstance(result, Outcome) else result
+        note(f"{run.name}: build {outcomes[run.name].steps.get('build', 'failed')}")
         if schedule is not None:
             schedules[run.name] = schedule
     return outcomes, schedules
@@ -170,7 +171,8 @@ def _bench(cluster: Cluster, runs: Sequence[RecipeRun], outcomes: dict[str, Outc
     timed = [run for run in runs if run.recipe.bench is not None]
     if timed:
         step(f"timing {len(timed)} artifacts, each alone on a machine")
-    results = list(_calls(cluster, tasks.bench, timed, [replace(ALONE, gpus=_gpus(run)) for run in timed]))
+    needs = [replace(ALONE, gpus=_gpus(run)) for run in timed]
+    results = list(_calls(cluster, tasks.bench, timed, needs, "timing"))
     results += [(run, tasks.bench(Job(), run)) for run in runs if run.recipe.bench is None]
     for run, outcome in results:
         outcome.steps = outcomes[run.name].steps | outcome.steps
@@ -178,16 +180,20 @@ def _bench(cluster: Cluster, runs: Sequence[RecipeRun], outcomes: dict[str, Outc
 
 
 def _calls(
-    cluster: Cluster, function: Callable[[Job, RecipeRun], T], runs: Sequence[RecipeRun], needs: Sequence[Need]
+    cluster: Cluster,
+    function: Callable[[Job, RecipeRun], T],
+    runs: Sequence[RecipeRun],
+    needs: Sequence[Need],
+    task: str,
 ) -> Iterator[tuple[RecipeRun, T | Outcome]]:
-    """Each recipe with the result of a function, or an outcome with the error if its worker is lost."""
+    """Recipes with the result of a function, or an outcome with the error if its workers are lost, as they are done."""
     calls = [(need, (Job(), run)) for run, need in zip(runs, needs, strict=True)]
-    results = track(cluster.calls(function, calls), len(runs), "recipes", lambda _: 1)
-    for run, result in zip(runs, results, strict=True):
-        if isinstance(result, ExporterError):
-            yield run, Outcome(run.name, error=str(result), exit_code=result.exit_code)
+    for index, result in track(cluster.calls(function, calls), len(runs), "recipes", lambda _: 1):
+        if isinstance(result, LostTask):
+            error = lost_error(task, result.reason)
+            yield runs[index], Outcome(runs[index].name, error=str(error), exit_code=error.exit_code)
         else:
-            yield run, result
+            yield runs[index], result
 
 
 def _need_of_build(run: RecipeRun) -> Need:

@@ -226,7 +226,7 @@ def test_recipes_run_on_a_cluster(address, tiny, tmp_path, run, monkeypatch):
 
 
 class OneProcess:
-    """A cluster whose tasks run in this process, the last shard first; some of its tasks fail."""
+    """A cluster whose tasks run in this process, the last one first; some of its tasks fail."""
 
     address = cluster.LOCAL
 
@@ -240,10 +240,10 @@ class OneProcess:
         assert not tasks.check(job, references).error
 
     def calls(self, function, calls):
-        for need, (job, recipe_run) in calls:
-            cpus, gpus = min(need.cpus, 8), need.gpus
-            self.called.append((function.__name__, recipe_run.path.stem, cpus, gpus, need.memory > 0))
-            yield function(job, recipe_run)
+        for index, (need, (job, recipe_run)) in reversed(list(enumerate(calls))):
+            cpus, gpus, call = min(need.cpus, 8), need.gpus, (function.__name__, recipe_run.path.stem)
+            self.called.append((*call, cpus, gpus, need.memory > 0))
+            yield index, cluster.LostTask("it was killed") if call in self.failing else function(job, recipe_run)
 
     def results_of_several(self, jobs, need):
         for index, (job, numbers) in enumerate(jobs):
@@ -277,14 +277,14 @@ def test_artifacts_are_verified_in_shards_after_all_are_built_and_then_timed_alo
     assert [outcome["steps"] for outcome in result.json] == [dict.fromkeys(("build", "verify", "bench"), "done")] * 2
     threads = machine.default_threads()
     assert used.called == [
-        ("build", "fp32", 1, 0, True),
         ("build", "fp16", 1, 0, True),
+        ("build", "fp32", 1, 0, True),
         (1, "custom_fp32", threads, 0, False),
         (0, "custom_fp32", threads, 0, False),
         (1, "custom_fp16", threads, 0, False),
         (0, "custom_fp16", threads, 0, False),
-        ("bench", "fp32", 8, 0, False),
         ("bench", "fp16", 8, 0, False),
+        ("bench", "fp32", 8, 0, False),
     ]
     of_one = run("run", "fp32.yaml", "fp16.yaml", "-o", "one", "--json").json
     for ours, theirs in zip(result.json, of_one, strict=True):
@@ -310,6 +310,23 @@ def test_a_lost_shard_fails_its_recipe_alone_and_the_same_command_measures_only_
     assert result.code == 0, result.err
     assert [call[:2] for call in used.called if isinstance(call[0], int)] == [(0, "custom_fp32")]
     assert not list(Path("out/runs").rglob("*.shard"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "task"), [("build", "build"), ("bench", "timing")])
+def test_a_lost_build_or_timing_fails_its_recipe_alone_and_the_same_command_repeats_only_that(
+    one_process, run, step, task
+):
+    one_process("{duration: 0.5}", failing=[(step, "fp32")])
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 3
+    assert f"onnxruntime/fp32: {task}: the worker process was lost 3 times (it was killed)" in result.err
+    assert [bool(outcome["error"]) for outcome in result.json] == [True, False]
+    one_process("{duration: 0.5}")
+    result = run("run", "fp32.yaml", "fp16.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 0, result.err
+    repeated, whole = (outcome["steps"] for outcome in result.json)
+    assert (repeated[step], set(whole.values())) == ("done", {"already there"})
 
 
 @pytest.mark.slow
@@ -353,8 +370,8 @@ def test_a_second_run_of_a_recipe_on_a_cluster_is_refused(one_process, refused):
 def test_each_build_has_a_process_of_its_own(address):
     """PyTorch keeps the number of threads of its first task; shards need another one."""
     with cluster.connected(address) as connected:
-        processes = list(connected.calls(lambda: os.getpid(), [(Need(), ())] * 3))
-    assert len(set(processes)) == 3
+        processes = dict(connected.calls(lambda: os.getpid(), [(Need(), ())] * 3))
+    assert len(set(processes.values())) == 3
 
 
 @pytest.mark.slow
@@ -402,8 +419,10 @@ class FakeRay:
     def put(self, job):
         return job
 
-    def remote(self, function):
+    def remote(self, function=None, **options):
         """A function whose calls are the numbers of tasks, with their job in front if there is one."""
+        if options:
+            return self.remote
         remote = lambda job, _, number: self.submit(number if job is None else (job, number))  # noqa: E731
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
 
@@ -471,6 +490,12 @@ def test_lost_tasks_are_named_with_what_to_do():
         "range 7: the worker process was lost 3 times (it was killed). If memory ran out, use machines with more "
         "memory, or set fewer threads. Add --resume"
     )
+
+
+def test_calls_are_tried_three_times_as_well():
+    calls = [(Need(), (None, [], number)) for number in range(3)]
+    results = dict(Cluster(FakeRay({1: 2, 2: 3}), "ray").calls(print, calls))
+    assert results == {0: tasks.Result(b"0"), 1: tasks.Result(b"1"), 2: cluster.LostTask("it was killed")}
 
 
 def test_after_a_lost_task_no_other_of_its_job_is_begun_and_the_other_jobs_go_on():
@@ -600,8 +625,8 @@ def test_a_cluster_of_its_own_reports_nothing_and_its_workers_are_not_niced(monk
     for name in cluster.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     with cluster.connected("ray") as connected:
-        niceness = next(connected.calls(niceness_and_reports, [(Need(), ())]))
-    assert niceness == (0, "0")
+        (niceness,) = connected.calls(niceness_and_reports, [(Need(), ())])
+    assert niceness == (0, (0, "0"))
     for name in cluster.SETTINGS:
         monkeypatch.delenv(name)
 
