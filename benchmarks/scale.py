@@ -37,7 +37,8 @@ from exporter.predict import ranges, store, writers
 from exporter.predict.answers import Answers, Output
 from exporter.predict.sources import open_images
 from exporter.recipe import Checks
-from exporter.run.cluster import Cluster, Need
+from exporter.run.cluster import Cluster
+from exporter.run.needs import Need
 from exporter.run.tasks import Result as TaskResult
 
 IMAGES, MACHINES, CORES, THREADS = 10_000_000, 100, 8, 2

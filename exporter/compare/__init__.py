@@ -1,8 +1,9 @@
 """Decides whether a change is a regression, by the limits of `--fail-on`.
 
 A regression of time must be significant by a rank test over launches, corrected for the number of comparisons, and
-larger than its limit by more than the noise floor, which is the difference of the base from itself in the same run. A
-suspected regression is measured again, in more processes, and only the second measurement counts.
+larger than its limit by more than the noise. For two artifacts the noise is the difference of the base from itself in
+the same run, and a suspected regression is measured again, in more processes; only the second measurement counts. For
+two reports the noise is the wider of their intervals.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Change:
 
     found: head compared with base, with its 95 % interval; effects: the same for each launch.
     chance: the p-value, if nothing had changed.
-    floor: the noise floor, the difference of base from itself.
+    floor: the noise, the largest difference that is expected of two timings of the same artifact.
     base, head: the metric itself, in its unit.
     least_chance: the smallest p-value that a test with this number of processes can give.
     noise, setting: as a finding has them.
@@ -176,7 +177,7 @@ def _finding(change: Change, chance: float, confirmed: bool, comparisons: int) -
     low, high = sorted(percent(flip * end) for end in (change.found.low, change.found.high))
     detail = (
         f"{_verdict(change, regressed, too_few)}: {change.base:.4g} → {change.head:.4g}; p {chance:.2g} over "
-        f"{len(change.effects)} processes; the base differs from itself by up to {percent(change.floor):.1f} %; "
+        f"{len(change.effects)} processes; the noise is {percent(change.floor):.1f} %; "
         f"a change of {percent(change.detectable()):.1f} % would have been detected"
     )
     return Finding(

@@ -10,7 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from exporter.errors import BadRequest, CheckFailed, Unavailable, first_line, so
 from exporter.predict import Ranges
 from exporter.progress import step
 from exporter.run import tasks
+from exporter.run.needs import Need
 from exporter.run.tasks import Job, Result
 from exporter.verify import graphs_of
 from exporter.verify.shards import Schedule
@@ -144,19 +145,6 @@ def reach(address: str) -> None:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a task needs of a machine: cores, GPUs and bytes of memory."""
-
-    cpus: float = 1
-    gpus: int = 0
-    memory: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """As Ray takes it. Tasks are not repeated by Ray: `Cluster` counts their tries."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory or None, "max_retries": 0}
-
-
-@dataclass(frozen=True)
 class LostTask:
     """In place of the result of a task that was given up after `TRIES` lost workers: the reason."""
 
@@ -179,6 +167,13 @@ class Cluster:
             raise Unavailable(f"--on {self.address}: the cluster has no machine")
         return [(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in alive]
 
+    def resources(self) -> list[dict[str, float]]:
+        """The resources of each machine.
+
+        Raises: as `nodes` does.
+        """
+        return [resources for _, _, resources in self.nodes()]
+
     def sent(self, artifact: Artifact) -> tuple[Any, ...]:
         """References to the content of the files of an artifact, in the order of `files_of`."""
         return tuple(self.ray.put(path.read_bytes()) for path in paths_of(artifact))
@@ -191,7 +186,7 @@ class Cluster:
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        gpus = self.within(need).gpus
+        gpus = need.within(self.resources()).gpus
         nodes = [node for node in self.nodes() if node[2].get("GPU", 0) >= gpus]
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node, _, _ in nodes]
         remote = self.ray.remote(_check)
@@ -235,7 +230,7 @@ class Cluster:
 
         Raises: what the task raised; at the end Unavailable, with the tasks that were lost each time.
         """
-        need, lost = self.within(need), dict[int, str]()
+        need, lost = need.within(self.resources()), dict[int, str]()
         submit = self._submitter(job, references, need)
         for number, result in self._results(submit, deque(numbers), need, in_order):
             if isinstance(result, LostTask):
@@ -257,7 +252,7 @@ class Cluster:
             jobs: with the numbers of their tasks. Their artifacts are in the working folder of every machine.
             need: of each task.
         """
-        need = self.within(need)
+        need = need.within(self.resources())
         submits = [self._submitter(job, (), need) for job, _ in jobs]
         waiting = deque((index, number) for index, (_, numbers) in enumerate(jobs) for number in numbers)
         for (index, number), result in self._results(lambda key: submits[key[0]](key[1]), waiting, need):
@@ -281,20 +276,9 @@ class Cluster:
         """
         # One process for each call: PyTorch keeps its first number of threads, and other tasks get another number.
         remote = self.ray.remote(max_calls=1)(function)
-        submits = [
-            partial(remote.options(**self.within(need).options()).remote, *arguments) for need, arguments in calls
-        ]
+        machines = self.resources()
+        submits = [partial(remote.options(**need.within(machines).options()).remote, *words) for need, words in calls]
         return self._results(lambda index: submits[index](), deque(range(len(calls))), Need())
-
-    def within(self, need: Need) -> Need:
-        """What a task needs, but no more than the largest machine has, for which it would wait in vain."""
-        machines = [resources for _, _, resources in self.nodes()]
-        return replace(
-            need,
-            cpus=min(need.cpus, max(resources.get("CPU", 1) for resources in machines)),
-            gpus=min(need.gpus, int(max(resources.get("GPU", 0) for resources in machines))),
-            memory=min(need.memory, int(max(resources.get("memory", 0) for resources in machines))),
-        )
 
     def _results(
         self, submit: Callable[[TaskKey], Any], waiting: deque[TaskKey], need: Need, in_order: bool = False
@@ -389,9 +373,3 @@ def calibration_job(calibration_pass: CalibrationPass, ranges: bytes) -> Job:
     """The job of a pass over calibration images that needs these ranges."""
     key = hashlib.sha256(repr(calibration_pass).encode("utf-8", "surrogateescape") + ranges).hexdigest()
     return Job(schedule=calibration_pass, artifact=Path(), files=(), key=key)
-
-
-def need_of(artifact: Artifact, device: str | None, threads: int | None) -> Need:
-    """What a task with both models open needs."""
-    is_gpu = backends.device_kind(artifact, device) == "NVIDIA GPU"
-    return Need(cpus=threads or machine.default_threads(), gpus=1 if is_gpu else 0)

@@ -25,18 +25,8 @@ from exporter.progress import step, track
 from exporter.recipe import Model, Recipe
 from exporter.report import Report
 from exporter.run import spread
-from exporter.run.cluster import (
-    KEPT,
-    Cluster,
-    Need,
-    calibration_job,
-    check_address,
-    connected,
-    job_of,
-    need_of,
-    paths_of,
-    reach,
-)
+from exporter.run.cluster import KEPT, Cluster, calibration_job, check_address, connected, job_of, paths_of, reach
+from exporter.run.needs import Need, need_of
 from exporter.verify import VerifyOptions, shards
 
 if TYPE_CHECKING:

@@ -15,24 +15,15 @@ from exporter.artifact import Artifact
 from exporter.errors import ExporterError
 from exporter.progress import note, step, track
 from exporter.run import Outcome, RecipeRun, keep_verified, recording_error, spread, tasks
-from exporter.run.cluster import (
-    Cluster,
-    LostTask,
-    Need,
-    connected,
-    content_of,
-    job_of,
-    lost_error,
-    need_of,
-    reach,
-)
+from exporter.run.cluster import Cluster, LostTask, connected, content_of, job_of, lost_error, reach
 from exporter.run.distributed import BUILD_BYTES, weight_bytes
+from exporter.run.needs import Need, need_of
 from exporter.run.steps import Steps
 from exporter.run.tasks import Job
 from exporter.verify.shards import Schedule
 
 T = TypeVar("T")
-ALONE = Need(cpus=math.inf)  # `Cluster` lowers it to the cores of the largest machine
+ALONE = Need(cpus=math.inf)  # lowered to the cores of one machine
 
 
 def run_all(runs: Sequence[RecipeRun], address: str) -> list[Outcome]:

@@ -104,6 +104,8 @@ def check(job: Job, contents: Sequence[Callable[[], bytes]]) -> Result:
         return Result()
     except ExporterError as error:
         return Result(error=str(error), exit_code=error.exit_code)
+    except (OSError, MemoryError) as error:
+        return Result(error=f"the check failed: {first_line(error)}", exit_code=3)
 
 
 def build(job: Job, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
@@ -114,9 +116,11 @@ def build(job: Job, recipe_run: RecipeRun) -> tuple[Outcome, Schedule | None]:
     failed = Outcome(recipe_run.name)
     with run.recording_error(failed):
         _enter_folder(job.folder)
-        outcome = run.build_only(recipe_run)
+        outcome, schedule = run.build_only(recipe_run), None
         assert outcome.artifact is not None
-        return outcome, shards.schedule(outcome.artifact, verify_options(recipe_run.recipe))
+        with run.recording_error(outcome):
+            schedule = shards.schedule(outcome.artifact, verify_options(recipe_run.recipe))
+        return outcome, schedule
     return failed, None
 
 

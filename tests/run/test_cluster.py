@@ -24,7 +24,8 @@ from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions, store
 from exporter.run import cluster, distributed, recipes, spread, tasks
-from exporter.run.cluster import Cluster, Need
+from exporter.run.cluster import Cluster
+from exporter.run.needs import Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
 from tests.build.networks import FRAGILE, write_fragile, write_labelled
@@ -375,6 +376,18 @@ def test_each_build_has_a_process_of_its_own(address):
 
 
 @pytest.mark.slow
+def test_a_recipe_whose_images_are_missing_has_its_artifact_and_the_error(one_process, tmp_path, run):
+    one_process("null")
+    (tmp_path / "fp32.yaml").write_text((tmp_path / "fp32.yaml").read_text().replace("samples: 4", "data: nowhere"))
+    result = run("run", "fp32.yaml", "-o", "out", "--on", "ray", "--json")
+    assert result.code == 2
+    (outcome,) = result.json
+    assert outcome["steps"] == {"build": "done"}
+    assert outcome["artifact"]
+    assert "nowhere" in outcome["error"]
+
+
+@pytest.mark.slow
 def test_an_artifact_that_is_missing_on_a_machine_is_named(worker, copied, photos):
     job = cluster.job_of(copied, shards.schedule(copied, VerifyOptions(data=str(photos))))
     gone = replace(job, artifact=job.artifact.with_name("gone.onnx"))
@@ -510,9 +523,22 @@ def test_after_a_lost_task_no_other_of_its_job_is_begun_and_the_other_jobs_go_on
     ]
 
 
-def test_a_task_needs_no_more_than_the_largest_machine_has():
-    connected = Cluster(FakeRay({}), "ray")
-    assert connected.within(Need(cpus=64, memory=1 << 40)) == Need(cpus=2, memory=0)
+CORES, MEMORY, GPU = {"CPU": 64, "memory": 8e9}, {"CPU": 8, "memory": 64e9}, {"CPU": 16, "memory": 8e9, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("need", "machines", "expected"),
+    [
+        (Need(cpus=4, memory=1 << 40), [{"CPU": 2}], Need(cpus=2)),
+        (recipes.ALONE, [CORES, MEMORY, GPU], Need(cpus=64)),
+        (replace(recipes.ALONE, gpus=1), [CORES, MEMORY, GPU], Need(cpus=16, gpus=1)),
+        (replace(recipes.ALONE, gpus=1), [CORES, MEMORY], Need(cpus=64)),
+        (replace(recipes.ALONE, memory=int(30e9)), [CORES, MEMORY, GPU], Need(cpus=8, memory=int(30e9))),
+        (replace(recipes.ALONE, memory=int(1e9)), [CORES, MEMORY, GPU], Need(cpus=64, memory=int(1e9))),
+    ],
+)
+def test_a_task_needs_no_more_than_one_machine_has(need, machines, expected):
+    assert need.within(machines) == expected
 
 
 # One process, as a worker is.
