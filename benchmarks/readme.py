@@ -148,7 +148,7 @@ def without_gpu(engines: plans.Result) -> str:
     pointwise = engine.pointwise.replace("in int8", "pointwise layers are in int8")
     return (
         f"**TensorRT engines without a GPU.** Engines are built and listed kernel by kernel, and the ONNX graph of "
-        f"each is compared with PyTorch. In the int8 engine of ConvNeXt-T, {pointwise} "
+        f"an fp32, fp16 or int8 engine is compared with PyTorch. In the int8 engine of ConvNeXt-T, {pointwise} "
         f"([TensorRT](docs/tensorrt.md))."
     )
 

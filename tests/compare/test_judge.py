@@ -95,7 +95,7 @@ def test_it_says_what_it_saw_and_what_it_could_have_seen():
     assert finding.limit == 5
     assert "regressed" in finding.detail
     assert "16 processes" in finding.detail
-    assert "differs from itself by up to 1.0 %" in finding.detail
+    assert "the noise is 1.0 %" in finding.detail
     noisy, quiet = (change(noise_pct=noise).detectable() for noise in (5, 0.1))
     assert noisy > quiet >= log_change(5) + log_change(1)
 
