@@ -2,12 +2,15 @@
 
 `python -m benchmarks.rivals -o FOLDER` makes each network's files (`files`), times them all in one race for each batch
 size (`timing`), and writes `FOLDER/batch-N.json`; then `FOLDER/sizes.json`, the time and memory of four networks by
-input size (`sizes`). What is already there is left as it is. `table` and `pictures` render them.
+input size (`sizes`), and `FOLDER/engines.json`, what TensorRT-RTX builds of them (`engines`). What is already there is
+left as it is. `table` and `pictures` render them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import msgspec
 
 from exporter.artifact.sidecar import Record
 
@@ -16,7 +19,7 @@ BATCHES = (1, 8)
 SIZE = 224
 THREADS = 2
 RUNTIMES = ("onnxruntime", "openvino")
-EAGER = "eager PyTorch"
+EAGER, COMPILED = "eager PyTorch", "torch.compile"
 Samples = tuple[tuple[float, ...], ...]
 
 
@@ -95,8 +98,8 @@ class Row(Record, frozen=True):
     """The timing of one network on one runtime at one precision, exported in one way.
 
     `milliseconds` are those of a batch, process by process; `peak_pct` is the share of the runtime's fastest matrix
-    product of that precision; `over_plain` is how many times as fast it is as the plain way in fp32, with the 95 %
-    interval. A way that cannot be made or run has a `failure` and no times.
+    product or 1×1 convolution at that precision; `over_plain` is how many times as fast it is as the plain way in fp32,
+    with the 95 % interval. A way that cannot be made or run has a `failure` and no times.
     """
 
     network: str
@@ -112,12 +115,17 @@ class Row(Record, frozen=True):
 
 
 class Race(Record, frozen=True):
-    """All networks at one batch size, timed in one race; `gmacs` are those of one image, by network."""
+    """All networks at one batch size, timed in one race.
+
+    `eager` and `compiled` are milliseconds in PyTorch by network, the latter for one image only; `gmacs` are those of
+    one image, by network.
+    """
 
     batch: int
     rows: tuple[Row, ...]
     eager: dict[str, Samples]
     gmacs: dict[str, float]
     environment: dict[str, object]
+    compiled: dict[str, Samples] = msgspec.field(default_factory=dict)
     threads: int = THREADS
     schema: int = 1

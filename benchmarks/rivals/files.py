@@ -74,7 +74,7 @@ def make(network: Network, way: Way, batch: int, size: int, folder: Path) -> Art
     if target.exists():
         return artifacts.load(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return artifacts.publish(target, _sidecar(network, way, batch, size), lambda path: _write(network, way, out, path))
+    return artifacts.publish(target, sidecar(network, way, batch, size), lambda path: _write(network, way, out, path))
 
 
 def _write(network: Network, way: Way, folder: Path, path: Path) -> None:
@@ -85,7 +85,8 @@ def _write(network: Network, way: Way, folder: Path, path: Path) -> None:
         WRITERS[way.name](network, folder, path)
 
 
-def _sidecar(network: Network, way: Way, batch: int, size: int) -> Sidecar:
+def sidecar(network: Network, way: Way, batch: int, size: int) -> Sidecar:
+    """The sidecar of an artifact: images (batch, 3, size, size), logits (batch, 1000)."""
     name, precision = network.timm, way.precision
     if precision == "int8":  # what it leaves in floating point runs in bf16, as OpenVINO does it unless it is set
         precision = "bf16" if way.runtime == "openvino" and has_bf16() else "fp32"
@@ -117,12 +118,18 @@ def plain(network: Network, folder: Path, opset: int | None = None) -> Path:
     """PyTorch's export of a network, made once for each opset."""
     path = folder / f"export-{opset or 'default'}.graph"
     if not path.exists():
-        batch, size = _dimensions(folder)
-        words: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
-        model, pixels = create(network, size), torch.from_numpy(images(batch, size)[0])
-        torch.onnx.export(model, (pixels,), path.with_suffix(".new"), input_names=["images"], **words)
+        export(network, *_dimensions(folder), path.with_suffix(".new"), opset)
         path.with_suffix(".new").replace(path)
     return path
+
+
+def export(
+    network: Network, batch: int, size: int, path: Path, opset: int | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Export a network by `torch.onnx.export`, with input `images` (batch, 3, size, size) and weights of `dtype`."""
+    words: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": opset}
+    model, pixels = create(network, size).to(dtype), torch.from_numpy(images(batch, size)[0]).to(dtype)
+    torch.onnx.export(model, (pixels,), path, input_names=["images"], **words)
 
 
 def _export(network: Network, folder: Path, path: Path) -> None:

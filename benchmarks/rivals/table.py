@@ -1,11 +1,11 @@
-"""The tables and pictures of what was timed."""
+"""Markdown tables of the measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from benchmarks import racing
-from benchmarks.rivals import NETWORKS, Network, Race, Row
+from benchmarks.rivals import NETWORKS, Network, Race, Row, Samples
 from benchmarks.rivals.sizes import Sizes
 
 HEAD = (
@@ -78,19 +78,29 @@ def _place(row: Row) -> int:
 
 
 def control(race: Race, base: str = "ConvNeXt-T") -> str:
-    """Markdown: the time of each network over that of one of them, in eager PyTorch here, and in timm's results on
-    another CPU. Both are of one image."""
-    lines = ["| networks | here, eager | timm's, i9-10940X, inductor | apart |", "|---|--:|--:|--:|"]
+    """Markdown: the time of each network over that of one of them, in PyTorch here, and in timm's results on another
+    CPU. All are of one image."""
+    measured = {way: samples for way, samples in (("eager", race.eager), ("torch.compile", race.compiled)) if samples}
+    columns = "".join(f" here, {way} | apart |" for way in measured)
+    lines = [f"| networks | timm's, i9-10940X, inductor |{columns}", f"|---|--:|{'--:|--:|' * len(measured)}"]
     known = {network.name: network for network in NETWORKS if network.name in race.eager}
-    for name, network in known.items():
+    for name, network in known.items() if base in known else ():
         if name == base:
             continue
-        here = racing.typical(race.eager[name]) / racing.typical(race.eager[base])
         theirs = network.timm_ms / known[base].timm_ms
-        apart = 100 * (here / theirs - 1)
-        bold = "**" if abs(apart) > AGREED else ""
-        lines.append(f"| {name} / {base} | {here:.2f} | {theirs:.2f} | {bold}{apart:+.0f} %{bold} |")
+        cells = "".join(_control_cells(samples, name, base, theirs) for samples in measured.values())
+        lines.append(f"| {name} / {base} | {theirs:.2f} |{cells}")
     return "\n".join(lines) + "\n"
+
+
+def _control_cells(samples: dict[str, Samples], name: str, base: str, theirs: float) -> str:
+    """A ratio of times, and how far it is from that of timm; no numbers for a network that could not be timed."""
+    if not all(any(samples.get(one, ())) for one in (name, base)):
+        return " – | |"
+    ratio = racing.typical(samples[name]) / racing.typical(samples[base])
+    apart = 100 * (ratio / theirs - 1)
+    bold = "**" if abs(apart) > AGREED else ""
+    return f" {ratio:.2f} | {bold}{apart:+.0f} %{bold} |"
 
 
 def by_size(result: Sizes) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import racing
 from benchmarks.provenance import environment
-from benchmarks.rivals import EAGER, NETWORKS, ROOT, SIZE, THREADS, WAYS, Network, Race, Row, Way, files
+from benchmarks.rivals import COMPILED, EAGER, NETWORKS, ROOT, SIZE, THREADS, WAYS, Network, Race, Row, Way, files
 from exporter import machine
 from exporter.artifact import Artifact
 from exporter.backends import Session
@@ -34,8 +34,9 @@ class Candidates:
 
 @contextmanager
 def open_network(arm: Arm) -> Iterator[Session]:
-    """The session of an arm: a network of timm in eager PyTorch, or an artifact."""
-    network = next((one for one in NETWORKS if arm.name == eager_name(one)), None)
+    """The session of an arm: a network of timm in PyTorch, or an artifact."""
+    way, _, name = arm.name.partition(", ")
+    network = next((one for one in NETWORKS if way in (EAGER, COMPILED) and name == one.name), None)
     if network is None:
         with worker.open_arm(arm) as session:
             yield session
@@ -43,13 +44,19 @@ def open_network(arm: Arm) -> Iterator[Session]:
     import torch
 
     torch.set_num_threads(arm.threads or THREADS)
+    model = files.create(network)
     with torch.inference_mode():
-        yield EagerSession(files.create(network), "cpu")
+        if way == COMPILED:
+            # All networks of a process would count against one limit of recompilations, beyond which they run eagerly.
+            model.compile(isolate_recompiles=True)
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                model(torch.zeros(1, 3, SIZE, SIZE))  # compiles it, which takes longer than the warm-up
+        yield EagerSession(model, "cpu")
 
 
-def eager_name(network: Network) -> str:
-    """The name of the arm of a network in eager PyTorch."""
-    return f"{EAGER}, {network.name}"
+def in_pytorch(way: str, network: Network) -> str:
+    """The name of the arm of a network in PyTorch, eager or compiled."""
+    return f"{way}, {network.name}"
 
 
 def arm_name(network: Network, way: Way) -> str:
@@ -58,7 +65,7 @@ def arm_name(network: Network, way: Way) -> str:
 
 
 def peak_name(runtime: str, precision: str) -> str:
-    """The name of the arm of a runtime's fastest matrix product."""
+    """The name of the arm of a runtime's fastest matrix product or 1×1 convolution."""
     return f"peak {runtime} {precision}"
 
 
@@ -87,7 +94,12 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     by_name = {network.name: network for network in networks}
     arms = [_arm(by_name[name], way, candidates.artifacts[name, way]) for name, way in chosen]
     path = arms[0].path
-    arms += [Arm(name=eager_name(network), path=path, runtime="eager", threads=THREADS) for network in networks]
+    pytorch = (EAGER, COMPILED) if batch == 1 else (EAGER,)  # those of timm, to compare with, are of one image
+    arms += [
+        Arm(name=in_pytorch(way, one), path=path, runtime="eager", threads=THREADS)
+        for way in pytorch
+        for one in networks
+    ]
     arms += _peaks(candidates)
     recipe = files.preprocessing(SIZE)
     timing = racing.race(arms, recipe, batch, seconds, open_network)
@@ -95,10 +107,12 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     cold = {key: _cold(_arm(by_name[key[0]], key[1], candidates.artifacts[key]), timing.plan) for key in chosen}
     rows = [_row(by_name[key[0]], key[1], timing, gmacs[key[0]], cold[key]) for key in chosen]
     rows += [_failed(name, way, reason) for (name, way), reason in candidates.failures.items()]
+    samples = {way: {one.name: racing.samples(timing, in_pytorch(way, one)) for one in networks} for way in pytorch}
     return Race(
         batch=batch,
         rows=tuple(rows),
-        eager={network.name: racing.samples(timing, eager_name(network)) for network in networks},
+        eager=samples[EAGER],
+        compiled=samples.get(COMPILED, {}),
         gmacs=gmacs,
         environment=environment(THREADS),
     )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, files, pictures, sizes, table
+from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, engines, files, pictures, sizes, table
 from exporter.bench import Launch, Plan, Timing
 from exporter.machine import Conditions, environment
 
@@ -36,7 +36,8 @@ def race():
     failed = Row(network=SWIN.name, way=BEST.name, runtime="openvino", precision="fp32", failure="out of memory")
     eager = {RESNET.name: ((44.7,),), CONVNEXT.name: ((58.0,),)}
     gmacs = {RESNET.name: 4.1, CONVNEXT.name: 4.5, SWIN.name: 4.5}
-    return Race(batch=2, rows=(*rows, failed), eager=eager, gmacs=gmacs, environment=environment())
+    compiled = {RESNET.name: ((29.6,),), CONVNEXT.name: ((28.8,),)}
+    return Race(batch=2, rows=(*rows, failed), eager=eager, compiled=compiled, gmacs=gmacs, environment=environment())
 
 
 @pytest.mark.parametrize(("name", "gmacs"), [("ResNet-50", 4.11), ("ConvNeXt-T", 4.47), ("ViT-S (DeiT)", 4.61)])
@@ -72,7 +73,14 @@ def test_the_table_of_the_plain_and_that_of_the_best(race):
 
 def test_eager_ratios_far_from_those_of_timm_are_marked(race):
     (line,) = table.control(race).splitlines()[2:]
-    assert line == "| ResNet-50 / ConvNeXt-T | 0.77 | 1.03 | **-25 %** |"
+    assert line == "| ResNet-50 / ConvNeXt-T | 1.03 | 0.77 | **-25 %** | 1.03 | +0 % |"
+
+
+def test_a_network_that_could_not_be_compiled_has_no_ratio(race):
+    race.compiled[RESNET.name] = ((), ())
+    assert table.control(race).splitlines()[2].endswith("| 0.77 | **-25 %** | – | |")
+    del race.eager[CONVNEXT.name]
+    assert len(table.control(race).splitlines()) == 2
 
 
 def test_the_front_has_the_fastest_and_those_that_are_more_accurate(race):
@@ -104,3 +112,17 @@ def test_the_exponent_of_a_network_whose_time_grows_with_its_pixels():
     svg = pictures.latency_by_size(sizes.Sizes(curves=(curve,), environment={}))
     assert "ResNet-50, OpenVINO: pixels to the 1.00" in svg
     assert "| ResNet-50 | OpenVINO | 50.18 ms" in table.by_size(sizes.Sizes(curves=(curve,), environment={}))
+
+
+@pytest.mark.slow
+def test_engines_and_the_reason_where_there_is_none():
+    pytest.importorskip("tensorrt_rtx")
+    networks = [Network("Small", "test_resnet", 0, "", 0), Network("Missing", "no_such_network", 0, "", 0)]
+    result = engines.build_all(networks)
+    in_fp32, in_fp16, *missing = result.rows
+    assert 0 < in_fp16.bytes < in_fp32.bytes
+    assert in_fp16.kernels
+    assert ["no_such_network" in row.failure for row in missing] == [True, True]
+    first, *_, last = engines.table(result).splitlines()[2:]
+    assert first.startswith("| Small | fp32 | torch.onnx.export | ")
+    assert last.startswith("| Missing | fp16 | torch.onnx.export | Unknown model (no_such_network)")
