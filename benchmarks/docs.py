@@ -41,6 +41,7 @@ from benchmarks.footprint import Footprint, table
 from benchmarks.peers import table as peers
 from benchmarks.pictures import Result as Pictures
 from benchmarks.rivals import Race
+from benchmarks.rivals import engines as rival_engines
 from benchmarks.rivals import pictures as rival_pictures
 from benchmarks.rivals import sizes as rival_sizes
 from benchmarks.rivals import table as rivals
@@ -139,6 +140,7 @@ def tables() -> dict[str, str]:
     scaled = msgspec.json.decode((AMX / "scale.json").read_bytes(), type=scale.Result)
     raced = _race()
     by_size = _sizes()
+    built = msgspec.json.decode((AMX / "rivals" / "engines.json").read_bytes(), type=rival_engines.Engines)
     return {
         "demo": markdown.render(reports),
         "commands": readme.commands(typed) + machine(typed.environment),
@@ -187,6 +189,7 @@ def tables() -> dict[str, str]:
         "rivals-1": rivals.races(raced) + machine(raced.environment),
         "rivals-sizes": rivals.by_size(by_size) + machine(by_size.environment),
         "rivals-control": rivals.control(raced) + machine(raced.environment),
+        "rivals-engines": rival_engines.table(built) + machine(built.environment),
     }
 
 
