@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, some
 from exporter.predict import masks, store, writers
 from exporter.predict.answers import Answers
+from exporter.predict.opened import Images
 from exporter.predict.predictor import TOP as TOP
 from exporter.predict.predictor import PredictOptions as PredictOptions
 from exporter.predict.predictor import answers_for, opened
@@ -25,7 +27,7 @@ from exporter.predict.ranges import Ranges as Ranges
 from exporter.predict.ranges import open_ranges as open_ranges
 from exporter.predict.ranges import ranges_of as ranges_of
 from exporter.predict.ranges import refuse_others as refuse_others
-from exporter.predict.sources import Images, open_images, refuse_source
+from exporter.predict.sources import open_images, refuse_source
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
 from exporter.verify.checks.segmentation import classes_of
@@ -149,11 +151,13 @@ def predict_masks(
     recipe, answers = artifact.sidecar.preprocessing, answers_for(artifact, options, whole=False)
     images = open_images(sources, recipe, stdin)
     total, began, unreadable = images.samples.total, time.monotonic(), list[str]()
-    masks.check_names(out, (name for name, *_ in images.samples.items()))
+    names = [name for name, *_ in images.samples.items()]
+    masks.check_names(out, {name: images.path(name) for name in names})
     step(f"predicting {total:,} masks with {artifact.path.name}")
+    waiting = iter(names)  # as the sources have them: those of a chunk are text, in which some characters are escaped
     for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
         unreadable += _unreadable(iter([chunk]))
-        good = [name for name, error in zip(chunk.names, chunk.errors, strict=True) if not error]
+        good = [name for name, error in zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True) if not error]
         arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
         for name, pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
             masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name), recipe)

@@ -108,17 +108,18 @@ def answers_of(sidecar: Sidecar, checks: Checks, top: int, whole: bool) -> Answe
     """
     outputs.check(sidecar, checks)
     every: list[Output] = []
-    for place, kind in enumerate(outputs.kinds(sidecar, checks.outputs)):
+    kinds = outputs.kinds(sidecar, checks.outputs)
+    of_first_head = next((place for place, kind in enumerate(kinds) if kind not in ("embedding", "features")), None)
+    for place, kind in enumerate(kinds):
         tensor = sidecar.outputs[place]
         width = int(tensor.shape[-1]) if kind not in ("embedding", "features", *outputs.PIXELS) else 0
         if kind == "top" and top > max(width, MOST_RETURNED):
             raise BadRequest(f"--top {top}: the artifact returns the {width} most probable classes (--output top5)")
         if kind == "probabilities" and not whole:
             continue  # they are with their classes
-        # Of numbers of classes the width is five; labels are those of the first head.
-        of_network = kind in ("top", *outputs.PIXELS)
-        classes = (0 if place else sidecar.weights.num_classes) if of_network else width
-        labels = sidecar.labels if len(sidecar.labels) == classes else ()
+        # Of numbers of classes the width is five.
+        classes = sidecar.weights.num_classes if kind in ("top", *outputs.PIXELS) else width
+        labels = sidecar.labels if place == of_first_head and len(sidecar.labels) == classes else ()
         every.append(Output(tensor.name, place, tensor.holds, kind, width, labels, len(tensor.shape) > 2))
     return Answers(tuple(every), top, checks, whole)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,14 +35,18 @@ def _overlay(mask: Path) -> Path:
     return mask.with_name(f"{mask.stem}{OVERLAY}.png")
 
 
-def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raises: BadRequest for two images whose masks or overlays would be one file."""
+def check_names(folder: Path, paths: Mapping[str, Path]) -> None:
+    """Raises: BadRequest for two images whose masks or overlays would be one file, and for masks or overlays that would
+    replace an image. `paths` are those of the images, which may not exist, by their names."""
     owners: dict[Path, str] = {}
-    for name in names:
+    read = {path.resolve() for path in paths.values() if path.is_file()} if folder.is_dir() else set()
+    for name in paths:
         mask = path_of(folder, name)
         for path in (mask, _overlay(mask)):
             if (other := owners.setdefault(path, name)) != name:
                 raise BadRequest(f"{path}: would be of both {other} and {name}; write them to two folders")
+            if path.is_file() and path.resolve() in read:
+                raise BadRequest(f"{path}: an image that is read, and would become a mask; give another folder")
 
 
 def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe: Preprocessing) -> None:
