@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from exporter import machine
+from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.disk import cache_folder, write_file
 from exporter.artifact.sidecar import Record
@@ -93,7 +93,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "cpu": cpu,
         "isa": isa,
         "cores": machine.cores(),
-        "versions": machine.versions(),
+        "versions": backends.versions(),
     }
 
 

@@ -13,7 +13,7 @@ from exporter import backends, build
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.build.int8.work import Work, prepare
-from exporter.errors import ExporterError, first_line
+from exporter.errors import ExporterError, Unavailable, first_line
 from exporter.optimize.candidates import Candidate
 from exporter.optimize.options import Request
 from exporter.optimize.store import Store
@@ -49,7 +49,9 @@ class Builder:
             artifact = self._artifact(candidate, kept)
         except ExporterError as error:
             note(f"{candidate} cannot be built: {first_line(error)}")
-            return self.keep(candidate, Build(failure=first_line(error)))
+            failed = Build(failure=first_line(error))
+            # Not stored where it may succeed later: the disk is full, or something is not installed.
+            return failed if isinstance(error, Unavailable) else self.keep(candidate, failed)
         gc.collect()  # networks and graphs have reference cycles
         return self.keep(candidate, Build(file=artifact.path.name, bytes=artifact.sidecar.bytes, kept=kept))
 
@@ -88,7 +90,7 @@ class Builder:
         source = Candidate(backend=backends.ONNX, precision="fp32", form=candidate.form)
         built = self.store.read(f"built-{source.name}", Build)
         graph = self.store.artifact(source.name, built.file) if built is not None and source != candidate else None
-        if graph is None:
+        if graph is None or len(graph.files) > 1:  # weights above 2 GB, in a file that the graph names
             return
         form = "" if candidate.backend == backends.ONNX else candidate.form
         target = self.store.artifacts(candidate.name) / artifacts.file_name(graph.sidecar, ".onnx", form)

@@ -63,7 +63,8 @@ class Search:
         for candidate in listed:
             artifacts.refuse_other_weights(self.file(candidate), job.sidecar.weights)
         self.samples = self._open_samples()
-        self.verifying = budgeted(self.job, self.samples)
+        options = budgeted(self.job, self.samples)
+        self.verifying = msgspec.structs.replace(options, device=request.options.device)
         self.store = Store(out / "optimize" / key_of(request))
         self.builder = Builder(request, self.store)
         self.builds: dict[Candidate, Build] = {}
@@ -259,8 +260,7 @@ class Search:
     def _judge_float(self, candidate: Candidate, reference: Session, folder: Path) -> Report:
         del folder
         artifact, runtime = self.builder.artifact(candidate), backends.runtime(candidate.backend)
-        options = msgspec.structs.replace(self.verifying, device=self.request.options.device)
-        return compare(artifact, options, self.samples, reference, runtime)
+        return compare(artifact, self.verifying, self.samples, reference, runtime)
 
     def _judge_quantized(self, candidate: Candidate, reference: Session, folder: Path) -> Report:
         """Keep as few parts in higher precision as the budget needs."""

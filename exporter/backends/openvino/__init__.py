@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -208,10 +209,14 @@ def _name(model: Any) -> None:
             operator.set_friendly_name(f"{operator.get_type_name()}#{index}")
 
 
+FULL_BYTES = 1 << 20  # the writer fills a disk up before it fails
+
+
 def _write(model: Any, path: Path, compress: bool) -> None:
     """Write an IR and read it again.
 
-    Raises: OSError (no space) when either fails: the writer names no reason, or ends short without a word.
+    Raises: OSError when either fails and the disk is full: the writer names no reason, or ends short without a word;
+        ExporterError when it fails for another reason.
     """
     import openvino as ov
 
@@ -219,8 +224,10 @@ def _write(model: Any, path: Path, compress: bool) -> None:
     try:
         ov.save_model(model, path, compress_to_fp16=compress)
         ov.Core().read_model(path)
-    except RuntimeError:
-        raise OSError(errno.ENOSPC, "the IR could not be written whole") from None
+    except RuntimeError as error:
+        if shutil.disk_usage(path.parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, "the IR could not be written whole") from None
+        raise ExporterError(f"{path.name}: OpenVINO cannot write it and read it again: {last_line(error)}") from None
 
 
 def layers(artifact: Artifact, options: OpenVinoOptions) -> list[Layer]:

@@ -22,6 +22,7 @@ from exporter.build.int8.workers import Workers
 from exporter.build.resolve import Job
 from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
+from exporter.model.structure import is_in
 from exporter.progress import note, step
 from exporter.recipe import Quantization
 from exporter.report import Finding, Report
@@ -275,7 +276,7 @@ def search(
         return Search((first,), {})
     note(f"{f'with {some(keep)} kept' if keep else 'fully quantized'}, it fails: {_failures(first)}")
     measured = sensitivities()
-    order = [part for part in measured if part not in keep]
+    order = [part for part in measured if not is_in(part, keep)]
     tried = {0: first}
 
     def passes(count: int) -> bool:

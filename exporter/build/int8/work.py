@@ -159,6 +159,6 @@ def _cache_key(sidecar: Sidecar) -> dict[str, object]:
     """What statistics depend on beside the images; the form does not change the inputs of a layer."""
     return {
         "weights": sidecar.weights.digest,
-        "variant": sidecar.variant,
+        "architecture": sidecar.architecture,
         "preprocessing": msgspec.to_builtins(sidecar.preprocessing.of_network()),
     }
