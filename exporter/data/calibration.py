@@ -359,6 +359,8 @@ def _manifest_of(source: str, path: Path, size: int | None, seed: int, dense: bo
         return manifest
     if locate(source)[0].is_dir():
         return freeze(source, size, seed, dense)
+    if locate(source)[0].is_file():
+        raise BadRequest(f"--calib {source}: not a calibration set; freeze one with `convnext-export calibrate FOLDER`")
     raise BadRequest(f"--calib {samples.no_such_data(source)}")
 
 

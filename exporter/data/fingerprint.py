@@ -27,7 +27,7 @@ def fingerprint(source: str, times: bool = True) -> str:
         raise BadRequest(samples.no_such_data(source))
     if not is_manifest(path):
         return sha256_file(path)
-    listed = read_manifest(path, split)
+    listed = read_manifest(path, split, repeats=True)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path)
     return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times)

@@ -139,6 +139,8 @@ def size_of(file: Path) -> tuple[int, int]:
             width, height = image.size
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
             return (height, width) if is_turned else (width, height)
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE as error:
         raise Unreadable(str(error) or type(error).__name__) from None
 

@@ -27,6 +27,7 @@ from exporter.data.arrays import open_npz
 from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, match_classes
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
+from exporter.progress import note
 from exporter.recipe import bundled
 
 SYNTHETIC = 16  # images, when no number is given
@@ -58,8 +59,7 @@ class Samples:
 
     `items` yields (name, label, a function that makes the array) for each, in place of the label a function that reads
     a mask; `skipped` fills up with what could not be read, and why, as the batches go by. `identity` gives for a name
-    what no other image has: a digest of
-    its content, or the name where it is made from that.
+    what no other image has: a digest of its content, or the name where it is made from that.
     """
 
     source: str
@@ -241,6 +241,8 @@ def of_files(
     """
     _check_channels(source, [name for name, _ in found], recipe.channels)
     stray = _stray_images(root) if any(label != UNKNOWN for _, label in found) and Path(source).is_dir() else []
+    if stray:
+        note(f"{source}: {len(stray)} images lie beside the class folders and are left out: {some(stray)}")
 
     def items(start: int = 0) -> Iterator[Item]:
         for index in range(start, len(found)):
@@ -252,7 +254,6 @@ def of_files(
         len(found),
         items,
         found[0][1] != UNKNOWN,
-        [f"{name}: lies beside the class folders" for name in stray],
         identity=lambda name: sha256_file(root / name),
     )
 
@@ -374,7 +375,26 @@ def images_in(folder: Path, split: str = "") -> list[str]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted."""
-    files = folder.rglob("*")
-    names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted. Links
+    to folders are followed.
+
+    Raises: BadRequest for a folder that cannot be listed.
+    """
+    return sorted(_files_below(folder, "", frozenset()))
+
+
+def _files_below(folder: Path, below: str, above: frozenset[Path]) -> Iterator[str]:
+    """The image files in a folder, with `below` in front of their names; `above` are the folders that lead to it."""
+    if (real := folder.resolve()) in above:  # a link to one of them
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise BadRequest(f"{folder}: cannot be listed ({error.strerror})") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(folder / entry.name, f"{below}{entry.name}/", above | {real})
+        elif Path(entry.name).suffix.lower() in images.SUFFIXES and entry.is_file():
+            yield f"{below}{entry.name}"

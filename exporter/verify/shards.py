@@ -52,8 +52,8 @@ class Schedule(Record, frozen=True):
     """What all shards of a verification have in common.
 
     artifact, sha256: the path at the time of scheduling, and the digest of its graph. images_digest: of the names and
-    sizes of the files. size: images of a shard, the last one may have fewer. skipped: files left out of all shards,
-    with the reason. versions: of this tool and of the libraries that compute.
+    sizes of the files. size: images of a shard, the last one may have fewer. versions: of this tool and of the
+    libraries that compute.
     """
 
     artifact: str
@@ -62,7 +62,6 @@ class Schedule(Record, frozen=True):
     images_digest: str
     total: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
     size: Annotated[int, msgspec.Meta(ge=1)]
-    skipped: tuple[str, ...]
     versions: dict[str, str]
     schema: int = 1
 
@@ -130,7 +129,6 @@ def schedule(artifact: Artifact, options: VerifyOptions, size: int | None = None
         images_digest=fingerprint(options.data, times=False),
         total=samples.total,
         size=-(-(size or IMAGES) // batch) * batch,
-        skipped=tuple(samples.skipped),
         versions=backends.computing_versions(backends.runtime_of(artifact)),
     )
 
@@ -252,7 +250,7 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
                 f"shard {number} is not one of this schedule ({first_line(error)}); measure it again"
             ) from None
         tally.skipped += shard.skipped
-    tallies = _readable(tallies, schedule.skipped)
+    tallies = _readable(tallies)
     windows = windows_of(artifact.sidecar, schedule.options)
     findings = {
         name: findings_of(tally, schedule.options.data, windows, others[name]) for name, tally in tallies.items()
@@ -267,14 +265,14 @@ def merged(schedule: Schedule, artifact: Artifact, read: Callable[[int], Shard])
     )
 
 
-def _readable(tallies: dict[str, Tally], skipped: Sequence[str]) -> dict[str, Tally]:
-    """The tallies with images; the first one takes over the skipped images of the others and of the schedule."""
+def _readable(tallies: dict[str, Tally]) -> dict[str, Tally]:
+    """The tallies with images; the first one takes over the skipped images of the others."""
     some_read = {name: tally for name, tally in tallies.items() if tally.count} or dict([next(iter(tallies.items()))])
     first = next(iter(some_read.values()))
     others = [
         reason for tally in tallies.values() if not tally.count and tally is not first for reason in tally.skipped
     ]
-    first.skipped = [*skipped, *first.skipped, *others]
+    first.skipped += others
     return some_read
 
 

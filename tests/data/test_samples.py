@@ -1,6 +1,8 @@
 """What users call data: folders, manifests, arrays; and what they get wrong."""
 
+import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.data import synthetic
 from exporter.data.arrays import open_npz
 from exporter.data.classes import match_classes
-from exporter.data.samples import open_samples
+from exporter.data.fingerprint import fingerprint
+from exporter.data.samples import files_in, open_samples
 from exporter.errors import BadRequest
+from exporter.progress import REPORTER, Silent
 
 RECIPE = Preprocessing(size=32, resize=32)
 
@@ -25,6 +29,20 @@ def folder(tmp_path):
         for number in range(2):
             Image.fromarray(synthetic.dead_leaves(40, 10 * index + number)).save(tmp_path / name / f"{number}.png")
     return tmp_path
+
+
+@pytest.fixture
+def notes():
+    """The notes of the test."""
+    said = []
+
+    class Notes(Silent):
+        def note(self, text):
+            said.append(text)
+
+    token = REPORTER.set(Notes())
+    yield said
+    REPORTER.reset(token)
 
 
 def gather(source, labels=(), classes=3, size=4, most=None):
@@ -233,11 +251,35 @@ def test_at_most_so_many_of_an_npz_are_spread_too(tmp_path):
     assert gather(tmp_path / "a.npz", most=3)[1] == [0, 1, 2]
 
 
-def test_images_beside_the_class_folders_are_named(folder):
+def test_images_beside_the_class_folders_are_named_and_are_not_unreadable(folder, notes):
     (folder / "cat" / "0.png").rename(folder / "stray.png")
     samples, labels, _ = gather(folder)
     assert labels == [0, 1, 1, 2, 2]
-    assert samples.skipped == ["stray.png: lies beside the class folders"]
+    assert notes == [f"{folder}: 1 images lie beside the class folders and are left out: stray.png"]
+    assert samples.skipped == []
+
+
+def test_links_to_folders_are_followed_and_a_circle_ends(folder):
+    (folder / "cat").rename(folder / ".elsewhere")
+    (folder / "cat").symlink_to(folder / ".elsewhere")
+    (folder / "cat" / "up").symlink_to(folder)
+    assert files_in(folder) == [f"{name}/{number}.png" for name in ("cat", "dog", "owl") for number in (0, 1)]
+    before = fingerprint(str(folder))
+    (folder / ".elsewhere" / "0.png").write_bytes(b"other")
+    assert fingerprint(str(folder)) != before
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BadRequest, match=r"dog: cannot be listed \(Permission denied\)"):
+        gather(folder)
 
 
 @pytest.mark.parametrize("head", ["\ufeffpath,label", "path, label", "# made by hand\npath,label"])
