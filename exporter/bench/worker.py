@@ -188,10 +188,12 @@ def _cosines(bounds: dict[str, Bound], arms: list[Arm], line: Line) -> dict[str,
 
 
 def _class_numbers(arm: Arm) -> set[int]:
-    """The places of outputs that are numbers of classes, which have no cosine; none for an arm without a file."""
+    """The places of outputs that are numbers of classes, which have no cosine; none for an arm without a file, and none
+    where no other output is left."""
     has_sidecar = arm.path and artifacts.sidecar_path(Path(arm.path)).exists()
     tensors = artifacts.read_sidecar(Path(arm.path)).outputs if has_sidecar else ()
-    return {place for place, tensor in enumerate(tensors) if tensor.holds == "classes"}
+    places = {place for place, tensor in enumerate(tensors) if tensor.holds in ("classes", "labels")}
+    return places if len(places) < len(tensors) else set()
 
 
 def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
@@ -202,8 +204,11 @@ def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
 
 
 def _cosine(first: Outputs, second: Outputs) -> float:
+    """The cosine of all outputs; of integers, which are numbers of classes, the share that is equal."""
     if [output.shape for output in first] != [output.shape for output in second]:
         return -1.0
+    if all(np.issubdtype(output.dtype, np.integer) for output in first):
+        return float(np.mean(np.concatenate([(a == b).ravel() for a, b in zip(first, second, strict=True)])))
     a, b = (np.concatenate([output.ravel() for output in outputs]).astype(np.float64) for outputs in (first, second))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if np.isfinite(scale) and scale > 0 else -1.0

@@ -222,7 +222,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
       convnext-export bench build/tiny_fp32.onnx build/tiny_fp16.xml --batch 1,8
     """
     from exporter import artifact, report
-    from exporter.bench import latency
+    from exporter.bench import latency, limits
     from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_next, print_rows
     from exporter.report import tables
 
@@ -232,7 +232,7 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     options = BenchOptions(**values)
     with drawing():
         opened = [artifact.load(path) for path in artifacts]
-        reports = [latency.with_limits(one, options) for one in latency.bench(opened, options)]
+        reports = [limits.with_limits(one, options) for one in latency.bench(opened, options)]
     merged = [report.save_merged(one, path) for one, path in zip(reports, paths, strict=True)]
     if as_json:
         print_json(merged if len(merged) > 1 else merged[0])

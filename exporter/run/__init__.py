@@ -14,7 +14,7 @@ import msgspec
 from exporter import backends, build, report, verify
 from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
-from exporter.bench import Opener, latency, worker
+from exporter.bench import Opener, latency, limits, worker
 from exporter.errors import BadRequest, ExporterError, file_error, some
 from exporter.model import variants, weights
 from exporter.model.sources import is_random
@@ -291,7 +291,7 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
         pictures=tuple(picture for part in parts for picture in part.pictures),
         differences=next((part.differences for part in reversed(parts) if part.differences is not None), None),
     )
-    return latency.with_limits(merged, recipe.bench or Bench())
+    return limits.with_limits(merged, recipe.bench or Bench())
 
 
 def _reproducible(artifact: Artifact) -> list[Finding]:

@@ -131,7 +131,7 @@ def _top(eager: Outputs, got: Outputs, _: bool) -> Rows:
     """Of the most probable classes (N, 5) and their probabilities (N, 5). Where the reference's class is not among
     those of the artifact, the artifact's fifth probability is used, which is an upper bound of it."""
     (reference_class, reference_probability), (artifact_class, artifact_probability) = (
-        (classes[:, 0].astype(np.int64), probabilities[:, 0]) for classes, probabilities in (eager, got)
+        (classes[:, 0].astype(np.int64), probabilities[:, 0]) for classes, probabilities, *_ in (eager, got)
     )
     is_reference_class = got[0] == reference_class[:, None]
     artifact_probability_of_reference_class = np.where(
