@@ -168,7 +168,7 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
     itself, difference = center(control), center(effects)
     of = METRICS[limit.metric].of
     base, head_value = (of([flat(launch.blocks[name]) for launch in timing.launches]) for name in (BASE, HEAD))
-    scale = 1e3 * timing.plan.batch * timing.launches[0].streams[HEAD]
+    images = {name: 1e3 * timing.plan.batch * timing.launches[0].streams[name] for name in (BASE, HEAD)}
     rate = METRICS[limit.metric].higher_is_better
     return Change(
         limit=limit,
@@ -177,8 +177,8 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
         effects=effects,
         chance=is_above(effects),
         floor=max(abs(itself.low), abs(itself.high)),
-        base=scale / base if rate else base,
-        head=scale / head_value if rate else head_value,
+        base=images[BASE] / base if rate else base,
+        head=images[HEAD] / head_value if rate else head_value,
         least_chance=0.5 ** len(effects),
         noise=noise_of(timing, difference),
         setting=timing.setting(HEAD),
@@ -186,7 +186,9 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
 
 
 def _logs(launch: Launch, name: str, metric: str) -> NDArray[np.float64]:
-    """Logarithms of one launch: for the median one for each round, to compare rounds in pairs; else a single one."""
+    """Logarithms of one launch: for the median one for each round, to compare rounds in pairs; else a single one. Of a
+    rate they are of the time of a batch, of which a run computes as many as there are streams."""
     blocks = launch.blocks[name]
     groups = [[block] for block in blocks] if metric == "p50_ms" else [blocks]
-    return np.log([METRICS[metric].of(group) for group in groups])
+    batches = launch.streams[name] if METRICS[metric].higher_is_better else 1
+    return np.log([METRICS[metric].of(group) / batches for group in groups])

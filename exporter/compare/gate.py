@@ -19,7 +19,7 @@ from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest
 from exporter.progress import note
-from exporter.recipe import OutputKind
+from exporter.recipe import OutputKind, TimingOptions
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
 from exporter.report.tables import name
@@ -64,6 +64,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
+        _refuse_ignored(options, ("data", *TimingOptions.__struct_fields__), "two reports are compared as they are")
         return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
         if options.base_rev and options.build:
@@ -72,6 +73,14 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
         else:
             base, head = (artifacts.load(side) for side in sides)
         return _compare_artifacts(Pair(base, head), limits, options)
+
+
+def _refuse_ignored(options: GateOptions, names: Sequence[str], why: str) -> None:
+    """Raises: BadRequest for an option that has no effect on the comparison."""
+    default = GateOptions()
+    for option in names:
+        if getattr(options, option) != getattr(default, option):
+            raise BadRequest(f"--{option}: {why}; leave it out")
 
 
 def _is_report(path: Path) -> bool:
@@ -98,6 +107,8 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     }
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
+    if not by_kind["answers"]:
+        _refuse_ignored(options, ("data",), "no limit is on accuracy, as --fail-on top1_drop:0.3 is")
     if len(by_kind["answers"]) > 1:
         raise BadRequest(
             "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"
@@ -107,7 +118,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
-    if options.data is not None and by_kind["answers"]:
+    if options.data is not None:
         device = backends.device_of(pair.base, options.device)
         outputs: OutputKind | None = "multilabel" if by_kind["answers"][0].metric == "map_drop" else None
         verify_options = VerifyOptions(data=options.data, device=device, when_unsure="pass", outputs=outputs)

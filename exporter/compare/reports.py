@@ -165,7 +165,11 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
     before, after = _launches(base, "p50_ms", case, "base"), _launches(head, "p50_ms", case, "head")
     timed = [found for report in (base, head) if (found := report.find("p50_ms", case))]
     of = METRICS[limit.metric].of
-    logs = [np.log([of([launch]) for launch in launches]) for launches in (before, after)]
+    is_rate = METRICS[limit.metric].higher_is_better
+    batches = [_streams(report, case) if is_rate else 1 for report in (base, head)]
+    logs = [
+        np.log([of([launch]) / n for launch in launches]) for launches, n in zip((before, after), batches, strict=True)
+    ]
     eager = [_eager(report, case, len(launches)) for report, launches in ((base, before), (head, after))]
     if eager[0] is not None and eager[1] is not None:
         logs = [ours - theirs for ours, theirs in zip(logs, eager, strict=True)]
@@ -185,6 +189,15 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
         noise=next((one.noise for one in timed if one.noise), ""),
         setting=timed[1].setting,
     )
+
+
+def _streams(report: Report, case: str) -> int:
+    """The batches that a run computes at once, by the throughput and the mean time of a run."""
+    rate, p50 = report.find("throughput_ips", case), report.find("p50_ms", case)
+    batch = case.removeprefix("batch ")
+    if rate is None or rate.value is None or p50 is None or not p50.samples or not batch.isdecimal():
+        return 1
+    return max(1, round(rate.value * float(np.mean(p50.samples)) / (1e3 * int(batch))))
 
 
 def _launches(report: Report, metric: str, case: str, side: str) -> list[tuple[float, ...]]:
