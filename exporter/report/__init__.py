@@ -146,8 +146,9 @@ def schema() -> dict[str, Any]:
 
 def encode(report: Report) -> bytes:
     """The report as indented JSON; a list of numbers is one line, however long."""
+    # A line break tells a list from brackets in a text, where JSON escapes it.
     text = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
-    return re.sub(rb"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: b"[" + b"".join(match[1].split()) + b"]", text)
+    return re.sub(rb"\[\n\s*([-+.\deE,\s]+?)\n\s*\]", lambda match: b"[" + b"".join(match[1].split()) + b"]", text)
 
 
 def save(report: Report, path: Path) -> None:
@@ -246,6 +247,7 @@ OF_A_VERIFICATION = {
     "blocks",
     "data",
     "multilabel",
+    "neighbours",
     "parity",
     "sanity",
     "segmentation",

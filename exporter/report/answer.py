@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from exporter.errors import some
 from exporter.report import Finding, Report, images_of, machine_of
-from exporter.report.tables import MEASURES, changes, failed_metrics, is_comparison, name, noise_of
+from exporter.report.tables import MEASURES, changes, failed_metrics, is_comparison, name, noise_of, setting
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
 AGREEMENTS = {
@@ -66,14 +66,18 @@ def _unranked(reports: Sequence[Report]) -> str:
         return "No artifact is recommended: none could be timed."
     if any(machine_of(report) != machine_of(reports[0]) for report in reports):
         return "No artifact is recommended: they were measured on different machines."
-    if _case(reports) is None:
+    if (case := _case(reports)) is None:
         return "No artifact is recommended: no batch size was timed for all of them."
+    if _settings_differ(reports, case):
+        return "No artifact is recommended: they were timed with different threads or hints."
     return ""
 
 
 def _of_artifacts(reports: Sequence[Report]) -> Answer | None:
     case = _case(reports)
     if case is None or any(machine_of(report) != machine_of(reports[0]) for report in reports):
+        return None
+    if _settings_differ(reports, case):
         return None
     timed = sorted(
         (report for report in reports if _latency(report, case) is not None), key=lambda one: _latency(one, case) or 0.0
@@ -122,8 +126,22 @@ def _case(reports: Sequence[Report]) -> str | None:
 
 
 def _latency(report: Report, case: str) -> float | None:
-    finding = report.find("p50_ms", case)
+    """The median latency; where throughput was asked for, the milliseconds of an image, because a run computes several
+    batches."""
+    finding, rate = report.find("p50_ms", case), report.find("throughput_ips", case)
+    if finding and setting(report, finding).endswith("throughput") and rate and rate.value:
+        return 1e3 / rate.value
     return finding.value if finding and finding.value and finding.value > 0 else None
+
+
+def _settings_differ(reports: Sequence[Report], case: str) -> bool:
+    """Whether artifacts were timed on one device with other threads or another hint."""
+    settings: dict[str, set[str]] = {}
+    for report in reports:
+        if finding := report.find("p50_ms", case):
+            device, _, others = setting(report, finding).partition(", ")
+            settings.setdefault(device, set()).add(others)
+    return any(len(others) > 1 for others in settings.values())
 
 
 def _speed(report: Report, case: str) -> str:

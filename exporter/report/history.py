@@ -23,7 +23,7 @@ from exporter.report.tables import Table, name
 SCHEMA = 1
 METRICS = (
     *("speedup", "p50_ms", "p99_ms", "throughput_ips", "top1", "top1_agreement", "map", "label_agreement"),
-    *("neighbour_agreement", "cosine", "r2", "bytes"),
+    *("miou", "pixel_agreement", "neighbour_agreement", "cosine", "r2", "bytes"),
 )
 MAX_BYTES = 256 * 2**20
 LEAST_SEGMENT = 3  # commits on either side of a step
@@ -86,6 +86,8 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
     with locked(path.parent):
         before = path.read_bytes() if path.exists() else b""
         load(path)
+        if before and not before.endswith(b"\n"):  # an editor may take the last line break off
+            before += b"\n"
         lines = b"".join(msgspec.json.encode(_entry(report, commit, now)) + b"\n" for report in reports)
         write_file(path, before + lines)
 

@@ -76,4 +76,4 @@ def remember(paths: Sequence[Path], file: Path, commit: str | None) -> None:
         or machine.ci_commit()
         or git("rev-parse", "HEAD", failed="--history: the commit is not known; give it with --commit")
     )
-    history.append(file, [one for path in paths for one in report.load_all(path)], commit)
+    history.append(file, disambiguated([one for path in paths for one in report.load_all(path)]), commit)

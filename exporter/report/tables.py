@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from exporter.machine import TOOLS
-from exporter.report import Finding, Report, gpu_of
+from exporter.report import OF_A_VERIFICATION, Finding, Report, gpu_of
 
 Doubt = Literal["unsure", "noisy"]
 
@@ -86,7 +86,7 @@ def runs_on(report: Report) -> str:
     return f"{where}, computed in {arithmetic}" if arithmetic not in (None, report.artifact.get("precision")) else where
 
 
-def verdict(report: Report, checks: Sequence[str]) -> str:
+def verdict(report: Report, checks: Collection[str]) -> str:
     """'passes', with the metrics of these checks that are unsure; or those that failed."""
     judged = [finding for finding in report.findings if finding.check in checks]
     if bad := failed_metrics(judged):
@@ -144,9 +144,6 @@ def _regression(report: Report, f: Finding) -> tuple[str, ...]:
     return (name(report), f.metric, f.case, f.setting, change, interval, limit, word, detail)
 
 
-ACCURACY = ("parity", "accuracy", "multilabel", "values", "sanity", "structure", "data", "blocks")
-
-
 MEASURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU"}
 """Metrics of accuracy against labels; a report has one of them."""
 
@@ -161,7 +158,7 @@ def accuracy(reports: Sequence[Report]) -> Table:
             name(report),
             runs_on(report),
             *accuracy_cells(report),
-            verdict(report, ACCURACY),
+            verdict(report, OF_A_VERIFICATION),
         )
         for report in reports
         if any(map(report.find, ("cosine", "relative_error", "label_agreement", "pixel_agreement")))
@@ -314,9 +311,19 @@ def latency(reports: Sequence[Report]) -> Table:
     return Table("Latency, timed in turn with eager PyTorch", columns, columns[2:11], rows)
 
 
+PYTORCH = {
+    "eager_": "eager PyTorch",
+    "compiled_": "torch.compile",
+    "tf32_": "eager PyTorch, TF32",
+    "eager_fp16_": "eager PyTorch, fp16",
+    "eager_bf16_": "eager PyTorch, bf16",
+}
+"""The ways that PyTorch is timed, by the prefix of their metrics."""
+
+
 def _latency_rows(reports: Sequence[Report], case: str) -> Iterator[tuple[str, ...]]:
     batch = case.removeprefix("batch ")
-    for prefix, words in (("eager_", "eager PyTorch"), ("compiled_", "torch.compile")):
+    for prefix, words in PYTORCH.items():
         p50 = next((f for r in reports if (f := r.find(f"{prefix}p50_ms", case))), None)
         if p50:
             yield (words, p50.setting, batch, number(p50), *[""] * 7, p50.detail if p50.value is None else "")
