@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from msgspec.structs import replace
@@ -17,10 +18,13 @@ from exporter import report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends._peak import PeakProduct
-from exporter.bench import Arm, Launch, Plan, Timing, check_devices, facts, latency, supervisor
+from exporter.bench import Arm, Launch, Plan, Timing, check_devices, facts, latency, limits, supervisor, worker
 from exporter.compare import artifacts as comparing
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
+from exporter.recipe import Bench
+from exporter.report import Finding, Report, tables
+from exporter.report.formats import markdown
 from tests.conftest import build, copy_artifact
 
 QUICK = ("--duration", "0.5", "--threads", "1")
@@ -352,3 +356,33 @@ def test_inspect_bench_and_report_work_where_pytorch_cannot_be_imported(backend,
 def test_without_pytorch_nothing_is_compared_with_it(artifacts):
     with pytest.raises(BadRequest, match="--no-eager: --also, --until and --min-speedup are about PyTorch"):
         latency.bench([artifacts["onnxruntime", "fp32"]], latency.BenchOptions(eager=False, min_speedup=1.0))
+
+
+def test_a_speed_up_that_was_not_measured_is_below_its_limit():
+    findings = (
+        Finding(check="latency", metric="eager_p50_ms", case="batch 1", value=None, detail="its weights are missing"),
+        Finding(check="latency", metric="p50_ms", case="batch 1", value=4.0),
+    )
+    one = Report(passed=True, recipe={}, artifact={"path": "a.onnx"}, environment={}, findings=findings)
+    assert limits.with_limits(one, Bench()) == one
+    limited = limits.with_limits(one, Bench(min_speedup=2.0))
+    assert not limited.passed
+    assert limited.find("speedup").detail == "PyTorch could not be timed: its weights are missing"
+    assert "**fails**" in markdown.render([limited])
+
+
+def test_classes_of_pixels_are_compared_by_their_equal_share():
+    first = (np.array([[0, 1], [200, 3]], np.uint8),)
+    assert worker._cosine(first, (np.array([[0, 1], [200, 4]], np.int64),)) == 0.75
+    assert worker._cosine((np.zeros((2, 2), np.uint8),), (np.zeros((2, 2), np.uint8),)) == 1
+
+
+def test_every_way_of_pytorch_has_a_row():
+    one = Report(
+        passed=True, recipe={}, artifact={"path": "a.onnx"}, environment={},
+        findings=tuple(
+            Finding(check="latency", metric=f"{prefix}p50_ms", case="batch 1", value=4.0)
+            for prefix in ("", *(f"{name}_" for name in latency.OTHERS.values()))
+        ),
+    )  # fmt: skip
+    assert len(tables.latency([one]).rows) == 1 + len(latency.OTHERS)

@@ -10,12 +10,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import artifact as artifacts_
 from exporter import backends, bisect
 from exporter.backends import eager
 from exporter.bisect import BisectOptions
+from exporter.data import synthetic
 from exporter.data.samples import open_samples
 from exporter.errors import BadRequest
 from exporter.graph import files
@@ -495,3 +497,14 @@ def test_a_shift_of_all_channels_is_not_the_fault_of_one(artifacts, tmp_path):
     _, module, reason = examined(spoil(artifacts["onnxruntime", "fp32"], tmp_path, change))
     assert module == FIRST
     assert "a bias differs: most channels are shifted" in reason
+
+
+@pytest.mark.slow
+def test_images_with_several_labels_need_no_option(artifacts, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        Image.fromarray(synthetic.dead_leaves(64, index)).save(images / f"{index}.png")
+    (tmp_path / "several.csv").write_text("path,label\n" + "".join(f"images/{i}.png,1;2\n" for i in range(3)))
+    report, _, _ = examined(artifacts["onnxruntime", "fp32"], data=str(tmp_path / "several.csv"))
+    assert report.passed

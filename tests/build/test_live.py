@@ -310,3 +310,13 @@ def test_a_head_of_a_name_of_its_own_is_chosen_in_the_recipe(tmp_path):
     built = export(Module(), tmp_path, recipe)
     assert built.report.passed
     assert built.artifact.sidecar.outputs[0].shape == ("batch", 3)
+
+
+@pytest.mark.slow
+def test_the_graph_of_an_engine_is_compared_with_the_live_model(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    recipe = replace(SMALL, backend="tensorrt", precision="fp16", target={"compute_capability": ["8.9"]})
+    built = export(libraries.timm_model(), tmp_path, recipe)
+    assert built.report.passed
+    assert built.report.find("cosine").value > 0.999
+    assert built.report.find("pointwise")

@@ -166,3 +166,9 @@ def test_a_network_that_depends_on_the_last_bits_of_images_in_fp16(pixels, tmp_p
     save_file(state, tmp_path / "weights.safetensors")
     artifact = build(tmp_path / "weights.safetensors", tmp_path, task="features", io="fp16", input=pixels)
     assert [tensor.dtype for tensor in artifact.sidecar.outputs] == ["float16"] * 4
+
+
+@pytest.mark.slow
+def test_the_most_probable_classes_beside_a_vector_are_verified(tiny, tmp_path):
+    artifact = build(tiny, tmp_path, output="top5", task="classify,embed")
+    assert verify(artifact, VerifyOptions(samples=8)).passed

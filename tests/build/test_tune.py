@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from exporter import artifact
+from exporter import artifact, backends
 from exporter.artifact import sidecar_path
 from exporter.build import build, resolve, tune
 from exporter.errors import ExporterError
@@ -133,3 +133,11 @@ def test_auto_builds_what_it_chose(tiny, monkeypatch, tmp_path):
     assert made.path.name == "custom_fp32.onnx"
     again = build(recipe, tmp_path / "out").artifact
     assert again.sidecar.sha256 == made.sidecar.sha256
+
+
+def test_another_version_of_the_runtime_is_measured_anew(builder, job, monkeypatch):
+    tune.fastest(job, builder, fakes.nchw_is_faster)
+    versions = backends.versions()
+    monkeypatch.setattr(backends, "versions", lambda: {**versions, "onnxruntime": "0.0"})
+    tune.fastest(job, builder, fakes.nchw_is_faster)
+    assert len(builder.asked) == 2 * len(FORMS)

@@ -1,10 +1,11 @@
 """Two artifacts timed in turn; the sessions are fakes that take as long as they say."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from exporter import machine
-from exporter.bench import supervisor
+from exporter.bench import Launch, supervisor
 from exporter.compare import artifacts as comparing
 from exporter.compare import parse_limits, processes_needed
 from exporter.compare.artifacts import CompareOptions, Pair
@@ -116,3 +117,9 @@ def test_two_models_are_not_compared_unless_asked(pair, tmp_path, artifacts, tin
     small = Pair(pair.base, build(tiny, tmp_path / "small", imgsz=32))
     with pytest.raises(BadRequest, match="32 pixels"):
         comparing.check_pair(small, QUICK)
+
+
+def test_the_batches_that_run_at_once_count_for_a_rate():
+    launch = Launch({"head": [[10.0, 10.0]]}, {}, {"head": 2}, {}, {}, 0, None)
+    assert np.exp(comparing._logs(launch, "head", "throughput_ips")) == pytest.approx([5.0])
+    assert np.exp(comparing._logs(launch, "head", "p50_ms")) == pytest.approx([10.0])

@@ -322,3 +322,29 @@ def test_answers_are_paired_only_on_the_same_images(photographs, onnx_copy, run,
     limit = ("--fail-on", "top1_drop:0.3")
     assert run("compare", reports["one"], reports["copy"], *limit).code == 0
     assert "different images" in refused(2, "compare", reports["one"], reports["two"], *limit)
+
+
+@pytest.mark.parametrize("words", [("--data", "val"), ("--batch", "8"), ("--threads", "4"), ("--duration", "60")])
+def test_options_that_have_no_effect_on_reports_are_refused(words, tmp_path, refused):
+    saved(tmp_path / "a.json", timed())
+    message = refused(2, "compare", tmp_path / "a.json", tmp_path / "a.json", *words)
+    assert f"{words[0]}: two reports are compared as they are; leave it out" in message
+
+
+def test_images_without_a_limit_on_accuracy_are_refused(onnx_copy, refused):
+    message = refused(2, "compare", onnx_copy.path, onnx_copy.path, "--data", "val", folder=onnx_copy.path.parent)
+    assert "--data: no limit is on accuracy, as --fail-on top1_drop:0.3 is; leave it out" in message
+
+
+def test_batches_at_once_are_counted_in_the_throughput_of_reports(typed):
+    """Two batches in twice the time are no other throughput."""
+
+    def of_streams(count):
+        one = timed(10.0 * count, eager=30.0)
+        rate = 1e3 * count / float(np.mean(one.find("p50_ms").samples))
+        throughput = Finding(check="latency", metric="throughput_ips", case="batch 1", value=rate, unit="images/s")
+        return replace(one, findings=(*one.findings, throughput))
+
+    result = typed(of_streams(1), of_streams(2), "--fail-on", "throughput_ips:5%")
+    assert result.code == 0, result.err
+    assert abs(result.json["findings"][0]["value"]) < 3

@@ -134,3 +134,33 @@ def test_what_cannot_be_written_is_refused(artifacts, photos, tmp_path, run):
     (tmp_path / "file").write_text("mine")
     result = run("predict", artifacts["labels"].path, "photos", "-o", "file", "--overwrite")
     assert "-o file: is a file; give a folder" in result.err
+
+
+@pytest.mark.slow
+def test_a_mask_never_replaces_an_image(artifacts, photos, monkeypatch, refused):
+    before = (photos / "a.png").read_bytes()
+    monkeypatch.chdir(photos)
+    message = refused(2, "predict", artifacts["labels"].path, "a.png", "b.jpg", "-o", ".", "--overwrite")
+    assert "a.png: an image that is read, and would become a mask; give another folder" in " ".join(message.split())
+    assert (photos / "a.png").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_images_of_a_manifest_are_found_below_its_folder(artifacts, photos, tmp_path):
+    """Not below the working folder, where there is another image of that name."""
+    (tmp_path / "data").mkdir()
+    (photos / "a.png").rename(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "list.txt").write_text("a.png\n")
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    predict.predict(artifacts["labels"], ["data/list.txt"], PredictOptions(), tmp_path / "masks")
+    for name in ("a.png", "a_overlay.png"):
+        with Image.open(tmp_path / "masks" / name) as written:
+            assert written.size == (90, 60)
+
+
+@pytest.mark.slow
+def test_an_image_with_an_odd_name_has_its_overlay(artifacts, photos, tmp_path):
+    (photos / "a.png").rename(photos / "a\tb.png")
+    predict.predict(artifacts["labels"], ["photos"], PredictOptions(), tmp_path / "masks")
+    with Image.open(tmp_path / "masks" / "photos" / "a\tb_overlay.png") as overlay:
+        assert overlay.size == (90, 60)

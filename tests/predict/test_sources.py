@@ -205,3 +205,38 @@ def test_several_outputs_have_the_same_columns_in_every_table(tmp_path, photo):
     assert cells["kind.class_1"] == int(row["kind.class_1"]) == record["kind"]["predictions"][0]["class"]
     assert cells["age.value_1"] == pytest.approx(float(row["age.value_1"]))
     assert isinstance(cells["kind.probability_2"], float)
+
+
+def test_an_image_of_a_list_or_of_a_table_that_changed_is_noticed(photo):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    listed, table = photo.parent / "list.txt", photo.parent / "rows.parquet"
+    listed.write_text("one.png\n")
+    parquet.write_table(pyarrow.table({"path": ["one.png"]}), table)
+    before = [sources.open_images([str(path)], Preprocessing()).key for path in (listed, table)]
+    Image.new("RGB", (80, 60), "blue").save(photo)
+    after = [sources.open_images([str(path)], Preprocessing()).key for path in (listed, table)]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_the_home_folder_is_a_source(photo, monkeypatch):
+    monkeypatch.setenv("HOME", str(photo.parent.parent))
+    assert names_of(["~/in"]) == [str(photo)]
+
+
+@pytest.mark.slow
+def test_the_labels_are_those_of_the_first_head(tmp_path, photo):
+    from safetensors.torch import save_file
+
+    from tests.conftest import tiny_state
+
+    state = tiny_state()
+    for head in ("kind", "color"):
+        state |= {f"{head}.{end}": state[f"head.{end}"].clone() for end in ("weight", "bias")}
+    for end in ("weight", "bias"):
+        del state[f"head.{end}"]
+    save_file(state, tmp_path / "two.safetensors")
+    (tmp_path / "kinds.txt").write_text("".join(f"kind {number}\n" for number in range(10)))
+    artifact = build(tmp_path / "two.safetensors", tmp_path / "out", head="kind,color", labels=str(tmp_path / "kinds.txt"))
+    (record,) = predict.answer(artifact, [str(photo)], PredictOptions())
+    assert record["kind"]["predictions"][0]["label"].startswith("kind ")
+    assert "label" not in record["color"]["predictions"][0]

@@ -173,3 +173,30 @@ def test_names_are_escaped():
     hostile = replace(FAST, artifact={"path": '"><script>|'})
     assert '"><script>' not in html.render([hostile, SLOW])
     assert "<script>" not in markdown.render([hostile, SLOW])
+
+
+def timed(name, ms, rate, setting):
+    return Report(
+        passed=True,
+        recipe={},
+        artifact={"path": name},
+        environment={},
+        findings=(
+            Finding(check="latency", metric="p50_ms", value=ms, case="batch 1", setting=setting),
+            Finding(check="latency", metric="throughput_ips", value=rate, case="batch 1", setting=setting),
+            Finding(check="data", metric="images", value=9.0),
+        ),
+    )
+
+
+def test_for_throughput_the_most_images_a_second_are_shipped():
+    setting = "cpu, 2 threads, throughput"
+    known = answer([timed("one.xml", 4.0, 250.0, setting), timed("two.xml", 6.0, 333.0, setting)])
+    assert known.sentence.startswith("Ship two.xml: ")
+    assert known.others == ("one.xml takes 1.33 × as long",)
+
+
+def test_timings_with_other_threads_are_not_ranked():
+    reports = [timed(f"{n}.xml", 4.0, 250.0, f"cpu, {n} threads, latency") for n in (2, 8)]
+    assert answer(reports) is None
+    assert any("they were timed with different threads or hints" in line for line in caveats(reports))

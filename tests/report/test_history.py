@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from exporter import machine, report
 from exporter.errors import BadRequest
@@ -140,3 +141,21 @@ def test_reports_of_a_ci_have_its_commit(monkeypatch):
     assert "commit" not in machine.environment()
     monkeypatch.setenv("CI_COMMIT_SHA", "f" * 40)
     assert machine.environment()["commit"] == "f" * 40
+
+
+def test_a_last_line_without_its_break_is_kept(tmp_path):
+    path = tmp_path / "history.jsonl"
+    history.append(path, [made("m.onnx")], "a")
+    path.write_bytes(path.read_bytes().rstrip())
+    history.append(path, [made("m.onnx")], "b")
+    assert [entry.commit for entry in history.load(path)] == ["a", "b"]
+
+
+def test_artifacts_of_one_file_name_are_apart(tmp_path, run):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        one = made("m.onnx")
+        report.save(replace(one, artifact={**one.artifact, "path": f"{folder}/m.onnx"}), tmp_path / f"{folder}.json")
+    words = (tmp_path / "a.json", tmp_path / "b.json", "--history", tmp_path / "h.jsonl", "--commit", "c")
+    assert run("report", *words).code == 0
+    assert [entry.artifact for entry in history.load(tmp_path / "h.jsonl")] == ["a/m.onnx", "b/m.onnx"]

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -166,3 +167,11 @@ def test_a_new_verification_keeps_no_finding_of_an_older_one(tmp_path):
     assert [finding.check for finding in merged.findings] == ["latency", "int8", "parity"]
     assert merged.passed
     assert merged.recipe["verify"] == {"images": "b"}
+
+
+def test_brackets_in_texts_stay_as_they_are():
+    names = ("scan [ 12 ].png", "[ 3, 4 ]")
+    finding = Finding(check="data", metric="unreadable", value=1.0, detail=names[0], samples=(1.0, 2.5))
+    one = Report(passed=True, recipe={"data": names[1]}, artifact={}, environment={}, findings=(finding,))
+    assert b"[1.0,2.5]" in report.encode(one)
+    assert msgspec.json.decode(report.encode(one), type=Report) == one

@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from exporter import report
-from exporter.report import Finding, rendering, summary, tables
+from exporter.report import Finding, Report, rendering, summary, tables
 from exporter.report.answer import answer
 from exporter.report.formats import html, markdown, text
 from tests.report.test_answer import BAD, FAST, SLOW, change
@@ -110,3 +110,14 @@ def test_text_and_page_doubt_by_the_same_rule(metric, more, words):
     chips = [chip.text for chip in summary.chips(one.findings)[1:]]
     assert chips == words
     assert [word for word in ("unsure", "noisy") if word in verdict] == words
+
+
+@pytest.mark.parametrize(("check", "metric"), [("segmentation", "miou_drop"), ("neighbours", "neighbour_agreement")])
+def test_a_failed_segmenter_or_embedding_fails_in_the_table(check, metric):
+    findings = (
+        Finding(check="parity", metric="cosine", value=0.99),
+        Finding(check=check, metric=metric, value=5.0, passed=False),
+    )
+    one = Report(passed=False, recipe={}, artifact={"path": "a.onnx"}, environment={}, findings=findings)
+    (row,) = tables.accuracy([one]).rows
+    assert row[-1].startswith("**fails**")
