@@ -1,7 +1,9 @@
 """The devices of OpenVINO: single ones, and groups of which one or several run the model."""
 
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import openvino
@@ -9,9 +11,10 @@ import pytest
 
 from exporter import backends
 from exporter.backends.openvino import OpenVinoOptions
+from exporter.backends.openvino import _write as write_ir
 from exporter.backends.openvino.devices import members
 from exporter.build.resolve import check
-from exporter.errors import BadRequest, Unavailable
+from exporter.errors import BadRequest, ExporterError, Unavailable
 from exporter.recipe import Bench, Checks
 from tests.conftest import build, copy_artifact, needs_bf16, recipe_of
 
@@ -208,3 +211,19 @@ def test_the_first_calls_of_two_threads_do_not_wait_for_each_other(artifacts):
     """In OpenVINO the first conversion of a type does so in most of such processes."""
     words = [sys.executable, "-c", TWO_THREADS, str(artifacts["openvino", "fp32"].path)]
     assert subprocess.run(words, timeout=60, check=False).returncode == 0
+
+
+def test_only_a_full_disk_is_called_one(tmp_path, monkeypatch):
+    """The writer raises the same kind of error for everything."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Exception from src/core.cpp:1:\nno attribute 'axis'")
+
+    values = openvino.opset13.parameter([1], np.float32)
+    model = openvino.Model([openvino.opset13.relu(values)], [values])
+    monkeypatch.setattr(openvino, "save_model", fail)
+    with pytest.raises(ExporterError, match=r"a\.xml: OpenVINO cannot write it and read it again: no attribute 'axis'"):
+        write_ir(model, tmp_path / "a.xml", compress=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="could not be written whole"):
+        write_ir(model, tmp_path / "a.xml", compress=False)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from exporter import artifact, backends, machine
 from exporter.bench import Arm, Launch, Plan, Timing
 from exporter.build import build as build_recipe
-from exporter.build.int8 import speed
+from exporter.build.int8 import speed, work
 from exporter.build.int8.search import Candidate, search
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
@@ -374,3 +374,24 @@ def test_biases_of_zero_which_the_simplifier_removes_are_corrected_too(backend, 
     built = build_recipe(recipe_of(backend, "int8", weights=str(folder), calib_size=4), tmp_path)
     assert built.report.passed
     assert built.artifact.sidecar.quantization.kept == ()
+
+
+def test_statistics_of_another_network_with_the_same_weights_are_not_taken(artifacts):
+    sidecar = artifacts["onnxruntime", "int8"].sidecar
+    other = msgspec.structs.replace(sidecar, architecture={**sidecar.architecture, "norm_eps": 1e-3})
+    assert work._cache_key(sidecar) != work._cache_key(other)
+
+
+def test_parts_of_a_head_that_is_kept_are_not_tried_again():
+    tried = []
+
+    def judge(_, kept):
+        tried.append(kept)
+        finding = Finding(check="parity", metric="cosine", value=0.1, passed="stages.1.0" in kept)
+        report = Report(passed=finding.passed, recipe={}, artifact={}, environment={}, findings=(finding,))
+        return Candidate(kept, None, report)
+
+    measured = {"decode_head.fpn_convs.0": 3.0, "stages.1.0": 2.0, "stages.0.0": 1.0, "stages.2.0": 0.5}
+    found = search(None, judge, lambda: measured, ("head",))
+    assert found.best.kept == ("head", "stages.1.0")
+    assert not any("decode_head.fpn_convs.0" in kept for kept in tried)

@@ -13,7 +13,9 @@ from exporter.build import build
 from exporter.build import read as read_recipe
 from exporter.errors import BadRequest, CheckFailed, Unavailable
 from exporter.optimize import candidates, publish, search, tables
+from exporter.optimize.builds import Builder
 from exporter.optimize.search import Search
+from exporter.optimize.store import Store
 from exporter.recipe import Checks
 from tests.conftest import snapshot, write_tiny
 from tests.optimize import fakes
@@ -271,3 +273,21 @@ def test_a_segmenter_is_judged_by_its_pixels(request_of, tiny_upernet, tmp_path)
     assert "% of pixels" in tables.tried(outcome.result).columns[7]
     written = json.loads(Path(f"{outcome.result.artifact}.report.json").read_text())
     assert written["pictures"], "the masks are kept"
+
+
+@pytest.mark.parametrize(("error", "stored"), [(CheckFailed("differs"), True), (Unavailable("no space left"), False)])
+def test_a_build_that_may_succeed_later_is_tried_again(error, stored, request_of, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    builder = Builder(request_of(), Store(tmp_path))
+    candidate = candidates.Candidate(backend="onnxruntime", precision="fp32", form="linear")
+    monkeypatch.setattr(Builder, "_artifact", fail)
+    assert builder.build(candidate).failure == str(error)
+    monkeypatch.undo()
+    assert bool(builder.build(candidate).failure) == stored
+
+
+def test_int8_is_judged_on_the_device_that_is_asked_for(request_of, tmp_path):
+    found, skipped = candidates.find(request_of(device="cpu"))
+    assert Search(request_of(device="cpu"), tmp_path, found, skipped, fakes.opened).verifying.device == "cpu"

@@ -236,7 +236,9 @@ def test_the_labels_are_those_of_the_first_head(tmp_path, photo):
         del state[f"head.{end}"]
     save_file(state, tmp_path / "two.safetensors")
     (tmp_path / "kinds.txt").write_text("".join(f"kind {number}\n" for number in range(10)))
-    artifact = build(tmp_path / "two.safetensors", tmp_path / "out", head="kind,color", labels=str(tmp_path / "kinds.txt"))
+    artifact = build(
+        tmp_path / "two.safetensors", tmp_path / "out", head="kind,color", labels=str(tmp_path / "kinds.txt")
+    )
     (record,) = predict.answer(artifact, [str(photo)], PredictOptions())
     assert record["kind"]["predictions"][0]["label"].startswith("kind ")
     assert "label" not in record["color"]["predictions"][0]
