@@ -16,7 +16,8 @@ def with_limits(report: Report, limits: Bench) -> Report:
 
 def _without_speedup(report: Report, limits: Bench) -> list[Finding]:
     """A finding without a value for each timed case that lacks a limited speed-up."""
-    timed = [one.case for one in report.findings if one.check == "latency" and one.metric == "p50_ms"]
+    times = [one for one in report.findings if one.check == "latency" and one.metric == "p50_ms"]
+    timed = [one.case for one in times if one.value is not None]
     missing = [case for case in timed if report.find("speedup", case) is None]
     return [
         Finding(check="latency", metric="speedup", case=case, value=None, unit="×", detail=_reason(report, case))
@@ -27,7 +28,9 @@ def _without_speedup(report: Report, limits: Bench) -> list[Finding]:
 def _reason(report: Report, case: str) -> str:
     """Why a case has no speed-up over PyTorch."""
     eager = report.find("eager_p50_ms", case)
-    return f"PyTorch could not be timed: {eager.detail}" if eager and eager.detail else "PyTorch was not timed"
+    if eager is None:
+        return "PyTorch was not timed"
+    return "timed in too few processes" if eager.value is not None else f"PyTorch could not be timed: {eager.detail}"
 
 
 def _limited(finding: Finding, limits: Bench) -> Finding:

@@ -17,13 +17,15 @@ from exporter.compare import METRICS, Limit, compare_exact, parse_limits
 from exporter.compare.artifacts import CompareOptions, Pair, check_pair, compare_times
 from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
 from exporter.progress import note
-from exporter.recipe import OutputKind, TimingOptions
+from exporter.recipe import OutputKind
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
 from exporter.report.tables import name
 from exporter.verify import VerifyOptions, verify
+
+TIMED = ("batch", "threads", "hint", "duration", "seed")
 
 
 class GateOptions(CompareOptions, frozen=True):
@@ -64,7 +66,8 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
-        _refuse_ignored(options, ("data", *TimingOptions.__struct_fields__), "two reports are compared as they are")
+        if ignored := _changed(options, ("data", *TIMED)):
+            raise BadRequest(f"--{ignored[0]}: two reports are compared as they are; leave it out")
         return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
         if options.base_rev and options.build:
@@ -75,12 +78,14 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
         return _compare_artifacts(Pair(base, head), limits, options)
 
 
-def _refuse_ignored(options: GateOptions, names: Sequence[str], why: str) -> None:
-    """Raises: BadRequest for an option that has no effect on the comparison."""
-    default = GateOptions()
-    for option in names:
-        if getattr(options, option) != getattr(default, option):
-            raise BadRequest(f"--{option}: {why}; leave it out")
+def _changed(options: GateOptions, names: Sequence[str]) -> list[str]:
+    """Those of some options that are not as by default."""
+    return [option for option in names if getattr(options, option) != getattr(GateOptions(), option)]
+
+
+def _note_ignored(options: GateOptions, names: Sequence[str], why: str) -> None:
+    if ignored := _changed(options, names):
+        note(f"{some([f'--{option}' for option in ignored])} without effect: {why}")
 
 
 def _is_report(path: Path) -> bool:
@@ -108,7 +113,9 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
     if not by_kind["answers"]:
-        _refuse_ignored(options, ("data",), "no limit is on accuracy, as --fail-on top1_drop:0.3 is")
+        _note_ignored(options, ("data",), "no limit is on accuracy, as --fail-on top1_drop:0.3 is")
+    if not by_kind["time"]:
+        _note_ignored(options, TIMED, "no limit is on a time")
     if len(by_kind["answers"]) > 1:
         raise BadRequest(
             "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"
@@ -118,7 +125,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     findings = compare_times(pair, by_kind["time"], options)
     for limit in by_kind["exact"]:
         findings.append(compare_exact(limit, _exact(pair.base, limit.metric), _exact(pair.head, limit.metric)))
-    if options.data is not None:
+    if options.data is not None and by_kind["answers"]:
         device = backends.device_of(pair.base, options.device)
         outputs: OutputKind | None = "multilabel" if by_kind["answers"][0].metric == "map_drop" else None
         verify_options = VerifyOptions(data=options.data, device=device, when_unsure="pass", outputs=outputs)

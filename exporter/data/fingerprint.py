@@ -22,7 +22,7 @@ def fingerprint(source: str, times: bool = True) -> str:
         return source
     path, split = locate(source)
     if path.is_dir():
-        return split + _of_files(path, samples.files_in(path), times)
+        return split + _of_files(path, [*samples.files_in(path), *_in_links(path)], times)
     if not path.is_file():
         raise BadRequest(samples.no_such_data(source))
     if not is_manifest(path):
@@ -31,6 +31,12 @@ def fingerprint(source: str, times: bool = True) -> str:
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path)
     return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times)
+
+
+def _in_links(folder: Path) -> list[str]:
+    """The paths of the images in class folders that are links, which `files_in` does not follow."""
+    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
+    return [f"{link}/{name}" for link in links for name in samples.files_in(folder / link)]
 
 
 def _of_files(root: Path, names: Iterable[str], times: bool) -> str:

@@ -338,6 +338,7 @@ def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if folders and classes is not None and not split:
         numbers = match_classes(folders, labels, classes, str(path))
+        _check_listed(path / name for name in folders)
         labelled = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     else:
         labelled = [(file, -1) for file in images_in(path, split)]
@@ -345,6 +346,15 @@ def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None
         kinds = some(sorted(images.SUFFIXES))
         raise BadRequest(f"{path}: no images in it; expected a sub-folder per class with images ({kinds})")
     return labelled
+
+
+def _check_listed(folders: Iterable[Path]) -> None:
+    """Raises: BadRequest for a folder that cannot be listed, whose class would have no images."""
+    for folder in folders:
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise BadRequest(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
 def _stray_images(folder: Path) -> list[str]:
@@ -376,25 +386,7 @@ def images_in(folder: Path, split: str = "") -> list[str]:
 
 def files_in(folder: Path) -> list[str]:
     """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted. Links
-    to folders are followed.
-
-    Raises: BadRequest for a folder that cannot be listed.
-    """
-    return sorted(_files_below(folder, "", frozenset()))
-
-
-def _files_below(folder: Path, below: str, above: frozenset[Path]) -> Iterator[str]:
-    """The image files in a folder, with `below` in front of their names; `above` are the folders that lead to it."""
-    if (real := folder.resolve()) in above:  # a link to one of them
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise BadRequest(f"{folder}: cannot be listed ({error.strerror})") from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(folder / entry.name, f"{below}{entry.name}/", above | {real})
-        elif Path(entry.name).suffix.lower() in images.SUFFIXES and entry.is_file():
-            yield f"{below}{entry.name}"
+    to folders are not followed."""
+    files = folder.rglob("*")
+    names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))

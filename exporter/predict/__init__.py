@@ -151,16 +151,16 @@ def predict_masks(
     recipe, answers = artifact.sidecar.preprocessing, answers_for(artifact, options, whole=False)
     images = open_images(sources, recipe, stdin)
     total, began, unreadable = images.samples.total, time.monotonic(), list[str]()
-    names = [name for name, *_ in images.samples.items()]
-    masks.check_names(out, {name: images.path(name) for name in names})
+    named = list(images.named())
+    masks.check_names(out, named)
     step(f"predicting {total:,} masks with {artifact.path.name}")
-    waiting = iter(names)  # as the sources have them: those of a chunk are text, in which some characters are escaped
+    waiting = iter(named)  # as the sources have them: those of a chunk are text, in which some characters are escaped
     for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
         unreadable += _unreadable(iter([chunk]))
-        good = [name for name, error in zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True) if not error]
+        good = [one for one, error in zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True) if not error]
         arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
-        for name, pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
-            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name), recipe)
+        for (name, path), pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
+            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name, path), recipe)
     _report(unreadable, total)
     return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
 

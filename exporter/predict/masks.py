@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,16 +35,16 @@ def _overlay(mask: Path) -> Path:
     return mask.with_name(f"{mask.stem}{OVERLAY}.png")
 
 
-def check_names(folder: Path, paths: Mapping[str, Path]) -> None:
+def check_names(folder: Path, named: Sequence[tuple[str, Path]]) -> None:
     """Raises: BadRequest for two images whose masks or overlays would be one file, and for masks or overlays that would
-    replace an image. `paths` are those of the images, which may not exist, by their names."""
-    owners: dict[Path, str] = {}
-    read = {path.resolve() for path in paths.values() if path.is_file()} if folder.is_dir() else set()
-    for name in paths:
+    replace an image that is read. `named` are the names of the images, with their paths, which may not exist."""
+    owners: dict[Path, Path] = {}
+    read = {path.resolve() for _, path in named if path.is_file()} if folder.is_dir() else set()
+    for name, image in named:
         mask = path_of(folder, name)
         for path in (mask, _overlay(mask)):
-            if (other := owners.setdefault(path, name)) != name:
-                raise BadRequest(f"{path}: would be of both {other} and {name}; write them to two folders")
+            if (other := owners.setdefault(path, image)) != image:
+                raise BadRequest(f"{path}: would be of both {other} and {image}; write them to two folders")
             if path.is_file() and path.resolve() in read:
                 raise BadRequest(f"{path}: an image that is read, and would become a mask; give another folder")
 

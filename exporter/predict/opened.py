@@ -19,18 +19,23 @@ from exporter.data.samples import Item, Samples
 @dataclass(frozen=True)
 class Images:
     """Images in order, and a digest of the names, sizes and times of files, and of the content of arrays and lists;
-    `content` returns by its name the bytes of an image that is no file of this machine, and None for others; `path`
-    returns the path of an image that is one, and its name for others."""
+    `content` returns by its name the bytes of an image that is no file of this machine, and None for others; `paths`
+    yields the paths of all in order, by default their names."""
 
     samples: Samples
     key: str
     content: Callable[[str], bytes | None] = lambda _: None
-    path: Callable[[str], Path] = Path
+    paths: Callable[[], Iterable[Path]] | None = None
 
-    def file(self, name: str) -> Path | IO[bytes]:
-        """An image by its name: a stream if it is no file of this machine, else its path, which may not exist."""
+    def named(self) -> Iterator[tuple[str, Path]]:
+        """The names of all images in order, with their paths, which may not exist."""
+        names = (name for name, *_ in self.samples.items())
+        return ((name, Path(name)) for name in names) if self.paths is None else zip(names, self.paths(), strict=True)
+
+    def file(self, name: str, path: Path) -> Path | IO[bytes]:
+        """An image: a stream if it is no file of this machine, else its path."""
         content = self.content(name)
-        return self.path(name) if content is None else io.BytesIO(content)
+        return path if content is None else io.BytesIO(content)
 
 
 def joined(source: str, parts: Sequence[Images]) -> Images:
@@ -47,11 +52,11 @@ def joined(source: str, parts: Sequence[Images]) -> Images:
         every = (part.content(name) for part in parts)
         return next((one for one in every if one is not None), None)
 
-    def path(name: str) -> Path:
-        every = (part.path(name) for part in parts)
-        return next((one for one in every if one != Path(name)), Path(name))
+    def paths() -> Iterator[Path]:
+        for part in parts:
+            yield from (path for _, path in part.named())
 
-    return Images(Samples(source, total, items, labelled=False), digest_of(part.key for part in parts), content, path)
+    return Images(Samples(source, total, items, labelled=False), digest_of(part.key for part in parts), content, paths)
 
 
 def digest_of(words: Iterable[str]) -> str:

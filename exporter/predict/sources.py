@@ -7,9 +7,9 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -71,26 +71,22 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
         if path.suffix.lower() == ".npz":
             samples = replace(samples, items=partial(_to_the_end, samples, path.name))
         key = f"{samples.total} of {split} of {fingerprint(word)}"
-        return Images(samples, key, path=_path_of_listed(path, split) if is_manifest(path) else Path)
+        return Images(samples, key, paths=partial(_listed, path, split) if is_manifest(path) else None)
     if path.exists() and parquet.is_parquet(path.name):
         return of_tables(word, [of_rows(_without(word, split), split, recipe)])
     if path.exists():
-        return of_names([word], lambda _: partial(images.read, path, recipe), f"{word} {state_of(path)}")
+        part = of_names([word], lambda _: partial(images.read, path, recipe), f"{word} {state_of(path)}")
+        return replace(part, paths=lambda: [path])
     if is_pattern:
         return _of_pattern(word, split, recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
 
 
-def _path_of_listed(path: Path, split: str) -> Callable[[str], Path]:
-    """A function that returns the path of an image of a manifest by its name, which is relative to the manifest."""
-
-    @cache
-    def files() -> dict[str, Path]:
-        listed = read_manifest(path, split, repeats=True)
-        return {} if listed.generator else {row["path"]: listed.root / row["path"] for row in listed.rows}
-
-    return lambda name: files().get(name, Path(name))
+def _listed(path: Path, split: str) -> list[Path]:
+    """The paths of the images of a manifest, whose names are relative to its folder."""
+    listed = read_manifest(path, split, repeats=True)
+    return [listed.root / row["path"] for row in listed.rows]
 
 
 def _without(word: str, split: str) -> str:

@@ -43,11 +43,14 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     return Answer(sentence, bool(changed.passes and shipped.passes), changed.others + shipped.others)
 
 
+SETTINGS = "No artifact is recommended: they were timed with different threads or hints."
+
+
 def caveats(reports: Sequence[Report]) -> list[str]:
     """Why no artifact is recommended, and whether accuracies are of different images; nothing of `compare`."""
     own = [report for report in reports if not is_comparison(report)]
     if not any(report.find("images") for report in own):
-        return []
+        return [SETTINGS] if own and (case := _case(own)) and _settings_differ(own, case) else []
     names: dict[str, list[str]] = {}
     for report in own:
         if images_of(report) and any(report.find(metric) for metric in MEASURES):
@@ -69,7 +72,7 @@ def _unranked(reports: Sequence[Report]) -> str:
     if (case := _case(reports)) is None:
         return "No artifact is recommended: no batch size was timed for all of them."
     if _settings_differ(reports, case):
-        return "No artifact is recommended: they were timed with different threads or hints."
+        return SETTINGS
     return ""
 
 
@@ -126,22 +129,20 @@ def _case(reports: Sequence[Report]) -> str | None:
 
 
 def _latency(report: Report, case: str) -> float | None:
-    """The median latency; where throughput was asked for, the milliseconds of an image, because a run computes several
-    batches."""
+    """The milliseconds of a batch: the median latency; where throughput was asked for, by the images of a second,
+    because a run computes several batches."""
     finding, rate = report.find("p50_ms", case), report.find("throughput_ips", case)
-    if finding and setting(report, finding).endswith("throughput") and rate and rate.value:
-        return 1e3 / rate.value
+    batch = case.removeprefix("batch ")
+    if finding and setting(report, finding).endswith("throughput") and rate and rate.value and batch.isdecimal():
+        return 1e3 * int(batch) / rate.value
     return finding.value if finding and finding.value and finding.value > 0 else None
 
 
 def _settings_differ(reports: Sequence[Report], case: str) -> bool:
-    """Whether artifacts were timed on one device with other threads or another hint."""
-    settings: dict[str, set[str]] = {}
-    for report in reports:
-        if finding := report.find("p50_ms", case):
-            device, _, others = setting(report, finding).partition(", ")
-            settings.setdefault(device, set()).add(others)
-    return any(len(others) > 1 for others in settings.values())
+    """Whether artifacts were timed with different hints, or on one device with different threads."""
+    known = [setting(report, finding).split(", ") for report in reports if (finding := report.find("p50_ms", case))]
+    devices = {words[0] for words in known}
+    return len({words[-1] for words in known}) > 1 or len({tuple(words) for words in known}) > len(devices)
 
 
 def _speed(report: Report, case: str) -> str:

@@ -28,7 +28,7 @@ class Need:
                 gpus=min(self.gpus, int(resources.get("GPU", 0))),
                 memory=min(self.memory, int(resources.get("memory", 0))),
             )
-            for resources in machines
+            for resources in [one for one in machines if one.get("CPU")] or machines  # without "CPU" none runs there
         ]
         return max(lowered, key=lambda one: (one.gpus, one.memory, one.cpus))
 

@@ -214,7 +214,8 @@ def read_schedule(path: Path) -> Schedule:
             raise ValueError("no file has such a name")
     except (OSError, ValueError):
         raise BadRequest(
-            f"{path}: no schedule of shards in it; `convnext-export verify ARTIFACT --on files:{path}` writes one"
+            f"{path}: no schedule of shards of this version in it; `convnext-export verify ARTIFACT --on files:{path}` "
+            "writes one"
         ) from None
     return schedule
 

@@ -331,9 +331,14 @@ def test_options_that_have_no_effect_on_reports_are_refused(words, tmp_path, ref
     assert f"{words[0]}: two reports are compared as they are; leave it out" in message
 
 
-def test_images_without_a_limit_on_accuracy_are_refused(onnx_copy, refused):
-    message = refused(2, "compare", onnx_copy.path, onnx_copy.path, "--data", "val", folder=onnx_copy.path.parent)
-    assert "--data: no limit is on accuracy, as --fail-on top1_drop:0.3 is; leave it out" in message
+def test_options_that_have_no_effect_on_artifacts_are_named(onnx_copy, run):
+    result = run(
+        "compare", onnx_copy.path, onnx_copy.path, "--fail-on", "bytes:1%", "--data", "val", "--threads", 1, "--json"
+    )
+    assert result.code == 0, result.err
+    printed = " ".join(result.err.split())
+    assert "--data without effect: no limit is on accuracy, as --fail-on top1_drop:0.3 is" in printed
+    assert "--threads without effect: no limit is on a time" in printed
 
 
 def test_batches_at_once_are_counted_in_the_throughput_of_reports(typed):

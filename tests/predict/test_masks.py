@@ -164,3 +164,13 @@ def test_an_image_with_an_odd_name_has_its_overlay(artifacts, photos, tmp_path):
     predict.predict(artifacts["labels"], ["photos"], PredictOptions(), tmp_path / "masks")
     with Image.open(tmp_path / "masks" / "photos" / "a\tb_overlay.png") as overlay:
         assert overlay.size == (90, 60)
+
+
+@pytest.mark.slow
+def test_two_images_of_one_name_are_refused(artifacts, photos, tmp_path, refused):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(dead_leaves(64, 1, 3)).save(tmp_path / folder / "a.png")
+        (tmp_path / folder / "list.txt").write_text("a.png\n")
+    message = refused(2, "predict", artifacts["labels"].path, "x/list.txt", "y/list.txt", "-o", "out")
+    assert "would be of both x/a.png and y/a.png" in " ".join(message.split())

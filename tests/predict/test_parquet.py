@@ -281,8 +281,8 @@ def test_a_changed_file_is_another_source(photos, tmp_path):
 def test_the_bytes_of_a_row_are_opened_for_its_overlay(photos, tmp_path):
     file = write(tmp_path / "rows.parquet", columns_of("struct", photos))
     opened = sources.open_images([str(photos / "00.png"), str(file)], Preprocessing(size=32, resize=32))
-    assert opened.file(f"{file}[3]").read() == contents(photos)[3]
-    assert opened.file(str(photos / "00.png")) == photos / "00.png"
+    assert opened.file(f"{file}[3]", file).read() == contents(photos)[3]
+    assert opened.file(str(photos / "00.png"), photos / "00.png") == photos / "00.png"
 
 
 # Object storage: the storage of fsspec in the memory of this process, under the scheme s3.
@@ -361,7 +361,7 @@ def test_paths_in_rows_may_be_addresses(bucket, artifacts, expected, tmp_path):
 
 def test_the_bytes_of_an_address_are_opened_for_its_overlay(bucket, photos):
     opened = sources.open_images(["s3://bucket/photos"], Preprocessing(size=32, resize=32))
-    assert opened.file("s3://bucket/photos/03.png").read() == contents(photos)[3]
+    assert opened.file("s3://bucket/photos/03.png", photos).read() == contents(photos)[3]
 
 
 def test_a_storage_that_does_not_answer_is_no_damaged_image(bucket, photos, artifacts, tmp_path, monkeypatch):

@@ -200,3 +200,11 @@ def test_timings_with_other_threads_are_not_ranked():
     reports = [timed(f"{n}.xml", 4.0, 250.0, f"cpu, {n} threads, latency") for n in (2, 8)]
     assert answer(reports) is None
     assert any("they were timed with different threads or hints" in line for line in caveats(reports))
+
+
+def test_a_batch_on_a_gpu_is_compared_with_a_batch():
+    cpu = timed("cpu.xml", 80.0, 100.0, "cpu, 2 threads, throughput")
+    gpu = timed("gpu.onnx", 12.0, 80.0, "cuda, latency")
+    assert answer([cpu, gpu]) is None
+    same_hint = timed("gpu.onnx", 12.0, 80.0, "cuda, throughput")
+    assert answer([cpu, same_hint]).sentence.startswith("Ship cpu.xml")

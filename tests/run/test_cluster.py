@@ -535,6 +535,7 @@ CORES, MEMORY, GPU = {"CPU": 64, "memory": 8e9}, {"CPU": 8, "memory": 64e9}, {"C
         (replace(recipes.ALONE, gpus=1), [CORES, MEMORY], Need(cpus=64)),
         (replace(recipes.ALONE, memory=int(30e9)), [CORES, MEMORY, GPU], Need(cpus=8, memory=int(30e9))),
         (replace(recipes.ALONE, memory=int(1e9)), [CORES, MEMORY, GPU], Need(cpus=64, memory=int(1e9))),
+        (Need(cpus=8, memory=int(48e9)), [{"memory": 64e9}, {"CPU": 16, "memory": 32e9}], Need(8, 0, int(32e9))),
     ],
 )
 def test_a_task_needs_no_more_than_one_machine_has(need, machines, expected):

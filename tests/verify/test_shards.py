@@ -279,8 +279,8 @@ def test_bad_folders_and_numbers_are_refused(copied, refused, run, tmp_path, mon
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
     assert "expected a new or empty folder" in refused(2, "verify", copied.path, "--on", "files:mine", folder=tmp_path)
-    assert "no schedule of shards in it" in refused(2, "shard", "mine", 0, folder=tmp_path)
-    assert "no schedule of shards in it" in refused(2, "merge", "gone", folder=tmp_path)
+    assert "no schedule of shards of this version in it" in refused(2, "shard", "mine", 0, folder=tmp_path)
+    assert "no schedule of shards of this version in it" in refused(2, "merge", "gone", folder=tmp_path)
     assert run("verify", copied.path, "--on", "files:work").code == 0
     assert "work has the shards 0 to 0" in refused(2, "shard", "work", 1, folder=tmp_path)
     for word in ("one", "3-1", "1-", "-"):
@@ -301,7 +301,7 @@ def test_a_folder_of_the_user_is_left_as_it_is(copied, refused, tmp_path, monkey
     (tmp_path / "mine/schedule.json").write_text('{"my": "plan"}')
     (tmp_path / "mine/shards/thesis.txt").write_text("years")
     message = refused(2, "verify", copied.path, "--on", "files:mine", folder=tmp_path)
-    assert "no schedule of shards in it" in message
+    assert "no schedule of shards of this version in it" in message
     message = refused(2, "verify", copied.path, "--on", "files:built", folder=tmp_path)
     assert "expected a folder without the artifact" in message
 
@@ -319,8 +319,8 @@ def test_a_report_does_not_replace_a_file_of_its_shards(copied, refused, run, tm
     [
         ("total", 20, "the schedule has 20 images in shards of 512, and synthetic has 16 in batches of 16"),
         ("size", 7, "in shards of 7"),
-        ("total", 0, "no schedule of shards in it"),
-        ("artifact", "a\0b", "no schedule of shards in it"),
+        ("total", 0, "no schedule of shards of this version in it"),
+        ("artifact", "a\0b", "no schedule of shards of this version in it"),
     ],
 )
 def test_a_schedule_that_was_edited_is_refused(field, value, message, copied, refused, run, tmp_path, monkeypatch):
