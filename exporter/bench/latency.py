@@ -377,8 +377,10 @@ def noise_of(timing: Timing, ratio: Center | None = None) -> str:
 
 
 def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
-    """The smallest cosine to eager's outputs on the timed inputs, which shows that the timed model is the right one; of
-    classes of pixels the share that is equal."""
+    """The smallest cosine to eager's outputs on the timed inputs, which shows that the timed model is the right one.
+
+    For classes of pixels it is the smallest share of equal ones.
+    """
     if EAGER in timing.failures:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)

@@ -184,7 +184,7 @@ def _cosines(bounds: dict[str, Bound], arms: list[Arm], line: Line) -> dict[str,
     numbers = {arm.name: _class_numbers(arm) for arm in arms}
     answers = {name: [_answer(bounds[name], name, line, numbers[name]) for _ in range(INPUTS)] for name in numbers}
     reference = next(iter(answers.values()), [])
-    return {name: min(max(_cosine(got, one) for one in reference) for got in own) for name, own in answers.items()}
+    return {name: min(max(_similarity(got, one) for one in reference) for got in own) for name, own in answers.items()}
 
 
 def _class_numbers(arm: Arm) -> set[int]:
@@ -203,8 +203,8 @@ def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
     return tuple(output for place, output in enumerate(bound.outputs()) if place not in left_out)
 
 
-def _cosine(first: Outputs, second: Outputs) -> float:
-    """The cosine of all outputs; of integers, which are numbers of classes, the share that is equal."""
+def _similarity(first: Outputs, second: Outputs) -> float:
+    """The cosine of all outputs; for integers, which are numbers of classes, the share of equal ones."""
     if [output.shape for output in first] != [output.shape for output in second]:
         return -1.0
     if all(np.issubdtype(output.dtype, np.integer) for output in first):

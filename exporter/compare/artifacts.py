@@ -186,8 +186,8 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
 
 
 def _logs(launch: Launch, name: str, metric: str) -> NDArray[np.float64]:
-    """Logarithms of one launch: for the median one for each round, to compare rounds in pairs; else a single one. Of a
-    rate they are of the time of a batch, of which a run computes as many as there are streams."""
+    """Logarithms of one launch: for the median one for each round, to compare rounds in pairs; else a single one. For a
+    rate the time of a run is divided by the batches that it computes at once."""
     blocks = launch.blocks[name]
     groups = [[block] for block in blocks] if metric == "p50_ms" else [blocks]
     batches = launch.streams[name] if METRICS[metric].higher_is_better else 1

@@ -83,9 +83,9 @@ def _changed(options: GateOptions, names: Sequence[str]) -> list[str]:
     return [option for option in names if getattr(options, option) != getattr(GateOptions(), option)]
 
 
-def _note_ignored(options: GateOptions, names: Sequence[str], why: str) -> None:
+def _note_ignored(options: GateOptions, names: Sequence[str], limit: str) -> None:
     if ignored := _changed(options, names):
-        note(f"{some([f'--{option}' for option in ignored])} without effect: {why}")
+        note(f"{some([f'--{option}' for option in ignored])}: no effect without {limit}")
 
 
 def _is_report(path: Path) -> bool:
@@ -113,9 +113,9 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
     if not by_kind["answers"]:
-        _note_ignored(options, ("data",), "no limit is on accuracy, as --fail-on top1_drop:0.3 is")
+        _note_ignored(options, ("data",), "a limit on accuracy, as --fail-on top1_drop:0.3")
     if not by_kind["time"]:
-        _note_ignored(options, TIMED, "no limit is on a time")
+        _note_ignored(options, TIMED, "a limit on a time")
     if len(by_kind["answers"]) > 1:
         raise BadRequest(
             "--fail-on: give one of top1_drop (classes), map_drop (several labels) and miou_drop (segmentation)"

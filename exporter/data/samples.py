@@ -242,7 +242,7 @@ def of_files(
     _check_channels(source, [name for name, _ in found], recipe.channels)
     stray = _stray_images(root) if any(label != UNKNOWN for _, label in found) and Path(source).is_dir() else []
     if stray:
-        note(f"{source}: {len(stray)} images lie beside the class folders and are left out: {some(stray)}")
+        note(f"{source}: files beside the class folders are left out ({len(stray)}): {some(stray)}")
 
     def items(start: int = 0) -> Iterator[Item]:
         for index in range(start, len(found)):

@@ -19,7 +19,7 @@ from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, some
 from exporter.predict import masks, store, writers
 from exporter.predict.answers import Answers
-from exporter.predict.opened import Images
+from exporter.predict.image_list import Images
 from exporter.predict.predictor import TOP as TOP
 from exporter.predict.predictor import PredictOptions as PredictOptions
 from exporter.predict.predictor import answers_for, opened
@@ -138,7 +138,8 @@ def predict_masks(
         overwrite: replace masks in a folder that is not empty.
 
     Raises: BadRequest for `resume`, for sources without images, none of which can be read, two images whose masks would
-        have one name, and a folder that is not empty; Unavailable when the runtime is missing, or the disk is full.
+        have one name, a mask that would replace an image of the sources, and a folder that is not empty; Unavailable
+        when the runtime is missing, or the disk is full.
     """
     if resume:
         raise BadRequest("--resume continues a file, and masks are a folder; give --overwrite")
@@ -154,7 +155,7 @@ def predict_masks(
     named = list(images.named())
     masks.check_names(out, named)
     step(f"predicting {total:,} masks with {artifact.path.name}")
-    waiting = iter(named)  # as the sources have them: those of a chunk are text, in which some characters are escaped
+    waiting = iter(named)  # in the names of a chunk some characters are escaped
     for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
         unreadable += _unreadable(iter([chunk]))
         good = [one for one, error in zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True) if not error]

@@ -14,6 +14,7 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.masks import MOST_COLORS, colors
 from exporter.errors import BadRequest
+from exporter.predict.image_list import state_of
 from exporter.predict.sources import STDIN
 
 if TYPE_CHECKING:
@@ -37,16 +38,18 @@ def _overlay(mask: Path) -> Path:
 
 def check_names(folder: Path, named: Sequence[tuple[str, Path]]) -> None:
     """Raises: BadRequest for two images whose masks or overlays would be one file, and for masks or overlays that would
-    replace an image that is read. `named` are the names of the images, with their paths, which may not exist."""
-    owners: dict[Path, Path] = {}
-    read = {path.resolve() for _, path in named if path.is_file()} if folder.is_dir() else set()
+    replace an image of the sources. `named` are the names of the images, with their paths, which may not exist."""
+    owners: dict[Path, tuple[str, Path]] = {}
+    read = {path.resolve() for _, path in named if state_of(path)} if folder.is_dir() else set()
     for name, image in named:
         mask = path_of(folder, name)
         for path in (mask, _overlay(mask)):
-            if (other := owners.setdefault(path, image)) != image:
-                raise BadRequest(f"{path}: would be of both {other} and {image}; write them to two folders")
-            if path.is_file() and path.resolve() in read:
-                raise BadRequest(f"{path}: an image that is read, and would become a mask; give another folder")
+            other = owners.setdefault(path, (name, image))
+            if other[1] != image:
+                both = " and ".join(one if "://" in one else str(where) for one, where in (other, (name, image)))
+                raise BadRequest(f"{path}: would be written for both {both}; write them to two folders")
+            if read and state_of(path) and path.resolve() in read:
+                raise BadRequest(f"{path}: is a source, and a mask would replace it; give another folder")
 
 
 def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe: Preprocessing) -> None:

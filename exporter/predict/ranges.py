@@ -10,7 +10,7 @@ from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, some
-from exporter.predict.opened import Images
+from exporter.predict.image_list import Images
 from exporter.predict.predictor import PredictOptions, answers_for, opened, size_of
 from exporter.predict.sources import STDIN, open_images
 from exporter.predict.store import Chunk

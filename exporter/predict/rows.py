@@ -17,7 +17,7 @@ from exporter.data.classes import UNKNOWN
 from exporter.data.samples import Item, Samples
 from exporter.errors import BadRequest
 from exporter.predict import parquet, remote
-from exporter.predict.opened import Images, digest_of, joined, state_of, unreadable
+from exporter.predict.image_list import Images, digest_of, joined, state_of, unreadable
 
 
 def of_tables(word: str, tables: Sequence[Images]) -> Images:

@@ -23,7 +23,7 @@ from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.data.samples import Item, Samples, images_in, mask_folders, open_samples
 from exporter.errors import BadRequest, nearest
 from exporter.predict import parquet, remote
-from exporter.predict.opened import Images, digest_of, joined, of_names, state_of, unreadable
+from exporter.predict.image_list import Images, digest_of, joined, of_names, state_of, unreadable
 from exporter.predict.rows import of_rows, of_tables, path_of
 from exporter.recipe import bundled
 
@@ -73,7 +73,7 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
         key = f"{samples.total} of {split} of {fingerprint(word)}"
         return Images(samples, key, paths=partial(_listed, path, split) if is_manifest(path) else None)
     if path.exists() and parquet.is_parquet(path.name):
-        return of_tables(word, [of_rows(_without(word, split), split, recipe)])
+        return of_tables(word, [of_rows(os.path.expanduser(_without(word, split)), split, recipe)])  # noqa: PTH111
     if path.exists():
         part = of_names([word], lambda _: partial(images.read, path, recipe), f"{word} {state_of(path)}")
         return replace(part, paths=lambda: [path])

@@ -146,7 +146,7 @@ def schema() -> dict[str, Any]:
 
 def encode(report: Report) -> bytes:
     """The report as indented JSON; a list of numbers is one line, however long."""
-    # A line break tells a list from brackets in a text, where JSON escapes it.
+    # Only lists have line breaks here: JSON escapes those in texts.
     text = msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
     return re.sub(rb"\[\n\s*([-+.\deE,\s]+?)\n\s*\]", lambda match: b"[" + b"".join(match[1].split()) + b"]", text)
 

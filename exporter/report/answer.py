@@ -43,14 +43,14 @@ def answer(reports: Sequence[Report]) -> Answer | None:
     return Answer(sentence, bool(changed.passes and shipped.passes), changed.others + shipped.others)
 
 
-SETTINGS = "No artifact is recommended: they were timed with different threads or hints."
+DIFFERENT_SETTINGS = "No artifact is recommended: they were timed with different threads or hints."
 
 
 def caveats(reports: Sequence[Report]) -> list[str]:
     """Why no artifact is recommended, and whether accuracies are of different images; nothing of `compare`."""
     own = [report for report in reports if not is_comparison(report)]
     if not any(report.find("images") for report in own):
-        return [SETTINGS] if own and (case := _case(own)) and _settings_differ(own, case) else []
+        return [DIFFERENT_SETTINGS] if own and (case := _case(own)) and _settings_differ(own, case) else []
     names: dict[str, list[str]] = {}
     for report in own:
         if images_of(report) and any(report.find(metric) for metric in MEASURES):
@@ -72,7 +72,7 @@ def _unranked(reports: Sequence[Report]) -> str:
     if (case := _case(reports)) is None:
         return "No artifact is recommended: no batch size was timed for all of them."
     if _settings_differ(reports, case):
-        return SETTINGS
+        return DIFFERENT_SETTINGS
     return ""
 
 
@@ -129,8 +129,8 @@ def _case(reports: Sequence[Report]) -> str | None:
 
 
 def _latency(report: Report, case: str) -> float | None:
-    """The milliseconds of a batch: the median latency; where throughput was asked for, by the images of a second,
-    because a run computes several batches."""
+    """The milliseconds of a batch: the median latency; with `--hint throughput` the batch size divided by the
+    throughput, because a run computes several batches at once."""
     finding, rate = report.find("p50_ms", case), report.find("throughput_ips", case)
     batch = case.removeprefix("batch ")
     if finding and setting(report, finding).endswith("throughput") and rate and rate.value and batch.isdecimal():
@@ -148,7 +148,9 @@ def _settings_differ(reports: Sequence[Report], case: str) -> bool:
 def _speed(report: Report, case: str) -> str:
     speedup, p50 = report.find("speedup", case), report.find("p50_ms", case)
     assert p50 is not None
-    latency = f"{p50.value:.4g} ms for {case}"
+    latency, rate = f"{p50.value:.4g} ms for {case}", report.find("throughput_ips", case)
+    if rate and rate.value and setting(report, p50).endswith("throughput"):
+        latency = f"{rate.value:.4g} images/s for {case}"
     if speedup is None or speedup.value is None:
         return latency
     interval = " (95 % {:.2f} to {:.2f})".format(*speedup.interval) if speedup.interval else ""

@@ -194,5 +194,5 @@ def _need_of_build(run: RecipeRun) -> Need:
 
 
 def _gpus(run: RecipeRun) -> int:
-    """One GPU for a runtime that uses none but GPUs; `Cluster` takes it back where there is none."""
+    """One GPU for a runtime that uses none but GPUs; `Need.within` drops it where there is none."""
     return int(set(backends.runtime(run.recipe.backend).devices.values()) == {"NVIDIA GPU"})

@@ -373,8 +373,8 @@ def test_a_speed_up_that_was_not_measured_is_below_its_limit():
 
 def test_classes_of_pixels_are_compared_by_their_equal_share():
     first = (np.array([[0, 1], [200, 3]], np.uint8),)
-    assert worker._cosine(first, (np.array([[0, 1], [200, 4]], np.int64),)) == 0.75
-    assert worker._cosine((np.zeros((2, 2), np.uint8),), (np.zeros((2, 2), np.uint8),)) == 1
+    assert worker._similarity(first, (np.array([[0, 1], [200, 4]], np.int64),)) == 0.75
+    assert worker._similarity((np.zeros((2, 2), np.uint8),), (np.zeros((2, 2), np.uint8),)) == 1
 
 
 def test_every_way_of_pytorch_has_a_row():

@@ -313,10 +313,13 @@ def test_a_head_of_a_name_of_its_own_is_chosen_in_the_recipe(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_graph_of_an_engine_is_compared_with_the_live_model(tmp_path):
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_graph_of_an_engine_is_compared_with_the_live_model(precision, tmp_path):
+    """ONNX Runtime cannot run a graph in bf16, so without a GPU there is only the list of kernels."""
     pytest.importorskip("tensorrt_rtx")
-    recipe = replace(SMALL, backend="tensorrt", precision="fp16", target={"compute_capability": ["8.9"]})
+    recipe = replace(SMALL, backend="tensorrt", precision=precision, target={"compute_capability": ["8.9"]})
     built = export(libraries.timm_model(), tmp_path, recipe)
     assert built.report.passed
-    assert built.report.find("cosine").value > 0.999
     assert built.report.find("pointwise")
+    if precision == "fp16":
+        assert built.report.find("cosine").value > 0.999

@@ -337,8 +337,8 @@ def test_options_that_have_no_effect_on_artifacts_are_named(onnx_copy, run):
     )
     assert result.code == 0, result.err
     printed = " ".join(result.err.split())
-    assert "--data without effect: no limit is on accuracy, as --fail-on top1_drop:0.3 is" in printed
-    assert "--threads without effect: no limit is on a time" in printed
+    assert "--data: no effect without a limit on accuracy, as --fail-on top1_drop:0.3" in printed
+    assert "--threads: no effect without a limit on a time" in printed
 
 
 def test_batches_at_once_are_counted_in_the_throughput_of_reports(typed):

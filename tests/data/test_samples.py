@@ -255,7 +255,7 @@ def test_images_beside_the_class_folders_are_named_and_are_not_unreadable(folder
     (folder / "cat" / "0.png").rename(folder / "stray.png")
     samples, labels, _ = gather(folder)
     assert labels == [0, 1, 1, 2, 2]
-    assert notes == [f"{folder}: 1 images lie beside the class folders and are left out: stray.png"]
+    assert notes == [f"{folder}: files beside the class folders are left out (1): stray.png"]
     assert samples.skipped == []
 
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_written_is_refused(artifacts, photos, tmp_path, run):
     Image.fromarray(dead_leaves(64, 1, 3)).save(photos / "a.jpg")
     result = run("predict", artifacts["labels"].path, "photos", "-o", "twice")
     assert result.code == 2
-    assert "would be of both photos/a.jpg and photos/a.png" in " ".join(result.err.split())
+    assert "would be written for both photos/a.jpg and photos/a.png" in " ".join(result.err.split())
     assert not (tmp_path / "twice").exists()
     (photos / "a.jpg").rename(photos / "a_overlay.jpg")
     assert run("predict", artifacts["labels"].path, "photos", "-o", "twice").code == 2
@@ -141,7 +141,7 @@ def test_a_mask_never_replaces_an_image(artifacts, photos, monkeypatch, refused)
     before = (photos / "a.png").read_bytes()
     monkeypatch.chdir(photos)
     message = refused(2, "predict", artifacts["labels"].path, "a.png", "b.jpg", "-o", ".", "--overwrite")
-    assert "a.png: an image that is read, and would become a mask; give another folder" in " ".join(message.split())
+    assert "a.png: is a source, and a mask would replace it; give another folder" in " ".join(message.split())
     assert (photos / "a.png").read_bytes() == before
 
 
@@ -173,4 +173,4 @@ def test_two_images_of_one_name_are_refused(artifacts, photos, tmp_path, refused
         Image.fromarray(dead_leaves(64, 1, 3)).save(tmp_path / folder / "a.png")
         (tmp_path / folder / "list.txt").write_text("a.png\n")
     message = refused(2, "predict", artifacts["labels"].path, "x/list.txt", "y/list.txt", "-o", "out")
-    assert "would be of both x/a.png and y/a.png" in " ".join(message.split())
+    assert "would be written for both x/a.png and y/a.png" in " ".join(message.split())

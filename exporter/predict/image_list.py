@@ -1,4 +1,4 @@
-"""Images by their names, in order, with what tells them from other images."""
+"""Images in order: names, paths, and a digest that tells when they changed."""
 
 from __future__ import annotations
 
