@@ -124,13 +124,13 @@ def run(artifact: Path, folder: Path, expected: bytes, total: int, chance: rando
     """One verification with kills and full disks."""
     with small_disk() as disk:
         out = disk / "report.json"
-        shards = out.with_name(f".{out.name}.shards") / "shards"
+        stored = out.with_name(f".{out.name}.shards")
         words = [COMMAND, "verify", artifact, "--data", folder, "--on", "ray", "--shard-size", str(SHARD), "-o", out]
         kinds = [chance.choice(list(KINDS)) for _ in range(chance.randint(1, 3))]
         killed: list[str] = []
         kept = repeated = commands = 0
         while not out.exists() and commands < TRIES:
-            before = len(list(shards.glob("*.shard")))
+            before = len(list(stored.rglob("*.shard")))
             text, now = _disturbed(list(map(str, words)), kinds[len(killed) :], disk, chance)
             commands, killed, kept = commands + 1, [*killed, *now], kept + before
             if measuring := re.search(r"in (\d+) shards of up to", text):
@@ -146,7 +146,7 @@ def _disturbed(words: list[str], kinds: list[str], disk: Path, chance: random.Ra
     with tempfile.TemporaryFile("w+") as messages:
         command = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=messages, text=True, env=caches)
         started: dict[int, psutil.Process] = {}
-        moments = [(kind, time.monotonic() + chance.uniform(2, 20) * (index + 1)) for index, kind in enumerate(kinds)]
+        moments = [(kind, time.monotonic() + chance.uniform(2, 10) * (index + 1)) for index, kind in enumerate(kinds)]
         while command.poll() is None and time.monotonic() < end:
             started |= descendants(command)
             if moments and time.monotonic() > moments[0][1] and disturb(moments[0][0], command, filler):
