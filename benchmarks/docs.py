@@ -136,7 +136,7 @@ def tables() -> dict[str, str]:
     ]
     cases = peers.load(AMX / "peers")
     typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
-    disturbed = msgspec.json.decode((GENOA / "chaos.json").read_bytes(), type=chaos.Result)
+    disturbed = msgspec.json.decode((AMX / "chaos.json").read_bytes(), type=chaos.Result)
     scaled = msgspec.json.decode((AMX / "scale.json").read_bytes(), type=scale.Result)
     raced = _race()
     by_size = _sizes()
