@@ -66,7 +66,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
-        if ignored := _changed(options, ("data", *TIMED)):
+        if ignored := _changed(options, ("data", "device", *TIMED)):
             raise BadRequest(f"--{ignored[0]}: two reports are compared as they are; leave it out")
         return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
