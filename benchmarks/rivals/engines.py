@@ -66,8 +66,8 @@ def _built(network: Network, way: str, precision: str) -> Engine:
     row = Engine(network=network.name, way=way, precision=precision)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = (_ours if way == "ours" else _exported)(network, precision, Path(folder))
-            return replace(row, bytes=made.path.stat().st_size, kernels=len(plan.read(made)))
+            engine = (_ours if way == "ours" else _exported)(network, precision, Path(folder))
+            return replace(row, bytes=engine.path.stat().st_size, kernels=len(plan.read(engine)))
         except Exception as error:  # noqa: BLE001  (of other tools, each with errors of its own)
             return replace(row, failure=first_line(error))
 

@@ -168,7 +168,8 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
     is_rate = METRICS[limit.metric].higher_is_better
     batches = [_streams(report, case) if is_rate else 1 for report in (base, head)]
     logs = [
-        np.log([of([launch]) / n for launch in launches]) for launches, n in zip((before, after), batches, strict=True)
+        np.log([of([launch]) / count for launch in launches])
+        for launches, count in zip((before, after), batches, strict=True)
     ]
     eager = [_eager(report, case, len(launches)) for report, launches in ((base, before), (head, after))]
     if eager[0] is not None and eager[1] is not None:

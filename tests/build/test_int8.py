@@ -392,6 +392,6 @@ def test_parts_of_a_head_that_is_kept_are_not_tried_again():
         return Candidate(kept, None, report)
 
     measured = {"decode_head.fpn_convs.0": 3.0, "stages.1.0": 2.0, "stages.0.0": 1.0, "stages.2.0": 0.5}
-    found = search(None, judge, lambda: measured, ("head",))
-    assert found.best.kept == ("head", "stages.1.0")
+    result = search(None, judge, lambda: measured, ("head",))
+    assert result.best.kept == ("head", "stages.1.0")
     assert not any("decode_head.fpn_convs.0" in kept for kept in tried)

@@ -324,7 +324,9 @@ def test_answers_are_paired_only_on_the_same_images(photographs, onnx_copy, run,
     assert "different images" in refused(2, "compare", reports["one"], reports["two"], *limit)
 
 
-@pytest.mark.parametrize("words", [("--data", "val"), ("--device", "cpu"), ("--batch", "8"), ("--threads", "4"), ("--duration", "60")])
+@pytest.mark.parametrize(
+    "words", [("--data", "val"), ("--device", "cpu"), ("--batch", "8"), ("--threads", "4"), ("--duration", "60")]
+)
 def test_options_that_have_no_effect_on_reports_are_refused(words, tmp_path, refused):
     saved(tmp_path / "a.json", timed())
     message = refused(2, "compare", tmp_path / "a.json", tmp_path / "a.json", *words)
