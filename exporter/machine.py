@@ -304,3 +304,10 @@ def gpu() -> dict[str, str] | None:
     words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None
+
+
+def identity() -> list[object]:
+    """What results of this machine depend on, for cache keys: its processor, instruction sets, cores and GPU."""
+    name, isa = cpu()
+    found = gpu()
+    return [name, isa, cores(), *([found["name"]] if found else [])]

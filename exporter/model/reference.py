@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest, Unavailable, first_line, some
 from exporter.model import checkpoint, sources, weights
@@ -83,6 +86,36 @@ def load(spec: str, loaded: weights.Checkpoint, source: str, choices: Choices = 
     return of_module(module.cpu().float())
 
 
+def fingerprint(spec: str | None) -> str:
+    """Cache key of a reference: the version of a library; for a module of the user, a digest of the Python files of its
+    package, or of the folder that it lies in. Other modules that these import do not count."""
+    if spec is None:
+        return ""
+    package = spec.partition(":")[0].partition(".")[0]
+    with _this_folder():
+        found = importlib.util.find_spec(package)
+    if found is None:
+        return ""
+    if spec in LIBRARIES:
+        return importlib.metadata.version(package)
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    if not folders and found.origin is not None:
+        files = list(Path(found.origin).parent.glob("*.py"))
+    return hashlib.sha256("".join(map(sha256_file, sorted(files))).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _this_folder() -> Iterator[None]:
+    """Within, modules of the working directory are found first."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def of_module(module: nn.Module) -> Reference:
     """A live module as a reference, in eval mode."""
     kind = type(module)
@@ -108,20 +141,18 @@ def _of_callable(spec: str) -> nn.Module:
     from torch import nn
 
     name, _, function = spec.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        if importlib.util.find_spec(name) is None:
-            raise BadRequest(f"--reference {spec}: no module {name} in this folder or among the installed ones")
-        factory = getattr(importlib.import_module(name), function, None)
-        if factory is None:
-            raise BadRequest(f"--reference {spec}: {name} has no {function}")
-        module = factory()
+        with _this_folder():
+            if importlib.util.find_spec(name) is None:
+                raise BadRequest(f"--reference {spec}: no module {name} in this folder or among the installed ones")
+            factory = getattr(importlib.import_module(name), function, None)
+            if factory is None:
+                raise BadRequest(f"--reference {spec}: {name} has no {function}")
+            module = factory()
     except BadRequest:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001  (the user's own code)
         raise BadRequest(f"--reference {spec}: it raised {type(error).__name__}: {first_line(error)}") from None
-    finally:
-        sys.path.remove(str(Path.cwd()))
     if not isinstance(module, nn.Module):
         raise BadRequest(f"--reference {spec}: it returned {type(module).__name__}, expected a torch.nn.Module")
     return module

@@ -15,7 +15,7 @@ from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest
-from exporter.model import weights
+from exporter.model import reference, weights
 from exporter.optimize.options import Request
 
 T = TypeVar("T")
@@ -38,13 +38,13 @@ def key_of(request: Request) -> str:
     for name in ("calib", "data"):
         del fields["quantization"][name]
     del fields["checks"]["data"]
-    cpu, isa = machine.cpu()
     facts = {
         "request": fields,
         "weights": of_weights,
         "calib": fingerprint(quantization.calib),
         "data": fingerprint(quantization.data) if quantization.data else None,
-        "machine": [cpu, isa, machine.cores()],
+        "reference": reference.fingerprint(model.reference),
+        "machine": machine.identity(),
         "versions": backends.versions(),
         "version": VERSION,
     }

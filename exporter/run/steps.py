@@ -18,7 +18,7 @@ from exporter.artifact.sidecar import Record
 from exporter.bench.latency import BenchOptions
 from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, Unavailable
-from exporter.model import weights
+from exporter.model import reference, weights
 from exporter.progress import note
 from exporter.recipe import Bench, Recipe
 from exporter.recipe.file import NOT_PATHS
@@ -77,6 +77,7 @@ class Steps:
         if recipe.quantization is not None:
             del fields["quantization"]["calib"]
             quantization = recipe.quantization
+            facts |= {"reference": reference.fingerprint(model.reference)}
             facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
             facts |= {"outputs": recipe.checks.outputs, "threshold": recipe.checks.threshold}
             facts |= {"when_unsure": when_unsure(recipe.checks.when_unsure)}
@@ -85,7 +86,7 @@ class Steps:
             facts |= {"data": fingerprint(quantization.data) if quantization.data else None}
         this_cpu = recipe.quantization is not None and recipe.quantization.cpu == "this"
         if recipe.export.form == "auto" or this_cpu:
-            facts |= {"machine": _machine()}
+            facts |= {"machine": machine.identity()}
         return facts
 
     def _verify(self, artifact: Artifact) -> dict[str, Any]:
@@ -94,14 +95,27 @@ class Steps:
         del options["weights"]
         options["when_unsure"] = when_unsure(self.recipe.checks.when_unsure)
         # Which machines will measure the shards is not known yet: the cluster's address stands for them.
-        where = self.cluster if "://" in self.cluster else _machine()
-        return {"artifact": artifact.sidecar.sha256, "options": options, "images": images, "machine": where}
+        where = self.cluster if "://" in self.cluster else machine.identity()
+        of_reference = reference.fingerprint(self.recipe.model.reference)
+        return {
+            "artifact": artifact.sidecar.sha256,
+            "options": options,
+            "images": images,
+            "machine": where,
+            "reference": of_reference,
+        }
 
     def _bench(self, artifact: Artifact) -> dict[str, Any]:
         options = msgspec.to_builtins(bench_options(self.recipe))
         for name in ("weights", "min_speedup", "max_p50_ms"):  # limits are judged anew each time
             del options[name]
-        return {"artifact": artifact.sidecar.sha256, "options": options, "machine": _machine()}
+        of_reference = reference.fingerprint(self.recipe.model.reference)
+        return {
+            "artifact": artifact.sidecar.sha256,
+            "options": options,
+            "machine": machine.identity(),
+            "reference": of_reference,
+        }
 
     def artifact(self) -> Artifact | None:
         """The artifact of this recipe, if it is whole and its inputs are unchanged."""
@@ -186,14 +200,8 @@ def _version(backend: str) -> str:
         return ""
 
 
-def _machine() -> list[object]:
-    cpu, isa = machine.cpu()
-    gpu = machine.gpu()
-    return [cpu, isa, machine.cores(), *([gpu["name"]] if gpu else [])]
-
-
 def _machine_text() -> str:
-    cpu, isa, cores, *gpu = _machine()
+    cpu, isa, cores, *gpu = machine.identity()
     return ", ".join(map(str, [cpu, f"{cores} cores", *(isa if isinstance(isa, list | tuple) else [isa]), *gpu]))
 
 

@@ -15,7 +15,7 @@ from exporter.errors import BadRequest, CheckFailed, Unavailable
 from exporter.optimize import candidates, publish, search, tables
 from exporter.optimize.builds import Builder
 from exporter.optimize.search import Search
-from exporter.optimize.store import Store
+from exporter.optimize.store import Store, key_of
 from exporter.recipe import Checks
 from tests.conftest import snapshot, write_tiny
 from tests.optimize import fakes
@@ -262,6 +262,20 @@ def test_nothing_but_the_artifact_is_left_in_the_folder(outcome, tmp_path):
 def test_the_number_of_images_holds_for_calibration_images_too(request_of, tmp_path):
     few = replace(request_of(), checks=Checks(samples=3))
     assert Search(few, tmp_path, *candidates.find(few), fakes.opened).samples.total == 3
+
+
+@pytest.mark.parametrize("changed", ["gpu", "reference"])
+def test_a_search_of_another_gpu_or_reference_is_another(changed, request_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "searched_network.py").write_text("def build(): ...")
+    request = request_of()
+    request = replace(request, model=replace(request.model, reference="searched_network:build"))
+    before = key_of(request)
+    if changed == "gpu":
+        monkeypatch.setattr("exporter.machine.gpu", lambda: {"name": "Another GPU"})
+    else:
+        (tmp_path / "searched_network.py").write_text("def build(): print()")
+    assert key_of(request) != before
 
 
 def test_a_segmenter_is_judged_by_its_pixels(request_of, tiny_upernet, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from exporter import machine
+from exporter.recipe import Bench
 from exporter.report import Finding, Report
 from exporter.run.steps import Part, Steps
 from tests.conftest import copy_artifact, recipe_of
@@ -58,3 +59,17 @@ def test_a_stored_build_that_names_no_machine_is_of_another(steps):
     start = content.index('"machine":')
     path.write_text(content[: start - 1] + content[content.index('"', start + len('"machine":') + 1) + 1 :])
     assert steps.part("build", artifact).report.find("gain").value is None
+
+
+@pytest.mark.parametrize(("step", "changes"), [("verify", True), ("bench", True), ("build", False)])
+def test_results_against_a_module_of_the_user_end_with_its_code(step, changes, steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users_network.py").write_text("from users_blocks import build")
+    (tmp_path / "users_blocks.py").write_text("build = None")
+    made = steps[1] if step != "build" else None
+    recipe = recipe_of(weights=steps[0].recipe.model.weights, reference="users_network:build", bench=Bench())
+    own = Steps(recipe, tmp_path, tmp_path)
+    before = own.key(step, made)
+    assert own.key(step, made) == before
+    (tmp_path / "users_blocks.py").write_text("build = print")
+    assert (own.key(step, made) != before) == changes
