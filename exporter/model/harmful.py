@@ -25,11 +25,13 @@ _PATH_NAMES = """
     torchvision.datasets.utils pandas.read_pickle pandas.io huggingface_hub transformers.utils.hub yaml.load
     yaml.unsafe_load
 """
-# Of `builtins`, everything else is refused: eval, exec, open, getattr and the like.
+# Of `builtins`, everything else is refused: eval, exec, open and the like. `getattr` is how old protocols name what
+# lies inside a class; the interpreter looks nothing up, and checks the whole name.
 _BUILTIN_NAMES = """
     set frozenset complex bytearray bytes list dict tuple int float bool str slice range object type Ellipsis
-    NotImplemented NotImplementedType
+    NotImplemented NotImplementedType getattr
 """
+GETATTR = "builtins.getattr"
 MODULES = frozenset(_MODULE_NAMES.split())
 _PATHS = tuple(_PATH_NAMES.split())
 _BUILTINS = frozenset(_BUILTIN_NAMES.split())

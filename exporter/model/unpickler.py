@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from exporter.model.harmful import checked
+from exporter.model.harmful import GETATTR, Harmful, checked
 
 MAX_MEMBERS = 1 << 22
 
@@ -155,6 +155,9 @@ class Unpickler:
         """Push what our constructor of this name builds, or a stub."""
         if not isinstance(function, Stub):
             raise Damage(f"it calls a {type(function).__name__}")
+        if function.name == GETATTR:
+            self.stack.append(_inner(arguments))
+            return
         build = self.constructors.get(function.name)
         if build is None or not isinstance(arguments, tuple):
             self.stack.append(Stub(function.name))
@@ -163,6 +166,17 @@ class Unpickler:
             self.stack.append(build(self, arguments))
         except (ValueError, LookupError, TypeError, ArithmeticError):  # of other arguments than the real one takes
             self.stack.append(Stub(function.name))
+
+
+def _inner(arguments: Any) -> Stub:
+    """What `getattr(CLASS, NAME)` names, as protocols below 4 pickle it.
+
+    Raises: Harmful for a harmful name, and for a getattr of anything else.
+    """
+    if not (isinstance(arguments, tuple) and list(map(type, arguments)) == [Stub, str]):
+        raise Harmful(GETATTR)
+    root, _, path = f"{arguments[0].name}.{arguments[1]}".partition(".")
+    return Stub(checked(root, path))
 
 
 def _global(machine: Unpickler, argument: str) -> None:

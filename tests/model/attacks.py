@@ -111,6 +111,11 @@ HARMFUL = {
     "inst": (b"(" + COMMAND + b"ios\nsystem\n", "os.system"),
     "obj": (b"(" + SYSTEM + COMMAND + b"o", "os.system"),
     "setstate": (UNKNOWN + b")\x81}" + text("__setstate__") + SYSTEM + b"sb", "os.system"),
+    "getattr of a class": (name("builtins", "getattr") + name("torch", "serialization") + text("os.system") + b"\x86R"
+        + COMMAND + b"\x85R", "os.system"),
+    "getattr step by step": (name("builtins", "getattr") + name("builtins", "getattr") + name("torch", "serialization")
+        + text("os") + b"\x86R" + text("system") + b"\x86R" + COMMAND + b"\x85R", "os.system"),
+    "getattr of an object": (name("builtins", "getattr") + b"}" + text("update") + b"\x86R", "builtins.getattr"),
     "factory": (name("collections", "defaultdict") + SYSTEM + b"\x85R", "os.system"),
     "partial": (name("functools", "partial") + SYSTEM + COMMAND + b"\x86R", "os.system"),
     "storage type": (b"(" + text("storage") + SYSTEM + text("0") + text("cpu") + number(1) + b"tQ", "os.system"),

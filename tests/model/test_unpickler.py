@@ -166,6 +166,25 @@ def test_configurations_of_omegaconf_and_mmengine_become_plain(tmp_path):
     assert content.notes == ("skipped 1 objects of other programs: mmengine.logging.history_buffer.HistoryBuffer",)
 
 
+class HistoryBuffer:
+    """As mmengine's: its state holds functions of the class, which protocol 2 pickles by getattr."""
+
+    def mean(self):
+        """Not called."""
+
+    def __getstate__(self):
+        return {"statistics": {"mean": HistoryBuffer.mean}, "log": np.ones(3)}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_functions_of_a_class_are_named_and_not_looked_up(zipped, tmp_path):
+    beside = {"message_hub": {"loss": HistoryBuffer()}, "state_dict": STATE}
+    torch.save(beside, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    content = checkpoint.read(tmp_path / "a.pth")
+    assert content.tensors.keys() == STATE.keys()
+    assert any("test_unpickler.HistoryBuffer" in note for note in content.notes)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_every_floating_type_and_view_reads_as_it_was_written(dtype, zipped, tmp_path):
