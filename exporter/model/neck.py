@@ -6,13 +6,13 @@ and classify boxes, are left out by name.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, first_line, some
+from exporter.model import openmmlab
 from exporter.model.levels import Pyramid
 from exporter.model.shapes import numbered
 
@@ -35,7 +35,6 @@ _USUAL: dict[str, tuple[object, ...]] = {
 _READ = ("num_outs", "add_extra_convs", "extra_convs_on_inputs", "relu_before_extra_convs", "start_level",
          "in_channels")  # fmt: skip
 _SHOWN = ("out_channels", "end_level", "no_norm_on_lateral", "init_cfg")  # the weights show them, or no norm has them
-MOST_TEXT = 10**6  # characters of a configuration
 _LEAVE_OUT = "--head none leaves the pyramid out"
 
 
@@ -174,16 +173,7 @@ def stated_neck(text: str) -> object:
     """
     problem, necks = "", list[object]()
     try:
-        if len(text) > MOST_TEXT:
-            raise ValueError(f"it is longer than {MOST_TEXT:,} characters")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.keyword) and node.arg == "neck":
-                necks.append(_literal(node.value))
-            elif isinstance(node, ast.Dict):
-                pairs = zip(node.keys, node.values, strict=True)
-                necks += [
-                    _literal(value) for key, value in pairs if isinstance(key, ast.Constant) and key.value == "neck"
-                ]
+        necks = openmmlab.literals(text, "neck")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         problem = first_line(error)
     if not problem and any(neck != necks[0] for neck in necks):
@@ -191,18 +181,3 @@ def stated_neck(text: str) -> object:
     if problem:
         raise BadRequest(f"the neck in the configuration of the checkpoint cannot be read ({problem}); {_LEAVE_OUT}")
     return necks[0] if necks else None
-
-
-def _literal(node: ast.expr) -> Any:
-    """The value of an expression of literals, among which `dict(key=value)` counts.
-
-    Raises: ValueError for another expression.
-    """
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if isinstance(node, ast.Dict):
-        pairs = zip(node.keys, node.values, strict=True)
-        return {ast.literal_eval(key) if key else None: _literal(value) for key, value in pairs}
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(one) for one in node.elts]
-    return ast.literal_eval(node)

@@ -6,15 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from exporter.artifact.sidecar import Preprocessing, as_size
-from exporter.errors import BadRequest
-from exporter.model import labels, processors, stated
+from exporter.model import labels, openmmlab, processors, stated
 from exporter.model.processors import Read
 
 ORIGIN = "args of the checkpoint"
-_DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
 _TIMM_ARGS = ("img_size", "input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")
 
 
@@ -57,8 +53,8 @@ def _torchvision(args: Mapping[str, Any]) -> Read:
     size, resize = args.get("val_crop_size") or 224, args.get("val_resize_size") or 256
     keys = {"size": "val_crop_size", "resize": "val_resize_size", "interpolation": "interpolation"}
     recipe = processors.checked(size=size, resize=resize, interpolation=args.get("interpolation") or "bilinear")
-    fixed = dict.fromkeys(("crop", "mean", "std"), "default of torchvision's references")
-    return Read(recipe, fixed | {name: ORIGIN for name, key in keys.items() if args.get(key)})
+    origins = dict.fromkeys((*keys, "crop", "mean", "std"), "default of torchvision's references")
+    return Read(recipe, origins | {name: ORIGIN for name, key in keys.items() if args.get(key)})
 
 
 def _facebook(args: Mapping[str, Any]) -> Read:
@@ -154,50 +150,10 @@ def _timm_network(args: Mapping[str, Any], model: str, statements: stated.Statem
 
 
 def _openmmlab(beside: Mapping[str, Any], statements: stated.Statements) -> Read | None:
-    """Read the text of the configuration of mmsegmentation or mmdet: what the weights of UPerNet and of an FPN do not
-    show, and the pixels."""
+    """Read the text of the configuration of mmpretrain, mmsegmentation or mmdet."""
     meta = _mapping(beside.get("meta"))
     text = next((value for key in ("cfg", "config") if isinstance(value := meta.get(key), str)), "")
-    if text:
-        statements.network["configuration"] = text
-    if "UPerHead" not in text and not _DETECTOR.search(text):
-        return None
-    origin = "configuration in the checkpoint"
-    if re.search(r"\b(bgr_to_rgb|to_rgb)\s*=\s*False", text):
-        raise BadRequest(
-            "the configuration in the checkpoint says bgr_to_rgb False: the network takes BGR, which is not supported; "
-            "reverse the input channels of its first convolution, mean and std, and say True"
-        )
-    values: dict[str, Any] = {
-        name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
-    }
-    base, default = processors.DETECTOR, "published preprocessing of mmdet"
-    if "UPerHead" in text:
-        base, default = processors.UPERNET, "published preprocessing of UPerNet"
-        values |= _segmenter(text, statements, origin)
-    recipe = processors.checked(**{**msgspec.structs.asdict(base), **values})
-    names = ("size", "resize", "crop", "interpolation", "mean", "std")
-    return Read(recipe, {name: origin if name in values else default for name in names})
-
-
-def _segmenter(text: str, statements: stated.Statements, origin: str) -> dict[str, Any]:
-    """State what UPerNet's weights do not show; returns the size in the text, if it has one."""
-    if scales := _numbers(text, "pool_scales"):
-        statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, origin)
-    statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", origin)
-    tests = [match[0] for match in re.finditer(r"\btest_cfg\s*=\s*dict\((?:[^()]|\([^()]*\))*\)", text)]
-    slides = next((test for test in tests if re.search(r"mode\s*=\s*['\"]slide", test)), "")
-    windows = [int(side) for key in ("crop_size", "stride") for side in _numbers(slides, key)]
-    if len(windows) == 4 and all(windows):
-        statements.state("windows", tuple(windows), "test_cfg", windows, origin)
-    crop = _numbers(text, "crop_size")
-    return dict.fromkeys(("size", "resize"), as_size(int(crop[0]), int(crop[-1]))) if crop else {}
-
-
-def _numbers(text: str, key: str) -> tuple[float, ...]:
-    """The numbers of the first list or tuple with this key in a Python configuration, () where there is none."""
-    match = re.search(rf"\b{key}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
-    return tuple(float(number) for number in re.findall(r"[\d.]+", match[1])) if match else ()
+    return openmmlab.read(text, statements) if text else None
 
 
 def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

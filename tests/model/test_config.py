@@ -298,6 +298,76 @@ def test_args_of_timms_script_are_read():
         from_training({"args": {"model_kwargs": {"use_xyz": 1}}})
 
 
+@pytest.mark.parametrize("sizes", [(288, 320), (240, None), (None, 320)])
+def test_args_of_torchvisions_script_are_read(sizes):
+    crop, resize = sizes
+    config = from_training({"args": argparse.Namespace(val_crop_size=crop, val_resize_size=resize)})
+    recipe, origins = known(config, "torchvision", VARIANTS["tiny"], "x").resolve()
+    assert (recipe.size, recipe.resize, recipe.interpolation) == (crop or 224, resize or 256, "bilinear")
+    assert origins["interpolation"] == "default of torchvision's references"
+
+
+MMPRETRAIN = """
+data_preprocessor = dict(mean=[127.5, 127.5, 51], num_classes=10, std=[51.0, 51.0, 51.0], to_rgb=True)
+model = dict(
+    backbone=dict(act_cfg=dict(type='ReLU'), arch='atto', norm_cfg=dict(eps=1e-5, type='LN2d'), type='ConvNeXt'),
+    head=dict(type='LinearClsHead', num_classes=10),
+    type='ImageClassifier')
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(backend='pillow', edge='short', interpolation='bilinear', scale=300, type='ResizeEdge'),
+    dict(crop_size=288, type='CenterCrop'),
+    dict(type='PackInputs'),
+]
+"""
+
+
+def test_the_configuration_of_mmpretrain_is_read():
+    config = from_training({"meta": {"cfg": MMPRETRAIN}})
+    assert (config.network["act"], config.network["norm_eps"]) == ("relu", 1e-5)
+    recipe, origins = known(config, "openmmlab", VARIANTS["atto"], "x").resolve()
+    assert (recipe.size, recipe.resize, recipe.crop, recipe.interpolation) == (288, 300, "center", "bilinear")
+    assert (recipe.mean, recipe.std) == ((0.5, 0.5, 0.2), (0.2, 0.2, 0.2))
+    assert set(origins.values()) == {"configuration in the checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ("dict(type='Resize', scale=384, backend='pillow', interpolation='bicubic')", (384, 384, "squash", "bicubic")),
+        ("dict(type='Resize', size=(256, -1), backend='pillow'), dict(type='CenterCrop', crop_size=224)",
+         (224, 256, "center", "bilinear")),
+        ("dict(type='ResizeEdge', scale=256, backend='cv2'), dict(type='mmpretrain.CenterCrop', crop_size=(224, 224))",
+         (224, 256, "center", "bilinear")),
+    ],
+)  # fmt: skip
+def test_test_pipelines_of_mmpretrain_are_read(steps, expected):
+    config = from_training({"meta": {"config": f"test_pipeline = [{steps}]"}})
+    recipe, _ = known(config, "openmmlab", VARIANTS["tiny"], "x").resolve()
+    assert (recipe.size, recipe.resize, recipe.crop, recipe.interpolation) == expected
+    assert any("OpenCV" in note for note in config.notes) == ("cv2" in steps)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("to_rgb=True", "to_rgb=False", "says to_rgb False: the network takes BGR"),
+        (", to_rgb=True", "", "a data_preprocessor without to_rgb, which is False by default: the network takes BGR"),
+        ("ReLU", "HSwish", r"backbone\.act_cfg is {'type': 'HSwish'}; not supported"),
+        ("LN2d", "BN", r"backbone\.norm_cfg is .*'BN'.*; not supported"),
+        ("arch='atto'", "arch='atto', gap_before_final_norm=False", r"backbone\.gap_before_final_norm is False; not"),
+        ("edge='short'", "edge='long'", "test_pipeline .* is not followed"),
+        ("dict(crop_size=288, type='CenterCrop'),", "", "is not followed .it has no CenterCrop.; give --resize N"),
+        ("PackInputs", "Pad", "is not followed .Pad.; give --resize N --crop-mode"),
+    ],
+)
+def test_settings_of_mmpretrain_that_are_not_followed_are_refused(old, new, message):
+    with pytest.raises(BadRequest, match=message):
+        known(
+            from_training({"meta": {"cfg": MMPRETRAIN.replace(old, new)}}), "openmmlab", VARIANTS["atto"], "x"
+        ).resolve()
+
+
 @pytest.mark.parametrize(
     ("size", "pct", "expected"),
     [(224, None, (256, "center")), (224, 0.9, (248, "center")), (384, 0.9, (384, "squash"))],

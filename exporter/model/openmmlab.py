@@ -1,0 +1,211 @@
+"""What the configuration of OpenMMLab in a checkpoint says of the network and of the pixels that it takes.
+
+It is a text of Python, which is parsed and never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from exporter.artifact.sidecar import Preprocessing, as_size
+from exporter.errors import BadRequest
+from exporter.model import processors
+from exporter.model.processors import RESAMPLING, Read, Unclear
+from exporter.model.stated import Keys, Statements, one_of
+
+ORIGIN = "configuration in the checkpoint"
+MOST_TEXT = 10**6  # characters
+_DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
+_ACTS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+_LAYER_NORM_EPS = 1e-5  # of torch.nn.LayerNorm, where norm_cfg has none
+_BACKBONE: Keys = {
+    "act_cfg": ("act", lambda value: one_of(_ACTS)(value["type"])),
+    "norm_cfg": ("norm_eps", lambda value: _eps(**value)),
+}
+# Steps of a test pipeline that move no pixel.
+_IDLE_STEPS = {"LoadImageFromFile", "PackInputs", "PackClsInputs", "Normalize", "ImageToTensor", "ToTensor", "Collect"}
+
+
+def read(text: str, statements: Statements) -> Read | None:
+    """Read what weights do not show, and the preprocessing; None where it says nothing of pixels.
+
+    Raises: BadRequest for a network that takes BGR, and for settings that are not supported.
+    """
+    statements.network["configuration"] = text
+    _refuse_bgr(text)
+    for backbone in _settings(text, "backbone"):
+        if isinstance(backbone, dict) and "ConvNeXt" in str(backbone.get("type")):
+            _read_backbone(backbone, statements)
+    values: dict[str, Any] = {
+        name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
+    }
+    unclear: tuple[Unclear, ...] = ()
+    base, default = Preprocessing(), "default"
+    if "UPerHead" in text:
+        base, default = processors.UPERNET, "published preprocessing of UPerNet"
+        values |= _read_segmenter(text, statements)
+    elif _DETECTOR.search(text):
+        base, default = processors.DETECTOR, "published preprocessing of mmdet"
+    elif pipeline := _test_pipeline(text):
+        try:
+            values |= _geometry(pipeline, statements)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"the test_pipeline in the {ORIGIN} is not followed ({error}); give --resize N --crop-mode "
+            unclear = (Unclear(f"{reason}center|squash|border", ("resize", "crop_mode")),)
+    elif not values:
+        return None
+    recipe = processors.checked(**{**msgspec.structs.asdict(base), **values})
+    names = ("size", "resize", "crop", "interpolation", "mean", "std")
+    return Read(recipe, {name: ORIGIN if name in values else default for name in names}, unclear)
+
+
+def literals(text: str, key: str) -> list[Any]:
+    """The values of every setting with this key: an assignment, an argument of a call, or an entry of a dictionary.
+
+    Raises: ValueError, SyntaxError and others for a text that cannot be parsed, and for a value that is no literal.
+    """
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it is longer than {MOST_TEXT:,} characters")
+    values: list[tuple[object, ast.expr]] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.keyword):
+            values += [(node.arg, node.value)]
+        elif isinstance(node, ast.Assign):
+            values += [(to.id, node.value) for to in node.targets if isinstance(to, ast.Name)]
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            values += [(name.value, value) for name, value in pairs if isinstance(name, ast.Constant)]
+    return [_literal(value) for name, value in values if name == key]
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of an expression of literals, among which `dict(key=value)` counts.
+
+    Raises: ValueError for another expression.
+    """
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {ast.literal_eval(key) if key else None: _literal(value) for key, value in pairs}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(one) for one in node.elts]
+    return ast.literal_eval(node)
+
+
+def _settings(text: str, key: str) -> list[Any]:
+    """As `literals`; [] where they cannot be read."""
+    try:
+        return literals(text, key)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return []
+
+
+def _refuse_bgr(text: str) -> None:
+    """Raises: BadRequest where images are not turned from BGR, as OpenMMLab reads them, into RGB."""
+    says_no = re.search(r"\b(bgr_to_rgb|to_rgb)\s*=\s*False", text)
+    silent = any(
+        isinstance(one, dict) and "mean" in one and not {"bgr_to_rgb", "to_rgb"} & one.keys()
+        for one in _settings(text, "data_preprocessor")
+    )
+    if says_no or silent:
+        said = "says to_rgb False" if says_no else "has a data_preprocessor without to_rgb, which is False by default"
+        raise BadRequest(
+            f"the {ORIGIN} {said}: the network takes BGR, which is not supported; reverse the input channels of its "
+            "first convolution, mean and std, and say True"
+        )
+
+
+def _read_backbone(backbone: Mapping[str, Any], statements: Statements) -> None:
+    if backbone.get("gap_before_final_norm") is False:
+        raise statements.refuse("backbone.gap_before_final_norm", False)
+    statements.read(backbone, _BACKBONE, "backbone.")
+
+
+def _eps(type: str, eps: float = _LAYER_NORM_EPS, **more: Any) -> float:
+    """The eps of a norm_cfg.
+
+    Raises: ValueError for another norm than LayerNorm.
+    """
+    if type not in ("LN", "LN2d") or set(more) - {"requires_grad"} or not 0 <= float(eps) < 1:
+        raise ValueError
+    return float(eps)
+
+
+def _test_pipeline(text: str) -> list[Any]:
+    """The steps from a file to the network, [] where the configuration has none that is a list."""
+    loaders = [one for one in _settings(text, "test_dataloader") if isinstance(one, dict)]
+    datasets = [one["dataset"] for one in loaders if isinstance(one.get("dataset"), dict)]
+    pipelines = [*_settings(text, "test_pipeline"), *(one.get("pipeline") for one in datasets)]
+    return next((one for one in pipelines if isinstance(one, list) and one), [])
+
+
+def _geometry(pipeline: Sequence[Any], statements: Statements) -> dict[str, Any]:
+    """Size, resize, crop and interpolation of a test pipeline of mmpretrain.
+
+    Raises: ValueError and others for steps that are not followed.
+    """
+    values: dict[str, Any] = {}
+    for step in pipeline:
+        kind = str(step["type"]).rpartition(".")[2]
+        if kind in ("Resize", "ResizeEdge") and not values:
+            values = _resize(kind, step)
+            if step.get("backend", "cv2") != "pillow":
+                statements.notes.append(f"{ORIGIN}: images were resized by OpenCV, and here by Pillow")
+        elif kind == "CenterCrop" and values and set(step) <= {"type", "crop_size"}:
+            values["size"] = _side(step["crop_size"])
+        elif kind not in _IDLE_STEPS:
+            raise ValueError(kind)
+    if values.get("crop") == "squash":
+        values.setdefault("size", values["resize"])
+    if "size" not in values:
+        raise ValueError("it has no CenterCrop" if values else "it has no Resize")
+    return values
+
+
+def _resize(kind: str, step: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `ResizeEdge` (the short side), of `Resize` with a number (both sides), and of old ones with (N, -1)."""
+    interpolation = step.get("interpolation", "bilinear")
+    if interpolation not in RESAMPLING.values() or step.get("keep_ratio") or step.get("edge", "short") != "short":
+        raise ValueError(f"{kind} with {dict(step)}")
+    scale = step.get("scale", step.get("size"))
+    short = kind == "ResizeEdge" or (isinstance(scale, list) and len(scale) == 2 and scale[1] == -1)
+    side = _side(scale[0] if short and isinstance(scale, list) else scale)
+    return {"resize": side, "crop": "center" if short else "squash", "interpolation": interpolation}
+
+
+def _side(value: Any) -> int:
+    """A side in pixels, from a number or two equal ones.
+
+    Raises: ValueError for others.
+    """
+    sides = set(value) if isinstance(value, list) else {value}
+    side = sides.pop()
+    if sides or type(side) is not int or side < 1:
+        raise ValueError(f"a size of {value}")
+    return side
+
+
+def _read_segmenter(text: str, statements: Statements) -> dict[str, Any]:
+    """State what UPerNet's weights do not show; returns the size in the text, if it has one."""
+    if scales := _numbers(text, "pool_scales"):
+        statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, ORIGIN)
+    statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", ORIGIN)
+    tests = [match[0] for match in re.finditer(r"\btest_cfg\s*=\s*dict\((?:[^()]|\([^()]*\))*\)", text)]
+    slides = next((test for test in tests if re.search(r"mode\s*=\s*['\"]slide", test)), "")
+    windows = [int(side) for key in ("crop_size", "stride") for side in _numbers(slides, key)]
+    if len(windows) == 4 and all(windows):
+        statements.state("windows", tuple(windows), "test_cfg", windows, ORIGIN)
+    crop = _numbers(text, "crop_size")
+    return dict.fromkeys(("size", "resize"), as_size(int(crop[0]), int(crop[-1]))) if crop else {}
+
+
+def _numbers(text: str, key: str) -> tuple[float, ...]:
+    """The numbers of the first list or tuple with this key in a Python configuration, () where there is none."""
+    match = re.search(rf"\b{key}\s*=\s*[\[(]([\d.,\s]+)[\])]", text)
+    return tuple(float(number) for number in re.findall(r"[\d.]+", match[1])) if match else ()
