@@ -126,9 +126,9 @@ def _content(path: Path, part: parts.Part, tensor: Callable[[Any], Tensor]) -> t
             f"{path}: refused, its tensors claim {claimed} elements, more than its {path.stat().st_size} bytes"
         )
     tensors = {key: tensor(value).detach() for key, value in weights.items()}
-    if not tensors:
+    if not any(tensor.ndim for tensor in tensors.values()):
         raise BadRequest(
-            f"{path}: no weights in it: {len(dropped)} tensors ({some(dropped)}), none with floating point"
+            f"{path}: no weights in it: {len(held)} tensors ({some(list(held))}), none with floating point and axes"
         )
     notes = part.notes
     if dropped:
@@ -137,10 +137,10 @@ def _content(path: Path, part: parts.Part, tensor: Callable[[Any], Tensor]) -> t
 
 
 def _is_weight(value: Any) -> bool:
-    """Whether a tensor has axes, elements and floating point: counts and indices do not take part in inference."""
+    """Whether a tensor has elements and floating point: counts and indices do not take part in inference."""
     if isinstance(value, Pointer):
-        return value.is_floating_point and value.elements > 0 and len(value.size) > 0
-    return bool(value.is_floating_point()) and value.numel() > 0 and value.ndim > 0
+        return value.is_floating_point and value.elements > 0
+    return bool(value.is_floating_point()) and value.numel() > 0
 
 
 def _refuse_other_kinds(path: Path, state: Mapping[Any, Any]) -> None:

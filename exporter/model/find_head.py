@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
     from exporter.model.layouts import Choices, Converted
 
-# Names of layers that may stand between the network and its classifier, and of what is only used in training.
+# Names of layers that may stand between the network and its classifier, and of what is only used in training, by the
+# words of the name: "semantic" has no "ema" in it, and "mean_pool" is no mean.
 _BETWEEN = re.compile(r"neck|pool|gem|att(n|ention)|temperature|scale|(^|_)(norm|bn)\d*$|(batch|layer)_?norm", re.I)
-_BESIDE = re.compile(r"aux|loss|criterion|metric|acc|dec|ema|teacher|momentum|swa|average|mask|distill|mean|std", re.I)
+_BESIDE = re.compile(
+    r"(?<![a-z])(aux|loss|criterion|metric|acc|dec|teacher|momentum|swa|average|distill|(ema|mask)(?![a-z])|(mean|std)$)",
+    re.I,
+)
 
 
 def take(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordered: bool) -> None:
@@ -85,19 +89,20 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
 
 
 def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -> None:
-    """Refuse a head that is found by its name where other layers lie beside it.
+    """Refuse a head that is found by its name where other layers lie beside it: by their names, or by their widths.
 
     Raises: BadRequest.
     """
-    beside: dict[str, None] = {}
-    for key in rest:
+    modules: dict[str, list[Tensor]] = {}
+    for key, tensor in rest.items():
         module = _module(key, converted.prefix)
-        parent, _, name = module.rpartition(".")
+        parent = module.rpartition(".")[0]
         inside = converted.prefix != "" and key.startswith(converted.prefix)
-        if inside or (f"{parent}." if parent else "") in converted.others:
-            continue
-        if not _BESIDE.search(name) and (name in heads.CLASSIFIERS or _BETWEEN.search(name)):
-            beside[module] = None
+        if not inside and (f"{parent}." if parent else "") not in converted.others:
+            modules.setdefault(module, []).append(tensor)
+    first = next((tensor for tensor in converted.head.state.values() if tensor.ndim == 2), None)
+    widths = _last_width(converted.state), None if first is None else int(first.shape[1])
+    beside = [module for module, tensors in modules.items() if _may_stand_between(module, tensors, widths)]
     head = place.rstrip(".")
     if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
         raise BadRequest(f"several classifiers lie in these weights; choose one: --head {' or '.join([head, *others])}")
@@ -106,6 +111,26 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
             f"{some(list(beside))} lies beside the classifier {head!r}, and the outputs may depend on it; "
             f"give --head {head} to leave it out, or compare with your model: --reference module:callable"
         )
+
+
+def _may_stand_between(module: str, tensors: Sequence[Tensor], widths: tuple[int | None, int | None]) -> bool:
+    """Whether a module's name, or its tensors, fit between the last stage and the classifier.
+
+    Args:
+        module: its name; one that says that it is only used in training never fits.
+        tensors: of the module.
+        widths: of the last stage, and of what the classifier takes.
+    """
+    name = module.rpartition(".")[2]
+    if _BESIDE.search(name):
+        return False
+    if name in heads.CLASSIFIERS or _BETWEEN.search(name):
+        return True
+    before, behind = widths
+    layers = [tensor.shape for tensor in tensors if tensor.ndim > 1]
+    if not layers:
+        return all(tensor.ndim == 1 and len(tensor) in widths for tensor in tensors)
+    return any(shape[1] == before for shape in layers) and any(shape[0] == behind for shape in layers)
 
 
 def _leave_out(converted: Converted, rest: dict[str, Tensor]) -> None:
@@ -121,10 +146,16 @@ def _taken(rest: dict[str, Tensor], place: str) -> dict[str, Tensor]:
     return {key.removeprefix(place): rest.pop(key) for key in [key for key in rest if key.startswith(place)]}
 
 
+def _last_width(state: Mapping[str, Tensor]) -> int | None:
+    """Channels of the last stage."""
+    last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
+    return None if last is None else len(last)
+
+
 def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor], prefix: str) -> list[str]:
     """A note about modules with a linear layer that fits behind the last stage, if there are any."""
-    last = state.get(f"stages.{len(block_counts(state)) - 1}.0.dwconv.weight")
-    fits = [] if last is None else [k for k, t in rest.items() if t.ndim == 2 and t.shape[1] == len(last)]
+    width = _last_width(state)
+    fits = [key for key, tensor in rest.items() if tensor.ndim == 2 and tensor.shape[1] == width]
     names = dict.fromkeys(_module(key, prefix) for key in fits)
     return [f"no classifier of a usual name; --head {' or '.join([*names][:4])} takes one"] if fits else []
 

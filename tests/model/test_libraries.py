@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections import OrderedDict
 
@@ -307,6 +308,34 @@ def test_layers_that_may_stand_in_front_of_the_classifier_are_refused_until_it_i
     with pytest.raises(BadRequest, match=rf"{name} lies beside the classifier 'head'.*--head head"):
         ours(folder, libraries.images())
     assert ours(folder, libraries.images(), head="head")[1].task == "classify"
+
+
+@pytest.mark.parametrize("name", ["fc1", "proj", "hidden", "semantic_attn", "mean_pool"])
+@pytest.mark.parametrize("layer", [torch.nn.Linear(64, 64), torch.nn.Conv2d(64, 64, 1)])
+def test_a_layer_that_fits_in_front_of_the_classifier_is_refused_whatever_its_name(name, layer, tmp_path):
+    folder = libraries.save(tmp_path, Neck(name, layer))
+    with pytest.raises(BadRequest, match=rf"{name} lies beside the classifier 'head'"):
+        ours(folder, libraries.images())
+
+
+def test_a_norm_that_fits_in_front_of_the_classifier_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match="ln lies beside the classifier 'head'"):
+        ours(libraries.save(tmp_path, Neck("ln", torch.nn.LayerNorm(64))), libraries.images())
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_scale"])
+def test_a_learned_number_beside_the_classifier_is_refused(name, tmp_path):
+    whole = Neck("unused", torch.nn.Identity())
+    whole.register_parameter(name, torch.nn.Parameter(torch.tensor(1.5)))
+    with pytest.raises(BadRequest, match=f"{name} lies beside the classifier 'head'"):
+        ours(libraries.save(tmp_path, whole), libraries.images())
+
+
+@pytest.mark.parametrize("layers", [(64, 128, 32), (64, 16)])
+def test_a_projection_to_another_width_is_left_out_with_a_note(layers, tmp_path):
+    projector = torch.nn.Sequential(*(torch.nn.Linear(*pair) for pair in itertools.pairwise(layers)))
+    whole = Neck("contrast", projector)
+    assert ours(libraries.save(tmp_path, whole), libraries.images())[1].task == "classify"
 
 
 @pytest.mark.parametrize("name", ["criterion", "loss_fn", "aux_head", "train_acc", "decoder", "mean"])
