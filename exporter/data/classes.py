@@ -16,6 +16,7 @@ from exporter.errors import BadRequest, nearest, some
 
 Label = int | tuple[int, ...]  # a class, −1 where unknown, or 0 and 1 for each label of a multi-label head
 UNKNOWN = -1
+_NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "annotations", "labels", "masks"}
 _ADD_MULTILABEL = "if the head has a sigmoid for each label, add --outputs multilabel (in compare: --fail-on map_drop)"
 
 
@@ -59,6 +60,7 @@ def match_classes(
         if len(set(numbers.values())) < len(names):
             raise BadRequest(f"{where}: {some(names)} have the same number; write each number in one way")
         return numbers
+    _refuse_splits(names, where)
     # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
     if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
         return {name: index for index, name in enumerate(sorted(names))}
@@ -67,6 +69,12 @@ def match_classes(
         f"{where}: {len(names)} classes ({some(names)}), but the model has {classes} classes and {has}; "
         "build it with --labels FILE, one name a line in the order of the classes, or give images without class folders"
     )
+
+
+def _refuse_splits(names: list[str], where: str) -> None:
+    """Raises: BadRequest for the folders of a data set that are no classes, as train and val."""
+    if {name.lower() for name in names} <= _NO_CLASSES:
+        raise BadRequest(f"{where}: {some(names)} are no classes; give one of them, as {where}/{names[-1]}")
 
 
 def classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, Label]]:

@@ -338,6 +338,11 @@ def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if folders and classes is not None and not split:
         numbers = match_classes(folders, labels, classes, str(path))
+        if not labels and folders != sorted(folders, key=lambda name: numbers[name]):
+            note(
+                f"{path}: sub-folders are taken as numbers of classes; torchvision's ImageFolder counts them as text "
+                f"({some(folders)}), so if the model was trained with it, build with --labels"
+            )
         _check_listed(path / name for name in folders)
         labelled = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     else:

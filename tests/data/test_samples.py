@@ -357,3 +357,24 @@ def test_tiff_files_of_many_pages_are_data(tmp_path):
     bands[0].save(tmp_path / "a.tiff", save_all=True, append_images=bands[1:])
     (batch,) = open_samples(str(tmp_path), of_channels(12), (), 3).batches(8)
     assert batch.images.shape == (1, 12, 32, 48)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("images", "annotations"), ("Test", "Train")])
+def test_folders_of_splits_or_masks_are_no_classes(names):
+    with pytest.raises(BadRequest, match=rf"x: .* are no classes; give one of them, as x/{sorted(names)[-1]}"):
+        match_classes(sorted(names), (), 2, "x")
+
+
+def test_numbers_that_image_folder_would_count_in_another_order_are_noted(tmp_path, notes):
+    for number in range(11):
+        (tmp_path / str(number)).mkdir()
+        Image.fromarray(synthetic.dead_leaves(40, number)).save(tmp_path / str(number) / "a.png")
+    _, labels, _ = gather(tmp_path, classes=11)
+    assert labels == [0, 1, 10, *range(2, 10)]
+    (note,) = notes
+    assert "torchvision's ImageFolder counts them as text" in note
+    gather(tmp_path, tuple("abcdefghijk"), classes=11)
+    (tmp_path / "10" / "a.png").unlink()
+    (tmp_path / "10").rmdir()
+    gather(tmp_path, classes=11)
+    assert len(notes) == 1
