@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.option(
     "--calib-size", "size", metavar="N", type=click.IntRange(1), help="Number of images; by default 256, or all."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
+@click.option("--seed", metavar="N", type=int, help="Seed of the draw; by default 0.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-def calibrate_command(source: str | None, out: Path | None, size: int | None, seed: int, as_json: bool) -> None:
+def calibrate_command(source: str | None, out: Path | None, size: int | None, seed: int | None, as_json: bool) -> None:
     """Draw the same number of images from every sub-folder of SRC, and write a manifest with their digests.
 
     If SRC is a manifest, print its content after comparing every image with its digest. Images are not copied. Without
@@ -47,19 +47,20 @@ def calibrate_command(source: str | None, out: Path | None, size: int | None, se
     from exporter.recipe import bundled
 
     if source is None:
-        if out or size:
-            raise BadRequest("-o and --calib-size are for a new set; give the folder of images too")
+        if out or size or seed is not None:
+            raise BadRequest("-o, --calib-size and --seed are for a new set; give the folder of images too")
         _print_sets(as_json)
         return
     given = bundled.find_images(source)
     listed = given.suffix.lower() in (".tsv", ".csv") and given.is_file()
-    if listed and (out or size):
+    if listed and (out or size or seed is not None):
         raise BadRequest(f"{source} is a manifest already; give a folder to create another")
     path = given if listed else out or Path("calibration") / f"{given.resolve().name}.tsv"
     with drawing():
         if not listed:
             artifact.check_output(path)
-        manifest = calibration.read(given) if listed else calibration.freeze(source, size, seed)
+            calibration.refuse_other_set(path, source)
+        manifest = calibration.read(given) if listed else calibration.freeze(source, size, seed or 0)
         calibration.check(manifest, source)
     if not listed:
         calibration.write(manifest, path)

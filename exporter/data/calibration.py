@@ -14,6 +14,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -217,15 +218,29 @@ def write(manifest: Manifest, path: Path) -> None:
 
     Raises: BadRequest for a path or class that no line of a manifest can hold.
     """
-    odd = [e.path for e in manifest.entries if any(c in e.path + e.label for c in "\t\r\n")]
+    odd = [
+        e.path for e in manifest.entries if any(c in "\t\r\n" or "\ud800" <= c <= "\udfff" for c in e.path + e.label)
+    ]
     if odd:
-        raise BadRequest(f"{some(map(repr, odd))}: a name with a tab or line break cannot be listed; rename it")
+        raise BadRequest(
+            f"{some(map(repr, odd))}: a name with a tab or line break, or that is no UTF-8, cannot be listed; rename it"
+        )
     source = manifest.source if manifest.generator else os.path.relpath(manifest.source, path.parent)
     made = {"generator": manifest.generator, "pixels": manifest.pixels, "license": manifest.license}
     facts = {"source": source, **(made if manifest.generator else {}), "seed": manifest.seed, "rule": manifest.rule}
     head = [CALIBRATION, *(f"# {key}: {value}" for key, value in facts.items()), "\t".join(COLUMNS)]
     rows = ["\t".join((entry.sha256, entry.path, entry.label)) for entry in manifest.entries]
-    write_file(path, "\n".join([*head, *rows, ""]).encode("utf-8", "surrogateescape"))
+    write_file(path, "\n".join([*head, *rows, ""]).encode())
+
+
+def refuse_other_set(path: Path, source: str) -> None:
+    """Raises: BadRequest where a manifest of this name exists that is not one of `source`, which would be replaced."""
+    if not path.is_file():
+        return
+    with suppress(BadRequest):
+        if read_manifest(path).root.resolve() == locate(source)[0].resolve():
+            return
+    raise BadRequest(f"{path}: exists, and is not a set of {source}; remove it, or give another file with -o")
 
 
 def read(path: Path) -> Manifest:
@@ -235,6 +250,7 @@ def read(path: Path) -> Manifest:
     """
     listed = read_manifest(path)
     rows = [Entry(**{column: row.get(column) or "" for column in COLUMNS}) for row in listed.rows]
+    rows = [msgspec.structs.replace(entry, sha256=entry.sha256.lower()) for entry in rows]
     bare = [entry.path for entry in rows if len(entry.sha256) != 64]
     if bare:
         raise BadRequest(f"{path}: {bare[0]} has no sha256; freeze the set with `convnext-export calibrate FOLDER`")

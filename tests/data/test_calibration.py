@@ -1,7 +1,9 @@
 """Calibration sets: chosen fairly, frozen by content, refused by name."""
 
 import contextlib
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,7 +172,39 @@ def test_the_verb_freezes_and_shows(folder, run):
     assert "emu" in table
 
 
-@pytest.mark.parametrize("words", [("--calib-size", 3), ("-o", "other.tsv")])
+def test_a_set_of_another_folder_is_not_replaced(folder, run, refused, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for parent in ("food", "cars"):
+        shutil.copytree(folder, folder.parent / parent / "train")
+    assert run("calibrate", "food/train", "--calib-size", 9).code == 0
+    first = Path("calibration/train.tsv").read_bytes()
+    line = refused(2, "calibrate", "cars/train", "--calib-size", 9)
+    assert "train.tsv: exists, and is not a set of cars/train; remove it, or give another file with -o" in line
+    assert Path("calibration/train.tsv").read_bytes() == first
+    assert run("calibrate", "food/train", "--calib-size", 9, "--seed", 1).code == 0, "the same folder again"
+    Path("mine.tsv").write_text("my notes")
+    assert "mine.tsv: exists" in refused(2, "calibrate", "food/train", "-o", "mine.tsv")
+
+
+def test_digests_may_be_in_capitals(folder):
+    path = frozen(folder)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], *(line[:64].upper() + line[64:] for line in lines[5:])]))
+    assert calibration.read(path).digest == calibration.freeze(str(folder), 12, 0).digest
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_it_is_listed(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (folder / "cat" / "0.png").rename(folder / "cat" / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    with pytest.raises(BadRequest, match="that is no UTF-8, cannot be listed; rename it"):
+        calibration.write(calibration.freeze(str(folder), 31, 0), tmp_path / "a.tsv")
+    assert not (tmp_path / "a.tsv").exists()
+
+
+@pytest.mark.parametrize("words", [("--calib-size", 3), ("-o", "other.tsv"), ("--seed", 0)])
 def test_a_frozen_set_is_not_frozen_again(folder, refused, words):
     assert "is a manifest already" in refused(2, "calibrate", frozen(folder), *words)
 
