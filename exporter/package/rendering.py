@@ -10,6 +10,7 @@ from typing import Any
 
 from exporter import __version__
 from exporter.artifact.sidecar import COLORS, Preprocessing, sides, size_text
+from exporter.data.images import MAX_PIXELS
 from exporter.errors import printable
 from exporter.package.contents import Contents
 from exporter.package.protocol import DATATYPES
@@ -72,6 +73,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
         "fill": fill if len(fill) > 1 else fill[0],
         "steps": _steps(preprocessing),
         "verified": verified(contents.artifact.sidecar.quality),
+        "max_pixels": MAX_PIXELS,
         "threshold": THRESHOLD if contents.checks.threshold is None else contents.checks.threshold,
         "meanings": MEANINGS,
         "datatypes": DATATYPES,

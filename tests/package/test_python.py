@@ -151,11 +151,14 @@ def test_a_file_that_is_no_image_has_a_reason_in_place_of_an_answer(artifacts, b
     package.package(artifacts["onnxruntime", "fp32"], "python", out)
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
-    words = [tmp_path / "page.jpg", tmp_path / "float.tiff", tmp_path / "missing.png", "sample.png"]
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "thin.png")  # its short side as the crop needs it takes gigabytes
+    odd = [tmp_path / name for name in ("page.jpg", "float.tiff", "missing.png", "thin.png")]
+    words = [*odd, "sample.png"]
     result = execute(bare, "predict.py", *words, folder=out)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert ["error" in line for line in lines] == [True, True, True, False]
+    assert ["error" in line for line in lines] == [True, True, True, True, False]
     assert "no known range" in lines[1]["error"]
+    assert "too long and thin to resize" in lines[3]["error"]
     assert result.returncode == 1
     assert execute(bare, "predict.py", "sample.png", folder=out).returncode == 0
     assert "python predict.py IMAGE" in execute(bare, "predict.py", folder=out).stderr
@@ -165,6 +168,20 @@ def test_a_file_that_is_no_image_has_a_reason_in_place_of_an_answer(artifacts, b
     for words in (["predict.py", "sample.png"], ["selftest.py"]):
         result = execute(bare, *words, folder=out)
         assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
+
+
+def test_outputs_that_are_not_finite_are_no_answer(artifacts, bare, tmp_path):
+    out = tmp_path / "package"
+    package.package(artifacts["onnxruntime", "fp32"], "python", out)
+    program = out / "predict.py"
+    text = program.read_text()
+    assert text.count("return model.run(") == 1
+    program.write_text(text.replace("return model.run(", "return np.nan * np.array(model.run(") + "")
+    program.write_text(program.read_text().replace(".name: batch})", ".name: batch}))"))
+    result = execute(bare, "predict.py", "sample.png", folder=out)
+    assert (result.returncode, json.loads(result.stdout)["error"]) == (1, "array must not contain infs or NaNs"), (
+        result.stderr
+    )
 
 
 def test_the_self_test_fails_for_other_preprocessing(artifacts, bare, tmp_path):
