@@ -79,7 +79,7 @@ class Steps:
             quantization = recipe.quantization
             facts |= {"reference": reference.fingerprint(model.reference)}
             facts |= {"calib": fingerprint(quantization.calib), "max_drop": quantization.max_drop}
-            facts |= {"outputs": recipe.checks.outputs, "threshold": recipe.checks.threshold}
+            facts |= {name: getattr(recipe.checks, name) for name in ("outputs", "threshold", "reduce_zero_label")}
             facts |= {"when_unsure": when_unsure(recipe.checks.when_unsure)}
             timing = recipe.bench or Bench()
             facts |= {"timing": [timing.threads, timing.hint, timing.device]}
@@ -87,6 +87,8 @@ class Steps:
         this_cpu = recipe.quantization is not None and recipe.quantization.cpu == "this"
         if recipe.export.form == "auto" or this_cpu:
             facts |= {"machine": machine.identity()}
+        if not backends.target(recipe.backend).reproducible:  # an engine may be for the GPU that it is built beside
+            facts |= {"gpu": (machine.gpu() or {}).get("name")}
         return facts
 
     def _verify(self, artifact: Artifact) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 
 from exporter import machine
-from exporter.recipe import Bench
+from exporter.recipe import Bench, Checks
 from exporter.report import Finding, Report
 from exporter.run.steps import Part, Steps
 from tests.conftest import copy_artifact, recipe_of
@@ -73,3 +73,20 @@ def test_results_against_a_module_of_the_user_end_with_its_code(step, changes, s
     assert own.key(step, made) == before
     (tmp_path / "users_blocks.py").write_text("build = print")
     assert (own.key(step, made) != before) == changes
+
+
+def test_an_int8_build_depends_on_how_its_masks_are_read(steps, tmp_path):
+    weights = steps[0].recipe.model.weights
+    keys = [
+        Steps(recipe_of(precision="int8", weights=weights, checks=Checks(reduce_zero_label=flag)), tmp_path, tmp_path)
+        for flag in (False, True)
+    ]
+    assert keys[0].key("build") != keys[1].key("build")
+
+
+@pytest.mark.parametrize(("backend", "changes"), [("tensorrt", True), ("onnxruntime", False)])
+def test_an_engine_depends_on_the_gpu(backend, changes, steps, tmp_path, monkeypatch):
+    own = Steps(recipe_of(backend, "fp16", weights=steps[0].recipe.model.weights), tmp_path, tmp_path)
+    before = own.key("build")
+    monkeypatch.setattr(machine, "gpu", lambda: {"name": "Another GPU"})
+    assert (own.key("build") != before) == changes
