@@ -95,14 +95,17 @@ def _refuse_clashes(runs: Sequence[RecipeRun]) -> None:
             if times > 1:
                 same = [str(path) for path, other in targets.items() if other == target]
                 raise BadRequest(f"{some(same)} would all write {target}; {_APART}")
-    first: dict[str, RecipeRun] = {}
-    for run in several:
-        other = first.setdefault(networks[run.path], run)
-        if _graph(run.recipe) != _graph(other.recipe):
-            raise BadRequest(
-                f"{other.path} and {run.path} would write different graphs of {networks[run.path]} to one file: their "
-                f"weights, export or preprocessing differ; {_APART}"
-            )
+    # Of these the graph's file has no form in its name; a quantized artifact keeps no fp32 graph there.
+    named_alike = [run for run in several if run.recipe.backend == backends.ONNX and run.recipe.quantization is None]
+    for compared, of in ((several, _graph), (named_alike, _form)):
+        first: dict[str, RecipeRun] = {}
+        for run in compared:
+            other = first.setdefault(networks[run.path], run)
+            if of(run.recipe) != of(other.recipe):
+                raise BadRequest(
+                    f"{other.path} and {run.path} would write different graphs of {networks[run.path]} to one file: "
+                    f"their weights, export or preprocessing differ; {_APART}"
+                )
 
 
 def _graph(recipe: Recipe) -> tuple[object, ...]:
@@ -110,6 +113,11 @@ def _graph(recipe: Recipe) -> tuple[object, ...]:
     weights_path = Path(recipe.model.weights)
     model = msgspec.structs.replace(recipe.model, weights=str(weights_path.resolve()))
     return model, msgspec.structs.replace(recipe.export, form=None, keep=None), recipe.preprocessing
+
+
+def _form(recipe: Recipe) -> str:
+    """How the network of a recipe without quantization is written."""
+    return recipe.export.form or backends.target(recipe.backend).form(recipe.precision, recipe.fixed_batch)
 
 
 def _network(model: Model) -> str:

@@ -173,7 +173,12 @@ def test_one_graph_cannot_be_two(recipe, refused, run, tmp_path):
     assert "one.yaml and" in line
     assert "would write different graphs" in line
     three = recipe(name="three", more="export: {form: linear}\nbench: null")
-    assert run("run", one, three, "--dry-run").code == 0
+    assert "would write different graphs" in refused(2, "run", one, three, folder=tmp_path)
+    four = recipe(name="four", more="export: {form: conv}\nbench: null")
+    int8 = recipe("onnxruntime", "int8", "int8", f"export: {{form: linear}}\n{FAST}")
+    assert run("run", one, four, int8, "--dry-run").code == 0
+    of_openvino = [recipe("openvino", "fp32", "five"), recipe("openvino", "fp16", "six", "export: {form: linear}")]
+    assert run("run", *of_openvino, "--dry-run").code == 0
 
 
 def test_two_weights_of_one_network_are_refused_before_anything_is_built(recipe, refused, tmp_path):
