@@ -110,7 +110,7 @@ class TritonModel:
     batches: whether Triton puts requests together to batches.
     profiles: for an engine, the smallest, best and largest batch of each of its profiles.
     parameters: of the backend.
-    remark: a sentence for the README, or "".
+    remark, on_gpu: sentences for the README, or ""; the second is for a GPU. server_options: of the server's command.
     exact: whether the arithmetic is always that of the artifact.
     """
 
@@ -120,6 +120,8 @@ class TritonModel:
     profiles: tuple[tuple[int, int, int], ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     remark: str = ""
+    on_gpu: str = ""
+    server_options: tuple[str, ...] = ()
     exact: bool = True
 
 

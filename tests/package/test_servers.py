@@ -125,6 +125,11 @@ def test_the_profiles_of_an_engine_are_its_batches(artifacts, tmp_path, monkeypa
         ({"flavor": "tensorrt-rtx"}, [(1, 1, 4)], "an engine of tensorrt-rtx, and Triton opens those of TensorRT"),
         ({"strip_weights": True}, [(1, 1, 4)], "built without weights"),
         ({}, [(2, 4, 8)], "its profiles begin at 2 images"),
+        (
+            {},
+            [(8, 8, 16), (1, 1, 4)],
+            "none of its profiles has 5 images, and Triton puts any number of requests together",
+        ),
     ],
 )
 def test_an_engine_that_triton_cannot_serve_is_refused(target, profiles, message, artifacts, tmp_path):
@@ -132,6 +137,22 @@ def test_an_engine_that_triton_cannot_serve_is_refused(target, profiles, message
     with pytest.raises(BadRequest, match=message):
         package.package(artifact, "triton", tmp_path / "package")
     assert not (tmp_path / "package").exists()
+
+
+def test_an_engine_for_later_versions_is_started_with_the_option_that_loads_it(artifacts, tmp_path):
+    artifact = engine(artifacts["onnxruntime", "fp32"], tmp_path, (1, 1, 4), version_compatible=True)
+    package.package(artifact, "triton", tmp_path / "package")
+    readme = (tmp_path / "package" / "README.md").read_text()
+    assert readme.count("models --backend-config=tensorrt,version-compatible=true") == 2
+    assert "this version, or a later one of the same major version" in readme
+
+
+@pytest.mark.parametrize(
+    ("precision", "on", "noted"), [("fp32", "gpu", True), ("fp16", "gpu", False), ("fp32", "cpu", False)]
+)
+def test_products_in_tf32_are_noted_where_they_are_on_a_gpu(precision, on, noted, artifacts, tmp_path):
+    package.package(artifacts["onnxruntime", precision], "triton", tmp_path / "package", own=TritonOptions(on=on))
+    assert ("NVIDIA_TF32_OVERRIDE=0" in (tmp_path / "package" / "README.md").read_text()) == noted
 
 
 def test_an_engine_cannot_run_where_pytorch_cannot_be_imported(monkeypatch):

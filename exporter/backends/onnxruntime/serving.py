@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exporter.artifact.sidecar import Sidecar
 from exporter.backends import Serving, TritonModel, WebRuntime
 
 CODE = '''import onnxruntime
@@ -32,11 +33,22 @@ WEB = WebRuntime(
     precisions=("fp32", "fp16"),  # WebGPU has no int8 operators, and WebAssembly rounds int8 in another way
 )
 
+_TF32 = """On a GPU, ONNX Runtime computes fp32 products in TF32 by default. Start the server with
+`NVIDIA_TF32_OVERRIDE=0` in its environment (with Docker, `-e NVIDIA_TF32_OVERRIDE=0`), so that its answers are those of
+the artifact."""
+
+
+def triton(sidecar: Sidecar) -> TritonModel:
+    """The settings in Triton."""
+    on_gpu = _TF32 if sidecar.precision != "fp16" else ""
+    return TritonModel("onnxruntime", devices=("cpu", "gpu"), on_gpu=on_gpu)
+
+
 SERVING = Serving(
     title="ONNX Runtime",
     requirement="onnxruntime>=1.22",
     code=lambda _: CODE,
-    triton=lambda _: TritonModel("onnxruntime", devices=("cpu", "gpu")),
+    triton=triton,
     model_server=lambda _: {"INFERENCE_PRECISION_HINT": "f32"},  # OpenVINO reads ONNX too
     web=WEB,
 )

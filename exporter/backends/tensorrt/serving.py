@@ -21,8 +21,16 @@ def triton(sidecar: Sidecar) -> TritonModel:
         raise BadRequest(f"{name}: built without weights, and Triton puts none in; build it without --strip-weights")
     profiles = tuple((least, best, most) for least, best, most in sidecar.target.get("profiles", ()))
     version = sidecar.target.get("version", "")
-    remark = f"The engine is of TensorRT {version}: use the release of Triton that has this version."
-    return TritonModel("tensorrt", devices=("gpu",), profiles=profiles, remark=remark)
+    remark, server_options = (
+        f"The engine is of TensorRT {version}: use the release of Triton that has ",
+        tuple[str, ...](),
+    )
+    if sidecar.target.get("version_compatible"):
+        remark += "this version, or a later one of the same major version."
+        server_options = ("--backend-config=tensorrt,version-compatible=true",)
+    else:
+        remark += "this version."
+    return TritonModel("tensorrt", devices=("gpu",), profiles=profiles, remark=remark, server_options=server_options)
 
 
 SERVING = Serving(title="TensorRT", requirement="tensorrt", triton=triton)

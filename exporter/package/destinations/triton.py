@@ -64,6 +64,14 @@ def check(contents: Contents, options: DestinationOptions) -> None:
             f"{contents.artifact.path}: its profiles begin at {least} images, and Triton sends single ones; build it "
             "with --min-batch 1"
         )
+    most = 0
+    for smallest, _, largest in sorted(model.profiles):
+        if contents.batch is None and most and smallest > most + 1:
+            raise BadRequest(
+                f"{contents.artifact.path}: none of its profiles has {most + 1} images, and Triton puts any number of "
+                "requests together; build it with profiles without a gap"
+            )
+        most = max(most, largest)
     if options.ensemble and (contents.batch or 1) > 1:
         raise BadRequest(f"--ensemble: {contents.artifact.path} has a fixed batch of {contents.batch}; leave it out")
 
@@ -94,7 +102,9 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
     folder.write(out / "client.py", render(client, contents, **facts))
     decodes = contents.has_masks or not options.ensemble
     folder.write(out / "requirements.txt", "numpy>=1.26\n" + ("Pillow>=10.3\n" if decodes else ""))
-    folder.write(out / "README.md", render("triton.md", contents, triton=model, config=config, options=options))
+    server_options = "".join(f" {option}" for option in model.server_options)
+    facts = {"triton": model, "config": config, "options": options, "server_options": server_options}
+    folder.write(out / "README.md", render("triton.md", contents, **facts))
 
 
 def _dims(tensor: Tensor, batched: bool) -> list[int]:
