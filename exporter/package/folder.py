@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,7 +59,12 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 def _refuse_filled(out: Path) -> None:
     if out.is_dir() and (entry := next(out.iterdir(), None)):
         raise BadRequest(f"{out}: not empty ({entry.name} is in it); give -o a folder that is empty or not there")
-    if (out.exists() or out.is_symlink()) and not out.is_dir():
+    if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
+        raise BadRequest(
+            f"{out}: the working folder, a link or a mount point, which cannot be replaced; give -o a new folder, as "
+            f"{out / 'package'}"
+        )
+    if out.exists() and not out.is_dir():
         raise BadRequest(f"{out}: not a folder; give -o a folder that is empty or not there")
 
 

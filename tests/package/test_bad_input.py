@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -69,6 +70,23 @@ def test_an_artifact_that_failed_its_verification_is_packaged_with_a_note(artifa
     says = "failed on val, compared with mine:model, top-1 58.40 %"
     assert (second.code, f"its last verification {says}" in " ".join(second.err.split())) == (0, True)
     assert f"| verified | {says} |" in (tmp_path / "second" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["working folder", "link", "mount point"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(kind, artifacts, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out"
+    if kind == "working folder":
+        monkeypatch.chdir(out)
+        out = Path()
+    elif kind == "link":
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "out")
+    else:
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    with pytest.raises(BadRequest, match=r"cannot be replaced; give -o a new folder, as .*package"):
+        package.package(artifacts["onnxruntime", "fp32"], "python", out)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_empty_folder_is_taken(artifacts, tmp_path):

@@ -326,6 +326,8 @@ def refusals(artifacts, tiny, tmp_path):
     options = PackageOptions(sample=str(tmp_path / "picture.tiff"))
     yield artifacts["onnxruntime", "fp32"], {"options": options}, "a sample that ends in .tiff, and browsers read .png"
     artifact = artifacts["onnxruntime", "fp32"]
+    half = tuple(replace(tensor, dtype="float16") for tensor in artifact.sidecar.inputs)
+    yield type(artifact)(artifact.path, replace(artifact.sidecar, inputs=half)), {}, "an input of float16"
     wide = replace(artifact.sidecar.preprocessing, mean=(0.5,) * 4, std=(0.2,) * 4)
     yield type(artifact)(artifact.path, replace(artifact.sidecar, preprocessing=wide)), {}, "4 channels"
 
@@ -338,7 +340,7 @@ def test_what_no_browser_runs_is_refused(artifacts, tiny, no_runtime, tmp_path):
         assert re.search("; (build|package|use|give)", str(refused.value)), "what to do"
         assert not (tmp_path / "package").exists()
         count += 1
-    assert count == 5
+    assert count == 6
 
 
 def test_fp16_and_any_size_are_packaged_at_the_size_of_the_preprocessing(artifacts, tiny, no_runtime, tmp_path):

@@ -63,6 +63,8 @@ def _of_outputs(contents: Contents) -> str:
     if len(kinds) > 1 or kinds[0] not in KINDS:
         shown = " and ".join(dict.fromkeys(kinds))
         return f"it returns {shown}, and a page shows one of {', '.join(KINDS)}; use --for python"
+    if contents.input.dtype not in ("float32", "uint8"):
+        return f"an input of {contents.input.dtype}, and a page gives float32 or uint8; build it without --io fp16"
     if kinds == ["pixel_classes"]:
         return ""
     dtypes = {tensor.dtype for tensor in contents.tensors}
