@@ -289,7 +289,7 @@ def _compare_blocks(
         eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,
         runtime.blocks(runnable.artifact, session_options) as measured,
     ):
-        return block_errors(expected, measured, layers, images)
+        return block_errors(expected, measured, layers, images, artifact.sidecar.batch)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ import numpy as np
 
 from exporter.backends import Array, Blocks, Layer
 from exporter.report import Finding, number
+from exporter.verify.batches import run_batch
 
 PRODUCTS = ("MatMul", "FullyConnected", "Conv", "Convolution", "Gemm")
 
 
-def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array) -> list[Finding]:
+def block_errors(
+    eager: Blocks, artifact: Blocks, layers: Sequence[Layer], images: Array, fixed: int | None = None
+) -> list[Finding]:
     """Root mean square error of each common block, in execution order, as a share of the standard deviation of eager's
     output.
 
@@ -21,9 +24,10 @@ def block_errors(eager: Blocks, artifact: Blocks, layers: Sequence[Layer], image
         artifact: the artifact with the outputs of its blocks.
         layers: of the artifact, with their precisions.
         images: (N, C, H, W), a few.
+        fixed: the batch size of the artifact, None for any.
     """
     expected = dict(zip(eager.names, eager.run(images), strict=True))
-    given = dict(zip(artifact.names, artifact.run(images), strict=True))
+    given = dict(zip(artifact.names, run_batch(artifact.run, images, fixed), strict=True))
     findings = []
     for name in (name for name in artifact.names if name in expected):
         a, b = expected[name].astype(np.float64), given[name].astype(np.float64)

@@ -7,7 +7,7 @@ from exporter import backends
 from exporter.backends import Blocks, Layer
 from exporter.model.structure import last_operators
 from exporter.verify.blocks import block_errors
-from tests.conftest import PX, copy_artifact, needs_bf16
+from tests.conftest import PX, build, copy_artifact, needs_bf16
 
 NAMES = [
     "downsample_layers.0", "stages.0.0", "downsample_layers.1", "stages.1.0", "downsample_layers.2",
@@ -95,3 +95,12 @@ def test_verify_tells_them_when_asked(onnx_copy, run):
     assert [f["case"] for f in result.json["findings"] if f["metric"] == "block_error"] == NAMES
     result = run("verify", onnx_copy.path, "--samples", "2")
     assert "block_error" not in result.out
+
+
+def test_blocks_of_an_artifact_for_more_images_than_there_are(tiny, tmp_path, run):
+    made = build(tiny, tmp_path, batch=4)
+    result = run("verify", made.path, "--samples", "2", "--blocks", "--json")
+    assert result.code == 0, result.err
+    errors = [f["value"] for f in result.json["findings"] if f["metric"] == "block_error"]
+    assert len(errors) == len(NAMES)
+    assert max(errors) < 1e-5
