@@ -6,6 +6,7 @@ import torch
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact
+from exporter.backends import Options, tensorrt
 from exporter.backends.tensorrt import library, runtime
 from exporter.bench import batches_of
 from exporter.errors import BadRequest, ExporterError
@@ -172,3 +173,11 @@ def test_an_engine_without_weights_is_refused_without_its_graph(spoil, trt, gpu,
 
 def replace_parents(plan):
     return Artifact(plan.path, replace(plan.sidecar, parents=("0" * 64,)))
+
+
+def test_another_gpu_than_the_first_is_refused(plan):
+    with (
+        pytest.raises(BadRequest, match="--device cuda:1: engines run on the first GPU; set CUDA_VISIBLE_DEVICES=1"),
+        tensorrt.session(plan(), Options(device="cuda:1")),
+    ):
+        pass

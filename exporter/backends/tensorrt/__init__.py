@@ -120,9 +120,14 @@ def _default_capabilities(trt: library.Library) -> list[str]:
 def session(artifact: Artifact, options: Options) -> Iterator[runtime.PlanSession]:
     """Open a plan on the GPU, after what it was built for is found to be here.
 
-    Raises: BadRequest for a plan of something else; Unavailable without a library or a GPU.
+    Raises: BadRequest for a plan of something else, and for a GPU other than the first; Unavailable without a library
+        or a GPU.
     """
-    del options
+    number = options.device.partition(":")[2]
+    if number not in ("", "0"):
+        raise BadRequest(
+            f"--device {options.device}: engines run on the first GPU; set CUDA_VISIBLE_DEVICES={number} and give cuda"
+        )
     trt = library.find(artifact.sidecar.target.get("flavor"))
     runtime.check(artifact, trt)
     yield runtime.PlanSession(artifact, trt)
