@@ -22,14 +22,13 @@ from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
 from exporter.bisect.network import Chain
 from exporter.bisect.parts import TOLERANCES, Part, Precisions, measure, share_of_deviation
-from exporter.data.manifests import locate
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.recipe import SYNTHETIC, Count, Device, MovedWeights, RuntimeThreads
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report, number
-from exporter.verify import Runnable, VerifyOptions, open_data, open_runnable, run_batch
+from exporter.verify import Runnable, open_runnable, run_batch
 
 IMAGES, WORST = 64, 4  # that are compared by default, and that are examined
 PICTURE_LIMIT = 2e-3  # of the first part, which resizes pictures: Pillow rounds a sum near half a level otherwise
@@ -150,10 +149,7 @@ def _session_options(runnable: Runnable, options: BisectOptions) -> Options:
 
 
 def _open_images(artifact: Artifact, options: BisectOptions) -> Samples:
-    """The images. Labels are not needed, so those of a manifest are not read."""
-    if locate(options.data)[0].is_dir():
-        chosen = VerifyOptions(data=options.data, samples=options.samples, weights=options.weights)
-        return open_data(artifact.sidecar, chosen)
+    """The images. Labels are not needed, so none are read."""
     return open_samples(options.data, artifact.sidecar.preprocessing, (), None, options.samples)
 
 

@@ -508,3 +508,13 @@ def test_images_with_several_labels_need_no_option(artifacts, tmp_path):
     (tmp_path / "several.csv").write_text("path,label\n" + "".join(f"images/{i}.png,1;2\n" for i in range(3)))
     report, _, _ = examined(artifacts["onnxruntime", "fp32"], data=str(tmp_path / "several.csv"))
     assert report.passed
+
+
+@pytest.mark.slow
+def test_folders_of_images_need_no_classes(artifacts, tmp_path):
+    for year in ("2023", "2024"):
+        (tmp_path / "images" / year).mkdir(parents=True)
+        Image.fromarray(synthetic.dead_leaves(64, int(year))).save(tmp_path / "images" / year / "a.png")
+    Image.fromarray(synthetic.dead_leaves(64, 1)).save(tmp_path / "images" / "b.png")
+    report, _, _ = examined(artifacts["onnxruntime", "fp32"], data=str(tmp_path / "images"))
+    assert report.passed
