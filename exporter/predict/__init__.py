@@ -156,12 +156,16 @@ def predict_masks(
     masks.check_names(out, named)
     step(f"predicting {total:,} masks with {artifact.path.name}")
     waiting = iter(named)  # in the names of a chunk some characters are escaped
-    for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
-        unreadable += _unreadable(iter([chunk]))
-        good = [one for one, error in zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True) if not error]
-        arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
-        for (name, path), pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
-            masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name, path), recipe)
+    try:
+        for chunk in track(_chunks(artifact, answers, images, options, 0), total, "images", _count):
+            unreadable += _unreadable(iter([chunk]))
+            each = zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True)
+            good = [one for one, error in each if not error]
+            arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
+            for (name, path), pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
+                masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name, path), recipe)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{out} has some of the masks; the same command with --overwrite writes all") from None
     _report(unreadable, total)
     return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
 

@@ -174,3 +174,9 @@ def test_two_images_of_one_name_are_refused(artifacts, photos, tmp_path, refused
         (tmp_path / folder / "list.txt").write_text("a.png\n")
     message = refused(2, "predict", artifacts["labels"].path, "x/list.txt", "y/list.txt", "-o", "out")
     assert "would be written for both x/a.png and y/a.png" in " ".join(message.split())
+
+
+def test_an_interrupted_folder_of_masks_says_how_to_go_on(artifacts, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "_chunks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="masks has some of the masks; the same command with --overwrite"):
+        predict.predict_masks(artifacts["labels"], [str(photos)], PredictOptions(), tmp_path / "masks")
