@@ -278,7 +278,7 @@ class Bench(TimingOptions, frozen=True):
     ] = ()
     cache_dir: Annotated[
         str | None,
-        about("Folder where the runtime caches compiled models; only loading uses it.", metavar="DIR"),
+        about("Folder where the runtime caches compiled models; only loading uses it.", metavar="DIR", path=True),
     ] = None
     min_speedup: Annotated[
         Annotated[float, Meta(ge=0)] | None, about("Smallest speed-up over PyTorch.", metavar="X")
