@@ -50,6 +50,7 @@ from benchmarks.serving import Result as Serving
 from exporter import report
 from exporter.bisect.parts import TOLERANCES
 from exporter.cli import cli, groups
+from exporter.precision import PRECISIONS
 from exporter.report.formats import markdown
 from exporter.report.tables import machine as report_machine
 
@@ -80,6 +81,7 @@ DOCUMENTS = (
     "docs/segmentation.md",
     "docs/tensorrt.md",
     "docs/troubleshooting.md",
+    "docs/verify.md",
 )
 
 
@@ -165,6 +167,7 @@ def tables() -> dict[str, str]:
         "pictures": resized.table() + machine(resized.environment),
         "quantizers": quantizers.table(side_by_side) + machine(side_by_side.environment),
         "tolerances": tolerances(),
+        "precision-limits": precision_limits(),
         "forms": forms.form_table(formed),
         "forms-machine": machine(formed.environment),
         "cuda-forms": cuda_forms.form_table(cuda),
@@ -205,6 +208,17 @@ def tolerances() -> str:
     """The limits of the error of a part in `bisect`, in percent, by precision."""
     rows = [f"| {name} | {100 * a:.4g} % | {100 * b:.4g} % |" for name, (a, b) in TOLERANCES.items()]
     return "\n".join(["| precision | a | b |", "|---|--:|--:|", *rows]) + "\n"
+
+
+def precision_limits() -> str:
+    """The limits of a classifier in `verify`, by precision."""
+    rows = [
+        f"| {name} | {one.limits.cosine:g} | {one.limits.share:g} | {one.limits.agreement_pct:g} % | "
+        f"{one.max_drop_points:g} |"
+        for name, one in PRECISIONS.items()
+    ]
+    head = "| precision | smallest cosine | largest error | agreement | largest loss of top-1, points |"
+    return "\n".join([head, "|---|--:|--:|--:|--:|", *rows]) + "\n"
 
 
 @cache

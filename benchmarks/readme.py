@@ -113,8 +113,9 @@ def same_answers(quantized: quantizers.Result) -> str:
     assert ours is not None
     assert other is not None
     return (
-        f"**int8 that keeps the answers.** Of {case.images:,} photographs, {ours[0]:.2f} % get the class that PyTorch "
-        f"gives them; with NNCF's default settings {other[0]:.2f} % ([int8](docs/int8.md#results))."
+        f"**int8 that keeps the answers.** A ConvNeXt-atto with ten classes gives {ours[0]:.2f} % of {case.images:,} "
+        f"photographs the class that PyTorch gives; with NNCF's default settings {other[0]:.2f} % "
+        "([int8](docs/int8.md#results))."
     )
 
 
@@ -122,8 +123,8 @@ def best_choice(searched: optimize.Result) -> str:
     """How often `optimize` chose the best."""
     good = sum(choice.slower <= optimize.WITHIN for choice in searched.choices)
     return (
-        f"**A search with an answer.** `optimize` chose an artifact within 3 % of the fastest in {good} of "
-        f"{len(searched.choices)} searches, each in a few minutes ([optimize](docs/optimize.md))."
+        f"**A search with an answer.** For a ConvNeXt-atto, `optimize` chose an artifact within 3 % of the fastest in "
+        f"{good} of {len(searched.choices)} searches, each in a few minutes ([optimize](docs/optimize.md))."
     )
 
 
