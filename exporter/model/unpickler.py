@@ -35,11 +35,12 @@ class Storage:
 class Stub:
     """An object of an unknown class, or that class: nothing but its name, whatever the pickle does with it."""
 
-    __slots__ = ("is_module", "name")
+    __slots__ = ("is_module", "is_named", "name")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, is_named: bool = False) -> None:
         self.name = name
         self.is_module = False
+        self.is_named = is_named  # by the pickle, and not the result of a call
 
 
 class Attributes(dict[str, Any]):
@@ -121,6 +122,13 @@ class Unpickler:
         """The top of the stack, which may not lie below the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Damage("an empty stack")
+        value = self.stack.pop()
+        _refuse_getattr(value)
+        return value
+
+    def popped_function(self) -> Any:
+        """The top of the stack, which is called; `getattr` may be called, and is nothing else."""
+        self.top()  # refuses an empty stack
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -134,6 +142,8 @@ class Unpickler:
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
+        for item in items:
+            _refuse_getattr(item)
         return items
 
     def add_entries(self, target: dict[Any, Any], items: Sequence[Any]) -> None:
@@ -149,7 +159,7 @@ class Unpickler:
         """Push what a name of the pickle stands for, without looking it up anywhere but in our table."""
         dotted = checked(module, name)
         plain = self.plain(dotted)
-        self.stack.append(Stub(dotted) if plain is None else plain)
+        self.stack.append(Stub(dotted, is_named=True) if plain is None else plain)
 
     def construct(self, function: Any, arguments: Any) -> None:
         """Push what our constructor of this name builds, or a stub."""
@@ -171,12 +181,21 @@ class Unpickler:
 def _inner(arguments: Any) -> Stub:
     """What `getattr(CLASS, NAME)` names, as protocols below 4 pickle it.
 
-    Raises: Harmful for a harmful name, and for a getattr of anything else.
+    Raises: Harmful for a harmful name, and for a getattr of anything that the pickle does not name.
     """
-    if not (isinstance(arguments, tuple) and list(map(type, arguments)) == [Stub, str]):
+    if not (isinstance(arguments, tuple) and list(map(type, arguments)) == [Stub, str] and arguments[0].is_named):
         raise Harmful(GETATTR)
-    root, _, path = f"{arguments[0].name}.{arguments[1]}".partition(".")
-    return Stub(checked(root, path))
+    outer, attribute = arguments
+    if any(part.startswith("__") for part in attribute.split(".")):
+        raise Harmful(f"{outer.name}.{attribute}")
+    module, _, name = outer.name.rpartition(".")
+    return Stub(checked(module, f"{name}.{attribute}"), is_named=True)
+
+
+def _refuse_getattr(value: Any) -> None:
+    """Raises: Harmful for a `getattr` that is handed to something else, which could call it."""
+    if isinstance(value, Stub) and value.name == GETATTR:
+        raise Harmful(GETATTR)
 
 
 def _global(machine: Unpickler, argument: str) -> None:
@@ -192,7 +211,7 @@ def _stack_global(machine: Unpickler, _: Any) -> None:
 
 
 def _reduce(machine: Unpickler, _: Any) -> None:
-    arguments, function = machine.pop(), machine.pop()
+    arguments, function = machine.pop(), machine.popped_function()
     machine.construct(function, arguments)
 
 

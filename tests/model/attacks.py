@@ -115,6 +115,14 @@ HARMFUL = {
         + COMMAND + b"\x85R", "os.system"),
     "getattr step by step": (name("builtins", "getattr") + name("builtins", "getattr") + name("torch", "serialization")
         + text("os") + b"\x86R" + text("system") + b"\x86R" + COMMAND + b"\x85R", "os.system"),
+    "getattr of what a call returns": (name("builtins", "getattr") + name("builtins", "getattr")
+        + name("torch.nn", "Linear") + text("extra_repr") + b"\x86R" + text("os") + b"\x85R" + text("system") + b"\x86R"
+        + COMMAND + b"\x85R", "builtins.getattr"),
+    "getattr of globals": (name("builtins", "getattr") + name("torch.nn", "Linear") + text("__init__.__globals__")
+        + b"\x86R", "torch.nn.Linear.__init__.__globals__"),
+    "a partial of getattr": (name("functools", "partial") + name("builtins", "getattr")
+        + name("torch", "serialization") + text("os") + b"\x87R)R", "builtins.getattr"),
+    "getattr in a list": (b"(" + name("builtins", "getattr") + b"l", "builtins.getattr"),
     "getattr of an object": (name("builtins", "getattr") + b"}" + text("update") + b"\x86R", "builtins.getattr"),
     "factory": (name("collections", "defaultdict") + SYSTEM + b"\x85R", "os.system"),
     "partial": (name("functools", "partial") + SYSTEM + COMMAND + b"\x86R", "os.system"),

@@ -178,7 +178,7 @@ class HistoryBuffer:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_functions_of_a_class_are_named_and_not_looked_up(zipped, tmp_path):
-    beside = {"message_hub": {"loss": HistoryBuffer()}, "state_dict": STATE}
+    beside = {"message_hub": {"loss": HistoryBuffer(), "lr": HistoryBuffer()}, "state_dict": STATE}
     torch.save(beside, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     content = checkpoint.read(tmp_path / "a.pth")
     assert content.tensors.keys() == STATE.keys()
@@ -231,7 +231,7 @@ def test_an_interrupt_is_not_swallowed(tmp_path, monkeypatch):
 
 
 def test_a_stub_keeps_its_name_and_nothing_else():
-    assert Stub.__slots__ == ("is_module", "name")
+    assert Stub.__slots__ == ("is_module", "is_named", "name")
     assert not any(callable(getattr(Stub("os.system"), name)) for name in Stub.__slots__)
 
 
