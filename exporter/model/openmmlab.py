@@ -8,12 +8,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from exporter.artifact.sidecar import Preprocessing, as_size
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, first_line
 from exporter.model import processors
 from exporter.model.processors import RESAMPLING, Read, Unclear
 from exporter.model.stated import Keys, Statements, one_of
@@ -37,10 +38,12 @@ def read(text: str, statements: Statements) -> Read | None:
     Raises: BadRequest for a network that takes BGR, and for settings that are not supported.
     """
     statements.network["configuration"] = text
+    is_classifier = "ImageClassifier" in text
+    _note_unreadable(text, statements)
     _refuse_bgr(text)
     for backbone in _settings(text, "backbone"):
         if isinstance(backbone, dict) and "ConvNeXt" in str(backbone.get("type")):
-            _read_backbone(backbone, statements)
+            _read_backbone(backbone, is_classifier, statements)
     values: dict[str, Any] = {
         name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
     }
@@ -51,7 +54,7 @@ def read(text: str, statements: Statements) -> Read | None:
         values |= _read_segmenter(text, statements)
     elif _DETECTOR.search(text):
         base, default = processors.DETECTOR, "published preprocessing of mmdet"
-    elif pipeline := _test_pipeline(text):
+    elif is_classifier and (pipeline := _test_pipeline(text)):
         try:
             values |= _geometry(pipeline, statements)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -69,6 +72,10 @@ def literals(text: str, key: str) -> list[Any]:
 
     Raises: ValueError, SyntaxError and others for a text that cannot be parsed, and for a value that is no literal.
     """
+    return [_literal(value) for value in _expressions(text, key)]
+
+
+def _expressions(text: str, key: str) -> list[ast.expr]:
     if len(text) > MOST_TEXT:
         raise ValueError(f"it is longer than {MOST_TEXT:,} characters")
     values: list[tuple[object, ast.expr]] = []
@@ -80,7 +87,7 @@ def literals(text: str, key: str) -> list[Any]:
         elif isinstance(node, ast.Dict):
             pairs = zip(node.keys, node.values, strict=True)
             values += [(name.value, value) for name, value in pairs if isinstance(name, ast.Constant)]
-    return [_literal(value) for name, value in values if name == key]
+    return [value for name, value in values if name == key]
 
 
 def _literal(node: ast.expr) -> Any:
@@ -98,19 +105,33 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
+_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+
+
 def _settings(text: str, key: str) -> list[Any]:
-    """As `literals`; [] where they cannot be read."""
-    try:
-        return literals(text, key)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return []
+    """As `literals`, without the values that cannot be read, which `_note_unreadable` names."""
+    values = []
+    with suppress(*_ERRORS):
+        for expression in _expressions(text, key):
+            with suppress(*_ERRORS):
+                values.append(_literal(expression))
+    return values
+
+
+def _note_unreadable(text: str, statements: Statements) -> None:
+    """Note a configuration that cannot be parsed, and settings that are no literals."""
+    for key in ("backbone", "data_preprocessor", "test_pipeline"):
+        try:
+            literals(text, key)
+        except _ERRORS as error:
+            statements.notes.append(f"{ORIGIN}: {key} cannot be read ({first_line(error)[:120]})")
 
 
 def _refuse_bgr(text: str) -> None:
     """Raises: BadRequest where images are not turned from BGR, as OpenMMLab reads them, into RGB."""
     says_no = re.search(r"\b(bgr_to_rgb|to_rgb)\s*=\s*False", text)
     silent = any(
-        isinstance(one, dict) and "mean" in one and not {"bgr_to_rgb", "to_rgb"} & one.keys()
+        isinstance(one, dict) and _is_color(one.get("mean")) and not {"bgr_to_rgb", "to_rgb"} & one.keys()
         for one in _settings(text, "data_preprocessor")
     )
     if says_no or silent:
@@ -121,10 +142,16 @@ def _refuse_bgr(text: str) -> None:
         )
 
 
-def _read_backbone(backbone: Mapping[str, Any], statements: Statements) -> None:
-    if backbone.get("gap_before_final_norm") is False:
+def _is_color(mean: Any) -> bool:
+    return isinstance(mean, list) and len(mean) == 3
+
+
+def _read_backbone(backbone: Mapping[str, Any], is_classifier: bool, statements: Statements) -> None:
+    """Read the settings of the network. Segmenters and detectors take its maps, which are not pooled."""
+    if is_classifier and backbone.get("gap_before_final_norm") is False:
         raise statements.refuse("backbone.gap_before_final_norm", False)
     statements.read(backbone, _BACKBONE, "backbone.")
+    statements.read(backbone, {"norm_cfg": ("stage_eps", _BACKBONE["norm_cfg"][1])}, "backbone.")
 
 
 def _eps(type: str, eps: float = _LAYER_NORM_EPS, **more: Any) -> float:
@@ -192,7 +219,13 @@ def _side(value: Any) -> int:
 
 
 def _read_segmenter(text: str, statements: Statements) -> dict[str, Any]:
-    """State what UPerNet's weights do not show; returns the size in the text, if it has one."""
+    """State what UPerNet's weights do not show; returns the size in the text, if it has one.
+
+    Raises: BadRequest for layers of the head that are not supported.
+    """
+    for head in _settings(text, "decode_head"):
+        if isinstance(head, dict) and "UPerHead" in str(head.get("type")):
+            _check_head(head, statements)
     if scales := _numbers(text, "pool_scales"):
         statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, ORIGIN)
     statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", ORIGIN)
@@ -203,6 +236,19 @@ def _read_segmenter(text: str, statements: Statements) -> dict[str, Any]:
         statements.state("windows", tuple(windows), "test_cfg", windows, ORIGIN)
     crop = _numbers(text, "crop_size")
     return dict.fromkeys(("size", "resize"), as_size(int(crop[0]), int(crop[-1]))) if crop else {}
+
+
+def _check_head(head: Mapping[str, Any], statements: Statements) -> None:
+    """Raises: BadRequest for other layers than convolutions with a batch norm of the usual eps, and ReLU."""
+    act, norm = head.get("act_cfg") or {}, head.get("norm_cfg") or {}
+    usual = {
+        "act_cfg": act.get("type", "ReLU") == "ReLU",
+        "norm_cfg": norm.get("type", "BN") in ("BN", "SyncBN") and norm.get("eps", 1e-5) == 1e-5,
+        "conv_cfg": head.get("conv_cfg") is None,
+    }
+    for key, is_usual in usual.items():
+        if not is_usual:
+            raise statements.refuse(f"decode_head.{key}", head[key])
 
 
 def _numbers(text: str, key: str) -> tuple[float, ...]:
