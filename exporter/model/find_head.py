@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from exporter.model.layouts import Choices, Converted
 
-# Names of layers that may stand between the network and its classifier, and of what is only used in training, by the
-# words of the name: "semantic" has no "ema" in it, and "mean_pool" is no mean.
+# Names of layers that may stand between the network and its classifier, and of what is only used in training. The
+# latter are matched at the beginning of a word, so that `semantic` does not count as `ema`, nor `mean_pool` as `mean`.
 _BETWEEN = re.compile(r"neck|pool|gem|att(n|ention)|temperature|scale|(^|_)(norm|bn)\d*$|(batch|layer)_?norm", re.I)
 _BESIDE = re.compile(
     r"(?<![a-z])(aux|loss|criterion|metric|acc|dec|teacher|momentum|swa|average|distill|(ema|mask)(?![a-z])|(mean|std)$)",
@@ -98,7 +98,8 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
         module = _module(key, converted.prefix)
         parent = module.rpartition(".")[0]
         inside = converted.prefix != "" and key.startswith(converted.prefix)
-        if not inside and (f"{parent}." if parent else "") not in converted.others:
+        has_other = any(other.startswith(f"{module}.") for other in converted.others)
+        if not inside and not has_other and (f"{parent}." if parent else "") not in converted.others:
             modules.setdefault(module, []).append(tensor)
     first = next((tensor for tensor in converted.head.state.values() if tensor.ndim == 2), None)
     widths = _last_width(converted.state), None if first is None else int(first.shape[1])

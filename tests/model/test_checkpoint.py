@@ -100,6 +100,7 @@ def test_an_averaged_model_of_pytorch_is_read(tmp_path):
 def test_what_is_no_weight_is_dropped_counted_and_named(tmp_path):
     odd = {
         "bn.num_batches_tracked": torch.tensor(3),
+        "half.num_batches_tracked": torch.tensor(3.0).half(),
         "index": torch.arange(3),
         "empty": torch.zeros(0, 3),
         "complex": torch.zeros(2, dtype=torch.complex64),

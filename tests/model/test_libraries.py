@@ -323,6 +323,15 @@ def test_a_norm_that_fits_in_front_of_the_classifier_is_refused(tmp_path):
         ours(libraries.save(tmp_path, Neck("ln", torch.nn.LayerNorm(64))), libraries.images())
 
 
+@pytest.mark.parametrize("name", ["target", "avg_model", "shadow"])
+def test_a_copy_of_the_network_is_no_layer_in_front_of_the_classifier(name, tmp_path):
+    both = torch.nn.Module()
+    both.model, copy = Neck("unused", torch.nn.Identity()), Neck("unused", torch.nn.Identity())
+    setattr(both, name, copy)
+    folder = libraries.save(tmp_path, both)
+    assert ours(folder, libraries.images(), prefix="model.backbone")[1].task == "classify"
+
+
 @pytest.mark.parametrize("name", ["temperature", "logit_scale"])
 def test_a_learned_number_beside_the_classifier_is_refused(name, tmp_path):
     whole = Neck("unused", torch.nn.Identity())
