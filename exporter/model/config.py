@@ -114,6 +114,8 @@ def together(files: Config, training: Config) -> Config:
 def _image_size(config: dict[str, Any]) -> int | None:
     """The size that a model of transformers was made for; None for transformers' default, which nobody chose."""
     size = config.get("image_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
     if "model_type" not in config or size in (None, USUAL_SIZE):
         return None
     if not isinstance(size, int) or size < 1:

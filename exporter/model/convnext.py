@@ -227,10 +227,11 @@ class ConvNeXt(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(arch, stage) for _ in range(arch.depths[stage]))) for stage in stages
         )
+        stage_eps = 1e-6 if arch.stage_eps is None else arch.stage_eps
         self.stage_norms = nn.ModuleDict(
-            {str(stage): Norm2d(arch.dims[stage], "layer", arch.stage_eps or 1e-6) for stage in arch.stage_norms}
+            {str(stage): Norm2d(arch.dims[stage], "layer", stage_eps) for stage in arch.stage_norms}
         )
-        last, eps = arch.dims[-1], arch.head_eps or arch.norm_eps
+        last, eps = arch.dims[-1], arch.norm_eps if arch.head_eps is None else arch.head_eps
         first = arch.head_norm_first
         self.norm_pre = Norm2d(last, arch.norm, eps) if arch.head_norm and first else None
         self.norm = Norm(last, arch.norm, eps) if arch.head_norm and not first else None

@@ -130,6 +130,8 @@ def known(config: Config, layout: str, variant: Variant, source: str) -> Stated:
         return Stated(processors.UPERNET, dict.fromkeys(VALUES, "published preprocessing of UPerNet"), source=source)
     if variant.architecture.pyramid is not None:
         return Stated(processors.DETECTOR, dict.fromkeys(VALUES, "published preprocessing of mmdet"), source=source)
+    if layout == "dinov3":
+        return Stated(processors.DINOV3, dict.fromkeys(VALUES, "published preprocessing of DINOv3"), source=source)
     if layout == "torchvision" and variant.name in _TORCHVISION_RESIZE:
         recipe = Preprocessing(resize=_TORCHVISION_RESIZE[variant.name], interpolation="bilinear")
         return Stated(recipe, dict.fromkeys(VALUES, f"published preprocessing of torchvision's {variant.name}"))

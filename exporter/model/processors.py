@@ -21,6 +21,7 @@ UPERNET = Preprocessing(size=512, resize=512, crop="squash", interpolation="bili
 # mmdet resizes to a short side of 800 and a long one of at most 1333, and fills up to multiples of 32 on the right and
 # below; here the size is fixed, and both sides are filled up.
 DETECTOR = Preprocessing(size=(800, 1344), resize=(800, 1344), crop="border", interpolation="bilinear")
+DINOV3 = Preprocessing(size=224, resize=224, crop="squash", interpolation="bilinear", offset="floor")
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -231,7 +232,7 @@ def read_open_clip_preprocess(config: Mapping[str, Any], file: str) -> Read:
     """Read an `open_clip_config.json`: the short side is resized to the size and the centre cut, or it is a squash."""
     vision, said = config["model_cfg"]["vision_cfg"], config.get("preprocess_cfg") or {}
     stated = {key: value for key, value in said.items() if value is not None}
-    size = _side(_size(stated.get("size", vision.get("image_size", 224)), square=True))
+    size = _side(_size(vision.get("image_size") or stated.get("size", 224), square=True))  # as OpenCLIP ranks them
     crop = {"shortest": "center", "squash": "squash"}.get(mode := stated.get("resize_mode", "shortest"))
     if crop is None or stated.get("mode", "RGB") != "RGB":
         key, value = ("resize_mode", mode) if crop is None else ("mode", stated["mode"])

@@ -102,7 +102,8 @@ def fingerprint(spec: str | None) -> str:
     files = [file for folder in folders for file in folder.rglob("*.py")]
     if not folders and found.origin is not None:
         files = list(Path(found.origin).parent.glob("*.py"))
-    return hashlib.sha256("".join(map(sha256_file, sorted(files))).encode()).hexdigest()
+    contents = [sha256_file(file) for file in sorted(files) if file.is_file()]
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -186,7 +186,7 @@ def read_timm(
             raise statements.refuse(prefix + key, value)
     statements.read(args, MODEL_ARGS, prefix)
     statements.ignore(args, _IDLE_ARGS, prefix)
-    name = (architecture or "").partition(".")[0]
+    name = (architecture or "").rpartition("/")[2].partition(".")[0]
     if name and "convnext" not in name:
         raise statements.refuse("architecture", architecture, "expected a ConvNeXt")
     own = {key: value for key, value in _ARCHITECTURES.get(name, {}).items() if args.get(key) is None}
@@ -326,6 +326,9 @@ _IDLE_UPERNET: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
+_TIMM_BACKBONE = {"in_chans": "num_channels", "output_stride": "output_stride"}
+
+
 def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
     """Read the backbone of a configuration for detection or segmentation, and the head of UPerNet.
 
@@ -340,8 +343,10 @@ def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
     if kind in HF_TYPES:
         read_transformers(statements, {key: inner[key] for key in inner if key != "num_labels"}, "backbone_config.")
     elif kind == "timm_backbone" or config.get("use_timm_backbone"):
-        args = dict(config.get("backbone_kwargs") or {})
-        args |= {"in_chans": inner.get("num_channels"), "output_stride": inner.get("output_stride")} if inner else {}
+        args, own = dict(config.get("backbone_kwargs") or {}), inner or config
+        args |= {key: value for key, name in _TIMM_BACKBONE.items() if (value := own.get(name)) is not None}
+        if config.get("dilation"):  # DETR and its relatives
+            args.setdefault("output_stride", 16)
         args.pop("out_indices", None)
         read_timm(statements, inner.get("backbone") or config.get("backbone"), args, "backbone_config.")
     else:

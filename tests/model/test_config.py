@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -285,6 +286,31 @@ def test_whatever_files_and_checkpoints_state_they_are_read_or_refused(config, p
         from_training({"args": args, "meta": config, "hyper_parameters": processor, "class_to_idx": clip})
 
 
+@pytest.mark.parametrize(
+    ("config", "stride"),
+    [
+        ({"model_type": "detr", "use_timm_backbone": True, "backbone": "convnext_tiny", "dilation": True}, 16),
+        ({"model_type": "detr", "use_timm_backbone": True, "backbone": "convnext_tiny", "dilation": False}, None),
+        ({"use_timm_backbone": True, "backbone": "convnext_tiny", "dilation": True,
+          "backbone_kwargs": {"output_stride": 8}}, 8),
+        ({"use_timm_backbone": True, "backbone": "convnext_tiny", "output_stride": 16}, 16),
+    ],
+)  # fmt: skip
+def test_the_stride_of_backbones_of_timm_is_read(config, stride, of):
+    assert of(config).network.get("output_stride") == stride
+
+
+def test_what_a_name_of_timm_stands_for_is_known_behind_a_prefix():
+    config = from_training({"args": {"model": "hf-hub:timm/test_convnext.r160_in1k", "model_kwargs": {}}})
+    assert (config.network["act"], config.network["norm_eps"]) == ("gelu_tanh", 1e-5)
+
+
+def test_dinov3_without_a_processor_has_its_own_preprocessing(of):
+    stated = known(of({"model_type": "dinov3_convnext"}), "dinov3", VARIANTS["tiny"], "")
+    assert (stated.preprocessing.crop, stated.preprocessing.interpolation) == ("squash", "bilinear")
+    assert (stated.preprocessing.size, stated.preprocessing.resize) == (224, 224)
+
+
 def test_args_of_timms_script_are_read():
     args = argparse.Namespace(img_size=320, mean=[0.5], std=None, crop_pct=1.0, interpolation="", model="convnext_nano")
     config = from_training({"args": args, "arch": "convnext_nano"})
@@ -324,7 +350,7 @@ test_pipeline = [
 
 def test_the_configuration_of_mmpretrain_is_read():
     config = from_training({"meta": {"cfg": MMPRETRAIN}})
-    assert (config.network["act"], config.network["norm_eps"]) == ("relu", 1e-5)
+    assert (config.network["act"], config.network["norm_eps"], config.network["stage_eps"]) == ("relu", 1e-5, 1e-5)
     recipe, origins = known(config, "openmmlab", VARIANTS["atto"], "x").resolve()
     assert (recipe.size, recipe.resize, recipe.crop, recipe.interpolation) == (288, 300, "center", "bilinear")
     assert (recipe.mean, recipe.std) == ((0.5, 0.5, 0.2), (0.2, 0.2, 0.2))
@@ -342,10 +368,60 @@ def test_the_configuration_of_mmpretrain_is_read():
     ],
 )  # fmt: skip
 def test_test_pipelines_of_mmpretrain_are_read(steps, expected):
-    config = from_training({"meta": {"config": f"test_pipeline = [{steps}]"}})
+    config = from_training({"meta": {"config": f"model = dict(type='ImageClassifier')\ntest_pipeline = [{steps}]"}})
     recipe, _ = known(config, "openmmlab", VARIANTS["tiny"], "x").resolve()
     assert (recipe.size, recipe.resize, recipe.crop, recipe.interpolation) == expected
     assert any("OpenCV" in note for note in config.notes) == ("cv2" in steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("act_cfg=dict(type='LeakyReLU')", r"decode_head\.act_cfg is {'type': 'LeakyReLU'}; not supported"),
+        ("norm_cfg=dict(type='SyncBN', eps=1e-3)", r"decode_head\.norm_cfg is .*0\.001.*; not supported"),
+        ("norm_cfg=dict(type='GN', num_groups=32)", r"decode_head\.norm_cfg is .*'GN'.*; not supported"),
+        ("conv_cfg=dict(type='DCN')", r"decode_head\.conv_cfg is .*; not supported"),
+    ],
+)
+def test_heads_of_segmenters_with_other_layers_are_refused(settings, message):
+    usual = "norm_cfg=dict(type='SyncBN', requires_grad=True), act_cfg=dict(type='ReLU'), conv_cfg=None"
+    text = "model = dict(decode_head=dict(type='UPerHead', {}))"
+    assert from_training({"meta": {"cfg": text.format(usual)}}).preprocessing is not None
+    with pytest.raises(BadRequest, match=message):
+        from_training({"meta": {"cfg": text.format(settings)}})
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("model = dict(backbone=dict(type='ConvNeXt'), hook=<class 'x'>)", "backbone cannot be read .invalid syntax"),
+        (
+            "cfg = 3\nmodel = dict(backbone=dict(type='ConvNeXt', norm_cfg=cfg))",
+            "backbone cannot be read .malformed node",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_noted(text, note):
+    assert any(re.search(note, one) for one in from_training({"meta": {"cfg": text}}).notes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # As configs/_base_/models/upernet_convnext.py of mmsegmentation and mask-rcnn_convnext-t of mmdetection.
+        "model = dict(data_preprocessor=dict(bgr_to_rgb=True), backbone=dict(type='mmpretrain.ConvNeXt', "
+        "gap_before_final_norm=False), decode_head=dict(type='UPerHead'), auxiliary_head=dict(type='FCNHead'))",
+        "model = dict(backbone=dict(type='mmpretrain.ConvNeXt', gap_before_final_norm=False), rpn_head=dict(), "
+        "roi_head=dict(bbox_head=dict()))\ntest_pipeline = [dict(type='Resize', scale=(1333, 800), keep_ratio=True)]",
+        "model = dict(backbone=dict(type='ConvNeXt'), decode_head=dict(type='FCNHead'))\n"
+        "test_pipeline = [dict(type='Resize', scale=(2048, 512), keep_ratio=True)]",
+        "data_preprocessor = dict(mean=[33.46], std=[78.87])\nmodel = dict(type='ImageClassifier')",
+    ],
+)  # fmt: skip
+def test_configurations_without_a_pooled_network_in_colour_are_taken(text):
+    config = from_training({"meta": {"cfg": text}})
+    assert config.unclear == ()
+    assert config.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -417,6 +493,7 @@ def test_the_image_size_of_transformers_is_used_where_no_file_states_a_preproces
     own = {"model_type": "convnext", "image_size": 112}
     assert size_and_origin(of(own)) == (112, "image_size of config.json")
     assert size_and_origin(of(own | {"image_size": 224})) == (224, "published preprocessing of tiny"), "its default"
+    assert size_and_origin(of(own | {"image_size": [112, 112]}))[0] == 112
     assert size_and_origin(of({"image_size": 112})) == (224, "published preprocessing of tiny"), "of another library"
     with pytest.raises(BadRequest, match="image_size 'large': expected a number of pixels"):
         of(own | {"image_size": "large"})
