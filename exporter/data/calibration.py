@@ -234,11 +234,12 @@ def write(manifest: Manifest, path: Path) -> None:
 
 
 def refuse_other_set(path: Path, source: str) -> None:
-    """Raises: BadRequest where a manifest of this name exists that is not one of `source`, which would be replaced."""
+    """Raises: BadRequest if `path` exists and is not a calibration set of `source`."""
     if not path.is_file():
         return
     with suppress(BadRequest):
-        if read_manifest(path).root.resolve() == locate(source)[0].resolve():
+        listed = read_manifest(path)
+        if "seed" in listed.header and listed.root.resolve() == locate(source)[0].resolve():
             return
     raise BadRequest(f"{path}: exists, and is not a set of {source}; remove it, or give another file with -o")
 

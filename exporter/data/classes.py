@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from exporter import delimited
 from exporter.data.manifests import Listed
 from exporter.errors import BadRequest, nearest, some
+from exporter.progress import note
 
 Label = int | tuple[int, ...]  # a class, −1 where unknown, or 0 and 1 for each label of a multi-label head
 UNKNOWN = -1
 _NO_CLASSES = {"train", "training", "val", "valid", "validation", "test", "images", "annotations", "labels", "masks"}
+_MEASURED = ("val", "valid", "validation", "test", "images")
 _ADD_MULTILABEL = "if the head has a sigmoid for each label, add --outputs multilabel (in compare: --fail-on map_drop)"
 
 
@@ -60,7 +62,6 @@ def match_classes(
         if len(set(numbers.values())) < len(names):
             raise BadRequest(f"{where}: {some(names)} have the same number; write each number in one way")
         return numbers
-    _refuse_splits(names, where)
     # Sorted WordNet ids are ImageNet's classes, whatever words a checkpoint has for them.
     if len(names) == classes and (not labels or all(re.fullmatch(r"n\d{8}", name) for name in names)):
         return {name: index for index, name in enumerate(sorted(names))}
@@ -71,10 +72,25 @@ def match_classes(
     )
 
 
-def _refuse_splits(names: list[str], where: str) -> None:
-    """Raises: BadRequest for the folders of a data set that are no classes, as train and val."""
-    if {name.lower() for name in names} <= _NO_CLASSES:
-        raise BadRequest(f"{where}: {some(names)} are no classes; give one of them, as {where}/{names[-1]}")
+def of_folders(folders: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
+    """The class of each sub-folder of a folder, as `match_classes` finds it, with a note where another order is likely.
+
+    Raises: BadRequest as `match_classes`, and for sub-folders that are no classes, as train and val.
+    """
+    if not labels and {name.lower() for name in folders} <= _NO_CLASSES:
+        one = next((name for name in folders if name.lower() in _MEASURED), folders[0])
+        raise BadRequest(
+            f"{where}: its sub-folders ({some(folders)}) are no classes; give one of them, as {where}/{one}"
+        )
+    numbers = match_classes(folders, labels, classes, where)
+    are_numbers = set(folders).isdisjoint(labels) and all(name.isdecimal() for name in folders)
+    if are_numbers and folders != sorted(folders, key=lambda name: numbers[name]):
+        note(
+            f"{where}: sub-folders are taken as numbers of classes; torchvision's ImageFolder counts them as text "
+            f"({some(folders)}), so if the model was trained with it, build with --labels FILE that lists the names of "
+            "these folders in that order"
+        )
+    return numbers
 
 
 def classes_of(path: Path, listed: Listed, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, Label]]:

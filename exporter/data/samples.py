@@ -24,7 +24,7 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
-from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, match_classes
+from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, of_folders
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note
@@ -337,12 +337,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
 def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
     folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if folders and classes is not None and not split:
-        numbers = match_classes(folders, labels, classes, str(path))
-        if not labels and folders != sorted(folders, key=lambda name: numbers[name]):
-            note(
-                f"{path}: sub-folders are taken as numbers of classes; torchvision's ImageFolder counts them as text "
-                f"({some(folders)}), so if the model was trained with it, build with --labels"
-            )
+        numbers = of_folders(folders, labels, classes, str(path))
         _check_listed(path / name for name in folders)
         labelled = [(f"{name}/{file}", numbers[name]) for name in folders for file in images_in(path / name)]
     else:

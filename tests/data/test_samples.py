@@ -359,10 +359,17 @@ def test_tiff_files_of_many_pages_are_data(tmp_path):
     assert batch.images.shape == (1, 12, 32, 48)
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("images", "annotations"), ("Test", "Train")])
-def test_folders_of_splits_or_masks_are_no_classes(names):
-    with pytest.raises(BadRequest, match=rf"x: .* are no classes; give one of them, as x/{sorted(names)[-1]}"):
-        match_classes(sorted(names), (), 2, "x")
+@pytest.mark.parametrize(
+    ("names", "one"),
+    [(("train", "val"), "val"), (("images", "labels"), "images"), (("Test", "Train"), "Test"), (("train",), "train")],
+)
+def test_folders_of_splits_or_masks_are_no_classes(names, one, tmp_path):
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.fromarray(synthetic.dead_leaves(40, 1)).save(tmp_path / name / "a.png")
+    with pytest.raises(BadRequest, match=rf"are no classes; give one of them, as .*/{one}"):
+        gather(tmp_path, classes=len(names))
+    assert gather(tmp_path, tuple(names), classes=len(names))[0].total == len(names), "a model may have such labels"
 
 
 def test_numbers_that_image_folder_would_count_in_another_order_are_noted(tmp_path, notes):
@@ -374,7 +381,10 @@ def test_numbers_that_image_folder_would_count_in_another_order_are_noted(tmp_pa
     (note,) = notes
     assert "torchvision's ImageFolder counts them as text" in note
     gather(tmp_path, tuple("abcdefghijk"), classes=11)
+    assert len(notes) == 2, "no folder has the name of a label"
+    _, labels, _ = gather(tmp_path, tuple(sorted(map(str, range(11)))), classes=11)
+    assert labels == list(range(11))
     (tmp_path / "10" / "a.png").unlink()
     (tmp_path / "10").rmdir()
     gather(tmp_path, classes=11)
-    assert len(notes) == 1
+    assert len(notes) == 2
