@@ -44,6 +44,7 @@ class Runner:
     save: is called with the race after each process.
     least, most: numbers of processes.
     keep: so many of a group are timed to the end, the fastest ones.
+    limit_ms: the largest median time of a winner, if there is one that keeps it.
     """
 
     def __init__(
@@ -55,17 +56,23 @@ class Runner:
         most: int,
         least: int = LEAST,
         keep: int = 1,
+        limit_ms: float | None = None,
     ) -> None:
         self.plan, self.groups, self.save = plan, groups, save
-        self.most, self.least, self.keep = most, least, keep
+        self.most, self.least, self.keep, self.limit_ms = most, least, keep, limit_ms
         before = before or Race()
         self.timing = Timing(plan, list(before.launches), dict(before.failures))
         self.dropped, self.done = dict(before.dropped), before.done
 
     def run(self, opener: Opener) -> None:
         """Time until each group has a winner, or `most` processes were timed."""
-        if self.done:
-            return
+        try:
+            if not self.done:
+                self._run(opener)
+        finally:
+            self.timing.plan = self.plan  # with the models that were dropped
+
+    def _run(self, opener: Opener) -> None:
         self._drop()
         left = max(0, self.most - len(self.timing.launches))
         with turns.alone():
@@ -97,6 +104,14 @@ class Runner:
         ]
         return sorted(names, key=lambda name: -self.speed(name))
 
+    def _best(self, group: str) -> list[str]:
+        """The models of a group that may win and keep the limit, or all of them if none does, the fastest first."""
+        standing = self.standing(group)
+        within = [
+            name for name in standing if self.limit_ms is None or median(times_ms(self.timing, name)) <= self.limit_ms
+        ]
+        return within or standing
+
     def _was_timed(self, name: str) -> bool:
         return any(name in launch.blocks for launch in self.timing.launches)
 
@@ -111,9 +126,9 @@ class Runner:
     def _drop(self) -> None:
         """Drop what cannot win, and time it no more."""
         for group in set(self.groups.values()):
-            standing = self.standing(group)
-            for name in standing[self.keep :]:
-                if reason := self._loses(name, standing[0]):
+            best = self._best(group)
+            for name in self.standing(group):
+                if name not in best[: self.keep] and (reason := self._loses(name, best[0])):
                     self.dropped[name] = reason
         arms = tuple(arm for arm in self.plan.arms if arm.name not in self.dropped)
         self.timing.plan = msgspec.structs.replace(self.plan, arms=arms)
@@ -136,8 +151,8 @@ class Runner:
 
     def _is_group_decided(self, group: str) -> bool:
         """Whether no other model can be faster than the first by more than `EQUAL`."""
-        standing = self.standing(group)
-        ahead = [self.over(standing[0], name) for name in standing[1:]]
+        best = self._best(group)
+        ahead = [self.over(best[0], name) for name in best[1:]]
         return all(one is not None and one.low > -log(EQUAL) for one in ahead)
 
 

@@ -176,7 +176,8 @@ class Search:
         step(f"timing {len(arms)} model{'s' if len(arms) > 1 else ''} and eager PyTorch in turn, batch {plan.batch}")
         before = self.store.read(f"race-{name}", Race)
         save = partial(self.store.write, f"race-{name}")
-        runner = Runner(plan, groups, before, save, most, least, keep)
+        limit_ms = self.request.options.latency_limit_ms if name == "settings" else None
+        runner = Runner(plan, groups, before, save, most, least, keep, limit_ms)
         runner.run(self.opener)
         return Contest(runner, {run.name: run for run in runs})
 

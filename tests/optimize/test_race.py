@@ -86,3 +86,21 @@ def test_the_front_is_what_nothing_else_beats_in_both(points, expected):
         for ms, v in points
     ]
     assert front(rows) == expected
+
+
+def test_models_beyond_the_limit_drop_none_that_keeps_it():
+    """Four batches at once are faster, and each takes too long."""
+    three = [launch(0.001, eager=90, a=20.0 + i / 1000, b=21.0, c=8.0) for i in range(3)]
+    for one in three:
+        one.streams.update({"a": 4, "b": 4})
+    assert set(runner(three, ("eager", "a", "b", "c")).dropped) == {"b", "c"}
+    assert not runner(three, ("eager", "a", "b", "c"), limit_ms=10).dropped
+    assert set(runner(three, ("eager", "a", "b", "c"), limit_ms=1).dropped) == {"b", "c"}, "none keeps it"
+
+
+def test_dropped_models_are_found_after_the_race():
+    one = runner([launch(eager=9, a=1.0, b=2.0)], ("eager", "a", "b"), most=1)
+    assert set(one.dropped) == {"b"}
+    one.done = True
+    one.run(None)
+    assert one.timing.arm("b").name == "b"
