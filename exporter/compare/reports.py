@@ -88,11 +88,18 @@ def check_same(base: Report, head: Report, across: Sequence[str]) -> None:
     if first != second and "machine" not in across:
         differ = next((a, b) for a, b in zip(first, second, strict=True) if a != b)
         raise BadRequest(f"two machines: {differ[0]} and {differ[1]}; measure both on one, or add --across machine")
-    models = [(one.artifact.get("variant"), one.artifact.get("task")) for one in (base, head)]
+    models = [_model(one) for one in (base, head)]
     if models[0] != models[1] and "model" not in across:
         raise BadRequest(
             f"two models: {_words(models[0])} and {_words(models[1])}; add --across model to compare them anyway"
         )
+
+
+def _model(report: Report) -> tuple[object, ...]:
+    """The model and the size of its input, which decide how long eager PyTorch takes."""
+    preprocessing = report.artifact.get("preprocessing")
+    size = preprocessing.get("size") if isinstance(preprocessing, dict) else None
+    return report.artifact.get("variant"), report.artifact.get("task"), f"at {size} pixels"
 
 
 def check_images(base: Report, head: Report, limit: Limit) -> None:
@@ -172,7 +179,7 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
         for launches, count in zip((before, after), batches, strict=True)
     ]
     eager = [_eager(report, case, len(launches)) for report, launches in ((base, before), (head, after))]
-    if eager[0] is not None and eager[1] is not None:
+    if eager[0] is not None and eager[1] is not None and _eager_model(base) == _eager_model(head):
         logs = [ours - theirs for ours, theirs in zip(logs, eager, strict=True)]
     spread = [center(list(one)).half_width for one in logs]
     values = [report.find(limit.metric, case) for report in (base, head)]
@@ -214,6 +221,14 @@ def _launches(report: Report, metric: str, case: str, side: str) -> list[tuple[f
         )
     ends = [0, *accumulate(found.launches)]
     return [found.samples[a:b] for a, b in pairwise(ends)]
+
+
+def _eager_model(report: Report) -> tuple[object, ...]:
+    """What eager PyTorch ran: another version, reference or model takes another time."""
+    versions, bench = report.environment.get("versions"), report.recipe.get("bench")
+    torch = versions.get("torch") if isinstance(versions, dict) else None
+    reference = bench.get("reference") if isinstance(bench, dict) else None
+    return torch, reference, _model(report)
 
 
 def _eager(report: Report, case: str, count: int) -> np.ndarray | None:

@@ -69,6 +69,16 @@ def test_a_slower_day_is_no_regression_where_eager_was_slower_too(typed):
     assert typed(timed(10, eager=30), timed(10, eager=25, seed=1)).code == 6, "as slow as before on a faster day"
 
 
+@pytest.mark.parametrize("other", ["torch", "reference"])
+def test_times_are_not_divided_by_those_of_another_eager(other, typed):
+    """PyTorch became 20 % faster, and the artifact is as fast as before."""
+    base = replace(timed(10, eager=30, environment={"versions": {"torch": "2.12"}}), recipe={"bench": {}})
+    head = timed(10, eager=25, seed=1, environment={"versions": {"torch": "2.13" if other == "torch" else "2.12"}})
+    head = replace(head, recipe={"bench": {"reference": "timm"} if other == "reference" else {}})
+    assert typed(base, head).code == 0
+    assert typed(base, replace(head, environment=base.environment, recipe=base.recipe)).code == 6
+
+
 def test_a_gate_without_a_limit_on_accuracy_says_so_where_it_may_differ(typed):
     base = timed(10, weights={"digest": "a"}, precision="fp32", quantization=None)
     base.artifact["preprocessing"] = {"size": 224}
@@ -82,7 +92,7 @@ def test_a_gate_without_a_limit_on_accuracy_says_so_where_it_may_differ(typed):
     assert f"{says.format('weights')} top1_drop:0.3 after `verify` of both" in note(weights={"digest": "b"})
     assert f"{says.format('weights')} miou_drop:0.3" in note("--across", "model", weights={}, task="segment")
     assert says.format("precision, quantization") in note(precision="int8", quantization={"digest": "c"})
-    assert says.format("preprocessing") in note(preprocessing={"size": 112})
+    assert says.format("preprocessing") in note(preprocessing={"size": 224, "crop": "squash"})
     assert "accuracy is not compared" not in note("--fail-on", "top1_drop:1", precision="int8")
     base.artifact["quantization"] = {"digest": "c", "calib": "a", "kept": []}
     assert "accuracy is not compared" not in note(quantization={"digest": "c", "calib": "b", "kept": []})
@@ -105,7 +115,8 @@ def test_answers_and_sizes_are_compared_too(typed):
     [
         (timed(environment={"cpu": "Intel"}), (), "two machines: Intel and AMD EPYC"),
         (timed(environment={"cores": 4}), (), "two machines: 4 and 2"),
-        (timed(variant="base"), (), "two models: base classify and tiny classify"),
+        (timed(variant="base"), (), "two models: base classify at None pixels and tiny classify at None pixels"),
+        (timed(preprocessing={"size": 384}), (), "two models: tiny classify at 384 pixels and tiny classify at None"),
         (timed(launches=1), (), "1 launches"),
         (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: device cpu threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
