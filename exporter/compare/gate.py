@@ -46,6 +46,9 @@ class GateOptions(CompareOptions, frozen=True):
     data: Annotated[
         str | None, about("Images with labels or masks, needed for top1_drop, map_drop and miou_drop.", metavar="SRC")
     ] = None
+    reduce_zero_label: Annotated[
+        bool, about("Masks number classes from 1, and 0 is a pixel without a class, as in ADE20K.")
+    ] = False
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:
@@ -66,7 +69,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
     if any(are_reports) and (not all(are_reports) or options.base_rev):
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
-        if ignored := _changed(options, ("data", "device", *TIMED)):
+        if ignored := _changed(options, ("data", "reduce_zero_label", "device", *TIMED)):
             raise BadRequest(f"--{ignored[0]}: two reports are compared as they are; leave it out")
         return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
@@ -113,7 +116,7 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if by_kind["answers"] and options.data is None:
         raise BadRequest(f"--fail-on {by_kind['answers'][0]}: give labelled images with --data")
     if not by_kind["answers"]:
-        _note_ignored(options, ("data",), "a limit on accuracy, as --fail-on top1_drop:0.3")
+        _note_ignored(options, ("data", "reduce_zero_label"), "a limit on accuracy, as --fail-on top1_drop:0.3")
     if not by_kind["time"]:
         _note_ignored(options, TIMED, "a limit on a time")
     if len(by_kind["answers"]) > 1:
@@ -128,7 +131,13 @@ def _compare_artifacts(pair: Pair, limits: Sequence[Limit], options: GateOptions
     if options.data is not None and by_kind["answers"]:
         device = backends.device_of(pair.base, options.device)
         outputs: OutputKind | None = "multilabel" if by_kind["answers"][0].metric == "map_drop" else None
-        verify_options = VerifyOptions(data=options.data, device=device, when_unsure="pass", outputs=outputs)
+        verify_options = VerifyOptions(
+            data=options.data,
+            device=device,
+            when_unsure="pass",
+            outputs=outputs,
+            reduce_zero_label=options.reduce_zero_label,
+        )
         both = [verify(artifact, verify_options) for artifact in (pair.base, pair.head)]
         findings += compare_reports([(both[0], both[1])], by_kind["answers"], ("model",))
     return _report(findings, pair.base.to_dict(), pair.head.to_dict(), limits, options, backends.environment())
