@@ -327,7 +327,7 @@ def changes(reports: Sequence[Report]) -> str:
 
 def trend(one: Series, steps: Sequence[Step]) -> str:
     """A series by commit; each step has its commit and change, and the axis the first commit and the last."""
-    with drawn(f"{one.artifact} {one.metric}", 2.2) as (axes, drawing):
+    with drawn(f"{one.artifact} {one.title}", 2.2) as (axes, drawing):
         values = list(map(bounded, one.values))
         axes.plot(values, "o-", color=COLORS[0], markersize=4, linewidth=1)
         commits = [entry.commit for entry in one.entries]

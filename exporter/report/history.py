@@ -17,7 +17,7 @@ import numpy as np
 from exporter.artifact.disk import locked, write_file
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest
-from exporter.report import Report, gpu_of, machine_of
+from exporter.report import Report, gpu_of, images_of, machine_of
 from exporter.report.tables import Table, name
 
 SCHEMA = 1
@@ -25,19 +25,22 @@ METRICS = (
     *("speedup", "p50_ms", "p99_ms", "throughput_ips", "top1", "top1_agreement", "map", "label_agreement"),
     *("miou", "pixel_agreement", "neighbour_agreement", "cosine", "r2", "bytes"),
 )
+OF_IMAGES = METRICS[4:-1]
 MAX_BYTES = 256 * 2**20
 LEAST_SEGMENT = 3  # commits on either side of a step
 LEAST_STEP_PCT = 1.0
 
 
 class Entry(Record, frozen=True):
-    """The values of one report at one commit. Keys of `values` are `metric` or `metric, case`."""
+    """The values of one report at one commit. Keys of `values` are `metric` or `metric, case`; `settings` are what a
+    value depends on beside the machine, by the same keys: device, threads and hint, or the digest of the images."""
 
     commit: str
     time: str
     artifact: str
     machine: str
     values: dict[str, float]
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
     schema: int = SCHEMA
 
 
@@ -67,11 +70,17 @@ class Series:
     machine: str
     metric: str
     entries: tuple[Entry, ...]
+    setting: str = ""
 
     @property
     def values(self) -> list[float]:
         """The metric at each commit."""
         return [entry.values[self.metric] for entry in self.entries]
+
+    @property
+    def title(self) -> str:
+        """The metric with the setting, where another series has another one."""
+        return f"{self.metric} ({self.setting})" if self.setting else self.metric
 
 
 def append(path: Path, reports: Sequence[Report], commit: str) -> None:
@@ -93,15 +102,22 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
 
 
 def _entry(report: Report, commit: str, now: str) -> Entry:
-    values = {
-        f"{f.metric}, {f.case}" if f.case else f.metric: f.value
+    found = {
+        f"{f.metric}, {f.case}" if f.case else f.metric: f
         for f in report.findings
         if f.metric in METRICS and f.check != "regression" and f.value is not None
+    }
+    values = {key: finding.value for key, finding in found.items() if finding.value is not None}
+    images = images_of(report)[:12]
+    settings = {
+        key: setting
+        for key, one in found.items()
+        if (setting := one.setting or (f"images {images}" if images and one.metric in OF_IMAGES else ""))
     }
     machine = ", ".join(
         str(fact) for fact in (*machine_of(report), gpu_of(report)) if fact and isinstance(fact, str | int)
     )
-    return Entry(commit=commit, time=now, artifact=name(report), machine=machine, values=values)
+    return Entry(commit=commit, time=now, artifact=name(report), machine=machine, values=values, settings=settings)
 
 
 def load(path: Path) -> list[Entry]:
@@ -126,12 +142,17 @@ def load(path: Path) -> list[Entry]:
 
 
 def series(entries: Sequence[Entry]) -> list[Series]:
-    """Every metric of every artifact on every machine, in the order of the lines."""
-    grouped: dict[tuple[str, str, str], list[Entry]] = {}
+    """Every metric of every artifact on every machine in every setting, in the order of the lines."""
+    grouped: dict[tuple[str, str, str], dict[str, list[Entry]]] = {}
     for entry in entries:
         for metric in entry.values:
-            grouped.setdefault((entry.artifact, entry.machine, metric), []).append(entry)
-    return [Series(*key, tuple(found)) for key, found in grouped.items()]
+            of_metric = grouped.setdefault((entry.artifact, entry.machine, metric), {})
+            of_metric.setdefault(entry.settings.get(metric, ""), []).append(entry)
+    return [
+        Series(*key, tuple(found), setting if len(by_setting) > 1 else "")
+        for key, by_setting in grouped.items()
+        for setting, found in by_setting.items()
+    ]
 
 
 def steps(one: Series) -> list[Step]:
@@ -156,7 +177,7 @@ def steps(one: Series) -> list[Step]:
         before, after = np.median(logs[start:middle]), np.median(logs[middle:end])
         if abs(after - before) > max(LEAST_STEP_PCT / 100, 3 * noise):
             at, levels = one.entries[middle], (float(np.exp(before)), float(np.exp(after)))
-            result.append(Step(one.artifact, one.machine, one.metric, at.commit, at.time, *levels))
+            result.append(Step(one.artifact, one.machine, one.title, at.commit, at.time, *levels))
     return result
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from exporter import machine, report
 from exporter.errors import BadRequest
-from exporter.report import history
+from exporter.report import Finding, history
 from exporter.report.formats import html
 from exporter.report.history import Entry, Series
 from tests.report.test_formats import made
@@ -159,3 +159,19 @@ def test_artifacts_of_one_file_name_are_apart(tmp_path, run):
     words = (tmp_path / "a.json", tmp_path / "b.json", "--history", tmp_path / "h.jsonl", "--commit", "c")
     assert run("report", *words).code == 0
     assert [entry.artifact for entry in history.load(tmp_path / "h.jsonl")] == ["a/m.onnx", "b/m.onnx"]
+
+
+def test_values_of_other_settings_or_images_are_another_series(tmp_path):
+    path = tmp_path / "h.jsonl"
+    for commit, threads, images in (("a", 1, "x" * 64), ("b", 4, "y" * 64), ("c", 1, "x" * 64)):
+        timed = Finding(check="latency", metric="p50_ms", case="batch 1", value=10 / threads, setting=f"cpu, {threads}")
+        top1 = Finding(check="accuracy", metric="top1", value=90.0 / threads)
+        one = replace(made("m.onnx"), findings=(timed, top1), recipe={"verify": {"images": images}})
+        history.append(path, [one], commit)
+    found = {one.title: one.values for one in history.series(history.load(path))}
+    assert found == {
+        "p50_ms, batch 1 (cpu, 1)": [10, 10],
+        "p50_ms, batch 1 (cpu, 4)": [2.5],
+        "top1 (images xxxxxxxxxxxx)": [90, 90],
+        "top1 (images yyyyyyyyyyyy)": [22.5],
+    }
