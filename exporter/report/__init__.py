@@ -242,6 +242,8 @@ def machine_of(report: Report) -> tuple[object, ...]:
     return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
 
 
+OF_A_TIMING = ("gpu_before", "gpu_after", "timing", "session")
+"""Facts of the environment that a new timing replaces."""
 OF_A_VERIFICATION = {
     "accuracy",
     "blocks",
@@ -273,11 +275,14 @@ def save_merged(report: Report, path: Path) -> Report:
         kept = tuple(finding for finding in old.findings if finding.check not in new)
         if "verify" in report.recipe:
             kept = tuple(finding for finding in kept if finding.check not in OF_A_VERIFICATION)
+        before = {
+            key: value for key, value in old.environment.items() if key not in OF_A_TIMING or "latency" not in new
+        }
         report = msgspec.structs.replace(
             report,
             passed=report.passed and all(finding.passed for finding in kept),
             recipe={**old.recipe, **report.recipe},
-            environment={**old.environment, **report.environment},
+            environment={**before, **report.environment},
             findings=(*kept, *report.findings),
             pictures=report.pictures or (() if "verify" in report.recipe else old.pictures),
             differences=report.differences if "verify" in report.recipe else old.differences,

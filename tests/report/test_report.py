@@ -122,6 +122,9 @@ def test_what_other_checks_found_is_kept_if_it_is_of_the_same_file_and_machine(e
     for other in ({"artifact": {"sha256": "2"}}, {"environment": {"cpu": "B"}}):
         report.save(same, path)
         assert [f.metric for f in report.save_merged(replace(better, **other), path).findings] == ["p50_ms"]
+    on_gpu = replace(better, environment={**better.environment, "gpu_before": {"name": "A10"}, "gpu_after": {}})
+    report.save_merged(on_gpu, path)
+    assert not {"gpu_before", "gpu_after"} & report.save_merged(better, path).environment.keys(), "timed on the CPU now"
     path.write_bytes(b"damaged")
     assert report.save_merged(better, path) == better
 
