@@ -69,11 +69,7 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener =
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
-    alone = [
-        replace(arm, cache_dir=options.cache_dir if arm.runtime == "artifact" else None)
-        for arm in arms
-        if arm.runtime == "artifact" or arm.name == EAGER
-    ]
+    alone = [replace(arm, cache_dir=options.cache_dir) for arm in arms if arm.runtime == "artifact"]
     plan = timings[0].plan
     with turns.alone():
         models = track(alone, len(alone), "models", lambda _: 1)

@@ -113,11 +113,21 @@ def measure(
         for _ in track(launches(timing, opener, HANG_S, stop_on_failure), count, "processes", lambda _: 1):
             measured = len(timing.launches)
             repeated = measured >= count * (1 + REPEATS) or len(_undisturbed(timing)) >= count
-            if measured >= most or (repeated and enough()):
+            if measured >= most or (repeated and _is_enough(timing, count, enough)):
                 break
     if len(undisturbed := _undisturbed(timing)) >= count:
         timing.disturbed = len(timing.launches) - len(undisturbed)
         timing.launches[:] = undisturbed
+
+
+def _is_enough(timing: Timing, count: int, enough: Callable[[], bool]) -> bool:
+    """Whether the intervals of the launches that will be kept are narrow enough."""
+    undisturbed, every = _undisturbed(timing), timing.launches[:]
+    timing.launches[:] = undisturbed if len(undisturbed) >= count else every
+    try:
+        return enough()
+    finally:
+        timing.launches[:] = every
 
 
 def _undisturbed(timing: Timing) -> list[Launch]:

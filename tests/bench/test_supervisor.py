@@ -261,3 +261,25 @@ def added(timing, made):
     for launch in made:
         timing.launches.append(launch)
         yield launch
+
+
+def test_the_intervals_of_the_launches_that_are_kept_decide(monkeypatch):
+    """Beside disturbed launches the interval is narrow; without them it is not yet."""
+    monkeypatch.setattr(supervisor, "is_disturbed", lambda launch: launch in disturbed)
+    disturbed, seen = [], []
+
+    def launches(timing, *_):
+        for number in range(12):
+            timing.launches.append(number)
+            disturbed.extend([number] if number % 2 else [])
+            yield number
+
+    def enough():
+        seen.append(list(timing.launches))
+        return len(timing.launches) >= 4
+
+    timing = Timing(None, [], {})
+    monkeypatch.setattr(supervisor, "launches", launches)
+    supervisor.measure(timing, None, count=2, most=12, enough=enough)
+    assert timing.launches == [0, 2, 4, 6]
+    assert all(not set(one) & set(disturbed) for one in seen)
