@@ -82,17 +82,15 @@ def _in_form(recipe: Recipe, form: str) -> Recipe:
 def _facts(job: Job) -> dict[str, Any]:
     """Everything that may change the answer: machine, runtime and model shape, but not the weights."""
     recipe, checkpoint = job.recipe, job.checkpoint
-    cpu, isa = machine.cpu()
     return {
+        "target": recipe.target,
         "backend": recipe.backend,
         "precision": recipe.precision,
         "task": recipe.model.task,
         "export": msgspec.to_builtins(recipe.export),
         "architecture": msgspec.to_builtins(checkpoint.variant.architecture),
         "size": checkpoint.stated.preprocessing.size,
-        "cpu": cpu,
-        "isa": isa,
-        "cores": machine.cores(),
+        "machine": machine.identity(),
         "versions": backends.versions(),
     }
 
@@ -149,7 +147,9 @@ def _failure(job: Job, timing: Timing, name: str) -> str:
     if name in timing.failures:
         return timing.failures[name]
     cosines = [launch.cosine[name] for launch in timing.launches if name in launch.cosine]
-    least = job.precision.limits.cosine
+    least, measure = job.precision.limits.cosine, "cosine"
+    if job.trace.spec.answer == "labels":
+        least, measure = job.precision.limits.pixels.agreement_pct / 100, "share of equal pixels"
     if not cosines or not min(cosines) >= least:
-        return f"cosine {min(cosines, default=float('nan')):.6f} to eager, expected {least}"
+        return f"{measure} {min(cosines, default=float('nan')):.6f} to eager, expected {least}"
     return ""
