@@ -127,7 +127,7 @@ def preprocess(image: Image.Image, recipe: Preprocessing) -> NDArray[np.float32]
     return normalise(pixels if pixels.ndim == 3 else pixels[..., None], recipe)
 
 
-def size_of(file: Path) -> tuple[int, int]:
+def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
     """Width and height of an image file, upright.
 
     Raises: Unreadable for a file that is no image.

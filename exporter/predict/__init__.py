@@ -165,7 +165,7 @@ def predict_masks(
             for (name, path), pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
                 masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name, path), recipe)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{out} has some of the masks; the same command with --overwrite writes all") from None
+        raise KeyboardInterrupt(f"{out}: masks are missing; run the same command with --overwrite") from None
     _report(unreadable, total)
     return Summary(total=total, now=total, unreadable=tuple(unreadable), seconds=time.monotonic() - began)
 

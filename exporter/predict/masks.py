@@ -70,8 +70,9 @@ def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe
 
     picture = _picture(file, recipe)
     numbers = Image.fromarray(classes.astype(np.int32))
-    if picture is not None:
-        numbers = numbers.resize(picture.size, Image.Resampling.NEAREST)
+    size = picture.size if picture is not None else _size(file, recipe)
+    if size is not None:
+        numbers = numbers.resize(size, Image.Resampling.NEAREST)
     mask = np.asarray(numbers)
     write_file(path, _png(_image_of(mask)))
     if picture is not None:
@@ -104,6 +105,13 @@ def _picture(file: Path | IO[bytes], recipe: Preprocessing) -> Image.Image | Non
     return Image.fromarray(
         (255 * (pixels * recipe.std + np.asarray(recipe.mean))).round().clip(0, 255).astype(np.uint8)
     )
+
+
+def _size(file: Path | IO[bytes], recipe: Preprocessing) -> tuple[int, int] | None:
+    """Width and height of an image file that was stretched, None for others."""
+    if recipe.crop != "squash" or (isinstance(file, Path) and not file.is_file()):
+        return None
+    return images.size_of(file)
 
 
 def _png(image: Image.Image) -> bytes:

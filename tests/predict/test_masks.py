@@ -178,5 +178,13 @@ def test_two_images_of_one_name_are_refused(artifacts, photos, tmp_path, refused
 
 def test_an_interrupted_folder_of_masks_says_how_to_go_on(artifacts, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "_chunks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt, match="masks has some of the masks; the same command with --overwrite"):
+    with pytest.raises(KeyboardInterrupt, match="masks: masks are missing; run the same command with --overwrite"):
         predict.predict_masks(artifacts["labels"], [str(photos)], PredictOptions(), tmp_path / "masks")
+
+
+def test_a_mask_of_a_grey_network_has_the_size_of_its_image(tmp_path):
+    Image.new("L", (90, 60)).save(tmp_path / "scan.png")
+    recipe = Preprocessing(size=32, resize=32, crop="squash", mean=(0.5,), std=(0.5,))
+    masks.write(tmp_path / "mask.png", np.ones((32, 32), np.int64), tmp_path / "scan.png", recipe)
+    assert Image.open(tmp_path / "mask.png").size == (90, 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.png", "scan.png"]
