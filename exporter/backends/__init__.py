@@ -109,8 +109,8 @@ class TritonModel:
     devices: that instances run on, the default first.
     batches: whether Triton puts requests together to batches.
     profiles: for an engine, the smallest, best and largest batch of each of its profiles.
-    parameters: of the backend.
-    remark, on_gpu: sentences for the README, or ""; the second is for a GPU. server_options: of the server's command.
+    parameters, server_options: of the backend, and of `tritonserver`.
+    remark, on_gpu: a sentence for the README, and one for it where instances run on a GPU; or "".
     exact: whether the arithmetic is always that of the artifact.
     """
 
@@ -316,7 +316,7 @@ def device_of(artifact: Artifact, device: str | None = None) -> str:
     if device is None:
         return next(iter(runtime.devices))
     kind_of(device, runtime, artifact.path)
-    return device
+    return device.lower()
 
 
 def device_kind(artifact: Artifact, device: str | None = None) -> DeviceKind:

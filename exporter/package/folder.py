@@ -59,10 +59,10 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 def _refuse_filled(out: Path) -> None:
     if out.is_dir() and (entry := next(out.iterdir(), None)):
         raise BadRequest(f"{out}: not empty ({entry.name} is in it); give -o a folder that is empty or not there")
-    if out.is_symlink() or os.path.ismount(out) or out == Path.cwd():
+    kinds = {"the working folder": out == Path.cwd(), "a link": out.is_symlink(), "a mount point": os.path.ismount(out)}
+    if kind := next((kind for kind, holds in kinds.items() if holds), ""):
         raise BadRequest(
-            f"{out}: the working folder, a link or a mount point, which cannot be replaced; give -o a new folder, as "
-            f"{out / 'package'}"
+            f"{out}: {kind}, which cannot be replaced by the package; give -o a new folder, as {out / 'package'}"
         )
     if out.exists() and not out.is_dir():
         raise BadRequest(f"{out}: not a folder; give -o a folder that is empty or not there")

@@ -116,7 +116,9 @@ def _graph(recipe: Recipe) -> tuple[object, ...]:
 
 
 def _form(recipe: Recipe) -> str:
-    """How the network of a recipe without quantization is written."""
+    """How the network of a recipe without quantization is written; `auto` may choose another form in each precision."""
+    if recipe.export.form == "auto":
+        return f"auto, {recipe.precision}"
     return recipe.export.form or backends.target(recipe.backend).form(recipe.precision, recipe.fixed_batch)
 
 

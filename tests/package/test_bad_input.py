@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(kind, artif
         out.symlink_to(tmp_path / "out")
     else:
         monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
-    with pytest.raises(BadRequest, match=r"cannot be replaced; give -o a new folder, as .*package"):
+    with pytest.raises(BadRequest, match=rf"{kind}, which cannot be replaced by the package; give -o a new folder"):
         package.package(artifacts["onnxruntime", "fp32"], "python", out)
     assert list((tmp_path / "out").iterdir()) == []
 

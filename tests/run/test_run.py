@@ -177,6 +177,8 @@ def test_one_graph_cannot_be_two(recipe, refused, run, tmp_path):
     four = recipe(name="four", more="export: {form: conv}\nbench: null")
     int8 = recipe("onnxruntime", "int8", "int8", f"export: {{form: linear}}\n{FAST}")
     assert run("run", one, four, int8, "--dry-run").code == 0
+    auto = [recipe("onnxruntime", word, f"auto_{word}", "export: {form: auto}") for word in ("fp32", "fp16")]
+    assert "would write different graphs" in refused(2, "run", *auto, folder=tmp_path)
     of_openvino = [recipe("openvino", "fp32", "five"), recipe("openvino", "fp16", "six", "export: {form: linear}")]
     assert run("run", *of_openvino, "--dry-run").code == 0
 

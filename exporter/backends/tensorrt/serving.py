@@ -21,10 +21,8 @@ def triton(sidecar: Sidecar) -> TritonModel:
         raise BadRequest(f"{name}: built without weights, and Triton puts none in; build it without --strip-weights")
     profiles = tuple((least, best, most) for least, best, most in sidecar.target.get("profiles", ()))
     version = sidecar.target.get("version", "")
-    remark, server_options = (
-        f"The engine is of TensorRT {version}: use the release of Triton that has ",
-        tuple[str, ...](),
-    )
+    remark = f"The engine is of TensorRT {version}: use the release of Triton that has "
+    server_options: tuple[str, ...] = ()
     if sidecar.target.get("version_compatible"):
         remark += "this version, or a later one of the same major version."
         server_options = ("--backend-config=tensorrt,version-compatible=true",)
