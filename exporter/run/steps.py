@@ -20,7 +20,7 @@ from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import reference, weights
 from exporter.progress import note
-from exporter.recipe import Bench, Recipe
+from exporter.recipe import SYNTHETIC, Bench, Recipe
 from exporter.recipe.file import NOT_PATHS
 from exporter.report import Report
 from exporter.verify import VerifyOptions
@@ -173,11 +173,12 @@ class Steps:
 
 
 def verify_options(recipe: Recipe) -> VerifyOptions:
-    """How a recipe's artifact is verified."""
-    model = recipe.model
-    return VerifyOptions(
-        weights=_path_of(model.weights), reference=model.reference, **msgspec.structs.asdict(recipe.checks)
-    )
+    """How a recipe's artifact is verified: on the images that its build measured accuracy on, where `checks` names none,
+    so that a report is of one set of images."""
+    model, checks, quantization = recipe.model, recipe.checks, recipe.quantization
+    if checks.data == SYNTHETIC and quantization is not None and quantization.data is not None:
+        checks = replace(checks, data=quantization.data)
+    return VerifyOptions(weights=_path_of(model.weights), reference=model.reference, **msgspec.structs.asdict(checks))
 
 
 def bench_options(recipe: Recipe) -> BenchOptions | None:

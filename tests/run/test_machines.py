@@ -5,7 +5,7 @@ import pytest
 from exporter import machine
 from exporter.recipe import Bench, Checks
 from exporter.report import Finding, Report
-from exporter.run.steps import Part, Steps
+from exporter.run.steps import Part, Steps, verify_options
 from tests.conftest import copy_artifact, recipe_of
 
 FINDINGS = (
@@ -90,3 +90,9 @@ def test_an_engine_depends_on_the_gpu(backend, changes, steps, tmp_path, monkeyp
     before = own.key("build")
     monkeypatch.setattr(machine, "gpu", lambda: {"name": "Another GPU"})
     assert (own.key("build") != before) == changes
+
+
+def test_a_recipe_is_verified_on_the_images_that_its_build_measured_accuracy_on():
+    assert verify_options(recipe_of(precision="int8", data="photos")).data == "photos"
+    assert verify_options(recipe_of(precision="int8", data="photos", checks=Checks(data="others"))).data == "others"
+    assert verify_options(recipe_of(precision="int8")).data == "synthetic"
