@@ -18,7 +18,7 @@ from exporter.model.processors import Read, Unclear
 T = TypeVar("T")
 MAX_LICENSE = 60  # characters
 USUAL_SIZE = 224  # pixels, the default of transformers
-CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json", "processor_config.json")
 _MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
@@ -46,13 +46,14 @@ class Config:
 
 
 def read_config(folder: Path, weights: Path | None = None) -> Config:
-    """Read `config.json`, `preprocessor_config.json` and `open_clip_config.json` of a folder, if it has them.
+    """Read the `CONFIG_FILES` of a folder, as far as it has them.
 
-    OpenCLIP's file is for weights that are named `open_clip…`, or where there is no `config.json`.
+    OpenCLIP's file is for weights that are named `open_clip…`, or where there is no `config.json`. As in transformers,
+    `image_processor` of `processor_config.json` counts before `preprocessor_config.json`.
 
     Raises: BadRequest when one of them cannot be understood, contradicts itself, or states what is not supported.
     """
-    path, beside, clip = (folder / name for name in CONFIG_FILES)
+    path, beside, clip, processor = (folder / name for name in CONFIG_FILES)
     if clip.is_file() and (weights.name.startswith("open_clip") if weights else not path.is_file()):
         return _of_open_clip(clip)
     config = _read(path) if path.is_file() else {}
@@ -63,7 +64,10 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
     reads = []
     if "pretrained_cfg" in config:
         reads.append(_understood(path, lambda: processors.read_timm_cfg(_timm_cfg(config), path.name)))
-    if beside.is_file():
+    inner = _read(processor).get("image_processor") if processor.is_file() else None
+    if isinstance(inner, dict):
+        reads.append(_understood(processor, lambda: processors.read_processor(inner, processor.name)))
+    elif beside.is_file():
         reads.append(_understood(beside, lambda: processors.read_processor(_read(beside), beside.name)))
     of_backbone = "backbone_config" in config and config.get("model_type") != stated.UPERNET
     names = () if of_backbone else _understood(path, lambda: _labels(config, statements))

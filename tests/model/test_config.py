@@ -485,6 +485,14 @@ def test_checkpoints_that_state_nothing_give_nothing(beside):
     assert (config.labels, config.preprocessing, config.network) == ((), None, {})
 
 
+def test_the_image_processor_of_a_whole_processor_counts_first(of):
+    of({"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}}, "preprocessor_config.json")
+    inner = {"image_processor_type": "ViTImageProcessor", "size": {"height": 160, "width": 160}}
+    config = of({"processor_class": "OneFormerProcessor", "image_processor": inner}, "processor_config.json")
+    assert (config.preprocessing.size, config.origins["size"]) == (160, "processor_config.json")
+    assert of({"processor_class": "OneFormerProcessor"}, "processor_config.json").preprocessing.size == 96
+
+
 def test_the_image_size_of_transformers_is_used_where_no_file_states_a_preprocessing(of):
     def size_and_origin(config):
         preprocessing = known(config, "transformers", VARIANTS["tiny"], "")
