@@ -50,7 +50,10 @@ def checked(module: str, name: str) -> str:
     root, *inner = module.split(".")
     root = _OLD_NAMES.get(root, root)
     whole = ".".join((root, *inner, name))
-    through = name.split(".")[:-1]  # protocol 4 reaches through a module: `torch`, then `serialization.os.system`
+    parts = name.split(".")
+    through = parts[:-1]  # protocol 4 reaches through a module: `torch`, then `serialization.os.system`
+    if through and any(part.startswith("__") and part != "__new__" for part in parts):  # and through `__globals__`
+        raise Harmful(whole)
     if root in MODULES or MODULES.intersection(through) or "builtins" in through:
         raise Harmful(whole)
     if any(whole == path or whole.startswith(path + ".") for path in _PATHS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from exporter.model.harmful import GETATTR, Harmful, checked
 
@@ -33,14 +33,17 @@ class Storage:
 
 
 class Stub:
-    """An object of an unknown class, or that class: nothing but its name, whatever the pickle does with it."""
+    """An object of an unknown class, or that class: nothing but its name, whatever the pickle does with it.
 
-    __slots__ = ("is_module", "is_named", "name")
+    kind: `named` by an opcode, `made` by a call, or the method of an object that was made (`bound`).
+    """
 
-    def __init__(self, name: str, is_named: bool = False) -> None:
+    __slots__ = ("is_module", "kind", "name")
+
+    def __init__(self, name: str, kind: Literal["named", "made", "bound"] = "made") -> None:
         self.name = name
         self.is_module = False
-        self.is_named = is_named  # by the pickle, and not the result of a call
+        self.kind = kind
 
 
 class Attributes(dict[str, Any]):
@@ -127,7 +130,7 @@ class Unpickler:
         return value
 
     def popped_function(self) -> Any:
-        """The top of the stack, which is called; `getattr` may be called, and is nothing else."""
+        """Pop the function that REDUCE calls. Only here may `getattr` leave the stack."""
         self.top()  # refuses an empty stack
         return self.stack.pop()
 
@@ -159,7 +162,7 @@ class Unpickler:
         """Push what a name of the pickle stands for, without looking it up anywhere but in our table."""
         dotted = checked(module, name)
         plain = self.plain(dotted)
-        self.stack.append(Stub(dotted, is_named=True) if plain is None else plain)
+        self.stack.append(Stub(dotted, "named") if plain is None else plain)
 
     def construct(self, function: Any, arguments: Any) -> None:
         """Push what our constructor of this name builds, or a stub."""
@@ -168,6 +171,10 @@ class Unpickler:
         if function.name == GETATTR:
             self.stack.append(_inner(arguments))
             return
+        handed = arguments if isinstance(arguments, tuple) else ()
+        for stub in (function, *handed):
+            if isinstance(stub, Stub) and stub.kind == "bound":  # which could call anything
+                raise Harmful(stub.name)
         build = self.constructors.get(function.name)
         if build is None or not isinstance(arguments, tuple):
             self.stack.append(Stub(function.name))
@@ -179,21 +186,22 @@ class Unpickler:
 
 
 def _inner(arguments: Any) -> Stub:
-    """What `getattr(CLASS, NAME)` names, as protocols below 4 pickle it.
+    """What `getattr(CLASS, NAME)` names, as protocols below 4 pickle it, or the method of an object.
 
-    Raises: Harmful for a harmful name, and for a getattr of anything that the pickle does not name.
+    Raises: Harmful for a harmful name, and for a getattr of anything else.
     """
-    if not (isinstance(arguments, tuple) and list(map(type, arguments)) == [Stub, str] and arguments[0].is_named):
+    if not (isinstance(arguments, tuple) and list(map(type, arguments)) == [Stub, str]):
         raise Harmful(GETATTR)
     outer, attribute = arguments
-    if any(part.startswith("__") for part in attribute.split(".")):
-        raise Harmful(f"{outer.name}.{attribute}")
     module, _, name = outer.name.rpartition(".")
-    return Stub(checked(module, f"{name}.{attribute}"), is_named=True)
+    dotted = checked(module, f"{name}.{attribute}")
+    if outer.kind == "bound":
+        raise Harmful(dotted)
+    return Stub(dotted, "named" if outer.kind == "named" else "bound")
 
 
 def _refuse_getattr(value: Any) -> None:
-    """Raises: Harmful for a `getattr` that is handed to something else, which could call it."""
+    """Raises: Harmful if the value is `getattr`, which may only be called."""
     if isinstance(value, Stub) and value.name == GETATTR:
         raise Harmful(GETATTR)
 

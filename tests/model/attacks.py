@@ -117,12 +117,17 @@ HARMFUL = {
         + text("os") + b"\x86R" + text("system") + b"\x86R" + COMMAND + b"\x85R", "os.system"),
     "getattr of what a call returns": (name("builtins", "getattr") + name("builtins", "getattr")
         + name("torch.nn", "Linear") + text("extra_repr") + b"\x86R" + text("os") + b"\x85R" + text("system") + b"\x86R"
-        + COMMAND + b"\x85R", "builtins.getattr"),
+        + COMMAND + b"\x85R", "extra_repr.system"),
     "getattr of globals": (name("builtins", "getattr") + name("torch.nn", "Linear") + text("__init__.__globals__")
         + b"\x86R", "torch.nn.Linear.__init__.__globals__"),
     "a partial of getattr": (name("functools", "partial") + name("builtins", "getattr")
         + name("torch", "serialization") + text("os") + b"\x87R)R", "builtins.getattr"),
     "getattr in a list": (b"(" + name("builtins", "getattr") + b"l", "builtins.getattr"),
+    "globals by a whole name": (name("torch.nn", "Linear.__init__.__globals__.get"), "__globals__"),
+    "a method of a result is called": (name("builtins", "getattr") + UNKNOWN + b")R" + text("run") + b"\x86R" + COMMAND
+        + b"\x85R", ".run"),
+    "a method of a result is handed on": (name("functools", "partial") + name("builtins", "getattr") + UNKNOWN + b")R"
+        + text("run") + b"\x86R\x85R", ".run"),
     "getattr of an object": (name("builtins", "getattr") + b"}" + text("update") + b"\x86R", "builtins.getattr"),
     "factory": (name("collections", "defaultdict") + SYSTEM + b"\x85R", "os.system"),
     "partial": (name("functools", "partial") + SYSTEM + COMMAND + b"\x86R", "os.system"),
