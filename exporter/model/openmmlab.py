@@ -22,7 +22,9 @@ from exporter.model.stated import Keys, Statements, one_of
 ORIGIN = "configuration in the checkpoint"
 MOST_TEXT = 10**6  # characters
 _DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
+_DENSE = re.compile(r"\b(decode_head|rpn_head|bbox_head|panoptic_head|mask_head)\b")
 _ACTS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+_BATCH_NORMS = ("BN", "BN2d", "SyncBN", "MMSyncBN")
 _LAYER_NORM_EPS = 1e-5  # of torch.nn.LayerNorm, where norm_cfg has none
 _BACKBONE: Keys = {
     "act_cfg": ("act", lambda value: one_of(_ACTS)(value["type"])),
@@ -38,12 +40,12 @@ def read(text: str, statements: Statements) -> Read | None:
     Raises: BadRequest for a network that takes BGR, and for settings that are not supported.
     """
     statements.network["configuration"] = text
-    is_classifier = "ImageClassifier" in text
+    is_dense = _DENSE.search(text) is not None
     _note_unreadable(text, statements)
     _refuse_bgr(text)
     for backbone in _settings(text, "backbone"):
         if isinstance(backbone, dict) and "ConvNeXt" in str(backbone.get("type")):
-            _read_backbone(backbone, is_classifier, statements)
+            _read_backbone(backbone, is_dense, statements)
     values: dict[str, Any] = {
         name: tuple(value / 255 for value in numbers) for name in ("mean", "std") if (numbers := _numbers(text, name))
     }
@@ -54,7 +56,7 @@ def read(text: str, statements: Statements) -> Read | None:
         values |= _read_segmenter(text, statements)
     elif _DETECTOR.search(text):
         base, default = processors.DETECTOR, "published preprocessing of mmdet"
-    elif is_classifier and (pipeline := _test_pipeline(text)):
+    elif not is_dense and (pipeline := _test_pipeline(text)):
         try:
             values |= _geometry(pipeline, statements)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -119,10 +121,16 @@ def _settings(text: str, key: str) -> list[Any]:
 
 
 def _note_unreadable(text: str, statements: Statements) -> None:
-    """Note a configuration that cannot be parsed, and settings that are no literals."""
-    for key in ("backbone", "data_preprocessor", "test_pipeline"):
+    """Note a configuration that cannot be parsed, or settings that are no literals."""
+    for key in ("backbone", "data_preprocessor", "test_pipeline", "decode_head"):
         try:
-            literals(text, key)
+            expressions = _expressions(text, key)
+        except _ERRORS as error:
+            statements.notes.append(f"{ORIGIN}: cannot be read ({first_line(error)[:120]})")
+            return
+        try:
+            for expression in expressions:
+                _literal(expression)
         except _ERRORS as error:
             statements.notes.append(f"{ORIGIN}: {key} cannot be read ({first_line(error)[:120]})")
 
@@ -146,9 +154,9 @@ def _is_color(mean: Any) -> bool:
     return isinstance(mean, list) and len(mean) == 3
 
 
-def _read_backbone(backbone: Mapping[str, Any], is_classifier: bool, statements: Statements) -> None:
-    """Read the settings of the network. Segmenters and detectors take its maps, which are not pooled."""
-    if is_classifier and backbone.get("gap_before_final_norm") is False:
+def _read_backbone(backbone: Mapping[str, Any], is_dense: bool, statements: Statements) -> None:
+    """Read the settings of the network. Segmenters and detectors (`is_dense`) take its maps, which are not pooled."""
+    if not is_dense and backbone.get("gap_before_final_norm") is False:
         raise statements.refuse("backbone.gap_before_final_norm", False)
     statements.read(backbone, _BACKBONE, "backbone.")
     statements.read(backbone, {"norm_cfg": ("stage_eps", _BACKBONE["norm_cfg"][1])}, "backbone.")
@@ -240,11 +248,11 @@ def _read_segmenter(text: str, statements: Statements) -> dict[str, Any]:
 
 def _check_head(head: Mapping[str, Any], statements: Statements) -> None:
     """Raises: BadRequest for other layers than convolutions with a batch norm of the usual eps, and ReLU."""
-    act, norm = head.get("act_cfg") or {}, head.get("norm_cfg") or {}
+    act, norm, conv = head.get("act_cfg", {}), head.get("norm_cfg") or {}, head.get("conv_cfg") or {}
     usual = {
-        "act_cfg": act.get("type", "ReLU") == "ReLU",
-        "norm_cfg": norm.get("type", "BN") in ("BN", "SyncBN") and norm.get("eps", 1e-5) == 1e-5,
-        "conv_cfg": head.get("conv_cfg") is None,
+        "act_cfg": act is not None and act.get("type", "ReLU") == "ReLU",
+        "norm_cfg": norm.get("type", "BN") in _BATCH_NORMS and norm.get("eps", 1e-5) == 1e-5,
+        "conv_cfg": conv.get("type", "Conv2d") in ("Conv", "Conv2d"),
     }
     for key, is_usual in usual.items():
         if not is_usual:
