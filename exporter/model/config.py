@@ -74,7 +74,8 @@ def read_config(folder: Path, weights: Path | None = None) -> Config:
     if names:
         statements.origins["labels"] = path.name
     if len(reads) > 1:
-        _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing)
+        file = processor.name if isinstance(inner, dict) else beside.name
+        _refuse_differing(folder, reads[0].preprocessing, reads[1].preprocessing, file)
     together = _together(statements, names, reads, _understood(path, lambda: _license(config)))
     return replace(together, image_size=_understood(path, lambda: _image_size(config)))
 
@@ -143,13 +144,13 @@ def _together(
     )
 
 
-def _refuse_differing(folder: Path, one: Preprocessing, two: Preprocessing) -> None:
-    """Raises: BadRequest when timm's and transformers' files ask for different preprocessing."""
+def _refuse_differing(folder: Path, one: Preprocessing, two: Preprocessing, file: str) -> None:
+    """Raises: BadRequest when timm's file and transformers' (`file`) ask for different preprocessing."""
     for key in ("size", "resize", "crop", "interpolation", "mean", "std"):
         if getattr(one, key) != getattr(two, key):
             raise BadRequest(
-                f"{folder}: {key} is {getattr(one, key)} in config.json, but {getattr(two, key)} in "
-                "preprocessor_config.json; remove the file that is wrong"
+                f"{folder}: {key} is {getattr(one, key)} in config.json, but {getattr(two, key)} in {file}; "
+                "remove the file that is wrong"
             )
 
 

@@ -15,7 +15,10 @@ _WEIGHTS = [
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     *("model.keras", "model.weights.h5"),
 ]
-_BESIDE = ["config.json", "preprocessor_config.json", "open_clip_config.json", "adapter_config.json", "README.md"]
+_BESIDE = [
+    *("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
+    *("adapter_config.json", "README.md"),
+]
 _FILES = [*_WEIGHTS, *_BESIDE]
 MAX_CARD_BYTES = 1 << 20
 

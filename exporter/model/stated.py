@@ -343,10 +343,11 @@ def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
     if kind in HF_TYPES:
         read_transformers(statements, {key: inner[key] for key in inner if key != "num_labels"}, "backbone_config.")
     elif kind == "timm_backbone" or config.get("use_timm_backbone"):
-        args, own = dict(config.get("backbone_kwargs") or {}), inner or config
-        args |= {key: value for key, name in _TIMM_BACKBONE.items() if (value := own.get(name)) is not None}
-        if config.get("dilation"):  # DETR and its relatives
-            args.setdefault("output_stride", 16)
+        args = dict(config.get("backbone_kwargs") or {})
+        own = {key: (inner or config).get(name) for key, name in _TIMM_BACKBONE.items()}
+        args = {**args, **own} if inner else {**own, **args}
+        if config.get("use_timm_backbone") and config.get("dilation"):  # DETR and its relatives
+            args["output_stride"] = args.get("output_stride") or 16
         args.pop("out_indices", None)
         read_timm(statements, inner.get("backbone") or config.get("backbone"), args, "backbone_config.")
     else:

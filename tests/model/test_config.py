@@ -294,10 +294,18 @@ def test_whatever_files_and_checkpoints_state_they_are_read_or_refused(config, p
         ({"use_timm_backbone": True, "backbone": "convnext_tiny", "dilation": True,
           "backbone_kwargs": {"output_stride": 8}}, 8),
         ({"use_timm_backbone": True, "backbone": "convnext_tiny", "output_stride": 16}, 16),
+        ({"use_timm_backbone": False, "dilation": True,
+          "backbone_config": {"model_type": "timm_backbone", "backbone": "convnext_tiny"}}, None),
     ],
 )  # fmt: skip
 def test_the_stride_of_backbones_of_timm_is_read(config, stride, of):
     assert of(config).network.get("output_stride") == stride
+
+
+def test_channels_of_a_backbone_of_timm_are_those_of_its_arguments(of):
+    config = {"use_timm_backbone": True, "backbone": "convnext_tiny", "num_channels": 3}
+    assert of(config).network["in_chans"] == 3
+    assert of(config | {"backbone_kwargs": {"in_chans": 1}}).network["in_chans"] == 1
 
 
 def test_what_a_name_of_timm_stands_for_is_known_behind_a_prefix():
@@ -368,7 +376,9 @@ def test_the_configuration_of_mmpretrain_is_read():
     ],
 )  # fmt: skip
 def test_test_pipelines_of_mmpretrain_are_read(steps, expected):
-    config = from_training({"meta": {"config": f"model = dict(type='ImageClassifier')\ntest_pipeline = [{steps}]"}})
+    config = from_training(
+        {"meta": {"config": f"model = dict(type='ImageToImageRetriever')\ntest_pipeline = [{steps}]"}}
+    )
     recipe, _ = known(config, "openmmlab", VARIANTS["tiny"], "x").resolve()
     assert (recipe.size, recipe.resize, recipe.crop, recipe.interpolation) == expected
     assert any("OpenCV" in note for note in config.notes) == ("cv2" in steps)
@@ -377,6 +387,7 @@ def test_test_pipelines_of_mmpretrain_are_read(steps, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ("act_cfg=None", r"decode_head\.act_cfg is None; not supported"),
         ("act_cfg=dict(type='LeakyReLU')", r"decode_head\.act_cfg is {'type': 'LeakyReLU'}; not supported"),
         ("norm_cfg=dict(type='SyncBN', eps=1e-3)", r"decode_head\.norm_cfg is .*0\.001.*; not supported"),
         ("norm_cfg=dict(type='GN', num_groups=32)", r"decode_head\.norm_cfg is .*'GN'.*; not supported"),
@@ -386,7 +397,9 @@ def test_test_pipelines_of_mmpretrain_are_read(steps, expected):
 def test_heads_of_segmenters_with_other_layers_are_refused(settings, message):
     usual = "norm_cfg=dict(type='SyncBN', requires_grad=True), act_cfg=dict(type='ReLU'), conv_cfg=None"
     text = "model = dict(decode_head=dict(type='UPerHead', {}))"
-    assert from_training({"meta": {"cfg": text.format(usual)}}).preprocessing is not None
+    other = "norm_cfg=dict(type='BN2d'), conv_cfg=dict(type='Conv2d')"
+    for settings_of_the_head in (usual, other, "norm_cfg=None"):
+        assert from_training({"meta": {"cfg": text.format(settings_of_the_head)}}).preprocessing is not None
     with pytest.raises(BadRequest, match=message):
         from_training({"meta": {"cfg": text.format(settings)}})
 
@@ -394,7 +407,10 @@ def test_heads_of_segmenters_with_other_layers_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("text", "note"),
     [
-        ("model = dict(backbone=dict(type='ConvNeXt'), hook=<class 'x'>)", "backbone cannot be read .invalid syntax"),
+        (
+            "model = dict(backbone=dict(type='ConvNeXt'), hook=<class 'x'>)",
+            "checkpoint: cannot be read .invalid syntax",
+        ),
         (
             "cfg = 3\nmodel = dict(backbone=dict(type='ConvNeXt', norm_cfg=cfg))",
             "backbone cannot be read .malformed node",
@@ -402,7 +418,8 @@ def test_heads_of_segmenters_with_other_layers_are_refused(settings, message):
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_noted(text, note):
-    assert any(re.search(note, one) for one in from_training({"meta": {"cfg": text}}).notes)
+    (said,) = from_training({"meta": {"cfg": text}}).notes
+    assert re.search(note, said)
 
 
 @pytest.mark.parametrize(
