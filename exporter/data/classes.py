@@ -77,13 +77,14 @@ def of_folders(folders: list[str], labels: tuple[str, ...], classes: int, where:
 
     Raises: BadRequest as `match_classes`, and for sub-folders that are no classes, as train and val.
     """
-    if not labels and {name.lower() for name in folders} <= _NO_CLASSES:
+    has_label = not {name for label in labels for name in _names_of(label)}.isdisjoint(folders)
+    if not has_label and {name.lower() for name in folders} <= _NO_CLASSES:
         one = next((name for name in folders if name.lower() in _MEASURED), folders[0])
         raise BadRequest(
             f"{where}: its sub-folders ({some(folders)}) are no classes; give one of them, as {where}/{one}"
         )
     numbers = match_classes(folders, labels, classes, where)
-    are_numbers = set(folders).isdisjoint(labels) and all(name.isdecimal() for name in folders)
+    are_numbers = not has_label and all(name.isdecimal() for name in folders)
     if are_numbers and folders != sorted(folders, key=lambda name: numbers[name]):
         note(
             f"{where}: sub-folders are taken as numbers of classes; torchvision's ImageFolder counts them as text "

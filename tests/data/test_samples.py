@@ -369,6 +369,8 @@ def test_folders_of_splits_or_masks_are_no_classes(names, one, tmp_path):
         Image.fromarray(synthetic.dead_leaves(40, 1)).save(tmp_path / name / "a.png")
     with pytest.raises(BadRequest, match=rf"are no classes; give one of them, as .*/{one}"):
         gather(tmp_path, classes=len(names))
+    with pytest.raises(BadRequest, match="are no classes"):
+        gather(tmp_path, ("cat", "dog", "owl"), classes=3)
     assert gather(tmp_path, tuple(names), classes=len(names))[0].total == len(names), "a model may have such labels"
 
 
