@@ -32,8 +32,8 @@ LEAST_STEP_PCT = 1.0
 
 
 class Entry(Record, frozen=True):
-    """The values of one report at one commit. Keys of `values` are `metric` or `metric, case`; `settings` are what a
-    value depends on beside the machine, by the same keys: device, threads and hint, or the digest of the images."""
+    """The values of one report at one commit. Keys of `values` are `metric` or `metric, case`. `settings` has the same
+    keys. It holds the setting of each value: device, threads and hint of a time, the images of an accuracy."""
 
     commit: str
     time: str
@@ -79,7 +79,7 @@ class Series:
 
     @property
     def title(self) -> str:
-        """The metric with the setting, where another series has another one."""
+        """The metric; followed by the setting if the metric was measured in several settings."""
         return f"{self.metric} ({self.setting})" if self.setting else self.metric
 
 
@@ -142,17 +142,22 @@ def load(path: Path) -> list[Entry]:
 
 
 def series(entries: Sequence[Entry]) -> list[Series]:
-    """Every metric of every artifact on every machine in every setting, in the order of the lines."""
-    grouped: dict[tuple[str, str, str], dict[str, list[Entry]]] = {}
+    """Every metric of every artifact on every machine in every setting, in the order of the lines. Lines of earlier
+    versions have no setting: where all others have the same, it is taken for theirs too."""
+    grouped: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         for metric in entry.values:
-            of_metric = grouped.setdefault((entry.artifact, entry.machine, metric), {})
-            of_metric.setdefault(entry.settings.get(metric, ""), []).append(entry)
-    return [
-        Series(*key, tuple(found), setting if len(by_setting) > 1 else "")
-        for key, by_setting in grouped.items()
-        for setting, found in by_setting.items()
-    ]
+            grouped.setdefault((entry.artifact, entry.machine, metric), []).append(entry)
+    found = []
+    for key, members in grouped.items():
+        settings = dict.fromkeys(entry.settings.get(key[2], "") for entry in members)
+        if len(settings.keys() - {""}) <= 1:
+            found.append(Series(*key, tuple(members)))
+            continue
+        for setting in settings:
+            same = tuple(entry for entry in members if entry.settings.get(key[2], "") == setting)
+            found.append(Series(*key, same, setting or "not stated"))
+    return found
 
 
 def steps(one: Series) -> list[Step]:

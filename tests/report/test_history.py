@@ -161,6 +161,15 @@ def test_artifacts_of_one_file_name_are_apart(tmp_path, run):
     assert [entry.artifact for entry in history.load(tmp_path / "h.jsonl")] == ["a/m.onnx", "b/m.onnx"]
 
 
+def test_lines_of_earlier_versions_have_the_setting_of_the_others(tmp_path):
+    path = tmp_path / "h.jsonl"
+    timed = Finding(check="latency", metric="p50_ms", case="batch 1", value=10, setting="cpu, latency")
+    for commit, setting in (("a", ""), ("b", "cpu, latency")):
+        history.append(path, [replace(made("m.onnx"), findings=(replace(timed, setting=setting),))], commit)
+    (one,) = history.series(history.load(path))
+    assert (one.title, one.values) == ("p50_ms, batch 1", [10, 10])
+
+
 def test_values_of_other_settings_or_images_are_another_series(tmp_path):
     path = tmp_path / "h.jsonl"
     for commit, threads, images in (("a", 1, "x" * 64), ("b", 4, "y" * 64), ("c", 1, "x" * 64)):

@@ -139,8 +139,7 @@ def render_trend(entries: Sequence[Entry]) -> str:
         facts=[] if table.rows else [("machine", machine) for machine in machines],
         tables=[table] if table.rows else [],
         charts=[
-            chart(f"{one.artifact}: {one.metric}{suffix[one.machine]}", charts.trend(one, found))
-            for one, found in known
+            chart(f"{one.artifact}: {one.title}{suffix[one.machine]}", charts.trend(one, found)) for one, found in known
         ],
     )
 
