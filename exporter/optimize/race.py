@@ -22,6 +22,8 @@ EAGER = latency.EAGER
 HOPELESS = 1.25
 EQUAL = 1.02
 """A model that could be faster by no more than this is not worth another process."""
+SURELY = 0.95
+"""A model keeps a limit surely if the time of each process is at most this share of it."""
 LEAST = 3
 """Processes before an interval is looked at."""
 
@@ -105,10 +107,13 @@ class Runner:
         return sorted(names, key=lambda name: -self.speed(name))
 
     def _best(self, group: str) -> list[str]:
-        """The models of a group that may win and keep the limit, or all of them if none does, the fastest first."""
+        """The models of a group that may win and surely keep the limit, or all of them if none does, the fastest
+        first."""
         standing = self.standing(group)
         within = [
-            name for name in standing if self.limit_ms is None or median(times_ms(self.timing, name)) <= self.limit_ms
+            name
+            for name in standing
+            if self.limit_ms is None or max(times_ms(self.timing, name)) <= SURELY * self.limit_ms
         ]
         return within or standing
 
