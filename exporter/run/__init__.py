@@ -97,14 +97,18 @@ def _refuse_clashes(runs: Sequence[RecipeRun]) -> None:
                 raise BadRequest(f"{some(same)} would all write {target}; {_APART}")
     # Of these the graph's file has no form in its name; a quantized artifact keeps no fp32 graph there.
     named_alike = [run for run in several if run.recipe.backend == backends.ONNX and run.recipe.quantization is None]
-    for compared, of in ((several, _graph), (named_alike, _form)):
+    checks = (
+        (several, _graph, "their weights, export or preprocessing differ"),
+        (named_alike, _form, "their forms differ, or may differ with `form: auto`"),
+    )
+    for compared, of, reason in checks:
         first: dict[str, RecipeRun] = {}
         for run in compared:
             other = first.setdefault(networks[run.path], run)
             if of(run.recipe) != of(other.recipe):
                 raise BadRequest(
                     f"{other.path} and {run.path} would write different graphs of {networks[run.path]} to one file: "
-                    f"their weights, export or preprocessing differ; {_APART}"
+                    f"{reason}; {_APART}"
                 )
 
 

@@ -173,8 +173,8 @@ class Steps:
 
 
 def verify_options(recipe: Recipe) -> VerifyOptions:
-    """How a recipe's artifact is verified: on the images that its build measured accuracy on, where `checks` names none,
-    so that a report is of one set of images."""
+    """Options of `verify` for a recipe. If `checks` names no images, those of `quantization.data` are used, so that
+    build and verification report on the same images."""
     model, checks, quantization = recipe.model, recipe.checks, recipe.quantization
     if checks.data == SYNTHETIC and quantization is not None and quantization.data is not None:
         checks = replace(checks, data=quantization.data)
