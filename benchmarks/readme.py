@@ -114,7 +114,7 @@ def same_answers(quantized: quantizers.Result) -> str:
     assert other is not None
     return (
         f"**int8 that keeps the answers.** A ConvNeXt-atto with ten classes gives {ours[0]:.2f} % of {case.images:,} "
-        f"photographs the class that PyTorch gives. With NNCF's default settings it is {other[0]:.2f} % "
+        f"photographs the class that PyTorch gives; NNCF's default settings keep that of {other[0]:.2f} % "
         "([int8](docs/int8.md#results))."
     )
 

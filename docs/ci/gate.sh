@@ -7,7 +7,7 @@ rm -rf "$out" && mkdir -p "$out"
 if [[ "$BASE" =~ ^0+$ ]]; then BASE=HEAD; fi # a new branch has no commit before its push: take the default branch
 depth=()
 if [ "$(git rev-parse --is-shallow-repository)" = true ]; then depth=(--depth=1); fi
-git fetch --quiet --no-tags "${depth[@]}" origin "$BASE"
+git fetch --quiet --no-tags ${depth[@]+"${depth[@]}"} origin "$BASE"
 
 words=(--base-rev FETCH_HEAD --build "$BUILD" --batch "${BATCH:-1}" --duration "${DURATION:-6}" -o "$out/compare.json")
 while read -r limit; do

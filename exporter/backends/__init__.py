@@ -110,7 +110,7 @@ class TritonModel:
     batches: whether Triton puts requests together to batches.
     profiles: for an engine, the smallest, best and largest batch of each of its profiles.
     parameters, server_options: of the backend, and of `tritonserver`.
-    remark, on_gpu: a sentence for the README, and one for it where instances run on a GPU; or "".
+    remark, on_gpu: a sentence for the README, and another one if instances run on a GPU; or "".
     exact: whether the arithmetic is always that of the artifact.
     """
 

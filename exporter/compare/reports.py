@@ -99,7 +99,8 @@ def _model(report: Report) -> tuple[object, ...]:
     """The model and the size of its input, which decide how long eager PyTorch takes."""
     preprocessing = report.artifact.get("preprocessing")
     size = preprocessing.get("size") if isinstance(preprocessing, dict) else None
-    return report.artifact.get("variant"), report.artifact.get("task"), f"at {size} pixels"
+    at = (f"at {size} pixels",) if size is not None else ()
+    return report.artifact.get("variant"), report.artifact.get("task"), *at
 
 
 def check_images(base: Report, head: Report, limit: Limit) -> None:

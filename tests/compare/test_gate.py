@@ -115,8 +115,8 @@ def test_answers_and_sizes_are_compared_too(typed):
     [
         (timed(environment={"cpu": "Intel"}), (), "two machines: Intel and AMD EPYC"),
         (timed(environment={"cores": 4}), (), "two machines: 4 and 2"),
-        (timed(variant="base"), (), "two models: base classify at None pixels and tiny classify at None pixels"),
-        (timed(preprocessing={"size": 384}), (), "two models: tiny classify at 384 pixels and tiny classify at None"),
+        (timed(variant="base"), (), "two models: base classify and tiny classify"),
+        (timed(preprocessing={"size": 384}), (), "two models: tiny classify at 384 pixels and tiny classify;"),
         (timed(launches=1), (), "1 launches"),
         (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: device cpu threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
