@@ -104,7 +104,7 @@ def tables() -> dict[str, str]:
     """The tables of the documents by their mark."""
     reports = [report.load(GENOA / "demo" / f"custom_{name}.report.json") for name in DEMO]
     footprint = msgspec.json.decode((GENOA / "footprint.json").read_bytes(), type=Footprint)
-    trials = msgspec.json.decode((MILAN / "gate.json").read_bytes(), type=gate.Experiment)
+    trials = msgspec.json.decode((AMX / "gate.json").read_bytes(), type=gate.Experiment)
     others = msgspec.json.decode((GENOA / "agreement.json").read_bytes(), type=agreement.Result)
     formed = msgspec.json.decode((AMX / "forms.json").read_bytes(), type=forms.Result)
     quantized = msgspec.json.decode((GENOA / "int8.json").read_bytes(), type=int8.Result)
@@ -150,7 +150,7 @@ def tables() -> dict[str, str]:
         "messages": messages.page(),
         "claims": readme.claims(cases, side_by_side, optimized, trials, planned),
         "footprint": table(footprint) + machine(footprint.environment),
-        "gate": gate.table(trials),
+        "gate": gate.table(trials) + machine(trials.environment, gate.commits(trials)),
         "agreement": agreement.table(others) + machine(others.environment),
         "coverage": f"{coverage.summary(itself.repetitions)}\n" + machine(itself.environment, itself.commit),
         "gain": f"{coverage.verdicts(gains.repetitions)}\n" + machine(gains.environment, gains.commit),

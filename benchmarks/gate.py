@@ -57,7 +57,8 @@ KINDS = (
 
 
 class Trial(Record, frozen=True):
-    """One comparison: what the gate saw and said, and the median in ms of a plain run of the head."""
+    """One comparison: what the gate saw and said, the median in ms of a plain run of the head, and the commit of the
+    code, "" for that of the environment."""
 
     kind: str
     seconds: float
@@ -68,6 +69,7 @@ class Trial(Record, frozen=True):
     again: bool
     detail: str
     plain_ms: float
+    commit: str = ""
 
 
 class Experiment(Record, frozen=True):
@@ -168,7 +170,7 @@ def plain(path: Path, slower_pct: float) -> float:
     return float(np.median(taken))
 
 
-def trial(made: Artifact, kind: Kind, seed: int) -> Trial:
+def trial(made: Artifact, kind: Kind, seed: int, commit: str) -> Trial:
     """One comparison and one plain run."""
     with load(kind.loaded):
         begin = time.perf_counter()
@@ -190,7 +192,14 @@ def trial(made: Artifact, kind: Kind, seed: int) -> Trial:
         again=len(finding.samples) > supervisor.PROCESSES,
         detail=finding.detail,
         plain_ms=round(plain_ms, 4),
+        commit=commit,
     )
+
+
+def commits(experiment: Experiment) -> str:
+    """The commits of the trials; an experiment that was stopped may go on with later code."""
+    first = str(experiment.environment.get("commit", ""))
+    return ", ".join(dict.fromkeys(filter(None, (first, *(one.commit for one in experiment.trials)))))
 
 
 def plain_alarms(experiment: Experiment, kind: Kind) -> list[bool]:
@@ -244,11 +253,12 @@ def main() -> None:
     order = list(itertools.chain.from_iterable([kind] * kind.count for kind in KINDS))
     random.Random(0).shuffle(order)
     facts: dict[str, object] = {"variant": made.sidecar.variant, "sha256": made.sidecar.sha256, "name": made.path.name}
-    experiment = Experiment(environment=environment(threads=1), artifact=facts, kinds=KINDS, trials=())
+    here = environment(threads=1)
+    experiment = Experiment(environment=here, artifact=facts, kinds=KINDS, trials=())
     if arguments.output.exists():
         experiment = msgspec.json.decode(arguments.output.read_bytes(), type=Experiment)
     for index in range(len(experiment.trials), len(order)):
-        done = (*experiment.trials, trial(made, order[index], index))
+        done = (*experiment.trials, trial(made, order[index], index, str(here["commit"])))
         experiment = msgspec.structs.replace(experiment, trials=done)
         write_file(arguments.output, msgspec.json.format(msgspec.json.encode(experiment), indent=1) + b"\n")
         print(f"{index + 1} of {len(order)}: {done[-1].kind}: {done[-1].detail}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import re
 import shlex
 import shutil
 import subprocess
@@ -177,12 +178,12 @@ def example(report: Report, gated: gate.Experiment) -> str:
 
 
 def _gate_example(gated: gate.Experiment) -> str:
-    """The first trial with a slow-down of 5 %, and the first without one."""
+    """The first trial in which a slow-down of 5 % was found, and the first without one."""
     slow = next(kind for kind in gated.kinds if kind.slower_pct == 5)
     calm = next(kind for kind in gated.kinds if not kind.slower_pct)
-    worse, same = (next(one for one in gated.trials if one.kind == kind.name) for kind in (slow, calm))
-    noise, quiet = (float(one.detail.partition("itself ±")[2].partition(" ")[0]) for one in (worse, same))
-    assert worse.alarm, "the text says so"
+    worse = next(one for one in gated.trials if one.kind == slow.name and one.alarm)
+    same = next(one for one in gated.trials if one.kind == calm.name)
+    noise, quiet = (float(re.findall(r"(?:by up to|noise is) ([\d.]+) %", one.detail)[0]) for one in (worse, same))
     assert worse.again, "the text says so"
     assert worse.change_pct > slow.limit_pct + noise, "the text says so"
     assert not same.alarm, "the text says so"
