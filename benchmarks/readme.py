@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import re
 import shlex
 import shutil
 import subprocess
