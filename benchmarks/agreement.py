@@ -129,18 +129,24 @@ def alternated(first: list[str], second: list[str]) -> list[str]:
     times anything, begins some seconds earlier."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as other:
         files = (out, other)
-        running = []
-        for words, file, wait in zip((first, second), files, (HEAD_START_S, 0), strict=True):
-            running.append(subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True))
-            time.sleep(wait)
-        for index in itertools.cycle((0, 1)):
-            going = [process for process in running if process.poll() is None]
-            if not going:
-                break
-            for process in going:
-                moves = process is running[index] or len(going) == 1
-                os.killpg(process.pid, signal.SIGCONT if moves else signal.SIGSTOP)
-            time.sleep(SLICE_S)
+        running: list[subprocess.Popen[bytes]] = []
+        try:
+            for words, file, wait in zip((first, second), files, (HEAD_START_S, 0), strict=True):
+                running.append(subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True))
+                time.sleep(wait)
+            for index in itertools.cycle((0, 1)):
+                going = [process for process in running if process.poll() is None]
+                if not going:
+                    break
+                for process in going:
+                    moves = process is running[index] or len(going) == 1
+                    os.killpg(process.pid, signal.SIGCONT if moves else signal.SIGSTOP)
+                time.sleep(SLICE_S)
+        finally:  # also after Ctrl-C: one of them is stopped, and would stay so for ever
+            for process in running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         assert not any(process.returncode for process in running), "one of them failed"
         for file in files:
             file.seek(0)

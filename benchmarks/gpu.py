@@ -141,7 +141,9 @@ def build(
     engines: list[Path] = []
     for flavor, precision in itertools.product(library.here(), precisions):
         extra = ("--calib-size", "32", "--even-if-slower") if precision in ("int8", "fp8") else ()
-        words = ("trt", "--flavor", flavor, "--precision", precision, *extra, *weights, "--json", "-o", out / flavor)
+        most = ("--max-batch", str(max(BATCHES)))  # by default an engine takes at most 16 images
+        words = ("trt", "--flavor", flavor, "--precision", precision, *most, *extra, *weights, "--json")
+        words = (*words, "-o", out / flavor)
         if runner.run([COMMAND], *words):
             engines += (out / flavor).glob(f"*_{precision}.plan")
     return graphs, engines

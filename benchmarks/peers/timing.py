@@ -20,6 +20,7 @@ from exporter.artifact import Artifact
 from exporter.backends import Session
 from exporter.backends.eager import EagerSession
 from exporter.bench import Arm, Timing, latency, worker
+from exporter.errors import first_line
 from exporter.stats import center
 
 THREADS = 2
@@ -102,8 +103,8 @@ def _make(folder: Path, ours: Mapping[tuple[str, str], Artifact]) -> tuple[dict[
                 paths[peer.name] = build.MAKERS[peer.maker](folder, graph)
             else:
                 paths[peer.name] = graph.path
-        except build.Cannot as error:
-            failures[peer.name] = str(error)
+        except Exception as error:  # noqa: BLE001  (of any tool: its row has the reason)
+            failures[peer.name] = str(error) if isinstance(error, build.Cannot) else first_line(error)
     return paths, failures
 
 

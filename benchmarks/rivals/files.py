@@ -177,8 +177,6 @@ def _quantize_static(network: Network, folder: Path, path: Path) -> None:
 def _quantize_dynamic(network: Network, folder: Path, path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
-    if not network.timm.startswith(("swin", "deit")):
-        raise Cannot("quantizes matrix products only, and this network consists of convolutions")
     graph = onnx.load(plain(network, folder))
     del graph.graph.value_info[:]  # shapes of the weights before they are transposed, which it refuses
     with tempfile.TemporaryDirectory() as temporary:
