@@ -144,6 +144,12 @@ def test_a_build_that_fails_is_no_regression(origin, installed, tmp_path):
     assert "the build command ended with exit code 3: no weights" in runner.log
 
 
+def test_the_first_push_of_a_branch_is_compared_with_the_default_branch(origin, installed, tmp_path):
+    runner = Runner(origin, tmp_path / "new", installed, "0" * 40, "harmless")
+    assert runner.run(WORKFLOW, install="no", build="echo no weights; exit 3") == 5
+    assert "the build command ended with exit code 3: no weights" in runner.log
+
+
 def test_the_other_files_to_copy_are_whole():
     gitlab = yaml.safe_load((ROOT / "docs" / "ci" / "gitlab-ci.yml").read_text())["convnext gate"]
     script = (ROOT / "docs" / "ci" / "gate.sh").read_text()

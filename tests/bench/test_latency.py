@@ -14,7 +14,7 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
-from exporter import report
+from exporter import backends, report
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends._peak import PeakProduct
@@ -386,3 +386,7 @@ def test_every_way_of_pytorch_has_a_row():
         ),
     )  # fmt: skip
     assert len(tables.latency([one]).rows) == 1 + len(latency.OTHERS)
+
+
+def test_devices_may_be_in_capitals(artifacts):
+    assert backends.device_of(artifacts["openvino", "fp32"], "CPU") == "cpu"

@@ -22,6 +22,8 @@ def test_the_rehearsal_runs_everything_and_is_no_result(tiny, installed, tmp_pat
     verbs = [step.words[0] for step in session.steps]
     assert {"doctor", "onnx", "verify", "bench", "report", "-q"} <= set(verbs)
     assert verbs.count("trt") == len(library.here())
+    most = [step.words[step.words.index("--max-batch") + 1] for step in session.steps if step.words[0] == "trt"]
+    assert set(most) <= {str(max(gpu.BATCHES))}, "engines take the largest batch that is timed"
     assert (tmp_path / "batch-1" / "custom_fp16.onnx.report.json").exists()
     assert "exit 0" in capsys.readouterr().out
 

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from exporter import artifact, backends
+from exporter import artifact, backends, precision
 from exporter.artifact import sidecar_path
 from exporter.build import build, resolve, tune
 from exporter.errors import ExporterError
@@ -141,3 +142,21 @@ def test_another_version_of_the_runtime_is_measured_anew(builder, job, monkeypat
     monkeypatch.setattr(backends, "versions", lambda: {**versions, "onnxruntime": "0.0"})
     tune.fastest(job, builder, fakes.nchw_is_faster)
     assert len(builder.asked) == 2 * len(FORMS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "share", "fails"), [("labels", 0.995, False), ("labels", 0.98, True), ("logits", 0.995, True)]
+)
+def test_labels_of_pixels_are_judged_by_the_share_of_equal_ones(answer, share, fails, job):
+    spec = SimpleNamespace(answer=answer)
+    other = SimpleNamespace(precision=precision.get("fp16"), trace=SimpleNamespace(spec=spec))
+    timing = SimpleNamespace(failures={}, launches=[SimpleNamespace(cosine={"a": share})])
+    assert bool(tune._failure(other, timing, "a")) == fails
+
+
+def test_another_gpu_is_measured_anew(builder, job, monkeypatch):
+    tune.fastest(job, builder, fakes.nchw_is_faster)
+    builder.asked.clear()
+    monkeypatch.setattr("exporter.machine.gpu", lambda: {"name": "Another GPU"})
+    tune.fastest(job, builder, fakes.nchw_is_faster)
+    assert builder.asked == list(FORMS)

@@ -10,6 +10,8 @@ from msgspec.structs import replace
 from PIL import Image
 
 from exporter import report
+from exporter.compare import gate
+from exporter.errors import BadRequest
 from exporter.report import Finding, Report
 from tests.conftest import copy_artifact
 
@@ -366,3 +368,18 @@ def test_batches_at_once_are_counted_in_the_throughput_of_reports(typed):
     result = typed(of_streams(1), of_streams(2), "--fail-on", "throughput_ips:5%")
     assert result.code == 0, result.err
     assert abs(result.json["findings"][0]["value"]) < 3
+
+
+def test_masks_that_count_from_1_are_read_so(onnx_copy, monkeypatch):
+    seen = []
+
+    def verify(artifact, options):
+        seen.append(options.reduce_zero_label)
+        raise BadRequest("enough")
+
+    monkeypatch.setattr(gate, "verify", verify)
+    for flag in (True, False):
+        options = gate.GateOptions(fail_on=("miou_drop:0.3",), data="scenes", reduce_zero_label=flag)
+        with pytest.raises(BadRequest, match="enough"):
+            gate.compare([onnx_copy.path, onnx_copy.path], options)
+    assert seen == [True, False]

@@ -310,3 +310,11 @@ def test_text_ends_with_the_artifact_to_ship():
     findings = json.loads((folder / "custom_int8.onnx.report.json").read_text())["findings"]
     [speedup] = [finding["value"] for finding in findings if finding["metric"] == "speedup"]
     assert answer[0].startswith(f"Ship custom_int8.onnx: {speedup:.2f} × as fast as PyTorch")
+
+
+@pytest.mark.parametrize(("metric", "word"), [("miou", "mIoU 82.10 %"), ("map", "mAP 82.10 %"), ("top1", "82.10 %")])
+def test_text_has_the_accuracy_that_was_measured(metric, word):
+    one = made("a.onnx")
+    named = {"top1": metric, "top1_eager": f"{metric}_eager"}
+    findings = tuple(replace(finding, metric=named.get(finding.metric, finding.metric)) for finding in one.findings)
+    assert word in rendered("text", replace(one, findings=findings))
