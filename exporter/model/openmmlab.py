@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from exporter.model.stated import Keys, Statements, one_of
 
 ORIGIN = "configuration in the checkpoint"
 MOST_TEXT = 10**6  # characters
+_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 _DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
 _DENSE = re.compile(r"\b(decode_head|rpn_head|bbox_head|panoptic_head|mask_head)\b")
 _ACTS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -78,6 +80,15 @@ def literals(text: str, key: str) -> list[Any]:
 
 
 def _expressions(text: str, key: str) -> list[ast.expr]:
+    return [value for name, value in _assigned(text) if name == key]
+
+
+@lru_cache(maxsize=1)
+def _assigned(text: str) -> list[tuple[object, ast.expr]]:
+    """Every name in a text with the expression of its value; parsed once for all settings that are read.
+
+    Raises: as `literals` does.
+    """
     if len(text) > MOST_TEXT:
         raise ValueError(f"it is longer than {MOST_TEXT:,} characters")
     values: list[tuple[object, ast.expr]] = []
@@ -85,11 +96,11 @@ def _expressions(text: str, key: str) -> list[ast.expr]:
         if isinstance(node, ast.keyword):
             values += [(node.arg, node.value)]
         elif isinstance(node, ast.Assign):
-            values += [(to.id, node.value) for to in node.targets if isinstance(to, ast.Name)]
+            values += [(target.id, node.value) for target in node.targets if isinstance(target, ast.Name)]
         elif isinstance(node, ast.Dict):
             pairs = zip(node.keys, node.values, strict=True)
             values += [(name.value, value) for name, value in pairs if isinstance(name, ast.Constant)]
-    return [value for name, value in values if name == key]
+    return values
 
 
 def _literal(node: ast.expr) -> Any:
@@ -105,9 +116,6 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(one) for one in node.elts]
     return ast.literal_eval(node)
-
-
-_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 def _settings(text: str, key: str) -> list[Any]:
