@@ -19,7 +19,7 @@ from exporter.compare.reports import compare_reports, pairs_of
 from exporter.compare.revisions import build, built_at
 from exporter.errors import BadRequest, some
 from exporter.progress import note
-from exporter.recipe import OutputKind
+from exporter.recipe import OutputKind, ReduceZeroLabel
 from exporter.recipe.fields import about
 from exporter.report import Finding, Report
 from exporter.report.tables import name
@@ -46,9 +46,7 @@ class GateOptions(CompareOptions, frozen=True):
     data: Annotated[
         str | None, about("Images with labels or masks, needed for top1_drop, map_drop and miou_drop.", metavar="SRC")
     ] = None
-    reduce_zero_label: Annotated[
-        bool, about("Masks number classes from 1, and 0 is a pixel without a class, as in ADE20K.")
-    ] = False
+    reduce_zero_label: ReduceZeroLabel = False
 
 
 def compare(sides: Sequence[Path], options: GateOptions) -> Report:

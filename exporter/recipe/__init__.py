@@ -25,6 +25,7 @@ from exporter.recipe.types import Device as Device
 from exporter.recipe.types import Form as Form
 from exporter.recipe.types import MovedWeights as MovedWeights
 from exporter.recipe.types import OutputKind as OutputKind
+from exporter.recipe.types import ReduceZeroLabel as ReduceZeroLabel
 from exporter.recipe.types import Reference as Reference
 from exporter.recipe.types import RuntimeThreads as RuntimeThreads
 from exporter.recipe.types import Seconds as Seconds

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from exporter.artifact.sidecar import Record
 from exporter.recipe.fields import about
-from exporter.recipe.types import SYNTHETIC, Count, Device, OutputKind, WhenUnsure
+from exporter.recipe.types import SYNTHETIC, Count, Device, OutputKind, ReduceZeroLabel, WhenUnsure
 
 
 class Checks(Record, frozen=True):
@@ -81,9 +81,7 @@ class Checks(Record, frozen=True):
             default="0.5",
         ),
     ] = None
-    reduce_zero_label: Annotated[
-        bool, about("Masks number classes from 1, and 0 is a pixel without a class, as in ADE20K.")
-    ] = False
+    reduce_zero_label: ReduceZeroLabel = False
     slide: Annotated[
         bool,
         about(

@@ -40,6 +40,7 @@ Device = Annotated[
     str | None, about("Device that runs the artifact.", metavar="NAME", default="the first that its runtime takes")
 ]
 RuntimeThreads = Annotated[Threads | None, about("Threads; by default the runtime's choice.", metavar="N")]
+ReduceZeroLabel = Annotated[bool, about("Masks number classes from 1, and 0 is a pixel without a class, as in ADE20K.")]
 MovedWeights = Annotated[
     str | None, about("Path of the weights if they were moved; other weights are refused.", metavar="SRC")
 ]
