@@ -174,7 +174,7 @@ def stated_neck(text: str) -> object:
     problem, necks = "", list[object]()
     try:
         necks = openmmlab.literals(text, "neck")
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+    except openmmlab.ERRORS as error:
         problem = first_line(error)
     if not problem and any(neck != necks[0] for neck in necks):
         problem = f"it has {len(necks)} different necks"

@@ -22,7 +22,8 @@ from exporter.model.stated import Keys, Statements, one_of
 
 ORIGIN = "configuration in the checkpoint"
 MOST_TEXT = 10**6  # characters
-_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+"""What `literals` raises."""
 _DETECTOR = re.compile(r"\b(rpn_head|bbox_head)\b")
 _DENSE = re.compile(r"\b(decode_head|rpn_head|bbox_head|panoptic_head|mask_head)\b")
 _ACTS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -74,7 +75,7 @@ def read(text: str, statements: Statements) -> Read | None:
 def literals(text: str, key: str) -> list[Any]:
     """The values of every setting with this key: an assignment, an argument of a call, or an entry of a dictionary.
 
-    Raises: ValueError, SyntaxError and others for a text that cannot be parsed, and for a value that is no literal.
+    Raises: one of `ERRORS` for a text that cannot be parsed, and for a value that is no literal.
     """
     return [_literal(value) for value in _expressions(text, key)]
 
@@ -121,9 +122,9 @@ def _literal(node: ast.expr) -> Any:
 def _settings(text: str, key: str) -> list[Any]:
     """As `literals`, without the values that cannot be read, which `_note_unreadable` names."""
     values = []
-    with suppress(*_ERRORS):
+    with suppress(*ERRORS):
         for expression in _expressions(text, key):
-            with suppress(*_ERRORS):
+            with suppress(*ERRORS):
                 values.append(_literal(expression))
     return values
 
@@ -133,13 +134,13 @@ def _note_unreadable(text: str, statements: Statements) -> None:
     for key in ("backbone", "data_preprocessor", "test_pipeline", "decode_head"):
         try:
             expressions = _expressions(text, key)
-        except _ERRORS as error:
+        except ERRORS as error:
             statements.notes.append(f"{ORIGIN}: cannot be read ({first_line(error)[:120]})")
             return
         try:
             for expression in expressions:
                 _literal(expression)
-        except _ERRORS as error:
+        except ERRORS as error:
             statements.notes.append(f"{ORIGIN}: {key} cannot be read ({first_line(error)[:120]})")
 
 
