@@ -309,5 +309,5 @@ def gpu() -> dict[str, str] | None:
 def identity() -> list[object]:
     """What results of this machine depend on, for cache keys: its processor, instruction sets, cores and GPU."""
     name, isa = cpu()
-    found = gpu()
-    return [name, isa, cores(), *([found["name"]] if found else [])]
+    graphics = gpu()
+    return [name, isa, cores(), *([graphics["name"]] if graphics else [])]

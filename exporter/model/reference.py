@@ -87,21 +87,24 @@ def load(spec: str, loaded: weights.Checkpoint, source: str, choices: Choices = 
 
 
 def fingerprint(spec: str | None) -> str:
-    """Cache key of a reference: the version of a library; for a module of the user, a digest of the Python files of its
-    package, or of the folder that it lies in. Other modules that these import do not count."""
+    """Cache key of a reference; "" for none, and for a module that is not there.
+
+    Of a library it is the version. Of a module of the user it is a digest of the Python files of its package, or of the
+    folder that it lies in. What these import from elsewhere does not count.
+    """
     if spec is None:
         return ""
     package = spec.partition(":")[0].partition(".")[0]
     with _this_folder():
-        found = importlib.util.find_spec(package)
-    if found is None:
+        module = importlib.util.find_spec(package)
+    if module is None:
         return ""
     if spec in LIBRARIES:
         return importlib.metadata.version(package)
-    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    folders = [Path(folder) for folder in module.submodule_search_locations or ()]
     files = [file for folder in folders for file in folder.rglob("*.py")]
-    if not folders and found.origin is not None:
-        files = list(Path(found.origin).parent.glob("*.py"))
+    if not folders and module.origin is not None:
+        files = list(Path(module.origin).parent.glob("*.py"))
     contents = [sha256_file(file) for file in sorted(files) if file.is_file()]
     return hashlib.sha256("".join(contents).encode()).hexdigest()
 

@@ -102,16 +102,16 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
 
 
 def _entry(report: Report, commit: str, now: str) -> Entry:
-    found = {
+    findings = {
         f"{f.metric}, {f.case}" if f.case else f.metric: f
         for f in report.findings
         if f.metric in METRICS and f.check != "regression" and f.value is not None
     }
-    values = {key: finding.value for key, finding in found.items() if finding.value is not None}
+    values = {key: finding.value for key, finding in findings.items() if finding.value is not None}
     images = images_of(report)[:12]
     settings = {
         key: setting
-        for key, one in found.items()
+        for key, one in findings.items()
         if (setting := one.setting or (f"images {images}" if images and one.metric in OF_IMAGES else ""))
     }
     machine = ", ".join(
@@ -148,16 +148,16 @@ def series(entries: Sequence[Entry]) -> list[Series]:
     for entry in entries:
         for metric in entry.values:
             grouped.setdefault((entry.artifact, entry.machine, metric), []).append(entry)
-    found = []
+    every = []
     for key, members in grouped.items():
         settings = dict.fromkeys(entry.settings.get(key[2], "") for entry in members)
         if len(settings.keys() - {""}) <= 1:
-            found.append(Series(*key, tuple(members)))
+            every.append(Series(*key, tuple(members)))
             continue
         for setting in settings:
             same = tuple(entry for entry in members if entry.settings.get(key[2], "") == setting)
-            found.append(Series(*key, same, setting or "not stated"))
-    return found
+            every.append(Series(*key, same, setting or "not stated"))
+    return every
 
 
 def steps(one: Series) -> list[Step]:

@@ -27,10 +27,10 @@ def block_errors(
         fixed: the batch size of the artifact, None for any.
     """
     expected = dict(zip(eager.names, eager.run(images), strict=True))
-    given = dict(zip(artifact.names, run_batch(artifact.run, images, fixed), strict=True))
+    measured = dict(zip(artifact.names, run_batch(artifact.run, images, fixed), strict=True))
     findings = []
     for name in (name for name in artifact.names if name in expected):
-        a, b = expected[name].astype(np.float64), given[name].astype(np.float64)
+        a, b = expected[name].astype(np.float64), measured[name].astype(np.float64)
         error = float(np.sqrt(np.mean((a - b) ** 2)) / (a.std() or 1.0)) if a.shape == b.shape else float("nan")
         precisions = sorted({layer.precision for layer in layers if belongs(layer, name)})
         findings.append(

@@ -177,8 +177,7 @@ def test_values_of_other_settings_or_images_are_another_series(tmp_path):
         top1 = Finding(check="accuracy", metric="top1", value=90.0 / threads)
         one = replace(made("m.onnx"), findings=(timed, top1), recipe={"verify": {"images": images}})
         history.append(path, [one], commit)
-    found = {one.title: one.values for one in history.series(history.load(path))}
-    assert found == {
+    assert {one.title: one.values for one in history.series(history.load(path))} == {
         "p50_ms, batch 1 (cpu, 1)": [10, 10],
         "p50_ms, batch 1 (cpu, 4)": [2.5],
         "top1 (images xxxxxxxxxxxx)": [90, 90],

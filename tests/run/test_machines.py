@@ -66,13 +66,13 @@ def test_results_against_a_module_of_the_user_end_with_its_code(step, changes, s
     monkeypatch.chdir(tmp_path)
     (tmp_path / "users_network.py").write_text("from users_blocks import build")
     (tmp_path / "users_blocks.py").write_text("build = None")
-    made = steps[1] if step != "build" else None
+    artifact = steps[1] if step != "build" else None
     recipe = recipe_of(weights=steps[0].recipe.model.weights, reference="users_network:build", bench=Bench())
     own = Steps(recipe, tmp_path, tmp_path)
-    before = own.key(step, made)
-    assert own.key(step, made) == before
+    before = own.key(step, artifact)
+    assert own.key(step, artifact) == before
     (tmp_path / "users_blocks.py").write_text("build = print")
-    assert (own.key(step, made) != before) == changes
+    assert (own.key(step, artifact) != before) == changes
 
 
 def test_an_int8_build_depends_on_how_its_masks_are_read(steps, tmp_path):

@@ -98,8 +98,8 @@ def test_verify_tells_them_when_asked(onnx_copy, run):
 
 
 def test_blocks_of_an_artifact_for_more_images_than_there_are(tiny, tmp_path, run):
-    made = build(tiny, tmp_path, batch=4)
-    result = run("verify", made.path, "--samples", "2", "--blocks", "--json")
+    artifact = build(tiny, tmp_path, batch=4)
+    result = run("verify", artifact.path, "--samples", "2", "--blocks", "--json")
     assert result.code == 0, result.err
     errors = [f["value"] for f in result.json["findings"] if f["metric"] == "block_error"]
     assert len(errors) == len(NAMES)
