@@ -236,7 +236,7 @@ def machine(facts: dict[str, Any], commit: str = "") -> str:
     """The machine, the runtimes and the commit of a run, in a line."""
     commit = commit or facts.get("commit", "")
     tools = ", ".join(f"{tool} {facts['versions'][tool]}" for tool in ("torch", "onnxruntime", "openvino"))
-    at = f"; commit {commit}" if commit else ""
+    at = f"; commit{'s' if ', ' in commit else ''} {commit}" if commit else ""
     return f"\n{facts['cpu']}, {facts['cores']} cores, {', '.join(facts['isa'])}; {tools}{at}.\n"
 
 

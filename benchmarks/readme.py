@@ -104,15 +104,15 @@ def faster(peers: Iterable[Case]) -> str:
 
 
 def same_answers(quantized: quantizers.Result) -> str:
-    """The agreement of int8 with eager PyTorch, compared with NNCF's default."""
+    """The agreement of int8 with eager PyTorch, compared with the best of NNCF's settings."""
     case = quantized.cases[0]
     ours = next(row.agreement for row in case.rows if row.name.startswith(f"{quantizers.OURS}, OpenVINO"))
     others = [row.agreement for row in case.rows if row.name.startswith("NNCF") and row.agreement is not None]
     assert ours is not None
     return (
         f"**int8 that keeps the answers.** A ConvNeXt-atto with ten classes gives {ours[0]:.2f} % of {case.images:,} "
-        f"photographs the class that PyTorch gives, on a CPU without VNNI; NNCF, with the best of its settings against "
-        f"saturation, {max(others)[0]:.2f} % ([int8](docs/int8.md#results))."
+        "photographs the class that PyTorch gives, on a CPU without VNNI. NNCF with its best setting for such CPUs "
+        f"gives {max(others)[0]:.2f} % ([int8](docs/int8.md#results))."
     )
 
 
