@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import log
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from benchmarks import racing
@@ -38,10 +39,11 @@ class Curve(Record, frozen=True):
 
 
 class Sizes(Record, frozen=True):
-    """All curves."""
+    """All curves, and the reasons of what could not be timed, by network, runtime and size."""
 
     curves: tuple[Curve, ...]
     environment: dict[str, object]
+    failures: dict[str, str] = msgspec.field(default_factory=dict)
     threads: int = THREADS
     schema: int = 1
 
@@ -52,19 +54,26 @@ def sizes_of(network: Network) -> tuple[int, ...]:
 
 
 def time_sizes(networks: Sequence[Network], seconds: float, sizes: Sequence[int]) -> Sizes:
-    """Time the compared ones of some networks at those of these sizes that they run, one size after the other."""
+    """Time the compared ones of some networks at those of these sizes that they run, one size after the other.
+
+    All files are made before the first is timed, so that a mistake does not lose what was timed.
+    """
     compared = [network for network in networks if network.name in COMPARED]
+    arms = {
+        size: [_arm(one, runtime, size) for one in compared if size in sizes_of(one) for runtime in RUNTIMES]
+        for size in sizes
+    }
     timings: dict[int, Timing] = {}
     memory: dict[str, int | None] = {}
     for size in sizes:
         print(f"{size} pixels", file=sys.stderr, flush=True)
-        arms = [_arm(one, runtime, size) for one in compared if size in sizes_of(one) for runtime in RUNTIMES]
-        timings[size] = racing.race(arms, files.preprocessing(size), 1, seconds)
-        for arm in arms:
+        timings[size] = racing.race(arms[size], files.preprocessing(size), 1, seconds)
+        for arm in arms[size]:
             cold = supervisor.measure_cold(arm, timings[size].plan)
             memory[arm.name] = None if isinstance(cold, str) else cold.peak_bytes
+    failures = {name: reason for timing in timings.values() for name, reason in timing.failures.items()}
     curves = [_curve(one, runtime, timings, memory) for one in compared for runtime in RUNTIMES]
-    return Sizes(curves=tuple(curves), environment=environment(THREADS))
+    return Sizes(curves=tuple(filter(None, curves)), environment=environment(THREADS), failures=failures)
 
 
 def _way(runtime: str) -> Way:
@@ -85,9 +94,12 @@ def _arm(network: Network, runtime: str, size: int) -> Arm:
     return Arm(name=name, path=str(build(recipe, Path(ROOT) / "dynamic").artifact.path), threads=THREADS)
 
 
-def _curve(network: Network, runtime: str, timings: dict[int, Timing], memory: dict[str, int | None]) -> Curve:
-    sizes = tuple(size for size in sizes_of(network) if size in timings)
-    names = {size: _name(network, runtime, size) for size in sizes}
+def _curve(network: Network, runtime: str, timings: dict[int, Timing], memory: dict[str, int | None]) -> Curve | None:
+    """The curve over the sizes that were timed; None for fewer than two, which have no exponent."""
+    names = {size: _name(network, runtime, size) for size in sizes_of(network) if size in timings}
+    sizes = tuple(size for size, name in names.items() if name not in timings[size].failures)
+    if len(sizes) < 2:
+        return None
     peaks = tuple(memory[names[size]] for size in sizes)
     pixels = [log(size * size) for size in sizes]
     per_process = [

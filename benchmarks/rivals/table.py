@@ -117,4 +117,5 @@ def by_size(result: Sizes) -> str:
         exponent = racing.words(curve.time_exponent)
         cells += [exponent, f"{curve.memory_exponent:.2f}"]
         lines.append(f"| {curve.network} | {LABELS[curve.runtime]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    failed = [f"* {name} pixels: {reason}" for name, reason in result.failures.items()]
+    return "\n".join([*lines, *(["", *failed] if failed else [])]) + "\n"

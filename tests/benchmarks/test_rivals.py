@@ -94,17 +94,22 @@ def test_the_front_has_the_fastest_and_those_that_are_more_accurate(race):
     }
 
 
-def test_the_exponent_of_a_network_whose_time_grows_with_its_pixels():
-    def launch(name, ms):
+def time_of_resnet(size, failure=""):
+    """A timing of ResNet-50 at one input size, linear in the number of pixels, or its failure."""
+    name = sizes._name(RESNET, "openvino", size)
+    timing = Timing(Plan(arms=(), preprocessing=files.preprocessing(size)))
+    if failure:
+        timing.failures[name] = failure
+        return timing
+    for factor in (0.9, 1.0, 1.1):
         conditions = Conditions(load=0.0, others_pct=0.0, steal_pct=0.0, throttled=0, mhz=None)
-        return Launch({name: [[ms]]}, {}, {name: 1}, {name: {}}, {name: True}, 0, conditions)
+        blocks = {name: [[factor * size**2 / 1e3]]}
+        timing.launches.append(Launch(blocks, {}, {name: 1}, {name: {}}, {name: True}, 0, conditions))
+    return timing
 
-    timings = {}
-    for size in sizes.SIZES:
-        name = sizes._name(RESNET, "openvino", size)
-        timing = Timing(Plan(arms=(), preprocessing=files.preprocessing(size)))
-        timing.launches[:] = [launch(name, factor * size**2 / 1e3) for factor in (0.9, 1.0, 1.1)]
-        timings[size] = timing
+
+def test_the_exponent_of_a_network_whose_time_grows_with_its_pixels():
+    timings = {size: time_of_resnet(size) for size in sizes.SIZES}
     memory = {sizes._name(RESNET, "openvino", size): size**4 for size in sizes.SIZES}
     curve = sizes._curve(RESNET, "openvino", timings, memory)
     assert curve.time_exponent == pytest.approx((1, 1, 1), abs=1e-6)
@@ -112,6 +117,17 @@ def test_the_exponent_of_a_network_whose_time_grows_with_its_pixels():
     svg = pictures.latency_by_size(sizes.Sizes(curves=(curve,), environment={}))
     assert "ResNet-50, OpenVINO: pixels to the 1.00" in svg
     assert "| ResNet-50 | OpenVINO | 50.18 ms" in table.by_size(sizes.Sizes(curves=(curve,), environment={}))
+
+
+def test_a_size_that_could_not_be_timed_is_left_out_of_its_curve():
+    timings = {224: time_of_resnet(224), 448: time_of_resnet(448), 896: time_of_resnet(896, "out of memory")}
+    memory = {sizes._name(RESNET, "openvino", size): size**4 for size in timings}
+    curve = sizes._curve(RESNET, "openvino", timings, memory)
+    assert curve.sizes == (224, 448)
+    result = sizes.Sizes(curves=(curve,), environment={}, failures=timings[896].failures)
+    assert table.by_size(result).endswith("\n\n* ResNet-50, openvino, 896 pixels: out of memory\n")
+    del timings[448]
+    assert sizes._curve(RESNET, "openvino", timings, memory) is None
 
 
 @pytest.mark.slow
