@@ -69,19 +69,19 @@ are timed too."""
 class Product:
     """A product on a runtime, as a session, so that it is timed as a ConvNeXt is."""
 
-    def __init__(self, session: Session, weights: PeakProduct) -> None:
-        self.session, self.weights, self.streams = session, weights, session.streams
-        self.facts = {**session.facts, "product": str(weights), "macs": str(weights.macs)}
+    def __init__(self, session: Session, product: PeakProduct) -> None:
+        self.session, self.product, self.streams = session, product, session.streams
+        self.facts = {**session.facts, "product": str(product), "macs": str(product.macs)}
 
     def __call__(self, images: Array) -> Outputs:
         """The product; the images are not looked at."""
         del images
-        return self.session(self.weights.input())
+        return self.session(self.product.input())
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """The product, whatever the batches are."""
         del batches
-        return self.session.bind([self.weights.input()])
+        return self.session.bind([self.product.input()])
 
 
 OpenProduct = Callable[[PeakProduct], AbstractContextManager[Session]]
@@ -108,18 +108,18 @@ def fastest_product(open_product: OpenProduct, precision: str, known: str = "") 
 
 def _fastest(open_product: OpenProduct, small: Sequence[PeakProduct], large: Sequence[PeakProduct]) -> PeakProduct:
     """The product with the most multiply-accumulates a second; large ones are timed where all small ones are short."""
-    seconds = {weights: _least_seconds(open_product, weights) for weights in small}
-    if all(taken < SHORT_S * weights.count for weights, taken in seconds.items()):
-        seconds |= {weights: _least_seconds(open_product, weights) for weights in large}
-    return min(seconds, key=lambda weights: seconds[weights] / weights.macs)
+    seconds = {product: _least_seconds(open_product, product) for product in small}
+    if all(taken < SHORT_S * product.count for product, taken in seconds.items()):
+        seconds |= {product: _least_seconds(open_product, product) for product in large}
+    return min(seconds, key=lambda product: seconds[product] / product.macs)
 
 
-def _least_seconds(open_product: OpenProduct, weights: PeakProduct) -> float:
+def _least_seconds(open_product: OpenProduct, product: PeakProduct) -> float:
     """The seconds of the fastest run of a product."""
     least, most = PEAK_RUNS
     taken: list[float] = []
-    with open_product(weights) as session:
-        bound = session.bind([weights.input()])
+    with open_product(product) as session:
+        bound = session.bind([product.input()])
         while len(taken) < least or (len(taken) < most and sum(taken) < ENOUGH_S):
             begin = time.perf_counter()
             bound.run()

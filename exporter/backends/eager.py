@@ -282,14 +282,14 @@ def peak(artifact: Artifact, options: EagerOptions, known: str = "") -> Iterator
     del artifact
 
     @contextmanager
-    def product(weights: PeakProduct) -> Iterator[EagerSession]:
-        weight = torch.from_numpy(weights.matrix()).to(options.device)
-        if weights.convolution:
+    def open_product(product: PeakProduct) -> Iterator[EagerSession]:
+        weight = torch.from_numpy(product.matrix()).to(options.device)
+        if product.convolution:
             yield EagerSession(lambda images: torch.nn.functional.conv2d(images, weight), options.device)
         else:
             yield EagerSession(lambda matrix: matrix @ weight, options.device)
 
-    with _threads(options.threads), fastest_product(product, "fp32", known) as fastest:
+    with _threads(options.threads), fastest_product(open_product, "fp32", known) as fastest:
         yield fastest
 
 

@@ -199,9 +199,9 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
     monkeypatch.setattr(_peak, "LARGE_PRODUCTS", large)
 
     class Timed:
-        def __init__(self, weights):
+        def __init__(self, product):
             self.facts, self.streams = {"device": "cpu"}, 1
-            self.seconds = seconds[weights.channels, weights.convolution]
+            self.seconds = seconds[product.channels, product.convolution]
 
         def bind(self, batches):
             def run():
@@ -211,8 +211,8 @@ def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
             return backends.Bound(run, tuple)
 
     def fastest(known=""):
-        with _peak.fastest_product(lambda weights: contextlib.nullcontext(Timed(weights)), "fp32", known) as product:
-            return product.weights
+        with _peak.fastest_product(lambda product: contextlib.nullcontext(Timed(product)), "fp32", known) as fastest:
+            return fastest.product
 
     assert fastest() == _peak.PeakProduct(1024, convolution=False)
     seconds[1024, True] = 1.0

@@ -275,14 +275,14 @@ def peak(artifact: Artifact, options: Options, known: str = "") -> Iterator[Prod
     precision = "fp32" if precision == "fp16" and options.device == "cpu" else precision
 
     @contextmanager
-    def product(weights: PeakProduct) -> Iterator[OrtSession]:
+    def open_product(product: PeakProduct) -> Iterator[OrtSession]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peak.onnx"
-            files.save(peak_model(weights, precision), path, {})
+            files.save(peak_model(product, precision), path, {})
             with session(Artifact(path, sidecar), options) as opened:
                 yield opened
 
-    with fastest_product(product, precision, known) as fastest:
+    with fastest_product(open_product, precision, known) as fastest:
         yield fastest
 
 

@@ -307,11 +307,11 @@ def peak(artifact: Artifact, options: OpenVinoOptions, known: str = "") -> Itera
     """The fastest product of OpenVINO's, or the `known` one, each compiled as the artifact is."""
 
     @contextmanager
-    def product(weights: PeakProduct) -> Iterator[OpenVinoSession]:
-        compiled = _compile(artifact, options, lambda _: peak_model(weights, artifact.sidecar.precision))
+    def open_product(product: PeakProduct) -> Iterator[OpenVinoSession]:
+        compiled = _compile(artifact, options, lambda _: peak_model(product, artifact.sidecar.precision))
         yield _session(*compiled, Preprocessing(), options)
 
-    with fastest_product(product, artifact.sidecar.precision, known) as fastest:
+    with fastest_product(open_product, artifact.sidecar.precision, known) as fastest:
         yield fastest
 
 
