@@ -136,6 +136,8 @@ def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
 
     try:
         with Image.open(file) as image:  # reads the head of the file alone
+            if image.format == "TIFF":  # which some versions of Pillow turn here already, and all when it is loaded
+                image.load()
             width, height = image.size
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side
             return (height, width) if is_turned else (width, height)

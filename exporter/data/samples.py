@@ -380,8 +380,10 @@ def images_in(folder: Path, split: str = "") -> list[str]:
             f"{folder}#{split}: #{split} needs a folder with images and masks, as images/ and annotations/; leave it "
             f"out, or give {folder / split}"
         )
-    below = "/".join(filter(None, (folders[0], split))) + "/" if folders else ""
-    return [name for name in files_in(folder) if name.startswith(below)]
+    if not folders:
+        return files_in(folder)
+    below = "/".join(filter(None, (folders[0], split)))
+    return [f"{below}/{name}" for name in files_in(folder / below)] if (folder / below).is_dir() else []
 
 
 def files_in(folder: Path) -> list[str]:

@@ -40,13 +40,32 @@ def read(folder, split="", recipe=RECIPE, most=None, **values):
     return batch
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_of_an_image_is_that_of_pillow_upright(orientation, tmp_path):
+def test_the_size_of_an_image_is_that_of_pillow_upright(orientation, name, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    with Image.open(tmp_path / "a.jpg") as image:
-        assert images.size_of(tmp_path / "a.jpg") == ImageOps.exif_transpose(image).size
+    Image.new("RGB", (30, 20)).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as image:
+        assert images.size_of(tmp_path / name) == ImageOps.exif_transpose(image).size
+
+
+def test_a_changed_mask_of_a_manifest_changes_what_is_measured(tmp_path):
+    write(tmp_path, "a.jpg", "m/a.png", quarters())
+    (tmp_path / "list.csv").write_text("path,mask\na.jpg,m/a.png\n")
+    before = fingerprint(str(tmp_path / "list.csv"))
+    assert fingerprint(str(tmp_path / "list.csv")) == before
+    Image.new("L", (32, 32), 1).save(tmp_path / "m/a.png")
+    assert fingerprint(str(tmp_path / "list.csv")) != before
+
+
+def test_images_in_a_folder_that_is_a_link_are_read(tmp_path):
+    write(tmp_path, "mnt/images/training/0.jpg", "ade/annotations/training/0.png", quarters())
+    (tmp_path / "ade/images").symlink_to(tmp_path / "mnt/images")
+    assert [entry.path for entry in calibration.freeze(f"{tmp_path}/ade#training", None, 0).entries] == [
+        "images/training/0.jpg"
+    ]
+    assert sources.open_images([f"{tmp_path}/ade#training"], RECIPE).samples.total == 1
 
 
 def test_the_folders_of_ade20k_are_pairs_by_name(tmp_path):
