@@ -66,8 +66,10 @@ def read(path: Path, part: str = "") -> Content:
         return _sharded(path)
     if path.suffix not in SUFFIXES:
         raise BadRequest(f"{path}: expected a file of weights ({', '.join(SUFFIXES)})")
-    if SHARD.search(path.name):
-        raise BadRequest(f"{path}: one of several files; give the folder, which has their index")
+    if (shard := SHARD.search(path.name)) and not shard[0].startswith("-00001-of-00001"):
+        if [*path.parent.glob(f"*{INDEX}")]:
+            raise BadRequest(f"{path}: one of several files; give the folder, which has their index")
+        raise BadRequest(f"{path}: one of several files, and their index (*{INDEX}) is missing; fetch it too")
     if path.name.startswith("adapter_model."):
         raise adapter(path)
     return _read(path, part)[0]

@@ -29,7 +29,8 @@ _CONV = re.compile(rf"{_LAYER}(\.1)?(\.conv)?\.(?P<leaf>weight|bias)")
 _NORM = re.compile(rf"{_LAYER}(\.1)?\.(batch_norm|bn)\.(?P<leaf>weight|bias|running_mean|running_var)")
 _CLASSIFIER = re.compile(r"(?P<layer>classifier|conv_seg)\.(?P<leaf>weight|bias)")
 _OTHERS = {
-    "Mask2Former": r"(?=.*(level_embed|transformer_feat_level))|.*pixel_decoder\.(encoder|adapter|level)",
+    "Mask2Former": r"(decode_head|panoptic_head|transformer_module)\.(.*\.)?level_embed|.*transformer_feat_level|"
+    r".*pixel_decoder\.(encoder|adapter|level)",
     "OneFormer": r".*(task_encoder|text_mapper)",
     "MaskFormer": r".*(transformer_decoder|transformer_module|mask_embed)",
     "SegFormer": r"(decode_head\.)(linear_c|linear_fuse|fusion_conv)",

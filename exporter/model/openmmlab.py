@@ -59,6 +59,7 @@ def read(text: str, statements: Statements) -> Read | None:
         values |= _read_segmenter(text, statements)
     elif _DETECTOR.search(text):
         base, default = processors.DETECTOR, "published preprocessing of mmdet"
+        values |= _detector_size(_test_pipeline(text))
     elif not is_dense and (pipeline := _test_pipeline(text)):
         try:
             values |= _geometry(pipeline, statements)
@@ -212,6 +213,18 @@ def _geometry(pipeline: Sequence[Any], statements: Statements) -> dict[str, Any]
     return values
 
 
+def _detector_size(pipeline: Sequence[Any]) -> dict[str, Any]:
+    """The size of a test pipeline of mmdet: its largest short and long side, up to multiples of 32; {} without one."""
+    steps = [step for step in pipeline if isinstance(step, dict)]
+    scales = [
+        step.get("img_scale", step.get("scale")) for step in steps if step.get("keep_ratio") or "img_scale" in step
+    ]
+    if len(scales) != 1 or not isinstance(scales[0], list) or not all(type(side) is int for side in scales[0]):
+        return {}
+    short, long = min(scales[0]), max(scales[0])
+    return dict.fromkeys(("size", "resize"), as_size(*(-(-side // 32) * 32 for side in (short, long))))
+
+
 def _resize(kind: str, step: Mapping[str, Any]) -> dict[str, Any]:
     """Of `ResizeEdge` (the short side), of `Resize` with a number (both sides), and of old ones with (N, -1)."""
     interpolation = step.get("interpolation", "bilinear")
@@ -243,6 +256,8 @@ def _read_segmenter(text: str, statements: Statements) -> dict[str, Any]:
     for head in _settings(text, "decode_head"):
         if isinstance(head, dict) and "UPerHead" in str(head.get("type")):
             _check_head(head, statements)
+    if re.search(r"\breduce_zero_label['\"]?\s*[=:]\s*True", text):
+        statements.notes.append(f"reduce_zero_label is True in the {ORIGIN}: {processors.COUNT_FROM_1}")
     if scales := _numbers(text, "pool_scales"):
         statements.state("pool_scales", tuple(map(int, scales)), "pool_scales", scales, ORIGIN)
     statements.state("align_corners", "align_corners=True" in text.replace(" ", ""), "align_corners", "True", ORIGIN)

@@ -72,12 +72,14 @@ _CLIP = _Processor({"shortest_edge": 224}, 3, CLIP, square=False, crop_size=224)
 PROCESSORS = {
     _CONVNEXT: _Processor({"shortest_edge": 384}, 3, HALF, square=False),
     "ViT": _Processor({"height": 224, "width": 224}, 2, HALF),
+    "Beit": _Processor({"height": 224, "width": 224}, 3, HALF),
     "CLIP": _CLIP,
     "Bit": _CLIP,
     "DINOv3ViT": _Processor({"height": 224, "width": 224}, 2, IMAGENET),
     "Segformer": _Processor({"height": 512, "width": 512}, 2, IMAGENET, crops=False),
     "EfficientNet": _Processor({"height": 346, "width": 346}, 3, HALF, std_twice=True),
 }
+COUNT_FROM_1 = "masks number classes from 1; give verify --reduce-zero-label"
 _HOW = "give --resize N --crop-mode center|squash|border"
 _ANY = ("resize", "crop_mode")
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "include_top")
@@ -129,8 +131,9 @@ def read_processor(config: Mapping[str, Any], file: str) -> Read:
         "std": "image_std",
     }
     origins = {value: own if key in stated else default for value, key in sources.items()}
-    notes = ("do_reduce_labels is true: masks number classes from 1; give verify --reduce-zero-label",)
-    return Read(preprocessing, origins, tuple(unclear), share, notes if stated.get("do_reduce_labels") else ())
+    reducing = [key for key in ("do_reduce_labels", "reduce_labels") if stated.get(key)]  # the latter in old files
+    notes = tuple(f"{key} is true: {COUNT_FROM_1}" for key in reducing[:1])
+    return Read(preprocessing, origins, tuple(unclear), share, notes)
 
 
 def _short(name: str) -> str:

@@ -133,6 +133,11 @@ def _archive(path: Path, archive: zipfile.ZipFile) -> PyTorchFile:
             f"{path}: a TorchScript program; where it is trusted, save its weights: "
             f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
         )
+    if f"{root}/archive_format" in entries or f"{root}/models/model.json" in entries:
+        raise BadRequest(
+            f"{path}: a program of torch.export; where it is trusted, save its weights: "
+            f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pth')"
+        )
     if f"{root}/data.pkl" not in entries:
         raise Damage("an archive without data.pkl")
     if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries.values()):

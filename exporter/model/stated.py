@@ -336,11 +336,12 @@ def read_segmenter(statements: Statements, config: Mapping[str, Any]) -> None:
     """
     if config.get("model_type") == UPERNET:
         statements.read(config, _UPERNET)
-        statements.read(config.get("backbone_config") or {}, _LEVELS, "backbone_config.")
         _note_unknown(statements, config, {*_UPERNET, *_IDLE_UPERNET, *BOOKKEEPING})
     inner = config.get("backbone_config") or {}
     kind = inner.get("model_type")
     if kind in HF_TYPES:
+        if config.get("model_type") == UPERNET:
+            statements.read(inner, _LEVELS, "backbone_config.")
         read_transformers(statements, {key: inner[key] for key in inner if key != "num_labels"}, "backbone_config.")
     elif kind == "timm_backbone" or config.get("use_timm_backbone"):
         args = dict(config.get("backbone_kwargs") or {})

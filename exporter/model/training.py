@@ -11,6 +11,7 @@ from exporter.model import labels, openmmlab, processors, stated
 from exporter.model.processors import Read
 
 ORIGIN = "args of the checkpoint"
+_OF_TRAIN = {"crop_pct", "interpolation", "mean", "std"}  # train.py of timm stores all of them
 _TIMM_ARGS = ("img_size", "input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")
 
 
@@ -24,7 +25,7 @@ def read_training(beside: Mapping[str, Any], statements: stated.Statements) -> t
     if beside.get("args") is not None and not arguments:
         statements.notes.append(f"{ORIGIN}: {type(beside['args']).__name__} is not read")
     read = _preprocessing(arguments, beside.get("arch"), statements) or _openmmlab(beside, statements)
-    names, where = _labels(beside)
+    names, where = _labels(beside, statements)
     if names:
         statements.origins["labels"] = where
     return names, read
@@ -61,6 +62,8 @@ def _facebook(args: Mapping[str, Any]) -> Read:
     size = int(args.get("input_size") or 224)
     squash = size >= processors.SQUASHED_FROM
     share = float(args.get("crop_pct") or 224 / 256)
+    if size <= 32:  # images of CIFAR, which its build_transform takes as they are
+        share = 1.0
     mean, std = processors.IMAGENET if args["imagenet_default_mean_and_std"] else processors.HALF
     recipe = processors.checked(
         size=size,
@@ -80,6 +83,8 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     if not timm_args and "convnext" not in model:
         return None
     base, default = _published(model)
+    if not _OF_TRAIN.issubset(args):  # another script's, whose other steps are not known
+        default = "default"
     size = timm_args.get("input_size", timm_args.get("img_size", base.size))
     *_, height, width = (size, size) if isinstance(size, int) else size
     share = float(timm_args.get("crop_pct") or base.share)
@@ -156,7 +161,7 @@ def _openmmlab(beside: Mapping[str, Any], statements: stated.Statements) -> Read
     return openmmlab.read(text, statements) if text else None
 
 
-def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+def _labels(beside: Mapping[str, Any], statements: stated.Statements) -> tuple[tuple[str, ...], str]:
     """The names of the classes, where they are unmistakable, and where they stand."""
     hyper, meta = _mapping(beside.get("hyper_parameters")), _mapping(beside.get("meta"))
     places: list[tuple[str, Any]] = [
@@ -171,7 +176,10 @@ def _labels(beside: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     ]
     for where, names in places:
         if isinstance(names, Mapping) and names:
-            return labels.from_mapping(names), f"{where} of the checkpoint"
+            try:
+                return labels.from_mapping(names), f"{where} of the checkpoint"
+            except ValueError as error:
+                statements.notes.append(f"{where} of the checkpoint is not read as labels: {error}")
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
             return tuple(names), f"{where} of the checkpoint"
     return (), ""

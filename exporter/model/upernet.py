@@ -119,4 +119,7 @@ class UPerNet(ConvNeXt):
         super().select(spec)
         if "segment" not in spec.tasks:
             self.decode_head = None
+        elif spec.tasks == ("segment",):
+            count = self.levels[-1] + 1  # of stages: the head may not take the last ones
+            self.stages, self.downsample_layers = self.stages[:count], self.downsample_layers[:count]
         return self

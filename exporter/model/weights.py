@@ -206,7 +206,9 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
     Raises: BadRequest for files that do not exist.
     """
     if sources.is_random(source):
-        return f"{source} {variant}"
+        return " ".join(
+            [source, str(variant), *([_content(labels)] if labels is not None and labels.is_file() else [])]
+        )
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "hub":
         repository = repository or sources.default_repository(wanted or resolve("tiny")[0])

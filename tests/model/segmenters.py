@@ -12,10 +12,13 @@ from benchmarks import libraries
 LABELS = ("wall", "sky", "tree", "road", "grass", "person", "sea")
 
 
-def transformers_model(dims=(8, 16, 24, 32), width=16, scales=(1, 2, 3, 6), labels=LABELS, kind="ConvNext"):
-    """An `UperNetForSemanticSegmentation` whose every layer and statistic matters."""
+def transformers_model(
+    dims=(8, 16, 24, 32), width=16, scales=(1, 2, 3, 6), labels=LABELS, kind="ConvNext", levels=None
+):
+    """An `UperNetForSemanticSegmentation` whose every layer and statistic matters; its head takes the maps of all
+    stages or of these `levels`."""
     transformers = libraries.library("transformers")
-    stages = [f"stage{number + 1}" for number in range(len(dims))]
+    stages = [f"stage{number + 1}" for number in levels or range(len(dims))]
     backbone = getattr(transformers, f"{kind}Config")(
         depths=[1] * len(dims), hidden_sizes=list(dims), num_stages=len(dims), out_features=stages
     )

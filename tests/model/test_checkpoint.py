@@ -157,6 +157,14 @@ def test_a_torchscript_program_is_refused_with_the_line_that_saves_its_weights(t
         checkpoint.read(tmp_path / "w.pt")
 
 
+def test_a_program_of_torch_export_is_refused_with_the_line_that_saves_its_weights(tmp_path):
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "w.pt")
+    with pytest.raises(BadRequest, match=r"a program of torch.export.*torch.export.load\('w.pt'\).state_dict"):
+        checkpoint.read(tmp_path / "w.pt")
+    torch.save(torch.export.load(tmp_path / "w.pt").state_dict, tmp_path / "weights.pth")
+    assert set(checkpoint.read(tmp_path / "weights.pth").tensors) == {"weight", "bias"}
+
+
 def test_lora_adapters_are_refused_as_file_folder_and_keys(tmp_path):
     adapter = {"base_model.model.fc.lora_A.weight": torch.ones(2, 2)}
     save_file(adapter, tmp_path / "adapter_model.safetensors")
@@ -187,6 +195,14 @@ def test_several_files_with_an_index_are_one_checkpoint(form, tmp_path):
     assert checkpoint.files(index) == (index, *sorted({tmp_path / name for name in where.values()}))
     with pytest.raises(BadRequest, match="one of several files; give the folder"):
         checkpoint.read(tmp_path / next(iter(where.values())))
+    index.unlink()
+    with pytest.raises(BadRequest, match=r"one of several files, and their index \(\*.index.json\) is missing"):
+        checkpoint.read(tmp_path / next(iter(where.values())))
+
+
+def test_the_only_file_of_one_is_a_checkpoint_without_an_index(tmp_path):
+    save_file(STATE, tmp_path / "model-00001-of-00001.safetensors")
+    assert same(checkpoint.read(sources.weights_in(tmp_path)).tensors)
 
 
 def test_an_index_is_a_cache_key_with_all_its_files(tmp_path):

@@ -217,6 +217,9 @@ def test_the_backbone_of_a_segmenter_is_read_and_its_own_labels_are_not(of):
         of(upernet | {"pool_scales": "all"})
     inner = {"model_type": "timm_backbone", "backbone": "convnext_tiny", "num_channels": 1, "out_indices": [1, 2, 3]}
     assert of({"model_type": "detr", "backbone_config": inner}).network == {"in_chans": 1}
+    # transformers 5 saves the stages of timm by timm's names.
+    inner |= {"out_features": ["stages.0", "stages.1", "stages.2", "stages.3"]}
+    assert "decoder_levels" not in of({"model_type": "upernet", "backbone_config": inner}).network
 
 
 def open_clip(**vision):
@@ -463,7 +466,12 @@ def test_settings_of_mmpretrain_that_are_not_followed_are_refused(old, new, mess
 
 @pytest.mark.parametrize(
     ("size", "pct", "expected"),
-    [(224, None, (256, "center")), (224, 0.9, (248, "center")), (384, 0.9, (384, "squash"))],
+    [
+        (224, None, (256, "center")),
+        (224, 0.9, (248, "center")),
+        (384, 0.9, (384, "squash")),
+        (32, None, (32, "center")),
+    ],
 )
 def test_args_of_facebooks_script_are_read(size, pct, expected):
     config = from_training({"args": {"input_size": size, "crop_pct": pct, "imagenet_default_mean_and_std": False}})
@@ -486,6 +494,57 @@ def test_labels_in_training_checkpoints_are_read(beside):
     config = from_training(beside)
     assert config.labels == ("cat", "dog")
     assert config.origins["labels"].endswith(" of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"hyper_parameters": {"classes": {"train": 10, "val": 10}}},
+        {"class_to_idx": {"cat": 3, "dog": 7}},
+        {"args": {"class_to_idx": {"cat": 3, "dog": 7}}},
+    ],
+)
+def test_names_that_are_no_labels_are_noted(beside):
+    config = from_training(beside)
+    assert config.labels == ()
+    (said,) = config.notes
+    assert "of the checkpoint is not read as labels: " in said
+
+
+def test_an_input_size_of_any_script_does_not_make_its_other_steps_those_of_timm():
+    config = from_training({"args": {"img_size": 320, "lr": 1e-3}})
+    assert config.preprocessing.size == 320
+    assert config.origins["size"] == "args of the checkpoint"
+    assert {config.origins[name] for name in ("resize", "crop", "mean", "std")} == {"default"}
+    train = {"img_size": 320, "crop_pct": None, "interpolation": "", "mean": None, "std": None}
+    assert from_training({"args": train | {"model": "convnext_base"}}).origins["mean"].startswith("timm's")
+
+
+@pytest.mark.parametrize(
+    ("step", "size"),
+    [
+        ("dict(type='Resize', scale=(640, 640), keep_ratio=True)", 640),
+        ("dict(type='Resize', scale=(1333, 800), keep_ratio=True)", (800, 1344)),
+        ("dict(type='MultiScaleFlipAug', img_scale=(1000, 600), flip=False)", (608, 1024)),
+        ("dict(type='Resize', scale=[(640, 640), (800, 800)], keep_ratio=True)", (800, 1344)),
+    ],
+)
+def test_the_size_of_a_detectors_images_is_that_of_its_pipeline(step, size):
+    text = "model = dict(rpn_head=dict(), backbone=dict(type='mmpretrain.ConvNeXt', gap_before_final_norm=False))\n"
+    recipe = from_training({"meta": {"cfg": f"{text}test_pipeline = [{step}]"}}).preprocessing
+    assert (recipe.size, recipe.resize, recipe.crop) == (size, size, "border")
+
+
+@pytest.mark.parametrize("text", ["reduce_zero_label=True", "'reduce_zero_label': True"])
+def test_masks_that_count_from_1_are_noted(text, of):
+    head = "model = dict(backbone=dict(type='mmpretrain.ConvNeXt'), decode_head=dict(type='UPerHead'))\n"
+    (said,) = from_training(
+        {"meta": {"cfg": f"{head}data = {{'a': dict({text})}}" if "=" in text else f"{head}data = {{{text}}}"}}
+    ).notes
+    assert said == (
+        "reduce_zero_label is True in the configuration in the checkpoint: masks number classes from 1; give verify "
+        "--reduce-zero-label"
+    )
 
 
 @pytest.mark.parametrize(

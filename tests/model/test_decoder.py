@@ -47,8 +47,9 @@ def folder(model, tmp_path_factory):
         {"dims": (8, 16, 24), "scales": (1, 3)},
         {"dims": (8, 12), "width": 10, "scales": (1, 2, 4, 5, 7)},
         {"kind": "ConvNextV2"},
+        {"levels": (0, 1, 2)},
     ],
-    ids=["four levels", "three levels", "two levels", "V2"],
+    ids=["four levels", "three levels", "two levels", "V2", "without the last stage"],
 )
 def test_a_network_of_transformers_gives_its_logits_at_every_size(settings, tmp_path):
     model = segmenters.transformers_model(**settings)
@@ -204,6 +205,7 @@ def test_other_levels_than_those_of_the_config_are_refused(folder, tmp_path):
         ("decode_head.fusion_conv.conv.weight", "SegFormer"),
         ("model.transformer_module.level_embed.weight", "Mask2Former"),
         ("decode_head.level_embed.weight", "Mask2Former"),
+        ("panoptic_head.pixel_decoder.level_embed.weight", "Mask2Former"),
         ("model.transformer_module.queries_embedder.weight", "MaskFormer"),
         ("decode_head.convs.0.conv.weight", "FCN"),
         ("decode_head.aspp_modules.0.conv.weight", "DeepLab"),
@@ -224,6 +226,17 @@ def test_the_heads_of_other_segmenters_are_left_out_by_name(key, name, folder, t
     assert checkpoint.task == "features"
     assert len(checkpoint.model()(images())) == 4
     assert name == "unknown" or any(f"the head of {name} is left out" in note for note in notes)
+
+
+def test_a_detector_with_embedded_levels_is_not_mask2former(folder, tmp_path):
+    """Deformable DETR has them too."""
+
+    def change(state):
+        without("_head.")(state)
+        state["model.level_embed"] = torch.ones(4, 4)
+
+    with pytest.raises(BadRequest, match="no head of UPerNet here"):
+        weights.load(changed(folder, tmp_path, change)).model(OutputSpec(tasks=("segment",)))
 
 
 def test_weights_without_a_head_are_refused_for_segmentation():

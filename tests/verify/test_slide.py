@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from PIL import Image
 
 from benchmarks import scenes as drawing
-from exporter.data.images import normalise
+from exporter.data.images import Unreadable, normalise
 from exporter.errors import BadRequest
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
@@ -56,6 +56,9 @@ def test_an_image_keeps_its_ratio_of_sides(tmp_path):
     Image.new("RGB", (200, 90)).save(tmp_path / "a.png")
     recipe = whole(drawing.RECIPE, Windows((64, 64), (42, 42)), tmp_path / "a.png")
     assert (recipe.size, recipe.resize, recipe.crop) == ((64, 142), (64, 142), "squash")
+    Image.new("RGB", (20, 400)).save(tmp_path / "b.png")
+    with pytest.raises(Unreadable, match="20×400 pixels: too long and thin for windows"):
+        whole(drawing.RECIPE, Windows((64, 64), (42, 42)), tmp_path / "b.png")
 
 
 @pytest.fixture(scope="module")
