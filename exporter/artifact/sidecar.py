@@ -126,6 +126,11 @@ class Preprocessing(Record, frozen=True):
         return self.channels, self.height, self.width
 
     @property
+    def is_stretched(self) -> bool:
+        """Whether the input is the whole image, with its sides changed to those of the input."""
+        return self.crop == "squash" and self.resize == self.size
+
+    @property
     def share(self) -> float:
         """The input size as a share of the size that images are resized to."""
         return self.crop_pct or self.height / sides(self.resize)[0]

@@ -24,6 +24,7 @@ from exporter.package.destinations import Destination, DestinationOptions, desti
 from exporter.package.rendering import render, verified
 from exporter.predict import TOP, PredictOptions
 from exporter.predict.answers import Output, answers_of, check_top
+from exporter.predict.masks import refuse_one_class
 from exporter.progress import note, step
 from exporter.recipe import Checks
 from exporter.recipe.fields import about
@@ -129,6 +130,7 @@ def _refuse_masks(artifact: Artifact, aim: Destination) -> None:
     if (answer := artifact.sidecar.spec.answer) not in aim.segment_answers:
         expected = " or ".join(aim.segment_answers)
         raise BadRequest(f"{artifact.path}: built with --output {answer}; package one with --output {expected}")
+    refuse_one_class(artifact)
 
 
 def _outputs(artifact: Artifact, sidecar: Sidecar, checks: Checks, top: int) -> tuple[Output, ...]:

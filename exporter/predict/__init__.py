@@ -30,7 +30,6 @@ from exporter.predict.ranges import refuse_others as refuse_others
 from exporter.predict.sources import open_images, refuse_source
 from exporter.predict.store import Chunk, Job
 from exporter.progress import note, step, track
-from exporter.verify.checks.segmentation import classes_of
 
 
 class Summary(Record, frozen=True):
@@ -149,8 +148,10 @@ def predict_masks(
         raise BadRequest(f"-o {out}: expected a new or empty folder for the masks; --overwrite replaces them")
     if artifact.sidecar.spec.answer == "logits4":
         raise BadRequest(f"{artifact.path}: --output logits4 has no classes of pixels; build with labels or logits")
-    recipe, answers = artifact.sidecar.preprocessing, answers_for(artifact, options, whole=False)
-    images = open_images(sources, recipe, stdin)
+    masks.refuse_one_class(artifact)
+    recipe, outputs = artifact.sidecar.preprocessing, answers_for(artifact, options, whole=False)
+    answers = masks.Classes(outputs.outputs, outputs.top, outputs.checks)
+    images, num_classes = open_images(sources, recipe, stdin), artifact.sidecar.weights.num_classes
     total, began, unreadable = images.samples.total, time.monotonic(), list[str]()
     named = list(images.named())
     masks.check_names(out, named)
@@ -162,8 +163,8 @@ def predict_masks(
             each = zip(islice(waiting, len(chunk.names)), chunk.errors, strict=True)
             good = [one for one, error in each if not error]
             arrays = chunk.arrays() if good else {answers.outputs[0].name: ()}
-            for (name, path), pixels in zip(good, arrays[answers.outputs[0].name], strict=True):
-                masks.write(masks.path_of(out, name), classes_of(pixels[None])[0], images.file(name, path), recipe)
+            for (name, path), classes in zip(good, arrays[answers.outputs[0].name], strict=True):
+                masks.write(masks.path_of(out, name), classes, num_classes, images.file(name, path), recipe)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{out}: masks are missing; run the same command with --overwrite") from None
     _report(unreadable, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -11,17 +12,32 @@ from numpy.typing import NDArray
 
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing
+from exporter.backends import Outputs
 from exporter.data import images
 from exporter.data.masks import MOST_COLORS, colors
 from exporter.errors import BadRequest
+from exporter.predict.answers import Answers, Arrays
 from exporter.predict.image_list import state_of
 from exporter.predict.sources import STDIN
+from exporter.verify.checks.segmentation import classes_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from exporter.artifact import Artifact
+
 OVERLAY = "_overlay"
 OPACITY = 0.5  # of the colours over the picture
+
+
+@dataclass(frozen=True)
+class Classes(Answers):
+    """Keeps the class of each pixel. The scores of an image may be several hundred times as large."""
+
+    def of(self, values: Outputs) -> Arrays:
+        """The classes (N, H, W) of the pixels of N images."""
+        output = self.outputs[0]
+        return {output.name: classes_of(values[output.place]).astype(np.int32)}
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -52,7 +68,16 @@ def check_names(folder: Path, named: Sequence[tuple[str, Path]]) -> None:
                 raise BadRequest(f"{path}: is a source, and a mask would replace it; give another folder")
 
 
-def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe: Preprocessing) -> None:
+def refuse_one_class(artifact: Artifact) -> None:
+    """Raises: BadRequest for a network with one class, which every pixel of its masks would have."""
+    if artifact.sidecar.weights.num_classes == 1:
+        raise BadRequest(
+            f"{artifact.path}: has one class, which every pixel of a mask would have; take its logits (-o FILE.npz) "
+            "and apply a threshold"
+        )
+
+
+def write(path: Path, classes: NDArray[Any], num_classes: int, file: Path | IO[bytes], recipe: Preprocessing) -> None:
     """Write the mask of an image, and beside it `NAME_overlay.png` if the image is in colour and can be read.
 
     Where images are stretched, both have the size of the image, by the nearest pixel; else that of the input.
@@ -60,6 +85,7 @@ def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe
     Args:
         path: of the mask.
         classes: (H, W) of the input.
+        num_classes: of the network.
         file: the image, as a path or a stream. A path that does not exist, as of an array, gives a mask of the size of
             the input and no overlay.
         recipe: how the image became the input.
@@ -74,17 +100,17 @@ def write(path: Path, classes: NDArray[np.int64], file: Path | IO[bytes], recipe
     if size is not None:
         numbers = numbers.resize(size, Image.Resampling.NEAREST)
     mask = np.asarray(numbers)
-    write_file(path, _png(_image_of(mask)))
+    write_file(path, _png(_image_of(mask, num_classes)))
     if picture is not None:
         mixed = (1 - OPACITY) * np.asarray(picture) + OPACITY * colors()[mask % MOST_COLORS]
         write_file(_overlay(path), _png(Image.fromarray(mixed.round().astype(np.uint8))))
 
 
-def _image_of(mask: NDArray[Any]) -> Image.Image:
+def _image_of(mask: NDArray[Any], num_classes: int) -> Image.Image:
     """Classes as an image whose values are their numbers: with a palette, or 16 bits for more than 256 classes."""
     from PIL import Image
 
-    if mask.max() >= MOST_COLORS:
+    if num_classes > MOST_COLORS:
         return Image.fromarray(mask.astype(np.uint16))
     image = Image.fromarray(mask.astype(np.uint8), "P")
     image.putpalette(colors().tobytes())
@@ -98,9 +124,9 @@ def _picture(file: Path | IO[bytes], recipe: Preprocessing) -> Image.Image | Non
 
     if recipe.channels != 3 or (isinstance(file, Path) and not file.is_file()):
         return None
-    if recipe.crop == "squash":
+    if recipe.is_stretched:
         with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return images.in_color(ImageOps.exif_transpose(image), recipe)
     pixels = np.moveaxis(images.read(file, recipe.of_network()), 0, -1)
     return Image.fromarray(
         (255 * (pixels * recipe.std + np.asarray(recipe.mean))).round().clip(0, 255).astype(np.uint8)
@@ -109,7 +135,7 @@ def _picture(file: Path | IO[bytes], recipe: Preprocessing) -> Image.Image | Non
 
 def _size(file: Path | IO[bytes], recipe: Preprocessing) -> tuple[int, int] | None:
     """Width and height of an image file that was stretched, None for others."""
-    if recipe.crop != "squash" or (isinstance(file, Path) and not file.is_file()):
+    if not recipe.is_stretched or (isinstance(file, Path) and not file.is_file()):
         return None
     return images.size_of(file)
 

@@ -14,6 +14,8 @@ from exporter.data.synthetic import dead_leaves
 from exporter.errors import BadRequest
 from exporter.package.destinations.triton import TritonOptions
 from exporter.predict import PredictOptions
+from exporter.recipe import PreprocessingOptions
+from exporter.verify import VerifyOptions, verify
 from tests.conftest import build
 from tests.model import segmenters
 from tests.package.conftest import execute
@@ -92,6 +94,32 @@ def test_the_masks_of_a_package_are_those_of_predict(backend, output, folder, ba
         np.savez(out / "expected.npz", **{name: arrays[name] ^ 1 for name in arrays})
     result = execute(bare, "selftest.py", folder=out)
     assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "FAILED")
+
+
+def test_a_mask_of_an_image_that_is_stretched_and_cut_is_that_of_predict(folder, bare, tmp_path):
+    artifact, out = (
+        build(folder, tmp_path, output="labels", preprocessing=PreprocessingOptions(resize=72)),
+        tmp_path / "package",
+    )
+    package.package(artifact, "python", out)
+    Image.fromarray(dead_leaves((75, 107), 3)).save(tmp_path / "photo.jpg")
+    result = execute(bare, "predict.py", tmp_path / "photo.jpg", folder=out)
+    assert result.returncode == 0, result.stderr
+    _, expected = predicted_mask(artifact, tmp_path)
+    assert expected.shape == (64, 64)
+    np.testing.assert_array_equal(np.asarray(Image.open(out / json.loads(result.stdout)["mask"])), expected)
+
+
+def test_masks_of_one_class_are_refused(tmp_path):
+    model = segmenters.transformers_model(dims=(4, 8), width=4, labels=["road"])
+    artifact = build(segmenters.save(tmp_path / "weights", model, PROCESSOR), tmp_path)
+    with pytest.raises(BadRequest, match="has one class, which every pixel of a mask would have"):
+        package.package(artifact, "python", tmp_path / "package")
+    with pytest.raises(BadRequest, match="has one class, which every pixel of a mask would have"):
+        predict.predict(artifact, ["photo.jpg"], PredictOptions(), tmp_path / "masks")
+    report = verify(artifact, VerifyOptions(samples=2))
+    assert report.find("pixel_agreement") is None
+    assert report.find("cosine") is not None
 
 
 def test_masks_that_no_package_has_are_refused(folder, tmp_path):

@@ -12,6 +12,7 @@ from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.synthetic import dead_leaves
 from exporter.predict import PredictOptions, masks
+from exporter.recipe import PreprocessingOptions
 from tests.conftest import build
 from tests.model import segmenters
 from tests.reference import library
@@ -67,6 +68,49 @@ def test_a_mask_has_the_classes_of_its_image_at_its_size(output, artifacts, mode
             assert np.abs(np.asarray(overlay) - mixed).max() <= 0.5
 
 
+def test_a_mask_of_an_image_that_is_stretched_and_cut_has_the_size_of_the_input(model, photos, tmp_path, run):
+    folder = segmenters.save(tmp_path / "weights", model, PROCESSOR)
+    artifact = build(folder, tmp_path / "built", output="labels", preprocessing=PreprocessingOptions(resize=72))
+    recipe = artifact.sidecar.preprocessing
+    assert (recipe.crop, recipe.size, recipe.resize) == ("squash", 64, 72)
+    assert run("predict", artifact.path, photos / "a.png", "-o", "masks").code == 0
+    (path,) = (path for path in (tmp_path / "masks").rglob("a.png"))
+    pixels = images.read(photos / "a.png", recipe)
+    expected = segmenters.logits(model, torch.from_numpy(pixels)[None]).argmax(1)[0].numpy()
+    with (
+        Image.open(path) as mask,
+        Image.open(path.with_name("a_overlay.png")) as overlay,
+        Image.open(photos / "a.png") as photo,
+    ):
+        np.testing.assert_array_equal(np.asarray(mask), expected)
+        cut = photo.resize((72, 72), Image.Resampling.BILINEAR).crop((4, 4, 68, 68))
+        mixed = (np.asarray(cut, float) + masks.colors()[expected]) / 2
+        assert np.abs(np.asarray(overlay) - mixed).max() <= 1
+
+
+def test_the_overlay_of_a_16_bit_image_is_as_bright_as_the_image(artifacts, tmp_path, run):
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert run("predict", artifacts["labels"].path, tmp_path / "deep.png", "-o", tmp_path / "masks").code == 0
+    (path,) = (tmp_path / "masks").rglob("deep.png")
+    with Image.open(path) as mask, Image.open(path.with_name("deep_overlay.png")) as overlay:
+        mixed = (grey[..., None] / 257 + masks.colors()[np.asarray(mask)]) / 2
+        assert np.abs(np.asarray(overlay) - mixed).max() <= 1
+
+
+@pytest.mark.parametrize(("count", "mode"), [(256, "P"), (300, "I;16")])
+def test_the_format_of_masks_is_that_of_the_network_whatever_classes_an_image_has(count, mode, tmp_path):
+    masks.write(tmp_path / "a.png", np.zeros((4, 4), np.int32), count, tmp_path / "no", Preprocessing())
+    with Image.open(tmp_path / "a.png") as mask:
+        assert mask.mode == mode
+
+
+def test_scores_of_pixels_are_not_kept_for_their_masks(artifacts, photos):
+    answers = predict.answers_for(artifacts["logits"], PredictOptions(), whole=False)
+    (kept,) = masks.Classes(answers.outputs, answers.top, answers.checks).of((np.eye(3).reshape(1, 3, 1, 3),)).values()
+    np.testing.assert_array_equal(kept, [[[0, 1, 2]]])
+
+
 def test_an_image_on_standard_input_has_the_mask_of_its_file(artifacts, photos, tmp_path):
     for name, sources in (("piped", ["-"]), ("file", [str(photos / "a.png")])):
         with (photos / "a.png").open("rb") as stdin:
@@ -87,7 +131,7 @@ def test_colours_are_those_of_pascal_voc():
 def test_where_images_are_cut_the_mask_has_the_size_of_the_input(photos, tmp_path):
     recipe = Preprocessing(size=48, resize=60, crop="center")
     classes = np.arange(48 * 48).reshape(48, 48) % 7
-    masks.write(tmp_path / "m.png", classes, photos / "a.png", recipe)
+    masks.write(tmp_path / "m.png", classes, 7, photos / "a.png", recipe)
     with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "m_overlay.png") as overlay:
         np.testing.assert_array_equal(np.asarray(mask), classes)
         with Image.open(photos / "a.png") as photo:
@@ -98,7 +142,7 @@ def test_where_images_are_cut_the_mask_has_the_size_of_the_input(photos, tmp_pat
 
 def test_more_than_256_classes_take_16_bits_and_what_is_no_file_has_no_overlay(tmp_path):
     classes = np.full((8, 8), 300)
-    masks.write(tmp_path / "m.png", classes, tmp_path / "a.npz[0]", Preprocessing())
+    masks.write(tmp_path / "m.png", classes, 301, tmp_path / "a.npz[0]", Preprocessing())
     with Image.open(tmp_path / "m.png") as mask:
         np.testing.assert_array_equal(np.asarray(mask), classes)
     assert [path.name for path in tmp_path.glob("*.png")] == ["m.png"]
@@ -185,6 +229,6 @@ def test_an_interrupted_folder_of_masks_says_how_to_go_on(artifacts, photos, tmp
 def test_a_mask_of_a_grey_network_has_the_size_of_its_image(tmp_path):
     Image.new("L", (90, 60)).save(tmp_path / "scan.png")
     recipe = Preprocessing(size=32, resize=32, crop="squash", mean=(0.5,), std=(0.5,))
-    masks.write(tmp_path / "mask.png", np.ones((32, 32), np.int64), tmp_path / "scan.png", recipe)
+    masks.write(tmp_path / "mask.png", np.ones((32, 32), np.int64), 7, tmp_path / "scan.png", recipe)
     assert Image.open(tmp_path / "mask.png").size == (90, 60)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mask.png", "scan.png"]

@@ -155,7 +155,8 @@ def budgeted(job: Job, samples: Samples) -> VerifyOptions:
         options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(quantization, "int8", samples.source, recipe.model.weights)
     kind = outputs.first(sidecar, options.outputs)
-    if not outputs.has_agreement(kind) or (kind == "embedding" and quantization.max_drop is None):
+    one_class = kind in outputs.PIXELS and sidecar.weights.num_classes == 1
+    if not outputs.has_agreement(kind) or one_class or (kind == "embedding" and quantization.max_drop is None):
         return options  # the limits of the precision hold
     if points is None:
         note("no loss of accuracy can be measured on these images or weights; cosine and agreement are checked")

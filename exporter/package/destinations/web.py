@@ -102,7 +102,9 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
 
 def _facts(contents: Contents) -> dict[str, Any]:
     """Facts of the model for the page. The size of images is that of the preprocessing, also where any is taken."""
-    expected = contents.expected
+    from exporter.model.picture import may_begin_with_columns
+
+    expected, preprocessing = contents.expected, msgspec.to_builtins(contents.preprocessing)
     return {
         "file": contents.artifact.path.name,
         "input": {
@@ -115,7 +117,7 @@ def _facts(contents: Contents) -> dict[str, Any]:
             "kind": contents.outputs[0].kind,
             "holds": contents.outputs[0].holds,
         },
-        "preprocessing": msgspec.to_builtins(contents.preprocessing),
+        "preprocessing": preprocessing | {"may_begin_with_columns": may_begin_with_columns()},
         "labels": contents.labels,
         "colors": colors()[: contents.classes].tolist() if contents.has_masks else None,
         "top": contents.top,

@@ -34,7 +34,8 @@ class Segmentation:
         limit = options.max_drop
         unsure = budgets.when_unsure(options.when_unsure, limit is not None)
         self.budget = budgets.Budget(subject.precision.max_drop_points if limit is None else limit, "low", unsure)
-        self.active = any(kind in PIXELS for kind in kinds(sidecar, options.outputs))
+        has_classes = sidecar.weights.num_classes > 1  # else all pixels agree, whatever the logits are
+        self.active = has_classes and any(kind in PIXELS for kind in kinds(sidecar, options.outputs))
         self.classes, self.labels = sidecar.weights.num_classes, sidecar.labels
         self.to_eager: Counts = np.zeros((self.classes, self.classes), np.int64)
         self.to_masks: dict[str, list[Counts]] = {"eager": [], "artifact": []}

@@ -75,7 +75,7 @@ function row({ label, probability, decided, color }, place) {
 
 /** Show the classes of the pixels in colour, over the picture where it is stretched to the input, and their shares. */
 function showMask(classes) {
-  const { size, crop } = facts.preprocessing;
+  const { size, resize, crop } = facts.preprocessing;
   const [height, width] = Array.isArray(size) ? size : [size, size];
   const canvas = element("canvas", "mask");
   const colored = new ImageData(width, height);
@@ -87,7 +87,7 @@ function showMask(classes) {
   const layer = new OffscreenCanvas(width, height);
   layer.getContext("2d").putImageData(colored, 0, 0);
   const picture = part("picture");
-  const stretched = crop === "squash";
+  const stretched = crop === "squash" && String(resize) === String(size);
   canvas.width = stretched ? picture.naturalWidth : width;
   canvas.height = stretched ? picture.naturalHeight : height;
   canvas.setAttribute("role", "img");

@@ -111,27 +111,35 @@ function nearest({ data, width, height, channels }, [wide, tall]) {
   return { data: target, width: wide, height: tall, channels };
 }
 
-/** A picture at another size. A picture is {data, width, height, channels}, its channels side by side. */
-export function resized(picture, [wide, tall], interpolation) {
+/** A picture with rows of another width. */
+function withWidth({ data, width, height, channels }, wide, filter) {
+  const target = new Uint8ClampedArray(wide * height * channels);
+  const reading = { step: channels, next: width * channels };
+  const writing = { step: channels, next: wide * channels };
+  resample(data, target, height, weightsOf(width, wide, filter), channels, reading, writing);
+  return { data: target, width: wide, height, channels };
+}
+
+/** A picture with columns of another height. */
+function withHeight({ data, width, height, channels }, tall, filter) {
+  const target = new Uint8ClampedArray(width * tall * channels);
+  const lines = { step: width * channels, next: channels };
+  resample(data, target, width, weightsOf(height, tall, filter), channels, lines, lines);
+  return { data: target, width, height: tall, channels };
+}
+
+/**
+ * A picture at another size. A picture is {data, width, height, channels}, its channels side by side. Some versions of
+ * Pillow resize the columns first where the height shrinks by more than twice as many pixels as the width.
+ */
+export function resized(picture, [wide, tall], interpolation, mayBeginWithColumns = false) {
   if (interpolation === "nearest") return nearest(picture, [wide, tall]);
-  const { channels } = picture;
-  let { data, width, height } = picture;
+  const { width, height } = picture;
   const filter = FILTERS[interpolation];
-  if (wide !== width) {
-    const places = weightsOf(width, wide, filter);
-    const target = new Uint8ClampedArray(wide * height * channels);
-    const reading = { step: channels, next: width * channels };
-    data = resample(data, target, height, places, channels, reading, { step: channels, next: wide * channels });
-    width = wide;
-  }
-  if (tall !== height) {
-    const places = weightsOf(height, tall, filter);
-    const target = new Uint8ClampedArray(width * tall * channels);
-    const lines = { step: width * channels, next: channels };
-    data = resample(data, target, width, places, channels, lines, lines);
-    height = tall;
-  }
-  return { data, width, height, channels };
+  const rows = (one) => (wide === width ? one : withWidth(one, wide, filter));
+  const columns = (one) => (tall === height ? one : withHeight(one, tall, filter));
+  const columnsFirst = mayBeginWithColumns && height - tall > Math.max(0, 2 * (width - wide));
+  return columnsFirst ? rows(columns(picture)) : columns(rows(picture));
 }
 
 /** The centre of a picture; a side that is too short is filled up with the mean colour. */
@@ -197,5 +205,9 @@ export function normalised({ data, width, height, channels }, { mean, std, layou
 export function preprocess(pixels, preprocessing) {
   const picture = inColour(pixels, preprocessing.mean.length);
   const size = resizedSize(picture.width, picture.height, preprocessing);
-  return normalised(cropped(resized(picture, size, preprocessing.interpolation), preprocessing), preprocessing);
+  const { interpolation, may_begin_with_columns: mayBeginWithColumns } = preprocessing;
+  return normalised(
+    cropped(resized(picture, size, interpolation, mayBeginWithColumns), preprocessing),
+    preprocessing,
+  );
 }
