@@ -107,6 +107,10 @@ def _cannot_run(name: str, device: str) -> str:
 def _add(request: Request, target: Target, listed: list[Candidate], skipped: list[Skipped]) -> None:
     """Add the candidates of a target, and its precisions that cannot be tried."""
     computed = target.above_int8()
+    for word in request.options.precision or ():
+        if word not in target.precisions:
+            reason = f"this runtime has {', '.join(target.precisions)}"
+            skipped.append(Skipped(backend=target.name, precision=word, reason=reason))
     for word in target.precisions:
         if request.options.precision is not None and word not in request.options.precision:
             continue

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from exporter.artifact.sidecar import Record
 from exporter.recipe import (
+    SYNTHETIC,
     BatchSize,
     Checks,
     Export,
@@ -97,6 +98,7 @@ class Request(Record, frozen=True):
         """The recipe of one build; `scope` is that of a quantized one, "" for others."""
         quantization = replace(self.quantization, int8_scope=scope) if scope else None
         export = replace(self.export, batch=self.options.batch, form=form)
+        checks = replace(self.checks, data=self.quantization.data or SYNTHETIC)
         return Recipe(
             backend=backend,
             precision=precision,
@@ -104,5 +106,5 @@ class Request(Record, frozen=True):
             preprocessing=self.preprocessing,
             export=export,
             quantization=quantization,
-            checks=self.checks,
+            checks=checks,
         )

@@ -49,6 +49,7 @@ def publish(search: Search, result: Result, out: Path, seconds: float) -> tuple[
             f"({measured.path}); run the search again"
         )
     written = _report(search, artifact, candidate, result)
+    result = replace(result, passed=written.passed)  # its checks are also judged on the inputs that it was timed with
     record_quality(artifact, written)
     recipe = artifact.path.with_name(f"{artifact.path.name}.yaml")
     result = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from exporter.artifact.sidecar import Record
-from exporter.optimize.options import OptimizeOptions
+from exporter.optimize.options import Goal, OptimizeOptions
 
 State = Literal["chosen", "not chosen", "dropped", "beyond the budget", "failed", "not tried"]
 Interval = tuple[float, float, float]
@@ -81,10 +81,13 @@ class Result(Record, frozen=True):
         return self.rows[self.chosen]
 
 
-def front(rows: list[Row]) -> list[bool]:
+def front(rows: list[Row], goal: Goal) -> list[bool]:
     """Whether each row is on the front of accuracy and speed: no other verified one is as fast and as accurate, and
-    better in one of both."""
-    known = [(row.p50_ms, row.accuracy.value) if row.accuracy and row.p50_ms else None for row in rows]
+    better in one of both. For throughput, speed is in images a second, else it is the median latency."""
+    costs = [-(row.images_s or 0) if goal == "throughput" else row.p50_ms for row in rows]
+    known = [
+        (cost, row.accuracy.value) if row.accuracy and cost else None for row, cost in zip(rows, costs, strict=True)
+    ]
     return [
         one is not None
         and not any(other is not None and other[0] <= one[0] and other[1] >= one[1] and other != one for other in known)

@@ -52,7 +52,10 @@ class Rows:
         others = [self._unraced(one) for one in self.search.builds if one not in finalists and one not in self._raced()]
         skipped = [Row(backend=one.backend, precision=one.precision, reason=one.reason) for one in self.search.skipped]
         rows = [*last, *map(self._left_out, first), *others, *skipped]
-        rows = [replace(row, on_front=on) for row, on in zip(rows, front(rows), strict=True)]
+        rows = [
+            replace(row, on_front=on)
+            for row, on in zip(rows, front(rows, self.search.request.options.goal), strict=True)
+        ]
         eager = race.times_ms(self.settings.runner.timing, EAGER)
         return Result(
             passed=passed,
@@ -98,9 +101,11 @@ class Rows:
             return reason
         if options.latency_limit_ms is not None and (row.p50_ms or 0) > options.latency_limit_ms:
             return f"{row.p50_ms:.4g} ms, limit {options.latency_limit_ms:g} ms"
+        if options.goal == "size":
+            return ""
         if row.speedup is None:
             return "eager PyTorch could not be timed"
-        if options.goal != "size" and row.speedup[0] <= 1:
+        if row.speedup[0] <= 1:
             return f"no faster than eager PyTorch ({row.speedup[0]:.2f} ×)"
         return ""
 

@@ -87,7 +87,8 @@ class Search:
         finalists = self._finalists(forms)
         with tempfile.TemporaryDirectory(prefix="convnext-export-optimize-") as folder:
             self._judge(finalists, forms, Path(folder))
-        self.last = self._race_settings([one for one in finalists if self._is_eligible(one)] or finalists)
+        verified = [one for one in finalists if one in self.reports]  # where none is within the budgets
+        self.last = self._race_settings([one for one in finalists if self._is_eligible(one)] or verified)
         return Rows(self, forms, self.last).result()
 
     def _open_samples(self) -> Samples:
@@ -224,11 +225,11 @@ class Search:
     def _judge(self, finalists: Sequence[Candidate], forms: Contest, folder: Path) -> None:
         """Compare the finalists with PyTorch, which runs once; the fastest first, until slower ones cannot matter."""
         measured = {one: forms.stand_in(one) for one in finalists}
-        best: Candidate | None = None
+        passed: list[Candidate] = []
         with ExitStack() as stack:
             reference: Session | None = None
             for candidate in sorted(finalists, key=lambda one: -forms.speed(measured[one])):
-                if best is not None and (reason := self._is_behind(candidate, best, forms)):
+                if reason := self._is_behind(candidate, passed, forms):
                     self.reasons[candidate] = reason
                     continue
                 if self._known_report(candidate) is None:
@@ -240,14 +241,19 @@ class Search:
                 if reason := failed(self.reports[candidate]):
                     self._exclude(candidate, reason)
                 else:
-                    best = best or candidate
+                    passed.append(candidate)
 
-    def _is_behind(self, candidate: Candidate, best: Candidate, forms: Contest) -> str:
-        """Why a candidate need not be verified, or "": a faster one has passed, and its precision was verified."""
-        verified = {one.precision for one in self.reports}
-        if self.request.options.goal == "size" or candidate.precision not in verified:
+    def _is_behind(self, candidate: Candidate, passed: Sequence[Candidate], forms: Contest) -> str:
+        """Why a candidate need not be verified, or "": a faster one has passed, and its precision was verified.
+
+        The forms were timed with one batch at once. How many batches a runtime computes at once is its own choice, so
+        for throughput only candidates of one runtime are compared.
+        """
+        goal, verified = self.request.options.goal, {one.precision for one in self.reports}
+        if goal == "size" or candidate.precision not in verified:
             return ""
-        over = forms.over(forms.stand_in(best), forms.stand_in(candidate))
+        best = next((one for one in passed if goal == "latency" or one.backend == candidate.backend), None)
+        over = forms.over(forms.stand_in(best), forms.stand_in(candidate)) if best is not None else None
         return f"{race.text(over)} slower than {best}; not verified" if over is not None and over.low > 0 else ""
 
     def _known_report(self, candidate: Candidate) -> Report | None:

@@ -17,6 +17,7 @@ from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest
 from exporter.model import reference, weights
 from exporter.optimize.options import Request
+from exporter.verify.budgets import when_unsure
 
 T = TypeVar("T")
 VERSION = 1
@@ -38,6 +39,7 @@ def key_of(request: Request) -> str:
     for name in ("calib", "data"):
         del fields["quantization"][name]
     del fields["checks"]["data"]
+    fields["checks"]["when_unsure"] = when_unsure(request.checks.when_unsure)
     facts = {
         "request": fields,
         "weights": of_weights,

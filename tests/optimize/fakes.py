@@ -69,3 +69,9 @@ def slow_eager_at_first(arm):
         yield Fake(f"eager@{EAGER_MS * (10 if before % 3 == 0 else 1)}")
     else:
         yield Fake(f"{arm.name}@{milliseconds(arm)}")
+
+
+@contextlib.contextmanager
+def crashing_eager(arm):
+    """PyTorch brings its process down."""
+    yield Fake("crash eager@0.1" if arm.runtime == "eager" else f"{arm.name}@{milliseconds(arm)}")

@@ -14,9 +14,11 @@ from exporter.build import read as read_recipe
 from exporter.errors import BadRequest, CheckFailed, Unavailable
 from exporter.optimize import candidates, publish, search, tables
 from exporter.optimize.builds import Builder
+from exporter.optimize.result import front
 from exporter.optimize.search import Search
 from exporter.optimize.store import Store, key_of
 from exporter.recipe import Checks
+from exporter.report import Finding
 from tests.conftest import snapshot, write_tiny
 from tests.optimize import fakes
 
@@ -305,3 +307,58 @@ def test_a_build_that_may_succeed_later_is_tried_again(error, stored, request_of
 def test_int8_is_judged_on_the_device_that_is_asked_for(request_of, tmp_path):
     found, skipped = candidates.find(request_of(device="cpu"))
     assert Search(request_of(device="cpu"), tmp_path, found, skipped, fakes.opened).verifying.device == "cpu"
+
+
+def test_for_throughput_the_runtimes_are_not_compared_by_latency(request_of, tmp_path):
+    """How many batches a runtime computes at once is its own choice."""
+    both = request_of(goal="throughput", form=None, backend=("onnxruntime", "openvino"), precision=("fp32",))
+    result = optimize.optimize(both, tmp_path, fakes.opened).result
+    assert not any("not verified" in row.reason for row in result.rows)
+    assert {row.backend for row in result.rows if row.accuracy} == {"onnxruntime", "openvino"}
+
+
+def test_where_nothing_is_small_enough_only_verified_candidates_are_timed_at_last(request_of, tmp_path):
+    both = request_of(max_bytes="1kB", form=None, backend=("onnxruntime", "openvino"), precision=("fp32",))
+    result = optimize.optimize(both, tmp_path, fakes.opened).result
+    assert not result.passed
+    assert result.winner.accuracy is not None
+    assert {row.backend for row in result.rows if row.threads == 1} == {"onnxruntime"}, "the other is behind it"
+
+
+def test_the_smallest_is_chosen_where_pytorch_cannot_be_timed(request_of, tmp_path):
+    result = optimize.optimize(request_of(goal="size"), tmp_path, fakes.crashing_eager).result
+    assert (result.passed, result.winner.precision) == (True, "int8")
+
+
+def test_the_front_is_of_what_is_asked_for(request_of, outcome):
+    row = outcome.result.winner
+    alike = [replace(row, p50_ms=1.0, images_s=1000.0), replace(row, p50_ms=2.0, images_s=2000.0)]
+    assert front(alike, "latency") == [True, False]
+    assert front(alike, "throughput") == [False, True]
+
+
+def test_a_precision_that_a_runtime_lacks_is_named(request_of):
+    with pytest.raises(BadRequest, match="onnxruntime bf16: this runtime has fp32, fp16, int8"):
+        candidates.find(request_of(precision=("bf16",)))
+
+
+def test_masks_that_count_from_1_can_be_searched_on(request_of, tiny_upernet, tmp_path):
+    request = request_of(weights=tiny_upernet, data=str(tmp_path), backend=("openvino",))
+    found, _ = candidates.find(replace(request, checks=Checks(reduce_zero_label=True)))
+    assert found
+
+
+def test_a_search_in_ci_is_another_where_being_unsure_fails(request_of, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    before = key_of(request_of())
+    monkeypatch.setenv("CI", "true")
+    assert key_of(request_of()) != before
+
+
+def test_the_verdict_is_that_of_the_report(request_of, tmp_path, monkeypatch):
+    """Of the inputs that it was timed with too."""
+    late = Finding(check="latency", metric="outputs_cosine", value=0.5, limit=0.9, passed=False)
+    findings_of = publish.latency.findings_of
+    monkeypatch.setattr(publish.latency, "findings_of", lambda *words: [*findings_of(*words), late])
+    outcome = optimize.optimize(request_of(), tmp_path, fakes.opened)
+    assert (outcome.report.passed, outcome.result.passed) == (False, False)

@@ -85,7 +85,7 @@ def test_the_front_is_what_nothing_else_beats_in_both(points, expected):
         Row(backend="x", precision="y", p50_ms=ms, accuracy=Accuracy(metric="top1", value=v, low=v, high=v, exact=v))
         for ms, v in points
     ]
-    assert front(rows) == expected
+    assert front(rows, "latency") == expected
 
 
 def test_models_beyond_the_limit_drop_none_that_keeps_it():
