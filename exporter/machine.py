@@ -302,7 +302,10 @@ def gpu() -> dict[str, str] | None:
     if shutil.which("nvidia-smi") is None:
         return None
     words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:  # its driver hangs
+        return None
     return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None
 
 

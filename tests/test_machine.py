@@ -71,6 +71,15 @@ def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
     assert found["temperature.gpu"] == "31"
 
 
+def test_a_gpu_whose_driver_hangs_is_none(monkeypatch):
+    def run(words, timeout, **_):
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("subprocess.run", run)
+    assert machine.gpu() is None
+
+
 def test_peak_memory_grows_with_what_is_taken():
     code = "from exporter import machine; before = machine.peak_memory_bytes(); held = b'x' * 200_000_000; "
     code += "print(before, machine.peak_memory_bytes())"

@@ -98,10 +98,10 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
         if sidecar.weights.digest == first.weights.digest and sidecar.spec != first.spec:
             both = f"returns {sidecar.spec.text}, and {artifacts[0].path} {first.spec.text}"
             raise BadRequest(f"{made.path}: {both}; bench them separately")
-        if sidecar.weights.digest != first.weights.digest:
+        if options.eager and sidecar.weights.digest != first.weights.digest:
             raise BadRequest(
                 f"{made.path}: built from other weights than {artifacts[0].path}; models timed together share one "
-                "eager model, so bench them separately"
+                "eager model, so bench them separately, or give --no-eager"
             )
         if _pixels(sidecar.preprocessing) != _pixels(first.preprocessing):
             raise BadRequest(f"{made.path}: its input differs from that of {artifacts[0].path}; bench them separately")
@@ -110,12 +110,18 @@ def _check(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     if options.cache_dir is not None:
         for made in artifacts:
             backends.check_cache_dir(backends.runtime_of(made), options.cache_dir, made.path)
-    for way in set(GPU_WAYS) & set(options.also):
-        if not _on_gpu(artifacts, options):
-            raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
+    _check_also(artifacts, options)
     names = [made.path for made in artifacts]
     if len(set(names)) < len(names):
         raise BadRequest("the same artifact is named twice; use `compare` to compare an artifact with itself")
+
+
+def _check_also(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
+    for way in set(GPU_WAYS) & set(options.also):
+        if not _on_gpu(artifacts, options):
+            raise BadRequest(f"--also {way}: PyTorch runs it well on a GPU only; add --device cuda, or leave it out")
+    if len(set(options.also)) < len(options.also):
+        raise BadRequest("--also: the same way is named twice; leave one of them out")
 
 
 def _check_eager(options: BenchOptions) -> None:

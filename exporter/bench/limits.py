@@ -14,6 +14,16 @@ def with_limits(report: Report, limits: Bench) -> Report:
     return msgspec.structs.replace(report, findings=findings, passed=all(finding.passed for finding in findings))
 
 
+def not_timed(limits: Bench, why: str) -> list[Finding]:
+    """A finding without a value for each limit of a recipe that is not timed here."""
+    limited = {"speedup": (limits.min_speedup, "×"), "p50_ms": (limits.max_p50_ms, "ms")}
+    return [
+        Finding(check="latency", metric=metric, value=None, unit=unit, detail=why)
+        for metric, (limit, unit) in limited.items()
+        if limit is not None
+    ]
+
+
 def _without_speedup(report: Report, limits: Bench) -> list[Finding]:
     """A finding without a value for each timed case that lacks a limited speed-up."""
     times = [one for one in report.findings if one.check == "latency" and one.metric == "p50_ms"]

@@ -266,7 +266,7 @@ def _trace_options(recipe: Recipe, checkpoint: Checkpoint) -> TraceOptions:
     arch, spec = checkpoint.variant.architecture, _output_spec(recipe, checkpoint)
     strides = arch.strides
     if arch.decoder and "segment" in spec.tasks:
-        strides = strides[arch.decoder.levels[0] :]
+        strides = strides[arch.decoder.levels[0] : arch.decoder.levels[-1] + 1]
     elif arch.pyramid and "pyramid" in spec.tasks:
         strides = arch.pyramid.strides(strides)
     size: Size | str = recipe.export.imgsz or checkpoint.stated.preprocessing.size

@@ -101,7 +101,7 @@ def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, 
         from exporter.run import cluster
 
         cluster.check_address(on)
-    if dry_run:
+    if save or dry_run:
         build.check_sources(recipe)
     if save:
         file.save(recipe, save, target.options)

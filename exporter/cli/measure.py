@@ -225,11 +225,16 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     from exporter import artifact, report
     from exporter.bench import latency, limits
     from exporter.cli.console import console, drawing, plain, print_answer, print_json, print_next, print_rows
+    from exporter.errors import BadRequest
     from exporter.report import tables
 
     paths = [(out or path.parent) / f"{path.name}.report.json" for path in artifacts]
     for path in paths:
         artifact.check_output(path)
+    same = [path for path in paths if paths.count(path) > 1]
+    if same and len(set(artifacts)) == len(artifacts):  # the same artifact twice is refused with others
+        count = paths.count(same[0])
+        raise BadRequest(f"{same[0]}: the reports of {count} artifacts would be this file; bench them separately")
     options = BenchOptions(**values)
     with drawing():
         opened = [artifact.load(path) for path in artifacts]

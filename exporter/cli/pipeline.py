@@ -201,8 +201,11 @@ def report_command(
     from exporter import artifact
     from exporter.artifact import disk
     from exporter.cli.console import drawing
+    from exporter.errors import BadRequest
     from exporter.report import rendering
 
+    if commit is not None and history is None:
+        raise BadRequest("--commit: is written to a history; add --history FILE, or leave it out")
     for path in (path for path in (out, history) if path):
         artifact.check_output(path)
     with drawing():

@@ -318,6 +318,13 @@ class Recipe(Record, frozen=True):
         return fields
 
     @property
+    def verified_on(self) -> str:
+        """The images of the verification: those of `checks`, or else those that int8 was chosen on, so that both report
+        on the same images."""
+        chosen_on = self.quantization.data if self.quantization is not None else None
+        return chosen_on or SYNTHETIC if self.checks.data == SYNTHETIC else self.checks.data
+
+    @property
     def fixed_batch(self) -> int | None:
         """The batch size of the artifact, or None for any. Pictures of any size run one at a time."""
         if self.export.input == "image":

@@ -260,17 +260,18 @@ OF_A_VERIFICATION = {
 
 
 def save_merged(report: Report, path: Path) -> Report:
-    """Write a report, merged with the file at `path` if that is of the same artifact and machine; return the result.
+    """Write a report, merged with the file at `path` if that is of the same artifact, machine and versions; return the
+    result.
 
     The old file keeps its findings of checks that the new report does not have; of a new verification only those of
-    the build and of latency, so that no report mixes the images of two verifications. If it is of another artifact or
-    machine, it is replaced.
+    the build and of latency, so that no report mixes the images of two verifications. If it is of another artifact,
+    machine or version of PyTorch or a runtime, it is replaced.
     """
     try:
         old = load(path) if path.exists() else None
     except BadRequest:
         old = None
-    if old and old.artifact.get("sha256") == report.artifact.get("sha256") and machine_of(old) == machine_of(report):
+    if old and _origin(old) == _origin(report):
         new = {finding.check for finding in report.findings}
         kept = tuple(finding for finding in old.findings if finding.check not in new)
         if "verify" in report.recipe:
@@ -289,6 +290,11 @@ def save_merged(report: Report, path: Path) -> Report:
         )
     save(report, path)
     return report
+
+
+def _origin(report: Report) -> tuple[object, ...]:
+    """What two reports must share to be merged: the artifact, the machine, and the versions of what ran."""
+    return report.artifact.get("sha256"), machine_of(report), report.environment.get("versions")
 
 
 def is_stale(report: Report) -> bool:

@@ -89,7 +89,10 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
     Raises: BadRequest when the file is no history of this tool.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    try:
+        moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest(f"SOURCE_DATE_EPOCH={epoch}: no time; expected seconds since 1970") from None
     now = moment.isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):

@@ -20,7 +20,7 @@ from exporter.data.fingerprint import fingerprint
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import reference, weights
 from exporter.progress import note
-from exporter.recipe import SYNTHETIC, Bench, Recipe
+from exporter.recipe import Bench, Recipe
 from exporter.recipe.file import NOT_PATHS
 from exporter.report import Report
 from exporter.verify import VerifyOptions
@@ -101,6 +101,7 @@ class Steps:
         of_reference = reference.fingerprint(self.recipe.model.reference)
         return {
             "artifact": artifact.sidecar.sha256,
+            "facts": artifact.sidecar.facts(),  # which the file of an engine does not have
             "options": options,
             "images": images,
             "machine": where,
@@ -173,11 +174,8 @@ class Steps:
 
 
 def verify_options(recipe: Recipe) -> VerifyOptions:
-    """Options of `verify` for a recipe. If `checks` names no images, those of `quantization.data` are used, so that
-    build and verification report on the same images."""
-    model, checks, quantization = recipe.model, recipe.checks, recipe.quantization
-    if checks.data == SYNTHETIC and quantization is not None and quantization.data is not None:
-        checks = replace(checks, data=quantization.data)
+    """Options of `verify` for a recipe."""
+    model, checks = recipe.model, replace(recipe.checks, data=recipe.verified_on)
     return VerifyOptions(weights=_path_of(model.weights), reference=model.reference, **msgspec.structs.asdict(checks))
 
 

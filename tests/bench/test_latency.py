@@ -265,7 +265,13 @@ def test_a_device_of_another_runtime_is_one_clear_line(device, artifacts, tmp_pa
 def test_what_cannot_be_timed_together_is_refused(artifacts, tiny_v2, tmp_path, refused, onnx_copy):
     other = build(tiny_v2, tmp_path / "v2")
     assert "other weights" in refused(2, "bench", onnx_copy.path, other.path)
-    assert "twice" in refused(2, "bench", onnx_copy.path, onnx_copy.path)
+    onnx = onnx_copy.path
+    assert "twice" in refused(2, "bench", onnx, onnx)
+    namesake = shutil.copytree(onnx.parent, tmp_path / "other") / onnx.name
+    same = refused(2, "bench", onnx, namesake, "-o", tmp_path / "reports")
+    assert f"{tmp_path}/reports/{onnx.name}.report.json: the reports of 2 artifacts would be this file" in same
+    assert "twice" in refused(2, "bench", onnx, "--also", "torch.compile", "--also", "torch.compile")
+    latency._check([onnx_copy, other], latency.BenchOptions(eager=False))  # nothing is shared
     weights = artifacts["onnxruntime", "fp32"].sidecar.recipe["model"]["weights"]
     two = build(weights, tmp_path / "two", batch=2)
     three = build(weights, tmp_path / "three", batch=3)

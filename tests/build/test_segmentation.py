@@ -74,6 +74,18 @@ def test_one_dynamic_graph_gives_the_logits_of_transformers_at_every_size(dynami
         assert np.abs(ours - theirs).max() / theirs.std() < limit, size
 
 
+@pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "fp32"), ("openvino", "int8")])
+def test_a_stage_that_the_head_does_not_take_is_not_in_the_graph(backend, precision, tmp_path):
+    model = segmenters.transformers_model(levels=(0, 1, 2))
+    artifact = build(segmenters.save(tmp_path / "weights", model), tmp_path, backend, precision, imgsz=64)
+    batch = pictures((64, 64))
+    theirs, ours = expected(model, batch), first_output(artifact, batch)
+    assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.99
+    names = artifact.path.read_bytes()
+    assert b"stages.2." in names
+    assert b"stages.3." not in names
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("imgsz", ["dynamic", (96, 128)])
 def test_labels_are_the_classes_of_the_pixels_in_bytes(backend, imgsz, small_model, small, tmp_path):

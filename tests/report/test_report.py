@@ -119,7 +119,8 @@ def test_what_other_checks_found_is_kept_if_it_is_of_the_same_file_and_machine(e
     assert not whole.passed
     better = replace(same, findings=(Finding(check="latency", metric="p50_ms", value=1.0),))
     assert report.save_merged(better, path).passed, "the failed measurement is replaced"
-    for other in ({"artifact": {"sha256": "2"}}, {"environment": {"cpu": "B"}}):
+    newer = {"environment": {**example.environment, "versions": {"torch": "3.0"}}}
+    for other in ({"artifact": {"sha256": "2"}}, {"environment": {"cpu": "B"}}, newer):
         report.save(same, path)
         assert [f.metric for f in report.save_merged(replace(better, **other), path).findings] == ["p50_ms"]
     on_gpu = replace(better, environment={**better.environment, "gpu_before": {"name": "A10"}, "gpu_after": {}})
@@ -127,6 +128,20 @@ def test_what_other_checks_found_is_kept_if_it_is_of_the_same_file_and_machine(e
     assert not {"gpu_before", "gpu_after"} & report.save_merged(better, path).environment.keys(), "timed on the CPU now"
     path.write_bytes(b"damaged")
     assert report.save_merged(better, path) == better
+
+
+def test_a_commit_without_a_history_is_refused(refused, example, tmp_path):
+    report.save(example, tmp_path / "a.json")
+    assert "--commit: is written to a history; add --history FILE" in refused(
+        2, "report", tmp_path / "a.json", "--commit", "abc", folder=tmp_path
+    )
+
+
+def test_a_time_that_is_none_is_refused(refused, example, tmp_path, monkeypatch):
+    report.save(example, tmp_path / "a.json")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "9" * 14)
+    words = ("report", tmp_path / "a.json", "--history", tmp_path / "h.jsonl", "--commit", "abc")
+    assert "SOURCE_DATE_EPOCH=99999999999999: no time" in refused(2, *words, folder=tmp_path)
 
 
 def test_samples_are_written_one_line_a_list(example, tmp_path):

@@ -6,16 +6,18 @@ import os
 import queue
 import re
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from exporter import run as running
 from exporter.build.int8 import speed
 from exporter.progress import REPORTER
 from exporter.run import pool
-from exporter.run.steps import verify_options
+from exporter.run.steps import Steps, verify_options
 from tests.conftest import snapshot, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -148,6 +150,8 @@ def test_recipes_share_one_trace_and_one_calibration(recipe, run, tmp_path, monk
 def test_one_that_cannot_be_run_does_not_stop_the_others(recipe, run, tmp_path, monkeypatch):
     bad, good = recipe(name="bad"), recipe("openvino", "fp32", "good")
     bad.write_text(bad.read_text().replace("weights: ", "weights: gone"))
+    assert run("run", bad).code == 2
+    assert not (tmp_path / "build").exists()
     result = run("run", bad, good)
     assert result.code == 2
     assert result.err.count("\nerror: onnxruntime/bad: ") == 1
@@ -200,13 +204,14 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
         logging.getLogger("library").info("%d nodes", 3)
         return running.Outcome(recipe_run.name)
 
-    root, lines = logging.getLogger(), queue.Queue()
+    root, lines, handled = logging.getLogger(), queue.Queue(), []
     (tmp_path / "turn").touch()
     with caplog.at_level(logging.INFO):
         with monkeypatch.context() as patch:  # as in a worker process
             patch.setattr(root, "handlers", [])
             patch.setattr(pool, "_SHARED", [])
             patch.setattr(pool, "run_or_explain", log)
+            patch.setattr(pool.signal, "signal", lambda *words: handled.append(words))
             pool._begin(lines, tmp_path / "turn", logging.INFO)
             for name in ("a", "b"):
                 pool._run(SimpleNamespace(name=name))
@@ -214,6 +219,7 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
         pool._draw(lines, REPORTER.get())
     records = [(record.name, record.getMessage()) for record in caplog.records]
     assert records == [("library", "a: 3 nodes"), ("library", "b: 3 nodes")]
+    assert handled == [(signal.SIGTERM, signal.default_int_handler)], "temporary folders are removed"
 
 
 def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
@@ -281,6 +287,7 @@ def test_a_dry_build_writes_only_the_recipe(tiny, run, tmp_path, monkeypatch, re
         2, "onnx", "--save-config", "other.yaml", folder=tmp_path
     )
     assert "is a .yaml file" in refused(2, "onnx", "--save-config", "b.json", folder=tmp_path)
+    refused(2, "onnx", "--weights", "gone.pth", "--save-config", "b.yaml", folder=tmp_path)
 
 
 def test_the_same_run_twice_at_once_takes_turns(recipe, tmp_path, monkeypatch):
@@ -302,3 +309,47 @@ def test_a_recipe_can_ask_for_sliding_windows(recipe, tmp_path):
     (one,) = running.read_all([recipe(more="checks: {slide: true, window: 64, stride: 32}")], tmp_path)
     options = verify_options(one.recipe)
     assert (options.slide, options.window, options.stride) == (True, 64, 32)
+
+
+def test_a_limit_of_a_recipe_that_is_not_timed_here_is_not_kept(recipe, run):
+    """A TensorRT engine on a machine without a GPU."""
+    limits = "bench: {min_speedup: 2, max_p50_ms: 5}"
+    result = run("run", recipe("tensorrt", "fp32", more=limits), "--json")
+    assert result.code == 5
+    failed = [one for one in result.json[0]["report"]["findings"] if not one["passed"]]
+    assert [(one["metric"], one["value"], one["limit"]) for one in failed] == [
+        ("speedup", None, 2),
+        ("p50_ms", None, 5),
+    ]
+    assert all(one["detail"].startswith("not timed: ") for one in failed)
+    assert run("run", recipe("tensorrt", "fp32", more="bench: {duration: 1}"), "--json").code == 0
+
+
+def test_other_labels_of_random_weights_are_another_build(recipe, run, tmp_path):
+    path = recipe("onnxruntime", "fp32")
+    path.write_text(re.sub(r"model: .*", "model: {weights: 'random:0', variant: atto}", path.read_text()))
+    (tmp_path / "names.txt").write_text("".join(f"class {number}\n" for number in range(1000)))
+    assert run("run", path).code == 0
+    result = run("run", path, "--set", "model.labels=names.txt", "--json")
+    assert result.code == 0, result.err
+    assert steps(result)[0]["build"] == "done"
+    assert result.json[0]["artifact"]["labels"][0] == "class 0"
+
+
+@pytest.mark.parametrize("checks", ["max_drop: 0.5", "reduce_zero_label: true"])
+def test_checks_are_of_the_images_that_int8_is_chosen_on(checks, recipe, tmp_path):
+    images = f"quantization: {{calib: synthetic, data: {tmp_path}}}\nchecks: {{{checks}}}"
+    (one,) = running.read_all([recipe(precision="int8", more=images)], tmp_path)
+    assert verify_options(one.recipe).data == str(tmp_path)
+
+
+def test_an_engine_with_other_facts_is_verified_again(recipe, run, monkeypatch):
+    """The file of an engine does not say how its images are resized."""
+    path = recipe("tensorrt", "fp32")
+    assert run("run", path).code == 0
+    (job,) = running.read_all([path], path.parent / "build")
+    (kept,) = (outcome.artifact for outcome in [running.run(job)])
+    wide = msgspec.structs.replace(kept.sidecar.preprocessing, resize=300)
+    other = type(kept)(kept.path, msgspec.structs.replace(kept.sidecar, preprocessing=wide))
+    found = Steps(job.recipe, job.out, job.folder)
+    assert found.key("verify", other) != found.key("verify", kept)
