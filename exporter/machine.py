@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from exporter.artifact.sidecar import Record
+from exporter.progress import note
 
 # In the order in which they matter to a ConvNeXt.
 _ISA = (
@@ -304,7 +305,8 @@ def gpu() -> dict[str, str] | None:
     words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
-    except subprocess.TimeoutExpired:  # its driver hangs
+    except subprocess.TimeoutExpired:  # it waits for a driver that hangs
+        note("nvidia-smi gave no answer within 30 s, so this machine counts as one without a GPU; restart its driver")
         return None
     return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None
 

@@ -39,7 +39,7 @@ class Curve(Record, frozen=True):
 
 
 class Sizes(Record, frozen=True):
-    """All curves, and the reasons of what could not be timed, by network, runtime and size."""
+    """All curves, and why a network could not be timed, by its name, runtime and size."""
 
     curves: tuple[Curve, ...]
     environment: dict[str, object]
@@ -56,7 +56,7 @@ def sizes_of(network: Network) -> tuple[int, ...]:
 def time_sizes(networks: Sequence[Network], seconds: float, sizes: Sequence[int]) -> Sizes:
     """Time the compared ones of some networks at those of these sizes that they run, one size after the other.
 
-    All files are made before the first is timed, so that a mistake does not lose what was timed.
+    All files are made before the first is timed, so that a build that fails loses no times.
     """
     compared = [network for network in networks if network.name in COMPARED]
     arms = {

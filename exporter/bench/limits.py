@@ -14,11 +14,11 @@ def with_limits(report: Report, limits: Bench) -> Report:
     return msgspec.structs.replace(report, findings=findings, passed=all(finding.passed for finding in findings))
 
 
-def not_timed(limits: Bench, why: str) -> list[Finding]:
-    """A finding without a value for each limit of a recipe that is not timed here."""
+def without_timing(limits: Bench, reason: str) -> list[Finding]:
+    """A finding without a value for each limit of a recipe that cannot be timed on this machine."""
     limited = {"speedup": (limits.min_speedup, "×"), "p50_ms": (limits.max_p50_ms, "ms")}
     return [
-        Finding(check="latency", metric=metric, value=None, unit=unit, detail=why)
+        Finding(check="latency", metric=metric, value=None, unit=unit, detail=reason)
         for metric, (limit, unit) in limited.items()
         if limit is not None
     ]

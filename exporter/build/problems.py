@@ -250,11 +250,11 @@ def _refuse_classifier(recipe: Recipe) -> None:
 
 def _check_checks(recipe: Recipe) -> None:
     check_threshold(checks := recipe.checks, recipe.export.output)
-    has_no_labels = is_synthetic(recipe.verified_on)
+    on_synthetic = is_synthetic(recipe.verified_on)
     tasks = set((recipe.model.task or "classify").split(","))
-    if checks.max_drop is not None and (has_no_labels or not tasks & {"classify", "segment"}):
+    if checks.max_drop is not None and (on_synthetic or not tasks & {"classify", "segment"}):
         raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
-    if checks.reduce_zero_label and has_no_labels:
+    if checks.reduce_zero_label and on_synthetic:
         raise BadRequest("--reduce-zero-label: synthetic images have no masks; give --data with masks, or leave it out")
 
 

@@ -161,6 +161,8 @@ def check_sources(recipe: Recipe) -> None:
         read_labels(Path(model.labels))
     if recipe.quantization is not None:
         calibration.check_source(recipe.quantization.calib)
+        if recipe.quantization.data is not None:
+            samples.check_source(recipe.quantization.data)
     samples.check_source(recipe.checks.data)
 
 

@@ -232,9 +232,12 @@ def bench_command(artifacts: tuple[Path, ...], out: Path | None, as_json: bool, 
     for path in paths:
         artifact.check_output(path)
     same = [path for path in paths if paths.count(path) > 1]
-    if same and len(set(artifacts)) == len(artifacts):  # the same artifact twice is refused with others
+    if same and len(set(artifacts)) == len(artifacts):  # one artifact named twice is refused below
         count = paths.count(same[0])
-        raise BadRequest(f"{same[0]}: the reports of {count} artifacts would be this file; bench them separately")
+        raise BadRequest(
+            f"{same[0]}: the reports of {count} artifacts would be this file; bench each with its own -o, or leave -o "
+            "out"
+        )
     options = BenchOptions(**values)
     with drawing():
         opened = [artifact.load(path) for path in artifacts]

@@ -205,7 +205,7 @@ def report_command(
     from exporter.report import rendering
 
     if commit is not None and history is None:
-        raise BadRequest("--commit: is written to a history; add --history FILE, or leave it out")
+        raise BadRequest("--commit: there is no history to write it to; add --history FILE, or leave it out")
     for path in (path for path in (out, history) if path):
         artifact.check_output(path)
     with drawing():

@@ -36,9 +36,11 @@ def fingerprint(source: str, times: bool = True) -> str:
 
 
 def _in_links(folder: Path) -> list[str]:
-    """The paths of the images in class folders that are links, which `files_in` does not follow."""
-    links = sorted(entry.name for entry in folder.iterdir() if entry.is_symlink() and entry.is_dir())
-    return [f"{link}/{name}" for link in links for name in samples.files_in(folder / link)]
+    """The paths of the images in folders of classes, or of splits below images/, that are links, which `files_in` does
+    not follow."""
+    folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.is_symlink())]
+    links = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_symlink() and entry.is_dir()]
+    return [(link.relative_to(folder) / name).as_posix() for link in links for name in samples.files_in(link)]
 
 
 def _of_files(root: Path, names: Iterable[str], times: bool) -> str:

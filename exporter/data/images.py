@@ -135,8 +135,8 @@ def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
     from PIL import ExifTags, Image
 
     try:
-        with Image.open(file) as image:  # reads the head of the file alone
-            if image.format == "TIFF":  # which some versions of Pillow turn here already, and all when it is loaded
+        with Image.open(file) as image:  # reads the header alone
+            if image.format == "TIFF":  # Pillow turns it when it is loaded, and some versions when it is opened
                 image.load()
             width, height = image.size
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 lie on their side

@@ -69,7 +69,10 @@ def read(path: Path, part: str = "") -> Content:
     if (shard := SHARD.search(path.name)) and not shard[0].startswith("-00001-of-00001"):
         if [*path.parent.glob(f"*{INDEX}")]:
             raise BadRequest(f"{path}: one of several files; give the folder, which has their index")
-        raise BadRequest(f"{path}: one of several files, and their index (*{INDEX}) is missing; fetch it too")
+        raise BadRequest(
+            f"{path}: one of several files, and their index (*{INDEX}) is missing; download it to the same folder, and "
+            "give that"
+        )
     if path.name.startswith("adapter_model."):
         raise adapter(path)
     return _read(path, part)[0]

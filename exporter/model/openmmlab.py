@@ -214,14 +214,16 @@ def _geometry(pipeline: Sequence[Any], statements: Statements) -> dict[str, Any]
 
 
 def _detector_size(pipeline: Sequence[Any]) -> dict[str, Any]:
-    """The size of a test pipeline of mmdet: its largest short and long side, up to multiples of 32; {} without one."""
+    """The input size of a test pipeline of mmdet, short and long side, each rounded up to a multiple of 32; {} where it
+    has none or several."""
     steps = [step for step in pipeline if isinstance(step, dict)]
     scales = [
         step.get("img_scale", step.get("scale")) for step in steps if step.get("keep_ratio") or "img_scale" in step
     ]
-    if len(scales) != 1 or not isinstance(scales[0], list) or not all(type(side) is int for side in scales[0]):
+    scale = scales[0] if len(scales) == 1 else None
+    if not isinstance(scale, list) or len(scale) != 2 or not all(type(side) is int and side > 0 for side in scale):
         return {}
-    short, long = min(scales[0]), max(scales[0])
+    short, long = sorted(scale)
     return dict.fromkeys(("size", "resize"), as_size(*(-(-side // 32) * 32 for side in (short, long))))
 
 

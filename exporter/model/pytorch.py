@@ -135,7 +135,7 @@ def _archive(path: Path, archive: zipfile.ZipFile) -> PyTorchFile:
         )
     if f"{root}/archive_format" in entries or f"{root}/models/model.json" in entries:
         raise BadRequest(
-            f"{path}: a program of torch.export; where it is trusted, save its weights: "
+            f"{path}: written by torch.export.save; where it is trusted, save its weights: "
             f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pth')"
         )
     if f"{root}/data.pkl" not in entries:

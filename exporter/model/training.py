@@ -11,7 +11,7 @@ from exporter.model import labels, openmmlab, processors, stated
 from exporter.model.processors import Read
 
 ORIGIN = "args of the checkpoint"
-_OF_TRAIN = {"crop_pct", "interpolation", "mean", "std"}  # train.py of timm stores all of them
+_TRAIN_PY_ARGS = {"crop_pct", "interpolation", "mean", "std"}  # timm's train.py stores all of them
 _TIMM_ARGS = ("img_size", "input_size", "crop_pct", "crop_mode", "mean", "std", "interpolation")
 
 
@@ -62,7 +62,7 @@ def _facebook(args: Mapping[str, Any]) -> Read:
     size = int(args.get("input_size") or 224)
     squash = size >= processors.SQUASHED_FROM
     share = float(args.get("crop_pct") or 224 / 256)
-    if size <= 32:  # images of CIFAR, which its build_transform takes as they are
+    if size <= 32:  # build_transform neither resizes nor crops such images, as those of CIFAR
         share = 1.0
     mean, std = processors.IMAGENET if args["imagenet_default_mean_and_std"] else processors.HALF
     recipe = processors.checked(
@@ -83,8 +83,8 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     if not timm_args and "convnext" not in model:
         return None
     base, default = _published(model)
-    if not _OF_TRAIN.issubset(args):  # another script's, whose other steps are not known
-        default = "default"
+    if not _TRAIN_PY_ARGS.issubset(args):  # of another script, whose other steps are not known
+        default = default.replace("timm's", "published") if "timm's" in default else "default"
     size = timm_args.get("input_size", timm_args.get("img_size", base.size))
     *_, height, width = (size, size) if isinstance(size, int) else size
     share = float(timm_args.get("crop_pct") or base.share)

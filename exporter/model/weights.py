@@ -206,9 +206,8 @@ def fingerprint(source: str, variant: str | None = None, labels: Path | None = N
     Raises: BadRequest for files that do not exist.
     """
     if sources.is_random(source):
-        return " ".join(
-            [source, str(variant), *([_content(labels)] if labels is not None and labels.is_file() else [])]
-        )
+        of_labels = _content(labels) if labels is not None and labels.is_file() else ""
+        return f"{source} {variant} {of_labels}".rstrip()
     wanted, repository = resolve(variant) if variant else (None, None)
     if source == "hub":
         repository = repository or sources.default_repository(wanted or resolve("tiny")[0])

@@ -109,7 +109,7 @@ def _add(request: Request, target: Target, listed: list[Candidate], skipped: lis
     computed = target.above_int8()
     for word in request.options.precision or ():
         if word not in target.precisions:
-            reason = f"this runtime has {', '.join(target.precisions)}"
+            reason = f"{target.name} is built in {', '.join(target.precisions)}"
             skipped.append(Skipped(backend=target.name, precision=word, reason=reason))
     for word in target.precisions:
         if request.options.precision is not None and word not in request.options.precision:

@@ -87,8 +87,9 @@ class Search:
         finalists = self._finalists(forms)
         with tempfile.TemporaryDirectory(prefix="convnext-export-optimize-") as folder:
             self._judge(finalists, forms, Path(folder))
-        verified = [one for one in finalists if one in self.reports]  # where none is within the budgets
-        self.last = self._race_settings([one for one in finalists if self._is_eligible(one)] or verified)
+        verified = [one for one in finalists if one in self.reports]
+        eligible = [one for one in finalists if self._is_eligible(one)]
+        self.last = self._race_settings(eligible or verified)
         return Rows(self, forms, self.last).result()
 
     def _open_samples(self) -> Samples:
@@ -246,8 +247,8 @@ class Search:
     def _is_behind(self, candidate: Candidate, passed: Sequence[Candidate], forms: Contest) -> str:
         """Why a candidate need not be verified, or "": a faster one has passed, and its precision was verified.
 
-        The forms were timed with one batch at once. How many batches a runtime computes at once is its own choice, so
-        for throughput only candidates of one runtime are compared.
+        So far each was timed with one batch at once, and each runtime chooses how many it computes at once: for
+        throughput only candidates of one runtime are compared.
         """
         goal, verified = self.request.options.goal, {one.precision for one in self.reports}
         if goal == "size" or candidate.precision not in verified:

@@ -29,12 +29,16 @@ def sentence(result: Result) -> str:
     row = result.winner
     name = Path(result.artifact).name or f"{row.backend} {row.precision}"
     threads = f"{row.threads} thread{'s' if row.threads != 1 else ''}"
-    speed = f"{row.p50_ms:.3g} ms, {_speedup(row)} eager PyTorch" if row.p50_ms else "not timed"
+    speed = f"{row.p50_ms:.3g} ms" if row.p50_ms else "not timed"
+    if row.speedup:
+        speed += f", {_speedup(row)} eager PyTorch"
     what = f"{name} on {row.backend} with {threads}: {speed}, {(row.bytes or 0) / 1e6:.3g} MB"
     if row.accuracy is not None:
         what += f", {_accuracy(row)}"
     if row.unsure:
         what += f" (too few images to be sure of {', '.join(row.unsure)})"
+    if not result.passed and not row.reason:
+        return f"a check of the chosen artifact failed, see its report: {what}"
     if not result.passed:
         faster = "" if result.options.goal == "size" else " and faster than eager PyTorch"
         return f"nothing is within the budgets{faster}; the nearest is {what} ({row.reason})"
@@ -111,7 +115,8 @@ def chart(result: Result) -> str:
     points = [
         Point(
             label=f"{row.backend} {row.precision}", ms=row.p50_ms or 0, value=row.accuracy.value, low=row.accuracy.low,
-            high=row.accuracy.high, chosen=row is result.winner, on_front=row.on_front, precision=row.precision,
+            high=row.accuracy.high, chosen=row is result.winner, precision=row.precision,
+            on_front=row.on_front and result.options.goal != "throughput",  # whose front is not one of latency
         )
         for row in best.values()
         if row.accuracy is not None

@@ -32,7 +32,7 @@ OPACITY = 0.5  # of the colours over the picture
 
 @dataclass(frozen=True)
 class Classes(Answers):
-    """Keeps the class of each pixel. The scores of an image may be several hundred times as large."""
+    """Keeps the class of each pixel in place of its scores, which take `num_classes` times the memory."""
 
     def of(self, values: Outputs) -> Arrays:
         """The classes (N, H, W) of the pixels of N images."""
@@ -72,8 +72,8 @@ def refuse_one_class(artifact: Artifact) -> None:
     """Raises: BadRequest for a network with one class, which every pixel of its masks would have."""
     if artifact.sidecar.weights.num_classes == 1:
         raise BadRequest(
-            f"{artifact.path}: has one class, which every pixel of a mask would have; take its logits (-o FILE.npz) "
-            "and apply a threshold"
+            f"{artifact.path}: the network has one class, so every pixel of a mask would have it; build with --output "
+            "logits, write them with predict -o FILE.npz, and apply a threshold"
         )
 
 

@@ -319,8 +319,8 @@ class Recipe(Record, frozen=True):
 
     @property
     def verified_on(self) -> str:
-        """The images of the verification: those of `checks`, or else those that int8 was chosen on, so that both report
-        on the same images."""
+        """The images of the verification: `checks.data`, or where that is synthetic `quantization.data`, so that build
+        and verification report on the same images."""
         chosen_on = self.quantization.data if self.quantization is not None else None
         return chosen_on or SYNTHETIC if self.checks.data == SYNTHETIC else self.checks.data
 

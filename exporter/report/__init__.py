@@ -265,7 +265,7 @@ def save_merged(report: Report, path: Path) -> Report:
 
     The old file keeps its findings of checks that the new report does not have; of a new verification only those of
     the build and of latency, so that no report mixes the images of two verifications. If it is of another artifact,
-    machine or version of PyTorch or a runtime, it is replaced.
+    machine or version of a recorded package, it is replaced.
     """
     try:
         old = load(path) if path.exists() else None

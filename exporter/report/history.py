@@ -92,7 +92,7 @@ def append(path: Path, reports: Sequence[Report], commit: str) -> None:
     try:
         moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
     except (ValueError, OverflowError, OSError):
-        raise BadRequest(f"SOURCE_DATE_EPOCH={epoch}: no time; expected seconds since 1970") from None
+        raise BadRequest(f"SOURCE_DATE_EPOCH={epoch}: not a time; expected seconds since 1970") from None
     now = moment.isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):

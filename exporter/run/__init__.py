@@ -223,7 +223,7 @@ def _write_report(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outco
 @contextmanager
 def _alone(recipe_run: RecipeRun) -> Iterator[None]:
     if not recipe_run.folder.is_dir():  # weights and images that are missing are refused before anything is written
-        Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder).key("build")
+        build.check_sources(recipe_run.recipe)
     try:
         recipe_run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -299,7 +299,7 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
             findings[check] = [finding for finding in part.findings if finding.check == check]
     findings["build"] = _reproducible(artifact)
     if recipe.bench is not None and (why := not_timed(recipe)):
-        findings["latency"] = limits.not_timed(recipe.bench, why)
+        findings["latency"] = limits.without_timing(recipe.bench, why)
     merged = Report(
         passed=True,
         recipe={key: value for part in parts for key, value in part.recipe.items()},

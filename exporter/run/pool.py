@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,7 +79,6 @@ def _begin(lines: Any, turn: Path, level: int) -> None:
     _SHARED[:] = [lines, turn, handler]
     logging.getLogger().setLevel(level)
     logging.getLogger().addHandler(handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes temporary folders, as Ctrl-C does
 
 
 class _LogQueue(QueueHandler):

@@ -101,7 +101,7 @@ class Steps:
         of_reference = reference.fingerprint(self.recipe.model.reference)
         return {
             "artifact": artifact.sidecar.sha256,
-            "facts": artifact.sidecar.facts(),  # which the file of an engine does not have
+            "facts": artifact.sidecar.facts(),  # a changed fact does not change the file of an engine
             "options": options,
             "images": images,
             "machine": where,

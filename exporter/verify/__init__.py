@@ -175,6 +175,10 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
 def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
     """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
     kinds = outputs.kinds(sidecar, options.outputs)
+    if (options.max_drop, options.min_agreement) != (None, None) and outputs.has_one_class_of_pixels(sidecar, kinds[0]):
+        raise BadRequest(
+            "--max-drop and --min-agreement: the network has one class, which every pixel has; give --min-cosine"
+        )
     if options.max_drop is not None and not outputs.has_labels(sidecar, options.outputs):
         instead = "give --min-agreement" if kinds[0] == "embedding" else "leave it out"
         raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; {instead}")

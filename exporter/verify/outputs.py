@@ -55,6 +55,11 @@ def has_agreement(kind: Kind) -> bool:
     return kind in ("classes", "top", "multilabel", "embedding", *PIXELS)
 
 
+def has_one_class_of_pixels(sidecar: Sidecar, kind: Kind) -> bool:
+    """Whether an output is of pixels and of one class: all pixels have it, whatever the logits are."""
+    return kind in PIXELS and sidecar.weights.num_classes == 1
+
+
 def is_centred(holds: Content, kind: Kind) -> bool:
     """Whether errors of an output are compared with its standard deviation. Values of a regression may all be alike,
     and probabilities of untrained heads are: errors of these are compared with the root mean square."""

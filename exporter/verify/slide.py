@@ -18,7 +18,7 @@ from exporter.errors import BadRequest
 from exporter.recipe import Checks
 
 USUAL = 512  # pixels
-MOST_RATIO = 16  # of the sides of an image
+MOST_ASPECT_RATIO = 16  # the long side of an image divided by the short one
 STEP = 2 / 3  # of a window: 341 of 512 and 426 of 640 in the published evaluations
 
 
@@ -83,12 +83,12 @@ def starts(side: int, window: int, step: int) -> list[int]:
 def whole(preprocessing: Preprocessing, windows: Windows, image: Path) -> Preprocessing:
     """The preprocessing of an image that keeps its aspect ratio: the smallest size that a window fits into.
 
-    Raises: images.Unreadable for a file that is no image, or one side of which is more than `MOST_RATIO` times the
-        other: the logits of all its windows would fill the memory.
+    Raises: images.Unreadable for a file that is no image, or one side of which is more than `MOST_ASPECT_RATIO` times
+        the other: the logits of all its windows would fill the memory.
     """
     width, height = images.size_of(image)
-    if max(width, height) > MOST_RATIO * min(width, height):
-        raise images.Unreadable(f"{width}×{height} pixels: too long and thin for windows")
+    if max(width, height) > MOST_ASPECT_RATIO * min(width, height):
+        raise images.Unreadable(f"{width}×{height} pixels: one side is more than {MOST_ASPECT_RATIO} times the other")
     scale = max(windows.size[0] / height, windows.size[1] / width)
     size = as_size(
         *(max(round(side * scale), least) for side, least in zip((height, width), windows.size, strict=True))

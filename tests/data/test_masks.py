@@ -68,6 +68,16 @@ def test_images_in_a_folder_that_is_a_link_are_read(tmp_path):
     assert sources.open_images([f"{tmp_path}/ade#training"], RECIPE).samples.total == 1
 
 
+def test_a_changed_image_of_a_split_that_is_a_link_is_noticed(tmp_path):
+    write(tmp_path, "mnt/0.jpg", "ade/annotations/training/0.png", quarters())
+    (tmp_path / "ade/images").mkdir()
+    (tmp_path / "ade/images/training").symlink_to(tmp_path / "mnt")
+    assert sources.open_images([f"{tmp_path}/ade#training"], RECIPE).samples.total == 1
+    before = fingerprint(f"{tmp_path}/ade#training")
+    Image.new("RGB", (70, 64)).save(tmp_path / "mnt/0.jpg")
+    assert fingerprint(f"{tmp_path}/ade#training") != before
+
+
 def test_the_folders_of_ade20k_are_pairs_by_name(tmp_path):
     for split in ("training", "validation"):
         write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png", quarters())

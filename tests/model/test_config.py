@@ -516,6 +516,8 @@ def test_an_input_size_of_any_script_does_not_make_its_other_steps_those_of_timm
     assert config.preprocessing.size == 320
     assert config.origins["size"] == "args of the checkpoint"
     assert {config.origins[name] for name in ("resize", "crop", "mean", "std")} == {"default"}
+    named = from_training({"args": {"img_size": 320, "model": "convnext_base.clip_laion2b"}})
+    assert named.origins["mean"] == "published preprocessing of convnext_base.clip_laion2b"
     train = {"img_size": 320, "crop_pct": None, "interpolation": "", "mean": None, "std": None}
     assert from_training({"args": train | {"model": "convnext_base"}}).origins["mean"].startswith("timm's")
 
@@ -524,7 +526,7 @@ def test_an_input_size_of_any_script_does_not_make_its_other_steps_those_of_timm
     ("step", "size"),
     [
         ("dict(type='Resize', scale=(640, 640), keep_ratio=True)", 640),
-        ("dict(type='Resize', scale=(1333, 800), keep_ratio=True)", (800, 1344)),
+        ("dict(type='Resize', scale=(-1, 800), keep_ratio=True)", (800, 1344)),
         ("dict(type='MultiScaleFlipAug', img_scale=(1000, 600), flip=False)", (608, 1024)),
         ("dict(type='Resize', scale=[(640, 640), (800, 800)], keep_ratio=True)", (800, 1344)),
     ],
@@ -535,8 +537,8 @@ def test_the_size_of_a_detectors_images_is_that_of_its_pipeline(step, size):
     assert (recipe.size, recipe.resize, recipe.crop) == (size, size, "border")
 
 
-@pytest.mark.parametrize("text", ["reduce_zero_label=True", "'reduce_zero_label': True"])
-def test_masks_that_count_from_1_are_noted(text, of):
+@pytest.mark.parametrize("text", ["data = dict(reduce_zero_label=True)", "data = {'reduce_zero_label': True}"])
+def test_masks_that_count_from_1_are_noted(text):
     head = "model = dict(backbone=dict(type='mmpretrain.ConvNeXt'), decode_head=dict(type='UPerHead'))\n"
     (said,) = from_training(
         {"meta": {"cfg": f"{head}data = {{'a': dict({text})}}" if "=" in text else f"{head}data = {{{text}}}"}}

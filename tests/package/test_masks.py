@@ -113,13 +113,15 @@ def test_a_mask_of_an_image_that_is_stretched_and_cut_is_that_of_predict(folder,
 def test_masks_of_one_class_are_refused(tmp_path):
     model = segmenters.transformers_model(dims=(4, 8), width=4, labels=["road"])
     artifact = build(segmenters.save(tmp_path / "weights", model, PROCESSOR), tmp_path)
-    with pytest.raises(BadRequest, match="has one class, which every pixel of a mask would have"):
+    with pytest.raises(BadRequest, match="the network has one class, so every pixel of a mask would have it"):
         package.package(artifact, "python", tmp_path / "package")
-    with pytest.raises(BadRequest, match="has one class, which every pixel of a mask would have"):
+    with pytest.raises(BadRequest, match="the network has one class, so every pixel of a mask would have it"):
         predict.predict(artifact, ["photo.jpg"], PredictOptions(), tmp_path / "masks")
     report = verify(artifact, VerifyOptions(samples=2))
     assert report.find("pixel_agreement") is None
     assert report.find("cosine") is not None
+    with pytest.raises(BadRequest, match="the network has one class, which every pixel has; give --min-cosine"):
+        verify(artifact, VerifyOptions(samples=2, min_agreement=99))
 
 
 def test_masks_that_no_package_has_are_refused(folder, tmp_path):

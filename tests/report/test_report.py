@@ -132,16 +132,16 @@ def test_what_other_checks_found_is_kept_if_it_is_of_the_same_file_and_machine(e
 
 def test_a_commit_without_a_history_is_refused(refused, example, tmp_path):
     report.save(example, tmp_path / "a.json")
-    assert "--commit: is written to a history; add --history FILE" in refused(
+    assert "--commit: there is no history to write it to; add --history FILE" in refused(
         2, "report", tmp_path / "a.json", "--commit", "abc", folder=tmp_path
     )
 
 
-def test_a_time_that_is_none_is_refused(refused, example, tmp_path, monkeypatch):
+def test_an_epoch_that_is_no_time_is_refused(refused, example, tmp_path, monkeypatch):
     report.save(example, tmp_path / "a.json")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "9" * 14)
     words = ("report", tmp_path / "a.json", "--history", tmp_path / "h.jsonl", "--commit", "abc")
-    assert "SOURCE_DATE_EPOCH=99999999999999: no time" in refused(2, *words, folder=tmp_path)
+    assert "SOURCE_DATE_EPOCH=99999999999999: not a time" in refused(2, *words, folder=tmp_path)
 
 
 def test_samples_are_written_one_line_a_list(example, tmp_path):

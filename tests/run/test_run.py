@@ -6,7 +6,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import time
 from types import SimpleNamespace
 
@@ -204,14 +203,13 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
         logging.getLogger("library").info("%d nodes", 3)
         return running.Outcome(recipe_run.name)
 
-    root, lines, handled = logging.getLogger(), queue.Queue(), []
+    root, lines = logging.getLogger(), queue.Queue()
     (tmp_path / "turn").touch()
     with caplog.at_level(logging.INFO):
         with monkeypatch.context() as patch:  # as in a worker process
             patch.setattr(root, "handlers", [])
             patch.setattr(pool, "_SHARED", [])
             patch.setattr(pool, "run_or_explain", log)
-            patch.setattr(pool.signal, "signal", lambda *words: handled.append(words))
             pool._begin(lines, tmp_path / "turn", logging.INFO)
             for name in ("a", "b"):
                 pool._run(SimpleNamespace(name=name))
@@ -219,7 +217,6 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
         pool._draw(lines, REPORTER.get())
     records = [(record.name, record.getMessage()) for record in caplog.records]
     assert records == [("library", "a: 3 nodes"), ("library", "b: 3 nodes")]
-    assert handled == [(signal.SIGTERM, signal.default_int_handler)], "temporary folders are removed"
 
 
 def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
@@ -343,12 +340,12 @@ def test_checks_are_of_the_images_that_int8_is_chosen_on(checks, recipe, tmp_pat
     assert verify_options(one.recipe).data == str(tmp_path)
 
 
-def test_an_engine_with_other_facts_is_verified_again(recipe, run, monkeypatch):
+def test_an_engine_with_another_sidecar_has_another_key_of_verification(recipe, run):
     """The file of an engine does not say how its images are resized."""
     path = recipe("tensorrt", "fp32")
     assert run("run", path).code == 0
     (job,) = running.read_all([path], path.parent / "build")
-    (kept,) = (outcome.artifact for outcome in [running.run(job)])
+    kept = running.run(job).artifact
     wide = msgspec.structs.replace(kept.sidecar.preprocessing, resize=300)
     other = type(kept)(kept.path, msgspec.structs.replace(kept.sidecar, preprocessing=wide))
     found = Steps(job.recipe, job.out, job.folder)

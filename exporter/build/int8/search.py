@@ -155,7 +155,9 @@ def budgeted(job: Job, samples: Samples) -> VerifyOptions:
         options = msgspec.structs.replace(options, when_unsure=budgets.when_unsure(options.when_unsure, is_set=False))
     points = budget.points(quantization, "int8", samples.source, recipe.model.weights)
     kind = outputs.first(sidecar, options.outputs)
-    one_class = kind in outputs.PIXELS and sidecar.weights.num_classes == 1
+    one_class = outputs.has_one_class_of_pixels(sidecar, kind)
+    if one_class and quantization.max_drop is not None:
+        raise BadRequest("--max-drop: the network has one class, which every pixel has; leave it out")
     if not outputs.has_agreement(kind) or one_class or (kind == "embedding" and quantization.max_drop is None):
         return options  # the limits of the precision hold
     if points is None:

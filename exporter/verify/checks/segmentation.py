@@ -16,7 +16,7 @@ from exporter.report import Finding, judged
 from exporter.stats import mean_half_width
 from exporter.verify import budgets
 from exporter.verify.checks import Check, Rows, Seen, Subject
-from exporter.verify.outputs import PIXELS, kinds
+from exporter.verify.outputs import PIXELS, has_one_class_of_pixels, kinds
 from exporter.verify.pictures import Worst, compared
 
 MOST_NAMED = 3  # classes in a finding's detail
@@ -34,8 +34,8 @@ class Segmentation:
         limit = options.max_drop
         unsure = budgets.when_unsure(options.when_unsure, limit is not None)
         self.budget = budgets.Budget(subject.precision.max_drop_points if limit is None else limit, "low", unsure)
-        has_classes = sidecar.weights.num_classes > 1  # else all pixels agree, whatever the logits are
-        self.active = has_classes and any(kind in PIXELS for kind in kinds(sidecar, options.outputs))
+        every = kinds(sidecar, options.outputs)
+        self.active = any(kind in PIXELS and not has_one_class_of_pixels(sidecar, kind) for kind in every)
         self.classes, self.labels = sidecar.weights.num_classes, sidecar.labels
         self.to_eager: Counts = np.zeros((self.classes, self.classes), np.int64)
         self.to_masks: dict[str, list[Counts]] = {"eager": [], "artifact": []}
