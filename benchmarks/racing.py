@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from math import exp
 
@@ -20,6 +21,16 @@ def race(
     timing = Timing(Plan(arms=tuple(arms), preprocessing=recipe, batch=batch, seconds=seconds / supervisor.PROCESSES))
     supervisor.measure(timing, opener, supervisor.PROCESSES)
     return timing
+
+
+def race_in_turn(timings: Sequence[Timing], opener: Opener = worker.open_arm) -> None:
+    """Time several groups of arms, which together would not fit into memory: one process of each in turn, as many times
+    as one race has processes. Processes that others disturbed are kept."""
+    each = [supervisor.launches(timing, opener) for timing in timings]
+    for number in range(supervisor.PROCESSES):
+        print(f"round {number + 1} of {supervisor.PROCESSES}", file=sys.stderr, flush=True)
+        for launches in each:
+            next(launches, None)
 
 
 def ratio(timing: Timing, name: str, over: str) -> Ratio:

@@ -1,9 +1,10 @@
-"""All networks timed in turn: first the ways of each network alone, then the plain and the fastest ways in one race."""
+"""All networks timed in turn: first the ways of each network alone, then the plain and the fastest ways of all networks
+in groups that fit into memory."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import exp
@@ -16,12 +17,13 @@ from exporter import machine
 from exporter.artifact import Artifact
 from exporter.backends import Session
 from exporter.backends.eager import EagerSession
-from exporter.bench import Arm, Cold, Plan, Timing, latency, supervisor, worker
+from exporter.bench import Arm, Plan, Timing, latency, supervisor, worker
 from exporter.errors import first_line
 from exporter.stats import center
 
 Key = tuple[str, Way]
 HEAT_PROCESSES, HEAT_SECONDS = 2, 1.0  # enough to tell which way of a network is the fastest
+MOST_BYTES = 4_000_000_000  # of the files that one process opens, which takes about three times as much memory
 
 
 @dataclass
@@ -90,24 +92,27 @@ def prepare(networks: Sequence[Network], batch: int) -> Candidates:
 def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     """Time the plain ways of all networks, and the fastest way of each on each runtime and at each precision."""
     candidates = prepare(networks, batch)
-    chosen = [key for network in networks for key in _chosen(network, batch, candidates)]
-    by_name = {network.name: network for network in networks}
-    arms = [_arm(by_name[name], way, candidates.artifacts[name, way]) for name, way in chosen]
-    path = arms[0].path
+    chosen = {network.name: _chosen(network, batch, candidates) for network in networks}
     pytorch = (EAGER, COMPILED) if batch == 1 else (EAGER,)  # those of timm, to compare with, are of one image
-    arms += [
-        Arm(name=in_pytorch(way, one), path=path, runtime="eager", threads=THREADS)
-        for way in pytorch
-        for one in networks
-    ]
-    arms += _peaks(candidates)
-    recipe = files.preprocessing(SIZE)
-    timing = racing.race(arms, recipe, batch, seconds, open_network)
+    timings: dict[str, Timing] = {}
+    for group in _groups(networks, chosen, candidates):
+        arms = [arm for network in group for arm in _arms(network, chosen[network.name], candidates, pytorch)]
+        share = seconds / supervisor.PROCESSES * len(group) / len(networks)
+        plan = Plan(
+            arms=(*arms, *_peaks(candidates)), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=share
+        )
+        timings |= dict.fromkeys((network.name for network in group), Timing(plan))
+    racing.race_in_turn([*{id(timing): timing for timing in timings.values()}.values()], open_network)
     gmacs = {network.name: files.gmacs(network) for network in networks}
-    cold = {key: _cold(_arm(by_name[key[0]], key[1], candidates.artifacts[key]), timing.plan) for key in chosen}
-    rows = [_row(by_name[key[0]], key[1], timing, gmacs[key[0]], cold[key]) for key in chosen]
+    rows = [
+        _row(network, way, timings[network.name], gmacs[network.name], candidates)
+        for network in networks
+        for _, way in chosen[network.name]
+    ]
     rows += [_failed(name, way, reason) for (name, way), reason in candidates.failures.items()]
-    samples = {way: {one.name: racing.samples(timing, in_pytorch(way, one)) for one in networks} for way in pytorch}
+    samples = {
+        way: {one.name: racing.samples(timings[one.name], in_pytorch(way, one)) for one in networks} for way in pytorch
+    }
     return Race(
         batch=batch,
         rows=tuple(rows),
@@ -116,6 +121,29 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
         gmacs=gmacs,
         environment=environment(THREADS),
     )
+
+
+def _groups(
+    networks: Sequence[Network], chosen: Mapping[str, Sequence[Key]], candidates: Candidates
+) -> list[list[Network]]:
+    """The networks in their order, in groups whose files have at most `MOST_BYTES` together, or of one network."""
+    groups: list[list[Network]] = []
+    free = 0
+    for network in networks:
+        size = sum(candidates.artifacts[key].sidecar.bytes for key in chosen[network.name])
+        if not groups or size > free:
+            groups.append([])
+            free = MOST_BYTES
+        groups[-1].append(network)
+        free -= size
+    return groups
+
+
+def _arms(network: Network, chosen: Sequence[Key], candidates: Candidates, pytorch: Sequence[str]) -> list[Arm]:
+    """The chosen files of a network, and the network in PyTorch."""
+    arms = [_arm(network, way, candidates.artifacts[name, way]) for name, way in chosen]
+    path = arms[0].path
+    return arms + [Arm(name=in_pytorch(way, network), path=path, runtime="eager", threads=THREADS) for way in pytorch]
 
 
 def _arm(network: Network, way: Way, artifact: Artifact) -> Arm:
@@ -153,12 +181,9 @@ def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
     return [(network.name, way) for way in standing if way.plain or way in best]
 
 
-def _cold(arm: Arm, plan: Plan) -> Cold | str:
-    return supervisor.measure_cold(arm, plan)
-
-
-def _row(network: Network, way: Way, timing: Timing, gmacs: float, cold: Cold | str) -> Row:
+def _row(network: Network, way: Way, timing: Timing, gmacs: float, candidates: Candidates) -> Row:
     name = arm_name(network, way)
+    cold = supervisor.measure_cold(_arm(network, way, candidates.artifacts[network.name, way]), timing.plan)
     if reason := timing.failures.get(name):
         return _failed(network.name, way, reason)
     plain = next(one for one in WAYS if one.plain and one.runtime == way.runtime and one.precision == "fp32")
