@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from msgspec.structs import replace
 
-from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, engines, files, pictures, sizes, table
+from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, engines, files, pictures, sizes, table, timing
+from exporter.artifact import Artifact
 from exporter.bench import Launch, Plan, Timing
 from exporter.machine import Conditions, environment
 
@@ -92,6 +94,20 @@ def test_the_front_has_the_fastest_and_those_that_are_more_accurate(race):
         "ConvNeXt-T",
         "Swin-T",
     }
+
+
+def test_networks_that_do_not_fit_into_memory_together_are_timed_in_groups():
+    chosen = {network.name: [(network.name, PLAIN)] for network in NETWORKS[:4]}
+    candidates = timing.Candidates()
+    for network, size in zip(NETWORKS, (3.0, 1.0, 0.5, 5.0), strict=False):
+        sidecar = replace(files.sidecar(network, PLAIN, 1, 224), bytes=int(size * 1e9))
+        candidates.artifacts[network.name, PLAIN] = Artifact(None, sidecar)
+    groups = timing._groups(NETWORKS[:4], chosen, candidates)
+    assert [[network.name for network in group] for group in groups] == [
+        ["ResNet-50", "ConvNeXt-T"],
+        ["ConvNeXt-S"],
+        ["ConvNeXt-B"],
+    ]
 
 
 def time_of_resnet(size, failure=""):
