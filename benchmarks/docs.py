@@ -140,7 +140,7 @@ def tables() -> dict[str, str]:
     typed = msgspec.json.decode((MILAN / "readme.json").read_bytes(), type=readme.Result)
     disturbed = msgspec.json.decode((AMX / "chaos.json").read_bytes(), type=chaos.Result)
     scaled = msgspec.json.decode((AMX / "scale.json").read_bytes(), type=scale.Result)
-    raced = _race()
+    raced, raced_by_8 = _race(1), _race(8)
     by_size = _sizes()
     built = msgspec.json.decode((AMX / "rivals" / "engines.json").read_bytes(), type=rival_engines.Engines)
     return {
@@ -190,14 +190,15 @@ def tables() -> dict[str, str]:
         + machine(cases[0].environment),
         "peers-summary": peers.summary(cases),
         "rivals-1": rivals.races(raced) + machine(raced.environment),
+        "rivals-8": rivals.races(raced_by_8) + machine(raced_by_8.environment),
         "rivals-sizes": rivals.by_size(by_size) + machine(by_size.environment),
         "rivals-control": rivals.control(raced) + machine(raced.environment),
         "rivals-engines": rival_engines.table(built) + machine(built.environment),
     }
 
 
-def _race() -> Race:
-    return msgspec.json.decode((MILAN / "rivals" / "batch-1.json").read_bytes(), type=Race)
+def _race(batch: int) -> Race:
+    return msgspec.json.decode((AMX / "rivals" / f"batch-{batch}.json").read_bytes(), type=Race)
 
 
 def _sizes() -> rival_sizes.Sizes:
@@ -227,7 +228,7 @@ def pictures() -> dict[str, str]:
     optimized = msgspec.json.decode((MILAN / "optimize.json").read_bytes(), type=optimize.Result)
     return {
         "docs/pictures/optimize.svg": optimize.picture(optimized),
-        "docs/pictures/rivals.svg": rival_pictures.accuracy(_race()),
+        "docs/pictures/rivals.svg": rival_pictures.accuracy(_race(1)),
         "docs/pictures/rivals-sizes.svg": rival_pictures.latency_by_size(_sizes()),
     }
 
