@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from exporter.artifact.sidecar import Preprocessing, sides
+from exporter.machine import may_begin_with_columns
 
 Number = TypeVar("Number", int, float)
 UPPER_BITS, LOWER_BITS = 12, 10
@@ -47,18 +46,6 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Filters by name, but `bilinear` (`_bilinear_bits`): the weight of a pixel at a distance of 0 and above, in pixels of
 the smaller of both sizes."""
-
-
-@cache
-def may_begin_with_columns() -> bool:
-    """Whether the Pillow of this machine resizes columns first where the height shrinks, and by more than twice as many
-    pixels as the width. Pillow 13.0 does, other versions begin with rows."""
-    from PIL import Image
-
-    noise = Image.fromarray((np.arange(64 * 16).reshape(64, 16) ** 2 % 251).astype(np.uint8))
-    bicubic = Image.Resampling.BICUBIC
-    rows_first = noise.resize((9, 64), bicubic).resize((9, 11), bicubic)
-    return noise.resize((9, 11), bicubic).tobytes() != rows_first.tobytes()
 
 
 class Picture(nn.Module):

@@ -26,7 +26,7 @@ from exporter.data import images
 from exporter.data.masks import colors
 from exporter.data.synthetic import dead_leaves
 from exporter.errors import BadRequest
-from exporter.model.picture import may_begin_with_columns
+from exporter.machine import may_begin_with_columns
 from exporter.package import PackageOptions, npm
 from exporter.package.rendering import TEMPLATES
 from exporter.predict import PredictOptions

@@ -11,6 +11,7 @@ import msgspec
 from exporter import backends
 from exporter.data.masks import colors
 from exporter.errors import BadRequest
+from exporter.machine import may_begin_with_columns
 from exporter.package import folder, npm
 from exporter.package.contents import Contents
 from exporter.package.destinations import Destination, DestinationOptions
@@ -102,8 +103,6 @@ def write(contents: Contents, options: DestinationOptions, out: Path) -> None:
 
 def _facts(contents: Contents) -> dict[str, Any]:
     """Facts of the model for the page. The size of images is that of the preprocessing, also where any is taken."""
-    from exporter.model.picture import may_begin_with_columns
-
     expected, preprocessing = contents.expected, msgspec.to_builtins(contents.preprocessing)
     return {
         "file": contents.artifact.path.name,
