@@ -348,5 +348,5 @@ def test_an_engine_with_another_sidecar_has_another_key_of_verification(recipe, 
     kept = running.run(job).artifact
     wide = msgspec.structs.replace(kept.sidecar.preprocessing, resize=300)
     other = type(kept)(kept.path, msgspec.structs.replace(kept.sidecar, preprocessing=wide))
-    found = Steps(job.recipe, job.out, job.folder)
-    assert found.key("verify", other) != found.key("verify", kept)
+    stored = Steps(job.recipe, job.out, job.folder)
+    assert stored.key("verify", other) != stored.key("verify", kept)
