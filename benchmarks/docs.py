@@ -202,7 +202,7 @@ def _race(batch: int) -> Race:
 
 
 def _sizes() -> rival_sizes.Sizes:
-    return msgspec.json.decode((MILAN / "rivals" / "sizes.json").read_bytes(), type=rival_sizes.Sizes)
+    return msgspec.json.decode((AMX / "rivals" / "sizes.json").read_bytes(), type=rival_sizes.Sizes)
 
 
 def tolerances() -> str:

@@ -6,6 +6,7 @@ python -m benchmarks.provenance          # lists the results, oldest code first
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +30,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
     return {
         **backends.environment(),
         "commit": commit(),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
     }
