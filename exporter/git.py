@@ -15,7 +15,7 @@ def git(*words: str, failed: str) -> str:
     """
     if shutil.which("git") is None:
         raise Unavailable("git is not installed; install it, or compare two artifacts")
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *words], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:]
         raise BadRequest(f"{failed}{f' ({said[0]})' if said else ''}"[:400])

@@ -284,7 +284,10 @@ def _throttles() -> int | None:
 def _mhz() -> float | None:
     import psutil
 
-    frequency = psutil.cpu_freq()
+    try:
+        frequency = psutil.cpu_freq()
+    except (OSError, RuntimeError):  # a virtual machine that hides it
+        return None
     return round(frequency.current, 0) if frequency else None
 
 

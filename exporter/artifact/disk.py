@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from exporter.artifact import lockfile
@@ -24,6 +24,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_FOLDER_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 LOCK_WAIT_S = 600
+PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
 def lock(folder: Path, wait: bool = True, file: Path | None = None) -> Callable[[], None]:
@@ -51,7 +52,7 @@ def _lock_folder(folder: Path, wait: bool) -> Callable[[], None] | None:
         if error.errno in NO_FOLDER_LOCKS:
             return None
         raise
-    return partial(os.close, handle)
+    return functools.partial(os.close, handle)
 
 
 def _hold_lock_file(file: Path, wait: bool) -> Callable[[], None]:
@@ -104,9 +105,10 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
+    partial = path.with_name(f".{lockfile.own_id()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partial_files(path.parent.absolute())
         partial.write_bytes(content)
         flush(partial)
         partial.replace(path)
@@ -115,6 +117,15 @@ def write_file(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def _remove_partial_files(folder: Path) -> None:
+    """Remove the partial files that killed processes left in a folder, once in each process."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        if lockfile.is_gone(left.name[1:].removesuffix(PARTIAL)):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +17,9 @@ from exporter.errors import ExporterError
 from exporter.progress import note
 
 Arrays = dict[str, NDArray[Any]]
+# Name, type, shape and values. NumPy's own format is not used: its headers are read by Python's parser, which in
+# some versions fails at random in a process of several threads (python/cpython#106905).
+_Array = tuple[str, str, tuple[int, ...], bytearray]
 
 
 def read(path: Path, key: bytes, remedy: str) -> Arrays:
@@ -27,8 +30,10 @@ def read(path: Path, key: bytes, remedy: str) -> Arrays:
     content = read_bytes(path, key, remedy)
     if content is None:
         return {}
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return {
+        name: np.frombuffer(values, dtype).reshape(shape)
+        for name, dtype, shape, values in msgspec.msgpack.decode(content, type=list[_Array])
+    }
 
 
 def read_bytes(path: Path, key: bytes, remedy: str) -> bytes | None:
@@ -49,9 +54,9 @@ def read_bytes(path: Path, key: bytes, remedy: str) -> bytes | None:
 
 def write(path: Path, key: bytes, arrays: Mapping[str, NDArray[Any]]) -> int:
     """Write a file whole, and return its size in bytes; 0 where it cannot be written, because a cache is optional."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    content = buffer.getvalue()
+    content = msgspec.msgpack.encode(
+        [(name, array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()]
+    )
     with suppress(ExporterError):
         write_bytes(path, key, content)
         return len(content)

@@ -128,13 +128,14 @@ def _show(error: click.ClickException) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, as CI and a closed terminal send them.
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, as CI and a closed terminal send them, but for those that
+    are ignored, as under `nohup`.
 
     Python discards an exception in a destructor or in the callback of a weak reference, and PyTorch's exporter runs
     many of them. If an interrupt is discarded this way, it is raised again after `REPEATED_AFTER_S`.
     """
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     report, timers = sys.unraisablehook, list[threading.Timer]()
 

@@ -166,6 +166,11 @@ def _changes(base: Report, head: Report, limit: Limit) -> list[Change]:
     cases = [f.case for f in head.findings if f.metric == "p50_ms" and base.find("p50_ms", f.case) is not None]
     if not cases:
         raise BadRequest(f"--fail-on {limit}: no batch size in common; `bench` both with the same --batch")
+    if missing := [f.case for f in base.findings if f.metric == "p50_ms" and f.case not in cases]:
+        raise BadRequest(
+            f"--fail-on {limit}: base was timed with {', '.join(missing)} too, and head was not; `bench` both with the "
+            "same --batch"
+        )
     return [_change(base, head, limit, case) for case in cases]
 
 

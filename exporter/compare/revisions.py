@@ -55,7 +55,9 @@ def build(command: str, folder: Path, path: Path, what: str) -> Artifact:
     Raises: CheckFailed when the command fails; BadRequest when it builds no artifact there.
     """
     step(f"building {what}: {command}")
-    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, shell=True, cwd=folder, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
         raise CheckFailed(f"{what}: the build command ended with exit code {done.returncode}: {last[0][:300]}")

@@ -103,6 +103,7 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
             modules.setdefault(module, []).append(tensor)
     first = next((tensor for tensor in converted.head.state.values() if tensor.ndim == 2), None)
     widths = _last_width(converted.state), None if first is None else int(first.shape[1])
+    _refuse_behind(converted, place.rstrip("."), modules)
     beside = [module for module, tensors in modules.items() if _may_stand_between(module, tensors, widths)]
     head = place.rstrip(".")
     if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
@@ -112,6 +113,21 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
             f"{some(list(beside))} lies beside the classifier {head!r}, and the outputs may depend on it; "
             f"give --head {head} to leave it out, or compare with your model: --reference module:callable"
         )
+
+
+def _refuse_behind(converted: Converted, head: str, modules: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse a head with a layer that takes its outputs, as where a backbone keeps the classifier of its dataset.
+
+    Raises: BadRequest.
+    """
+    outputs = [len(tensor) for tensor in converted.head.state.values() if tensor.ndim == 2][-1:]
+    for module, tensors in modules.items():
+        takes = any(tensor.ndim == 2 and [tensor.shape[1]] == outputs != [len(tensor)] for tensor in tensors)
+        if takes and not _BESIDE.search(module.rpartition(".")[2]):
+            raise BadRequest(
+                f"{module!r} takes the {outputs[0]} outputs of the classifier {head!r}; save the network with "
+                f"nn.Sequential of both as {head!r}, or give --head {head} to leave {module!r} out"
+            )
 
 
 def _may_stand_between(module: str, tensors: Sequence[Tensor], widths: tuple[int | None, int | None]) -> bool:

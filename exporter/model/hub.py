@@ -13,7 +13,7 @@ _WEIGHTS = [
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
-    *("model.keras", "model.weights.h5"),
+    *("model.pth", "model.pt", "model.keras", "model.weights.h5"),
 ]
 _BESIDE = [
     *("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"),

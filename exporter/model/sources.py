@@ -75,11 +75,11 @@ def weights_in(folder: Path) -> Path:
 
     Raises: BadRequest.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise checkpoint.adapter(folder)
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / "adapter_config.json").is_file():
+        raise checkpoint.adapter(folder)
     others = sorted(
         path
         for path in folder.iterdir()

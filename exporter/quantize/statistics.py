@@ -362,7 +362,7 @@ class Store:
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = msgspec.json.encode(facts, order="deterministic")
         key = hashlib.sha256(self.facts).hexdigest()[:32]
-        self.path = cache_folder() / "statistics" / f"{key}.npz"
+        self.path = cache_folder() / "statistics" / f"{key}.sealed"
 
     def read(self) -> Statistics:
         """The cached statistics; empty when the file is damaged or has another key."""

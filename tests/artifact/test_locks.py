@@ -67,6 +67,16 @@ def of_a_dead_process():
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def test_a_file_that_a_killed_process_did_not_finish_is_removed_by_the_next_writer(tmp_path):
+    left = tmp_path / f".{of_a_dead_process()}.partial"
+    of_a_live_process = tmp_path / f".{lockfile.own_id()}.partial"
+    of_another_tool = tmp_path / ".download.partial"
+    for path in (left, of_a_live_process, of_another_tool):
+        path.write_text("half")
+    disk.write_file(tmp_path / "a.json", b"whole")
+    assert {*tmp_path.iterdir()} == {tmp_path / "a.json", of_a_live_process, of_another_tool}
+
+
 HOLD = """
     import time
     from pathlib import Path

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -305,6 +306,21 @@ def test_ctrl_c_and_its_like_are_exit_4_and_leave_no_torn_file(name, tiny, tmp_p
     assert "Traceback" not in rest
     out = tmp_path / "out"
     assert not out.exists() or list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_a_closed_terminal_ends_no_command_under_nohup(is_ignored):
+    script = """
+        import os, signal, sys
+        from exporter import cli
+        if sys.argv[1] == "True":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with cli._interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(script), str(is_ignored)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ("KeyboardInterrupt" in done.stderr) != is_ignored
 
 
 INTERRUPTED_IN_A_CALLBACK = """

@@ -120,6 +120,11 @@ def test_answers_and_sizes_are_compared_too(typed):
         (timed(variant="base"), (), "two models: base classify and tiny classify"),
         (timed(preprocessing={"size": 384}), (), "two models: tiny classify at 384 pixels and tiny classify;"),
         (timed(launches=1), (), "1 launches"),
+        (
+            replace(timed(), findings=(*timed().findings, replace(timed().findings[0], case="batch 8"))),
+            (),
+            "base was timed with batch 8 too, and head was not; `bench` both with the same --batch",
+        ),
         (replace(timed(), recipe={"bench": {"threads": 2}}), (), "timed with different options: device cpu threads 2"),
         (timed(), ("--fail-on", "nodes:0"), "no nodes"),
         (

@@ -174,6 +174,12 @@ def test_lora_adapters_are_refused_as_file_folder_and_keys(tmp_path):
             weights.load(str(source))
 
 
+def test_a_merged_network_in_the_folder_of_its_adapter_is_read(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file(STATE, tmp_path / "model.safetensors")
+    assert sources.weights_in(tmp_path) == tmp_path / "model.safetensors"
+
+
 def sharded(tmp_path, form="safetensors"):
     stem = "model" if form == "safetensors" else "pytorch_model"
     where = {}

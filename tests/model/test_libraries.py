@@ -318,6 +318,22 @@ def test_a_layer_that_fits_in_front_of_the_classifier_is_refused_whatever_its_na
         ours(folder, libraries.images())
 
 
+class Behind(torch.nn.Module):
+    """A backbone that keeps its classifier of 10 classes, and a layer behind it."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.backbone = libraries.timm_model(num_classes=10)
+        setattr(self, name, torch.nn.Linear(10, 2))
+
+
+@pytest.mark.parametrize("name", ["linear", "out", "fc", "classifier"])
+def test_a_layer_behind_a_classifier_that_was_kept_is_refused(name, tmp_path):
+    folder = libraries.save(tmp_path, Behind(name))
+    with pytest.raises(BadRequest, match=f"'{name}' takes the 10 outputs of the classifier 'backbone.head"):
+        ours(folder, libraries.images())
+
+
 def test_a_norm_that_fits_in_front_of_the_classifier_is_refused(tmp_path):
     with pytest.raises(BadRequest, match="ln lies beside the classifier 'head'"):
         ours(libraries.save(tmp_path, Neck("ln", torch.nn.LayerNorm(64))), libraries.images())

@@ -80,6 +80,9 @@ def test_in_ci_a_budget_that_few_images_leave_open_fails(ci, choice, subject, mo
     if ci is not None:
         monkeypatch.setenv("CI", ci)
     assert budgets.when_unsure(None) == choice
+    with monkeypatch.context() as azure:
+        azure.setenv("TF_BUILD", "True")
+        assert budgets.when_unsure(None) == "fail"
     assert budgets.when_unsure("pass") == "pass"
     for labelled in (True, False):
         assert flipped(256, 4, labelled, subject, **budget_of(labelled, 0.5)).passed == (choice == "warn")
