@@ -26,8 +26,8 @@ _COLUMNS = {
     "mask": ("mask", "mask_path"),
 }
 _FIELDS = {word: field for field, words in _COLUMNS.items() for word in words}
-_TESTED = ("val", "validation", "valid", "test")
-_TRAINED = ("train", "training")
+TESTED = ("val", "validation", "valid", "test")
+TRAINED = ("train", "training")
 _PAIR = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
 _EXPECTED = "expected a line of column names (path, label, split, sha256, or a usual other name), then one image a line"
 
@@ -207,7 +207,7 @@ def _of_split(path: Path, rows: _Rows, wanted: str) -> tuple[_Rows, str]:
         raise BadRequest(f"{path}: no split {wanted!r}; it has {some(named) or 'none'}")
     if not named:
         return rows, ""
-    tested = [wanted] if wanted else [split for split in named if split.lower() in _TESTED]
+    tested = [wanted] if wanted else [split for split in named if split.lower() in TESTED]
     if not wanted and "" in splits:
         line = next(line for line, row in rows if not row["split"].strip())
         raise BadRequest(
@@ -215,7 +215,7 @@ def _of_split(path: Path, rows: _Rows, wanted: str) -> tuple[_Rows, str]:
             f"one of them as in {path.name}#{[*tested, *named][0]}"
         )
     if len(splits) == 1 and not tested:
-        if splits[0].lower() in _TRAINED:
+        if splits[0].lower() in TRAINED:
             raise BadRequest(
                 f"{path}: its only split is {splits[0]}; to measure on it nevertheless, say {path.name}#{splits[0]}"
             )

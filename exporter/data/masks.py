@@ -16,9 +16,9 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
-from exporter.data.manifests import is_manifest, locate, masks_of, read_manifest
+from exporter.data.manifests import TESTED, TRAINED, is_manifest, locate, masks_of, read_manifest
 from exporter.data.samples import Item, Samples, images_in, mask_folders, read_file, spread
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
 
 MOST_COLORS = 256
 IGNORED = 255  # the value of pixels without a class, in all these data sets
@@ -61,7 +61,8 @@ def pairs_of(source: str) -> list[Pair] | None:
     """The images of a source that has masks: `FOLDER`, or `FOLDER#SPLIT` for one of the sub-folders of its images and
     masks, or a manifest with a column `mask`. None for any other.
 
-    Raises: BadRequest for a folder without images, and a manifest that cannot be read.
+    Raises: BadRequest for a folder without images, or with those of training and others where no split is named, and a
+        manifest that cannot be read.
     """
     path, split = locate(source)
     if is_manifest(path) and path.is_file():
@@ -78,7 +79,16 @@ def pairs_of(source: str) -> list[Pair] | None:
     names = images_in(image_folder) if image_folder.is_dir() else []
     if not names:
         raise BadRequest(f"{image_folder}: no images in it; give the folder that has images/ and annotations/")
+    if not split:
+        _refuse_training_images(source, image_folder)
     return [Pair(name, image_folder / name, mask_folder / _mask_of(name)) for name in names]
+
+
+def _refuse_training_images(source: str, images: Path) -> None:
+    splits = sorted(entry.name for entry in images.iterdir() if entry.is_dir())
+    if len(splits) > 1 and any(split.lower() in TRAINED for split in splits):
+        one = next((split for split in splits if split.lower() in TESTED), splits[0])
+        raise BadRequest(f"{source}: it has the splits {some(splits)}; take one of them as in {source}#{one}")
 
 
 def open_masks(

@@ -197,10 +197,25 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
     unknown += [key for key in inside if key not in dropped]
     if unknown:
         raise BadRequest(f"unexpected keys in {layout} weights: {len(unknown)} ({some(unknown)})")
+    converted.notes += _stored_colors({key: rest[key] for key in outside})
     if dropped or outside:
         groups = sorted({_group(key) for key in (*dropped, *outside)})
         converted.notes.append(f"{len(dropped) + len(outside)} tensors are not part of the network: {some(groups, 8)}")
     return converted
+
+
+def _stored_colors(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A note for each mean and standard deviation of colours, which a model may subtract and divide by itself."""
+    colors = [
+        (key, tensor.flatten().tolist())
+        for key, tensor in tensors.items()
+        if re.search(r"(^|[._])(?<!running_)(mean|std)$", key) and 1 <= tensor.numel() <= 4
+    ]
+    return [
+        f"the file holds {key} = {','.join(f'{value:g}' for value in values)}; if the model normalizes with it, give "
+        f"--{'mean' if key.endswith('mean') else 'std'}, of values from 0 to 1"
+        for key, values in colors
+    ]
 
 
 def _recognise(keys: list[str], wanted: str) -> tuple[str, str, tuple[str, ...]]:

@@ -105,6 +105,10 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
 
 
 def _colors(values: Any) -> tuple[float, ...]:
+    if isinstance(values, str):
+        values = [float(value) for value in values.split(",")]
+    elif isinstance(values, int | float):
+        values = [values]
     return tuple(values) * 3 if len(values) == 1 else tuple(values)
 
 

@@ -322,6 +322,12 @@ def test_dinov3_without_a_processor_has_its_own_preprocessing(of):
     assert (stated.preprocessing.size, stated.preprocessing.resize) == (224, 224)
 
 
+@pytest.mark.parametrize("mean", [0.25, "0.25", [0.25], "0.25,0.25,0.25"])
+def test_one_number_or_text_in_args_is_a_mean(mean):
+    config = from_training({"args": {"img_size": 320, "mean": mean, "model": "convnext_nano"}})
+    assert known(config, "timm", VARIANTS["nano"], "x").resolve()[0].mean == (0.25, 0.25, 0.25)
+
+
 def test_args_of_timms_script_are_read():
     args = argparse.Namespace(img_size=320, mean=[0.5], std=None, crop_pct=1.0, interpolation="", model="convnext_nano")
     config = from_training({"args": args, "arch": "convnext_nano"})

@@ -318,6 +318,22 @@ def test_a_layer_that_fits_in_front_of_the_classifier_is_refused_whatever_its_na
         ours(folder, libraries.images())
 
 
+def test_a_mean_and_std_that_the_model_holds_are_named():
+    from exporter.model.fit import fit
+    from exporter.model.layouts import Choices
+
+    whole = Neck("unused", torch.nn.Identity())
+    whole.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+    whole.register_buffer("norm_std", torch.tensor([0.25]))
+    whole.bn = torch.nn.Module()
+    whole.bn.register_buffer("running_mean", torch.zeros(3))
+    state = whole.state_dict()
+    notes = " ".join(fit(state, {}, Choices(head="head")).notes)
+    assert "the file holds mean = 0.5,0.5,0.5; if the model normalizes with it, give --mean" in notes
+    assert "holds norm_std = 0.25; if the model normalizes with it, give --std" in notes
+    assert "holds bn.running_mean" not in notes
+
+
 class Behind(torch.nn.Module):
     """A backbone that keeps its classifier of 10 classes, and a layer behind it."""
 
