@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import metadata
@@ -51,8 +52,20 @@ def cpu() -> tuple[str, list[str]]:
     lines = path.read_text().splitlines() if path.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
-    name = facts.get("model name") or platform.processor() or platform.machine()
+    name = facts.get("model name") or _arm_name(facts) or platform.processor() or platform.machine()
     return name, [isa for isa in _ISA if isa in flags]
+
+
+def _arm_name(facts: Mapping[str, str]) -> str:
+    """What ARM processors have instead of a model name: the maker and the part on Linux, a brand on macOS."""
+    if "CPU part" in facts:
+        return f"ARM {facts.get('CPU implementer', '')} {facts['CPU part']}"
+    if platform.system() != "Darwin":
+        return ""
+    words = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    with suppress(OSError):
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def arithmetic() -> str:

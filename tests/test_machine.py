@@ -117,3 +117,16 @@ def test_a_containers_quota_of_the_cpu_is_honoured(groups, files, cores, tmp_pat
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert machine.cores() == cores
+
+
+@pytest.mark.parametrize(("part", "name"), [("0xd40", "ARM 0x41 0xd40"), ("0xd4f", "ARM 0x41 0xd4f")])
+def test_processors_of_arm_are_told_apart(part, name, tmp_path, monkeypatch):
+    """Linux gives no model name for them: Graviton 3 and 4 have the parts 0xd40 and 0xd4f."""
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\nCPU implementer\t: 0x41\nCPU part\t: {part}\n")
+    monkeypatch.setattr(machine, "Path", lambda _: file)
+    machine.cpu.cache_clear()
+    try:
+        assert machine.cpu() == (name, ["i8mm", "asimddp", "asimd"])
+    finally:
+        machine.cpu.cache_clear()

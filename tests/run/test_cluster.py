@@ -52,7 +52,11 @@ def of_the_cluster(sockets):
         for process in psutil.process_iter(["environ"])
         if process.pid != os.getpid() and (process.info["environ"] or {}).get(MARK) == sockets
     ]
-    return [one for process in marked for one in (process, *process.children(recursive=True))]
+    started = []
+    for process in marked:
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            started += [process, *process.children(recursive=True)]
+    return started
 
 
 @pytest.fixture(scope="module")
