@@ -28,7 +28,8 @@ from exporter import backends, predict
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
 from exporter.data import images
-from exporter.data.samples import THREADS, images_in
+from exporter.data.folders import images_in
+from exporter.data.samples import THREADS
 from exporter.predict import PredictOptions, predictor
 
 REPETITIONS = 7

@@ -89,7 +89,8 @@ class Runner:
     def value(self, text, inputs):
         """The text with its `${{ … }}` as they are for a pull request."""
         known = {f"inputs.{key}": value for key, value in inputs.items()} | self.outputs
-        known["github.base_ref || github.event.before"] = self.base
+        names = ("base_ref", "event.merge_group.base_sha", "event.before", "event.repository.default_branch")
+        known[" || ".join(f"github.{name}" for name in names)] = self.base
         return re.sub(r"\$\{\{ (.*?) \}\}", lambda found: known[found[1]], text)
 
 

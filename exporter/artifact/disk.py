@@ -101,10 +101,11 @@ def cache_folder() -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file so that it is either the old or the new, whatever happens.
+    """Write one file, or what a link to a file names, so that it is either the old or the new, whatever happens.
 
     Raises: Unavailable when the disk is full; BadRequest when the folder cannot be written.
     """
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{lockfile.own_id()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

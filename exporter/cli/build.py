@@ -36,7 +36,7 @@ OUTPUT = (
     click.option("--precision", metavar="NAME", help="The precision by name, instead of its flag."),
     click.option("--save-config", metavar="FILE", type=click.Path(path_type=Path),
                  help="Also write this build as a recipe, for `run`."),
-    click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights."),
+    click.option("--force", is_flag=True, help="Replace artifacts of the same name built from other weights."),
     click.option("--dry-run", is_flag=True, help="Check the options and build nothing."),
     click.option("--json", "as_json", is_flag=True, help="The artifact as JSON on stdout."),
 )  # fmt: skip

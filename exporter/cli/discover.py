@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from exporter.backends import Layer
     from exporter.model.variants import Variant
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Machine output on stdout.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
 @click.command("variants", short_help="Every ConvNeXt known: size, cost, published accuracy, weights.")

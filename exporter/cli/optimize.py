@@ -28,7 +28,7 @@ NO_QUANTIZATION = ("int8_scope", "even_if_slower")  # all scopes are tried, and 
 @add(options_of(Export, skip=NO_EXPORT, more={"form": "Here all are tried unless one is named."}))
 @click.option("-o", "--out", metavar="DIR", type=click.Path(path_type=Path), default=Path("build"),
               show_default=True, help="Folder for the artifact.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
+@click.option("--force", is_flag=True, help="Replace artifacts of the same name built from other weights.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 def optimize_command(out: Path, force: bool, as_json: bool, **values: Any) -> None:
     """Try runtimes, precisions, forms and numbers of threads, and write the best artifact for this machine.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     help="Run the recipes on a Ray cluster whose machines share the working folder: one of its own on this machine, or "
     "the one at this address.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace artifacts of the same name that are of other weights.")
+@click.option("--force", is_flag=True, help="Replace artifacts of the same name built from other weights.")
 @click.option("--dry-run", is_flag=True, help="Print which steps would run and which results exist, and run no step.")
 @click.option("--json", "as_json", is_flag=True, help="The result of each recipe, as a JSON list on stdout.")
 def run_command(

@@ -25,6 +25,7 @@ from exporter.artifact import sha256_file
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Preprocessing, Record
 from exporter.data import Batch, generators, images, samples, synthetic
+from exporter.data.folders import images_in
 from exporter.data.manifests import CALIBRATION, locate, read_manifest
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, nearest, some
@@ -165,7 +166,7 @@ def _hint(source: str) -> str:
 
 def _by_class(folder: Path, split: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
-    for name in samples.images_in(folder, split):
+    for name in images_in(folder, split):
         found[name.partition("/")[0] if "/" in name else ""].append(name)
     if not found:
         raise BadRequest(f"{folder}: no images in it; expected {some(sorted(images.SUFFIXES))} files")

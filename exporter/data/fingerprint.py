@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exporter.artifact import sha256_file
 from exporter.data import samples
+from exporter.data.folders import files_in
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest
 
@@ -22,7 +23,7 @@ def fingerprint(source: str, times: bool = True) -> str:
         return source
     path, split = locate(source)
     if path.is_dir():
-        return split + _of_files(path, [*samples.files_in(path), *_in_links(path)], times)
+        return split + _of_files(path, [*files_in(path), *_in_links(path)], times)
     if not path.is_file():
         raise BadRequest(samples.no_such_data(source))
     if not is_manifest(path):
@@ -40,7 +41,7 @@ def _in_links(folder: Path) -> list[str]:
     not follow."""
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.is_symlink())]
     links = [entry for one in folders for entry in sorted(one.iterdir()) if entry.is_symlink() and entry.is_dir()]
-    return [(link.relative_to(folder) / name).as_posix() for link in links for name in samples.files_in(link)]
+    return [(link.relative_to(folder) / name).as_posix() for link in links for name in files_in(link)]
 
 
 def _of_files(root: Path, names: Iterable[str], times: bool) -> str:

@@ -16,8 +16,9 @@ from exporter.artifact import sha256_file
 from exporter.artifact.sidecar import Preprocessing
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
+from exporter.data.folders import images_in, mask_folders
 from exporter.data.manifests import TESTED, TRAINED, is_manifest, locate, masks_of, read_manifest
-from exporter.data.samples import Item, Samples, images_in, mask_folders, read_file, spread
+from exporter.data.samples import Item, Samples, read_file, spread
 from exporter.errors import BadRequest, some
 
 MOST_COLORS = 256

@@ -25,6 +25,7 @@ from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, of_folders
+from exporter.data.folders import images_in
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note
@@ -33,14 +34,6 @@ from exporter.recipe import bundled
 SYNTHETIC = 16  # images, when no number is given
 SYNTHETIC_NAME = "synthetic"
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
-
-MASK_FOLDERS = (
-    ("images", "annotations"),  # ADE20K
-    ("images", "masks"),
-    ("img_dir", "ann_dir"),  # mmsegmentation
-    ("leftImg8bit", "gtFine"),  # Cityscapes
-)
-"""Sub-folders of a folder with images and their masks."""
 
 Item = tuple[str, Label | Callable[[], NDArray[np.int64]], Callable[[], NDArray[Any]]]
 
@@ -359,36 +352,3 @@ def _check_listed(folders: Iterable[Path]) -> None:
 
 def _stray_images(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in images.SUFFIXES)
-
-
-def mask_folders(folder: Path) -> tuple[str, str] | None:
-    """The names of the sub-folders of images and of their masks, if a folder has both."""
-    return next((pair for pair in MASK_FOLDERS if all((folder / name).is_dir() for name in pair)), None)
-
-
-def images_in(folder: Path, split: str = "") -> list[str]:
-    """The paths of the images in a folder and below, none hidden, relative to it and sorted.
-
-    If the folder has images and masks (`mask_folders`), they are its images alone, with `split` those of that
-    sub-folder.
-
-    Raises: BadRequest for a `split` of a folder without masks.
-    """
-    folders = mask_folders(folder)
-    if split and folders is None:
-        raise BadRequest(
-            f"{folder}#{split}: #{split} needs a folder with images and masks, as images/ and annotations/; leave it "
-            f"out, or give {folder / split}"
-        )
-    if not folders:
-        return files_in(folder)
-    below = "/".join(filter(None, (folders[0], split)))
-    return [f"{below}/{name}" for name in files_in(folder / below)] if (folder / below).is_dir() else []
-
-
-def files_in(folder: Path) -> list[str]:
-    """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted. Links
-    to folders are not followed."""
-    files = folder.rglob("*")
-    names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))

@@ -19,8 +19,9 @@ from exporter.backends import Array
 from exporter.data import images
 from exporter.data.classes import UNKNOWN
 from exporter.data.fingerprint import fingerprint
+from exporter.data.folders import images_in, mask_folders
 from exporter.data.manifests import is_manifest, locate, read_manifest
-from exporter.data.samples import Item, Samples, images_in, mask_folders, open_samples
+from exporter.data.samples import Item, Samples, open_samples
 from exporter.errors import BadRequest, nearest
 from exporter.predict import parquet, remote
 from exporter.predict.image_list import Images, digest_of, joined, of_names, state_of, unreadable

@@ -136,7 +136,9 @@ class Export(Record, frozen=True):
     simplify: Annotated[bool, about("Simplify with onnxsim; the result is kept only if it is equivalent.")] = True
     form: Annotated[
         Form | Literal["auto"] | None,
-        about("How the network is written; by default as the runtime runs it fastest, 'auto' measures on this CPU."),
+        about(
+            "How the network is written; by default as this backend is fastest on CPUs, 'auto' measures on this CPU."
+        ),
     ] = None
     input: Annotated[
         Literal["normalized", "float01", "uint8", "image"],
@@ -252,7 +254,7 @@ class TimingOptions(Record, frozen=True):
     threads: Annotated[Threads | None, about("Threads; by default one for each physical core.", metavar="N")] = None
     hint: Annotated[
         Literal["latency", "throughput"],
-        about("One batch at a time, or as many at once as the runtime has streams for."),
+        about("latency: one batch at a time; throughput: several at once, as many as the runtime has streams."),
     ] = "latency"
     device: Device = None
     duration: Annotated[

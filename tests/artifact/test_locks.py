@@ -77,6 +77,13 @@ def test_a_file_that_a_killed_process_did_not_finish_is_removed_by_the_next_writ
     assert {*tmp_path.iterdir()} == {tmp_path / "a.json", of_a_live_process, of_another_tool}
 
 
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "latest.json").symlink_to(tmp_path / "of-today.json")
+    disk.write_file(tmp_path / "latest.json", b"new")
+    assert (tmp_path / "latest.json").is_symlink()
+    assert (tmp_path / "of-today.json").read_bytes() == b"new"
+
+
 HOLD = """
     import time
     from pathlib import Path

@@ -78,6 +78,21 @@ def test_a_changed_image_of_a_split_that_is_a_link_is_noticed(tmp_path):
     assert fingerprint(f"{tmp_path}/ade#training") != before
 
 
+@pytest.mark.parametrize(
+    ("images", "masks"), [("JPEGImages", "SegmentationClass"), ("images", "labels"), ("images", "masks")]
+)
+def test_other_usual_folders_are_pairs_by_name(images, masks, tmp_path):
+    write(tmp_path, f"{images}/a.jpg", f"{masks}/a.png", quarters())
+    assert read(tmp_path).names == ("a.jpg",)
+
+
+@pytest.mark.parametrize(("folder", "file"), [("annotations", "instances_val2017.json"), ("labels", "a.txt")])
+def test_annotations_of_detectors_are_no_masks(folder, file, tmp_path):
+    write(tmp_path, "images/a.jpg", f"{folder}/a.png", quarters())
+    (tmp_path / folder / "a.png").replace(tmp_path / folder / file)
+    assert masks.pairs_of(str(tmp_path)) is None
+
+
 def test_the_folders_of_ade20k_are_pairs_by_name(tmp_path):
     for split in ("training", "validation"):
         write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png", quarters())

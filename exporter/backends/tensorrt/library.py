@@ -86,14 +86,14 @@ class TensorRtOptions(TargetOptions, frozen=True):
         str | None,
         about("tensorrt: times of kernels from earlier builds, read and written.", metavar="FILE", path=True),
     ] = None
-    tf32: Annotated[bool, about("Round fp32 inputs of products to 10 bits of mantissa.")] = False
+    tf32: Annotated[bool, about("Use TF32 for fp32 products: faster, with 10 bits of mantissa.")] = False
     version_compatible: Annotated[bool, about("tensorrt: the engine runs on later versions of TensorRT too.")] = False
     hardware_compat: Annotated[
         Literal["none", "ampere+", "same"], about("tensorrt: the engine runs on other GPUs too, more slowly.")
     ] = "none"
-    strip_weights: Annotated[bool, about("tensorrt: without weights; they are read from the ONNX file beside it.")] = (
-        False
-    )
+    strip_weights: Annotated[
+        bool, about("tensorrt: leave the weights out; they are read from the ONNX file beside the engine.")
+    ] = False
 
 
 @dataclass(frozen=True)
