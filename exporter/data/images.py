@@ -150,7 +150,8 @@ def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
 def read_mask(file: Path) -> NDArray[np.int64]:
     """The number of each pixel (H, W) of a mask.
 
-    Raises: Unreadable for a file that is damaged, too large, or has several numbers a pixel.
+    Raises: Unreadable for a file that is damaged, too large, or has several numbers a pixel. Of a picture with
+        equal colours, one is taken, without alpha.
     """
     from PIL import Image
 
@@ -158,9 +159,13 @@ def read_mask(file: Path) -> NDArray[np.int64]:
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
-            if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            numbers = np.asarray(image)
+            if image.mode in ("RGB", "RGBA", "LA"):  # grey, as many editors save it
+                colors = numbers[..., : numbers.shape[2] - (image.mode != "RGB")]
+                numbers = colors[..., 0] if (colors == colors[..., :1]).all() else numbers
+            if numbers.ndim > 2 or image.mode == "F":
                 raise Unreadable(f"{image.mode} has several numbers a pixel")
-            return np.asarray(image).astype(np.int64)
+            return numbers.astype(np.int64)
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from None
     except _DAMAGE as error:

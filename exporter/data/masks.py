@@ -155,9 +155,10 @@ def _read(
             f"{mask}: cannot be read as a mask ({error}); a mask is a PNG with one number a pixel"
         ) from None
     if classes.shape[::-1] != size:
+        turned = "; the image is turned upright, as its EXIF data says" if classes.shape == size else ""
         raise BadRequest(
             f"{mask}: {classes.shape[1]}×{classes.shape[0]} pixels, but its image has {size[0]}×{size[1]}; give masks "
-            "of the size of their images"
+            f"of the size of their images{turned}"
         )
     first = 1 if values.reduce_zero_label else 0
     ignored = (classes == IGNORED) | (classes < first)

@@ -212,13 +212,24 @@ def test_masks_are_cut_and_filled_up_as_their_images(crop, tmp_path):
             None,
             "value 3, but the 3 classes are 0 to 2, and 255 is ignored; --reduce",
         ),
-        (np.zeros((64, 64, 3), np.uint8), (64, 64), "RGB has several numbers a pixel"),
+        (
+            np.stack([quarters()] * 2 + [quarters() + 1], 2).astype(np.uint8),
+            (64, 64),
+            "RGB has several numbers a pixel",
+        ),
+        (quarters()[:48], (64, 48), "64×48 pixels, but its image has 48×64; .* turned upright, as its EXIF data says"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused_by_name(classes, size, message, tmp_path):
     write(tmp_path, "images/a.png", "masks/a.png", classes, size)
     with pytest.raises(BadRequest, match=f"masks/a.png: .*{message}"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_grey_mask_with_several_equal_colours_is_read(mode, tmp_path):
+    Image.fromarray(quarters().astype(np.uint8)).convert(mode).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "a.png"), quarters())
 
 
 def test_an_image_without_a_mask_is_named(tmp_path):

@@ -27,6 +27,7 @@ from exporter.verify.checks.segmentation import (
     shares_of,
     shares_of_masks,
 )
+from tests.artifact.test_sealed import notes
 from tests.conftest import build, copy_artifact
 from tests.model import segmenters
 from tests.reference import library
@@ -233,6 +234,19 @@ def test_masks_without_any_class_fail(labels, data, tmp_path):
     report = verify(labels, VerifyOptions(data=str(tmp_path / "data")))
     assert not report.passed
     assert "no pixel of the masks has a class" in report.find("miou").detail
+
+
+def test_masks_of_0_and_255_are_noted_as_they_have_one_class_alone(labels, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    half = np.kron([[0, 255]], np.ones((64, 32))).astype(np.uint8)
+    for path in (tmp_path / "data" / "masks").iterdir():
+        Image.fromarray(half).save(path)
+    with notes() as lines:
+        verify(labels, VerifyOptions(data=str(tmp_path / "data")))
+    assert any(line.startswith("the masks have class 0 alone; 255 is no class") for line in lines)
+    with notes() as lines:
+        verify(labels, VerifyOptions(data=str(data)))
+    assert not any("the masks have class" in line for line in lines)
 
 
 def test_masks_that_count_from_one_are_read_so(labels, data):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from exporter.backends import Array
 from exporter.data.masks import IGNORED
+from exporter.progress import note
 from exporter.recipe import Checks
 from exporter.report import Finding, judged
 from exporter.stats import mean_half_width
@@ -110,6 +111,12 @@ class Segmentation:
 
     def _with_masks(self, eager: Counts, artifact: Counts) -> list[Finding]:
         """miou_eager, miou, miou_drop and the iou of each class, from the areas of all images (N, 3, C)."""
+        of_masks = np.flatnonzero(eager[:, 2].any(0))
+        if len(of_masks) == 1 < eager.shape[2]:
+            note(
+                f"the masks have class {of_masks[0]} alone; {IGNORED} is no class, so masks of 0 and {IGNORED} need "
+                f"1 in place of {IGNORED}"
+            )
         parts = [100 * parts_of_images(areas) for areas in (eager, artifact)]
         shares = [shares_of_masks(areas) for areas in (eager, artifact)]
         means = [
