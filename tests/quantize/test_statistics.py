@@ -50,7 +50,7 @@ def measured(model, name, images):
 
 
 def stored(tmp_path):
-    return list((tmp_path / "cache" / "convnext-export" / "statistics").glob("*.npz"))
+    return list((tmp_path / "cache" / "convnext-export" / "statistics").glob("*.sealed"))
 
 
 def test_they_are_those_of_all_images_together(model, images):
