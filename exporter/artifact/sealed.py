@@ -25,15 +25,18 @@ _Array = tuple[str, str, tuple[int, ...], bytearray]
 def read(path: Path, key: bytes, remedy: str) -> Arrays:
     """The arrays of a file by name, in the order in which they were written; empty when there is no such file.
 
-    A file that is damaged or has another key counts as none, and a note says so and ends in `remedy`.
+    A file that is damaged, has another key or is of an earlier version counts as none, and a note says so and ends in
+    `remedy`.
     """
     content = read_bytes(path, key, remedy)
     if content is None:
         return {}
-    return {
-        name: np.frombuffer(values, dtype).reshape(shape)
-        for name, dtype, shape, values in msgspec.msgpack.decode(content, type=list[_Array])
-    }
+    try:
+        stored = msgspec.msgpack.decode(content, type=list[_Array])
+    except msgspec.DecodeError:  # whole, so an earlier version wrote it
+        note(f"{path} is of an earlier version; {remedy}")
+        return {}
+    return {name: np.frombuffer(values, dtype).reshape(shape) for name, dtype, shape, values in stored}
 
 
 def read_bytes(path: Path, key: bytes, remedy: str) -> bytes | None:

@@ -1,5 +1,6 @@
 """Files of arrays in a cache: whole and of their key, or not used."""
 
+import io
 from contextlib import contextmanager
 
 import numpy as np
@@ -45,6 +46,16 @@ def test_arrays_are_read_without_the_parser_of_python(tmp_path, monkeypatch):
     monkeypatch.setattr("ast.parse", None)
     monkeypatch.setattr("ast.literal_eval", None)
     assert list(sealed.read(tmp_path / "file", b"key", "again")) == ["b", "a"]
+
+
+def test_a_file_of_an_earlier_version_is_noted_and_not_used(tmp_path):
+    """It had NumPy's format."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **ARRAYS)
+    sealed.write_bytes(tmp_path / "file", b"key", buffer.getvalue())
+    with notes() as lines:
+        assert sealed.read(tmp_path / "file", b"key", "it is done again") == {}
+    assert lines == [f"{tmp_path / 'file'} is of an earlier version; it is done again"]
 
 
 def test_a_missing_file_is_no_news(tmp_path):
