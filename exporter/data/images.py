@@ -148,10 +148,9 @@ def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
 
 
 def read_mask(file: Path) -> NDArray[np.int64]:
-    """The number of each pixel (H, W) of a mask.
+    """The number of each pixel (H, W) of a mask: of a grey picture in RGB the value of red, without alpha.
 
-    Raises: Unreadable for a file that is damaged, too large, or has several numbers a pixel. Of a picture with
-        equal colours, one is taken, without alpha.
+    Raises: Unreadable for a file that is damaged, too large, or has several numbers a pixel.
     """
     from PIL import Image
 

@@ -85,11 +85,15 @@ def pairs_of(source: str) -> list[Pair] | None:
     return [Pair(name, image_folder / name, mask_folder / _mask_of(name)) for name in names]
 
 
-def _refuse_training_images(source: str, images: Path) -> None:
-    splits = sorted(entry.name for entry in images.iterdir() if entry.is_dir())
+def _refuse_training_images(source: str, image_folder: Path) -> None:
+    """Refuse to measure images of training together with others.
+
+    Raises: BadRequest.
+    """
+    splits = sorted(entry.name for entry in image_folder.iterdir() if entry.is_dir())
     if len(splits) > 1 and any(split.lower() in TRAINED for split in splits):
-        one = next((split for split in splits if split.lower() in TESTED), splits[0])
-        raise BadRequest(f"{source}: it has the splits {some(splits)}; take one of them as in {source}#{one}")
+        example = next((split for split in splits if split.lower() in TESTED), splits[0])
+        raise BadRequest(f"{source}: it has the splits {some(splits)}; take one of them as in {source}#{example}")
 
 
 def open_masks(
