@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from exporter.bench import turns
@@ -33,36 +35,59 @@ def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
         turn = Path(folder) / "turn"
         turn.touch()
         worker_arguments = (lines, turn, logging.getLogger().level)
-        with ProcessPoolExecutor(min(count, len(runs)), context, _begin, worker_arguments) as pool:
-            waiting = [pool.submit(_run, recipe_run) for recipe_run in runs]
+        processes = _Processes(min(count, len(runs)), lambda: ProcessPoolExecutor(1, context, _begin, worker_arguments))
+        with processes, ThreadPoolExecutor(min(count, len(runs))) as threads:
+            outcomes = [threads.submit(processes.run, recipe_run) for recipe_run in runs]
             try:
-                outcomes = [
-                    _result(recipe_run, future.result) for recipe_run, future in zip(runs, waiting, strict=True)
-                ]
+                finished = [outcome.result() for outcome in outcomes]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                _stop()
+                _stop(threads, outcomes)
                 raise
     lines.put(None)
     drawing.join(5)
-    return outcomes
+    return finished
 
 
-def _result(recipe_run: RecipeRun, result: Callable[[], Outcome]) -> Outcome:
-    try:
-        return result()
-    except BrokenProcessPool:
-        why = "its process, or one beside it, was killed: memory may have run out; use fewer --jobs"
-        return Outcome(recipe_run.name, error=why, exit_code=3)
+class _Processes:
+    """Executors of one process each: where one is killed, only the recipe that it ran fails."""
+
+    def __init__(self, count: int, start: Callable[[], Executor]) -> None:
+        self.start = start
+        self.idle = SimpleQueue[Executor]()
+        for _ in range(count):
+            self.idle.put(start())
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while not self.idle.empty():
+            self.idle.get().shutdown()
+
+    def run(self, recipe_run: RecipeRun) -> Outcome:
+        """Run a recipe in an idle process. A process that was killed is replaced."""
+        executor = self.idle.get()
+        try:
+            return executor.submit(_run, recipe_run).result()
+        except BrokenProcessPool:
+            executor.shutdown(wait=False)
+            executor = self.start()
+            why = "its process was killed: memory may have run out; use fewer --jobs"
+            return Outcome(recipe_run.name, error=why, exit_code=3)
+        finally:
+            self.idle.put(executor)
 
 
-def _stop() -> None:
-    """Terminate all child processes; each of their writes is atomic."""
+def _stop(threads: ThreadPoolExecutor, outcomes: Sequence[Future[Outcome]]) -> None:
+    """Terminate all child processes, also those that are just starting; each of their writes is atomic."""
     import psutil
 
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            process.terminate()
+    threads.shutdown(wait=False, cancel_futures=True)
+    while not all(outcome.done() for outcome in outcomes):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.terminate()
+        time.sleep(0.1)
 
 
 def _draw(lines: Any, reporter: Reporter) -> None:

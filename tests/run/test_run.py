@@ -234,6 +234,22 @@ def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
     assert same[0] == same[1], "the bytes do not depend on the folder"
 
 
+def test_a_process_that_is_killed_fails_its_own_recipe_only(recipe, run, tmp_path, monkeypatch):
+    (tmp_path / "killed.py").write_text("import os\n\n\ndef model():\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    first, killed, last = (
+        recipe("onnxruntime", name="a"),
+        recipe("openvino", name="b"),
+        recipe("onnxruntime", "fp32", "c"),
+    )
+    killed.write_text(killed.read_text().replace("model: {", "model: {reference: 'killed:model', "))
+    result = run("run", killed, first, last, "--jobs", "2", "--json", "-o", "out")
+    assert result.code == 3, result.err
+    errors = {outcome["recipe"]: outcome["error"] for outcome in result.json}
+    assert errors.pop("openvino/b") == "its process was killed: memory may have run out; use fewer --jobs"
+    assert errors == {"onnxruntime/a": None, "onnxruntime/c": None}
+
+
 @pytest.mark.parametrize(("backend", "more"), [("onnxruntime", FAST), ("openvino", FAST), ("openvino", "")])
 def test_the_same_recipe_gives_the_same_bytes_anywhere(backend, more, tiny, tmp_path, monkeypatch, request):
     """In another folder, with the weights in another place, after other things were built in this process."""
