@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
-from exporter.model import decoder, find_head, neck
+from exporter.model import children, decoder, find_head, neck
 from exporter.model import head as heads
 from exporter.model.head import Head
 from exporter.model.shapes import block_counts
@@ -167,6 +167,8 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
 
     Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
+    numbered = children.named(tensors)
+    tensors = {numbered.get(key, key): tensor for key, tensor in tensors.items()}
     layout, prefix, others = _recognise(list(tensors), choices.prefix)
     converted = Converted({}, layout, prefix, others=others)
     converted.notes += [f"the network's names begin with {prefix!r}"] if prefix else []
@@ -201,6 +203,8 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
     if dropped or outside:
         groups = sorted({_group(key) for key in (*dropped, *outside)})
         converted.notes.append(f"{len(dropped) + len(outside)} tensors are not part of the network: {some(groups, 8)}")
+    in_file = {named.rpartition(".")[0]: key.rpartition(".")[0] for key, named in numbered.items()}
+    converted.modules = {ours: in_file.get(module, module) for ours, module in converted.modules.items()}
     return converted
 
 

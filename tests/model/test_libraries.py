@@ -15,6 +15,7 @@ from benchmarks import libraries
 from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import reference, weights
+from exporter.model.layouts import Choices, to_ours
 from tests.reference import library
 
 for name in ("torchvision", "timm", "transformers"):
@@ -59,8 +60,6 @@ TIMM = {
 
 
 def ours(folder, pixels, task=None, **choices):
-    from exporter.model.layouts import Choices
-
     checkpoint = weights.load(str(folder), choices=Choices(**choices))
     spec = OutputSpec(tasks=tuple(task.split(","))) if task else None
     return libraries.outputs(checkpoint.model(spec), pixels), checkpoint
@@ -98,6 +97,57 @@ def test_timms_features_only_network_gives_its_maps(tmp_path):
     libraries.randomize(model)
     got, checkpoint = ours(libraries.save(tmp_path, model), libraries.images())
     assert checkpoint.task == "features"
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
+class TransferLearning(torch.nn.Module):
+    """As Lightning's documentation takes a network apart: all parts but the classifier, and a new linear layer."""
+
+    def __init__(self, model, pool):
+        super().__init__()
+        self.feature_extractor = torch.nn.Sequential(*[*model.children()][:-1], *pool)
+        self.classifier = torch.nn.Linear(libraries.DIMS[-1], 5)
+
+    def forward(self, x):
+        return self.classifier(self.feature_extractor(x).flatten(1))
+
+
+def taken_apart():
+    """Networks whose parts are numbered, by what was done to them."""
+    timm, torchvision = libraries.timm_model(), libraries.torchvision_model()
+    pool = torch.nn.AdaptiveAvgPool2d(1)
+    parts, width = [*torchvision.children()], libraries.DIMS[-1]
+    return {
+        "timm": torch.nn.Sequential(*timm.children()),
+        "torchvision": torch.nn.Sequential(*parts),
+        "Lightning, torchvision": TransferLearning(torchvision, ()),
+        "Lightning, timm": TransferLearning(timm, (pool,)),
+        "another classifier": torch.nn.Sequential(
+            *parts[:-1], torch.nn.Flatten(), torch.nn.Linear(width, 12), torch.nn.ReLU(), torch.nn.Linear(12, 5)
+        ),
+        "a norm and a layer": torch.nn.Sequential(
+            *parts[:-1], torch.nn.Flatten(), torch.nn.LayerNorm(width, 1e-6), torch.nn.Linear(width, 5)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", taken_apart())
+def test_a_network_whose_parts_are_numbered_gives_its_outputs(name, tmp_path):
+    model = libraries.randomize(taken_apart()[name])
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    choices = {"head_act": "relu"} if name == "another classifier" else {}
+    got, checkpoint = ours(tmp_path / "model.pth", libraries.images(), **choices)
+    assert checkpoint.task == "classify"
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+    modules = to_ours(model.state_dict(), Choices(**choices)).modules
+    assert set(modules.values()) <= set(dict(model.named_modules())), "--reference finds the modules by these names"
+
+
+def test_the_numbered_parts_of_transformers_backbone_are_known(tmp_path):
+    model = libraries.huggingface_model("ConvNextModel")
+    parts = torch.nn.Sequential(*model.children())
+    torch.save(parts.state_dict(), tmp_path / "model.pth")
+    got, _ = ours(tmp_path / "model.pth", libraries.images())
     assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
 
 
@@ -221,7 +271,6 @@ NO_CLASSIFIERS = {
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
 def test_a_head_that_is_no_classifier_is_left_out_with_a_note(name, tmp_path):
     from exporter.model.fit import fit
-    from exporter.model.layouts import Choices
 
     whole = torch.nn.Module()
     whole.backbone, whole.head = libraries.timm_model(num_classes=0), NO_CLASSIFIERS[name]()
@@ -320,7 +369,6 @@ def test_a_layer_that_fits_in_front_of_the_classifier_is_refused_whatever_its_na
 
 def test_a_mean_and_std_that_the_model_holds_are_named():
     from exporter.model.fit import fit
-    from exporter.model.layouts import Choices
 
     whole = Neck("unused", torch.nn.Identity())
     whole.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
@@ -529,7 +577,6 @@ def test_a_projection_of_openclip_is_part_of_the_embedding(tmp_path):
 
 def test_a_note_names_the_whole_module_of_a_head_without_a_usual_name():
     from exporter.model.fit import fit
-    from exporter.model.layouts import Choices
 
     layers = torch.nn.BatchNorm1d(64), torch.nn.Dropout(), torch.nn.Linear(64, 5)
     whole = torch.nn.Sequential(libraries.timm_model(num_classes=0), torch.nn.Sequential(*layers))
