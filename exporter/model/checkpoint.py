@@ -21,7 +21,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".h5", ".ker
 INDEX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 _MOST_INDEX_BYTES = 2**25
-_COUNTER = "num_batches_tracked"  # of batch norms, a whole number even where it was converted with the weights
+# Of batch norms, a whole number even where it was converted with the weights; and what thop counts in every module.
+_COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 _SHARED = 4  # tensors may be so many times larger than their file: tied weights are one storage with several names
 
 _ADAPTER = re.compile(r"(^|[._])(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d|lokr_w\d)($|[._])")
@@ -124,7 +125,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 def _content(path: Path, part: parts.Part, tensor: Callable[[Any], Tensor]) -> tuple[Content, list[str]]:
     _refuse_other_kinds(path, part.state)
     held = {key: value for key, value in part.state.items() if isinstance(key, str) and parts.is_tensor(value)}
-    dropped = [key for key, value in held.items() if not _is_weight(value) or key.endswith(_COUNTER)]
+    dropped = [key for key, value in held.items() if not _is_weight(value) or key.endswith(_COUNTERS)]
     weights = {key: value for key, value in held.items() if key not in set(dropped)}
     claimed = sum(value.reach for value in weights.values() if isinstance(value, Pointer))
     if claimed > _SHARED * path.stat().st_size:

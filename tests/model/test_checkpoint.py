@@ -103,6 +103,7 @@ def test_what_is_no_weight_is_dropped_counted_and_named(tmp_path):
         "half.num_batches_tracked": torch.tensor(3.0).half(),
         "index": torch.arange(3),
         "empty": torch.zeros(0, 3),
+        "stem.total_ops": torch.zeros(1, dtype=torch.float64),  # of thop.profile
         "complex": torch.zeros(2, dtype=torch.complex64),
     }
     for path in (saved(tmp_path, STATE | odd), tmp_path / "w.safetensors"):
