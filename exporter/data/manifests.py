@@ -177,23 +177,28 @@ def _label_columns(path: Path, words: list[str], names: list[str], body: list[de
 
 
 def _lines(path: Path, lines: list[str], first: int) -> _Rows:
-    """Lines `NAME LABEL`, or names alone."""
+    """Lines `NAME LABEL`, `NAME MASK.png`, or names alone."""
     expected = (
         "expected a folder, a .tsv or .csv manifest, lines 'IMAGE CLASS' in a .txt file, an .npz file or 'synthetic'"
     )
     filled = [(number, line) for number, line in enumerate(lines, first) if line.strip()]
     names = [(number, {"path": line.strip(" \t\r")}) for number, line in filled]
-    if all(Path(row["path"]).suffix.lower() in images.SUFFIXES for _, row in names) and names:
+    pairs = [_PAIR.fullmatch(row["path"]) for _, row in names]
+    have_masks = all(pair and _is_image(pair[1]) and pair[2].lower().endswith(".png") for pair in pairs)
+    if names and not have_masks and all(_is_image(row["path"]) for _, row in names):
         return names
     rows: _Rows = []
-    for number, line in filled:
-        pair = _PAIR.fullmatch(line.strip(" \t"))
-        if not pair or Path(pair[1]).suffix.lower() not in images.SUFFIXES:
+    for (number, line), pair in zip(filled, pairs, strict=True):
+        if not pair or not _is_image(pair[1]):
             raise BadRequest(f"{path}: line {number} is {line.strip()[:60]!r}; {expected}")
         rows.append((number, {"path": pair[1], "label": pair[2]}))
     if not rows:
         raise BadRequest(f"{path}: {expected}")
     return rows
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in images.SUFFIXES
 
 
 def _of_split(path: Path, rows: _Rows, wanted: str) -> tuple[_Rows, str]:
@@ -253,13 +258,17 @@ def _files(folder: Path, name: str) -> Iterator[str]:
 
 
 def masks_of(path: Path, listed: Listed) -> list[str]:
-    """The masks of the images of a manifest, relative to its folder; [] where it has no column of masks.
+    """The masks of the images of a manifest, relative to its folder: its column `mask`, or labels that all are names of
+    PNG files. [] where it has neither.
 
     Raises: BadRequest for an image without a mask where others have one, and for masks outside the folder.
     """
-    if "mask" in listed.columns or not any("mask" in row for row in listed.rows):
+    if "mask" in listed.columns:
         return []
-    masks = [row["mask"].strip() for row in listed.rows]
+    field = "mask" if any("mask" in row for row in listed.rows) else "label"
+    masks = [row.get(field, "").strip() for row in listed.rows]
+    if field == "label" and not all(mask.lower().endswith(".png") for mask in masks):
+        return []
     if "" in masks:
         raise BadRequest(f"{path}: line {listed.lines[masks.index('')]} has no mask; add one, or remove the line")
     _check_names(path, path.parent, "", masks)

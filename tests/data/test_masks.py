@@ -149,6 +149,17 @@ def test_a_manifest_names_the_mask_of_each_image(tmp_path):
     assert (batch.labels[0] == 2).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("list.txt", "photos/a.jpg drawn/one.PNG\n"), ("list.csv", "image,label\nphotos/a.jpg,drawn/one.PNG\n")],
+)
+def test_labels_that_are_png_files_are_masks(name, lines, tmp_path):
+    write(tmp_path, "photos/a.jpg", "drawn/one.PNG", quarters())
+    path = manifest(tmp_path, lines, name)
+    assert (read(path).labels[0] == read(manifest(tmp_path, "path,mask\nphotos/a.jpg,drawn/one.PNG\n")).labels[0]).all()
+    assert masks.pairs_of(str(manifest(tmp_path, "image,label\nphotos/a.jpg,cat\n", "classes.csv"))) is None
+
+
 def test_an_image_that_is_not_that_of_the_manifest_is_skipped(tmp_path):
     write(tmp_path, "a.jpg", "a.png", quarters())
     path = manifest(tmp_path, f"path\tmask\tsha256\na.jpg\ta.png\t{'0' * 64}\n", "list.tsv")
