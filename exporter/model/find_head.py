@@ -83,6 +83,12 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         _check_alone(converted, place, rest)
     converted.state |= converted.head.state
     converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
+    last = converted.head.modules.get("head", "")
+    if not converted.head.projection and f"{last}.bias".lstrip(".") not in tensors:
+        converted.notes.append(
+            f"the classifier {place.rstrip('.')!r} has no bias, as in ArcFace and CosFace; it is read as a linear "
+            "layer: where the model divides features and weights by their norms, give --head none for the features"
+        )
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
     if place.split(".")[-2] != usual:
         converted.notes.append(f"the classifier is {place.rstrip('.')!r}")

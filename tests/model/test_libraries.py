@@ -131,6 +131,14 @@ def taken_apart():
     }
 
 
+def test_a_classifier_without_bias_has_a_note():
+    state = libraries.timm_model().state_dict()
+    assert not to_ours(state).notes
+    del state["head.fc.bias"]
+    (note,) = to_ours(state).notes
+    assert note.startswith("the classifier 'head' has no bias, as in ArcFace and CosFace; it is read as a linear layer")
+
+
 @pytest.mark.parametrize("name", taken_apart())
 def test_a_network_whose_parts_are_numbered_gives_its_outputs(name, tmp_path):
     model = libraries.randomize(taken_apart()[name])
