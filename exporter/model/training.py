@@ -53,7 +53,9 @@ def _preprocessing(args: dict[str, Any], arch: object, statements: stated.Statem
 def _torchvision(args: Mapping[str, Any]) -> Read:
     size, resize = args.get("val_crop_size") or 224, args.get("val_resize_size") or 256
     keys = {"size": "val_crop_size", "resize": "val_resize_size", "interpolation": "interpolation"}
-    recipe = processors.checked(size=size, resize=resize, interpolation=args.get("interpolation") or "bilinear")
+    recipe = processors.checked(
+        size=size, resize=resize, interpolation=_filter(args.get("interpolation")) or "bilinear"
+    )
     origins = dict.fromkeys((*keys, "crop", "mean", "std"), "default of torchvision's references")
     return Read(recipe, origins | {name: ORIGIN for name, key in keys.items() if args.get(key)})
 
@@ -93,7 +95,7 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
         resize=as_size(int(height / share), int(width / share)),
         crop=timm_args.get("crop_mode", base.crop),
         crop_pct=share,
-        interpolation=timm_args.get("interpolation") or base.interpolation,
+        interpolation=_filter(timm_args.get("interpolation")) or base.interpolation,
         mean=_colors(timm_args.get("mean", base.mean)),
         std=_colors(timm_args.get("std", base.std)),
     )
@@ -102,6 +104,11 @@ def _timm(args: Mapping[str, Any], model: str) -> Read | None:
     return Read(
         recipe, {name: ORIGIN if any(key in timm_args for key in keys) else default for name, keys in sources.items()}
     )
+
+
+def _filter(value: Any) -> Any:
+    """The name of a filter, which some scripts store by Pillow's number."""
+    return processors.RESAMPLING[value] if isinstance(value, int) else value
 
 
 def _colors(values: Any) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import re
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from exporter.errors import BadRequest
 from exporter.model import stated
@@ -326,6 +327,13 @@ def test_dinov3_without_a_processor_has_its_own_preprocessing(of):
 def test_one_number_or_text_in_args_is_a_mean(mean):
     config = from_training({"args": {"img_size": 320, "mean": mean, "model": "convnext_nano"}})
     assert known(config, "timm", VARIANTS["nano"], "x").resolve()[0].mean == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("name", ["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
+def test_pillows_number_of_a_filter_in_args_is_its_name(name):
+    number = int(Image.Resampling[name.upper()])
+    config = from_training({"args": {"img_size": 320, "interpolation": number, "model": "convnext_nano"}})
+    assert known(config, "timm", VARIANTS["nano"], "x").resolve()[0].interpolation == name
 
 
 def test_args_of_timms_script_are_read():
