@@ -66,7 +66,10 @@ def read(path: Path, part: str = "") -> Content:
             raise BadRequest(f"{path}: no part {part!r}; weights in several files have none")
         return _sharded(path)
     if path.suffix not in SUFFIXES:
-        raise BadRequest(f"{path}: expected a file of weights ({', '.join(SUFFIXES)})")
+        raise BadRequest(
+            f"{path}: expected a file of weights ({', '.join(SUFFIXES)}); save the state dict: "
+            "torch.save(model.state_dict(), 'weights.pth')"
+        )
     if (shard := SHARD.search(path.name)) and not shard[0].startswith("-00001-of-00001"):
         if [*path.parent.glob(f"*{INDEX}")]:
             raise BadRequest(f"{path}: one of several files; give the folder, which has their index")
@@ -134,6 +137,11 @@ def _content(path: Path, part: parts.Part, tensor: Callable[[Any], Tensor]) -> t
         )
     tensors = {key: tensor(value).detach() for key, value in weights.items()}
     if not any(tensor.ndim for tensor in tensors.values()):
+        if "ds_version" in part.beside:
+            raise BadRequest(
+                f"{path}: DeepSpeed keeps the weights in other files (ZeRO stage 3); run zero_to_fp32.py of the "
+                "checkpoint's folder, and give the file that it writes"
+            )
         raise BadRequest(
             f"{path}: no weights in it: {len(held)} tensors ({some(list(held))}), none with floating point and axes"
         )

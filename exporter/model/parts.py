@@ -21,6 +21,7 @@ WRAPPERS = (
 )
 STATE_TENSORS = 4  # a mapping with so many tensors is taken for a state dict whatever its name
 _NO_STATES = ("optim", "sched", "scaler", "rng", "grad")
+_DTENSOR = "torch.distributed.tensor.DTensor"
 _DEEPEST = 16
 _MOST_PLAIN = 200_000
 
@@ -88,6 +89,12 @@ def _no_state(path: Path, content: Any) -> BadRequest:
         return BadRequest(f"{path}: an object of {content.name}, expected a state dict")
     if not isinstance(content, dict):
         return BadRequest(f"{path}: a {type(content).__name__}, expected a state dict")
+    if any(isinstance(value, Stub) and value.name == _DTENSOR for value in _walk(content)):
+        return BadRequest(
+            f"{path}: tensors of one process of several (DTensor, as of FSDP2); gather them before saving: "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict"
+        )
     keys = [str(key)[:60] for key in content]
     return BadRequest(f"{path}: not a state dict: no tensors in it; it has {some(keys) or 'nothing'}")
 

@@ -91,6 +91,13 @@ def weights_in(folder: Path) -> Path:
         )
     if others:
         return others[0]
+    inside = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and any((entry / name).is_file() for name in WEIGHT_FILES)
+    )
+    if inside:  # checkpoints of transformers' Trainer
+        raise BadRequest(f"{folder}: no weights in it, but in its folders {some(inside)}; give one of them")
     raise BadRequest(f"{folder}: no weights in it; expected one of {', '.join(WEIGHT_FILES)}")
 
 

@@ -122,6 +122,36 @@ def test_files_without_weights_are_refused(content, tmp_path):
         checkpoint.read(saved(tmp_path, content))
 
 
+def test_shards_of_several_processes_are_refused_with_what_to_do(tmp_path):
+    from torch import distributed
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        path = saved(tmp_path, {"model": {k: distribute_tensor(v, mesh, [Replicate()]) for k, v in STATE.items()}})
+    finally:
+        distributed.destroy_process_group()
+    with pytest.raises(BadRequest, match=r"w\.pth: .* \(DTensor, as of FSDP2\); gather them .*get_model_state_dict"):
+        checkpoint.read(path)
+
+
+def test_empty_weights_of_deepspeed_are_refused_with_what_to_do(tmp_path):
+    path = saved(tmp_path, {"module": dict.fromkeys(STATE, torch.zeros(0)), "ds_version": "0.14.0"})
+    with pytest.raises(BadRequest, match=r"w\.pth: DeepSpeed keeps the weights in other files .*run zero_to_fp32\.py"):
+        checkpoint.read(path)
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    for number in (10, 20):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        save_file(STATE, tmp_path / f"checkpoint-{number}" / "model.safetensors")
+    with pytest.raises(
+        BadRequest, match=r"no weights in it, but in its folders checkpoint-10, checkpoint-20; give one"
+    ):
+        sources.weights_in(tmp_path)
+
+
 @pytest.mark.parametrize(
     "key",
     ["fc._packed_params._packed_params", "fc.weight.absmax", "fc.weight.quant_state.bitsandbytes__nf4", "fc.qweight",
