@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,12 +50,12 @@ def command(name: str) -> click.Command:
     """
     target = backends.target(name)
     groups: list[list[Callable[[F], F]]] = [[_flag(flag, target) for flag in precision.PRECISIONS]]
-    if quantizes(target):
-        scopes = list(target.placements)
+    if quantized := calibrated(target):
+        scopes, prefix = list(target.placements), f"{', '.join(quantized)}: "
         skip = () if len(scopes) > 1 else ("int8_scope",)
-        groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix="int8: "))
-        groups.append(options_of(Checks, skip=NO_CHECKS, prefix="int8: "))
-        groups.append([*options_of(Bench, skip=NO_TIMING, prefix="int8: "), ON])
+        groups.append(options_of(Quantization, skip=skip, words={"int8_scope": scopes}, prefix=prefix))
+        groups.append(options_of(Checks, skip=NO_CHECKS, prefix=prefix))
+        groups.append([*options_of(Bench, skip=NO_TIMING, prefix=prefix), ON])
     groups += [
         options_of(target.options),
         options_of(Model),
@@ -80,9 +80,9 @@ def _flag(name: str, target: Target) -> Callable[[F], F]:
     return click.option(f"--{name}", is_flag=True, help=target.precisions.get(name), hidden=hidden)
 
 
-def quantizes(target: Target) -> bool:
-    """Whether a target has a precision that needs calibration."""
-    return any(precision.get(name).needs_calibration for name in target.precisions)
+def calibrated(target: Target) -> list[str]:
+    """The precisions of a target that need calibration."""
+    return [name for name in target.precisions if precision.get(name).needs_calibration]
 
 
 def _build(name: str, target: Target, flags: dict[str, bool], values: dict[str, Any]) -> None:
@@ -138,12 +138,12 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
     from exporter.recipe.fields import differing
 
     quantization, checks, bench = None, Checks(), Bench()
-    if quantizes(target):
+    if quantized := calibrated(target):
         checks, bench = take(Checks, values, NO_CHECKS), take(Bench, values, NO_TIMING)
         skip = () if "int8_scope" in values else ("int8_scope",)
         quantization = take(Quantization, values, skip)
         if wanted in precision.PRECISIONS and not precision.get(wanted).needs_calibration:
-            _refuse_calibration()
+            _refuse_calibration(quantized)
             quantization = None
     options = take(target.options, values)
     data = quantization.data if quantization is not None else None
@@ -160,15 +160,15 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
     )
 
 
-def _refuse_calibration() -> None:
-    """Options of int8 would be ignored without it."""
-
+def _refuse_calibration(quantized: Sequence[str]) -> None:
+    """Options of calibration would be ignored in other precisions than these."""
     context = click.get_current_context()
     names = {**fields_of(Quantization), **dict.fromkeys((*JUDGED, *TIMED, "on"))}
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
         if param.name in names and source is click.core.ParameterSource.COMMANDLINE:
-            raise BadRequest(f"{param.opts[0]} is for int8; add --int8, or leave it out")
+            flags = " or ".join(f"--{name}" for name in quantized)
+            raise BadRequest(f"{param.opts[0]} is for {' and '.join(quantized)}; add {flags}, or leave it out")
 
 
 def _show(built: Built, as_json: bool) -> None:

@@ -131,7 +131,7 @@ REFUSED = [
     (["--fp8", "--compute-capability", "8.9", "--compute-capability", "7.5"], "no fp8 below 8.9"),
     (["--fp8", "--int8-scope", "all"], "--int8-scope all is for int8"),
     (["--fp8", "--calib-method", "mse"], "fp8 takes minmax or percentile"),
-    (["--fp16", "--int8-scope", "all"], "--int8-scope is for int8"),
+    (["--fp16", "--int8-scope", "all"], "--int8-scope is for int8 and fp8; add --int8 or --fp8, or leave it out"),
 ]
 
 
