@@ -232,8 +232,8 @@ class Quantization(Record, frozen=True):
     max_drop: Annotated[
         Annotated[float, Meta(ge=0, le=100)] | None,
         about(
-            "Largest loss of top-1 (multi-label: mAP) on --data; without labels, of agreement with PyTorch; of feature "
-            "vectors, of agreement of the nearest neighbours.",
+            "Largest loss of top-1 (multi-label: mAP; masks: mIoU) on --data; without labels, of agreement with "
+            "PyTorch; of feature vectors, of agreement of the nearest neighbours.",
             metavar="POINTS",
             default="0.5 where real images are given",
         ),
