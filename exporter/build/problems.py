@@ -15,7 +15,7 @@ from exporter.artifact.sidecar import OutputSpec, Preprocessing
 from exporter.backends import Target, TargetOptions
 from exporter.build import budget
 from exporter.data.samples import is_synthetic
-from exporter.errors import BadRequest, Unavailable, nearest
+from exporter.errors import BadRequest, Unavailable, nearest, some
 from exporter.graph import opset
 from exporter.model import structure, variants
 from exporter.model.preprocessing import refuse_contradiction
@@ -253,7 +253,7 @@ def _check_checks(recipe: Recipe) -> None:
     on_synthetic = is_synthetic(recipe.verified_on)
     tasks = set((recipe.model.task or "classify").split(","))
     if checks.max_drop is not None and (on_synthetic or not tasks & {"classify", "segment"}):
-        raise BadRequest("--max-drop: a drop is measured on labelled images with a classifier; give 'checks.data'")
+        raise BadRequest("--max-drop: a loss is measured on images with labels or masks; set 'data' under 'checks'")
     if checks.reduce_zero_label and on_synthetic:
         raise BadRequest("--reduce-zero-label: synthetic images have no masks; give --data with masks, or leave it out")
 
@@ -266,11 +266,15 @@ def _check_bench(recipe: Recipe) -> None:
         return
     fixed, batches = recipe.fixed_batch, recipe.bench.batch
     if fixed is not None and set(batches) != {fixed}:
-        raise BadRequest(f"batch {fixed} is the only one that is exported, and bench asks for {list(batches)}")
+        raise BadRequest(
+            f"batch {some(map(str, batches))}: the artifact is exported for batch {fixed} alone; time that one"
+        )
     profiles = recipe.target.get("profiles") or []
     beyond = [size for size in batches if not any(least <= size <= most for least, _, most in profiles)]
     if profiles and beyond:
-        raise BadRequest(f"profiles {profiles} do not hold a batch of {beyond[0]}, which bench asks for")
+        raise BadRequest(
+            f"batch {beyond[0]} of 'bench' is in none of the profiles {profiles}; add a profile for it, or leave it out"
+        )
 
 
 def _check_device(recipe: Recipe, device: str | None) -> None:

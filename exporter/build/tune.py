@@ -126,7 +126,8 @@ def _choose(job: Job, artifacts: Mapping[str, Artifact], facts: dict[str, Any], 
     failures = {form: reason for form, name in names.items() if (reason := _failure(job, timing, name))}
     standing = {form: name for form, name in names.items() if form not in failures}
     if "plain" in failures or not standing:
-        raise ExporterError(f"--form auto: no baseline: plain {failures.get('plain', 'failed')}")
+        failed = failures.get("plain", "failed")
+        raise ExporterError(f"--form auto: the form plain, which others are compared with, {failed}")
 
     def over(form: str, base: str) -> Center:
         return center(latency.speedups(timing, names[form], names[base]))

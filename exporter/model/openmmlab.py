@@ -156,7 +156,7 @@ def _refuse_bgr(text: str) -> None:
         said = "says to_rgb False" if says_no else "has a data_preprocessor without to_rgb, which is False by default"
         raise BadRequest(
             f"the {ORIGIN} {said}: the network takes BGR, which is not supported; reverse the input channels of its "
-            "first convolution, mean and std, and say True"
+            "first convolution, and mean and std, and set it to True"
         )
 
 

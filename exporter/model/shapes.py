@@ -71,10 +71,12 @@ def block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     blocks = {(int(m[1]), int(m[2])) for key in state if (m := re.match(r"stages\.(\d{1,4})\.(\d{1,4})\.", key))}
     counts = Counter(stage for stage, _ in blocks)
     depths = tuple(counts[stage] for stage in range(len(counts)))
-    whole = {(stage, block) for stage, depth in enumerate(depths) for block in range(depth)}
-    if blocks != whole or not depths:
+    last = {stage: max(block for of, block in blocks if of == stage) for stage, _ in blocks}
+    whole = {(stage, block) for stage in range(max(last, default=0) + 1) for block in range(last.get(stage, 0) + 1)}
+    if missing := sorted(whole - blocks):
+        stage, block = missing[0]
         raise BadRequest(
-            f"a ConvNeXt has whole stages from 0 on; some of blocks {depths} are missing; save the whole state dict"
+            f"the weights have no block {block} of stage {stage} (counted from 0); save the whole state dict"
         )
     return depths
 

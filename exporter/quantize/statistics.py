@@ -334,7 +334,7 @@ def _extremes(statistics: Statistics, name: str, x: torch.Tensor, axis: int) -> 
     others = [other for other in range(x.ndim) if other != axis]
     low, high = (end.float().numpy() for end in (x.amin(others), x.amax(others)))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise CheckFailed(f"{name} is given NaN or infinity: this network cannot be quantized; verify its fp32 export")
+        raise CheckFailed(f"the input of {name} has NaN or infinity: it has no range; verify the fp32 export")
     total = x.sum(others, dtype=torch.float64).numpy()
     sides = {name: np.asarray([x.shape[other] for other in others[1:]])} if x.ndim == 4 else {}
     count = np.asarray(x.numel() // x.shape[axis])

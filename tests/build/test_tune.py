@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(builder, job, tmp_path, mo
 
 
 def test_nothing_to_compare_with_is_an_error(builder, job, tmp_path):
-    with pytest.raises(ExporterError, match="no baseline: plain failed: no such device"):
+    with pytest.raises(ExporterError, match="the form plain, which others are compared with, failed: no such device"):
         tune.fastest(job, builder, fakes.plain_is_closed)
     assert not (tmp_path / "cache").exists()
 

@@ -206,7 +206,7 @@ def test_the_same_images_in_another_order_continue_no_calibration(model, monkeyp
 
 def test_a_network_that_gives_nan_is_named_where_it_begins(model, images):
     model.get_submodule("stages.2.0.pwconv2").weight.data[0, 0] = float("nan")
-    with pytest.raises(CheckFailed, match=r"stages.2.1.dwconv is given NaN"):
+    with pytest.raises(CheckFailed, match=r"the input of stages.2.1.dwconv has NaN"):
         collect(model, ALL, 0.5, images, ABOUT)
 
 

@@ -75,9 +75,9 @@ def test_what_is_not_said_is_the_default_of_the_command_line(read):
         (GOOD + "quantization:\n  calib: synthetic\n", "my.yaml:10:1: quantization is for int8 and fp8, and prec"),
         (
             GOOD + "bench:\n  batch: [1, 4]\n",
-            "my.yaml:11:3: batch 4 is the only one that is exported, and bench asks for",
+            "my.yaml:11:3: batch 1, 4: the artifact is exported for batch 4 alone",
         ),
-        (GOOD + "checks:\n  max_drop: 0.5\n", "my.yaml:11:3: max_drop: a drop is measured on labelled images"),
+        (GOOD + "checks:\n  max_drop: 0.5\n", "my.yaml:11:3: max_drop: a loss is measured on images with labels"),
         (
             GOOD + "checks:\n  min_cosine: .nan\n",
             "my.yaml:11:15: checks.min_cosine: expected a number from -1 to 1 or null",
@@ -130,7 +130,7 @@ def test_all_is_told_at_once(problems):
 
 def test_profiles_must_hold_the_batches_that_are_timed(problems):
     text = "backend: tensorrt\nprecision: fp16\ntarget:\n  profiles: [[1, 1, 4]]\nbench:\n  batch: [1, 8]\n"
-    assert any("profiles [[1, 1, 4]] do not hold a batch of 8, which bench asks for" in line for line in problems(text))
+    assert any("batch 8 of 'bench' is in none of the profiles [[1, 1, 4]]" in line for line in problems(text))
 
 
 @pytest.mark.parametrize(

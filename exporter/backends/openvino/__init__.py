@@ -178,7 +178,7 @@ def _compile(
     device, computed = in_use(compiled, device)
     if computed != [arithmetic]:
         raise Unavailable(
-            f"{arithmetic} was asked of {device} and {' and '.join(computed)} is in use; build another precision for it"
+            f"{device} computes in {' and '.join(computed)} where {arithmetic} is set; build another precision for it"
         )
     return compiled, device, arithmetic
 
