@@ -12,35 +12,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "exporter"
 BASE = "ExporterError"
-# Folders and files of the package, with the heading of their messages and what to do where a message does not say it.
+# Folders and files of the package, with the heading of their messages and where to read on.
 AREAS: dict[str, tuple[tuple[str, ...], str]] = {
-    "Options": (("cli", "discover.py", "precision.py"), "see `--help` of the command"),
-    "Checkpoints": (("model",), "see [Checkpoints](checkpoints.md); `--reference` takes a model that does not load"),
-    "Images, labels and manifests": (("data",), "see [Images](verify.md#images)"),
-    "Builds": (("build", "quantize", "graph"), "see [Export](export.md)"),
-    "Runtimes and devices": (("backends",), "run `convnext-export doctor`; see [Install](install.md)"),
-    "Artifacts and files": (("artifact", "git.py"), "build the artifact again, or give another folder with `-o`"),
+    "Options": (("cli", "discover.py", "precision.py"), "See [Commands](cli.md), or `--help` of the command."),
+    "Checkpoints": (("model",), "See [Checkpoints](checkpoints.md)."),
+    "Images, labels and manifests": (("data",), "See [Images](verify.md#images)."),
+    "Builds": (("build", "quantize", "graph"), "See [Export](export.md)."),
+    "Runtimes and devices": (("backends",), "See [Install](install.md); `doctor` shows what this machine can run."),
+    "Artifacts and files": (("artifact", "git.py"), "See [Export](export.md)."),
     "Clusters and shards": (
         ("run/cluster.py", "run/distributed.py", "run/recipes.py", "run/spread.py", "run/tasks.py", "verify/shards.py"),
-        "see [Cluster](cluster.md)",
+        "See [Cluster](cluster.md).",
     ),
-    "Recipes and runs": (("recipe", "run"), "see [Recipes](recipes.md)"),
-    "Verify and bisect": (("verify", "bisect"), "see [Verify](verify.md)"),
-    "Bench and optimize": (("bench", "optimize"), "see [How it measures](measure.md) and [Optimize](optimize.md)"),
-    "Compare and report": (("compare", "report"), "see [CI gate](gate.md)"),
-    "Predict": (("predict",), "see [Predict](predict.md)"),
-    "Packages": (("package",), "see [Packages](package.md)"),
+    "Recipes and runs": (("recipe", "run"), "See [Recipes](recipes.md)."),
+    "Verify and bisect": (("verify", "bisect"), "See [Verify](verify.md)."),
+    "Bench and optimize": (("bench", "optimize"), "See [How it measures](measure.md) and [Optimize](optimize.md)."),
+    "Compare and report": (("compare", "report"), "See [CI gate](gate.md)."),
+    "Predict": (("predict",), "See [Predict](predict.md)."),
+    "Packages": (("package",), "See [Packages](package.md)."),
 }
 
 
 def page() -> str:
-    """A table of messages for each area."""
+    """A table of messages for each area. Where a message does not say what to do, its cell is empty."""
     parts, listed = [], set[str]()
-    for heading, (places, advice) in AREAS.items():
+    for heading, (places, pages) in AREAS.items():
         rows = dict.fromkeys(text for place in places for text in messages(ROOT / place) if text not in listed)
         listed |= rows.keys()
-        lines = [f"| {_code(cause)} | {_plain(fix) if fix else advice} |" for cause, fix in map(split, rows)]
-        parts.append("\n".join([f"### {heading}\n", "| message | what to do |", "|---|---|", *sorted(lines)]) + "\n")
+        lines = [f"| {_code(cause)} | {_plain(fix)} |" for cause, fix in map(split, rows)]
+        table = ["| message | what to do |", "|---|---|", *sorted(lines)]
+        parts.append("\n".join([f"### {heading}\n", f"{pages}\n", *table]) + "\n")
     return "\n" + "\n".join(parts) + "\n"
 
 
