@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
@@ -58,15 +58,19 @@ def _take_several(converted: Converted, rest: dict[str, Tensor], names: list[str
 
 
 def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordered: bool) -> None:
-    place = _place(rest, converted.prefix, choices.head)
+    places = [_place(rest, converted.prefix, name) for name in choices.head.split("+")]
+    place = places[0]
     if place is None:
         if isinstance(choices.head_act, str) and choices.head_act:
             raise BadRequest(f"--head-act {choices.head_act}: no classifier in these weights; --head names one")
         converted.notes += _candidates(converted.state, rest, converted.prefix)
         return
-    tensors = _taken(rest, place)
+    if len(places) > 1:
+        tensors, in_file = _chain(rest, list(filter(None, places)))
+    else:
+        tensors, in_file = _taken(rest, place), lambda path: f"{place}{path}".rstrip(".")
     look_up = choices.head_act
-    act = look_up if isinstance(look_up, str) else lambda path, behind: look_up(place + path, place + behind)
+    act = look_up if isinstance(look_up, str) else lambda path, behind: look_up(in_file(path), in_file(behind))
     has_norm = bool({"norm.weight", "norm_pre.weight"} & converted.state.keys())
     try:
         if converted.layout == "timm" and place.endswith("visual.head."):
@@ -79,19 +83,47 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         converted.notes += [f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"]
         converted.notes += _candidates(converted.state, rest, converted.prefix)
         return
-    if not choices.head and not converted.head.projection:
+    if choices.head:
+        left = {key.rpartition(".")[0]: [tensor] for key, tensor in rest.items() if tensor.ndim == 2}
+        converted.notes += [
+            f"{module!r} takes the outputs of {choices.head!r}, and is left out; --head {choices.head}+{module} takes "
+            "both"
+            for module in _behind(converted, left)
+        ]
+    elif not converted.head.projection:
         _check_alone(converted, place, rest)
     converted.state |= converted.head.state
-    converted.modules |= {ours: f"{place}{path}".rstrip(".") for ours, path in converted.head.modules.items()}
+    converted.modules |= {ours: in_file(path) for ours, path in converted.head.modules.items()}
+    converted.notes += _notes(converted, place.rstrip("."), tensors)
+
+
+def _notes(converted: Converted, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the user may not expect of the head of this name, of which these are the tensors."""
     last = converted.head.modules.get("head", "")
     if not converted.head.projection and f"{last}.bias".lstrip(".") not in tensors:
-        converted.notes.append(
-            f"the classifier {place.rstrip('.')!r} has no bias, as in ArcFace and CosFace; it is read as a linear "
-            "layer: where the model divides features and weights by their norms, give --head none for the features"
+        yield (
+            f"the classifier {name!r} has no bias, as in ArcFace and CosFace; it is read as a linear layer: where the "
+            "model divides features and weights by their norms, give --head none for the features"
         )
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
-    if place.split(".")[-2] != usual:
-        converted.notes.append(f"the classifier is {place.rstrip('.')!r}")
+    if name.rpartition(".")[2] != usual:
+        yield f"the classifier is {name!r}"
+
+
+def _chain(rest: dict[str, Tensor], places: list[str]) -> tuple[dict[str, Tensor], Callable[[str], str]]:
+    """The tensors of modules that run one after the other, numbered as in a Sequential with a place for an activation
+    between two of them; and the name in the file of a numbered one."""
+    tensors = {
+        f"{2 * number}.{key}": tensor
+        for number, place in enumerate(places)
+        for key, tensor in _taken(rest, place).items()
+    }
+
+    def in_file(path: str) -> str:
+        number, _, inner = path.partition(".")
+        return f"{places[int(number) // 2]}{inner}".rstrip(".")
+
+    return tensors, in_file
 
 
 def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -> None:
@@ -109,9 +141,13 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
             modules.setdefault(module, []).append(tensor)
     first = next((tensor for tensor in converted.head.state.values() if tensor.ndim == 2), None)
     widths = _last_width(converted.state), None if first is None else int(first.shape[1])
-    _refuse_behind(converted, place.rstrip("."), modules)
-    beside = [module for module, tensors in modules.items() if _may_stand_between(module, tensors, widths)]
     head = place.rstrip(".")
+    if behind := _behind(converted, modules):
+        raise BadRequest(
+            f"{behind[0]!r} takes the outputs of the classifier {head!r}; give --head {head}+{behind[0]} for both, or "
+            f"--head {head} to leave {behind[0]!r} out"
+        )
+    beside = [module for module, tensors in modules.items() if _may_stand_between(module, tensors, widths)]
     if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
         raise BadRequest(f"several classifiers lie in these weights; choose one: --head {' or '.join([head, *others])}")
     if beside:
@@ -121,19 +157,16 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
         )
 
 
-def _refuse_behind(converted: Converted, head: str, modules: Mapping[str, Sequence[Tensor]]) -> None:
-    """Refuse a head with a layer that takes its outputs, as where a backbone keeps the classifier of its dataset.
-
-    Raises: BadRequest.
-    """
+def _behind(converted: Converted, modules: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """The modules with a layer that takes the head's outputs, as where a backbone keeps the classifier of its
+    dataset."""
     outputs = [len(tensor) for tensor in converted.head.state.values() if tensor.ndim == 2][-1:]
-    for module, tensors in modules.items():
-        takes = any(tensor.ndim == 2 and [tensor.shape[1]] == outputs != [len(tensor)] for tensor in tensors)
-        if takes and not _BESIDE.search(module.rpartition(".")[2]):
-            raise BadRequest(
-                f"{module!r} takes the {outputs[0]} outputs of the classifier {head!r}; save the network with "
-                f"nn.Sequential of both as {head!r}, or give --head {head} to leave {module!r} out"
-            )
+    return [
+        module
+        for module, tensors in modules.items()
+        if any(tensor.ndim == 2 and [tensor.shape[1]] == outputs != [len(tensor)] for tensor in tensors)
+        and not _BESIDE.search(module.rpartition(".")[2])
+    ]
 
 
 def _may_stand_between(module: str, tensors: Sequence[Tensor], widths: tuple[int | None, int | None]) -> bool:
@@ -179,8 +212,24 @@ def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor], prefix:
     """A note about modules with a linear layer that fits behind the last stage, if there are any."""
     width = _last_width(state)
     fits = [key for key, tensor in rest.items() if tensor.ndim == 2 and tensor.shape[1] == width]
-    names = dict.fromkeys(_module(key, prefix) for key in fits)
+    names = dict.fromkeys(_with_followers(_module(key, prefix), rest, prefix) for key in fits)
     return [f"no classifier of a usual name; --head {' or '.join([*names][:4])} takes one"] if fits else []
+
+
+def _with_followers(module: str, rest: Mapping[str, Tensor], prefix: str) -> str:
+    """A module, and behind a `+` each that takes as many values as the one in front of it gives: `fc1+fc2`."""
+    layers: dict[str, list[Tensor]] = {}
+    for key, tensor in rest.items():
+        if tensor.ndim == 2:
+            layers.setdefault(_module(key, prefix), []).append(tensor)
+    chain = [module]
+    while behind := [
+        name
+        for name, tensors in layers.items()
+        if name not in chain and tensors[0].shape[1] == len(layers[chain[-1]][-1]) != layers[module][0].shape[1]
+    ]:
+        chain.append(behind[0])
+    return "+".join(chain)
 
 
 def _module(key: str, prefix: str) -> str:

@@ -68,7 +68,10 @@ class Model(Record, frozen=True):
     ] = None
     head: Annotated[
         str | None,
-        about("Name of the classifier module; NAME,NAME gives an output for each, none leaves it out.", metavar="NAME"),
+        about(
+            "Name of the classifier module; A+B: one after the other; A,B: an output for each; none leaves it out.",
+            metavar="NAME",
+        ),
     ] = None
     head_act: Annotated[
         str | None,

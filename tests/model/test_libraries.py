@@ -15,6 +15,7 @@ from benchmarks import libraries
 from exporter.artifact.sidecar import OutputSpec
 from exporter.errors import BadRequest, Unavailable
 from exporter.model import reference, weights
+from exporter.model.fit import fit
 from exporter.model.layouts import Choices, to_ours
 from tests.reference import library
 
@@ -402,8 +403,48 @@ class Behind(torch.nn.Module):
 @pytest.mark.parametrize("name", ["linear", "out", "fc", "classifier"])
 def test_a_layer_behind_a_classifier_that_was_kept_is_refused(name, tmp_path):
     folder = libraries.save(tmp_path, Behind(name))
-    with pytest.raises(BadRequest, match=f"'{name}' takes the 10 outputs of the classifier 'backbone.head"):
+    with pytest.raises(BadRequest, match=f"'{name}' takes the outputs of the classifier 'backbone.head'; give --head "):
         ours(folder, libraries.images())
+
+
+class TwoLayers(torch.nn.Module):
+    """A backbone, and two layers as attributes of their own."""
+
+    def __init__(self, middle=12):
+        super().__init__()
+        self.backbone = libraries.timm_model(num_classes=0)
+        self.fc1, self.fc2 = torch.nn.Linear(64, middle), torch.nn.Linear(middle, 5)
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(self.backbone(x))))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_layers_that_are_named_in_a_chain_run_one_after_the_other(suffix, tmp_path):
+    model = libraries.randomize(TwoLayers())
+    path = tmp_path / f"model.{suffix}"
+    if suffix == "pth":
+        torch.save(model.state_dict(), path)
+    else:
+        libraries.save(tmp_path, model)
+    alone = fit(model.state_dict(), {}, Choices())
+    assert "no classifier of a usual name; --head fc1+fc2 takes one" in alone.notes
+    got, checkpoint = ours(path, libraries.images(), head="fc1+fc2", head_act="relu")
+    assert checkpoint.weights.num_classes == 5
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+    chosen = fit(model.state_dict(), {}, Choices(head="fc1"))
+    assert "'fc2' takes the outputs of 'fc1', and is left out; --head fc1+fc2 takes both" in chosen.notes
+    assert fit(model.state_dict(), {}, Choices(head="fc1+fc2", head_act="relu")).modules["head"] == "fc2"
+    with pytest.raises(BadRequest, match="give --head-act relu"):
+        ours(path, libraries.images(), head="fc1+fc2")
+
+
+def test_a_kept_classifier_and_the_layer_behind_it_run_one_after_the_other(tmp_path):
+    model = libraries.randomize(Behind("linear"))
+    libraries.save(tmp_path, model)
+    got, _ = ours(tmp_path, libraries.images(), head="backbone.head+linear", head_act="none")
+    expected = model.linear(model.backbone(libraries.images()))
+    assert libraries.largest_difference(got, [expected.detach()]) < NOISE
 
 
 def test_a_norm_that_fits_in_front_of_the_classifier_is_refused(tmp_path):
@@ -584,8 +625,6 @@ def test_a_projection_of_openclip_is_part_of_the_embedding(tmp_path):
 
 
 def test_a_note_names_the_whole_module_of_a_head_without_a_usual_name():
-    from exporter.model.fit import fit
-
     layers = torch.nn.BatchNorm1d(64), torch.nn.Dropout(), torch.nn.Linear(64, 5)
     whole = torch.nn.Sequential(libraries.timm_model(num_classes=0), torch.nn.Sequential(*layers))
     assert any("--head 1 takes one" in note for note in fit(whole.state_dict(), {}, Choices()).notes)
