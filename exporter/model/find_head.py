@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exporter.errors import BadRequest, nearest, some
+from exporter.model import fastai
 from exporter.model import head as heads
 from exporter.model.shapes import block_counts
 
@@ -40,12 +41,19 @@ def take(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordere
     names = [name.strip() for name in choices.head.split(",") if name.strip()]
     if names == ["none"]:
         _leave_out(converted, rest)
+    elif names in ([], [fastai.place(converted.prefix).rstrip(".")]) and _take_fastai(converted, rest, choices):
+        return
     elif len(names) > 1:
         _take_several(converted, rest, names, choices)
     else:
         _take_one(converted, rest, choices, ordered)
     if names:
         _leave_out(converted, rest)
+
+
+def _take_fastai(converted: Converted, rest: dict[str, Tensor], choices: Choices) -> bool:
+    act, width = choices.head_act, _last_width(converted.state)
+    return width is not None and fastai.take(converted, rest, act if isinstance(act, str) else "", width)
 
 
 def _take_several(converted: Converted, rest: dict[str, Tensor], names: list[str], choices: Choices) -> None:

@@ -95,6 +95,8 @@ def _defaults(converted: Converted) -> dict[str, Any]:
         settings["head_eps"] = 1e-12
     if "norm" in converted.head.modules and converted.layout != "torchvision":  # nn.LayerNorm in the user's head
         settings["head_eps"] = 1e-5
+    if converted.pool:
+        settings["pool"] = converted.pool
     return settings
 
 

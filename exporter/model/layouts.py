@@ -144,7 +144,8 @@ class Converted:
     """Weights in the layout of this tool, as views; the layout and prefix they had; the head; notes for the user.
 
     `modules` are the names of the modules in the file by ours, `others` the prefixes of other networks in it,
-    `other_head` is the segmenter whose head is left out.
+    `other_head` is the segmenter whose head is left out, `pool` the pooling in front of the head where the weights show
+    it.
     """
 
     state: dict[str, Tensor]
@@ -155,6 +156,7 @@ class Converted:
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     other_head: str = ""
+    pool: str = ""
 
 
 def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered: bool = True) -> Converted:

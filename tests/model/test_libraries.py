@@ -419,6 +419,54 @@ class TwoLayers(torch.nn.Module):
         return self.fc2(torch.relu(self.fc1(self.backbone(x))))
 
 
+class TimmBody(torch.nn.Module):
+    """As fastai wraps a network of timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = libraries.timm_model(num_classes=0)
+
+    def forward(self, x):
+        return self.model.forward_features(x)
+
+
+class AdaptiveConcatPool2d(torch.nn.Module):
+    """As fastai pools: the largest values first."""
+
+    def forward(self, x):
+        return torch.cat([x.amax((-2, -1), keepdim=True), x.mean((-2, -1), keepdim=True)], 1)
+
+
+def fastai_model(body="timm", concat=True, hidden=(12,)):
+    """What `vision_learner` makes, with statistics in its batch norms."""
+    bodies = {"timm": TimmBody, "torchvision": lambda: torch.nn.Sequential(libraries.torchvision_model().features)}
+    widths = [2 * libraries.DIMS[-1] if concat else libraries.DIMS[-1], *hidden, 5]
+    layers = [AdaptiveConcatPool2d() if concat else torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    for before, after in itertools.pairwise(widths):
+        layers += [torch.nn.BatchNorm1d(before), torch.nn.Dropout(), torch.nn.Linear(before, after, bias=False)]
+        layers += [torch.nn.ReLU()] if after != widths[-1] else []
+    model = libraries.randomize(torch.nn.Sequential(bodies[body](), torch.nn.Sequential(*layers)))
+    for layer in model[1]:
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("body", ["timm", "torchvision"])
+@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("hidden", [(12,), (), (24, 12)])
+def test_a_network_of_fastai_gives_its_outputs(body, concat, hidden, tmp_path):
+    model = fastai_model(body, concat, hidden)
+    torch.save({"model": model.state_dict(), "opt": {}}, tmp_path / "model.pth")
+    got, checkpoint = ours(tmp_path / "model.pth", libraries.images())
+    assert checkpoint.weights.num_classes == 5
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+    state = {key: tensor for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    chosen = fit(state, {}, Choices(head="1"))
+    assert set(chosen.modules.values()) <= set(dict(model.named_modules()))
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_layers_that_are_named_in_a_chain_run_one_after_the_other(suffix, tmp_path):
     model = libraries.randomize(TwoLayers())
