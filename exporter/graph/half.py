@@ -147,7 +147,8 @@ def _stays(node: ir.Node, work: _Halving) -> bool:
         return True
     if not module and node.op_type in ("Softmax", "Sigmoid", "TopK"):
         return True
-    if structure.is_norm(module) and node.op_type not in ("LayerNormalization", "RMSNormalization", "Transpose"):
+    no_sums = ("Conv", "LayerNormalization", "RMSNormalization", "Transpose")  # or sums that runtimes compute in fp32
+    if structure.is_norm(module) and node.op_type not in no_sums:
         return True
     if node in work.beyond:
         return True

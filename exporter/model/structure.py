@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 KINDS = {
-    "stem": r"downsample_layers\.0\.0",
+    "stem": r"downsample_layers\.0\.\d+",
     "depthwise": r"stages\.\d+\.\d+\.dwconv",
     "pwconv1": r"stages\.\d+\.\d+\.pwconv1",
     "pwconv2": r"stages\.\d+\.\d+\.pwconv2",
@@ -99,7 +99,8 @@ def order(module: str) -> tuple[float, int, int, str]:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module is a norm: by its name, or the first of a downsampling layer, the last of the stem."""
+    """Whether a module is a norm: by its name, the first of a downsampling layer, or behind the first of the stem, where
+    some networks have a second convolution."""
     if module.rpartition(".")[2].startswith("norm") or module.startswith("stage_norms."):
         return True
     found = re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module)

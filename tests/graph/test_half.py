@@ -9,7 +9,7 @@ import torch
 
 from exporter.graph import half
 from exporter.model import FORMS
-from tests.conftest import build
+from tests.conftest import build, write_tiny
 
 
 def run_graph(model, images, tmp_path):
@@ -50,6 +50,13 @@ def test_in_every_form_the_graph_is_valid_and_close(form, source, request, image
     for node in graph.graph:
         if node.op_type.startswith("Reduce"):
             assert node.outputs[0].dtype == ir.DataType.FLOAT, node.name
+
+
+@pytest.mark.parametrize("stem", ["overlap", "overlap_act"])
+def test_both_convolutions_of_an_overlapping_stem_are_halved(stem, tmp_path):
+    graph = ir.load(build(write_tiny(tmp_path / "weights", stem=stem), tmp_path, form="conv").path)
+    half.to_half(graph)
+    assert {node.outputs[0].dtype for node in graph.graph if node.op_type == "Conv"} == {ir.DataType.FLOAT16}
 
 
 def test_of_grn_only_the_factor_per_channel_is_computed_in_fp32(tiny_v2, tmp_path):

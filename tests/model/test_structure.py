@@ -12,15 +12,21 @@ from tests.conftest import ROOT
 SOURCES = [path for path in (ROOT / "exporter").rglob("*.py") if "model" not in path.parts]
 
 
-@pytest.fixture(scope="module", params=["v2_atto", "isotropic_small"])
-def network(request):
+def network_of(variant):
     import torch
 
     with torch.device("meta"):
-        return ConvNeXt(variants.VARIANTS[request.param].architecture)
+        return ConvNeXt(variants.VARIANTS[variant].architecture)
 
 
-def test_kinds_cover_every_layer_with_weights(network):
+@pytest.fixture(scope="module", params=["v2_atto", "isotropic_small"])
+def network(request):
+    return network_of(request.param)
+
+
+@pytest.mark.parametrize("variant", ["v2_atto", "isotropic_small", "atto_ols", "zepto_rms_ols"])
+def test_kinds_cover_every_layer_with_weights(variant):
+    network = network_of(variant)
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert len(layers) > 30
     assert {structure.kind(name) for name in layers} <= set(structure.KINDS)
