@@ -40,7 +40,7 @@ def in_front(model: ConvNeXt, name: str) -> Standardise | ResponseScale | None:
     if isinstance(parent, FoldedBlock):
         return parent.norm if kind(name) == "pwconv1" else parent.grn
     before = next(iter(parent.children()))
-    return before if isinstance(before, Standardise) else None
+    return before if type(before) is Standardise else None  # a ScaledNorm adds its shift behind the scale
 
 
 def factors(model: ConvNeXt, largest: Mapping[str, Floats], alpha: float) -> dict[str, Floats]:

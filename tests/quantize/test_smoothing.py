@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from exporter.model import forms, weights
+from exporter.model.convnext import ConvNeXt
 from exporter.model.structure import KINDS
 from exporter.quantize.smoothing import factors, in_front, layers, smooth
-from tests.conftest import PX
+from tests.conftest import PX, tiny_architecture, tiny_state
 
 FOLDED = ("linear", "conv", "nchw")
 
@@ -61,6 +62,19 @@ def test_the_function_stays_and_the_channels_are_evened_out(source, form, reques
         # With α = 0.5 both sides come out alike, up to one factor for all channels (SmoothQuant, section 4).
         ratio = after[name] / heavy
         assert ratio == pytest.approx(np.full_like(ratio, np.median(ratio)), rel=1e-3), name
+
+
+@pytest.mark.parametrize("form", FOLDED)
+def test_the_shift_in_front_of_a_dilated_convolution_is_not_scaled(form, images):
+    """Its padding keeps the norm's shift out of the convolution."""
+    model = ConvNeXt(tiny_architecture(output_stride=8), 10)
+    model.load_state_dict(tiny_state(output_stride=8))
+    model = forms.rewrite(model, form).double()
+    before, expected = largest(model, images)
+    found = factors(model, before, 0.5)
+    assert {name for name in found if name.startswith("downsample")} == {"downsample_layers.1.1"}
+    smooth(model, found)
+    assert torch.allclose(model(images), expected, rtol=1e-5, atol=1e-6 * float(expected.std()))
 
 
 def test_without_a_share_nothing_is_moved(tiny, images):
