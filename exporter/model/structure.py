@@ -99,8 +99,8 @@ def order(module: str) -> tuple[float, int, int, str]:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module is a norm: by its name, the first of a downsampling layer, or behind the first of the stem, where
-    some networks have a second convolution."""
+    """Whether a module is a norm: by its name, the first of a downsampling layer, or in the stem behind the first layer,
+    where some networks have a second convolution too."""
     if module.rpartition(".")[2].startswith("norm") or module.startswith("stage_norms."):
         return True
     found = re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module)
