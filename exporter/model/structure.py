@@ -99,7 +99,7 @@ def order(module: str) -> tuple[float, int, int, str]:
 
 
 def is_norm(module: str) -> bool:
-    """Whether a module is a norm: by its name, the first of a downsampling layer, or in the stem behind the first layer,
+    """Whether a module is a norm: by its name, the first of a downsampling layer, or in the stem any but the first,
     where some networks have a second convolution too."""
     if module.rpartition(".")[2].startswith("norm") or module.startswith("stage_norms."):
         return True

@@ -160,6 +160,17 @@ def test_the_fewest_parts_are_kept_in_higher_precision(needed):
     assert found.limit == 0.5
 
 
+def test_fewer_parts_than_already_failed_are_not_tried():
+    asked = []
+
+    def judge(work, kept):
+        asked.append(len(kept))
+        return candidate(kept, len(kept) >= 20)
+
+    search(None, judge, lambda: {f"stages.2.{i}": 0.1 for i in range(21)})
+    assert asked == [0, 1, 2, 4, 8, 16, 20, 18, 19]
+
+
 def test_when_nothing_holds_the_one_that_loses_least_is_best():
     order = [f"stages.2.{i}" for i in range(5)]
     losses = {0: 4.0, 1: 3.0, 2: 1.0, 4: 2.0}
@@ -321,6 +332,17 @@ def timed_as(artifacts, int8_ms, eager_ms, others_pct):
     timed.timing = Timing(Plan(arms=arms, preprocessing=made.sidecar.preprocessing), launches)
     best = Candidate((), made, None)
     return timed, SimpleNamespace(precision="int8", best=best, tried=[best], sensitivities={}, limit=None)
+
+
+def test_parts_that_the_user_keeps_have_no_cost_and_others_theirs(artifacts, monkeypatch):
+    made = artifacts["onnxruntime", "int8"]
+    timed, search = timed_as(artifacts, [0.5] * 5, [1.0] * 5, 0)
+    monkeypatch.setattr(timed, "ratio", lambda one, over: (1 / 1.5, 0.6, 0.7))
+    first = Candidate(("stages.2.0",), made, None)
+    for kept, cost in ((("stages.2.0",), []), (("stages.2.0", "stages.1.0"), ["+50.0 % latency"])):
+        search.best = Candidate(kept, made, None)
+        search.tried = [first, search.best]
+        assert [row.detail for row in speed._kept(timed, search)] == ["named by --keep", *cost]
 
 
 def test_layers_that_are_not_computed_in_int8_are_named(tiny, tmp_path):

@@ -297,13 +297,12 @@ def search(
 
 def _fewest(passes: Callable[[int], bool], most: int) -> int | None:
     """The smallest count that passes, found by doubling and bisection; None when not even `most` does."""
-    high = 1
+    low, high = 0, 1
     while high < most and not passes(high):
-        high *= 2
+        low, high = high, high * 2
     high = min(high, most)
     if high < 1 or not passes(high):
         return None
-    low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)

@@ -19,7 +19,7 @@ from exporter.progress import note
 from exporter.recipe import Bench, Recipe
 from exporter.report import Finding
 from exporter.report.tables import NO_VERDICT
-from exporter.stats import center
+from exporter.stats import center, percent
 
 SECONDS_EACH = 3.0  # of timing, for every model
 MOST_ALONE = 6  # parts that are timed with each of them alone in higher precision
@@ -30,10 +30,11 @@ class Timed:
 
     def __init__(self, work: Work, search: Search, baseline: Artifact, folder: Path, opener: Opener) -> None:
         self.above, self.baseline = baseline.sidecar.precision, baseline
-        best, recipe = search.best, work.job.recipe
+        recipe = work.job.recipe
+        first, more = _first(search), _kept_by_search(search)
         self.alone = {
-            part: work.make((part,), folder / f"alone-{part}")
-            for part in (best.kept if 1 < len(best.kept) <= MOST_ALONE else ())
+            part: work.make((*first.kept, part), folder / f"alone-{part}")
+            for part in (more if 1 < len(more) <= MOST_ALONE else ())
         }
         artifacts = [self.baseline, *(candidate.artifact for candidate in search.tried), *self.alone.values()]
         setting = recipe.bench or Bench()
@@ -187,15 +188,25 @@ def _tried(timed: Timed, search: Search) -> list[Finding]:
     return rows
 
 
+def _first(search: Search) -> Candidate:
+    """The candidate that keeps nothing but the parts of `--keep`."""
+    return min(search.tried, key=lambda candidate: len(candidate.kept))
+
+
+def _kept_by_search(search: Search) -> list[str]:
+    """The parts that the best candidate keeps beside those of `--keep`."""
+    return [part for part in search.best.kept if part not in _first(search).kept]
+
+
 def _kept(timed: Timed, search: Search) -> list[Finding]:
     """Every part in higher precision, with its sensitivity and its cost in latency."""
-    best, first = search.best, next((candidate for candidate in search.tried if not candidate.kept), None)
+    best, first, more = search.best, _first(search), _kept_by_search(search)
     rows = []
     for part in best.kept:
-        alone = timed.alone.get(part, best.artifact if len(best.kept) == 1 else None)
-        cost = "not timed alone"
-        if alone is not None and first is not None and not timed.failure(alone) and not timed.failure(first.artifact):
-            cost = f"{-100 * log(timed.ratio(alone, first.artifact)[0]):+.1f} % latency"
+        alone = timed.alone.get(part, best.artifact if more == [part] else None)
+        cost = "not timed alone" if part in more else "named by --keep"
+        if part in more and alone is not None and not timed.failure(alone) and not timed.failure(first.artifact):
+            cost = f"{percent(-log(timed.ratio(alone, first.artifact)[0])):+.1f} % latency"
         value = search.sensitivities.get(part)  # not measured where the first candidate passes
         rows.append(Finding(check=search.precision, metric="kept_back", value=value, case=part, detail=cost))
     return rows
