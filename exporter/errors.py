@@ -36,6 +36,10 @@ class ExporterError(Exception):
         return "\n       ".join(printable(str(problem)) for problem in self.args)
 
 
+class StoppedAfterBuild(KeyboardInterrupt):
+    """Ctrl-C after an artifact was written, while it was timed."""
+
+
 class BadRequest(ExporterError):
     """A request, recipe or file that cannot be used as it is."""
 

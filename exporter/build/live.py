@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import ONNX, eager
 from exporter.build import Built, build
-from exporter.errors import BadRequest, Unavailable, first_line
+from exporter.build.int8.search import JUDGED
+from exporter.errors import BadRequest, StoppedAfterBuild, Unavailable, first_line
 from exporter.model import live, reference, written
 from exporter.model.labels import from_mapping
 from exporter.progress import note
@@ -70,11 +71,13 @@ def export(
         with _replaced(folder):
             written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
             built = build(replace(recipe, model=model), out, reference=opened)
-        if built.report is not None and recipe.quantization is not None:  # int8 and fp8 are verified during the build
-            return built
+        quantized = recipe.quantization is not None
+        if built.report is not None and quantized and not recipe.has_further_checks:
+            return built  # verified during the build
         sidecar = built.artifact.sidecar
         session = eager.EagerSession(opened.with_outputs(sidecar.spec), "cpu", recipe=sidecar.preprocessing)
-        options = VerifyOptions(weights=str(folder), **msgspec.structs.asdict(recipe.checks))
+        checks = replace(recipe.checks, data=recipe.verified_on)
+        options = VerifyOptions(weights=str(folder), **msgspec.structs.asdict(checks))
         try:
             report = verify(built.artifact, options, reference_session=session)
         except Unavailable as error:  # an engine in bf16, for which this machine has no GPU
@@ -83,8 +86,9 @@ def export(
             note(f"not compared with the module: {first_line(error)}")
             return built
     record_quality(built.artifact, report)
-    if built.report is not None:  # findings about the layers of an engine, which need no run
-        passed, findings = report.passed and built.report.passed, (*report.findings, *built.report.findings)
+    if built.report is not None:  # also of the layers of an engine, or of the search of int8
+        of_build = [finding for finding in built.report.findings if not quantized or finding.check not in JUDGED]
+        passed, findings = report.passed and built.report.passed, (*report.findings, *of_build)
         report = replace(report, passed=passed, findings=findings)
     return Built(built.artifact, report)
 
@@ -98,6 +102,9 @@ def _replaced(folder: Path) -> Iterator[None]:
         folder.rename(before)
     try:
         yield
+    except StoppedAfterBuild:
+        shutil.rmtree(before, ignore_errors=True)
+        raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if before.exists():

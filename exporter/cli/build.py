@@ -11,7 +11,7 @@ import click
 from exporter import backends, precision
 from exporter.cli.options import add, options_of, take
 from exporter.errors import BadRequest, printable
-from exporter.recipe import Bench, Checks, Export, Model, PreprocessingOptions, Quantization
+from exporter.recipe import SEARCHED, Bench, Checks, Export, Model, PreprocessingOptions, Quantization
 from exporter.recipe.fields import fields_of
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-JUDGED, TIMED = ("outputs", "threshold", "reduce_zero_label", "when_unsure"), ("threads",)
-"""The fields of checks that int8's search needs, and those of `bench` with which it is timed."""
-NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in JUDGED)
+TIMED = ("threads",)
+"""The fields of `bench` with which int8 is timed."""
+NO_CHECKS = tuple(name for name in fields_of(Checks) if name not in SEARCHED)
 NO_TIMING = tuple(name for name in fields_of(Bench) if name not in TIMED)
 ON = click.option(
     "--on", metavar="ray[://HOST:PORT]",
@@ -163,7 +163,7 @@ def _recipe(name: str, target: Target, wanted: str, values: dict[str, Any]) -> R
 def _refuse_calibration(quantized: Sequence[str]) -> None:
     """Options of calibration would be ignored in other precisions than these."""
     context = click.get_current_context()
-    names = {**fields_of(Quantization), **dict.fromkeys((*JUDGED, *TIMED, "on"))}
+    names = {**fields_of(Quantization), **dict.fromkeys((*SEARCHED, *TIMED, "on"))}
     for param in context.command.params:
         source = context.get_parameter_source(str(param.name))
         if param.name in names and source is click.core.ParameterSource.COMMANDLINE:

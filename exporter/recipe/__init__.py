@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from exporter.artifact.sidecar import Answer, Crop, Interpolation, Record
+from exporter.recipe.checks import SEARCHED as SEARCHED
 from exporter.recipe.checks import Checks as Checks
 from exporter.recipe.fields import about
 from exporter.recipe.types import SYNTHETIC as SYNTHETIC
@@ -321,6 +322,12 @@ class Recipe(Record, frozen=True):
             for name in ("even_if_slower", "max_drop", "data"):
                 del fields["quantization"][name]
         return fields
+
+    @property
+    def has_further_checks(self) -> bool:
+        """Whether `checks` says more than the search of int8 and fp8 judges its candidates by."""
+        searched = {name: getattr(Checks(), name) for name in SEARCHED}
+        return msgspec.structs.replace(self.checks, **searched) != Checks()
 
     @property
     def verified_on(self) -> str:

@@ -106,3 +106,7 @@ class Checks(Record, frozen=True):
         ),
     ] = None
     device: Device = None
+
+
+SEARCHED = ("outputs", "threshold", "reduce_zero_label", "when_unsure")
+"""The fields of checks by which the search of int8 and fp8 judges its candidates."""

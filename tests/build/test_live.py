@@ -14,10 +14,11 @@ from msgspec.structs import replace
 from benchmarks import libraries
 from exporter import export
 from exporter.artifact.sidecar import Preprocessing
+from exporter.build.int8 import speed
 from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
-from exporter.recipe import Export, Model, Quantization, Recipe
+from exporter.recipe import Checks, Export, Model, Quantization, Recipe
 from tests.conftest import ROOT, snapshot
 from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
 
@@ -93,6 +94,26 @@ def test_int8_is_judged_against_the_live_model(tmp_path):
     built = export(model, tmp_path, recipe)
     assert built.artifact.sidecar.precision == "int8"
     assert len(calls) > 1  # the probe, and the images that it is judged on
+
+
+def test_int8_is_also_held_to_the_recipes_other_checks(tmp_path):
+    recipe = Recipe(
+        backend="onnxruntime", precision="int8", export=Export(imgsz=64), quantization=Quantization(calib_size=4),
+        checks=Checks(min_cosine=0.999999),
+    )  # fmt: skip
+    built = export(libraries.timm_model(), tmp_path, recipe)
+    cosine = built.report.find("cosine")
+    assert (cosine.limit, cosine.passed, built.report.passed) == (0.999999, False, False)
+    assert built.report.find("calibration") is not None
+    assert len([finding for finding in built.report.findings if finding.metric == "cosine"]) == 1
+
+
+def test_an_interrupt_of_the_timing_of_int8_leaves_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "time", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    recipe = replace(SMALL, precision="int8", quantization=Quantization(calib_size=4))
+    with pytest.raises(KeyboardInterrupt):
+        export(libraries.timm_model(), tmp_path, recipe)
+    assert {path.name for path in tmp_path.iterdir()} >= {"custom_int8.onnx", "custom.weights"}
 
 
 def test_a_module_that_does_something_else_stops_the_build_at_the_first_that_differs(tmp_path):

@@ -19,7 +19,7 @@ from exporter.build.int8.workers import Workers
 from exporter.build.resolve import Job, resolve
 from exporter.data.calibration import usual_size
 from exporter.data.samples import is_synthetic
-from exporter.errors import ExporterError, Unavailable, first_line
+from exporter.errors import ExporterError, StoppedAfterBuild, Unavailable, first_line
 from exporter.progress import note, step
 from exporter.recipe import Recipe
 from exporter.report import Finding, Report
@@ -63,7 +63,7 @@ def build(job: Job, build_recipe: Build, opener: Opener, workers: Workers | None
             timed = speed.time(work, result, baseline, folder, opener)
         except KeyboardInterrupt:
             note(f"{artifact.path} is complete; convnext-export bench times it")
-            raise
+            raise StoppedAfterBuild from None
         speeds = speed.findings(timed, result, layers)
         static = job.target.findings(artifact, baseline) if job.target.findings is not None else []
     return artifact, _report(artifact, result, [*speeds, *static, *_calibration(work), *cost])

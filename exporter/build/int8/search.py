@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,7 +25,7 @@ from exporter.data.samples import Samples
 from exporter.errors import BadRequest, some
 from exporter.model.structure import is_in
 from exporter.progress import note, step
-from exporter.recipe import Quantization
+from exporter.recipe import SEARCHED, Quantization
 from exporter.report import Finding, Report
 from exporter.verify import VerifyOptions, budgets, outputs
 
@@ -115,14 +116,8 @@ def open_data(job: Job) -> Samples | None:
 def _options(job: Job, source: str) -> VerifyOptions:
     """How candidates are verified, before the budget."""
     checks = job.recipe.checks
-    return VerifyOptions(
-        data=source,
-        weights=job.recipe.model.weights,
-        outputs=checks.outputs,
-        threshold=checks.threshold,
-        reduce_zero_label=checks.reduce_zero_label,
-        when_unsure=checks.when_unsure,
-    )
+    judged_by: dict[str, Any] = {name: getattr(checks, name) for name in SEARCHED}
+    return VerifyOptions(data=source, weights=job.recipe.model.weights, **judged_by)
 
 
 def refuse_few(job: Job, data: Samples) -> None:
