@@ -20,7 +20,7 @@ from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Record
 from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
 from exporter.bisect import reasons
-from exporter.bisect.network import Chain
+from exporter.bisect.network import TAIL, Chain
 from exporter.bisect.parts import TOLERANCES, Part, Precisions, measure, share_of_deviation
 from exporter.data.samples import Samples, open_samples
 from exporter.errors import BadRequest, some
@@ -132,7 +132,8 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     if artifact.sidecar.preprocessing.input == "image":
         parts[0] = replace(parts[0], limit=max(parts[0].limit, PICTURE_LIMIT))
     if any(tensor.dtype == "float16" for tensor in (*artifact.sidecar.inputs, *artifact.sidecar.outputs)):
-        for place in (0, *range(len(chain.names), len(parts))):  # those that are computed from or to fp16
+        tail = [place for place, part in enumerate(parts) if TAIL in part.name]
+        for place in (0, *tail):  # those that are computed from or to fp16
             parts[place] = replace(parts[place], limit=max(parts[place].limit, TOLERANCES["fp16"][0]))
     first = next((part for part in parts if not part.passed), None)
     reason = reasons.of(chain, first) if first is not None else None

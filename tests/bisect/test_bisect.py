@@ -197,7 +197,7 @@ def test_artifacts_without_a_head(task, parts, tiny_v2, tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [{"stages.2.0"}, {SPOILT}, {"stages.3.0"}, {"downsample_layers.3", "stages.3.0"}])
-def test_parts_that_the_artifact_does_not_show_are_examined_together(hidden, artifacts, tmp_path, monkeypatch):
+def test_parts_that_the_artifact_does_not_show_are_examined_together(hidden, artifacts, tiny, tmp_path, monkeypatch):
     """An optimizer may remove the operators by which the output of a block is recognized."""
     runtime = backends.runtime("onnxruntime")
 
@@ -210,6 +210,7 @@ def test_parts_that_the_artifact_does_not_show_are_examined_together(hidden, art
 
     monkeypatch.setattr(backends, "runtime_of", lambda artifact: dataclasses.replace(runtime, blocks=some_blocks))
     assert examined(artifacts["onnxruntime", "fp32"])[0].passed
+    assert examined(build(tiny, tmp_path / "io", io="fp16"))[0].passed
 
     def change(model):
         for name in product(model, f"{max(hidden)}.pwconv2"):
