@@ -6,10 +6,12 @@ def test_the_model_is_no_slower(convnext_gate):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ def _gate(base: str | Path, head: str | Path, *limits: str, **options: Any) -> R
     from exporter.report.formats import markdown
 
     __tracebackhide__ = True
-    made = gate.compare([Path(base), Path(head)], gate.GateOptions(fail_on=limits, **options))
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    checked = msgspec.convert({"fail_on": limits, **plain}, gate.GateOptions)
+    made = gate.compare([Path(base), Path(head)], checked)
     if not made.passed:
         pytest.fail(f"{head} regressed against {base}\n\n{markdown.render([made])}", pytrace=False)
     return made

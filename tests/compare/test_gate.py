@@ -3,13 +3,14 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 from PIL import Image
 
-from exporter import report
+from exporter import pytest_plugin, report
 from exporter.compare import gate
 from exporter.errors import BadRequest
 from exporter.report import Finding, Report
@@ -261,16 +262,30 @@ def test_the_pytest_fixture_fails_a_test_that_regressed(pytester, tmp_path):
     report.save(timed(12, seed=1), tmp_path / "slow.json")
     pytester.makepyfile(
         f"""
+        import msgspec
+        import pytest
+
         def test_same(convnext_gate):
             assert convnext_gate("{tmp_path}/base.json", "{tmp_path}/base.json", "p50_ms:5%").passed
 
         def test_slow(convnext_gate):
             convnext_gate("{tmp_path}/base.json", "{tmp_path}/slow.json", "p50_ms:5%")
+
+        def test_one_batch(convnext_gate):
+            with pytest.raises(msgspec.ValidationError, match="batch"):
+                convnext_gate("{tmp_path}/base.json", "{tmp_path}/base.json", "p50_ms:5%", batch=8)
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, failed=1)
+    result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*slow.json regressed against*", "*p50_ms*regressed*"])
+
+
+def test_the_pytest_fixture_takes_paths(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(gate, "compare", lambda sides, options: taken.append(options) or SimpleNamespace(passed=True))
+    pytest_plugin._gate("base.onnx", "head.onnx", "p50_ms:5%", data=tmp_path, batch=[1, 8])
+    assert taken == [gate.GateOptions(fail_on=("p50_ms:5%",), data=str(tmp_path), batch=(1, 8))]
 
 
 def saved(path, *reports):
