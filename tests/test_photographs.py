@@ -98,7 +98,6 @@ def built(tmp_path_factory):
         ("convnext_atto", "openvino", "fp16"),
         ("convnext_atto", "openvino", "bf16"),
         ("convnextv2_atto", "onnx", "fp16"),
-        ("convnext_atto", "trt", "fp16"),
     ],
 )
 def test_top1_stays_within_a_tenth_of_a_point(model, verb, precision, built, half):
@@ -134,11 +133,9 @@ def outliers(tmp_path_factory):
 
 LIMITS = {
     # agreement, cosine, points lost, share of MACs in int8; with and without VNNI
-    ("convnext_atto", "openvino", "photographs"): (99.5, 0.9999, 0.2, 90),
     ("convnext_atto", "openvino", "synthetic"): (99.2, 0.9999, 0.2, 90),
     ("outliers", "onnx", "photographs"): (99.5, 0.9999, 0.2, 85),
     ("convnextv2_atto", "onnx", "photographs"): (99.2, 0.9999, 0.2, 85),
-    ("convnext_atto", "trt", "photographs"): (99.0, 0.999, 0.5, 85),
     ("convnextv2_atto", "trt", "photographs"): (98.5, 0.999, 0.5, 85),
 }
 
@@ -163,3 +160,5 @@ def test_int8_loses_next_to_nothing(model, verb, calib, outliers, half, tmp_path
     assert found["top1_drop"]["value"] <= drop + 1e-9
     assert found["quantized_macs_pct"]["value"] >= in_int8
     assert (calib == "synthetic") == ("synthetic_cost" in found)
+    if calib == "synthetic":  # in points of agreement lost, calibrated on the photographs in place of generated images
+        assert found["synthetic_cost"]["value"] <= 0.3

@@ -44,6 +44,13 @@ def job(tiny, tmp_path):
     return resolve(recipe_of(weights=str(tiny), form="auto"), tmp_path)
 
 
+@pytest.fixture
+def nchw_chosen(monkeypatch):
+    """`nchw` is chosen without timing."""
+    choose = lambda job, made, facts, opener: tune.Choice(form="nchw", gains={}, failures={}, facts=facts)  # noqa: E731
+    monkeypatch.setattr(tune, "_choose", choose)
+
+
 def remembered(tmp_path):
     (path,) = (tmp_path / "cache" / "convnext-export" / "forms").iterdir()
     return path
@@ -59,8 +66,8 @@ def test_the_fastest_is_taken_and_what_was_tried_is_kept(builder, job, tmp_path)
     assert choice["facts"]["architecture"]["dims"] == [16, 24, 32, 48]
 
 
-def test_the_second_time_nothing_is_built_or_timed(builder, job):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_the_second_time_nothing_is_built_or_timed(builder, job, nchw_chosen):
+    tune.fastest(job, builder, None)
     builder.asked.clear()
     assert tune.fastest(job, builder, None) == "nchw"
     assert builder.asked == []
@@ -69,30 +76,30 @@ def test_the_second_time_nothing_is_built_or_timed(builder, job):
 @pytest.mark.parametrize(
     "change", [{"batch": 8}, {"backend": "openvino"}, {"imgsz": 96}, {"input": "uint8"}, {"simplify": False}]
 )
-def test_another_shape_is_measured_anew(change, builder, job, tiny, tmp_path):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_another_shape_is_measured_anew(change, builder, job, nchw_chosen, tiny, tmp_path):
+    tune.fastest(job, builder, None)
     builder.asked.clear()
     other = resolve(recipe_of(weights=str(tiny), form="auto", **change), tmp_path)
-    tune.fastest(other, builder, fakes.nchw_is_faster)
+    tune.fastest(other, builder, None)
     assert builder.asked == list(FORMS)
     assert len(list((tmp_path / "cache" / "convnext-export" / "forms").iterdir())) == 2
 
 
-def test_another_machine_is_measured_anew(builder, job, monkeypatch):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_another_machine_is_measured_anew(builder, job, nchw_chosen, monkeypatch):
+    tune.fastest(job, builder, None)
     builder.asked.clear()
     monkeypatch.setattr(tune.machine, "cpu", lambda: ("another", []))
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+    tune.fastest(job, builder, None)
     assert builder.asked == list(FORMS)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"form": "nchw"}', b"\xff\xfe", None])
-def test_a_damaged_memory_is_made_again(damage, builder, job, tmp_path):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_a_damaged_memory_is_made_again(damage, builder, job, nchw_chosen, tmp_path):
+    tune.fastest(job, builder, None)
     path = remembered(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"nchw"', b'"wrong"', 1) if damage is None else damage)
-    assert tune.fastest(job, builder, fakes.nchw_is_faster) == "nchw"
+    assert tune.fastest(job, builder, None) == "nchw"
     assert len(builder.asked) == 2 * len(FORMS)
     assert json.loads(remembered(tmp_path).read_text())["form"] == "nchw"
 
@@ -112,10 +119,10 @@ def test_a_fast_form_that_fails_is_not_taken_and_the_choice_not_kept(opener, bui
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(builder, job, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_stops_nothing(builder, job, nchw_chosen, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert tune.fastest(job, builder, fakes.nchw_is_faster) == "nchw"
+    assert tune.fastest(job, builder, None) == "nchw"
     assert (tmp_path / "file").read_text() == "no folder"
 
 
@@ -136,11 +143,11 @@ def test_auto_builds_what_it_chose(tiny, monkeypatch, tmp_path):
     assert again.sidecar.sha256 == made.sidecar.sha256
 
 
-def test_another_version_of_the_runtime_is_measured_anew(builder, job, monkeypatch):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_another_version_of_the_runtime_is_measured_anew(builder, job, nchw_chosen, monkeypatch):
+    tune.fastest(job, builder, None)
     versions = backends.versions()
     monkeypatch.setattr(backends, "versions", lambda: {**versions, "onnxruntime": "0.0"})
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+    tune.fastest(job, builder, None)
     assert len(builder.asked) == 2 * len(FORMS)
 
 
@@ -154,9 +161,9 @@ def test_labels_of_pixels_are_judged_by_the_share_of_equal_ones(answer, share, f
     assert bool(tune._failure(other, timing, "a")) == fails
 
 
-def test_another_gpu_is_measured_anew(builder, job, monkeypatch):
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+def test_another_gpu_is_measured_anew(builder, job, nchw_chosen, monkeypatch):
+    tune.fastest(job, builder, None)
     builder.asked.clear()
     monkeypatch.setattr("exporter.machine.gpu", lambda: {"name": "Another GPU"})
-    tune.fastest(job, builder, fakes.nchw_is_faster)
+    tune.fastest(job, builder, None)
     assert builder.asked == list(FORMS)

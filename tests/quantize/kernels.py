@@ -111,6 +111,8 @@ def differing(runtime: str, exact_pairs: bool) -> tuple[int, list[str]]:
     """The number of cases, and those in which a runtime's sums are not exact."""
     # ONNX Runtime is given no int8 convolutions.
     cases = [(*case, kind) for case in shapes(convolutions=runtime == "openvino") for kind in KINDS]
+    if not exact_pairs:  # it is enough to see that many saturate
+        cases = cases[::4]
     wrong = []
     for seed, (rows, shape, kind) in enumerate(cases):
         whole, _ = round_weights(weights(kind, shape, seed), 0, exact_pairs=exact_pairs)

@@ -29,13 +29,13 @@ def test_it_is_that_of_tiny_but_for_its_variant(name):
     assert text == tiny.replace("/tiny_", f"/{variant}_").replace("variant: tiny\n", f"variant: {variant}\n")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "/tiny_" not in name and "/v2_tiny_" not in name])
+@pytest.mark.parametrize("name", [f"onnxruntime/{name}_fp16" for name in VARIANTS if not name.endswith("tiny")])
 def test_its_weights_are_recognised(name, stand_ins, tmp_path):
     (job,) = running.read_all([bundled.find_recipe(name)], tmp_path / "out", ["bench=null"])
     assert resolve(job.recipe, job.out).sidecar.variant == job.recipe.model.variant
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "/tiny_" in name or "/v2_tiny_" in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "/v2_tiny_" in name or "/tiny_fp16" in name])
 def test_it_runs(name, stand_ins, tmp_path):
     """Built and verified; timed it is elsewhere. The others' recipes are the same."""
     overrides = ["bench=null"] + (["quantization.calib_size=4"] if name.endswith("int8") else [])
