@@ -169,7 +169,7 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
 
     Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
-    numbered = children.named(tensors)
+    numbered = children.named(tensors, any(any(_blocks(layout, tensors)) for layout in LAYOUTS.values()))
     tensors = {numbered.get(key, key): tensor for key, tensor in tensors.items()}
     layout, prefix, others = _recognise(list(tensors), choices.prefix)
     converted = Converted({}, layout, prefix, others=others)

@@ -113,6 +113,13 @@ class TransferLearning(torch.nn.Module):
         return self.classifier(self.feature_extractor(x).flatten(1))
 
 
+def with_compiled_blocks(model):
+    for stage in model.stages:
+        for number, block in enumerate(stage.blocks):
+            stage.blocks[number] = torch.compile(block, backend="eager")
+    return model
+
+
 def taken_apart():
     """Networks whose parts are numbered, by what was done to them."""
     timm, torchvision = libraries.timm_model(), libraries.torchvision_model()
@@ -120,6 +127,15 @@ def taken_apart():
     parts, width = [*torchvision.children()], libraries.DIMS[-1]
     return {
         "timm": torch.nn.Sequential(*timm.children()),
+        "timm behind a layer": torch.nn.Sequential(torch.nn.Identity(), *timm.children()),
+        "timm's stages": torch.nn.Sequential(
+            timm.stem, *timm.stages, pool, torch.nn.Flatten(), torch.nn.Linear(libraries.DIMS[-1], 5)
+        ),
+        "compiled blocks": with_compiled_blocks(libraries.timm_model()),
+        "torchvision behind a layer": torch.nn.Sequential(torch.nn.Identity(), *torchvision.children()),
+        "torchvision's features": torch.nn.Sequential(
+            OrderedDict(backbone=torchvision.features, pool=pool, flat=torch.nn.Flatten(), fc=torch.nn.Linear(64, 5))
+        ),
         "torchvision": torch.nn.Sequential(*parts),
         "Lightning, torchvision": TransferLearning(torchvision, ()),
         "Lightning, timm": TransferLearning(timm, (pool,)),
