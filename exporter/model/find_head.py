@@ -113,6 +113,7 @@ def _notes(converted: Converted, name: str, tensors: Mapping[str, Tensor]) -> It
             f"the classifier {name!r} has no bias, as in ArcFace and CosFace; it is read as a linear layer: where the "
             "model divides features and weights by their norms, give --head none for the features"
         )
+    yield from converted.head.doubts
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
     if name.rpartition(".")[2] != usual:
         yield f"the classifier is {name!r}"

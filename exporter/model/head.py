@@ -30,7 +30,8 @@ class NoClassifier(BadRequest):
 class Head:
     """Layers in front of the last linear one, several heads (see `Architecture`), and the tensors, by our names.
 
-    `modules` are the names of the modules in the file, below the head's own, by ours.
+    `modules` are the names of the modules in the file, below the head's own, by ours; `doubts` are sentences
+    about what the weights do not show.
     """
 
     layers: tuple[str, ...] = ()
@@ -38,16 +39,19 @@ class Head:
     projection: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One module of a head: its path below the head, `linear`, `layer` (LayerNorm) or `affine` (BatchNorm)."""
+    """One module of a head: its path below the head, `linear`, `layer` (LayerNorm) or `affine` (BatchNorm), and whether
+    it is linear as a 1×1 convolution."""
 
     path: str
     kind: str
     weight: Tensor
     bias: Tensor
+    is_convolution: bool = False
 
 
 def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered: bool = True) -> Head:
@@ -67,6 +71,7 @@ def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered:
     modules = _sorted([_layer(path, leaves) for path, leaves in _modules(tensors).items()], ordered)
     if not modules:
         raise BadRequest("the head has no weights; --head names a module with a linear layer")
+    _check(modules)
     between = _activations(modules, act)
     state: dict[str, Tensor] = {}
     names: dict[str, str] = {}
@@ -81,7 +86,42 @@ def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered:
             layers += [f"{layer.kind}:{layer.weight.shape[0]}", *([behind] if behind else [])]
         state |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
         names[name] = layer.path
-    return Head(tuple(layers), state=state, modules=names)
+    return Head(tuple(layers), state=state, modules=names, doubts=_doubts(modules, between) if act == "" else ())
+
+
+def _check(modules: Sequence[_Layer]) -> None:
+    """Raises: BadRequest for layers that do not fit one behind the other, or that may run in front of the pooling."""
+    if not _fits(modules):
+        shapes = [f"{layer.path} {tuple(layer.weight.shape)}" for layer in modules]
+        raise BadRequest(
+            f"the layers of the head do not fit one behind the other ({some(shapes, MOST_NAMED)}); if they are several "
+            "heads, name them: --head A,B"
+        )
+    for layer in modules[:-1]:
+        if layer.is_convolution and not layer.path.startswith("pre_logits"):
+            raise BadRequest(
+                f"the head has a convolution in front of other layers ({layer.path}), perhaps before the pooling: not "
+                f"supported; {_LEAVE_OUT}"
+            )
+
+
+def _doubts(modules: Sequence[_Layer], between: Sequence[str]) -> tuple[str, ...]:
+    """Gaps behind batch norms, where dropout usually stands and an activation might; and linear layers without a gap,
+    which may be heads of their own."""
+    doubts = []
+    for (layer, behind), act in zip(pairwise(modules), between, strict=True):
+        adjacent, places = _adjacent(layer.path, behind.path), f"{layer.path} and {behind.path}"
+        if layer.kind == "affine" and not act and not adjacent:
+            doubts.append(
+                f"between {places} of the classifier no activation is assumed, as the weights do not show one; "
+                "--head-act relu puts one there"
+            )
+        if layer.kind == behind.kind == "linear" and adjacent:
+            doubts.append(
+                f"{places} of the classifier are read as one layer behind the other; if they are heads of their own, "
+                "name both: --head A,B"
+            )
+    return tuple(doubts)
 
 
 def several(heads: Mapping[str, Head]) -> Head:
@@ -136,7 +176,8 @@ def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
         raise BadRequest(
             f"the head has a layer of tensors {some(sorted(names))} at {where}: not supported; {_LEAVE_OUT}"
         )
-    if weight.ndim == 4:
+    is_convolution = weight.ndim == 4
+    if is_convolution:
         weight = weight[:, :, 0, 0]
     if weight.ndim == 1 and ("bias" not in leaves or len(weight) == 1):
         raise BadRequest(
@@ -145,7 +186,7 @@ def _layer(path: str, leaves: Mapping[str, Tensor]) -> _Layer:
     if weight.ndim not in (1, 2):
         raise BadRequest(f"the head has a weight of shape {tuple(weight.shape)} at {where}: expected a linear layer")
     bias = leaves["bias"] if "bias" in leaves else weight.new_zeros(weight.shape[0])
-    return _Layer(path, "linear" if weight.ndim == 2 else "layer", weight, bias)
+    return _Layer(path, "linear" if weight.ndim == 2 else "layer", weight, bias, is_convolution)
 
 
 def _sorted(modules: list[_Layer], ordered: bool) -> list[_Layer]:
@@ -158,7 +199,7 @@ def _sorted(modules: list[_Layer], ordered: bool) -> list[_Layer]:
     """
     if not ordered:
         modules = sorted(modules, key=lambda layer: _natural(layer.path))
-        if not _is_numbered(modules):
+        if not _is_numbered([layer.path for layer in modules]):
             fitting = [order for order in permutations(modules) if _fits(order)] if len(modules) <= MOST_NAMED else []
             if len(fitting) != 1:
                 names = some([layer.path for layer in modules], MOST_NAMED)
@@ -177,11 +218,16 @@ def _sorted(modules: list[_Layer], ordered: bool) -> list[_Layer]:
     return modules
 
 
-def _is_numbered(modules: Sequence[_Layer]) -> bool:
-    """Whether names show the order: by numbers, or as in timm, where `pre_logits` runs before `fc`."""
-    names = [layer.path.partition(".")[0] for layer in modules]
-    unnumbered = {name for name in names if not name.isdecimal()}
-    return len(unnumbered) <= 1 or unnumbered in ({"pre_logits", "fc"}, {"fc1", "fc2"}, {"mlp", "fc"})
+def _is_numbered(paths: Sequence[str]) -> bool:
+    """Whether names show the order at every level: by numbers, or as in timm, where `pre_logits` runs before `fc`."""
+    below: dict[str, list[str]] = {}
+    for path in paths:
+        name, _, inner = path.partition(".")
+        below.setdefault(name, []).append(inner)
+    unnumbered = {name for name in below if not name.isdecimal()}
+    if len(unnumbered) > 1 and unnumbered not in ({"pre_logits", "fc"}, {"fc1", "fc2"}, {"mlp", "fc"}):
+        return False
+    return all(_is_numbered(inner) for inner in below.values() if len(inner) > 1)
 
 
 def _fits(order: Sequence[_Layer]) -> bool:

@@ -169,6 +169,7 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
 
     Raises: BadRequest for weights of no known layout, unexpected names, or a choice that has to be made.
     """
+    ordered = ordered and list(tensors) != sorted(tensors)  # else somebody sorted them by name
     numbered = children.named(tensors, any(any(_blocks(layout, tensors)) for layout in LAYOUTS.values()))
     tensors = {numbered.get(key, key): tensor for key, tensor in tensors.items()}
     layout, prefix, others = _recognise(list(tensors), choices.prefix)

@@ -435,6 +435,74 @@ class TwoLayers(torch.nn.Module):
         return self.fc2(torch.relu(self.fc1(self.backbone(x))))
 
 
+class LinearNorm(torch.nn.Module):
+    """A linear layer and a norm, whose names are in the other order by the alphabet."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.linear, self.bn = torch.nn.Linear(before, after), torch.nn.BatchNorm1d(after)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.linear(x)))
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "sorted"])
+def test_modules_within_a_module_of_the_head_run_in_their_order(kind, width, tmp_path):
+    model = libraries.huggingface_model()
+    model.classifier = torch.nn.Sequential(LinearNorm(64, width), torch.nn.Linear(width, 5))
+    libraries.randomize(model)
+    state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    if kind == "safetensors":
+        path = libraries.save(tmp_path, model) / "model.safetensors"
+    else:
+        path = tmp_path / "model.pth"
+        torch.save(dict(sorted(state.items())) if kind == "sorted" else state, path)
+    if kind != "pth" and width == 64:
+        with pytest.raises(BadRequest, match=r"the order of the layers of the head .* is not known"):
+            ours(path, libraries.images(), head_act="none,relu")
+    else:
+        got, _ = ours(path, libraries.images(), head_act="none,relu")
+        assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
+REFUSED_HEADS = {
+    "heads of other widths": (
+        torch.nn.ModuleList([torch.nn.Linear(64, 5), torch.nn.Linear(64, 3)]), r"name them: --head A,B"
+    ),
+    "a convolution before the pooling": (
+        torch.nn.Sequential(torch.nn.Conv2d(64, 64, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 5)),
+        r"a convolution in front of other layers \(0\), perhaps before the pooling",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_HEADS)
+def test_heads_that_can_be_read_in_two_ways_are_refused(name, tmp_path):
+    model = libraries.timm_model(num_classes=0)
+    model.fc, said = REFUSED_HEADS[name]
+    torch.save(libraries.randomize(model).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(BadRequest, match=said):
+        ours(tmp_path / "model.pth", libraries.images())
+
+
+def test_two_layers_that_may_be_two_heads_have_a_note():
+    model = libraries.timm_model(num_classes=0)
+    model.fc = torch.nn.ModuleList([torch.nn.Linear(64, 64), torch.nn.Linear(64, 3)])
+    (note, _) = to_ours(model.state_dict()).notes
+    assert note.startswith("0 and 1 of the classifier are read as one layer behind the other; if they are heads of")
+
+
+def test_a_gap_behind_a_batch_norm_has_a_note():
+    model = libraries.torchvision_model()
+    layers = [torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 5)]
+    model.classifier = torch.nn.Sequential(*layers)
+    libraries.randomize(model)
+    state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    assert any("between 1 and 3 of the classifier no activation is assumed" in note for note in to_ours(state).notes)
+    assert not any("no activation" in note for note in to_ours(state, Choices(head_act="relu")).notes)
+
+
 class TimmBody(torch.nn.Module):
     """As fastai wraps a network of timm."""
 
