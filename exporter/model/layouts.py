@@ -193,6 +193,7 @@ def to_ours(tensors: Mapping[str, Tensor], choices: Choices = Choices(), ordered
         decoder.take(converted, rest)
         neck.take(converted, rest)
     find_head.take(converted, rest, choices, ordered)
+    _norm_in_front_of_the_pooling(converted)
     inside: list[str] = []
     outside: list[str] = []
     for key in rest:
@@ -322,6 +323,17 @@ def _sort_norms(converted: Converted) -> None:
             if (norm := state.pop(f"stage_norms.{stages - 1}.{leaf}", None)) is not None:
                 state[f"norm.{leaf}"] = norm
         converted.modules["norm"] = converted.modules.pop(f"stage_norms.{stages - 1}")
+
+
+def _norm_in_front_of_the_pooling(converted: Converted) -> None:
+    """A classifier behind a backbone that normalizes its maps takes the last of these."""
+    state = converted.state
+    stage_norm = f"stage_norms.{len(block_counts(state)) - 1}"
+    has_other = any(key.startswith(("norm.", "norm_pre.", "decode_head.", "neck.")) for key in state)
+    if converted.head.state and not has_other and f"{stage_norm}.weight" in state:
+        state |= {f"norm_pre.{leaf}": state[f"{stage_norm}.{leaf}"] for leaf in ("weight", "bias")}
+        converted.modules["norm_pre"] = converted.modules[stage_norm]
+        converted.notes.append("the norm of the last stage's map is in front of the pooling")
 
 
 def _roots(layout: str) -> set[str]:

@@ -211,6 +211,28 @@ def test_a_backbone_with_one_norm_keeps_it_on_the_map_of_its_stage(tmp_path):
     assert libraries.largest_difference(got[-1:], libraries.outputs(model, libraries.images())) < NOISE
 
 
+class OnBackbone(torch.nn.Module):
+    """A classifier on the last map of a backbone."""
+
+    def __init__(self, kind, stages):
+        super().__init__()
+        self.backbone = libraries.huggingface_model(kind, out_indices=stages)
+        self.fc = torch.nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.fc(self.backbone(x).feature_maps[-1].mean((-2, -1)))
+
+
+@pytest.mark.parametrize("stages", [[1, 2, 3, 4], [4], [2, 4]])
+@pytest.mark.parametrize("kind", ["ConvNextBackbone", "ConvNextV2Backbone"])
+def test_a_classifier_on_a_backbone_takes_its_normalized_map(kind, stages, tmp_path):
+    model = libraries.randomize(OnBackbone(kind, stages))
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    got, checkpoint = ours(tmp_path / "model.pth", libraries.images())
+    assert checkpoint.task == "classify"
+    assert libraries.largest_difference(got, libraries.outputs(model, libraries.images())) < NOISE
+
+
 @pytest.mark.parametrize("kind", ["ConvNextBackbone", "ConvNextV2Backbone", "DINOv3ConvNextBackbone"])
 def test_a_backbone_of_transformers_gives_its_maps(kind, tmp_path):
     model = libraries.huggingface_model(kind, out_indices=[1, 2, 3, 4])
