@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from exporter.errors import BadRequest, nearest, some
-from exporter.model import fastai
+from exporter.errors import BadRequest, nearest
+from exporter.model import beside, fastai
 from exporter.model import head as heads
 from exporter.model.shapes import block_counts
 
@@ -15,14 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from exporter.model.layouts import Choices, Converted
-
-# Names of layers that may stand between the network and its classifier, and of what is only used in training. The
-# latter are matched at the beginning of a word, so that `semantic` does not count as `ema`, nor `mean_pool` as `mean`.
-_BETWEEN = re.compile(r"neck|pool|gem|att(n|ention)|temperature|scale|(^|_)(norm|bn)\d*$|(batch|layer)_?norm", re.I)
-_BESIDE = re.compile(
-    r"(?<![a-z])(aux|loss|criterion|metric|acc|dec|teacher|momentum|swa|average|distill|(ema|mask)(?![a-z])|(mean|std)$)",
-    re.I,
-)
 
 
 def take(converted: Converted, rest: dict[str, Tensor], choices: Choices, ordered: bool) -> None:
@@ -92,11 +83,11 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         converted.notes += _candidates(converted.state, rest, converted.prefix)
         return
     if choices.head:
-        left = {key.rpartition(".")[0]: [tensor] for key, tensor in rest.items() if tensor.ndim == 2}
+        outputs = [len(tensor) for tensor in converted.head.state.values() if tensor.ndim == 2][-1]
         converted.notes += [
             f"{module!r} takes the outputs of {choices.head!r}, and is left out; --head {choices.head}+{module} takes "
             "both"
-            for module in _behind(converted, left)
+            for module in (key.rpartition(".")[0] for key, tensor in rest.items() if tensor.shape[1:] == (outputs,))
         ]
     elif not converted.head.projection:
         _check_alone(converted, place, rest)
@@ -148,54 +139,7 @@ def _check_alone(converted: Converted, place: str, rest: Mapping[str, Tensor]) -
         has_other = any(other.startswith(f"{module}.") for other in converted.others)
         if not inside and not has_other and (f"{parent}." if parent else "") not in converted.others:
             modules.setdefault(module, []).append(tensor)
-    first = next((tensor for tensor in converted.head.state.values() if tensor.ndim == 2), None)
-    widths = _last_width(converted.state), None if first is None else int(first.shape[1])
-    head = place.rstrip(".")
-    if behind := _behind(converted, modules):
-        raise BadRequest(
-            f"{behind[0]!r} takes the outputs of the classifier {head!r}; give --head {head}+{behind[0]} for both, or "
-            f"--head {head} to leave {behind[0]!r} out"
-        )
-    beside = [module for module, tensors in modules.items() if _may_stand_between(module, tensors, widths)]
-    if others := [name for name in beside if name.rpartition(".")[2] in heads.CLASSIFIERS]:
-        raise BadRequest(f"several classifiers lie in these weights; choose one: --head {' or '.join([head, *others])}")
-    if beside:
-        raise BadRequest(
-            f"{some(list(beside))} lies beside the classifier {head!r}, and the outputs may depend on it; "
-            f"give --head {head} to leave it out, or compare with your model: --reference module:callable"
-        )
-
-
-def _behind(converted: Converted, modules: Mapping[str, Sequence[Tensor]]) -> list[str]:
-    """The modules with a layer that takes the head's outputs, as where a backbone keeps the classifier of its
-    dataset."""
-    outputs = [len(tensor) for tensor in converted.head.state.values() if tensor.ndim == 2][-1:]
-    return [
-        module
-        for module, tensors in modules.items()
-        if any(tensor.ndim == 2 and [tensor.shape[1]] == outputs != [len(tensor)] for tensor in tensors)
-        and not _BESIDE.search(module.rpartition(".")[2])
-    ]
-
-
-def _may_stand_between(module: str, tensors: Sequence[Tensor], widths: tuple[int | None, int | None]) -> bool:
-    """Whether a module's name, or its tensors, fit between the last stage and the classifier.
-
-    Args:
-        module: its name; one that says that it is only used in training never fits.
-        tensors: of the module.
-        widths: of the last stage, and of what the classifier takes.
-    """
-    name = module.rpartition(".")[2]
-    if _BESIDE.search(name):
-        return False
-    if name in heads.CLASSIFIERS or _BETWEEN.search(name):
-        return True
-    before, behind = widths
-    layers = [tensor.shape for tensor in tensors if tensor.ndim > 1]
-    if not layers:
-        return all(tensor.ndim == 1 and len(tensor) in widths for tensor in tensors)
-    return any(shape[1] == before for shape in layers) and any(shape[0] == behind for shape in layers)
+    beside.refuse(converted, place, modules)
 
 
 def _leave_out(converted: Converted, rest: dict[str, Tensor]) -> None:

@@ -630,7 +630,74 @@ def test_a_projection_to_another_width_is_left_out_with_a_note(layers, tmp_path)
     assert ours(libraries.save(tmp_path, whole), libraries.images())[1].task == "classify"
 
 
-@pytest.mark.parametrize("name", ["criterion", "loss_fn", "aux_head", "train_acc", "decoder", "mean"])
+def parameters(**tensors):
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor))
+    return module
+
+
+USED = {
+    "eca": torch.nn.Conv1d(1, 1, 3),  # attention over channels
+    "gate": torch.nn.Conv2d(2, 1, 7),  # and over pixels
+    "dw": torch.nn.Conv2d(64, 64, 3, groups=64),
+    "local": torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, groups=64), torch.nn.BatchNorm2d(64)),
+    "factor": parameters(gamma=torch.ones(1, 64, 1, 1)),
+    "rnn": torch.nn.GRU(64, 64),
+    "feat_mean": parameters(value=torch.ones(64)),
+    "mask_conv": torch.nn.Conv2d(64, 64, 1),
+    "aux_proj": torch.nn.Linear(64, 64),
+    "decoder": torch.nn.TransformerDecoderLayer(64, 2, 64),
+    "pre": torch.nn.Conv2d(1, 3, 3),
+    "adapt": torch.nn.Conv2d(3, 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_layer_that_may_be_used_beside_the_classifier_is_refused(name, tmp_path):
+    with pytest.raises(BadRequest, match=rf"{name} lies beside the classifier 'head'.*--head head"):
+        ours(libraries.save(tmp_path, Neck(name, USED[name])), libraries.images())
+    got, _ = ours(tmp_path, libraries.images(), head="head")
+    assert got[0].shape == (2, 10)
+
+
+def test_two_layers_that_fit_together_beside_the_classifier_are_refused(tmp_path):
+    whole = Neck("down", torch.nn.Linear(64, 16))
+    whole.up = torch.nn.Linear(16, 64)
+    with pytest.raises(BadRequest, match="down, up lies beside the classifier 'head'"):
+        ours(libraries.save(tmp_path, whole), libraries.images())
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 10), torch.nn.Linear(10, 2)])
+def test_a_layer_behind_the_classifier_is_refused(layer, tmp_path):
+    with pytest.raises(
+        BadRequest, match=r"'calib' takes the outputs of the classifier 'head'; give --head head\+calib"
+    ):
+        ours(libraries.save(tmp_path, Neck("calib", layer)), libraries.images())
+
+
+@pytest.mark.parametrize("name", ["linear", "cls", "fc_new"])
+def test_a_new_classifier_of_another_name_beside_the_backbones_own_is_refused(name, tmp_path):
+    whole = torch.nn.Module()
+    whole.backbone = libraries.timm_model(num_classes=20)
+    setattr(whole, name, torch.nn.Linear(64, 5))
+    with pytest.raises(BadRequest, match=rf"choose one: --head backbone\.head or {name}"):
+        ours(libraries.save(tmp_path, whole), libraries.images())
+
+
+def test_a_second_classifier_of_the_same_shape_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match=r"choose one: --head head or head_dist"):
+        ours(libraries.save(tmp_path, Neck("head_dist", torch.nn.Linear(64, 10))), libraries.images())
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "pixel_mean", "class_weights"])
+def test_colours_and_weights_of_classes_beside_the_classifier_are_left_out(name, tmp_path):
+    whole = Neck("unused", torch.nn.Identity())
+    whole.register_buffer(name, torch.ones(10 if "weights" in name else 3))
+    assert ours(libraries.save(tmp_path, whole), libraries.images())[1].task == "classify"
+
+
+@pytest.mark.parametrize("name", ["criterion", "loss_fn", "aux_head", "train_acc", "decoder"])
 def test_what_only_training_uses_is_left_out_with_a_note(name, tmp_path):
     assert ours(libraries.save(tmp_path, Neck(name, torch.nn.Linear(64, 10))), libraries.images())[1].task == "classify"
 
