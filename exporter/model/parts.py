@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import BadRequest, some
+from exporter.model.head import CLASSIFIERS
 from exporter.model.pickled import Array, Node, Pointer
 from exporter.model.unpickler import Stub
 
@@ -67,6 +68,7 @@ def take(path: Path, content: Any, part: str) -> Part:
             here = here[key]
     if not _direct(here):
         raise _no_state(path, content)
+    here = _with_classifier(here, levels, notes)
     beside: dict[str, Any] = {}
     for level, taken in [*levels, (here, set())]:
         for key, value in _plain_entries(level, taken).items():
@@ -75,6 +77,23 @@ def take(path: Path, content: Any, part: str) -> Part:
     if skipped := _skipped(content):
         notes.append(f"skipped {skipped.total()} objects of other programs: {some(skipped)}")
     return Part(here, beside, tuple(notes))
+
+
+def _with_classifier(
+    here: Mapping[Any, Any], levels: list[tuple[Mapping[Any, Any], set[str]]], notes: list[str]
+) -> Mapping[Any, Any]:
+    """A state dict, and that of a classifier that was saved beside it: `{"backbone": …, "head": …}`."""
+    if not levels or len(levels[-1][1]) != 1:
+        return here
+    outer, taken = levels[-1]
+    (name,) = taken
+    others = [key for key in CLASSIFIERS if key != name]
+    beside = [key for key in others if isinstance(outer.get(key), dict) and _direct(outer[key])]
+    if len(beside) != 1:
+        return here
+    taken.add(beside[0])
+    notes.append(f"{name} and {beside[0]} are read as one network")
+    return {f"{part}.{key}": value for part in (name, beside[0]) for key, value in outer[part].items()}
 
 
 def _no_state(path: Path, content: Any) -> BadRequest:

@@ -122,6 +122,16 @@ def test_files_without_weights_are_refused(content, tmp_path):
         checkpoint.read(saved(tmp_path, content))
 
 
+@pytest.mark.parametrize("name", ["head", "classifier", "fc"])
+def test_a_classifier_that_was_saved_beside_its_backbone_is_read_with_it(name, tmp_path):
+    head = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    content = checkpoint.read(saved(tmp_path, {"backbone": STATE, name: head, "epoch": 3}))
+    whole = {f"backbone.{key}": value for key, value in STATE.items()} | {f"{name}.{k}": v for k, v in head.items()}
+    assert same(content.tensors, whole)
+    assert content.beside == {"epoch": 3}
+    assert f"backbone and {name} are read as one network" in content.notes
+
+
 def test_shards_of_several_processes_are_refused_with_what_to_do(tmp_path):
     from torch import distributed
     from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
