@@ -6,9 +6,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from math import exp
+from pathlib import Path
 
-from exporter.artifact.sidecar import Preprocessing
-from exporter.bench import Arm, Opener, Plan, Timing, flat, latency, supervisor, worker
+import msgspec
+
+from benchmarks.provenance import commit
+from exporter.artifact.disk import write_file
+from exporter.artifact.sidecar import Preprocessing, Record
+from exporter.bench import Arm, Launch, Opener, Plan, Timing, flat, latency, supervisor, worker
 from exporter.stats import center
 
 Ratio = tuple[float, float, float]
@@ -23,14 +28,47 @@ def race(
     return timing
 
 
-def race_in_turn(timings: Sequence[Timing], opener: Opener = worker.open_arm) -> None:
+def race_in_turn(timings: Sequence[Timing], folder: Path, opener: Opener = worker.open_arm) -> None:
     """Time several groups of arms, which together would not fit into memory: one process of each in turn, as many times
-    as one race has processes. Processes that others disturbed are kept."""
-    each = [supervisor.launches(timing, opener) for timing in timings]
+    as one race has processes. Processes that others disturbed are kept. Each is stored in the folder at once, and a run
+    that was interrupted goes on from there."""
+    each = [
+        (timing, supervisor.launches(timing, opener), folder / f"{number}.json")
+        for number, timing in enumerate(timings)
+    ]
+    for timing, _, path in each:
+        resume(timing, path)
     for number in range(supervisor.PROCESSES):
         print(f"round {number + 1} of {supervisor.PROCESSES}", file=sys.stderr, flush=True)
-        for launches in each:
-            next(launches, None)
+        for timing, launches, path in each:
+            if len(timing.launches) <= number:
+                next(launches, None)
+                keep(timing, path)
+
+
+class Kept(Record, frozen=True):
+    """The processes of a timing in a file, and the commit that measured them."""
+
+    commit: str
+    plan: Plan
+    launches: tuple[Launch, ...]
+    failures: dict[str, str]
+
+
+def resume(timing: Timing, path: Path) -> None:
+    """Take the processes of an interrupted run, if they are of the same plan and commit."""
+    if path.is_file():
+        kept = msgspec.json.decode(path.read_bytes(), type=Kept)
+        if (kept.commit, kept.plan) == (commit(), timing.plan):
+            timing.launches[:] = kept.launches
+            timing.failures |= kept.failures
+
+
+def keep(timing: Timing, path: Path) -> None:
+    """Store the processes of a timing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = Kept(commit=commit(), plan=timing.plan, launches=tuple(timing.launches), failures=timing.failures)
+    write_file(path, msgspec.json.encode(kept))
 
 
 def ratio(timing: Timing, name: str, over: str) -> Ratio:

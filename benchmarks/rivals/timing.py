@@ -102,7 +102,8 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
             arms=(*arms, *_peaks(candidates)), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=share
         )
         timings |= dict.fromkeys((network.name for network in group), Timing(plan))
-    racing.race_in_turn([*{id(timing): timing for timing in timings.values()}.values()], open_network)
+    groups = [*{id(timing): timing for timing in timings.values()}.values()]
+    racing.race_in_turn(groups, Path(ROOT) / f"race-b{batch}", open_network)
     gmacs = {network.name: files.gmacs(network) for network in networks}
     rows = [
         _row(network, way, timings[network.name], gmacs[network.name], candidates)
@@ -167,7 +168,11 @@ def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
     mine = [way for name, way in candidates.artifacts if name == network.name]
     arms = [_arm(network, way, candidates.artifacts[network.name, way]) for way in mine]
     timing = Timing(Plan(arms=tuple(arms), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=HEAT_SECONDS))
-    supervisor.measure(timing, worker.open_arm, HEAT_PROCESSES)
+    path = Path(ROOT) / f"choice-b{batch}" / f"{network.timm}.json"
+    racing.resume(timing, path)
+    if len(timing.launches) < HEAT_PROCESSES:
+        supervisor.measure(timing, worker.open_arm, HEAT_PROCESSES)
+        racing.keep(timing, path)
     for way in mine:
         if reason := timing.failures.get(arm_name(network, way)):
             candidates.failures[network.name, way] = reason

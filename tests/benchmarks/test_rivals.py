@@ -5,6 +5,7 @@ import re
 import pytest
 from msgspec.structs import replace
 
+from benchmarks import racing
 from benchmarks.rivals import NETWORKS, WAYS, Network, Race, Row, Way, engines, files, pictures, sizes, table, timing
 from exporter.artifact import Artifact
 from exporter.bench import Launch, Plan, Timing
@@ -25,6 +26,38 @@ def row(network: Network, way: Way, ms: float, **facts):
         milliseconds=((ms, ms * 1.1), (ms * 0.9, ms)),
         **facts,
     )
+
+
+def test_a_race_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    conditions = Conditions(load=0, others_pct=0, steal_pct=0, throttled=None, mhz=None)
+    launched = []
+
+    def launches(timing, opener):
+        while len(launched) < stop:
+            launched.append(timing.plan.batch)
+            blocks = {"a": [[float(len(launched))]]}
+            timing.launches.append(
+                Launch(blocks=blocks, cosine={}, streams={}, facts={}, settled={}, dropped=0, conditions=conditions)
+            )
+            yield timing.launches[-1]
+        raise KeyboardInterrupt
+
+    def timings():
+        return [Timing(Plan(arms=(), preprocessing=files.preprocessing(64), batch=batch)) for batch in (1, 2)]
+
+    monkeypatch.setattr(racing.supervisor, "launches", launches)
+    monkeypatch.setattr(racing.supervisor, "PROCESSES", 6)
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        racing.race_in_turn(timings(), tmp_path)
+    stop, two = 99, timings()
+    racing.race_in_turn(two, tmp_path)
+    assert launched == [1, 2] * 6
+    measured = [[launch.blocks["a"][0][0] for launch in timing.launches] for timing in two]
+    assert measured == [[1, 3, 5, 7, 9, 11], [2, 4, 6, 8, 10, 12]]
+    other = Timing(replace(two[0].plan, seconds=9.0))
+    racing.resume(other, tmp_path / "0.json")
+    assert other.launches == [], "of another plan"
 
 
 @pytest.fixture
