@@ -71,22 +71,26 @@ def export(
         with _replaced(folder):
             written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
             built = build(replace(recipe, model=model), out, reference=opened)
-        quantized = recipe.quantization is not None
-        if built.report is not None and quantized and not recipe.has_further_checks:
+        if built.report is not None and recipe.quantization is not None and not recipe.has_further_checks:
             return built  # verified during the build
-        sidecar = built.artifact.sidecar
-        session = eager.EagerSession(opened.with_outputs(sidecar.spec), "cpu", recipe=sidecar.preprocessing)
-        checks = replace(recipe.checks, data=recipe.verified_on)
-        options = VerifyOptions(weights=str(folder), **msgspec.structs.asdict(checks))
-        try:
-            report = verify(built.artifact, options, reference_session=session)
-        except Unavailable as error:  # an engine in bf16, for which this machine has no GPU
-            if built.report is None:
-                raise
-            note(f"not compared with the module: {first_line(error)}")
-            return built
+        return _verified(built, recipe, opened, folder)
+
+
+def _verified(built: Built, recipe: Recipe, module: reference.Reference, weights: Path) -> Built:
+    """The artifact with the report of its comparison with the module."""
+    sidecar, checks = built.artifact.sidecar, replace(recipe.checks, data=recipe.verified_on)
+    session = eager.EagerSession(module.with_outputs(sidecar.spec), "cpu", recipe=sidecar.preprocessing)
+    options = VerifyOptions(weights=str(weights), **msgspec.structs.asdict(checks))
+    try:
+        report = verify(built.artifact, options, reference_session=session)
+    except Unavailable as error:  # an engine in bf16, for which this machine has no GPU
+        if built.report is None:
+            raise
+        note(f"not compared with the module: {first_line(error)}")
+        return built
     record_quality(built.artifact, report)
     if built.report is not None:  # also of the layers of an engine, or of the search of int8
+        quantized = recipe.quantization is not None
         of_build = [finding for finding in built.report.findings if not quantized or finding.check not in JUDGED]
         passed, findings = report.passed and built.report.passed, (*report.findings, *of_build)
         report = replace(report, passed=passed, findings=findings)
