@@ -121,7 +121,7 @@ def tables() -> dict[str, str]:
     predicted = msgspec.json.decode((MILAN / "predict.json").read_bytes(), type=predict.Result)
     answered = msgspec.json.decode((MILAN / "serving.json").read_bytes(), type=Serving)
     segmented = [
-        msgspec.json.decode((folder / "segmentation.json").read_bytes(), type=Segmentation) for folder in (GENOA, MILAN)
+        msgspec.json.decode((folder / "segmentation.json").read_bytes(), type=Segmentation) for folder in (AMX, MILAN)
     ]
     any_size = msgspec.json.decode((MILAN / "any-size.json").read_bytes(), type=AnySize)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
