@@ -192,7 +192,7 @@ def _show(built: Built, as_json: bool) -> None:
         else:
             verdict = "[green]passed[/]" if judged.passed else "[red]FAILED[/]: the artifact is the best candidate"
             console().print(f"{verdict}; the report is {plain(path)}", soft_wrap=True)
-            print_next_step(artifact.path, judged)
+            print_next_step(artifact, judged)
     if judged is not None and not judged.passed:
         raise click.exceptions.Exit(5)
 

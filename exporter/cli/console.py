@@ -19,6 +19,7 @@ from exporter.progress import REPORTER, Silent
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from exporter.artifact import Artifact
     from exporter.report import Finding, Report
     from exporter.report.tables import Table
     from exporter.verify import VerifyOptions
@@ -244,23 +245,28 @@ def print_hint(text: str) -> None:
         console().print(plain(text), style="dim", soft_wrap=True)
 
 
-def print_next_step(artifact: object, report: Report, options: VerifyOptions | None = None) -> None:
+def print_next_step(artifact: Artifact, report: Report, options: VerifyOptions | None = None) -> None:
     """Print the command that follows a verification, if any.
 
     An artifact that cannot run here can be neither timed nor bisected. `bisect` compares only with the model that the
-    artifact was built from, so it cannot explain a difference from `--reference`.
+    artifact was built from, so it cannot explain a difference from `--reference`, nor data that cannot be measured.
     """
+    from exporter.artifact.outputs import DENSE
     from exporter.recipe import SYNTHETIC
 
-    if report.find("simulated"):
+    differs = any(not f.passed and f.check != "data" and f.value is not None for f in report.findings)
+    if report.find("simulated") or not (report.passed or differs):
         return
     if report.passed:
-        print_next("time it beside PyTorch", "bench", artifact)
+        print_next("time it beside PyTorch", "bench", artifact.path)
     elif options and options.reference:
         print_hint(f"to find the module that differs, build the artifact again with --reference {options.reference}")
     else:
         images = ("--data", options.data) if options and options.data != SYNTHETIC else ()
-        print_next("find the part that differs", "bisect", artifact, *images)
+        if artifact.sidecar.task not in DENSE:
+            print_next("find the part that differs", "bisect", artifact.path, *images)
+        elif report.find("block_error") is None:
+            print_next("find the block that differs", "verify", artifact.path, *images, "--blocks")
 
 
 def print_answer(reports: Sequence[Report]) -> None:

@@ -196,7 +196,7 @@ def finish_verification(
         reference = options.reference if options else None
         compared = f", compared with {plain(reference)}" if reference else ""
         console().print(f"{plain(artifact.path.name)} {verdict}{compared}; the report is {plain(path)}", soft_wrap=True)
-        print_next_step(artifact.path, verified, options)
+        print_next_step(artifact, verified, options)
     if not verified.passed:
         raise click.exceptions.Exit(5)
 

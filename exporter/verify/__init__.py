@@ -166,6 +166,8 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     if set(DENSE) & set(sidecar.spec.tasks) and masks.pairs_of(options.data) is not None:
         note(f"{options.data}: masks are ignored, because the artifact returns no classes at the size of the input")
+    if outputs.has_masks(sidecar) and not is_synthetic(options.data):
+        note(f"{options.data} has no masks: pixels are compared with PyTorch's, and mIoU is not measured")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
     classes = sidecar.weights.num_classes if has_labels else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"

@@ -227,13 +227,28 @@ def test_options_that_do_not_fit_are_refused(options, message, labels):
         verify(labels, VerifyOptions(**options))
 
 
-def test_masks_without_any_class_fail(labels, data, tmp_path):
+def test_masks_without_any_class_fail_and_no_difference_is_looked_for(labels, data, tmp_path, run):
     shutil.copytree(data, tmp_path / "data")
     for path in (tmp_path / "data" / "masks").iterdir():
         Image.new("L", (64, 64), 255).save(path)
-    report = verify(labels, VerifyOptions(data=str(tmp_path / "data")))
-    assert not report.passed
-    assert "no pixel of the masks has a class" in report.find("miou").detail
+    result = run("verify", copy_artifact(labels, tmp_path).path, "--data", tmp_path / "data")
+    assert result.code == 5
+    assert "no pixel of the masks has a class" in " ".join(result.out.split())
+    assert "the report is" in result.out.splitlines()[-1]
+
+
+def test_pixels_that_differ_are_looked_for_in_the_blocks(logits, data, tmp_path, run):
+    path = copy_artifact(logits, tmp_path).path
+    result = run("verify", path, "--data", data, "--atol", 1e-12)
+    assert result.code == 5
+    following = f"find the block that differs: convnext-export verify {path} --data {data} --blocks"
+    assert result.out.splitlines()[-1] == following
+
+
+def test_images_without_masks_have_a_note(labels, data):
+    with notes() as lines:
+        verify(labels, VerifyOptions(data=str(data / "images")))
+    assert f"{data / 'images'} has no masks: pixels are compared with PyTorch's, and mIoU is not measured" in lines
 
 
 def test_masks_of_0_and_255_are_noted_as_they_have_one_class_alone(labels, data, tmp_path):
