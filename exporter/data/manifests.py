@@ -29,7 +29,9 @@ _FIELDS = {word: field for field, words in _COLUMNS.items() for word in words}
 TESTED = ("val", "validation", "valid", "test")
 TRAINED = ("train", "training")
 _PAIR = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
-_EXPECTED = "expected a line of column names (path, label, split, sha256, or a usual other name), then one image a line"
+_EXPECTED = (
+    "expected a line of column names (path, label, mask, split, sha256, or a usual other name), then one image a line"
+)
 
 
 def locate(source: str) -> tuple[Path, str]:

@@ -79,7 +79,9 @@ def pairs_of(source: str) -> list[Pair] | None:
     image_folder, mask_folder = (path / name / split for name in folders)
     names = images_in(image_folder) if image_folder.is_dir() else []
     if not names:
-        raise BadRequest(f"{image_folder}: no images in it; give the folder that has images/ and annotations/")
+        splits = sorted(entry.name for entry in (path / folders[0]).iterdir() if entry.is_dir()) if split else []
+        has = f"{path.name} has the splits {some(splits)}" if splits else f"put the images into {path / folders[0]}"
+        raise BadRequest(f"{image_folder}: no images in it; {has}")
     if not split:
         _refuse_training_images(source, image_folder)
     return [Pair(name, image_folder / name, mask_folder / _mask_of(name)) for name in names]

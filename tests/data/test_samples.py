@@ -148,7 +148,7 @@ def test_a_manifest_does_not_leave_its_folder(path, folder):
 
 def test_a_manifest_without_columns_is_refused(folder):
     (folder / "m.csv").write_text("cat/0.png,cat\n")
-    with pytest.raises(BadRequest, match=r"expected a line of column names \(path, label, split, sha256"):
+    with pytest.raises(BadRequest, match=r"expected a line of column names \(path, label, mask, split, sha256"):
         gather(folder / "m.csv")
 
 

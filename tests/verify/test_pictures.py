@@ -66,7 +66,10 @@ def test_the_page_shows_six_images_of_a_trained_network(half_scenes, scenes, tmp
     assert page.count('src="data:image/png;base64,') == 18
     shown = re.findall(r'base64,([^"]+)"', page)
     np.testing.assert_array_equal(pixels(shown[1]), pixels(report.pictures[0].images[1]))
-    assert f"{report.pictures[0].name}: {report.pictures[0].agreement:.2f} % of the pixels are equal" in page
+    assert (
+        f"{report.pictures[0].name}: {report.pictures[0].agreement:.2f} % of the pixels have the class on the left"
+        in page
+    )
     without = verify(half_scenes, VerifyOptions(samples=1))
     assert without.pictures[0].reference == "eager PyTorch"
 
