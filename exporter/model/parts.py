@@ -68,15 +68,15 @@ def take(path: Path, content: Any, part: str) -> Part:
             here = here[key]
     if not _direct(here):
         raise _no_state(path, content)
-    here = _with_classifier(here, levels, notes)
+    state = _with_classifier(here, levels, notes)
     beside: dict[str, Any] = {}
-    for level, taken in [*levels, (here, set())]:
+    for level, taken in [*levels, (state, set())]:
         for key, value in _plain_entries(level, taken).items():
             beside.setdefault(key, value)
     notes += _left_out(levels)
     if skipped := _skipped(content):
         notes.append(f"skipped {skipped.total()} objects of other programs: {some(skipped)}")
-    return Part(here, beside, tuple(notes))
+    return Part(state, beside, tuple(notes))
 
 
 def _with_classifier(
@@ -113,6 +113,11 @@ def _no_state(path: Path, content: Any) -> BadRequest:
             f"{path}: tensors of one process of several (DTensor, as of FSDP2); gather them before saving: "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
             "torch.distributed.checkpoint.state_dict"
+        )
+    if sum(isinstance(value, Array) for value in _walk(content)) >= STATE_TENSORS:
+        return BadRequest(
+            f"{path}: arrays of NumPy, expected tensors; save them as tensors: "
+            "torch.save({k: torch.as_tensor(v) for k, v in state.items()}, 'weights.pth')"
         )
     keys = [str(key)[:60] for key in content]
     return BadRequest(f"{path}: not a state dict: no tensors in it; it has {some(keys) or 'nothing'}")

@@ -146,6 +146,14 @@ def test_shards_of_several_processes_are_refused_with_what_to_do(tmp_path):
         checkpoint.read(path)
 
 
+def test_arrays_of_numpy_are_refused_with_what_to_do(tmp_path):
+    path = saved(tmp_path, {"model": {key: value.numpy() for key, value in STATE.items()}})
+    with pytest.raises(
+        BadRequest, match=r"w\.pth: arrays of NumPy, expected tensors; save them as tensors: torch.save"
+    ):
+        checkpoint.read(path)
+
+
 def test_empty_weights_of_deepspeed_are_refused_with_what_to_do(tmp_path):
     path = saved(tmp_path, {"module": dict.fromkeys(STATE, torch.zeros(0)), "ds_version": "0.14.0"})
     with pytest.raises(BadRequest, match=r"w\.pth: DeepSpeed keeps the weights in other files .*run zero_to_fp32\.py"):
