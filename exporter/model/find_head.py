@@ -62,7 +62,7 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
     if place is None:
         if isinstance(choices.head_act, str) and choices.head_act:
             raise BadRequest(f"--head-act {choices.head_act}: no classifier in these weights; --head names one")
-        converted.notes += _candidates(converted.state, rest, converted.prefix)
+        converted.notes += _candidates(converted, rest)
         return
     if len(places) > 1:
         tensors, in_file = _chain(rest, list(filter(None, places)))
@@ -80,7 +80,7 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         if choices.head:
             raise BadRequest(f"--head {choices.head}: {error}; expected linear layers") from None
         converted.notes += [f"{len(tensors)} tensors of {place.rstrip('.')!r} are left out: {error}"]
-        converted.notes += _candidates(converted.state, rest, converted.prefix)
+        converted.notes += _candidates(converted, rest)
         return
     if choices.head:
         outputs = [len(tensor) for tensor in converted.head.state.values() if tensor.ndim == 2][-1]
@@ -98,13 +98,20 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
 
 def _notes(converted: Converted, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What the user may not expect of the head of this name, of which these are the tensors."""
+    if converted.head.projection:
+        return
     last = converted.head.modules.get("head", "")
-    if not converted.head.projection and f"{last}.bias".lstrip(".") not in tensors:
+    if f"{last}.bias".lstrip(".") not in tensors:
         yield (
             f"the classifier {name!r} has no bias, as in ArcFace and CosFace; it is read as a linear layer: where the "
             "model divides features and weights by their norms, give --head none for the features"
         )
     yield from converted.head.doubts
+    if converted.layout == "timm" and "norm.weight" in converted.state and not name.startswith(converted.prefix):
+        yield (
+            f"the norm of {converted.prefix}head is read as behind the pooling, as in timm; if your model pools the "
+            "maps by itself, compare with it: --reference module:callable"
+        )
     usual = "classifier" if converted.layout in ("torchvision", "huggingface") else "head"
     if name.rpartition(".")[2] != usual:
         yield f"the classifier is {name!r}"
@@ -161,12 +168,15 @@ def _last_width(state: Mapping[str, Tensor]) -> int | None:
     return None if last is None else len(last)
 
 
-def _candidates(state: Mapping[str, Tensor], rest: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """A note about modules with a linear layer that fits behind the last stage, if there are any."""
-    width = _last_width(state)
+def _candidates(converted: Converted, rest: Mapping[str, Tensor]) -> list[str]:
+    """A note about modules with a linear layer that fits behind the last stage, if there are any. Layers of another
+    segmenter's head are none."""
+    width = _last_width(converted.state)
     fits = [key for key, tensor in rest.items() if tensor.ndim == 2 and tensor.shape[1] == width]
-    names = dict.fromkeys(_with_followers(_module(key, prefix), rest, prefix) for key in fits)
-    return [f"no classifier of a usual name; --head {' or '.join([*names][:4])} takes one"] if fits else []
+    if not fits or converted.other_head not in ("", "unknown"):
+        return []
+    names = dict.fromkeys(_with_followers(_module(key, converted.prefix), rest, converted.prefix) for key in fits)
+    return [f"no classifier of a usual name; --head {' or '.join([*names][:4])} takes one"]
 
 
 def _with_followers(module: str, rest: Mapping[str, Tensor], prefix: str) -> str:
