@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import psutil
+
 from exporter.bench import turns
 from exporter.progress import REPORTER, Reporter
 from exporter.run import Outcome, RecipeRun, run_or_explain
@@ -79,15 +81,15 @@ class _Processes:
 
 
 def _stop(threads: ThreadPoolExecutor, outcomes: Sequence[Future[Outcome]]) -> None:
-    """Terminate all child processes, also those that are just starting; each of their writes is atomic."""
-    import psutil
-
-    threads.shutdown(wait=False, cancel_futures=True)
+    """Terminate all child processes, also those that are just starting; each of their writes is atomic. Further
+    interrupts change nothing."""
     while not all(outcome.done() for outcome in outcomes):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                process.terminate()
-        time.sleep(0.1)
+        with suppress(KeyboardInterrupt):
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    process.terminate()
+            time.sleep(0.1)
 
 
 def _draw(lines: Any, reporter: Reporter) -> None:

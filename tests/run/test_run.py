@@ -7,6 +7,7 @@ import queue
 import re
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import msgspec
@@ -217,6 +218,21 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
         pool._draw(lines, REPORTER.get())
     records = [(record.name, record.getMessage()) for record in caplog.records]
     assert records == [("library", "a: 3 nodes"), ("library", "b: 3 nodes")]
+
+
+def test_a_second_interrupt_does_not_keep_processes_from_being_ended(monkeypatch):
+    outcome, turns = Future(), []
+
+    def sleep(seconds):
+        turns.append(seconds)
+        if len(turns) == 1:
+            raise KeyboardInterrupt
+        outcome.set_result(None)
+
+    monkeypatch.setattr(pool.time, "sleep", sleep)
+    monkeypatch.setattr(pool.psutil.Process, "children", lambda process, recursive: [])
+    pool._stop(ThreadPoolExecutor(1), [outcome])
+    assert len(turns) == 2
 
 
 def test_several_at_once_give_the_same(recipe, run, tmp_path, monkeypatch):
