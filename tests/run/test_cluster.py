@@ -28,7 +28,6 @@ from exporter.run.cluster import Cluster
 from exporter.run.needs import Need
 from exporter.verify import VerifyOptions, shards
 from tests import once
-from tests.build.networks import FRAGILE, write_fragile, write_labelled
 from tests.conftest import copy_artifact, snapshot
 
 MARK = "TESTS_RAY"  # in the environment of all processes of a cluster of these tests
@@ -188,28 +187,6 @@ def test_rows_of_a_parquet_file_are_answered_on_a_cluster(address, copied, photo
     assert result.code == 0, result.err
     assert (tmp_path / "several.parquet").read_bytes() == (tmp_path / "one.parquet").read_bytes()
     assert parquet.read_metadata(tmp_path / "one.parquet").num_rows == len(contents)
-
-
-@pytest.mark.slow
-def test_an_int8_build_has_the_bytes_of_one_machine(address, tmp_path, run, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("exporter.build.int8.speed.SECONDS_EACH", 0.3)
-    monkeypatch.setattr("exporter.verify.shards.IMAGES", 16)
-    images, weights = write_labelled(tmp_path / "images.npz"), write_fragile(tmp_path / "fragile")
-    words = ["onnx", "--int8", "--weights", weights, "--calib", images, "--calib-method", "mse", "--data", images]
-    words += ["--max-drop", 0.05, "--json"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of one"))
-    one = run(*words, "-o", "one")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of several"))
-    several = run(*words, "-o", "several", "--on", address)
-    assert several.code == one.code == 0, several.err
-    assert "verifying custom_int8.onnx in 2 shards of up to 16 images" in several.err
-    built = [answer.json["artifact"] for answer in (one, several)]
-    assert built[0]["sha256"] == built[1]["sha256"]
-    assert set(built[0]["quantization"]["kept"]) == set(FRAGILE)
-    judged = [[f for f in answer.json["report"]["findings"] if f["check"] != "int8"] for answer in (one, several)]
-    assert judged[0] == judged[1]
 
 
 def write_recipes(folder, weights, bench):
