@@ -75,7 +75,8 @@ def _take_one(converted: Converted, rest: dict[str, Tensor], choices: Choices, o
         if converted.layout == "timm" and place.endswith("visual.head."):
             converted.head = heads.projection(tensors)
         else:
-            converted.head = heads.classifier(tensors, act, has_norm, ordered)
+            shown = in_file if len(places) > 1 else str
+            converted.head = heads.classifier(tensors, act, has_norm, ordered, shown)
     except heads.NoClassifier as error:
         if choices.head:
             raise BadRequest(f"--head {choices.head}: {error}; expected linear layers") from None

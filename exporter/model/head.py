@@ -54,7 +54,9 @@ class _Layer:
     is_convolution: bool = False
 
 
-def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered: bool = True) -> Head:
+def classifier(
+    tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered: bool = True, shown: Callable[[str], str] = str
+) -> Head:
     """The classifier that these tensors are, named as below its module (`weight`, `1.bias`, `pre_logits.fc.weight`).
 
     Args:
@@ -64,6 +66,7 @@ def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered:
         has_norm: the last norm stands in front already; without it, a LayerNorm that the head begins with is the last
             norm.
         ordered: the tensors are in the order in which the modules were defined.
+        shown: the name of a module in messages.
 
     Raises: NoClassifier for a module that is none; BadRequest for layers other than linear ones, LayerNorm and
         BatchNorm, for an unknown order, and where `act` is needed, or has no place.
@@ -72,7 +75,7 @@ def classifier(tensors: Mapping[str, Tensor], act: Act, has_norm: bool, ordered:
     if not modules:
         raise BadRequest("the head has no weights; --head names a module with a linear layer")
     _check(modules)
-    between = _activations(modules, act)
+    between = _activations(modules, act, shown)
     state: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     layers: list[str] = []
@@ -242,7 +245,7 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, part != "pre_logits", part) for part in path.split(".")]
 
 
-def _activations(modules: Sequence[_Layer], act: Act) -> list[str]:
+def _activations(modules: Sequence[_Layer], act: Act, shown: Callable[[str], str]) -> list[str]:
     """The activation behind each module but the last, "" for none.
 
     Raises: BadRequest where it cannot be known: a Sequential's file does not hold it.
@@ -267,7 +270,7 @@ def _activations(modules: Sequence[_Layer], act: Act) -> list[str]:
     if not gaps:
         raise BadRequest(f"--head-act {act}: the head has no place for an activation; leave it out")
     if len(words) != len(places):
-        where = [f"{modules[i].path} and {modules[i + 1].path}" for i in gaps]
+        where = [f"{shown(modules[i].path)} and {shown(modules[i + 1].path)}" for i in gaps]
         example = "relu" if len(inner) == len(gaps) else ",".join(["none"] * (len(gaps) - 1) + ["relu"])
         raise BadRequest(
             f"the head may have an activation between {', between '.join(where)}, and weights do not show it; give "

@@ -589,7 +589,7 @@ def test_layers_that_are_named_in_a_chain_run_one_after_the_other(suffix, tmp_pa
     chosen = fit(model.state_dict(), {}, Choices(head="fc1"))
     assert "'fc2' takes the outputs of 'fc1', and is left out; --head fc1+fc2 takes both" in chosen.notes
     assert fit(model.state_dict(), {}, Choices(head="fc1+fc2", head_act="relu")).modules["head"] == "fc2"
-    with pytest.raises(BadRequest, match="give --head-act relu"):
+    with pytest.raises(BadRequest, match="between fc1 and fc2, and weights do not show it; give --head-act relu"):
         ours(path, libraries.images(), head="fc1+fc2")
 
 
