@@ -17,8 +17,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-import psutil
-
 from exporter.bench import turns
 from exporter.progress import REPORTER, Reporter
 from exporter.run import Outcome, RecipeRun, run_or_explain
@@ -29,6 +27,8 @@ _SHARED: list[Any] = []  # in a child process: the queue to the display, the loc
 
 def run_all(runs: Sequence[RecipeRun], count: int) -> list[Outcome]:
     """Run recipes, `count` at once. Timing waits until the other processes are done or wait too."""
+    import psutil  # noqa: F401  (`_stop` has no time to load it)
+
     context = multiprocessing.get_context("spawn")
     lines = context.Queue()
     drawing = threading.Thread(target=_draw, args=(lines, REPORTER.get()), daemon=True)
@@ -83,6 +83,8 @@ class _Processes:
 def _stop(threads: ThreadPoolExecutor, outcomes: Sequence[Future[Outcome]]) -> None:
     """Terminate all child processes, also those that are just starting; each of their writes is atomic. Further
     interrupts change nothing."""
+    import psutil
+
     while not all(outcome.done() for outcome in outcomes):
         with suppress(KeyboardInterrupt):
             threads.shutdown(wait=False, cancel_futures=True)

@@ -230,7 +230,7 @@ def test_a_second_interrupt_does_not_keep_processes_from_being_ended(monkeypatch
         outcome.set_result(None)
 
     monkeypatch.setattr(pool.time, "sleep", sleep)
-    monkeypatch.setattr(pool.psutil.Process, "children", lambda process, recursive: [])
+    monkeypatch.setattr("psutil.Process.children", lambda process, recursive: [])
     pool._stop(ThreadPoolExecutor(1), [outcome])
     assert len(turns) == 2
 
