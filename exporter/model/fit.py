@@ -91,9 +91,8 @@ def _defaults(converted: Converted) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if converted.layout == "timm":  # beyond stride 32 its networks are dilated
         settings["output_stride"] = 32
-    if (
-        converted.layout == "huggingface" and "norm_pre.weight" not in converted.state
-    ):  # `layer_norm_eps` of ConvNextConfig
+    is_of_stage = "norm_pre.weight" in converted.state  # the norm in front of the head, with the eps of stages
+    if converted.layout == "huggingface" and not is_of_stage:  # `layer_norm_eps` of ConvNextConfig
         settings["head_eps"] = 1e-12
     if "norm" in converted.head.modules and converted.layout != "torchvision":  # nn.LayerNorm in the user's head
         settings["head_eps"] = 1e-5
