@@ -23,7 +23,8 @@ _BETWEEN = re.compile(
     re.I,
 )
 _TRAINING = re.compile(
-    r"(?<![a-z])(loss|criterion|metric|acc|teacher|momentum|swa|average|distill|ema(?![a-z]))|weights?$", re.I
+    r"(?<![a-z])(loss|criterion|metric|acc|teacher|momentum|swa|average|distill|ema(?![a-z]))|(class|pos|neg|sample|label)_?weights?$",
+    re.I,
 )
 _SIDE = re.compile(r"(?<![a-z])(aux|dec|mask(?![a-z]))", re.I)  # outputs of their own, unless they fit exactly
 _COLORS = re.compile(r"(?<![a-z])(mean|std)$", re.I)
