@@ -36,7 +36,7 @@ def _gate(base: str | Path, head: str | Path, *limits: str, **options: Any) -> R
     __tracebackhide__ = True
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
     checked = msgspec.convert({"fail_on": limits, **plain}, gate.GateOptions)
-    made = gate.compare([Path(base), Path(head)], checked)
-    if not made.passed:
-        pytest.fail(f"{head} regressed against {base}\n\n{markdown.render([made])}", pytrace=False)
-    return made
+    report = gate.compare([Path(base), Path(head)], checked)
+    if not report.passed:
+        pytest.fail(f"{head} regressed against {base}\n\n{markdown.render([report])}", pytrace=False)
+    return report
