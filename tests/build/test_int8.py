@@ -161,14 +161,14 @@ def test_the_fewest_parts_are_kept_in_higher_precision(needed):
 
 
 def test_fewer_parts_than_already_failed_are_not_tried():
-    asked = []
+    counts = []
 
     def judge(work, kept):
-        asked.append(len(kept))
+        counts.append(len(kept))
         return candidate(kept, len(kept) >= 20)
 
     search(None, judge, lambda: {f"stages.2.{i}": 0.1 for i in range(21)})
-    assert asked == [0, 1, 2, 4, 8, 16, 20, 18, 19]
+    assert counts == [0, 1, 2, 4, 8, 16, 20, 18, 19]
 
 
 def test_when_nothing_holds_the_one_that_loses_least_is_best():
@@ -335,12 +335,12 @@ def timed_as(artifacts, int8_ms, eager_ms, others_pct):
 
 
 def test_parts_that_the_user_keeps_have_no_cost_and_others_theirs(artifacts, monkeypatch):
-    made = artifacts["onnxruntime", "int8"]
+    artifact_int8 = artifacts["onnxruntime", "int8"]
     timed, search = timed_as(artifacts, [0.5] * 5, [1.0] * 5, 0)
     monkeypatch.setattr(timed, "ratio", lambda one, over: (1 / 1.5, 0.6, 0.7))
-    first = Candidate(("stages.2.0",), made, None)
+    first = Candidate(("stages.2.0",), artifact_int8, None)
     for kept, cost in ((("stages.2.0",), []), (("stages.2.0", "stages.1.0"), ["+50.0 % latency"])):
-        search.best = Candidate(kept, made, None)
+        search.best = Candidate(kept, artifact_int8, None)
         search.tried = [first, search.best]
         assert [row.detail for row in speed._kept(timed, search)] == ["named by --keep", *cost]
 

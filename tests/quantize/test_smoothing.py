@@ -71,9 +71,9 @@ def test_the_shift_in_front_of_a_dilated_convolution_is_not_scaled(form, images)
     model.load_state_dict(tiny_state(output_stride=8))
     model = forms.rewrite(model, form).double()
     before, expected = largest(model, images)
-    found = factors(model, before, 0.5)
-    assert {name for name in found if name.startswith("downsample")} == {"downsample_layers.1.1"}
-    smooth(model, found)
+    moved = factors(model, before, 0.5)
+    assert {name for name in moved if name.startswith("downsample")} == {"downsample_layers.1.1"}
+    smooth(model, moved)
     assert torch.allclose(model(images), expected, rtol=1e-5, atol=1e-6 * float(expected.std()))
 
 
