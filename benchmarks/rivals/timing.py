@@ -98,9 +98,7 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     for group in _groups(networks, chosen, candidates):
         arms = [arm for network in group for arm in _arms(network, chosen[network.name], candidates, pytorch)]
         share = seconds / supervisor.PROCESSES * len(group) / len(networks)
-        plan = Plan(
-            arms=(*arms, *_peaks(candidates)), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=share
-        )
+        plan = _plan((*arms, *_peaks(candidates)), batch, share)
         timings |= dict.fromkeys((network.name for network in group), Timing(plan))
     groups = [*{id(timing): timing for timing in timings.values()}.values()]
     racing.race_in_turn(groups, Path(ROOT) / f"race-b{batch}", open_network)
@@ -122,6 +120,11 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
         gmacs=gmacs,
         environment=environment(THREADS),
     )
+
+
+def _plan(arms: Sequence[Arm], batch: int, seconds: float) -> Plan:
+    """How arms are timed. Their outputs are not compared, as those of different networks differ."""
+    return Plan(arms=tuple(arms), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=seconds, compared=False)
 
 
 def _groups(
@@ -167,7 +170,7 @@ def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
     """The plain ways of a network, and the fastest way for each runtime and precision, by a short race."""
     mine = [way for name, way in candidates.artifacts if name == network.name]
     arms = [_arm(network, way, candidates.artifacts[network.name, way]) for way in mine]
-    timing = Timing(Plan(arms=tuple(arms), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=HEAT_SECONDS))
+    timing = Timing(_plan(arms, batch, HEAT_SECONDS))
     path = Path(ROOT) / f"choice-b{batch}" / f"{network.timm}.json"
     racing.resume(timing, path)
     if len(timing.launches) < HEAT_PROCESSES:
