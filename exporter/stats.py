@@ -92,8 +92,8 @@ class Center:
         return (self.high - self.low) / 2
 
 
-def center(values: Sequence[float], confidence: float = 0.95) -> Center:
-    """The Hodges–Lehmann estimate and its exact interval, from the signed ranks.
+def center(values: Sequence[float]) -> Center:
+    """The Hodges–Lehmann estimate and its exact 95 % interval, from the signed ranks.
 
     The estimate is the median of all pairwise means (Walsh averages), the interval those of them that Wilcoxon's
     signed-rank test does not reject (Hollander, Wolfe and Chicken, "Nonparametric statistical methods", 3.2–3.3). With
@@ -102,12 +102,12 @@ def center(values: Sequence[float], confidence: float = 0.95) -> Center:
     found = np.asarray(values, float)
     rows, columns = np.triu_indices(len(found))
     walsh = np.sort((found[rows] + found[columns]) / 2)
-    cut = _signed_rank_cut(len(found), (1 - confidence) / 2)
+    cut = _signed_rank_cut(len(found), 0.025)
     low, high = float(walsh[cut]), float(walsh[-1 - cut])
-    if len(found) > 1 and 0.5 ** (len(found) - 1) > 1 - confidence:
+    if len(found) > 1 and 0.5 ** (len(found) - 1) > 0.05:
         from scipy.stats import t
 
-        half = float(t.ppf(0.5 + confidence / 2, len(found) - 1) * found.std(ddof=1) / sqrt(len(found)))
+        half = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / sqrt(len(found)))
         low, high = min(low, found.mean() - half), max(high, found.mean() + half)
     return Center(float(np.median(walsh)), float(low), float(high))
 
@@ -121,32 +121,28 @@ def _signed_rank_cut(count: int, tail: float) -> int:
     return max(0, int(np.searchsorted(below, tail, side="right")) - 1)
 
 
-def is_above(values: Sequence[float], limit: float = 0.0) -> float:
-    """How probable values so far above the limit are when they are not: Wilcoxon's signed-rank test, one-sided."""
+def p_above(values: Sequence[float]) -> float:
+    """The p-value of values above 0: Wilcoxon's signed-rank test, one-sided."""
     from scipy.stats import wilcoxon
 
-    shifted = np.asarray(values, float) - limit
-    if not shifted.any():
+    if not np.any(values):
         return 1.0
-    return float(wilcoxon(shifted, alternative="greater").pvalue)
+    return float(wilcoxon(values, alternative="greater").pvalue)
 
 
-def is_larger(before: Sequence[float], after: Sequence[float]) -> float:
-    """How probable an `after` so far above `before` is when nothing changed: Mann and Whitney's test, one-sided."""
+def p_larger(before: Sequence[float], after: Sequence[float]) -> float:
+    """The p-value of an `after` larger than `before`: Mann and Whitney's test, one-sided."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(after, before, alternative="greater").pvalue)
 
 
-def shift(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Center:
-    """How far `after` lies above `before`: Hodges and Lehmann's estimate for two samples, with its interval from
+def shift(before: Sequence[float], after: Sequence[float]) -> Center:
+    """How far `after` lies above `before`: Hodges and Lehmann's estimate for two samples, with its 95 % interval from
     the normal approximation of Mann and Whitney's statistic (Hollander, Wolfe and Chicken, 4.2–4.3)."""
-    from scipy.stats import norm
-
     differences = np.sort(np.subtract.outer(np.asarray(after, float), np.asarray(before, float)).ravel())
     m, n = len(before), len(after)
-    z = float(norm.ppf(0.5 + confidence / 2))
-    cut = max(0, int(m * n / 2 - z * sqrt(m * n * (m + n + 1) / 12)) - 1)
+    cut = max(0, int(m * n / 2 - Z * sqrt(m * n * (m + n + 1) / 12)) - 1)
     return Center(float(np.median(differences)), float(differences[cut]), float(differences[-1 - cut]))
 
 

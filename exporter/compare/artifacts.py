@@ -31,7 +31,7 @@ from exporter.progress import step
 from exporter.recipe import Seconds, Threads, TimingOptions
 from exporter.recipe.fields import about
 from exporter.report import Finding
-from exporter.stats import center, is_above
+from exporter.stats import center, p_above
 
 BASE, HEAD, CONTROL = "base", "head", "base again"
 AGAIN = 2  # times as many processes in the second look, or more if the number of comparisons needs it
@@ -175,7 +175,7 @@ def _change(limit: Limit, case: str, timing: Timing) -> Change:
         case=case,
         found=difference,
         effects=effects,
-        chance=is_above(effects),
+        chance=p_above(effects),
         floor=max(abs(itself.low), abs(itself.high)),
         base=images[BASE] / base if rate else base,
         head=images[HEAD] / head_value if rate else head_value,

@@ -19,7 +19,7 @@ from exporter.compare import LEAST_LAUNCHES, METRICS, Change, Limit, compare_ans
 from exporter.errors import BadRequest, some
 from exporter.report import Finding, Report, gpu_of, images_of, machine_of
 from exporter.report.tables import name
-from exporter.stats import center, is_larger, shift
+from exporter.stats import center, p_larger, shift
 
 Pair = tuple[Report, Report]
 
@@ -195,7 +195,7 @@ def _change(base: Report, head: Report, limit: Limit, case: str) -> Change:
         case=case,
         found=shift(list(logs[0]), list(logs[1])),
         effects=[float(one - np.median(logs[0])) for one in logs[1]],
-        chance=is_larger(list(logs[0]), list(logs[1])),
+        chance=p_larger(list(logs[0]), list(logs[1])),
         floor=max(spread),
         base=known[0],
         head=known[1],

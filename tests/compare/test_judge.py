@@ -8,7 +8,7 @@ import pytest
 from exporter.compare import Change, compare_answers, compare_exact, judge, parse_limit, parse_limits, processes_needed
 from exporter.errors import BadRequest
 from exporter.report import Finding
-from exporter.stats import center, is_above, log_change
+from exporter.stats import center, log_change, p_above
 
 
 def change(limit="p50_ms:5%", shift_pct=0.0, noise_pct=0.5, launches=16, floor_pct=1.0, seed=0):
@@ -19,7 +19,7 @@ def change(limit="p50_ms:5%", shift_pct=0.0, noise_pct=0.5, launches=16, floor_p
         case="batch 1",
         found=center(effects),
         effects=effects,
-        chance=is_above(effects),
+        chance=p_above(effects),
         floor=log_change(floor_pct),
         base=10.0,
         head=10.0,
@@ -122,7 +122,7 @@ def test_a_thousand_comparisons_of_nothing_raise_no_alarm():
         alarms += (
             effects
             and not passed(
-                Change(parse_limit("p50_ms:0%"), "", center(effects), effects, is_above(effects), 0.015, 1, 1)
+                Change(parse_limit("p50_ms:0%"), "", center(effects), effects, p_above(effects), 0.015, 1, 1)
             )[0]
         )
     assert alarms <= 10
