@@ -56,24 +56,24 @@ class BenchOptions(Bench, frozen=True):
     ] = True
 
 
-def bench(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener = worker.open_arm) -> list[Report]:
+def bench(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Report]:
     """Time artifacts in turn with the eager model that they were built from; return a report for each.
 
     Raises: BadRequest for artifacts that cannot be timed together, or not at a batch size.
     """
     _check(artifacts, options)
-    _check_devices_here(artifacts, options, opener)
+    _check_devices_here(artifacts, options)
     if options.cache_dir is not None:
         _make(Path(options.cache_dir))
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
-    timings = [time_batch(arms, artifacts[0], batch, options, opener) for batch in batches_of(options, artifacts)]
+    timings = [time_batch(arms, artifacts[0], batch, options) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
     alone = [replace(arm, cache_dir=options.cache_dir) for arm in arms if arm.runtime == "artifact"]
     plan = timings[0].plan
     with turns.alone():
         models = track(alone, len(alone), "models", lambda _: 1)
-        cold = {arm.name: supervisor.measure_cold(arm, plan, opener) for arm in models}
+        cold = {arm.name: supervisor.measure_cold(arm, plan) for arm in models}
     environment = {**backends.environment(), "timing": facts.circumstances(timings)}
     if gpu is not None:
         environment |= {"gpu_before": gpu, "gpu_after": machine.gpu()}
@@ -134,7 +134,7 @@ def _check_eager(options: BenchOptions) -> None:
         raise BadRequest("--no-eager: --weights and --reference say which PyTorch model is timed; leave them out")
 
 
-def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions, opener: Opener) -> None:
+def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions) -> None:
     """Refuse a device that this machine does not have, before anything is timed.
 
     Raises: Unavailable.
@@ -142,7 +142,7 @@ def _check_devices_here(artifacts: Sequence[Artifact], options: BenchOptions, op
     for made in artifacts:
         arm = _arm(str(made.path), made, options)
         if backends.device_kind(made, options.device) != "CPU":
-            with opener(arm):
+            with worker.open_arm(arm):
                 pass
 
 
@@ -189,7 +189,12 @@ def peak_name(made: Artifact) -> str:
 
 
 def time_batch(
-    arms: list[Arm], made: Artifact, batch: int, options: BenchOptions, opener: Opener, compared: bool = True
+    arms: list[Arm],
+    made: Artifact,
+    batch: int,
+    options: BenchOptions,
+    opener: Opener = worker.open_arm,
+    compared: bool = True,
 ) -> Timing:
     """Time all arms at one batch size in fresh processes, until the intervals are narrow enough."""
     models, processes = [Path(arm.name).name for arm in arms if arm.runtime != "peak"], supervisor.PROCESSES

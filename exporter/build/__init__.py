@@ -9,7 +9,6 @@ from pathlib import Path
 
 from exporter.artifact import Artifact, read_sidecar, sidecar_path
 from exporter.artifact.sidecar import Sidecar, size_text
-from exporter.bench import Opener, worker
 from exporter.build import int8, tune
 from exporter.build.export import export
 from exporter.build.int8.workers import Workers
@@ -38,7 +37,6 @@ class Built:
 def build(
     recipe: Recipe,
     out: Path,
-    opener: Opener = worker.open_arm,
     reference: Reference | None = None,
     workers: Workers | None = None,
 ) -> Built:
@@ -47,7 +45,6 @@ def build(
     Args:
         recipe: what to build.
         out: the folder to write to.
-        opener: opens models in the timing process, where forms or precisions are timed.
         reference: the model that the network is compared with; by default the one that the recipe names.
         workers: processes that compute parts of an int8 build; by default this one computes all.
 
@@ -55,11 +52,11 @@ def build(
     """
     job = resolve(recipe, out, reference)
     if job.form == "auto":
-        job = job.in_form(tune.fastest(job, _artifact_of, opener))
+        job = job.in_form(tune.fastest(job, _artifact_of))
     for path in job.files:
         _note_replaced(path, job)
     if job.precision.needs_calibration:
-        return Built(*int8.build(job, _artifact_of, opener, workers))
+        return Built(*int8.build(job, _artifact_of, workers))
     graph = export(job)
     if recipe.precision != "fp32":
         step(f"{recipe.precision} for {recipe.backend}")

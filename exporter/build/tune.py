@@ -20,7 +20,7 @@ from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.disk import cache_folder, write_file
 from exporter.artifact.sidecar import Record
-from exporter.bench import Opener, Timing, batches_of, latency
+from exporter.bench import Opener, Timing, batches_of, latency, worker
 from exporter.build.resolve import Job
 from exporter.errors import ExporterError
 from exporter.model import FORMS
@@ -52,7 +52,7 @@ class Choice(Record, frozen=True):
         return f"{self.form}; over plain: {', '.join(lines)}"
 
 
-def fastest(job: Job, build: Build, opener: Opener) -> str:
+def fastest(job: Job, build: Build, opener: Opener = worker.open_arm) -> str:
     """The form that a job's model runs fastest in on this machine, stored or measured.
 
     Args:

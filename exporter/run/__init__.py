@@ -14,8 +14,9 @@ import msgspec
 from exporter import backends, build, report, verify
 from exporter.artifact import Artifact, forced, read_sidecar
 from exporter.artifact.disk import locked, write_file
-from exporter.bench import Opener, latency, limits, worker
-from exporter.errors import BadRequest, ExporterError, file_error, some
+from exporter.bench import latency, limits
+from exporter.build.int8.search import JUDGED
+from exporter.errors import BadRequest, ExporterError, Unavailable, file_error, some
 from exporter.model import variants, weights
 from exporter.model.sources import is_random
 from exporter.progress import note, step
@@ -164,7 +165,7 @@ def not_timed(recipe: Recipe) -> str:
     return f"not timed: {why}" if why else ""
 
 
-def run(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+def run(recipe_run: RecipeRun) -> Outcome:
     """Run the steps of a recipe; steps whose inputs are unchanged are skipped.
 
     Two runs of one recipe in one folder take turns.
@@ -176,7 +177,7 @@ def run(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
         steps = Steps(recipe_run.recipe, recipe_run.out, recipe_run.folder)
         artifact = _build(recipe_run, steps, outcome)
         _verify(recipe_run, steps, artifact, outcome)
-        _bench(recipe_run, steps, artifact, outcome, opener)
+        _bench(recipe_run, steps, artifact, outcome)
         _write_report(recipe_run, steps, artifact, outcome)
     return outcome
 
@@ -192,7 +193,7 @@ def build_only(recipe_run: RecipeRun) -> Outcome:
     return outcome
 
 
-def bench_and_report(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+def bench_and_report(recipe_run: RecipeRun) -> Outcome:
     """Time the artifact of a recipe that other processes of the same run built and verified, and write the report.
 
     Raises: as `run` does; BadRequest where the artifact is gone.
@@ -205,7 +206,7 @@ def bench_and_report(recipe_run: RecipeRun, opener: Opener = worker.open_arm) ->
             raise BadRequest(
                 f"{recipe_run.out}: the artifact was removed or replaced after its build; run the same command again"
             )
-        _bench(recipe_run, steps, artifact, outcome, opener)
+        _bench(recipe_run, steps, artifact, outcome)
         _write_report(recipe_run, steps, artifact, outcome)
     return outcome
 
@@ -274,7 +275,7 @@ def keep_verified(steps: Steps, artifact: Artifact, key: str, verified: Report) 
     steps.keep("verify", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=verified))
 
 
-def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome, opener: Opener) -> None:
+def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Outcome) -> None:
     options = bench_options(recipe_run.recipe)
     if options is None or (why := not_timed(recipe_run.recipe)):
         outcome.steps["bench"] = "not asked for" if options is None else why
@@ -284,7 +285,7 @@ def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Out
         outcome.steps["bench"] = "already there"
         return
     key = steps.key("bench", artifact)
-    (timed,) = latency.bench([artifact], options, opener)
+    (timed,) = latency.bench([artifact], options)
     steps.keep("bench", Part(key=key, file=artifact.path.name, sha256=artifact.sidecar.sha256, report=timed))
     outcome.steps["bench"] = "done"
 
@@ -323,21 +324,21 @@ def _reproducible(artifact: Artifact) -> list[Finding]:
     return [Finding(check="build", metric="reproducible", value=0, detail=detail)]
 
 
-def run_all(runs: Sequence[RecipeRun], opener: Opener = worker.open_arm) -> list[Outcome]:
+def run_all(runs: Sequence[RecipeRun]) -> list[Outcome]:
     """Run recipes in turn. Where one cannot be run, its outcome says why, and the others go on."""
     outcomes = []
     for index, recipe_run in enumerate(runs, 1):
         if len(runs) > 1:
             step(f"{recipe_run.name} ({index} of {len(runs)})")
-        outcomes.append(run_or_explain(recipe_run, opener))
+        outcomes.append(run_or_explain(recipe_run))
     return outcomes
 
 
-def run_or_explain(recipe_run: RecipeRun, opener: Opener = worker.open_arm) -> Outcome:
+def run_or_explain(recipe_run: RecipeRun) -> Outcome:
     """Run a recipe. Where it cannot be run, its outcome says why."""
     failed = Outcome(recipe_run.name)
     with recording_error(failed):
-        return run(recipe_run, opener)
+        return run(recipe_run)
     return failed
 
 

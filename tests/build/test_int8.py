@@ -310,7 +310,7 @@ def test_an_engine_is_timed_at_a_batch_that_it_runs(profiles, batch, artifacts, 
     search = SimpleNamespace(best=Candidate((), engine, None), tried=[Candidate((), engine, None)])
     work = SimpleNamespace(job=SimpleNamespace(recipe=recipe_of(precision="int8")))
     monkeypatch.setattr(speed.latency, "time_batch", lambda arms, made, batch, *rest, **others: batch)
-    timed = speed.Timed(work, search, engine, None, None)
+    timed = speed.Timed(work, search, engine, None)
     assert (timed.batch, timed.timing) == (batch, batch)
 
 

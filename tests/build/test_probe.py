@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from exporter import machine
 from exporter.bench import supervisor
-from exporter.build import int8, resolve
+from exporter.build import resolve
 from exporter.build.int8 import probe
 from exporter.errors import CheckFailed
 from exporter.model import structure, weights
@@ -116,8 +116,8 @@ def test_int8_is_compared_with_the_form_that_the_higher_precision_ships_in(backe
 
 
 def test_the_command_ends_with_exit_code_5_and_leaves_nothing(tiny, run, tmp_path, monkeypatch, probing):
-    real = int8.build
-    monkeypatch.setattr(int8, "build", lambda job, build_recipe, *_: real(job, build_recipe, fakes.int8_is_slower))
+    real = probe.refuse_slower
+    monkeypatch.setattr(probe, "refuse_slower", lambda job, folder: real(job, folder, fakes.int8_is_slower))
     done = run("onnx", "--int8", "--weights", tiny, "-o", tmp_path / "out")
     assert done.code == 5
     assert "int8 is slower than fp32 here" in done.err

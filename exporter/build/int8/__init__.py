@@ -11,7 +11,6 @@ import msgspec
 
 from exporter.artifact import Artifact
 from exporter.artifact.outputs import DENSE
-from exporter.bench import Opener
 from exporter.build.int8 import probe, speed
 from exporter.build.int8.search import Candidate, Judge, Search, judging, open_data, search, sensitivities
 from exporter.build.int8.work import Work, prepare
@@ -28,13 +27,12 @@ from exporter.verify import record_quality
 Build = Callable[[Recipe, Path], Artifact]
 
 
-def build(job: Job, build_recipe: Build, opener: Opener, workers: Workers | None = None) -> tuple[Artifact, Report]:
+def build(job: Job, build_recipe: Build, workers: Workers | None = None) -> tuple[Artifact, Report]:
     """Build the artifact that stays within its budget with the fewest parts in higher precision.
 
     Args:
         job: of precision int8 or fp8.
         build_recipe: builds the artifact of another recipe, for the next higher precision.
-        opener: opens a model in the timing process.
         workers: processes that compute parts of the build; by default this one computes all.
 
     Returns: the artifact, and its report, which passes where the budget and the limits of the precision hold. If no
@@ -46,7 +44,7 @@ def build(job: Job, build_recipe: Build, opener: Opener, workers: Workers | None
     with tempfile.TemporaryDirectory(prefix="convnext-export-int8-") as temporary:
         folder = Path(temporary)
         data = open_data(job)  # before the calibration, which takes long
-        probe.refuse_slower(job, folder / "probe", opener)
+        probe.refuse_slower(job, folder / "probe")
         work = prepare(job, folder, workers)
         with judging(work, folder, data, workers) as judge:
             result = search(work, judge, partial(sensitivities, work), job.recipe.export.keep or ())
@@ -60,7 +58,7 @@ def build(job: Job, build_recipe: Build, opener: Opener, workers: Workers | None
         record_quality(artifact, result.best.report)  # an interrupt of the timing leaves the artifact
         step(f"{artifact.path} is written")
         try:
-            timed = speed.time(work, result, baseline, folder, opener)
+            timed = speed.time(work, result, baseline, folder)
         except KeyboardInterrupt:
             note(f"{artifact.path} is complete; convnext-export bench times it")
             raise StoppedAfterBuild from None

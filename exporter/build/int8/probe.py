@@ -10,7 +10,7 @@ from statistics import median
 from msgspec.structs import replace
 
 from exporter.artifact import Artifact
-from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor, turns
+from exporter.bench import Opener, Timing, batches_of, flat, latency, supervisor, turns, worker
 from exporter.build.int8.work import prepare
 from exporter.build.resolve import Job
 from exporter.errors import CheckFailed, ExporterError, first_line
@@ -25,7 +25,7 @@ SECONDS_PER_PROCESS = 1.5  # of timing, for both models together
 CLEAR_SPEEDUP = 1.1  # no more processes are timed when int8 is faster by so much
 
 
-def refuse_slower(job: Job, folder: Path, opener: Opener) -> None:
+def refuse_slower(job: Job, folder: Path, opener: Opener = worker.open_arm) -> None:
     """Stop the build where int8 is slower on this machine.
 
     A network of the same widths with fewer blocks is built in int8 and in the next higher precision, each in the form

@@ -11,7 +11,7 @@ import msgspec
 
 from exporter.artifact import Artifact
 from exporter.backends import NARROW, Layer
-from exporter.bench import Opener, Timing, batches_of, flat, latency
+from exporter.bench import Timing, batches_of, flat, latency
 from exporter.build.int8.search import Candidate, Search
 from exporter.build.int8.work import Work
 from exporter.errors import ExporterError, first_line, some
@@ -28,7 +28,7 @@ MOST_ALONE = 6  # parts that are timed with each of them alone in higher precisi
 class Timed:
     """The candidates, the baseline and PyTorch, timed in turn in one run."""
 
-    def __init__(self, work: Work, search: Search, baseline: Artifact, folder: Path, opener: Opener) -> None:
+    def __init__(self, work: Work, search: Search, baseline: Artifact, folder: Path) -> None:
         self.above, self.baseline = baseline.sidecar.precision, baseline
         recipe = work.job.recipe
         first, more = _first(search), _kept_by_search(search)
@@ -45,7 +45,7 @@ class Timed:
         self.batch = batches_of(options, artifacts)[0]
         arms = latency.arms_of(artifacts, options)
         # Only latencies are used here, and the candidates were verified before.
-        self.timing: Timing = latency.time_batch(arms, artifacts[0], self.batch, options, opener, compared=False)
+        self.timing: Timing = latency.time_batch(arms, artifacts[0], self.batch, options, compared=False)
 
     def ms(self, artifact: Artifact) -> float:
         """The median latency of an artifact in milliseconds."""
@@ -87,14 +87,14 @@ def baseline(work: Work, build: Callable[[Recipe, Path], Artifact], folder: Path
         return None
 
 
-def time(work: Work, search: Search, baseline: Artifact | None, folder: Path, opener: Opener) -> Timed | str:
+def time(work: Work, search: Search, baseline: Artifact | None, folder: Path) -> Timed | str:
     """Time the candidates, or say why they cannot be timed."""
     if reason := work.job.runtime.unable():
         return reason
     if baseline is None:
         return f"there is no {work.job.above_int8} baseline"
     try:
-        timed = Timed(work, search, baseline, folder, opener)
+        timed = Timed(work, search, baseline, folder)
     except ExporterError as error:
         return first_line(error)
     for artifact in (timed.baseline, search.best.artifact):
