@@ -9,13 +9,10 @@ reader opens the old artifact, the new one or none, never a mixture.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import mmap
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from exporter.artifact.disk import flush, lock, locked, write_error, write_file
+from exporter.artifact.disk import flush, locked, new_folder, write_error, write_file
 from exporter.artifact.readers import wait_until_closed
 from exporter.artifact.sidecar import File, Sidecar, Weights, decode, encode
 from exporter.errors import BadRequest, ExporterError, nearest, some
@@ -229,27 +226,19 @@ def staging(target: Path, weights: Weights | None = None) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             _recover(target)
-            _sweep(target)
             _refuse_foreign(target)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=out))
-            release = lock(folder, file=folder.with_suffix(".lock"))
+        with new_folder(target) as folder:
+            yield folder
+            for path in folder.iterdir():
+                flush(path)
+            with locked(out):
+                _recover(target)
+                if weights is not None:  # another process may have written it meanwhile
+                    refuse_other_weights(target, weights)
+                os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
+                _recover(target)
     except OSError as error:
         raise write_error(error, out) from None
-    try:
-        yield folder
-        for path in folder.iterdir():
-            flush(path)
-        with locked(out):
-            _recover(target)
-            if weights is not None:  # another process may have written it meanwhile
-                refuse_other_weights(target, weights)
-            os.rename(folder, _commit_folder(target))  # noqa: PTH104  (the one step that decides)
-            _recover(target)
-    except OSError as error:
-        raise write_error(error, out) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        release()
 
 
 def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> Artifact:
@@ -273,19 +262,6 @@ def publish(target: Path, sidecar: Sidecar, write: Callable[[Path], object]) -> 
 def _refuse_foreign(target: Path) -> None:
     if target.is_dir() or sidecar_path(target).is_dir() or (target.exists() and not sidecar_path(target).exists()):
         raise BadRequest(f"{target}: not written by this tool; choose another folder with -o")
-
-
-def _sweep(target: Path) -> None:
-    """Remove the staging folders of dead processes, whose locks are free."""
-    staged = f".{glob.escape(target.name)}.*"
-    left = [*target.parent.glob(f"{staged}.new"), *target.parent.glob(f"{staged}.lock")]
-    for folder in {path.with_suffix(".new") for path in left}:
-        with suppress(OSError):
-            release = lock(folder, wait=False, file=folder.with_suffix(".lock"))
-            shutil.rmtree(folder, ignore_errors=True)
-            if folder.is_file():  # of a process that ended while it made its lock file
-                folder.unlink()
-            release()
 
 
 def seal(folder: Path, name: str, sidecar: Sidecar) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import functools
+import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,6 +95,36 @@ def _lock_or_wait(folder: Path, waiting_note: str) -> Callable[[], None]:
             return lock(folder, wait=False)
         note(waiting_note)
     return lock(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what becomes `target`: it is removed at the end unless it was renamed.
+
+    Folders that killed processes left for the same target are removed first.
+    """
+    with locked(target.parent):
+        _remove_new_folders(target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+        release = lock(folder, file=folder.with_suffix(".lock"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release()
+
+
+def _remove_new_folders(target: Path) -> None:
+    """Remove the folders of dead processes, whose locks are free."""
+    pattern = f".{glob.escape(target.name)}.*"
+    left = [*target.parent.glob(f"{pattern}.new"), *target.parent.glob(f"{pattern}.lock")]
+    for folder in {path.with_suffix(".new") for path in left}:
+        with suppress(OSError):
+            release = lock(folder, wait=False, file=folder.with_suffix(".lock"))
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_file():  # of a process that ended while it made its lock file
+                folder.unlink()
+            release()
 
 
 def cache_folder() -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from exporter.artifact.disk import check_space, flush, lock, locked, write_error
+from exporter.artifact.disk import check_space, flush, new_folder, write_error
 from exporter.errors import BadRequest
 
 SPARE_BYTES = 4 << 20  # for the files beside the artifact
@@ -33,27 +31,18 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
     check_space(out, needed + SPARE_BYTES)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.parent):
-            _sweep(out)
-            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".new", dir=out.parent))
-            release = lock(folder, file=folder.with_suffix(".lock"))
+        with new_folder(out) as folder:
+            folder.chmod(0o755)  # a server of another user reads it
+            yield folder
+            for path in folder.rglob("*"):
+                flush(path)
+            _refuse_filled(out)  # another process may have written it meanwhile
+            if out.is_dir():
+                out.rmdir()
+            folder.rename(out)
+            flush(out.parent)
     except OSError as error:
         raise write_error(error, out) from None
-    try:
-        folder.chmod(0o755)  # a server of another user reads it
-        yield folder
-        for path in folder.rglob("*"):
-            flush(path)
-        _refuse_filled(out)  # another process may have written it meanwhile
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
-        flush(out.parent)
-    except OSError as error:
-        raise write_error(error, out) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        release()
 
 
 def _refuse_filled(out: Path) -> None:
@@ -66,15 +55,6 @@ def _refuse_filled(out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise BadRequest(f"{out}: not a folder; give -o a folder that is empty or not there")
-
-
-def _sweep(out: Path) -> None:
-    """Remove the folders of dead processes, whose locks are free."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.new"):
-        with suppress(OSError):
-            release = lock(folder, wait=False, file=folder.with_suffix(".lock"))
-            shutil.rmtree(folder, ignore_errors=True)
-            release()
 
 
 def copy(source: Path, target: Path) -> None:

@@ -99,7 +99,7 @@ def test_at_no_step_of_a_replacement_is_there_a_mixture(last, target, monkeypatc
     with monkeypatch.context() as patch:
         for name in ("replace", "unlink", "rmdir"):
             patch.setattr(artifact.Path, name, counted(getattr(artifact.Path, name)))
-        patch.setattr(artifact.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(artifact.disk.shutil, "rmtree", lambda *_, **__: None)
         with suppress(Killed):
             publish(target, 2)
     assert value_of(target[0]) in (None, (1, 1), (2, 2))
