@@ -239,8 +239,8 @@ class Search:
                     judge = self._judge_quantized if candidate.scope else self._judge_float
                     self.reports[candidate] = judge(candidate, reference, folder)
                     self.store.write(f"verified-{candidate.name}", self.reports[candidate])
-                if reason := failed(self.reports[candidate]):
-                    self._exclude(candidate, reason)
+                if not self.reports[candidate].passed:
+                    self._exclude(candidate, self.reports[candidate].failures or "a check failed")
                 else:
                     passed.append(candidate)
 
@@ -363,13 +363,3 @@ def threads_to_try(request: Request) -> list[int]:
     if request.options.threads is not None or request.options.device.lower() != "cpu":
         return [most]
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
-
-
-def failed(report: Report) -> str:
-    """Why a candidate is beyond the budget, or ""."""
-    texts = [
-        f"{one.metric} {one.value:.4g}, limit {one.limit:g}" if one.value is not None else f"{one.metric} is no number"
-        for one in report.findings
-        if not one.passed and one.limit is not None
-    ]
-    return "; ".join(texts) or ("" if report.passed else "a check failed")

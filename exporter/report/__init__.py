@@ -133,6 +133,13 @@ def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Fi
     passed = value is not None and (value <= limit if better == "low" else value >= limit)
     return msgspec.structs.replace(finding, limit=limit, passed=passed)
 
+    @property
+    def failures(self) -> str:
+        """The findings beyond their limits, in words."""
+        beyond = [one for one in self.findings if not one.passed and one.limit is not None]
+        values = ["is no number" if one.value is None else f"{one.value:.6g}, limit {one.limit:g}" for one in beyond]
+        return "; ".join(f"{one.metric} {value}" for one, value in zip(beyond, values, strict=True))
+
 
 def number(value: float) -> float | None:
     """The value if it is finite, else None."""

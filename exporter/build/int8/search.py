@@ -272,7 +272,7 @@ def search(
     first = judge(work, keep)
     if first.passed:
         return Search((first,), {})
-    note(f"{f'with {some(keep)} kept' if keep else 'fully quantized'}, it fails: {_failures(first)}")
+    note(f"{f'with {some(keep)} kept' if keep else 'fully quantized'}, it fails: {first.report.failures}")
     measured = sensitivities()
     order = [part for part in measured if not is_in(part, keep)]
     tried = {0: first}
@@ -302,12 +302,3 @@ def _fewest(passes: Callable[[int], bool], most: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)
     return high
-
-
-def _failures(candidate: Candidate) -> str:
-    failed: Sequence[str] = [
-        f"{f.metric} {f.value:.6g}, limit {f.limit:.6g}" if f.value is not None else f"{f.metric} is no number"
-        for f in candidate.report.findings
-        if not f.passed and f.limit is not None
-    ]
-    return "; ".join(failed)
