@@ -18,7 +18,7 @@ from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.outputs import DENSE
 from exporter.artifact.sidecar import Record
-from exporter.backends import Array, Layer, Options, Outputs, as_network_takes
+from exporter.backends import Array, Layer, Outputs, as_network_takes
 from exporter.bisect import reasons
 from exporter.bisect.network import TAIL, Chain
 from exporter.bisect.parts import TOLERANCES, Part, Precisions, measure, share_of_deviation
@@ -111,7 +111,7 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     with open_runnable(artifact, runtime) as runnable:
         if runnable.runtime.blocks is None:
             raise BadRequest(f"{artifact.path}: {runnable.runtime.name} does not show the outputs of blocks")
-        session_options = _session_options(runnable, options)
+        session_options = runnable.options(options.device, options.threads)
         if images is None:
             step(f"comparing {artifact.path.name} with PyTorch on {samples.total} images of {options.data}")
             images, outputs = _worst_images(chain, runnable, options, samples)
@@ -142,13 +142,6 @@ def examine(artifact: Artifact, options: BisectOptions, images: Array | None = N
     return Examination(artifact, images, tuple(parts), output_error, reason, runnable.findings)
 
 
-def _session_options(runnable: Runnable, options: BisectOptions) -> Options:
-    chosen = runnable.runtime.options(threads=options.threads)
-    if options.device is None or runnable.is_simulated:
-        return chosen
-    return msgspec.structs.replace(chosen, device=options.device)
-
-
 def _open_images(artifact: Artifact, options: BisectOptions) -> Samples:
     """The images. Labels are not needed, so none are read."""
     return open_samples(options.data, artifact.sidecar.preprocessing, (), None, options.samples)
@@ -162,7 +155,8 @@ def _worst_images(chain: Chain, runnable: Runnable, options: BisectOptions, samp
     fixed, recipe = runnable.artifact.sidecar.batch, runnable.artifact.sidecar.preprocessing
     size = 1 if recipe.input == "image" else max(WORST, fixed or 0)  # pictures have different sizes
     seen: list[tuple[float, Array, Outputs]] = []
-    with runnable.runtime.open(runnable.artifact, _session_options(runnable, options)) as session:
+    session_options = runnable.options(options.device, options.threads)
+    with runnable.runtime.open(runnable.artifact, session_options) as session:
         for batch in track(samples.batches(fixed or size), samples.total, "images", lambda batch: len(batch.names)):
             outputs = run_batch(session, batch.images, fixed)
             seen += _with_errors(batch.images, outputs, chain.whole(as_network_takes(batch.images, recipe)))

@@ -116,7 +116,8 @@ def prepared(
 
 def layers_of(artifact: Artifact, runtime: Runtime[Options], options: VerifyOptions) -> list[Layer]:
     """The layers of an artifact, where its runtime lists them."""
-    return runtime.layers(artifact, _session_options(runtime, options)) if runtime.layers is not None else []
+    session_options = Runnable(artifact, runtime).options(options.device, options.threads)
+    return runtime.layers(artifact, session_options) if runtime.layers is not None else []
 
 
 def report_of(
@@ -139,11 +140,6 @@ def report_of(
         pictures=of_page.pictures,
         differences=of_page.differences,
     )
-
-
-def _session_options(runtime: Runtime[Options], options: VerifyOptions) -> Options:
-    device = options.device or next(iter(runtime.devices))
-    return runtime.options(device=device, threads=options.threads)
 
 
 def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None) -> Samples:
@@ -267,7 +263,7 @@ def open_pair(
     Raises: as `verify` does.
     """
     opening = nullcontext(reference_session) if reference_session else reference(artifact, options)
-    session_options = _session_options(runnable.runtime, options)
+    session_options = runnable.options(options.device, options.threads)
     with opening as original, runnable.runtime.open(runnable.artifact, session_options) as candidate:
         yield Pair(artifact, original, candidate, meters, windows_of(artifact.sidecar, options), options.reference)
 
@@ -282,18 +278,22 @@ def findings_of(tally: Tally, source: str, windows: Windows | None, others: Sequ
     findings = [finding for meter in tally.meters.values() for finding in meter.findings()]
     return [*findings, *others, *_data_findings(tally.skipped, tally.count, source, windows)]
 
+    def options(self, device: str | None, threads: int | None) -> Options:
+        """The options of its sessions. A replacement runs on the default device of its own runtime."""
+        if device is None or self.is_simulated:
+            device = next(iter(self.runtime.devices))
+        return self.runtime.options(device=device, threads=threads)
+
 
 def _compare_blocks(
     artifact: Artifact, runnable: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
 ) -> list[Finding]:
-    runtime = runnable.runtime
     step("comparing block by block")
     assert eager.RUNTIME.blocks is not None
-    assert runtime.blocks is not None
-    session_options = _session_options(runtime, options)
+    assert runnable.runtime.blocks is not None
     with (
         eager.RUNTIME.blocks(artifact, _eager_options(options)) as expected,
-        runtime.blocks(runnable.artifact, session_options) as measured,
+        runnable.runtime.blocks(runnable.artifact, runnable.options(options.device, options.threads)) as measured,
     ):
         return block_errors(expected, measured, layers, images, artifact.sidecar.batch)
 

@@ -75,6 +75,9 @@ def test_one_command_builds_int8_and_says_what_was_simulated(tiny, run, tmp_path
         "custom_int8.plan", "custom_int8.plan.json", "custom_int8.plan.kernels.json", "custom_int8.plan.report.json",
         "custom_linear_int8.onnx", "custom_linear_int8.onnx.json",
     ]  # fmt: skip
+    if runtime.unable():  # its graph runs on the CPU, whatever device the plan is for
+        done = run("verify", tmp_path / "custom_int8.plan", "--device", "cuda", "--samples", 2)
+        assert done.code == 0, done.err
 
 
 def test_a_plan_is_the_builders_bytes_and_inspect_shows_its_kernels(tiny, run, tmp_path):
