@@ -36,7 +36,7 @@ def examine() -> list[Fact]:
 
 
 def _package(tool: str) -> Fact:
-    version = backends.installed(tool)
+    version = machine.installed(tool)
     if version is None:
         return Fact(mark="✗", what=tool, found="not installed", remedy=f"pip install {tool}")
     return Fact(mark="✓", what=tool, found=version)
@@ -44,7 +44,7 @@ def _package(tool: str) -> Fact:
 
 def _reference(library: str) -> Fact:
     """A library for `--reference`, which nothing else needs."""
-    version = backends.installed(library)
+    version = machine.installed(library)
     return Fact(
         mark="·",
         what=f"reference {library}",

@@ -162,15 +162,14 @@ def peak_memory_bytes() -> int:
 
 def versions(runtimes: Iterable[str] = ()) -> dict[str, str]:
     """The versions of the tools, and of these distributions of runtimes, as far as they are installed."""
-    found = {tool: _version(tool) for tool in (*TOOLS, *runtimes)}
+    found = {tool: installed(tool) for tool in (*TOOLS, *runtimes)}
     return {tool: version for tool, version in found.items() if version is not None}
 
 
-@cache
-def _version(tool: str) -> str | None:
-    """The version of a distribution, or None; it is looked up once, because every look reads a file."""
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, without importing it."""
     try:
-        return metadata.version(tool)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
@@ -311,14 +310,18 @@ def governor() -> str | None:
 
 
 def gpu() -> dict[str, str] | None:
-    """Clocks, temperature and driver of the first NVIDIA GPU, asked once; None where there is none."""
+    """Clocks, temperature and driver of the first NVIDIA GPU that CUDA may use, asked once; None where there is none.
+
+    A number in `CUDA_VISIBLE_DEVICES` is taken as nvidia-smi's, which CUDA shares with `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
+    """
     import shutil
-    import subprocess
 
     fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
-    if shutil.which("nvidia-smi") is None:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if shutil.which("nvidia-smi") is None or first in ("", "-1"):
         return None
-    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    number = "0" if first.startswith("MIG-") else first  # nvidia-smi does not take the name of a part of a GPU
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", number]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:  # it waits for a driver that hangs

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -364,13 +363,13 @@ def versions() -> dict[str, str]:
 def computing_versions(runtime: Runtime[Options]) -> dict[str, str]:
     """The versions of what determines answers: this tool, PyTorch, the runtime, and what reads images."""
     names = ("convnext-export", "torch", "numpy", "pillow", *runtime.distributions)
-    return {name: version for name in names if (version := installed(name)) is not None}
+    return {name: version for name in names if (version := machine.installed(name)) is not None}
 
 
 def refuse_other_versions(versions: Mapping[str, str]) -> None:
     """Raises: BadRequest where this process has other versions than these of `computing_versions`."""
     for name, version in versions.items():
-        if (here := installed(name)) != version:
+        if (here := machine.installed(name)) != version:
             raise BadRequest(
                 f"{name} {here or 'is missing'}, but the work was begun with {version}; install that version"
             )
@@ -381,20 +380,12 @@ def environment() -> dict[str, object]:
     return machine.environment(distributions())
 
 
-def installed(distribution: str) -> str | None:
-    """The version of an installed distribution, without importing it."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def require(distribution: str, extra: str) -> str:
     """The version of a distribution.
 
     Raises: Unavailable with the line that installs it.
     """
-    version = installed(distribution)
+    version = machine.installed(distribution)
     if version is None:
         raise Unavailable(f"{distribution} is not installed; pip install 'convnext-export[{extra}]'")
     return version

@@ -30,7 +30,6 @@ from exporter.backends import (
     _cuda,
     as_fp32,
     as_taken,
-    installed,
     require,
 )
 from exporter.backends._peak import PeakProduct, Product, fastest_product
@@ -38,7 +37,7 @@ from exporter.backends.onnxruntime.products import peak_model
 from exporter.backends.onnxruntime.serving import SERVING
 from exporter.errors import BadRequest, ExporterError, Unavailable, first_line
 from exporter.graph import files, half
-from exporter.machine import cores
+from exporter.machine import cores, installed
 from exporter.model.structure import last_operators
 from exporter.quantize.placement import Placement, pair_sums
 
