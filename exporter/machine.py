@@ -88,6 +88,7 @@ def saturates() -> bool:
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 def cores() -> int:
@@ -132,9 +133,18 @@ def _cgroups() -> list[Path]:
 
 def default_threads() -> int:
     """Threads of every timed model where no number was named: one for each physical core that this process may use."""
-    import psutil
+    return min(cores(), _physical_cores())
 
-    return min(cores(), psutil.cpu_count(logical=False) or cores())
+
+def _physical_cores() -> int:
+    """Physical cores that this process may run on; where that is not known, those of the machine."""
+    try:
+        threads = os.sched_getaffinity(0)
+        return len({(PROCESSORS / f"cpu{one}" / "topology" / "thread_siblings_list").read_text() for one in threads})
+    except (AttributeError, OSError):  # not Linux, or a container without the list
+        import psutil
+
+        return psutil.cpu_count(logical=False) or cores()
 
 
 def memory_gib() -> float:

@@ -119,6 +119,18 @@ def test_a_containers_quota_of_the_cpu_is_honoured(groups, files, cores, tmp_pat
     assert machine.cores() == cores
 
 
+def test_two_threads_of_one_core_count_once_by_default(tmp_path, monkeypatch):
+    for number in range(8):  # numbered as Linux does: 0 and 4 are the threads of the first core
+        topology = tmp_path / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    monkeypatch.setattr(machine, "PROCESSORS", tmp_path)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    for affinity, expected in ((range(8), 4), ((0, 1), 2), ((0, 4), 1), ((0, 1, 4), 2)):
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid, threads=affinity: set(threads), raising=False)
+        assert machine.default_threads() == expected
+
+
 @pytest.mark.parametrize(("part", "name"), [("0xd40", "ARM 0x41 0xd40"), ("0xd4f", "ARM 0x41 0xd4f")])
 def test_processors_of_arm_are_told_apart(part, name, tmp_path, monkeypatch):
     """Linux gives no model name for them: Graviton 3 and 4 have the parts 0xd40 and 0xd4f."""
