@@ -53,6 +53,7 @@ def test_the_environment_is_plain_data():
 
 
 def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert machine.gpu() is None
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
@@ -69,9 +70,18 @@ def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
     assert found["name"] == "NVIDIA H200"
     assert found["clocks.sm"] == "1980 MHz"
     assert found["temperature.gpu"] == "31"
+    for visible, number in (("1,0", "1"), ("GPU-8a3b", "GPU-8a3b"), ("MIG-8a3b", "0")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine.gpu() == found
+        assert asked[-1][-2:] == ["-i", number]
+    for visible in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine.gpu() is None
 
 
 def test_a_gpu_whose_driver_hangs_is_none(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
     def run(words, timeout, **_):
         raise subprocess.TimeoutExpired(words, timeout)
 
