@@ -29,10 +29,9 @@ from exporter.data.folders import images_in
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note
-from exporter.recipe import bundled
+from exporter.recipe import SYNTHETIC, bundled
 
-SYNTHETIC = 16  # images, when no number is given
-SYNTHETIC_NAME = "synthetic"
+SYNTHETIC_COUNT = 16  # images, when no number is given
 THREADS = min(8, machine.cores())  # that decode; each may hold a whole photograph
 
 Item = tuple[str, Label | Callable[[], NDArray[np.int64]], Callable[[], NDArray[Any]]]
@@ -166,7 +165,7 @@ def open_samples(
     Raises: BadRequest when there is nothing there, or a class the model does not have.
     """
     if source == "synthetic":
-        return _synthetic(recipe, most or SYNTHETIC)
+        return _synthetic(recipe, most or SYNTHETIC_COUNT)
     check_source(source)
     path, split = locate(source)
     if path.suffix.lower() == ".npz":
@@ -191,13 +190,13 @@ def open_samples(
 
 def check_source(source: str) -> None:
     """Raises: BadRequest for a source of images that does not exist."""
-    if source != SYNTHETIC_NAME and not locate(source)[0].exists():
+    if source != SYNTHETIC and not locate(source)[0].exists():
         raise BadRequest(no_such_data(source))
 
 
 def no_such_data(source: str) -> str:
     """What to say of a source that is neither there nor the name of a set."""
-    near = nearest(source, [SYNTHETIC_NAME, *bundled.sets()])
+    near = nearest(source, [SYNTHETIC, *bundled.sets()])
     forms = "give a folder, a .tsv, .csv or .txt manifest, an .npz file, 'synthetic' or a bundled set"
     return f"{source}: no such data; {near if near.startswith('did') else forms}"
 
@@ -207,7 +206,7 @@ def is_synthetic(source: str) -> bool:
 
     Raises: BadRequest for a manifest that cannot be read.
     """
-    if source == SYNTHETIC_NAME:
+    if source == SYNTHETIC:
         return True
     path, split = locate(source)
     if not is_manifest(path) or not path.is_file():
@@ -291,13 +290,9 @@ def _check_channels(source: str, names: Sequence[str], channels: int) -> None:
 def _synthetic(recipe: Preprocessing, count: int) -> Samples:
     def items(start: int = 0) -> Iterator[Item]:
         for seed in range(start, count):
-            yield f"dead leaves {seed}", -1, partial(_dead_leaves, seed, recipe)
+            yield f"dead leaves {seed}", -1, partial(generators.GENERATORS[synthetic.NAME].input, seed, recipe)
 
-    return Samples("synthetic", count, items, labelled=False, synthetic=True)
-
-
-def _dead_leaves(seed: int, recipe: Preprocessing) -> NDArray[Any]:
-    return generators.GENERATORS[synthetic.NAME].input(seed, recipe)
+    return Samples(SYNTHETIC, count, items, labelled=False, synthetic=True)
 
 
 def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None, multilabel: bool) -> Samples:
