@@ -80,7 +80,7 @@ def _cells(row: Row, goal: Goal) -> tuple[str, ...]:
         f"{row.bytes / 1e6:.3g}" if row.bytes else "–",
         _number(row.accuracy) if row.accuracy else "–",
         f"{row.state}{', front' if row.on_front else ''}",
-        row.reason,
+        "; ".join(filter(None, (row.reason, row.noise))),
     )
 
 

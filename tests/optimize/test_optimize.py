@@ -337,6 +337,12 @@ def test_the_front_is_of_what_is_asked_for(outcome):
     assert front(alike, "throughput") == [False, True]
 
 
+def test_every_row_of_a_disturbed_timing_says_so(outcome):
+    noise = "noisy: interval wider than ±3 %"
+    rows = tuple(replace(row, noise=noise) for row in outcome.result.rows)
+    assert all(cells[-1].endswith(noise) for cells in tables.tried(replace(outcome.result, rows=rows)).rows)
+
+
 def test_a_precision_that_a_runtime_lacks_is_named(request_of):
     with pytest.raises(BadRequest, match="onnxruntime bf16: onnxruntime is built in fp32, fp16, int8"):
         candidates.find(request_of(precision=("bf16",)))
