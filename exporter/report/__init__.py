@@ -61,6 +61,13 @@ class Finding(Record, frozen=True):
         return "; ".join(filter(None, [self.detail, *others]))
 
     @property
+    def text(self) -> str:
+        """The value, the limit and the remarks."""
+        value = "no number" if self.value is None else f"{self.value:.6g} {self.unit}".strip()
+        limit = "" if self.limit is None else f", limit {self.limit:.6g}"
+        return f"{value}{limit}" + (f": {self.remarks}" if self.remarks else "")
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """Both ends of the 95 % interval, or None."""
         return None if self.low is None or self.high is None else (self.low, self.high)

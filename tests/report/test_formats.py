@@ -139,7 +139,7 @@ def test_github_annotations_are_read_as_the_runner_does():
     assert [name for name, _, _ in found] == ["error", "notice"]
     _, properties, message = found[0]
     assert properties == {"title": f"{EVIL}: p50_ms, batch 1"}
-    assert message == "12 % (limit 5) regressed: 9 → 10,\nand so on: 100 % or %0A"
+    assert message == "12 %, limit 5: regressed: 9 → 10,\nand so on: 100 % or %0A"
 
 
 def test_csv_is_read_by_a_csv_reader_and_holds_no_formula():

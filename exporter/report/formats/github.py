@@ -18,9 +18,9 @@ def _lines(report: Report) -> Iterator[str]:
     for finding in report.findings:
         title = f"{name(report)}: {metric(finding)}" + (f", {finding.case}" if finding.case else "")
         if not finding.passed:
-            yield _command("error", title, _message(finding))
+            yield _command("error", title, finding.text)
         elif finding.unsure or not_faster(finding) or _is_noisy(finding):
-            yield _command("warning", title, _message(finding))
+            yield _command("warning", title, finding.text)
     if report.passed:
         judged = sum(finding.limit is not None for finding in report.findings)
         yield _command("notice", name(report), f"all {judged} checks passed")
@@ -30,12 +30,6 @@ def _is_noisy(finding: Finding) -> bool:
     """Whether a ratio is uncertain; the times that it is computed from get none of their own."""
     is_ratio = finding.unit == "×" or finding.check == "regression"
     return (is_ratio and finding.noise != "") or "noisy" in finding.detail or "noise of" in finding.detail
-
-
-def _message(finding: Finding) -> str:
-    value = "no number" if finding.value is None else f"{finding.value:.4g} {finding.unit}".strip()
-    limit = "" if finding.limit is None else f" (limit {finding.limit:g})"
-    return f"{value}{limit} {finding.remarks}".strip()
 
 
 def _command(kind: str, title: str, message: str) -> str:

@@ -31,18 +31,12 @@ def _suite(report: Report) -> xml.Element:
 def _case(report: Report, finding: Finding) -> xml.Element:
     title = f"{finding.metric} ({finding.case})" if finding.case else finding.metric
     case = xml.Element("testcase", classname=_text(f"{name(report)}.{finding.check}"), name=_text(title), time="0")
-    said = _message(finding)
+    text = _text(finding.text)
     if finding.passed:
-        xml.SubElement(case, "system-out").text = _text(said)
+        xml.SubElement(case, "system-out").text = text
     else:
-        xml.SubElement(case, "failure", message=_text(said), type=_text(finding.check)).text = _text(said)
+        xml.SubElement(case, "failure", message=text, type=_text(finding.check)).text = text
     return case
-
-
-def _message(finding: Finding) -> str:
-    value = "no number" if finding.value is None else f"{finding.value:.6g} {finding.unit}".strip()
-    limit = "" if finding.limit is None else f", limit {finding.limit:.6g}"
-    return f"{value}{limit}" + (f": {finding.remarks}" if finding.remarks else "")
 
 
 def _text(text: str) -> str:
