@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Tensor
 from exporter.backends import Bound, Options, Outputs, Runtime, Session
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
@@ -32,6 +33,7 @@ INPUTS = 4
 HEARTBEAT_S = 0.5
 WARM_UP_S = 0.2, 3.0  # each model runs at least and at most so long before it is timed
 PART_RUNS = 20
+CLASSES = ("classes", "labels")  # outputs that are numbers of classes, which have no cosine
 CLOCK: timing.Clock = time.perf_counter_ns
 
 
@@ -184,16 +186,27 @@ def _cosines(bounds: dict[str, Bound], arms: list[Arm], line: Line) -> dict[str,
     numbers = {arm.name: _class_numbers(arm) for arm in arms}
     answers = {name: [_answer(bounds[name], name, line, numbers[name]) for _ in range(INPUTS)] for name in numbers}
     reference = next(iter(answers.values()), [])
-    return {name: min(max(_similarity(got, one) for one in reference) for got in own) for name, own in answers.items()}
+    similar = _equal_share if any(map(_holds_classes_alone, arms)) else _cosine
+    return {name: min(max(similar(got, one) for one in reference) for got in own) for name, own in answers.items()}
 
 
 def _class_numbers(arm: Arm) -> set[int]:
     """The places of outputs that are numbers of classes, which have no cosine; none for an arm without a file, and none
     where no other output is left."""
-    has_sidecar = arm.path and artifacts.sidecar_path(Path(arm.path)).exists()
-    tensors = artifacts.read_sidecar(Path(arm.path)).outputs if has_sidecar else ()
-    places = {place for place, tensor in enumerate(tensors) if tensor.holds in ("classes", "labels")}
+    tensors = _outputs(arm)
+    places = {place for place, tensor in enumerate(tensors) if tensor.holds in CLASSES}
     return places if len(places) < len(tensors) else set()
+
+
+def _holds_classes_alone(arm: Arm) -> bool:
+    tensors = _outputs(arm)
+    return bool(tensors) and all(tensor.holds in CLASSES for tensor in tensors)
+
+
+def _outputs(arm: Arm) -> tuple[Tensor, ...]:
+    """The outputs that the sidecar of an arm lists; none for an arm without a file."""
+    has_sidecar = arm.path and artifacts.sidecar_path(Path(arm.path)).exists()
+    return artifacts.read_sidecar(Path(arm.path)).outputs if has_sidecar else ()
 
 
 def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
@@ -203,12 +216,17 @@ def _answer(bound: Bound, name: str, line: Line, left_out: set[int]) -> Outputs:
     return tuple(output for place, output in enumerate(bound.outputs()) if place not in left_out)
 
 
-def _similarity(first: Outputs, second: Outputs) -> float:
-    """The cosine of all outputs; for integers, which are numbers of classes, the share of equal ones."""
+def _equal_share(first: Outputs, second: Outputs) -> float:
+    """The share of equal numbers of classes."""
     if [output.shape for output in first] != [output.shape for output in second]:
         return -1.0
-    if all(np.issubdtype(output.dtype, np.integer) for output in first):
-        return float(np.mean(np.concatenate([(a == b).ravel() for a, b in zip(first, second, strict=True)])))
+    return float(np.mean(np.concatenate([(a == b).ravel() for a, b in zip(first, second, strict=True)])))
+
+
+def _cosine(first: Outputs, second: Outputs) -> float:
+    """The cosine of all outputs together."""
+    if [output.shape for output in first] != [output.shape for output in second]:
+        return -1.0
     a, b = (np.concatenate([output.ravel() for output in outputs]).astype(np.float64) for outputs in (first, second))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if np.isfinite(scale) and scale > 0 else -1.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 
 from exporter import backends, report
 from exporter.artifact import Artifact
-from exporter.artifact.sidecar import Preprocessing
+from exporter.artifact.sidecar import Preprocessing, Tensor
 from exporter.backends._peak import PeakProduct
 from exporter.bench import Arm, Launch, Plan, Timing, check_devices, facts, latency, limits, supervisor, worker
 from exporter.compare import artifacts as comparing
@@ -377,10 +378,19 @@ def test_a_speed_up_that_was_not_measured_is_below_its_limit():
     assert "**fails**" in markdown.render([limited])
 
 
-def test_classes_of_pixels_are_compared_by_their_equal_share():
-    first = (np.array([[0, 1], [200, 3]], np.uint8),)
-    assert worker._similarity(first, (np.array([[0, 1], [200, 4]], np.int64),)) == 0.75
-    assert worker._similarity((np.zeros((2, 2), np.uint8),), (np.zeros((2, 2), np.uint8),)) == 1
+@pytest.mark.parametrize(
+    ("first", "second", "share"), [([0, 1, 200, 3], [0, 1, 200, 4], 0.75), ([0], [0], 1), ([3], [5], 0)]
+)
+def test_classes_of_pixels_are_compared_by_their_equal_share(first, second, share, monkeypatch):
+    """Sessions return them as floats; all zeros have no cosine, and those of two constant maps is 1."""
+    monkeypatch.setattr(worker, "_outputs", lambda arm: (Tensor(name="labels", shape=(1, "n"), holds="labels"),))
+    bounds = {
+        name: SimpleNamespace(run=lambda: None, outputs=lambda values=values: (np.array([values], np.float32),))
+        for name, values in (("eager", first), ("artifact", second))
+    }
+    arms = [Arm(name=name, path="labels.onnx") for name in bounds]
+    shares = worker._cosines(bounds, arms, SimpleNamespace(starting=lambda name: None))
+    assert shares == {"eager": 1, "artifact": share}
 
 
 def test_every_way_of_pytorch_has_a_row():
