@@ -43,7 +43,7 @@ from exporter.recipe.strict import Marks
 class Job:
     """A valid recipe with everything that its build needs.
 
-    recipe: as it was asked for.
+    recipe: what to build, with the backend's own name and the class of this machine's CPU in place of `this`.
     out: the folder for the artifact and its intermediate files.
     precision: limits and number format of the recipe's precision.
     target: builds the artifact; `options` are its options.
@@ -92,7 +92,8 @@ class Job:
 
     def in_form(self, form: str) -> Job:
         """The same job with the network written in another form."""
-        sidecar = replace(self.sidecar, recipe=_with_form(self.sidecar.recipe, form))
+        macs = _macs(self.checkpoint, self.trace, self.sidecar.preprocessing.size, form)
+        sidecar = replace(self.sidecar, macs=macs, recipe=_with_form(self.sidecar.recipe, form))
         return dataclasses.replace(self, form=form, sidecar=sidecar)
 
 
@@ -318,9 +319,7 @@ def _sidecar(
     preprocessing, origins = checkpoint.stated.resolve(recipe.preprocessing, trace.imgsz)
     if recipe.export.imgsz and trace.imgsz:
         origins["size"] = "--imgsz"  # also where it is the size that the weights state
-    classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
     arch = checkpoint.variant.architecture
-    counted = arch if trace.has_any_size else replace(arch, decoder=None, pyramid=None)
     source = weights.relative(checkpoint.weights.source, out)
     export = replace(recipe.export, keep=None)
     fp32 = replace(recipe, backend=backends.ONNX, precision="fp32", target={}, export=export)
@@ -335,12 +334,20 @@ def _sidecar(
         reference=reference.name if reference is not None else references.OURS,
         architecture=msgspec.to_builtins(arch),
         preprocessing=_of_artifact(preprocessing, recipe.export),
-        macs=variants.count_macs(counted, preprocessing.size, classes),
+        macs=_macs(checkpoint, trace, preprocessing.size, form),
         labels=checkpoint.labels,
         origins=checkpoint.origins | origins,
         versions=backends.versions() | (machine.versions(["Pillow"]) if trace.picture else {}),
         recipe=_with_form(fp32.of_build(), form),
     )
+
+
+def _macs(checkpoint: Checkpoint, trace: TraceOptions, size: Size, form: str) -> int:
+    """Multiply-accumulates of one image in a form; `auto` counts as one of the fast forms."""
+    classes = checkpoint.weights.num_classes if "classify" in trace.spec.tasks else 0
+    arch = checkpoint.variant.architecture
+    counted = arch if trace.has_any_size else replace(arch, decoder=None, pyramid=None)
+    return variants.count_macs(counted, size, classes, is_split=form != "plain")
 
 
 def _with_form(recipe: dict[str, object], form: str) -> dict[str, object]:

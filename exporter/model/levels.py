@@ -61,3 +61,17 @@ def count_macs(pyramid: Pyramid, dims: Sequence[int], sizes: Sequence[tuple[int,
         height, width = maps[-1]
         maps.append((-(-height // 2), -(-width // 2)))
     return sum(weights * maps[level][0] * maps[level][1] for weights, _, level in layers(pyramid, dims))
+
+
+def macs_saved_by_split(width: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """How many multiply-accumulates `SplitMultiscaleConv` has less than the 3×3 convolution over all maps.
+
+    Args:
+        width: channels of each map, and of the output.
+        sizes: (height, width) of the maps, the first of which has the size of the output.
+    """
+    (height, columns), *others = sizes
+    of_convolution = 9 * width**2 * height * columns * len(others)
+    of_products = sum(9 * width**2 * h * w for h, w in others)
+    of_matrices = sum(9 * width * height * h * w + 3 * width * height * w * columns for h, w in others)
+    return of_convolution - of_products - of_matrices

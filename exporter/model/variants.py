@@ -213,8 +213,11 @@ def count_params(arch: Architecture, classes: int) -> int:
     return total + per_norm * norms
 
 
-def count_macs(arch: Architecture, size: Size, classes: int) -> int:
-    """Multiply-accumulates of one image of `size` pixels, in convolutions and linear layers."""
+def count_macs(arch: Architecture, size: Size, classes: int, is_split: bool = False) -> int:
+    """Multiply-accumulates of one image of `size` pixels, in convolutions and linear layers.
+
+    `is_split` counts the last 3×3 convolution of UPerNet's head as `SplitMultiscaleConv` computes it.
+    """
     heights, widths = (_map_sides(arch, side) for side in sides(size))
     total = 0
     for weights, _, alike, stride in _layers(arch, classes):
@@ -223,6 +226,9 @@ def count_macs(arch: Architecture, size: Size, classes: int) -> int:
     for weights, _, level, cells in _decoder_layers(arch.decoder, arch.dims) if arch.decoder else ():
         stride = arch.strides[level]
         total += weights * (cells * cells or heights[stride] * widths[stride])
+    if is_split and arch.decoder is not None:
+        maps = [(heights[stride], widths[stride]) for stride in (arch.strides[level] for level in arch.decoder.levels)]
+        total -= levels.macs_saved_by_split(arch.decoder.width, maps)
     if arch.pyramid is not None:
         sizes = [(heights[stride], widths[stride]) for stride in arch.strides]
         total += levels.count_macs(arch.pyramid, arch.dims, sizes)
@@ -248,6 +254,7 @@ def _crop(share: float, size: int = 224, colors: dict[str, tuple[float, float, f
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _P95 = _crop(0.95)
+_HALF90 = _crop(0.9, 224, _HALF)
 
 _WIDTHS = {
     "zepto": (32, 64, 128, 256),
@@ -308,14 +315,7 @@ VARIANTS: dict[str, Variant] = {
     for variant in (
         _variant("zepto", None, None),
         _variant("zepto_rms", "ra4_e3600_r224_in1k", None, _crop(0.875, 224, _HALF), norm="simple"),
-        _variant(
-            "zepto_rms_ols",
-            "ra4_e3600_r224_in1k",
-            None,
-            _crop(0.9, 224, _HALF),
-            norm="simple",
-            stem="overlap_act",
-        ),
+        _variant("zepto_rms_ols", "ra4_e3600_r224_in1k", None, _HALF90, norm="simple", stem="overlap_act"),
         _variant("atto", "d2_in1k", 75.664),
         _variant("atto_ols", "a2_in1k", 75.88, stem="overlap_tiered"),
         _variant("atto_rms", None, None, norm="rms"),

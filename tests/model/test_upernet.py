@@ -5,10 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from msgspec.structs import replace
+from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.artifact.sidecar import OutputSpec
+from exporter.model import levels
+from exporter.model.multiscale import MultiscaleConv, SplitMultiscaleConv
 from exporter.model.upernet import GridPool, UPerNet, pixel_answers
 from exporter.model.variants import VARIANTS, Architecture, Decoder, count_macs, count_params
+
+
+def test_the_multiply_accumulates_of_the_split_convolution_are_those_that_pytorch_counts():
+    sizes = ((32, 24), (16, 12), (8, 6))
+    maps = [torch.zeros(1, 8, *size) for size in sizes]
+    counts = []
+    whole = MultiscaleConv([8, 8, 8], 8)
+    for conv in (whole, SplitMultiscaleConv(whole)):
+        with FlopCounterMode(display=False) as counter:
+            conv(maps)
+        counts.append(counter.get_total_flops() // 2)
+    assert levels.macs_saved_by_split(8, sizes) == counts[0] - counts[1]
 
 
 @pytest.mark.parametrize("cells", [1, 2, 3, 4, 6])
@@ -29,6 +44,7 @@ def upernet(classes=150, **differences):
 def test_multiply_accumulates_of_published_networks_are_those_counted_in_pytorch():
     """Counted layer by layer in transformers' network of 150 classes, at 512 pixels."""
     assert count_macs(upernet(), 512, 0) / 1e9 == pytest.approx(234.6, abs=0.1)
+    assert count_macs(upernet(), 512, 0, is_split=True) / 1e9 == pytest.approx(137.3, abs=0.1)
     with torch.device("meta"):
         network = UPerNet(upernet())
     assert count_params(upernet(), 0) == sum(parameter.numel() for parameter in network.parameters())
