@@ -110,7 +110,7 @@ def prepared(
             f"the artifact with --reference {options.reference} to compare each module, or leave --blocks out"
         )
     samples = samples or open_data(sidecar, options, windows)
-    _refuse_limits(sidecar, options, samples)
+    outputs.refuse_limits(sidecar, options, samples.labelled)
     return runtime, samples
 
 
@@ -161,41 +161,18 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     if set(DENSE) & set(sidecar.spec.tasks) and masks.pairs_of(options.data) is not None:
-        note(f"{options.data}: masks are ignored, because the artifact returns no classes at the size of the input")
+        why = (
+            "the network has one class"
+            if sidecar.weights.num_classes == 1
+            else ("the artifact returns no classes at the size of the input")
+        )
+        note(f"{options.data}: masks are ignored, because {why}")
     if outputs.has_masks(sidecar) and not is_synthetic(options.data):
         note(f"{options.data} has no masks: pixels are compared with PyTorch's, and mIoU is not measured")
     has_labels = outputs.has_labels(sidecar, options.outputs) and not outputs.has_masks(sidecar)
     classes = sidecar.weights.num_classes if has_labels else None
     several = outputs.first(sidecar, options.outputs) == "multilabel"
     return open_samples(options.data, sidecar.preprocessing, sidecar.labels, classes, options.samples, several)
-
-
-def _refuse_limits(sidecar: Sidecar, options: Checks, samples: Samples) -> None:
-    """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
-    kinds = outputs.kinds(sidecar, options.outputs)
-    if (options.max_drop, options.min_agreement) != (None, None) and outputs.has_one_class_of_pixels(sidecar, kinds[0]):
-        raise BadRequest(
-            "--max-drop and --min-agreement: the network has one class, which every pixel has; give --min-cosine"
-        )
-    if options.max_drop is not None and not outputs.has_labels(sidecar, options.outputs):
-        instead = "give --min-agreement" if kinds[0] == "embedding" else "leave it out"
-        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {kinds[0]}, without a top-1; {instead}")
-    if options.max_drop is not None and not samples.labelled:
-        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    if options.min_agreement is not None and not any(map(outputs.has_agreement, kinds)):
-        raise BadRequest(f"--min-agreement: the outputs are {kinds[0]}, without a top-1; leave it out")
-    regression = (options.max_relative_error, options.min_r2, options.min_spearman)
-    if any(limit is not None for limit in regression) and "values" not in kinds:
-        raise BadRequest(
-            f"--max-relative-error, --min-r2 and --min-spearman are for a regression, and the outputs are {kinds[0]}; "
-            "add --outputs values, or leave them out"
-        )
-    widths = [tensor.shape[-1] for tensor in sidecar.outputs]
-    if options.min_cosine is not None and not any(map(outputs.has_cosine, kinds, widths)):
-        instead = "--min-r2" if kinds[0] == "values" else "--min-agreement"
-        raise BadRequest(
-            f"--min-cosine: the outputs are {kinds[0]}, and the cosine of one value is only its sign; use {instead}"
-        )
 
 
 def reference(artifact: Artifact, options: VerifyOptions) -> AbstractContextManager[Session]:
@@ -278,12 +255,6 @@ def findings_of(tally: Tally, source: str, windows: Windows | None, others: Sequ
     findings = [finding for meter in tally.meters.values() for finding in meter.findings()]
     return [*findings, *others, *_data_findings(tally.skipped, tally.count, source, windows)]
 
-    def options(self, device: str | None, threads: int | None) -> Options:
-        """The options of its sessions. A replacement runs on the default device of its own runtime."""
-        if device is None or self.is_simulated:
-            device = next(iter(self.runtime.devices))
-        return self.runtime.options(device=device, threads=threads)
-
 
 def _compare_blocks(
     artifact: Artifact, runnable: Runnable, layers: list[Layer], options: VerifyOptions, images: Array
@@ -310,6 +281,12 @@ class Runnable:
     def is_simulated(self) -> bool:
         """Whether it replaces an artifact that cannot run here."""
         return bool(self.findings)
+
+    def options(self, device: str | None, threads: int | None) -> Options:
+        """The options of its sessions. A replacement runs on the default device of its own runtime."""
+        if device is None or self.is_simulated:
+            device = next(iter(self.runtime.devices))
+        return self.runtime.options(device=device, threads=threads)
 
 
 @contextmanager

@@ -46,8 +46,9 @@ def has_labels(sidecar: Sidecar, wanted: OutputKind | None) -> bool:
 
 
 def has_masks(sidecar: Sidecar) -> bool:
-    """Whether the output can be compared with masks: it is of each pixel of the input."""
-    return "segment" in sidecar.spec.tasks and sidecar.spec.answer != "logits4"
+    """Whether the output can be compared with masks: it is of each pixel of the input, and of several classes."""
+    is_whole = "segment" in sidecar.spec.tasks and sidecar.spec.answer != "logits4"
+    return is_whole and sidecar.weights.num_classes != 1
 
 
 def has_agreement(kind: Kind) -> bool:
@@ -116,4 +117,34 @@ def check(sidecar: Sidecar, options: Checks) -> None:
         raise BadRequest(
             "--outputs classes: the head has one output, and a choice needs two; leave it out, or give --outputs "
             "multilabel if it is the score of one label"
+        )
+
+
+def refuse_limits(sidecar: Sidecar, options: Checks, labelled: bool) -> None:
+    """Raises: BadRequest for limits of metrics that these outputs or images do not have."""
+    every = kinds(sidecar, options.outputs)
+    if (options.max_drop, options.min_agreement) != (None, None) and has_one_class_of_pixels(sidecar, every[0]):
+        raise BadRequest(
+            "--max-drop and --min-agreement: the network has one class, which every pixel has; give --min-cosine"
+        )
+    if options.max_drop is not None and not has_labels(sidecar, options.outputs):
+        instead = "give --min-agreement" if every[0] == "embedding" else "leave it out"
+        raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {every[0]}, without a top-1; {instead}")
+    if options.max_drop is not None and not labelled:
+        raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
+    if options.min_agreement is not None and not any(map(has_agreement, every)):
+        raise BadRequest(f"--min-agreement: the outputs are {every[0]}, without a top-1; leave it out")
+    regression = (options.max_relative_error, options.min_r2, options.min_spearman)
+    if any(limit is not None for limit in regression) and "values" not in every:
+        raise BadRequest(
+            f"--max-relative-error, --min-r2 and --min-spearman are for a regression, and the outputs are {every[0]}; "
+            "add --outputs values, or leave them out"
+        )
+    if options.atol is not None and set(every) <= {"top", "pixel_classes"}:
+        raise BadRequest("--atol: numbers of classes have no largest error; give --min-agreement")
+    widths = [tensor.shape[-1] for tensor in sidecar.outputs]
+    if options.min_cosine is not None and not any(map(has_cosine, every, widths)):
+        instead = "--min-r2" if every[0] == "values" else "--min-agreement"
+        raise BadRequest(
+            f"--min-cosine: the outputs are {every[0]}, and the cosine of one value is only its sign; use {instead}"
         )

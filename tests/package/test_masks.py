@@ -16,6 +16,7 @@ from exporter.package.destinations.triton import TritonOptions
 from exporter.predict import PredictOptions
 from exporter.recipe import PreprocessingOptions
 from exporter.verify import VerifyOptions, verify
+from tests.artifact.test_sealed import notes
 from tests.conftest import build
 from tests.model import segmenters
 from tests.package.conftest import execute
@@ -110,6 +111,14 @@ def test_a_mask_of_an_image_that_is_stretched_and_cut_is_that_of_predict(folder,
     np.testing.assert_array_equal(np.asarray(Image.open(out / json.loads(result.stdout)["mask"])), expected)
 
 
+def write_pair(folder):
+    """An image and its mask of 0 and 1, as those of a network of one class."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    Image.fromarray(dead_leaves(64, 1, 3)).save(folder / "images" / "a.png")
+    Image.fromarray(np.kron([[0, 1]], np.ones((64, 32))).astype(np.uint8)).save(folder / "masks" / "a.png")
+
+
 def test_masks_of_one_class_are_refused(tmp_path):
     model = segmenters.transformers_model(dims=(4, 8), width=4, labels=["road"])
     artifact = build(segmenters.save(tmp_path / "weights", model, PROCESSOR), tmp_path)
@@ -117,6 +126,11 @@ def test_masks_of_one_class_are_refused(tmp_path):
         package.package(artifact, "python", tmp_path / "package")
     with pytest.raises(BadRequest, match="the network has one class, so every pixel of a mask would have it"):
         predict.predict(artifact, ["photo.jpg"], PredictOptions(), tmp_path / "masks")
+    write_pair(tmp_path / "data")
+    with notes() as lines:
+        report = verify(artifact, VerifyOptions(data=str(tmp_path / "data")))
+    assert f"{tmp_path / 'data'}: masks are ignored, because the network has one class" in lines
+    assert report.passed
     report = verify(artifact, VerifyOptions(samples=2))
     assert report.find("pixel_agreement") is None
     assert report.find("cosine") is not None

@@ -219,6 +219,7 @@ def test_limits_of_the_user_hold(labels, data):
         ({"max_drop": 1}, "--max-drop: synthetic has no labels to measure a drop on"),
         ({"reduce_zero_label": True}, "--reduce-zero-label: synthetic has no masks for this artifact"),
         ({"min_cosine": 0.9}, "--min-cosine: the outputs are pixel_classes"),
+        ({"atol": 0.1}, "--atol: numbers of classes have no largest error; give --min-agreement"),
         ({"outputs": "classes"}, "--outputs classes: the outputs of task segment are"),
     ],
 )
