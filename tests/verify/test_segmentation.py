@@ -207,6 +207,19 @@ def test_the_gate_compares_miou_on_the_same_masks(labels, data, tmp_path, run):
     assert run("compare", *(one.path for one in copies), "--data", data, "--fail-on", "miou_drop:0.3").code == 0
 
 
+def test_a_class_of_one_pixel_decides_nothing(labels):
+    """Its IoU is 0 where rounding flips that pixel, and the mean of few classes would fall by many points."""
+    meter = Segmentation(VerifyOptions(), Subject(labels, []))
+    eager = np.zeros((1, 200, 200), np.int64)
+    eager[0, :, 100:] = 1
+    got = eager.copy()
+    eager[0, 0, 0] = 2
+    meter.add(meter.measure(Seen(np.full(1, -1), (eager,), (got,))), ("a",))
+    found = {finding.metric: finding for finding in meter.findings()}
+    assert found["miou_to_eager"].passed
+    assert found["miou_to_eager"].detail.startswith("mean over 2 of")
+
+
 def test_limits_of_the_user_hold(labels, data):
     assert verify(labels, VerifyOptions(data=str(data), max_drop=1, min_agreement=99)).passed
     report = verify(labels, VerifyOptions(data=str(data), max_drop=-1))

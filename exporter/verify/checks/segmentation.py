@@ -22,6 +22,7 @@ from exporter.verify.pictures import Worst, compared
 
 MOST_NAMED = 3  # classes in a finding's detail
 BAND = 3  # pixels on both sides of a border between classes
+RARE = 1e-4  # of all pixels: the IoU of a class with fewer is that of a few pixels
 
 Counts = NDArray[np.int64]
 
@@ -98,11 +99,13 @@ class Segmentation:
         class."""
         if not self.agree:
             return []
-        shares = shares_of(areas_of(self.to_eager))
+        areas_to_eager = areas_of(self.to_eager)
+        shares = shares_of(areas_to_eager)
+        common = np.where(areas_to_eager[1] >= RARE * self.to_eager.sum(), shares, np.nan)
         to_eager = [
             self._agreement(),
             *self._boundary(),
-            judged(self._mean("miou_to_eager", shares), self.limits.miou_pct, "high"),
+            judged(self._mean("miou_to_eager", common), self.limits.miou_pct, "high"),
         ]
         areas = {side: np.array(listed) for side, listed in self.to_masks.items() if listed}
         if areas and areas["eager"][:, 2].any():
