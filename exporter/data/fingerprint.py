@@ -9,7 +9,7 @@ from pathlib import Path
 from exporter.artifact import sha256_file
 from exporter.data import samples
 from exporter.data.folders import files_in
-from exporter.data.manifests import is_manifest, locate, read_manifest
+from exporter.data.manifests import is_manifest, locate, masks_of, read_manifest
 from exporter.errors import BadRequest
 
 
@@ -31,7 +31,7 @@ def fingerprint(source: str, times: bool = True) -> str:
     listed = read_manifest(path, split, repeats=True)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path)
-    masks = [row["mask"].strip() for row in listed.rows if row.get("mask")]
+    masks = masks_of(path, listed)
     of_masks = _of_files(path.parent, masks, times) if masks else ""
     return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times) + of_masks
 

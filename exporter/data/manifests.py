@@ -263,7 +263,8 @@ def masks_of(path: Path, listed: Listed) -> list[str]:
     """The masks of the images of a manifest, relative to its folder: its column `mask`, or labels that all are names of
     PNG files. [] where it has neither.
 
-    Raises: BadRequest for an image without a mask where others have one, and for masks outside the folder.
+    Raises: BadRequest for an image without a mask where others have one, for JPEG files, and for masks outside the
+        folder.
     """
     if "mask" in listed.columns:
         return []
@@ -273,6 +274,8 @@ def masks_of(path: Path, listed: Listed) -> list[str]:
         return []
     if "" in masks:
         raise BadRequest(f"{path}: line {listed.lines[masks.index('')]} has no mask; add one, or remove the line")
+    if lossy := next((mask for mask in masks if mask.lower().endswith((".jpg", ".jpeg"))), ""):
+        raise BadRequest(f"{path}: the mask {lossy} is a JPEG, which changes classes near borders; save masks as PNG")
     _check_names(path, path.parent, "", masks)
     return masks
 

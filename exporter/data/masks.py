@@ -84,7 +84,12 @@ def pairs_of(source: str) -> list[Pair] | None:
         raise BadRequest(f"{image_folder}: no images in it; {has}")
     if not split:
         _refuse_training_images(source, image_folder)
-    return [Pair(name, image_folder / name, mask_folder / _mask_of(name)) for name in names]
+    pairs = [Pair(name, image_folder / name, _mask_in(mask_folder, name)) for name in names]
+    first: dict[Path, str] = {}
+    for pair in pairs:
+        if (other := first.setdefault(pair.mask, pair.name)) != pair.name:
+            raise BadRequest(f"{pair.mask}: the mask of both {other} and {pair.name}; keep one of these images")
+    return pairs
 
 
 def _refuse_training_images(source: str, image_folder: Path) -> None:
@@ -93,8 +98,8 @@ def _refuse_training_images(source: str, image_folder: Path) -> None:
     Raises: BadRequest.
     """
     splits = sorted(entry.name for entry in image_folder.iterdir() if entry.is_dir())
-    if len(splits) > 1 and any(split.lower() in TRAINED for split in splits):
-        example = next((split for split in splits if split.lower() in TESTED), splits[0])
+    if len(splits) > 1 and any(split.lower().startswith(TRAINED) for split in splits):
+        example = next((split for split in splits if split.lower().startswith(TESTED)), splits[0])
         raise BadRequest(f"{source}: it has the splits {some(splits)}; take one of them as in {source}#{example}")
 
 
@@ -138,12 +143,13 @@ def _input(image: Path, preprocessing_of: Callable[[Path], Preprocessing], diges
     return read_file(image, preprocessing_of(image), digest)
 
 
-def _mask_of(name: str) -> str:
-    """The path of the mask of an image, below the folder of masks."""
+def _mask_in(folder: Path, name: str) -> Path:
+    """The mask of an image in the folder of masks."""
     stem = name.rpartition(".")[0]
     for ending, of_mask in _ENDINGS:
         stem = stem.removesuffix(ending) + of_mask if stem.endswith(ending) else stem
-    return f"{stem}.png"
+    upper = folder / f"{stem}.PNG"
+    return upper if upper.is_file() else folder / f"{stem}.png"
 
 
 def _read(

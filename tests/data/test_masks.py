@@ -50,13 +50,16 @@ def test_the_size_of_an_image_is_that_of_pillow_upright(orientation, name, tmp_p
         assert images.size_of(tmp_path / name) == ImageOps.exif_transpose(image).size
 
 
-def test_a_changed_mask_of_a_manifest_changes_what_is_measured(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "lines"), [("list.csv", "path,mask\na.jpg,m/a.png\n"), ("list.txt", "a.jpg m/a.png\n")]
+)
+def test_a_changed_mask_of_a_manifest_changes_what_is_measured(name, lines, tmp_path):
     write(tmp_path, "a.jpg", "m/a.png", quarters())
-    (tmp_path / "list.csv").write_text("path,mask\na.jpg,m/a.png\n")
-    before = fingerprint(str(tmp_path / "list.csv"))
-    assert fingerprint(str(tmp_path / "list.csv")) == before
+    (tmp_path / name).write_text(lines)
+    before = fingerprint(str(tmp_path / name))
+    assert fingerprint(str(tmp_path / name)) == before
     Image.new("L", (32, 32), 1).save(tmp_path / "m/a.png")
-    assert fingerprint(str(tmp_path / "list.csv")) != before
+    assert fingerprint(str(tmp_path / name)) != before
 
 
 def test_images_in_a_folder_that_is_a_link_are_read(tmp_path):
@@ -174,6 +177,7 @@ def test_an_image_that_is_not_that_of_the_manifest_is_skipped(tmp_path):
         ("a.jpg,\n", "line 2 has no mask; add one, or remove the line"),
         ("a.jpg,../a.png\n", "'../a.png' lies outside the folder of this list"),
         ("a.jpg,b.png\n", "b.png: no such mask, for the image a.jpg"),
+        ("a.jpg,b.JPG\n", "the mask b.JPG is a JPEG, which changes classes near borders; save masks as PNG"),
     ],
 )
 def test_a_manifest_with_a_mask_that_is_none_is_refused(lines, message, tmp_path):
@@ -247,6 +251,23 @@ def test_an_image_without_a_mask_is_named(tmp_path):
     write(tmp_path, "images/a.png", "masks/b.png", quarters())
     with pytest.raises(BadRequest, match=r"masks/a\.png: no such mask, for the image a\.png"):
         read(tmp_path)
+
+
+def test_a_mask_may_end_in_capitals_and_belongs_to_one_image(tmp_path):
+    write(tmp_path, "images/a.JPG", "masks/a.PNG", quarters())
+    assert read(tmp_path).names == ("a.JPG",)
+    write(tmp_path, "images/a.png", "masks/a.PNG", quarters())
+    with pytest.raises(BadRequest, match=r"a\.PNG: the mask of both a\.JPG and a\.png; keep one of these images"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("training", "validation"), [("train2017", "val2017"), ("training", "test_a")])
+def test_training_images_are_not_measured_with_others(training, validation, tmp_path):
+    for split in (training, validation):
+        write(tmp_path, f"images/{split}/a.jpg", f"masks/{split}/a.png", quarters())
+    with pytest.raises(BadRequest, match=f"take one of them as in .*#{validation}"):
+        read(tmp_path)
+    assert read(tmp_path, validation).names == ("a.jpg",)
 
 
 def test_a_folder_without_masks_is_none(tmp_path):
