@@ -14,6 +14,7 @@ from typing import IO, Any
 import msgspec
 
 from exporter import artifact as artifacts
+from exporter import backends
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Record
 from exporter.errors import BadRequest, some
@@ -70,7 +71,7 @@ def predict(
     Raises: BadRequest for sources without images, none of which can be read, or an output that cannot be written;
         Unavailable when the runtime or pyarrow is missing, or the disk is full.
     """
-    if "segment" in artifact.sidecar.spec.tasks and not out.suffix:
+    if "segment" in artifact.sidecar.spec.tasks and (not out.suffix or out.is_dir()):
         if elsewhere:
             raise BadRequest(f"-o {out}: one machine writes masks; give a name that ends in .npz, or leave --on out")
         return predict_masks(artifact, sources, options, out, resume, overwrite, stdin)
@@ -80,12 +81,7 @@ def predict(
     answers = answers_for(artifact, options, whole=out.suffix.lower() == ".npz")
     writers.check_kinds(out, answers)
     images = open_images(sources, artifact.sidecar.preprocessing, stdin)
-    job = Job(
-        artifact=artifact.sidecar.sha256,
-        images=images.key,
-        total=images.samples.total,
-        options={"format": out.suffix.lower(), **msgspec.to_builtins(options), "top": options.top or TOP},
-    )
+    job = _job(artifact, images, options, out)
     with store.opened(out, job, resume, overwrite) as kept:
         done, began = kept.done(), time.monotonic()
         if done < job.total:
@@ -99,6 +95,21 @@ def predict(
         write = writers.WRITERS[out.suffix.lower()]
         kept.finish(lambda file: write(file, answers, kept.chunks))
     return Summary(total=job.total, now=job.total - done, unreadable=unreadable, seconds=seconds)
+
+
+def _job(artifact: Artifact, images: Images, options: PredictOptions, out: Path) -> Job:
+    """What a resumed run must have in common with this one."""
+    versions = backends.computing_versions(backends.runtime_of(artifact))
+    facts = {
+        "format": out.suffix.lower(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return Job(
+        artifact=artifact.sidecar.sha256,
+        images=images.key,
+        total=images.samples.total,
+        options={**facts, **msgspec.to_builtins(options), "top": options.top or TOP},
+    )
 
 
 def _keep(kept: store.Store, chunks: Iterator[Chunk]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -69,10 +69,12 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
     is_pattern = glob.has_magic(word) and not path.exists()
     if not is_pattern and (is_manifest(path) or path.suffix.lower() == ".npz" or _is_a_set(word)):
         samples = open_samples(word, recipe, (), None, repeats=True)
+        paths: Callable[[], Iterable[Path]] | None = partial(_listed, path, split) if is_manifest(path) else None
         if path.suffix.lower() == ".npz":
             samples = replace(samples, items=partial(_to_the_end, samples, path.name))
+            paths = partial(_in_archive, path, samples.total)
         key = f"{samples.total} of {split} of {fingerprint(word)}"
-        return Images(samples, key, paths=partial(_listed, path, split) if is_manifest(path) else None)
+        return Images(samples, key, paths=paths)
     if path.exists() and parquet.is_parquet(path.name):
         return of_tables(word, [of_rows(os.path.expanduser(_without(word, split)), split, recipe)])  # noqa: PTH111
     if path.exists():
@@ -82,6 +84,11 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
         return _of_pattern(word, split, recipe)
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise BadRequest(f"{word}: no such file or folder{f'; {near}' if near.startswith('did') else ''}")
+
+
+def _in_archive(path: Path, total: int) -> Iterator[Path]:
+    """Paths below which the images of an archive would lie, as no other source has them."""
+    return (path.with_name(f"{path.name}[{index}]") for index in range(total))
 
 
 def _listed(path: Path, split: str) -> list[Path]:

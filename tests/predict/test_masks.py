@@ -220,6 +220,20 @@ def test_two_images_of_one_name_are_refused(artifacts, photos, tmp_path, refused
     assert "would be written for both x/a.png and y/a.png" in " ".join(message.split())
 
 
+def test_masks_of_two_archives_of_one_name_are_refused(artifacts, photos, tmp_path, refused):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "a.npz", images=np.zeros((2, 64, 64, 3), np.uint8))
+    message = refused(2, "predict", artifacts["labels"].path, "x/a.npz", "y/a.npz", "-o", "out")
+    assert "would be written for both x/a.npz[0] and y/a.npz[0]" in " ".join(message.split())
+
+
+def test_a_folder_for_masks_may_have_a_dot_in_its_name(artifacts, photos, tmp_path, run):
+    (tmp_path / "masks_v1.0").mkdir()
+    assert run("predict", artifacts["labels"].path, "photos", "-o", "masks_v1.0").code == 0
+    assert (tmp_path / "masks_v1.0" / "photos" / "a.png").is_file()
+
+
 def test_an_interrupted_folder_of_masks_says_how_to_go_on(artifacts, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "_chunks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="masks: masks are missing; run the same command with --overwrite"):

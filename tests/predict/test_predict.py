@@ -457,7 +457,7 @@ def test_a_part_of_a_batch_has_the_answers_of_its_images():
     assert (bad.names, bad.tensors) == (("b",), {})
 
 
-def test_another_device_is_not_resumed(artifacts, photos, tmp_path, monkeypatch):
+def test_another_device_or_version_is_not_resumed(artifacts, photos, tmp_path, monkeypatch):
     artifact, out = artifacts["onnxruntime", "fp32"], tmp_path / "a.csv"
 
     def interrupted(*_):
@@ -469,6 +469,9 @@ def test_another_device_is_not_resumed(artifacts, photos, tmp_path, monkeypatch)
         wrote(artifact, photos, out)
     with pytest.raises(BadRequest, match="was begun with device None, now cuda; give the same, or --overwrite"):
         predict.predict(artifact, [str(photos)], PredictOptions(top=2, device="cuda"), out, resume=True)
+    monkeypatch.setattr("exporter.backends.computing_versions", lambda runtime: {"pillow": "1"})
+    with pytest.raises(BadRequest, match=r"was begun with versions convnext-export .*, now pillow 1; give the same"):
+        wrote(artifact, photos, out, resume=True)
 
 
 OUTPUTS = {
