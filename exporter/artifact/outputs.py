@@ -44,7 +44,7 @@ class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def text(self) -> str:
         """The outputs in words, by the options that give them: `classify,embed (l2)`."""
         tasks = ",".join(self.tasks)
-        more: list[str] = [self.answer] if "classify" in self.tasks and self.answer != "logits" else []
+        more: list[str] = [self.answer] if self.answer != "logits" else []
         more += ["l2"] if self.l2 else []
         return f"{tasks} ({', '.join(more)})" if more else tasks
 

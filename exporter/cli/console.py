@@ -262,7 +262,8 @@ def print_next_step(artifact: Artifact, report: Report, options: VerifyOptions |
     elif options and options.reference:
         print_hint(f"to find the module that differs, build the artifact again with --reference {options.reference}")
     else:
-        images = ("--data", options.data) if options and options.data != SYNTHETIC else ()
+        images: tuple[str, ...] = ("--data", options.data) if options and options.data != SYNTHETIC else ()
+        images += ("--reduce-zero-label",) if options and options.reduce_zero_label else ()
         if artifact.sidecar.task not in DENSE:
             print_next("find the part that differs", "bisect", artifact.path, *images)
         elif report.find("block_error") is None:

@@ -257,6 +257,8 @@ def test_pixels_that_differ_are_looked_for_in_the_blocks(logits, data, tmp_path,
     assert result.code == 5
     following = f"find the block that differs: convnext-export verify {path} --data {data} --blocks"
     assert result.out.splitlines()[-1] == following
+    result = run("verify", path, "--data", data, "--atol", 1e-12, "--reduce-zero-label")
+    assert result.out.splitlines()[-1] == following.replace("--blocks", "--reduce-zero-label --blocks")
 
 
 def test_images_without_masks_have_a_note(labels, data):
