@@ -35,6 +35,7 @@ FP16_MAX = 65504
 FP16_REACH = FP16_MAX / 4  # other images reach further than the few that are looked at
 # Of an output's scale: 20 times fp32 rounding; GELU's tanh form, the smallest real mistake, is above.
 TRACE_SHARE = 1e-4
+FEW_PIXELS = 2  # whose two largest logits may be equal but for rounding
 FP16_STEP = 2.0**-10  # between neighbouring fp16 numbers, as a share of them
 # Root mean square, of pictures: a sum of pixels near a half is rounded to either level.
 PICTURE_SHARE = 2e-3
@@ -159,8 +160,8 @@ def _shares(
 ) -> list[float]:
     """The largest difference of each output as a share of its scale; of pictures the root mean square. For numbers of
     classes it is infinite where one differs whose probability is further than the limit from that of its neighbours;
-    the last of five may have an unknown neighbour. For labels of pixels it is the share of other labels. Of outputs in
-    fp16 the step to the next fp16 number is subtracted from each difference."""
+    the last of five may have an unknown neighbour. For labels of pixels it is the share of other labels, not
+    counting `FEW_PIXELS`. Of outputs in fp16 the step to the next fp16 number is subtracted from each difference."""
     shares = []
     for index, holds in enumerate(options.outputs.values()):
         difference = np.abs(expected[index].astype(np.float64) - outputs[index])
@@ -171,7 +172,7 @@ def _shares(
             clear = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
             shares.append(float("inf") if (difference[clear] > 0).any() else 0.0)
         elif holds == "labels":
-            shares.append(float((difference > 0).mean()))
+            shares.append(max(0, int((difference > 0).sum()) - FEW_PIXELS) / difference.size)
         else:
             size = np.sqrt(np.square(difference).mean()) if options.picture else difference.max()
             shares.append(float(size / scales[index]))
