@@ -171,8 +171,8 @@ class Export(Record, frozen=True):
         Answer,
         about(
             "Output of each head: logits, their softmax or sigmoid, or the numbers and probabilities of the "
-            "five most probable classes (top5). Of --task segment: logits of each pixel, of a quarter of height and "
-            "width (logits4), or the class of each pixel in a byte (labels), and its probability (scores)."
+            "five most probable classes (top5). Of --task segment: logits of each pixel, before they are resized to "
+            "the input (logits4), or the class of each pixel in a byte (labels), and its probability (scores)."
         ),
     ] = "logits"
     l2: Annotated[bool, about("Scale the feature vectors of --task embed to unit length.")] = False
