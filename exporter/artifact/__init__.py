@@ -290,11 +290,14 @@ def update_quality(artifact: Artifact, quality: Mapping[str, float | str]) -> No
         note(f"the results are not recorded in the sidecar: {error}")
 
 
-def check_output(path: Path) -> None:
-    """Refuse to write a report or table over an artifact, its sidecar, a folder, a device, or a link to nothing.
+def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuse to write a report or table over an artifact, its sidecar, a folder, a device, a link to nothing, or one
+    of the files that are read, and into a folder that cannot be written.
 
     Raises: BadRequest.
     """
+    if any(one.exists() and path.exists() and one.samefile(path) for one in inputs):
+        raise BadRequest(f"{path}: is read, and would be replaced; write to another file")
     is_sidecar = path.name.endswith(".json") and path.with_name(path.name.removesuffix(".json")).is_file()
     if is_sidecar or sidecar_path(path).exists():
         raise BadRequest(f"{path}: an artifact or its sidecar has this name; write the report elsewhere with -o")
@@ -302,6 +305,9 @@ def check_output(path: Path) -> None:
         raise BadRequest(f"{path}: not a regular file; give -o a file name")
     if path.is_symlink() and not path.exists():
         raise BadRequest(f"{path}: a link to a file that does not exist; remove it, or give -o the name of the file")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise BadRequest(f"{path}: its folder cannot be written; write the report elsewhere with -o")
 
 
 def _commit_folder(target: Path) -> Path:

@@ -156,7 +156,7 @@ def compare_command(sides: tuple[Path, ...], out: Path | None, as_json: bool, **
     from exporter.report import tables
 
     path = out or sides[-1].parent / f"{sides[-1].name.removesuffix('.report.json')}.compare.json"
-    artifact.check_output(path)
+    artifact.check_output(path, sides)
     with drawing():
         comparison = gate.compare(sides, GateOptions(**values))
     report.save(comparison, path)
@@ -207,7 +207,7 @@ def report_command(
     if commit is not None and history is None:
         raise BadRequest("--commit: there is no history to write it to; add --history FILE, or leave it out")
     for path in (path for path in (out, history) if path):
-        artifact.check_output(path)
+        artifact.check_output(path, [*reports, *([history] if history and path == out else [])])
     with drawing():
         text, notes = rendering.rendered(reports, form)
     for note in notes:

@@ -200,6 +200,17 @@ def test_a_move_that_was_cut_short_is_finished_by_whoever_comes_next(onnx_copy, 
     assert not commit.exists()
 
 
+def test_an_output_that_is_read_or_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.json").touch()
+    (tmp_path / "b.json").symlink_to("a.json")
+    artifact.check_output(tmp_path / "a.json", [tmp_path / "c.json"])
+    with pytest.raises(BadRequest, match=r"b\.json: is read, and would be replaced; write to another file"):
+        artifact.check_output(tmp_path / "b.json", [tmp_path / "a.json"])
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(BadRequest, match="its folder cannot be written; write the report elsewhere with -o"):
+        artifact.check_output(tmp_path / "new" / "a.json")
+
+
 def test_files_the_new_artifact_has_not_are_removed(onnx_copy):
     name = onnx_copy.path.name
     with artifact.staging(onnx_copy.path) as folder:
@@ -227,11 +238,11 @@ def test_killed_at_any_moment_there_is_the_old_artifact_or_the_new(onnx_copy, tm
                     (folder / path.name).write_bytes(content)
                     artifact.seal(folder, path.name, old.sidecar)
     """)
-    for moment in range(15):
+    for moment in range(8):
         process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
         process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.02 + moment * 0.0037)
+            process.wait(0.02 + moment * 0.007)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
