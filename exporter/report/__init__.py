@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,19 +134,19 @@ class Report(Record, frozen=True):
         known = (f for f in self.findings if f.metric == metric and f.check != "regression")
         return next((f for f in known if case in (None, f.case)), None)
 
-
-def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:
-    """The finding with a limit. If `better` is "low" the value may not exceed it, if "high" it may not be below it."""
-    value = finding.value
-    passed = value is not None and (value <= limit if better == "low" else value >= limit)
-    return msgspec.structs.replace(finding, limit=limit, passed=passed)
-
     @property
     def failures(self) -> str:
         """The findings beyond their limits, in words."""
         beyond = [one for one in self.findings if not one.passed and one.limit is not None]
         values = ["is no number" if one.value is None else f"{one.value:.6g}, limit {one.limit:g}" for one in beyond]
         return "; ".join(f"{one.metric} {value}" for one, value in zip(beyond, values, strict=True))
+
+
+def judged(finding: Finding, limit: float, better: Literal["low", "high"]) -> Finding:
+    """The finding with a limit. If `better` is "low" the value may not exceed it, if "high" it may not be below it."""
+    value = finding.value
+    passed = value is not None and (value <= limit if better == "low" else value >= limit)
+    return msgspec.structs.replace(finding, limit=limit, passed=passed)
 
 
 def number(value: float) -> float | None:
@@ -254,6 +255,12 @@ def machine_of(report: Report) -> tuple[object, ...]:
     isa = facts.get("isa")
     system = str(facts.get("system", "?")).split(" ")
     return facts.get("cpu"), tuple(isa) if isinstance(isa, list) else (), facts.get("cores"), system[0]
+
+
+def of_one_machine(reports: Sequence[Report]) -> bool:
+    """Whether reports are of the same machine, and those of GPUs of the same GPU."""
+    gpus = {gpu for report in reports if (gpu := gpu_of(report))}
+    return all(machine_of(report) == machine_of(reports[0]) for report in reports) and len(gpus) <= 1
 
 
 OF_A_TIMING = ("gpu_before", "gpu_after", "timing", "session")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.errors import some
-from exporter.report import Finding, Report, images_of, machine_of
+from exporter.report import Finding, Report, images_of, of_one_machine
 from exporter.report.tables import MEASURES, changes, failed_metrics, is_comparison, name, noise_of, setting
 
 LOSSES = {"top1_drop": "points of top-1", "map_drop": "points of mAP", "miou_drop": "points of mIoU"}
@@ -67,7 +67,7 @@ def _unranked(reports: Sequence[Report]) -> str:
         return "No artifact is recommended: time them with convnext-export bench."
     if all(finding.value is None for finding in timed):
         return "No artifact is recommended: none could be timed."
-    if any(machine_of(report) != machine_of(reports[0]) for report in reports):
+    if not of_one_machine(reports):
         return "No artifact is recommended: they were measured on different machines."
     if (case := _case(reports)) is None:
         return "No artifact is recommended: no batch size was timed for all of them."
@@ -78,7 +78,7 @@ def _unranked(reports: Sequence[Report]) -> str:
 
 def _of_artifacts(reports: Sequence[Report]) -> Answer | None:
     case = _case(reports)
-    if case is None or any(machine_of(report) != machine_of(reports[0]) for report in reports):
+    if case is None or not of_one_machine(reports):
         return None
     if _settings_differ(reports, case):
         return None

@@ -196,6 +196,20 @@ def test_for_throughput_the_most_images_a_second_are_shipped():
     assert known.others == ("one.xml takes 1.33 × as long",)
 
 
+def test_timings_on_two_kinds_of_gpu_are_not_ranked():
+    first, second = (
+        replace(
+            one,
+            environment={**one.environment, "gpu_before": {"name": gpu}},
+            findings=(*one.findings, Finding(check="data", metric="images", value=64)),
+        )
+        for one, gpu in ((FAST, "NVIDIA L4"), (SLOW, "NVIDIA H200"))
+    )
+    assert answer([first, second]) is None
+    assert "No artifact is recommended: they were measured on different machines." in caveats([first, second])
+    assert answer([first, SLOW]) is not None, "the other was timed on the CPU"
+
+
 def test_timings_with_other_threads_are_not_ranked():
     reports = [timed(f"{n}.xml", 4.0, 250.0, f"cpu, {n} threads, latency") for n in (2, 8)]
     assert answer(reports) is None
