@@ -47,7 +47,7 @@ def key_of(request: Request) -> str:
         "data": fingerprint(quantization.data) if quantization.data else None,
         "reference": reference.fingerprint(model.reference),
         "machine": machine.identity(),
-        "versions": backends.versions(),
+        "versions": {**backends.versions(), **machine.versions(["pillow"])},
         "version": VERSION,
     }
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()[:16]
@@ -89,5 +89,6 @@ class Store:
         shutil.rmtree(self.artifacts(name), ignore_errors=True)
 
     def drop_artifacts(self) -> None:
-        """Remove all artifacts."""
-        shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
+        """Remove all artifacts, also those that interrupted searches of other options left beside this one."""
+        for folder in self.folder.parent.glob("*/artifacts"):
+            shutil.rmtree(folder, ignore_errors=True)

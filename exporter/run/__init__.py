@@ -292,9 +292,14 @@ def _bench(recipe_run: RecipeRun, steps: Steps, artifact: Artifact, outcome: Out
 
 def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
     """The reports of all steps as one, judged by the recipe's limits."""
-    kept = [steps.part(name, artifact) for name in STEPS]
-    parts = [part.report for part in kept if part is not None and part.report is not None]
+    kept = {name: steps.part(name, artifact) for name in STEPS}
+    reports = {name: part.report for name, part in kept.items() if part is not None and part.report is not None}
     findings: dict[str, list[Finding]] = {}
+    if {"build", "verify"} <= reports.keys():
+        built = reports["build"]
+        reports["build"] = _without_search(built)
+        findings["search"] = _failed_in_search(built, reports["verify"])
+    parts = list(reports.values())
     for part in parts:
         for check in dict.fromkeys(finding.check for finding in part.findings):
             findings[check] = [finding for finding in part.findings if finding.check == check]
@@ -311,6 +316,21 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
         differences=next((part.differences for part in reversed(parts) if part.differences is not None), None),
     )
     return limits.with_limits(merged, recipe.bench or Bench())
+
+
+def _without_search(built: Report) -> Report:
+    """The report of a build without what the search of int8 measured on images: `verify` measures it again, perhaps on
+    other images."""
+    findings = tuple(finding for finding in built.findings if finding.check not in JUDGED)
+    return msgspec.structs.replace(built, findings=findings, pictures=(), differences=None)
+
+
+def _failed_in_search(built: Report, verified: Report) -> list[Finding]:
+    """What failed in the search of int8 and not in the verification, whose images may be others."""
+    failed = {finding.metric for finding in verified.findings if not finding.passed}
+    found = [one for one in built.findings if one.check in JUDGED and not one.passed and one.metric not in failed]
+    source = "the images of the search of int8"
+    return [msgspec.structs.replace(one, detail="; ".join(filter(None, (source, one.detail)))) for one in found]
 
 
 def _reproducible(artifact: Artifact) -> list[Finding]:

@@ -62,7 +62,8 @@ class Steps:
         facts = getattr(self, f"_{name}")() if artifact is None else getattr(self, f"_{name}")(artifact)
         if facts is None:
             return ""
-        facts |= {"versions": {**backends.versions(), "backend": _version(self.recipe.backend)}}
+        of_images = machine.versions(["pillow"])  # which reads and resizes them
+        facts |= {"versions": {**backends.versions(), **of_images, "backend": _version(self.recipe.backend)}}
         return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
     def _build(self) -> dict[str, Any] | None:
@@ -105,6 +106,7 @@ class Steps:
             "options": options,
             "images": images,
             "machine": where,
+            "unable": backends.runtime_of(artifact).unable(),  # its graph is verified in place of an engine
             "reference": of_reference,
         }
 

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
+from exporter import machine
 from exporter import run as running
 from exporter.build.int8 import speed
 from exporter.progress import REPORTER
+from exporter.report import Finding, Report
 from exporter.run import pool
 from exporter.run.steps import Steps, verify_options
-from tests.conftest import snapshot, write_tiny
+from tests.conftest import recipe_of, snapshot, write_tiny
 
 pytestmark = pytest.mark.slow
 FAST = "quantization: {calib: synthetic, calib_size: 8}\nbench: null"
@@ -220,6 +222,39 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
     assert records == [("library", "a: 3 nodes"), ("library", "b: 3 nodes")]
 
 
+def test_a_process_that_is_terminated_removes_its_temporary_files(monkeypatch, tmp_path):
+    def work(recipe_run):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                time.sleep(5)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # again, during the removal
+
+    def end(code):
+        raise SystemExit(code)
+
+    (tmp_path / "turn").touch()
+    monkeypatch.setattr(pool, "_SHARED", [queue.Queue(), tmp_path / "turn", SimpleNamespace()])
+    monkeypatch.setattr(pool, "run_or_explain", work)
+    monkeypatch.setattr(pool.os, "_exit", end)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="4"):
+            pool._run(SimpleNamespace(name="a"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["turn"]
+
+
+def test_a_recipe_whose_memory_runs_out_stops_no_other():
+    outcome = running.Outcome("a")
+    with running.recording_error(outcome):
+        raise MemoryError
+    assert outcome.exit_code == 3
+    assert outcome.error.startswith("the memory of this machine has run out")
+
+
 def test_a_second_interrupt_does_not_keep_processes_from_being_ended(monkeypatch):
     outcome, turns = Future(), []
 
@@ -372,7 +407,7 @@ def test_checks_are_of_the_images_that_int8_is_chosen_on(checks, recipe, tmp_pat
     assert verify_options(one.recipe).data == str(tmp_path)
 
 
-def test_an_engine_with_another_sidecar_has_another_key_of_verification(recipe, run):
+def test_an_engine_with_another_sidecar_has_another_key_of_verification(recipe, run, monkeypatch):
     """The file of an engine does not say how its images are resized."""
     path = recipe("tensorrt", "fp32")
     assert run("run", path).code == 0
@@ -381,4 +416,31 @@ def test_an_engine_with_another_sidecar_has_another_key_of_verification(recipe, 
     wide = msgspec.structs.replace(kept.sidecar.preprocessing, resize=300)
     other = type(kept)(kept.path, msgspec.structs.replace(kept.sidecar, preprocessing=wide))
     stored = Steps(job.recipe, job.out, job.folder)
-    assert stored.key("verify", other) != stored.key("verify", kept)
+    before = stored.key("verify", kept)
+    assert stored.key("verify", other) != before
+    assert stored.key("verify", kept) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.run.steps.backends.runtime_of", lambda _: SimpleNamespace(unable=lambda: "another"))
+        assert stored.key("verify", kept) != before, "an engine that was simulated is verified where it can run"
+    installed = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda name: "1" if name == "pillow" else installed(name))
+    assert stored.key("verify", kept) != before, "Pillow decodes and resizes the images"
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_what_the_search_of_int8_measured_on_its_images_is_left_to_the_verification(passed, artifacts):
+    def report(picture, *findings):
+        return Report(passed=True, recipe={}, artifact={}, environment={}, findings=findings, pictures=(picture,))
+
+    drop = Finding(check="accuracy", metric="top1_drop", value=2.0, limit=0.5, passed=passed, detail="of 64")
+    parts = {
+        "build": report("of the search", drop, Finding(check="int8", metric="kept", value=0)),
+        "verify": report("of the verification", Finding(check="parity", metric="cosine", value=1.0)),
+    }
+    kept = SimpleNamespace(part=lambda name, artifact: SimpleNamespace(report=parts[name]) if name in parts else None)
+    merged = running._merged(recipe_of(bench=None), kept, artifacts["onnxruntime", "int8"])
+    assert merged.pictures == ("of the verification",)
+    assert merged.passed == passed
+    assert merged.find("kept") is not None
+    failed = merged.find("top1_drop")
+    assert failed is None if passed else failed.detail == "the images of the search of int8; of 64"
