@@ -367,8 +367,10 @@ def recording_error(outcome: Outcome) -> Iterator[None]:
     """Store the first error that a user can fix in the outcome in place of raising it, so that other recipes go on."""
     try:
         yield
-    except (ExporterError, OSError) as raised:
+    except (ExporterError, OSError, MemoryError) as raised:
         error = file_error(raised) if isinstance(raised, OSError) else raised
+        if isinstance(error, MemoryError):
+            error = Unavailable("the memory of this machine has run out; use fewer --jobs, or a smaller batch")
         if error is None:
             raise
         if not outcome.error:

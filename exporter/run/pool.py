@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -22,6 +23,7 @@ from exporter.progress import REPORTER, Reporter
 from exporter.run import Outcome, RecipeRun, run_or_explain
 
 T = TypeVar("T")
+STOP_S = 10
 _SHARED: list[Any] = []  # in a child process: the queue to the display, the lock file of timing, and the log handler
 
 
@@ -81,16 +83,17 @@ class _Processes:
 
 
 def _stop(threads: ThreadPoolExecutor, outcomes: Sequence[Future[Outcome]]) -> None:
-    """Terminate all child processes, also those that are just starting; each of their writes is atomic. Further
-    interrupts change nothing."""
+    """Terminate all child processes, also those that are just starting; each of their writes is atomic. They have
+    `STOP_S` to remove their temporary files. Further interrupts change nothing."""
     import psutil
 
+    end = time.monotonic() + STOP_S
     while not all(outcome.done() for outcome in outcomes):
         with suppress(KeyboardInterrupt):
             threads.shutdown(wait=False, cancel_futures=True)
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
-                    process.terminate()
+                    process.terminate() if time.monotonic() < end else process.kill()
             time.sleep(0.1)
 
 
@@ -106,6 +109,7 @@ def _draw(lines: Any, reporter: Reporter) -> None:
 def _begin(lines: Any, turn: Path, level: int) -> None:
     handler = _LogQueue(lines)
     _SHARED[:] = [lines, turn, handler]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one terminates it
     logging.getLogger().setLevel(level)
     logging.getLogger().addHandler(handler)
 
@@ -125,13 +129,21 @@ def _run(recipe_run: RecipeRun) -> Outcome:
     lines, turn, handler = _SHARED
     handler.recipe = recipe_run.name
     token = REPORTER.set(_Sent(recipe_run.name, lines))
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with turns.sharing(turn):
             return run_or_explain(recipe_run)
     except KeyboardInterrupt:  # reported by the process that waits for this one
         os._exit(4)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         REPORTER.reset(token)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt once, so that temporary files are removed."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 class _Sent:

@@ -6,6 +6,8 @@ import os
 import queue
 import re
 import shutil
+import signal
+import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -213,6 +215,7 @@ def test_log_messages_of_several_at_once_are_displayed_with_the_name_of_the_reci
             patch.setattr(root, "handlers", [])
             patch.setattr(pool, "_SHARED", [])
             patch.setattr(pool, "run_or_explain", log)
+            patch.setattr("signal.signal", lambda *_: None)
             pool._begin(lines, tmp_path / "turn", logging.INFO)
             for name in ("a", "b"):
                 pool._run(SimpleNamespace(name=name))
