@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec.structs import replace
 
-from exporter.artifact import Artifact
+from exporter.artifact import Artifact, load
 from exporter.artifact.sidecar import Record, Sidecar
 from exporter.errors import BadRequest, printable
 from exporter.model.labels import read_labels
@@ -103,8 +103,15 @@ def package(
         contents = dataclasses.replace(contents, expected=expected, unexpected=unexpected)
         _write_common(aim, contents, staging)
         aim.write(contents, own, staging)
+        _refuse_rebuilt(artifact)
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     return Package(path=str(out), destination=name, files=tuple(files), unexpected=unexpected)
+
+
+def _refuse_rebuilt(artifact: Artifact) -> None:
+    """Raises: BadRequest where another process has replaced or removed the artifact since it was opened."""
+    if load(artifact.path).sidecar.sha256 != artifact.sidecar.sha256:
+        raise BadRequest(f"{artifact.path}: another process has rebuilt it meanwhile; run the same command again")
 
 
 def _labels(file: str | None, sidecar: Sidecar) -> tuple[str, ...]:

@@ -171,6 +171,21 @@ def test_it_works_where_pytorch_cannot_be_imported(destination, artifacts, tmp_p
     assert (tmp_path / "out" / "expected.npz").is_file()
 
 
+def test_an_artifact_that_is_rebuilt_meanwhile_gives_no_package(artifacts, tmp_path, monkeypatch):
+    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+
+    def rebuild(*_):
+        with artifacts_.staging(made.path) as folder:
+            (folder / made.path.name).write_bytes(b"another graph")
+            artifacts_.seal(folder, made.path.name, made.sidecar)
+        return None, "it was not run"
+
+    monkeypatch.setattr(package, "expected_of", rebuild)
+    with pytest.raises(BadRequest, match="another process has rebuilt it meanwhile; run the same command again"):
+        package.package(made, "python", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
 def test_the_same_artifact_gives_the_same_bytes(artifacts, tmp_path):
     for name in ("one", "two"):
         package.package(artifacts["onnxruntime", "fp32"], "triton", tmp_path / name)
