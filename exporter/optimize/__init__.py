@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from exporter import artifact as artifacts
 from exporter.artifact.disk import locked
 from exporter.bench import Opener, worker
@@ -77,6 +79,9 @@ def _known(search: Search, out: Path) -> Outcome | None:
         return None
     if artifact.sidecar.sha256 != result.sha256:
         return None
+    # The folder may have been moved.
+    result = replace(result, artifact=str(artifact.path), recipe=str(out / Path(result.recipe).name))
+    report = replace(report, artifact={**report.artifact, "path": str(artifact.path)})
     publish.write_about(search, result, report, artifact)
     return Outcome(result, report)
 

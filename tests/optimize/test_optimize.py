@@ -146,9 +146,12 @@ def test_an_interrupted_search_goes_on_where_it_stopped(request_of, tmp_path, mo
 
 
 def test_the_same_search_again_does_nothing(outcome, request_of, tmp_path, monkeypatch):
-    before = snapshot(tmp_path)
     monkeypatch.setattr(Search, "run", lambda *_: pytest.fail("searched again"))
-    assert optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened).result == outcome.result
+    moved = optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened)
+    assert (moved.result.artifact, moved.result.sha256) == (f"{tmp_path}/out/custom_int8.onnx", outcome.result.sha256)
+    assert moved.report.artifact["path"] == moved.result.artifact
+    before = snapshot(tmp_path)
+    assert optimize.optimize(request_of(form=None), tmp_path / "out", fakes.opened) == moved
     assert snapshot(tmp_path) == before
 
 
@@ -213,13 +216,6 @@ def test_sizes_are_read_with_their_unit(text, count):
     assert optimize.OptimizeOptions(max_bytes=text).bytes_limit == count
 
 
-def test_where_nothing_is_small_enough_the_nearest_is_written(request_of, tmp_path):
-    result = optimize.optimize(request_of(max_bytes="1kB"), tmp_path, fakes.opened).result
-    assert not result.passed
-    assert "limit 0.001 MB" in result.winner.reason
-    assert (tmp_path / "custom_int8.onnx").is_file()
-
-
 def test_where_everything_crashes_the_reasons_are_named(request_of, tmp_path):
     with pytest.raises(CheckFailed, match=r"nothing could be timed: onnxruntime .*SIGSEGV"):
         optimize.optimize(request_of(), tmp_path, fakes.crashing)
@@ -237,14 +233,14 @@ def test_a_device_that_is_not_here_is_refused_after_the_first_build(request_of, 
     assert len(list((tmp_path / "optimize").rglob("built-*.json"))) == 1
 
 
-def test_what_int8_keeps_is_kept_when_it_is_built_again(request_of, tmp_path):
-    first = optimize.optimize(request_of(), tmp_path, fakes.opened).result
-    (path,) = (tmp_path / "optimize").rglob("built-onnxruntime-int8-linear.json")
+def test_what_int8_keeps_is_kept_when_it_is_built_again(outcome, request_of, tmp_path):
+    out = tmp_path / "out"
+    (path,) = (out / "optimize").rglob("built-onnxruntime-int8-linear.json")
     path.write_text(path.read_text().replace('"kept":[]', '"kept":["stages.0.0"]'))
-    (tmp_path / "custom_int8.onnx").unlink()
-    again = optimize.optimize(request_of(), tmp_path, fakes.opened).result
-    assert again.winner.kept == artifact.load(tmp_path / "custom_int8.onnx").sidecar.quantization.kept
-    assert again.winner.kept == () or again.sha256 != first.sha256, "the report is of these bytes"
+    (out / "custom_int8.onnx").unlink()
+    again = optimize.optimize(request_of(form=None), out, fakes.opened).result
+    assert again.winner.kept == artifact.load(out / "custom_int8.onnx").sidecar.quantization.kept
+    assert again.winner.kept == () or again.sha256 != outcome.result.sha256, "the report is of these bytes"
 
 
 def test_lost_pages_are_written_again(outcome, request_of, tmp_path):
@@ -317,10 +313,14 @@ def test_for_throughput_the_runtimes_are_not_compared_by_latency(request_of, tmp
     assert {row.backend for row in result.rows if row.accuracy} == {"onnxruntime", "openvino"}
 
 
-def test_where_nothing_is_small_enough_only_verified_candidates_are_timed_at_last(request_of, tmp_path):
+def test_where_nothing_is_small_enough_the_nearest_is_written_and_only_verified_ones_timed_at_last(
+    request_of, tmp_path
+):
     both = request_of(max_bytes="1kB", form=None, backend=("onnxruntime", "openvino"), precision=("fp32",))
     result = optimize.optimize(both, tmp_path, fakes.opened).result
     assert not result.passed
+    assert "limit 0.001 MB" in result.winner.reason
+    assert Path(result.artifact).is_file()
     assert result.winner.accuracy is not None
     assert {row.backend for row in result.rows if row.threads == 1} == {"onnxruntime"}, "the other is behind it"
 
