@@ -7,6 +7,7 @@ refused, so that a file can neither run code nor expand.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_origin
@@ -123,6 +124,8 @@ def _override(root: yaml.Node, override: str, marks: Marks) -> None:
     path = keys.strip().split(".")
     if not equals or not all(path):
         raise BadRequest(f"{name}: expected KEY=VALUE, as in --set quantization.calib_size=512")
+    if " #" in value and value.lstrip()[:1] not in ("'", '"', "[", "{"):  # which YAML would read as a comment
+        value = json.dumps(value)
     found = _compose(f"value: {value}\n", name, Marks(name))
     assert isinstance(found, yaml.MappingNode)
     leaf = found.value[0][1]

@@ -151,6 +151,11 @@ def test_a_wrong_override_is_told_as_such(override, told, problems):
     assert any(told in line for line in problems(GOOD, override)), problems(GOOD, override)
 
 
+def test_a_value_of_an_override_may_have_a_number_sign(read):
+    assert read(GOOD, "checks.data=photos #2").checks.data.endswith("photos #2")
+    assert read(GOOD, "checks.data='photos' # a comment").checks.data.endswith("photos")
+
+
 @pytest.mark.parametrize("text", ["[320, 256]", "320,256", "320, 256", "'320,256'"])
 def test_a_size_has_one_or_two_sides(text, read):
     assert read(GOOD.replace("imgsz: 224", f"imgsz: {text}")).export.imgsz == (320, 256)
