@@ -1,5 +1,6 @@
 """Int8 artifacts answer alike on other CPUs, which qemu emulates: an x86 without VNNI, and an Arm."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -45,18 +46,22 @@ def cosine(a, b) -> float:
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
-@pytest.fixture
-def compared(artifacts, tmp_path):
+@pytest.fixture(scope="module")
+def compared(artifacts, tmp_path_factory):
     """A function from an int8 artifact and the name of a CPU to outputs: in fp32, in int8 here, and in int8 there."""
     recipe = artifacts["onnxruntime", "fp32"].sidecar.preprocessing
     pixels = [synthetic.dead_leaves(recipe.size, 500 + i, recipe.channels) for i in range(COUNT)]
-    np.save(tmp_path / "images.npy", images.normalise(np.stack(pixels), recipe))
-    here = [sys.executable], dict(os.environ)
+    folder = tmp_path_factory.mktemp("compared")
+    np.save(folder / "images.npy", images.normalise(np.stack(pixels), recipe))
+
+    @functools.cache
+    def outputs(path, name):
+        where = emulator(name) if name else ([sys.executable], dict(os.environ))
+        return answers(path, folder / "images.npy", folder / "outputs.npy", *where)
 
     def compare(quantized, name):
-        there = emulator(name)
-        runs = ((artifacts["onnxruntime", "fp32"], here), (quantized, here), (quantized, there))
-        return [answers(a.path, tmp_path / "images.npy", tmp_path / "outputs.npy", *where) for a, where in runs]
+        exact = artifacts["onnxruntime", "fp32"].path
+        return outputs(exact, ""), outputs(quantized.path, ""), outputs(quantized.path, name)
 
     return compare
 
