@@ -181,7 +181,7 @@ def _narrowed(model_or_images: Any, arithmetic: str) -> Any:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Torch's threads, which are the process's, are put back when the session closes."""
+    """Run with a number of threads. Torch has one number for the whole process, so the former one is restored."""
     import torch
 
     before = torch.get_num_threads()

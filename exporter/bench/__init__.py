@@ -162,9 +162,11 @@ class Timing:
 class Cold(Record, frozen=True):
     """Cold start of an arm alone in a new process.
 
-    It has milliseconds to the first output (including import of the runtime), of loading it again, and of the first
-    inference after that, and the peak of resident memory in bytes. With a folder of compiled models, `cold_from` and
-    `load_from` say whether the model was compiled or came from it.
+    cold_ms: milliseconds from the start of the process to the first output, with the import of the runtime.
+    load_ms: milliseconds to load it a second time.
+    first_ms: milliseconds of the first inference after that.
+    peak_bytes: the peak of resident memory.
+    cold_from, load_from: with a folder of compiled models, whether the model was compiled or read from it.
     """
 
     cold_ms: float

@@ -80,7 +80,7 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
 
 
 def _changed(options: GateOptions, names: Sequence[str]) -> list[str]:
-    """Those of some options that are not as by default."""
+    """The options of `names` whose value is not the default."""
     return [option for option in names if getattr(options, option) != getattr(GateOptions(), option)]
 
 

@@ -50,8 +50,8 @@ class Entry(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """A frozen choice of images: of files below the folder `source`, or of those that a `generator` makes; then
-    `source` says where they are from, and digests are those of images of `pixels` pixels."""
+    """A frozen choice of images: files below the folder `source`, chosen by `rule` with `seed`. Those of a `generator`
+    have digests of `pixels` × `pixels` pixels, and `source` says where they are from."""
 
     source: str
     rule: str
@@ -77,9 +77,9 @@ class Manifest(Record, frozen=True):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Images to calibrate with: what they are called, the digest of their contents, the images as the network takes
-    them, and as sessions of the artifact get them. `manifest` is None for an archive of arrays and for synthetic
-    images."""
+    """Images to calibrate with: where they are from, the digest of their contents, and the images as the network takes
+    them (`samples`) and as a session of the artifact takes them (`compared`). `manifest` is None for an archive of
+    arrays and for synthetic images."""
 
     source: str
     digest: str
@@ -101,7 +101,7 @@ class CalibrationSet:
 
     @property
     def synthetic(self) -> bool:
-        """Whether nobody ever photographed them."""
+        """Whether they are generated, and no photographs."""
         return self.samples.synthetic
 
     @property

@@ -127,7 +127,7 @@ class OrtSession:
 
 
 def devices_here() -> str:
-    """The providers that can be asked for; whether CUDA's really loads is seen when a session is opened.
+    """The execution providers of this build. Whether the CUDA provider loads is only known when a session is opened.
 
     Raises: Unavailable for a build or machine without CUDA.
     """
@@ -144,7 +144,12 @@ def devices_here() -> str:
 
 @contextmanager
 def session(artifact: Artifact, options: Options, optimized: Path | None = None) -> Iterator[OrtSession]:
-    """Load an ONNX artifact on the device that was asked for, and on no other; write what it was optimised to.
+    """Load an ONNX artifact on the device of `options` and on no other.
+
+    Args:
+        artifact: the ONNX file.
+        options: the device and threads.
+        optimized: a file to which the graph is written after ONNX Runtime's optimizations.
 
     Raises: Unavailable when the provider is not really in use; BadRequest for an unknown device.
     """

@@ -108,7 +108,7 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
 
 
 def _default_capabilities(trt: library.Library) -> list[str]:
-    """What a plan runs on when nothing was asked for: TensorRT-RTX leaves Turing out; TensorRT takes the GPU here."""
+    """The default compute capabilities of a plan: TensorRT-RTX's without Turing's, or that of the GPU here."""
     if trt.rtx:
         return [capability for capability in trt.capabilities() if capability != "7.5"]
     import torch
