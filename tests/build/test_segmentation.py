@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from exporter.build.export import TRACE_SHARE, _shares
 from exporter.model import weights
 from exporter.verify import VerifyOptions, verify
 from tests.build.maps import outputs, pictures
@@ -84,6 +87,16 @@ def test_a_stage_that_the_head_does_not_take_is_not_in_the_graph(backend, precis
     names = artifact.path.read_bytes()
     assert b"stages.2." in names
     assert b"stages.3." not in names
+
+
+@pytest.mark.parametrize(("pixels", "passes"), [(2, True), (3, False)])
+def test_two_pixels_of_a_small_image_may_have_another_label(pixels, passes):
+    options = SimpleNamespace(outputs={"labels": "labels"}, picture=False)
+    expected = np.zeros((1, 64, 64), np.uint8)
+    labels = expected.copy()
+    labels.flat[:pixels] = 1
+    (share,) = _shares(options, (expected,), (labels,), [1.0])
+    assert (share <= TRACE_SHARE) == passes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
