@@ -52,7 +52,7 @@ def run_command(
     Examples:
       convnext-export run my_model.yaml
       convnext-export run onnxruntime/tiny_int8 openvino/tiny_int8 --set quantization.calib=my_images
-      convnext-export run recipes/*.yaml --jobs 2 --dry-run
+      convnext-export run recipes/openvino/*.yaml --jobs 2 --dry-run
     """
     from exporter import run
     from exporter.cli import build_commands

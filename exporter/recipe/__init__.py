@@ -127,7 +127,10 @@ class Export(Record, frozen=True):
 
     imgsz: Annotated[
         Side | Annotated[tuple[Side, ...], Meta(min_length=2, max_length=2)] | Literal["dynamic"] | None,
-        about("Input size in pixels, height and width, or 'dynamic'; by default the published size.", metavar="N|H,W"),
+        about(
+            "Input size in pixels, height and width, or 'dynamic'; by default that of the preprocessing.",
+            metavar="N|H,W",
+        ),
     ] = None
     batch: Annotated[
         Annotated[int, Meta(ge=1, le=1024)] | Literal["dynamic"], about("Batch size, or 'dynamic'.", metavar="N")

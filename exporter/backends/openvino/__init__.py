@@ -375,7 +375,7 @@ TARGET = Target(
         "fp32": "Weights and arithmetic in fp32.",
         "fp16": "Half the size; statistics of norms stay in fp32, and CPUs compute in fp32.",
         "bf16": "Half the size, computed in bf16 where the device has it; statistics of norms stay in fp32.",
-        "int8": "8-bit integers in the layers that keep their accuracy; needs calibration images.",
+        "int8": "8-bit integers in the layers that keep their accuracy, calibrated on the images of --calib.",
     },
     form=form,
     build=build,

@@ -76,7 +76,7 @@ class TensorRtOptions(TargetOptions, frozen=True):
         about("tensorrt-rtx: GPUs to build for, like 8.9; may be repeated.", metavar="X.Y", default="8.0 and above"),
     ] = ()
     workspace: Annotated[
-        Annotated[float, Meta(gt=0)] | None, about("Memory for intermediate results of kernels.", metavar="GIB")
+        Annotated[float, Meta(gt=0)] | None, about("Memory for intermediate results of kernels, in GiB.", metavar="GIB")
     ] = None
     opt_level: Annotated[
         Annotated[int, Meta(ge=0, le=5)] | None,
