@@ -120,8 +120,9 @@ def best_choice(searched: optimize.Result) -> str:
     """How often `optimize` chose the best."""
     good = sum(choice.slower <= optimize.WITHIN for choice in searched.choices)
     return (
-        f"**A search with an answer.** For a ConvNeXt-atto, `optimize` chose an artifact within 3 % of the fastest in "
-        f"{good} of {len(searched.choices)} searches, each in a few minutes ([optimize](docs/optimize.md))."
+        "**A search with an answer.** `optimize` searches for the fastest artifact of a ConvNeXt-atto in minutes. "
+        f"Its choice was repeated {len(searched.choices)} times with new timings, and was within 3 % of the fastest "
+        f"artifact {good} times ([optimize](docs/optimize.md))."
     )
 
 

@@ -1,4 +1,4 @@
-"""convnext-export: ConvNeXt from PyTorch to what runs in production, proven to be still the same model.
+"""convnext-export: ConvNeXt from PyTorch to what runs in production, compared with the original model.
 
 After training, one line builds an artifact and compares it with the live model:
 
