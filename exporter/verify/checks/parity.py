@@ -121,7 +121,9 @@ class Parity:
 
     def _max_abs(self) -> Finding:
         shares = {name: output.max_abs / output.scale for name, output in self.measured.items()}
-        name = max(shares, key=lambda name: shares[name] if np.isfinite(shares[name]) else np.inf)
+        errors = {name: output.max_abs for name, output in self.measured.items()}
+        ranked = shares if self.options.atol is None else errors  # --atol is a limit of every output
+        name = max(ranked, key=lambda name: ranked[name] if np.isfinite(ranked[name]) else np.inf)
         output = self.outputs[name]
         scale = "standard deviation" if output.centred else "root mean square"
         finding = Finding(
