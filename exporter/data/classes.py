@@ -40,6 +40,7 @@ def match_classes(
     Raises: BadRequest for a class the model does not have, or when names cannot be told apart.
     """
     known = {name: index for index, label in enumerate(labels) for name in _names_of(label)}
+    known = _by_number(names, labels) | known
     times = Counter(name for label in labels for name in _names_of(label))
     if any(name in known for name in names):
         for name in names:
@@ -72,6 +73,15 @@ def match_classes(
     )
 
 
+def _by_number(names: list[str], labels: tuple[str, ...]) -> dict[str, int]:
+    """The class of each name that is the number of a label, written in another way ("001" or "1.0" for "1"); {} where
+    some label is no number."""
+    numbers = {delimited.whole(label): index for index, label in enumerate(labels)}
+    if None in numbers or len(numbers) < len(labels):
+        return {}
+    return {name: numbers[number] for name in names if (number := delimited.whole(name)) in numbers}
+
+
 def of_folders(folders: list[str], labels: tuple[str, ...], classes: int, where: str) -> dict[str, int]:
     """The class of each sub-folder of a folder, as `match_classes` finds it, with a note where another order is likely.
 
@@ -84,7 +94,7 @@ def of_folders(folders: list[str], labels: tuple[str, ...], classes: int, where:
             f"{where}: its sub-folders ({some(folders)}) are no classes; give one of them, as {where}/{one}"
         )
     numbers = match_classes(folders, labels, classes, where)
-    are_numbers = not has_label and all(name.isdecimal() for name in folders)
+    are_numbers = not has_label and not _by_number(folders, labels) and all(name.isdecimal() for name in folders)
     if are_numbers and folders != sorted(folders, key=lambda name: numbers[name]):
         note(
             f"{where}: sub-folders are taken as numbers of classes; torchvision's ImageFolder counts them as text "

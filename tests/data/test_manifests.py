@@ -214,5 +214,9 @@ def test_folders_have_the_wordnet_id_or_the_words_of_a_label():
     assert match_classes(["n01443537", "n02012849"], IMAGENET, 4, "x") == {"n01443537": 1, "n02012849": 2}
     assert match_classes(["goldfish", "tench, Tinca tinca"], IMAGENET, 4, "x")["tench, Tinca tinca"] == 0
     assert match_classes([IMAGENET[3]], IMAGENET, 4, "x") == {IMAGENET[3]: 3}
+    for names in (["1", "3"], ["1.0", "3.0"], ["001", "003"]):  # numbers are those of the labels, not of their places
+        assert match_classes(names, ("1", "2", "3"), 3, "x") == dict(zip(names, (0, 2), strict=True))
+    with pytest.raises(BadRequest, match=r"class '4\.0' is none of the model's 3 labels"):
+        match_classes(["1.0", "4.0"], ("1", "2", "3"), 3, "x")
     with pytest.raises(BadRequest, match="2 of the model's labels are 'crane'"):
         match_classes(["crane"], IMAGENET, 4, "x")
