@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import weakref
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Clock:
 
 CLOCK = Clock()
 OPENED = []
+SESSIONS = []
 
 
 class Fake:
@@ -87,6 +89,16 @@ def opened(arm):
     if arm.name.startswith("closed"):
         raise ValueError("no such device")
     yield Fake(arm.name)
+
+
+@contextlib.contextmanager
+def alone_in_memory(arm):
+    """Refused while a session that was opened before is in memory."""
+    if any(session() is not None for session in SESSIONS):
+        raise ValueError("another session is in memory")
+    session = Fake(arm.name)
+    SESSIONS.append(weakref.ref(session))
+    yield session
 
 
 @contextlib.contextmanager

@@ -120,6 +120,7 @@ def test_alone_and_cold(artifacts):
     assert found.first_ms == pytest.approx(5, rel=0.1)
     assert found.cold_ms >= 5
     assert 10e6 < found.peak_bytes < 10e9
+    assert not isinstance(supervisor.measure_cold(arm, plan("a@5"), fakes.alone_in_memory, 20.0), str)
     closed = Arm(name="closed", path=arm.path)
     assert "no such device" in str(supervisor.measure_cold(closed, plan("closed"), fakes.opened, 20.0))
 
