@@ -5,10 +5,12 @@ import pytest
 from msgspec.structs import replace
 from scipy.spatial import cKDTree
 
+from exporter.errors import BadRequest
 from exporter.recipe import Checks
 from exporter.verify import checks
 from exporter.verify.checks import Seen, Subject
 from exporter.verify.checks.neighbours import NEAREST, recall
+from exporter.verify.outputs import refuse_limits
 
 
 def vectors(count, seed=0, width=16):
@@ -31,6 +33,14 @@ def test_recall_is_that_of_a_tree(noise):
     assert recall(eager, got).tolist() == pytest.approx(by_tree(eager, got))
 
 
+def test_of_equal_images_it_does_not_matter_which_are_nearest():
+    eager = vectors(60)
+    eager[:30] = eager[0]
+    got = eager.copy()
+    got[:30] += 1e-3 * vectors(30, seed=1)
+    assert recall(eager, got)[:30].tolist() == [1.0] * 30
+
+
 def measured(artifacts, eager, got, **options):
     artifact = artifacts["onnxruntime", "fp32"]
     output = replace(artifact.sidecar.outputs[0], name="embedding", holds="embedding", shape=("batch", 16))
@@ -44,6 +54,18 @@ def measured(artifacts, eager, got, **options):
         batch = slice(start, start + 7)
         add(meters, Seen(np.full(len(names), -1), (eager[batch],), (got[batch],), names))
     return {finding.metric: finding for meter in meters.values() for finding in meter.findings()}
+
+
+def test_a_limit_of_agreement_is_refused_where_the_first_output_has_none(artifacts):
+    """It would be that of no check."""
+    sidecar = artifacts["onnxruntime", "fp32"].sidecar
+    values = replace(sidecar.outputs[0], shape=("batch", 1))
+    vector = replace(sidecar.outputs[0], name="embedding", holds="embedding", shape=("batch", 16))
+    sidecar = replace(sidecar, task="classify,embed", outputs=(values, vector))
+    with pytest.raises(BadRequest, match="--min-agreement: the outputs are values, without a top-1; leave it out"):
+        refuse_limits(sidecar, Checks(min_agreement=90), labelled=False)
+    sidecar = replace(sidecar, task="embed", outputs=(vector,))
+    refuse_limits(sidecar, Checks(min_agreement=90), labelled=False)
 
 
 def add(meters, seen):

@@ -22,6 +22,7 @@ from exporter.verify.outputs import first, kinds
 NEAREST = 10
 LEAST_IMAGES = 2 * NEAREST + 1  # with fewer, half of all images are among the nearest by chance
 ROWS = 512  # of the matrix of similarities at once
+TIE = 1e-6  # cosines that differ by less are equal but for rounding
 
 
 class Neighbours:
@@ -72,14 +73,16 @@ class Neighbours:
 def recall(expected: Array, got: Array) -> NDArray[np.float64]:
     """For each image (N,) the share of its `NEAREST` nearest images by `expected` (N, C) that are so by `got` (N, C).
 
-    Nearest are those with the largest cosine. A vector that is not finite has no neighbours.
+    Nearest are those with the largest cosine; of several that are equally near all count, as identical images are. A
+    vector that is not finite has no neighbours.
     """
     units = [_units(vectors) for vectors in (expected, got)]
     shares = []
     for start in range(0, len(got), ROWS):
-        nearest = [_nearest(vectors, start) for vectors in units]
-        both = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(2)
-        shares.append(both.mean(1))
+        first, second = (_similarities(vectors, start) for vectors in units)
+        nearest = np.argpartition(-second, NEAREST, axis=1)[:, :NEAREST]
+        least = -np.partition(-first, NEAREST - 1, axis=1)[:, NEAREST - 1 : NEAREST]
+        shares.append((np.take_along_axis(first, nearest, 1) >= least - TIE).mean(1))
     return np.where(np.isfinite(got).all(1), np.concatenate(shares), 0.0)
 
 
@@ -89,11 +92,11 @@ def _units(vectors: Array) -> Array:
     return units
 
 
-def _nearest(units: Array, start: int) -> NDArray[np.intp]:
-    """The numbers of the nearest images (R, NEAREST) of the images from `start` on, themselves left out."""
-    similar = units[start : start + ROWS] @ units.T
+def _similarities(units: Array, start: int) -> Array:
+    """The cosines (R, N) of the images from `start` on with all, −∞ with themselves."""
+    similar: Array = units[start : start + ROWS] @ units.T
     similar[np.arange(len(similar)), start + np.arange(len(similar))] = -np.inf
-    return np.argpartition(-similar, NEAREST, axis=1)[:, :NEAREST]
+    return similar
 
 
 CHECK = Check(Neighbours)
