@@ -193,6 +193,15 @@ def test_its_peak_is_a_product_in_the_artifacts_precision(name, precision, convo
     assert precision not in ("bf16", "int8") or error > 1e-4, "it is computed in that precision"
 
 
+def test_a_product_of_onnx_runtime_leaves_no_file_while_it_is_timed(artifacts, tmp_path, monkeypatch):
+    """The process may be killed meanwhile."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    runtime, known = backends.runtime("onnxruntime"), str(_peak.PRODUCTS[0])
+    with runtime.peak(artifacts["onnxruntime", "fp32"], runtime.options(threads=1), known) as product:
+        assert not list(tmp_path.iterdir())
+        product.bind([product.product.input()]).run()
+
+
 def test_the_peak_is_the_fastest_product_in_either_form(monkeypatch):
     """Seconds of each product by a clock of the test's; the best rate is not that of the shortest run."""
     now = 0.0

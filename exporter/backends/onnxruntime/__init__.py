@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -280,11 +280,12 @@ def peak(artifact: Artifact, options: Options, known: str = "") -> Iterator[Prod
 
     @contextmanager
     def open_product(product: PeakProduct) -> Iterator[OrtSession]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "peak.onnx"
-            files.save(peak_model(product, precision), path, {})
-            with session(Artifact(path, sidecar), options) as opened:
-                yield opened
+        with ExitStack() as stack:
+            with tempfile.TemporaryDirectory() as folder:  # only until it is loaded: a timing process may be killed
+                path = Path(folder) / "peak.onnx"
+                files.save(peak_model(product, precision), path, {})
+                opened = stack.enter_context(session(Artifact(path, sidecar), options))
+            yield opened
 
     with fastest_product(open_product, precision, known) as fastest:
         yield fastest
