@@ -16,7 +16,7 @@ from exporter.artifact.sidecar import COLORS, Preprocessing, sides
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif", ".jpe"}
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 
 
@@ -92,7 +92,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         raise Unreadable("32-bit float pixels have no known range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         scaled = np.asarray(image).astype(np.int64) // 257
-        image = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+        if scaled.min() < 0 or scaled.max() > 255:
+            raise Unreadable("32-bit pixels beyond 16 bits have no known range; convert it to 8 or 16 bits")
+        image = Image.fromarray(scaled.astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)

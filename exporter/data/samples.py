@@ -298,6 +298,8 @@ def _synthetic(recipe: Preprocessing, count: int) -> Samples:
 def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | None, multilabel: bool) -> Samples:
     arrays = open_npz(path, recipe, labelled=classes is not None)
     labels = arrays.labels
+    if labels is not None and not multilabel and labels.shape[1:] == (1,):  # as Keras has them
+        labels = labels[:, 0]
     if labels is not None and classes is not None:
         check_arrays(path, labels, classes, multilabel)
     total = min(arrays.count, most or arrays.count)

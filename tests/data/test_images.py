@@ -66,6 +66,9 @@ def test_16_bit_grey_is_scaled_not_clipped(picture, tmp_path):
     assert read(tmp_path / "a.png") == pytest.approx(expected(grey), abs=1e-6)
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "a.tif")
     assert read(tmp_path / "a.tif") == pytest.approx(expected(grey), abs=1e-6)
+    Image.fromarray(np.asarray(grey).astype(np.int32) * 2**20).save(tmp_path / "a.tif")
+    with pytest.raises(images.Unreadable, match="32-bit pixels beyond 16 bits have no known range"):
+        read(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(

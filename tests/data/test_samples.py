@@ -157,6 +157,8 @@ def test_arrays_of_pixels_and_of_inputs(tmp_path):
     np.savez(tmp_path / "pixels.npz", images=pixels, labels=np.arange(5) % 3)
     _, labels, batches = gather(tmp_path / "pixels.npz")
     assert labels == [0, 1, 2, 0, 1]
+    np.savez(tmp_path / "column.npz", images=pixels, labels=np.arange(5)[:, None] % 3)  # as Keras has them
+    assert gather(tmp_path / "column.npz")[1] == [0, 1, 2, 0, 1]
     inputs = np.concatenate([batch.images for batch in batches])
     np.savez_compressed(tmp_path / "inputs.npz", images=inputs)
     _, labels, batches = gather(tmp_path / "inputs.npz")
