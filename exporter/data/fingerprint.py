@@ -30,7 +30,7 @@ def fingerprint(source: str, times: bool = True) -> str:
         return sha256_file(path)
     listed = read_manifest(path, split, repeats=True)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
-        return sha256_file(path)
+        return sha256_file(path) + split
     masks = masks_of(path, listed)
     of_masks = _of_files(path.parent, masks, times) if masks else ""
     return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times) + of_masks
