@@ -114,7 +114,6 @@ def test_the_cache_key_of_a_set_does_not_depend_on_where_the_package_lies(tmp_pa
     assert fingerprint("digits-256") != before
 
 
-@pytest.mark.parametrize("ask", [lambda word: open_calibration(word, RECIPE, 10), fingerprint])
 def test_a_split_of_generated_images_is_another_source(tmp_path):
     header, *rows = (ROOT / "calibration" / "digits-256.tsv").read_text().split("sha256\tpath\tlabel\n")
     lines = [f"{row}\t{'a' if number % 2 else 'b'}\n" for number, row in enumerate(rows[0].splitlines())]
@@ -122,6 +121,7 @@ def test_a_split_of_generated_images_is_another_source(tmp_path):
     assert fingerprint(f"{tmp_path}/digits.tsv#a") != fingerprint(f"{tmp_path}/digits.tsv#b")
 
 
+@pytest.mark.parametrize("ask", [lambda word: open_calibration(word, RECIPE, 10), fingerprint])
 def test_a_misspelled_name_gets_the_nearest(ask):
     with pytest.raises(BadRequest, match="did you mean 'digits-256'"):
         ask("digits-265")
