@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from exporter import backends, machine, predict
+from exporter import machine, predict
 from exporter.data import synthetic
 from exporter.errors import BadRequest, Unavailable
 from exporter.predict import PredictOptions, store
@@ -676,8 +676,8 @@ def test_a_connection_is_tried_three_times(failures):
 
 
 def test_without_ray_the_line_that_installs_it_is_printed(copied, refused, monkeypatch, tmp_path):
-    real = backends.installed
-    monkeypatch.setattr(backends, "installed", lambda name: None if name == "ray" else real(name))
+    real = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda name: None if name == "ray" else real(name))
     words = ("verify", copied.path, "--on", "ray")
     assert "pip install 'convnext-export[ray]'" in refused(3, *words)
 
