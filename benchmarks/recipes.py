@@ -19,7 +19,8 @@ VARIANTS = ("tiny", "small", "base", "large", "v2_tiny", "v2_base")
 PRECISIONS = ("fp16", "int8")
 TASKS = ("classify", "features")
 CALIBRATE = (
-    "# Better than synthetic: your own images, --set quantization.calib=FOLDER --set quantization.data=LABELLED\n"
+    "# Calibrated on synthetic images. Your own give more accuracy: "
+    "--set quantization.calib=FOLDER --set quantization.data=LABELLED_FOLDER\n"
 )
 
 
