@@ -87,7 +87,7 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
 
 
 def _in_archive(path: Path, total: int) -> Iterator[Path]:
-    """Paths below which the images of an archive would lie, as no other source has them."""
+    """A path for each image of an archive, which no image of another source has."""
     return (path.with_name(f"{path.name}[{index}]") for index in range(total))
 
 
