@@ -31,7 +31,10 @@ def fingerprint(source: str, times: bool = True) -> str:
     listed = read_manifest(path, split, repeats=True)
     if listed.generator:  # whose version is in its name, and its images' digests are in the file
         return sha256_file(path) + split
-    masks = masks_of(path, listed)
+    try:
+        masks = masks_of(path, listed)
+    except BadRequest:  # refused where masks are used
+        masks = []
     of_masks = _of_files(path.parent, masks, times) if masks else ""
     return sha256_file(path) + split + _of_files(listed.root, [row["path"] for row in listed.rows], times) + of_masks
 
