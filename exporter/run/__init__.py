@@ -295,15 +295,16 @@ def _merged(recipe: Recipe, steps: Steps, artifact: Artifact) -> Report:
     kept = {name: steps.part(name, artifact) for name in STEPS}
     reports = {name: part.report for name, part in kept.items() if part is not None and part.report is not None}
     findings: dict[str, list[Finding]] = {}
+    failed: list[Finding] = []
     if {"build", "verify"} <= reports.keys():
         built = reports["build"]
         reports["build"] = _without_search(built)
-        findings["search"] = _failed_in_search(built, reports["verify"])
+        failed = _failed_in_search(built, reports["verify"])
     parts = list(reports.values())
     for part in parts:
         for check in dict.fromkeys(finding.check for finding in part.findings):
             findings[check] = [finding for finding in part.findings if finding.check == check]
-    findings["build"] = _reproducible(artifact)
+    findings |= {"search": failed, "build": _reproducible(artifact)}
     if recipe.bench is not None and (why := not_timed(recipe)):
         findings["latency"] = limits.without_timing(recipe.bench, why)
     merged = Report(
@@ -329,8 +330,7 @@ def _failed_in_search(built: Report, verified: Report) -> list[Finding]:
     """What failed in the search of int8 and not in the verification, whose images may be others."""
     failed = {finding.metric for finding in verified.findings if not finding.passed}
     found = [one for one in built.findings if one.check in JUDGED and not one.passed and one.metric not in failed]
-    source = "the images of the search of int8"
-    return [msgspec.structs.replace(one, detail="; ".join(filter(None, (source, one.detail)))) for one in found]
+    return [msgspec.structs.replace(one, detail=f"the images of the search of int8; {one.detail}") for one in found]
 
 
 def _reproducible(artifact: Artifact) -> list[Finding]:
