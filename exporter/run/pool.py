@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -130,12 +131,14 @@ def _run(recipe_run: RecipeRun) -> Outcome:
     handler.recipe = recipe_run.name
     token = REPORTER.set(_Sent(recipe_run.name, lines))
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _take_the_next
     try:
         with turns.sharing(turn):
             return run_or_explain(recipe_run)
     except KeyboardInterrupt:  # reported by the process that waits for this one
         os._exit(4)
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         REPORTER.reset(token)
 
@@ -144,6 +147,14 @@ def _interrupt(number: int, frame: object) -> None:
     """Raise KeyboardInterrupt once, so that temporary files are removed."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _take_the_next(discarded: sys.UnraisableHookArgs) -> None:
+    """Python discards an interrupt in a destructor: take the next one, which comes soon."""
+    if issubclass(discarded.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, _interrupt)
+    else:
+        sys.__unraisablehook__(discarded)
 
 
 class _Sent:
