@@ -305,9 +305,9 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
         raise BadRequest(f"{path}: not a regular file; give -o a file name")
     if path.is_symlink() and not path.exists():
         raise BadRequest(f"{path}: a link to a file that does not exist; remove it, or give -o the name of the file")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not os.access(folder, os.W_OK):
-        raise BadRequest(f"{path}: its folder cannot be written; write the report elsewhere with -o")
+    folder = next((folder for folder in path.resolve().parents if folder.exists()), None)
+    if folder is None or not os.access(folder, os.W_OK):
+        raise BadRequest(f"{path}: its folder cannot be written; choose another folder")
 
 
 def _commit_folder(target: Path) -> Path:

@@ -207,7 +207,7 @@ def test_an_output_that_is_read_or_cannot_be_written_is_refused(tmp_path, monkey
     with pytest.raises(BadRequest, match=r"b\.json: is read, and would be replaced; write to another file"):
         artifact.check_output(tmp_path / "b.json", [tmp_path / "a.json"])
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(BadRequest, match="its folder cannot be written; write the report elsewhere with -o"):
+    with pytest.raises(BadRequest, match="its folder cannot be written; choose another folder"):
         artifact.check_output(tmp_path / "new" / "a.json")
 
 
