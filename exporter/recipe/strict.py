@@ -124,8 +124,8 @@ def _override(root: yaml.Node, override: str, marks: Marks) -> None:
     path = keys.strip().split(".")
     if not equals or not all(path):
         raise BadRequest(f"{name}: expected KEY=VALUE, as in --set quantization.calib_size=512")
-    if " #" in value and value.lstrip()[:1] not in ("'", '"', "[", "{"):  # which YAML would read as a comment
-        value = json.dumps(value)
+    if " #" in f" {value}" and value.lstrip()[:1] not in ("'", '"', "[", "{"):  # which YAML would read as a comment
+        value = json.dumps(value.strip(), ensure_ascii=False)
     found = _compose(f"value: {value}\n", name, Marks(name))
     assert isinstance(found, yaml.MappingNode)
     leaf = found.value[0][1]

@@ -153,6 +153,7 @@ def test_a_wrong_override_is_told_as_such(override, told, problems):
 
 def test_a_value_of_an_override_may_have_a_number_sign(read):
     assert read(GOOD, "checks.data=photos #2").checks.data.endswith("photos #2")
+    assert read(GOOD, "checks.data=#2 📷").checks.data.endswith("#2 📷")
     assert read(GOOD, "checks.data='photos' # a comment").checks.data.endswith("photos")
 
 
