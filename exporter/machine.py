@@ -330,14 +330,18 @@ def gpu() -> dict[str, str] | None:
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if shutil.which("nvidia-smi") is None or first in ("", "-1"):
         return None
-    number = "0" if first.startswith("MIG-") else first  # nvidia-smi does not take the name of a part of a GPU
-    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", number]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
-    except subprocess.TimeoutExpired:  # it waits for a driver that hangs
-        note("nvidia-smi gave no answer within 30 s, so this machine counts as one without a GPU; restart its driver")
-        return None
-    return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None
+    for number in dict.fromkeys((first, "0")):  # it does not take every name that CUDA takes, as of a part of a GPU
+        words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", number]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+        except subprocess.TimeoutExpired:  # it waits for a driver that hangs
+            note(
+                "nvidia-smi gave no answer within 30 s, so this machine counts as one without a GPU; restart its driver"
+            )
+            return None
+        if done.returncode == 0:
+            return dict(zip(fields, done.stdout.strip().split(", "), strict=False))
+    return None
 
 
 def identity() -> list[object]:

@@ -62,7 +62,7 @@ def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
     def run(words, **told):
         asked.append(words)
         line = "NVIDIA H200, 580.1, 1980 MHz, 3201 MHz, 1980 MHz, 31, 78.1 W\n"
-        return subprocess.CompletedProcess(words, 0, line)
+        return subprocess.CompletedProcess(words, int(words[-1].startswith(("MIG-", "GPU-8"))), line)
 
     monkeypatch.setattr("subprocess.run", run)
     found = machine.gpu()
@@ -70,7 +70,7 @@ def test_a_gpu_is_asked_once_or_not_there(monkeypatch):
     assert found["name"] == "NVIDIA H200"
     assert found["clocks.sm"] == "1980 MHz"
     assert found["temperature.gpu"] == "31"
-    for visible, number in (("1,0", "1"), ("GPU-8a3b", "GPU-8a3b"), ("MIG-8a3b", "0")):
+    for visible, number in (("1,0", "1"), ("GPU-7a3b", "GPU-7a3b"), ("GPU-8a3b", "0"), ("MIG-8a3b", "0")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert machine.gpu() == found
         assert asked[-1][-2:] == ["-i", number]
