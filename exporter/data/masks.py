@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,9 +99,14 @@ def _refuse_training_images(source: str, image_folder: Path) -> None:
     Raises: BadRequest.
     """
     splits = sorted(entry.name for entry in image_folder.iterdir() if entry.is_dir())
-    if len(splits) > 1 and any(split.lower().startswith(TRAINED) for split in splits):
-        example = next((split for split in splits if split.lower().startswith(TESTED)), splits[0])
+    if len(splits) > 1 and any(_is_one_of(split, TRAINED) for split in splits):
+        example = next((split for split in splits if _is_one_of(split, TESTED)), splits[0])
         raise BadRequest(f"{source}: it has the splits {some(splits)}; take one of them as in {source}#{example}")
+
+
+def _is_one_of(split: str, names: Sequence[str]) -> bool:
+    """Whether a split has one of these names, perhaps with a number behind it, as `train2017`."""
+    return re.fullmatch(rf"({'|'.join(names)})([-_]?\d.*)?", split.lower()) is not None
 
 
 def open_masks(

@@ -268,6 +268,10 @@ def test_training_images_are_not_measured_with_others(training, validation, tmp_
     with pytest.raises(BadRequest, match=f"take one of them as in .*#{validation}"):
         read(tmp_path)
     assert read(tmp_path, validation).names == ("a.jpg",)
+    for split, scene in ((training, "train_station"), (validation, "village")):
+        for folder in ("images", "masks"):
+            (tmp_path / folder / split).rename(tmp_path / folder / scene)
+    assert len(read(tmp_path).names) == 2
 
 
 def test_a_folder_without_masks_is_none(tmp_path):
