@@ -172,17 +172,17 @@ def test_it_works_where_pytorch_cannot_be_imported(destination, artifacts, tmp_p
 
 
 def test_an_artifact_that_is_rebuilt_meanwhile_gives_no_package(artifacts, tmp_path, monkeypatch):
-    made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
+    copy = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
 
     def rebuild(*_):
-        with artifacts_.staging(made.path) as folder:
-            (folder / made.path.name).write_bytes(b"another graph")
-            artifacts_.seal(folder, made.path.name, made.sidecar)
+        with artifacts_.staging(copy.path) as folder:
+            (folder / copy.path.name).write_bytes(b"another graph")
+            artifacts_.seal(folder, copy.path.name, copy.sidecar)
         return None, "it was not run"
 
     monkeypatch.setattr(package, "expected_of", rebuild)
     with pytest.raises(BadRequest, match="another process has rebuilt it meanwhile; run the same command again"):
-        package.package(made, "python", tmp_path / "package")
+        package.package(copy, "python", tmp_path / "package")
     assert not (tmp_path / "package").exists()
 
 

@@ -199,14 +199,14 @@ def test_features_are_checked_map_by_map(artifacts):
 @pytest.mark.parametrize(("atol", "passed"), [(2.0, False), (6.0, True)])
 def test_a_limit_of_the_largest_error_is_one_of_every_map(atol, passed, artifacts):
     """The error of the second map is larger, and a smaller share of its spread."""
-    made = artifacts["onnxruntime", "fp32"]
-    outputs = tuple(replace(made.sidecar.outputs[0], name=f"stage{i}", holds="map") for i in (1, 2))
-    features = type(made)(made.path, replace(made.sidecar, task="features", outputs=outputs))
+    artifact = artifacts["onnxruntime", "fp32"]
+    outputs = tuple(replace(artifact.sidecar.outputs[0], name=f"stage{i}", holds="map") for i in (1, 2))
+    features = type(artifact)(artifact.path, replace(artifact.sidecar, task="features", outputs=outputs))
     meters = checks.start_all(Checks(atol=atol), Subject(features, []))
     maps = tuple(np.random.default_rng(i).normal(size=(2, 4, 8, 8)).astype(np.float32) * 10**i for i in (0, 2))
     add(meters, Seen(np.array([-1, -1]), maps, (maps[0] + np.float32(0.5), maps[1] + np.float32(5))))
-    found = findings_of(meters)["max_abs"]
-    assert (found.value, found.passed) == (pytest.approx(5, rel=1e-3), passed)
+    finding = findings_of(meters)["max_abs"]
+    assert (finding.value, finding.passed) == (pytest.approx(5, rel=1e-3), passed)
 
 
 def test_the_interval_of_a_share_is_the_textbooks():

@@ -215,9 +215,9 @@ def test_a_class_of_one_pixel_decides_nothing(labels):
     got = eager.copy()
     eager[0, 0, 0] = 2
     meter.add(meter.measure(Seen(np.full(1, -1), (eager,), (got,))), ("a",))
-    found = {finding.metric: finding for finding in meter.findings()}
-    assert found["miou_to_eager"].passed
-    assert found["miou_to_eager"].detail.startswith("mean over 2 of")
+    findings = {finding.metric: finding for finding in meter.findings()}
+    assert findings["miou_to_eager"].passed
+    assert findings["miou_to_eager"].detail.startswith("mean over 2 of")
 
 
 def test_limits_of_the_user_hold(labels, data):
