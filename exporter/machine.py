@@ -172,8 +172,7 @@ def peak_memory_bytes() -> int:
 
 def versions(runtimes: Iterable[str] = ()) -> dict[str, str]:
     """The versions of the tools, and of these distributions of runtimes, as far as they are installed."""
-    found = {tool: installed(tool) for tool in (*TOOLS, *runtimes)}
-    return {tool: version for tool, version in found.items() if version is not None}
+    return {tool: version for tool in (*TOOLS, *runtimes) if (version := installed(tool)) is not None}
 
 
 def installed(distribution: str) -> str | None:

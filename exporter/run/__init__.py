@@ -329,8 +329,8 @@ def _without_search(built: Report) -> Report:
 def _failed_in_search(built: Report, verified: Report) -> list[Finding]:
     """What failed in the search of int8 and not in the verification, whose images may be others."""
     failed = {finding.metric for finding in verified.findings if not finding.passed}
-    found = [one for one in built.findings if one.check in JUDGED and not one.passed and one.metric not in failed]
-    return [msgspec.structs.replace(one, detail=f"the images of the search of int8; {one.detail}") for one in found]
+    others = [one for one in built.findings if one.check in JUDGED and not one.passed and one.metric not in failed]
+    return [msgspec.structs.replace(one, detail=f"the images of the search of int8; {one.detail}") for one in others]
 
 
 def _reproducible(artifact: Artifact) -> list[Finding]:
