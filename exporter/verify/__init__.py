@@ -161,11 +161,9 @@ def open_data(sidecar: Sidecar, options: Checks, windows: Windows | None = None)
     if options.reduce_zero_label:
         raise BadRequest(f"--reduce-zero-label: {options.data} has no masks for this artifact; leave it out")
     if set(DENSE) & set(sidecar.spec.tasks) and masks.pairs_of(options.data) is not None:
-        why = (
-            "the network has one class"
-            if sidecar.weights.num_classes == 1
-            else ("the artifact returns no classes at the size of the input")
-        )
+        why = "the artifact returns no classes at the size of the input"
+        if sidecar.weights.num_classes == 1:
+            why = "the network has one class"
         note(f"{options.data}: masks are ignored, because {why}")
     if outputs.has_masks(sidecar) and not is_synthetic(options.data):
         note(f"{options.data} has no masks: pixels are compared with PyTorch's, and mIoU is not measured")

@@ -132,8 +132,9 @@ def refuse_limits(sidecar: Sidecar, options: Checks, labelled: bool) -> None:
         raise BadRequest(f"--max-drop: the outputs of {sidecar.variant} are {every[0]}, without a top-1; {instead}")
     if options.max_drop is not None and not labelled:
         raise BadRequest(f"--max-drop: {options.data} has no labels to measure a drop on; give labelled --data")
-    of_first = has_agreement(every[0]) or any(has_agreement(kind) and kind != "embedding" for kind in every)
-    if options.min_agreement is not None and not of_first:
+    # The agreement of neighbours is limited only where the feature vector is the first output.
+    is_limited = has_agreement(every[0]) or any(has_agreement(kind) and kind != "embedding" for kind in every)
+    if options.min_agreement is not None and not is_limited:
         raise BadRequest(f"--min-agreement: the outputs are {every[0]}, without a top-1; leave it out")
     regression = (options.max_relative_error, options.min_r2, options.min_spearman)
     if any(limit is not None for limit in regression) and "values" not in every:
