@@ -189,8 +189,8 @@ def tables() -> dict[str, str]:
         "peers": "".join(f"\n## {one.variant}, batch {one.batch}\n\n{peers.case_table(one)}" for one in cases)
         + machine(cases[0].environment),
         "peers-summary": peers.summary(cases),
-        "rivals-1": rivals.races(raced) + machine(raced.environment),
-        "rivals-8": rivals.races(raced_by_8) + machine(raced_by_8.environment),
+        "rivals-1": rivals.races(raced) + machine(raced.environment, raced.commits),
+        "rivals-8": rivals.races(raced_by_8) + machine(raced_by_8.environment, raced_by_8.commits),
         "rivals-sizes": rivals.by_size(by_size) + machine(by_size.environment),
         "rivals-control": rivals.control(raced) + machine(raced.environment),
         "rivals-engines": rival_engines.table(built) + machine(built.environment),

@@ -118,7 +118,7 @@ class Race(Record, frozen=True):
     """All networks at one batch size, timed in one race.
 
     `eager` and `compiled` are milliseconds in PyTorch by network, the latter for one image only; `gmacs` are those of
-    one image, by network.
+    one image, by network. `memory_commit` is the commit at which memory was measured, where it is another one.
     """
 
     batch: int
@@ -128,4 +128,11 @@ class Race(Record, frozen=True):
     environment: dict[str, object]
     compiled: dict[str, Samples] = msgspec.field(default_factory=dict)
     threads: int = THREADS
+    memory_commit: str = ""
     schema: int = 1
+
+    @property
+    def commits(self) -> str:
+        """The commits of the times and of the memory, in words."""
+        commit = str(self.environment["commit"])
+        return f"{commit}, that of memory {self.memory_commit}" if self.memory_commit else commit

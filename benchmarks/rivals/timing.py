@@ -98,7 +98,7 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     for group in _groups(networks, chosen, candidates):
         arms = [arm for network in group for arm in _arms(network, chosen[network.name], candidates, pytorch)]
         share = seconds / supervisor.PROCESSES * len(group) / len(networks)
-        plan = _plan((*arms, *_peaks(candidates)), batch, share)
+        plan = plan_of((*arms, *_peaks(candidates)), batch, share)
         timings |= dict.fromkeys((network.name for network in group), Timing(plan))
     groups = [*{id(timing): timing for timing in timings.values()}.values()]
     racing.race_in_turn(groups, Path(ROOT) / f"race-b{batch}", open_network)
@@ -122,7 +122,7 @@ def time_race(networks: Sequence[Network], batch: int, seconds: float) -> Race:
     )
 
 
-def _plan(arms: Sequence[Arm], batch: int, seconds: float) -> Plan:
+def plan_of(arms: Sequence[Arm], batch: int, seconds: float) -> Plan:
     """How arms are timed. Their outputs are not compared, as those of different networks differ."""
     return Plan(arms=tuple(arms), preprocessing=files.preprocessing(SIZE), batch=batch, seconds=seconds, compared=False)
 
@@ -145,12 +145,13 @@ def _groups(
 
 def _arms(network: Network, chosen: Sequence[Key], candidates: Candidates, pytorch: Sequence[str]) -> list[Arm]:
     """The chosen files of a network, and the network in PyTorch."""
-    arms = [_arm(network, way, candidates.artifacts[name, way]) for name, way in chosen]
+    arms = [arm_of(network, way, candidates.artifacts[name, way]) for name, way in chosen]
     path = arms[0].path
     return arms + [Arm(name=in_pytorch(way, network), path=path, runtime="eager", threads=THREADS) for way in pytorch]
 
 
-def _arm(network: Network, way: Way, artifact: Artifact) -> Arm:
+def arm_of(network: Network, way: Way, artifact: Artifact) -> Arm:
+    """How a file is timed."""
     return Arm(name=arm_name(network, way), path=str(artifact.path), threads=THREADS)
 
 
@@ -169,8 +170,8 @@ def _is_ours(way: Way) -> bool:
 def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
     """The plain ways of a network, and the fastest way for each runtime and precision, by a short race."""
     mine = [way for name, way in candidates.artifacts if name == network.name]
-    arms = [_arm(network, way, candidates.artifacts[network.name, way]) for way in mine]
-    timing = Timing(_plan(arms, batch, HEAT_SECONDS))
+    arms = [arm_of(network, way, candidates.artifacts[network.name, way]) for way in mine]
+    timing = Timing(plan_of(arms, batch, HEAT_SECONDS))
     path = Path(ROOT) / f"choice-b{batch}" / f"{network.timm}.json"
     racing.resume(timing, path)
     if len(timing.launches) < HEAT_PROCESSES:
@@ -191,7 +192,7 @@ def _chosen(network: Network, batch: int, candidates: Candidates) -> list[Key]:
 
 def _row(network: Network, way: Way, timing: Timing, gmacs: float, candidates: Candidates) -> Row:
     name = arm_name(network, way)
-    cold = supervisor.measure_cold(_arm(network, way, candidates.artifacts[network.name, way]), timing.plan)
+    cold = supervisor.measure_cold(arm_of(network, way, candidates.artifacts[network.name, way]), timing.plan)
     if reason := timing.failures.get(name):
         return _failed(network.name, way, reason)
     plain = next(one for one in WAYS if one.plain and one.runtime == way.runtime and one.precision == "fp32")
