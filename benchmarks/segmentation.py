@@ -17,17 +17,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from benchmarks.provenance import environment
 from exporter import machine
+from exporter.artifact import read_sidecar
 from exporter.artifact.disk import write_file
 from exporter.artifact.sidecar import Record
+from exporter.bench import Arm, worker
 from exporter.build import build, resolve
 from exporter.build.int8.work import prepare
 from exporter.recipe import Export, Model, Quantization, Recipe
@@ -55,13 +60,15 @@ Run = Callable[[Array], Any]
 
 
 class Repetition(Record, frozen=True):
-    """Of one runtime: milliseconds of each graph turn by turn, its peak of resident memory in bytes, and the load of
-    the machine before (the average over a minute)."""
+    """Of one runtime: milliseconds of each graph turn by turn, its peak of resident memory in bytes, the load of the
+    machine before (the average over a minute), and turn by turn the share of the speed that the runtime's fastest
+    product reached at that precision; none of results from before it was measured."""
 
     runtime: str
     ms: dict[str, list[float]]
     peak_bytes: dict[str, int]
     load: float
+    share_of_peak: dict[str, list[float]] = msgspec.field(default_factory=dict)
 
 
 class Result(Record, frozen=True):
@@ -74,7 +81,8 @@ class Result(Record, frozen=True):
 
     def table(self) -> str:
         """Markdown: a row for each graph on each runtime; ratios are medians over pairs of the same turn."""
-        lines = ["| runtime | graph | ms | speed-up | peak memory | share |", "|---|---|--:|--:|--:|--:|"]
+        titles = ("ms", "speed-up", *(["of peak"] if self._has_peak() else []), "peak memory", "share")
+        lines = [f"| runtime | graph | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(titles)}"]
         for runtime in RUNTIMES:
             rows = [one for one in self.repetitions if one.runtime == runtime]
             for name in rows[0].ms if rows else ():
@@ -82,12 +90,16 @@ class Result(Record, frozen=True):
                 pairs = [b / a for row in rows for a, b in zip(row.ms[name], row.ms[EXPORT], strict=True)]
                 peak = median(row.peak_bytes[name] for row in rows)
                 share = median(row.peak_bytes[name] / row.peak_bytes[EXPORT] for row in rows)
-                lines.append(
-                    f"| {runtime} | {GRAPHS[name]} | {ms:.0f} | {median(pairs):.2f} × ({min(pairs):.2f}–"
-                    f"{max(pairs):.2f}) | {peak / 1e6:,.0f} MB | {share:.2f} |"
-                )
+                cells = [f"{ms:.0f}", f"{median(pairs):.2f} × ({min(pairs):.2f}–{max(pairs):.2f})"]
+                if self._has_peak():
+                    cells.append(f"{100 * median(value for row in rows for value in row.share_of_peak[name]):.0f} %")
+                cells += [f"{peak / 1e6:,.0f} MB", f"{share:.2f}"]
+                lines.append(f"| {runtime} | {GRAPHS[name]} | {' | '.join(cells)} |")
         over_fp32 = [self._over_fp32(runtime, name) for runtime in RUNTIMES for name in (BF16, INT8)]
         return "\n".join([*lines, "", *filter(None, over_fp32)]) + "\n"
+
+    def _has_peak(self) -> bool:
+        return any(row.share_of_peak for row in self.repetitions)
 
     def _over_fp32(self, runtime: str, name: str) -> str:
         """Markdown: how many times as fast bf16 or int8 is as fp32 with the same output, or ""."""
@@ -174,35 +186,71 @@ def opened(runtime: str, file: Path, arithmetic: str = "f32") -> Run:
     return lambda images: compiled([images])
 
 
-Turns = tuple[dict[str, list[float]], int]
+class Turns(NamedTuple):
+    """Milliseconds of each graph and product, turn by turn; the multiply-accumulates of each product; and the peak of
+    the process's resident memory in bytes."""
+
+    ms: dict[str, list[float]]
+    macs: dict[str, int]
+    peak_bytes: int
 
 
-def take_turns(runtime: str, files: Mapping[str, Path], size: int) -> Turns:
-    """The milliseconds of each graph, turn by turn, and the peak of this process's resident memory in bytes."""
+def take_turns(runtime: str, files: Mapping[str, Path], size: int, products: Mapping[str, Path]) -> Turns:
+    """Run the graphs in turn, and with them the runtime's fastest product at the precision of each artifact of
+    `products`."""
     images = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
-    runs = {name: opened(runtime, file, BF16 if name == BF16 else "f32") for name, file in files.items()}
-    ms = {name: list[float]() for name in runs}
-    for turn in range(TURNS + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run(images)
-            if turn:  # the first warms up
-                ms[name].append(1e3 * (time.perf_counter() - begin))
-    return ms, machine.peak_memory_bytes()
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(opened(runtime, file, BF16 if name == BF16 else "f32"), images) for name, file in files.items()
+    }
+    macs: dict[str, int] = {}
+    with ExitStack() as stack:
+        for name, file in products.items():
+            arm = Arm(name=name, path=str(file), runtime="peak", threads=THREADS)
+            session = stack.enter_context(worker.open_arm(arm))
+            runs[name], macs[name] = session.bind([images]).run, int(session.facts["macs"])
+        ms = {name: list[float]() for name in runs}
+        for turn in range(TURNS + 1):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                if turn:  # the first warms up
+                    ms[name].append(1e3 * (time.perf_counter() - begin))
+    return Turns(ms, macs, machine.peak_memory_bytes())
 
 
-def fresh(runtime: str, files: Mapping[str, Path], size: int) -> Turns:
+def fresh(
+    runtime: str, files: Mapping[str, Path], size: int, products: Mapping[str, Path] = MappingProxyType({})
+) -> Turns:
     """`take_turns` in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(take_turns, runtime, files, size).result()
+        return pool.submit(take_turns, runtime, files, size, dict(products)).result()
+
+
+def product_of(name: str) -> str:
+    """The name of the product at the precision of a graph."""
+    return f"product in {name if name in (BF16, INT8) else 'fp32'}"
 
 
 def measure(runtime: str, files: Mapping[str, Path], size: int) -> Repetition:
     """One repetition on one runtime."""
     load = os.getloadavg()[0]
-    ms, _ = fresh(runtime, files, size)
-    peaks = {name: fresh(runtime, {name: file}, size)[1] for name, file in files.items()}
-    return Repetition(runtime=runtime, ms=ms, peak_bytes=peaks, load=load)
+    artifacts = {name: file for name, file in files.items() if name != EXPORT}
+    turns = fresh(runtime, files, size, {product_of(name): file for name, file in artifacts.items()})
+    macs = {name: read_sidecar(file).macs or 0 for name, file in artifacts.items()}
+    macs[EXPORT] = macs[PLAIN]  # the same layers
+
+    def shares(name: str) -> list[float]:
+        product = product_of(name)
+        rates = (turns.macs[product] / ms for ms in turns.ms[product])
+        return [macs[name] / ms / rate for ms, rate in zip(turns.ms[name], rates, strict=True)]
+
+    return Repetition(
+        runtime=runtime,
+        ms={name: turns.ms[name] for name in files},
+        peak_bytes={name: fresh(runtime, {name: file}, size).peak_bytes for name, file in files.items()},
+        load=load,
+        share_of_peak={name: shares(name) for name in files},
+    )
 
 
 def main() -> None:
