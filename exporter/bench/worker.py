@@ -24,7 +24,7 @@ from exporter import artifact as artifacts
 from exporter import backends, machine
 from exporter.artifact import Artifact
 from exporter.artifact.sidecar import Tensor
-from exporter.backends import Bound, Options, Outputs, Runtime, Session
+from exporter.backends import Array, Bound, Options, Outputs, Runtime, Session
 from exporter.bench import Arm, Cold, Launch, Opener, Plan, timing
 from exporter.data import images, synthetic
 from exporter.errors import first_line
@@ -224,10 +224,14 @@ def _equal_share(first: Outputs, second: Outputs) -> float:
 
 
 def _cosine(first: Outputs, second: Outputs) -> float:
-    """The cosine of all outputs together."""
+    """The smallest cosine of an output; −1 where one is zero everywhere or not finite."""
     if [output.shape for output in first] != [output.shape for output in second]:
         return -1.0
-    a, b = (np.concatenate([output.ravel() for output in outputs]).astype(np.float64) for outputs in (first, second))
+    return min(map(_cosine_of_one, first, second))
+
+
+def _cosine_of_one(first: Array, second: Array) -> float:
+    a, b = (output.ravel().astype(np.float64) for output in (first, second))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if np.isfinite(scale) and scale > 0 else -1.0
 

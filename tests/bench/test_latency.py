@@ -393,6 +393,13 @@ def test_classes_of_pixels_are_compared_by_their_equal_share(first, second, shar
     assert shares == {"eager": 1, "artifact": share}
 
 
+def test_of_several_outputs_the_worst_is_compared():
+    """The second has a thousandth of the values of the first, and the wrong signs."""
+    large, small = np.arange(1.0, 3001.0), np.array([1.0, -2.0, 1.0])
+    assert worker._cosine((large, small), (large, small)) == pytest.approx(1)
+    assert worker._cosine((large, small), (large, -small)) == pytest.approx(-1)
+
+
 def test_every_way_of_pytorch_has_a_row():
     one = Report(
         passed=True, recipe={}, artifact={"path": "a.onnx"}, environment={},

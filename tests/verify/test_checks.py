@@ -5,6 +5,8 @@ import pytest
 from msgspec.structs import replace
 
 from exporter import discover
+from exporter.artifact import Artifact
+from exporter.artifact.sidecar import Tensor
 from exporter.recipe import Checks
 from exporter.stats import paired_drop, proportion
 from exporter.verify import checks
@@ -71,6 +73,21 @@ def test_parity_is_what_the_formulas_give(subject, logits):
     assert found["mean_abs"].value == pytest.approx(np.abs(a - b).mean())
     assert found["sqnr_db"].value == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
     assert found["top1_agreement"].value == pytest.approx(100 * (a.argmax(1) == b.argmax(1)).mean())
+
+
+def test_a_bad_output_does_not_hide_behind_good_ones(artifacts):
+    """Three maps are equal, and one points elsewhere in the second image."""
+    made = artifacts["onnxruntime", "fp32"]
+    maps = tuple(Tensor(name=f"map_{number}", shape=("n", 8, 2, 2), holds="map") for number in range(4))
+    subject = Subject(Artifact(made.path, replace(made.sidecar, outputs=maps)), [])
+    eager = [np.random.default_rng(number).normal(size=(2, 8, 2, 2)).astype(np.float32) for number in range(4)]
+    got = [output.copy() for output in eager]
+    got[2][1] = -got[2][1]
+    meters = checks.start_all(Checks(), subject)
+    add(meters, Seen(np.full(2, -1), tuple(eager), tuple(got)))
+    cosine = findings_of(meters)["cosine"]
+    assert cosine.samples == pytest.approx([1, -1])
+    assert not cosine.passed
 
 
 def test_an_error_in_one_logit_of_one_image_fails(subject, logits):

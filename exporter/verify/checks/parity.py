@@ -54,7 +54,8 @@ class Parity:
         self.labelled = False
 
     def measure(self, seen: Seen) -> Rows:
-        """Sums and the largest error of each output of one batch; the cosine and the agreement of each image."""
+        """Sums and the largest error of each output of one batch; of each image the smallest cosine of an output, and
+        whether all outputs choose eager's class."""
         rows: Rows = {"labelled": np.array(bool((seen.labels >= 0).any()))}
         cosines, agree = [], []
         for (name, output), eager, got in zip(self.outputs.items(), seen.eager, seen.outputs, strict=True):
@@ -70,7 +71,7 @@ class Parity:
                     cosines.append((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)))
             if output.kind == "classes":
                 agree.append(a.argmax(1) == b.argmax(1))
-        rows |= {"cosines": np.mean(cosines, axis=0)} if cosines else {}
+        rows |= {"cosines": np.min(cosines, axis=0)} if cosines else {}
         rows |= {"agree": np.all(agree, axis=0)} if agree else {}
         return rows
 
