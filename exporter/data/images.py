@@ -16,7 +16,25 @@ from exporter.artifact.sidecar import COLORS, Preprocessing, sides
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif", ".jpe"}
+SUFFIXES = {
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".avif",
+        ".jp2",
+    ),
+    *(".heic", ".heif", ".jxl"),  # Pillow cannot read them without a plug-in; so they are named as unreadable
+}
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 
 
@@ -48,9 +66,9 @@ def read(file: Path | IO[bytes], recipe: Preprocessing) -> NDArray[Any]:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for
-        raise Unreadable("no regular file")
     try:
+        if isinstance(file, Path) and file.exists() and not file.is_file():  # a pipe would be waited for
+            raise Unreadable("no regular file")
         with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Unreadable(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")

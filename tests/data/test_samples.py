@@ -113,6 +113,11 @@ def test_unreadable_images_are_counted_and_named(folder):
     assert samples.skipped[0].startswith("cat/0.png: no image of a known format")
 
 
+def test_photographs_of_a_phone_that_pillow_cannot_read_are_named(folder):
+    (folder / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert [line.partition(":")[0] for line in gather(folder)[0].skipped] == ["cat/IMG_1.HEIC"]
+
+
 def test_at_most_so_many_are_spread_over_the_classes(folder):
     samples, labels, _ = gather(folder, most=3)
     assert (samples.total, labels) == (3, [0, 1, 2])

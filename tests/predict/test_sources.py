@@ -67,6 +67,43 @@ def test_a_named_pipe_is_refused_in_place_of_waiting(photo, tmp_path):
             names_of([word])
 
 
+def test_a_name_that_no_file_can_have_is_no_answer_and_the_others_are(photo, artifacts):
+    names = f"{'a' * 300}.png\n{photo}\n".encode()
+    records = list(predict.answer(artifacts["onnxruntime", "fp32"], ["-"], PredictOptions(), io.BytesIO(names)))
+    assert ["error" in record for record in records] == [True, False]
+
+
+def test_a_split_of_a_source_without_splits_is_refused(photo, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 60, 70, 3), np.uint8))
+    for word, message in ((f"{photo}#train", "is one image; leave #train out"),
+                          (f"{tmp_path / 'a.npz'}#val", "has no splits; leave #val out")):  # fmt: skip
+        with pytest.raises(BadRequest, match=message):
+            names_of([word])
+
+
+def test_the_images_of_a_folder_with_masks_alone_are_read_with_a_note(photo, tmp_path):
+    for folder in ("images", "masks", "more"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        shutil.copyfile(photo, tmp_path / "data" / folder / "one.png")
+    with notes() as noted:
+        assert names_of([str(tmp_path / "data")]) == [f"{tmp_path}/data/images/one.png"]
+    assert noted == [f"{tmp_path}/data has images and masks: the images of images/ alone are read"]
+
+
+def test_a_folder_below_that_cannot_be_listed_is_refused(photo, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (photo.parent / "private").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BadRequest, match=r"private: cannot be listed \(Permission denied\)"):
+        names_of([str(photo.parent)])
+
+
 def test_a_named_pipe_in_a_list_has_no_answer(photo, artifacts):
     os.mkfifo(photo.parent / "pipe.png")
     names = f"{photo}\n{photo.parent / 'pipe.png'}\n".encode()
