@@ -92,6 +92,13 @@ def last_line(error: BaseException) -> str:
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]
 
 
+def stopped(runtime: str, reason: str) -> Unavailable:
+    """The error of a runtime that failed while it ran a model that it had loaded."""
+    return Unavailable(
+        f"{runtime} stopped during a run: {reason}; if memory ran out, use a smaller batch or image size"
+    )
+
+
 def as_utf8(name: str) -> str:
     """The name of a file as text that can be written; bytes that are no UTF-8 are replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

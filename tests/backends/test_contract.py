@@ -344,6 +344,16 @@ def test_a_provider_that_falls_back_silently_is_found_out(artifacts, monkeypatch
         pass
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_runtime_that_fails_during_a_run_is_one_line(name, artifacts):
+    images = np.zeros((1, 3, PX, 2 * PX), np.float32)  # which the graph does not take
+    with (
+        opened(artifacts, name, "fp32") as session,
+        pytest.raises(Unavailable, match=r"stopped during a run: .*smaller"),
+    ):
+        session(images)
+
+
 def test_a_device_that_is_not_there_is_an_error(artifacts, monkeypatch):
     import openvino
 

@@ -40,7 +40,7 @@ from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
 from exporter.backends.openvino.products import peak_model
 from exporter.backends.openvino.serving import SERVING
-from exporter.errors import BadRequest, ExporterError, Unavailable, last_line
+from exporter.errors import BadRequest, ExporterError, Unavailable, last_line, stopped
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
 from exporter.quantize.rounding import largest_pair
@@ -77,11 +77,16 @@ class OpenVinoSession:
         self.facts = {"device": device, "arithmetic": _NAMES[arithmetic]}
 
     def __call__(self, images: Array) -> Outputs:
-        """Run: images (N, C, H, W) float32 to outputs (N, …) float32."""
-        request = self.requests.get()
+        """Run: images (N, C, H, W) float32 to outputs (N, …) float32.
+
+        Raises: Unavailable where OpenVINO fails, as without memory.
+        """
+        taken, request = as_taken(images, self.recipe), self.requests.get()
         try:
-            results = request.infer([as_taken(images, self.recipe)], share_inputs=True)
+            results = request.infer([taken], share_inputs=True)
             return as_fp32(results[output] for output in self.compiled.outputs)
+        except RuntimeError as error:
+            raise stopped("OpenVINO", last_line(error)) from error
         finally:
             self.requests.put(request)
 
