@@ -71,6 +71,31 @@ def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts, tmp_pa
     assert [c.name for c, _ in capabilities] == (["SM89", "SM120"] if trt.rtx else [])
 
 
+def test_a_timing_cache_that_cannot_be_written_is_refused_or_left_out(trt, artifacts, tmp_path, monkeypatch):
+    if trt.rtx:
+        pytest.skip("refused for TensorRT-RTX")
+    made = artifacts["onnxruntime", "fp32"]
+    with pytest.raises(BadRequest, match="not a regular file"):
+        builder.build(trt, made.path, made.sidecar, TensorRtOptions(timing_cache=str(tmp_path)))
+
+    def fail(path, content):
+        raise Unavailable(f"{path}: no space left")
+
+    monkeypatch.setattr(builder, "write_file", fail)
+    with notes() as noted:
+        plan, _ = builder.build(trt, made.path, made.sidecar, TensorRtOptions(timing_cache=str(tmp_path / "t.cache")))
+    assert plan == b"plan"
+    assert any("the timing cache is not kept" in line for line in noted)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp8", (8, 9)), ("bf16", (8, 0)), ("fp32", (8, 0))])
+def test_an_engine_names_only_gpus_that_have_its_arithmetic(precision, least, trt):
+    if not trt.rtx:
+        pytest.skip("built for the GPU that it runs on")
+    numbers = [tuple(map(int, one.split("."))) for one in library.default_capabilities(trt, precision)]
+    assert min(numbers) == least
+
+
 def test_an_engine_without_weights_takes_the_same_ones_back(trt, artifacts):
     if trt.rtx:
         pytest.skip("refused for TensorRT-RTX")

@@ -47,7 +47,8 @@ def probe() -> str:
 
 def lower(artifact: Artifact, wanted: str, out: Path, keep: Sequence[str] = ()) -> Artifact:
     """The graph in fp16 or bf16, with statistics in fp32; others are what they have to be already."""
-    return half.lower(artifact, wanted, out, FORM, keep) if wanted in half.HALVES else artifact
+    form = artifact.sidecar.recipe["export"]["form"]
+    return half.lower(artifact, wanted, out, form, keep) if wanted in half.HALVES else artifact
 
 
 def check(wanted: str, batch: int | None, imgsz: object, options: TargetOptions) -> None:
@@ -95,7 +96,7 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
             "os": OS,
             "sizes": list(sizes),
             "profiles": [list(msgspec.to_builtins(profile)) for profile in shapes],
-            "compute_capability": list(options.compute_capability) or _default_capabilities(trt),
+            "compute_capability": list(options.compute_capability) or library.default_capabilities(trt, wanted),
         },
     )
 
@@ -105,15 +106,6 @@ def build(artifact: Artifact, wanted: str, out: Path, options: TargetOptions) ->
             file.with_name(f"{file.name}{plan.SUFFIX}").write_bytes(plan.encode(kernels))
 
     return publish(out / file_name(sidecar, TARGET.suffix), sidecar, write)
-
-
-def _default_capabilities(trt: library.Library) -> list[str]:
-    """The default compute capabilities of a plan: TensorRT-RTX's without Turing's, or that of the GPU here."""
-    if trt.rtx:
-        return [capability for capability in trt.capabilities() if capability != "7.5"]
-    import torch
-
-    return ["{}.{}".format(*torch.cuda.get_device_capability())] if torch.cuda.is_available() else []
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def _check_capabilities(library: Library, precision: str, target: TensorRtOption
             raise BadRequest(
                 f"--compute-capability {wanted}: TensorRT-RTX {library.version} builds for {', '.join(known)}{more}"
             )
-        lowest = LOWEST.get(precision, "8.0" if library.rtx and precision == "fp32" else "0.0")
+        lowest = _lowest(library, precision)
         if _number(wanted) < _number(lowest):
             raise BadRequest(
                 f"--compute-capability {wanted}: {library.flavor} has no {precision} below {lowest}; build fp16 or "
@@ -249,6 +249,22 @@ def _check_capabilities(library: Library, precision: str, target: TensorRtOption
             )
     if not known and precision in LOWEST:
         _check_gpu(library, precision)
+
+
+def default_capabilities(library: Library, precision: str) -> list[str]:
+    """The compute capabilities that a plan runs on where none is named: those that TensorRT-RTX builds for and that
+    have the arithmetic, without Turing's; or that of the GPU here."""
+    if library.rtx:
+        lowest = _number(_lowest(library, precision))
+        return [one for one in library.capabilities() if one != "7.5" and _number(one) >= lowest]
+    import torch
+
+    return ["{}.{}".format(*torch.cuda.get_device_capability())] if torch.cuda.is_available() else []
+
+
+def _lowest(library: Library, precision: str) -> str:
+    """The smallest compute capability that has the arithmetic."""
+    return LOWEST.get(precision, "8.0" if library.rtx and precision == "fp32" else "0.0")
 
 
 def _check_gpu(library: Library, precision: str) -> None:
