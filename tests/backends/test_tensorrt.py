@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from exporter import artifact, backends
-from exporter.backends import Options
+from exporter.backends import Options, tensorrt
 from exporter.backends.tensorrt import builder, library, plan, runtime
 from exporter.errors import BadRequest, ExporterError, Unavailable
 from exporter.verify import VerifyOptions, verify
@@ -58,6 +58,13 @@ def test_a_kernel_that_only_moves_or_rounds_is_counted():
     ]
     found = {f.metric: f.value for f in plan.findings(kernels, "int8")}
     assert (found["reformats"], found["requantises"]) == (1, 1)
+
+
+def test_the_fp16_graph_has_the_name_of_its_form(artifacts, tmp_path):
+    made = artifacts["onnxruntime", "fp32"]
+    form = made.sidecar.recipe["export"]["form"]
+    assert tensorrt.lower(made, "fp16", tmp_path).path.name == f"custom_{form}_fp16.onnx"
+    assert form != tensorrt.FORM
 
 
 def test_one_command_builds_int8_and_says_what_was_simulated(tiny, run, tmp_path):
