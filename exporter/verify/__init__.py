@@ -311,6 +311,8 @@ def open_runnable(artifact: Artifact, runtime: Runtime[Options]) -> Iterator[Run
     detail = f"{parent.path.name}, which it was built from, ran on {stand_in.name}: {reason}"
     if parent.sidecar.precision != "fp32":
         detail += "; every fp16 result was rounded"
+    elif artifact.sidecar.target.get("tf32"):
+        detail += "; products were not rounded to TF32"
     step(f"simulated, not run: {detail}")
     with tempfile.TemporaryDirectory(prefix="convnext-export-") as folder:
         path = Path(folder) / parent.path.name

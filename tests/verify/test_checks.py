@@ -213,6 +213,12 @@ def test_features_are_checked_map_by_map(artifacts):
     assert "top1_agreement" not in found
 
 
+def test_products_in_tf32_have_the_limits_of_fp16(artifacts):
+    made = artifacts["onnxruntime", "fp32"]
+    rounded = Artifact(made.path, replace(made.sidecar, target={"tf32": True}))
+    assert (Subject(made, []).precision.name, Subject(rounded, []).precision.name) == ("fp32", "fp16")
+
+
 @pytest.mark.parametrize(("atol", "passed"), [(2.0, False), (6.0, True)])
 def test_a_limit_of_the_largest_error_is_one_of_every_map(atol, passed, artifacts):
     """The error of the second map is larger, and a smaller share of its spread."""

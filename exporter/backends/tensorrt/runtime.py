@@ -137,7 +137,11 @@ class PlanSession:
         self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.rtx = library.rtx
         self.streams = 1
-        self.facts = {"device": torch.cuda.get_device_name(), "arithmetic": artifact.sidecar.precision}
+        in_tf32 = target.get("tf32") and artifact.sidecar.precision == "fp32"
+        self.facts = {
+            "device": torch.cuda.get_device_name(),
+            "arithmetic": "tf32" if in_tf32 else artifact.sidecar.precision,
+        }
 
     def _context(self, library: Library) -> Any:
         if not library.rtx:
