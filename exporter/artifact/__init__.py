@@ -300,11 +300,11 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
         raise BadRequest(f"{path}: is read, and would be replaced; write to another file")
     is_sidecar = path.name.endswith(".json") and path.with_name(path.name.removesuffix(".json")).is_file()
     if is_sidecar or sidecar_path(path).exists():
-        raise BadRequest(f"{path}: an artifact or its sidecar has this name; write the report elsewhere with -o")
+        raise BadRequest(f"{path}: an artifact or its sidecar has this name; write to another file")
     if path.exists() and not path.is_file():
-        raise BadRequest(f"{path}: not a regular file; give -o a file name")
+        raise BadRequest(f"{path}: not a regular file; give the name of one")
     if path.is_symlink() and not path.exists():
-        raise BadRequest(f"{path}: a link to a file that does not exist; remove it, or give -o the name of the file")
+        raise BadRequest(f"{path}: a link to a file that does not exist; remove it, or give the name of the file")
     folder = next((folder for folder in path.resolve().parents if folder.exists()), None)
     if folder is None or not os.access(folder, os.W_OK):
         raise BadRequest(f"{path}: its folder cannot be written; choose another folder")

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from exporter import artifact
 from exporter.backends.tensorrt import builder, library, runtime
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions
-from exporter.errors import BadRequest, ExporterError
+from exporter.errors import BadRequest, ExporterError, Unavailable
+from tests.artifact.test_sealed import notes
 from tests.backends.fake_tensorrt import SURFACES, FakeModule, Meanings
 from tests.backends.surface import surface
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from exporter.artifact import check_output
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Sidecar, sides
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions, sizes
-from exporter.errors import BadRequest, ExporterError
+from exporter.errors import ExporterError
 from exporter.progress import note, track
 
 DEFAULT_PROFILE = Profile(1, 1, 16)
@@ -100,15 +101,14 @@ def _refusal(error: Any) -> str:
 
 
 def _use_timings(config: Any, target: TensorRtOptions) -> None:
-    """What kernels took in earlier builds; what cannot be read counts as nothing.
+    """What kernels took in earlier builds. That of another GPU or version counts as nothing.
 
-    Raises: BadRequest for a folder.
+    Raises: BadRequest for a file that cannot be a cache, or cannot be written.
     """
     if target.timing_cache is None:
         return
     path = user_path(target.timing_cache)
-    if path.is_dir():
-        raise BadRequest(f"--timing-cache {path}: a folder stands there; give it a file name")
+    check_output(path)
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(cache, False):
         note(f"{path} is of another GPU or version; kernels are timed anew")
@@ -116,8 +116,12 @@ def _use_timings(config: Any, target: TensorRtOptions) -> None:
 
 
 def _keep_timings(config: Any, target: TensorRtOptions) -> None:
+    """Write the cache; where that fails, the engine is built all the same."""
     if target.timing_cache is not None:
-        write_file(user_path(target.timing_cache), bytes(config.get_timing_cache().serialize()))
+        try:
+            write_file(user_path(target.timing_cache), bytes(config.get_timing_cache().serialize()))
+        except ExporterError as error:
+            note(f"the timing cache is not kept: {error}")
 
 
 def _configured(library: Library, builder: Any, network: Any, sidecar: Sidecar, target: TensorRtOptions) -> Any:
