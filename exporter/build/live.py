@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
 
+from exporter.artifact import Artifact, read_sidecar
 from exporter.artifact.sidecar import Preprocessing
 from exporter.backends import ONNX, eager
 from exporter.build import Built, build
 from exporter.build.int8.search import JUDGED
-from exporter.errors import BadRequest, StoppedAfterBuild, Unavailable, first_line
+from exporter.errors import BadRequest, StoppedAfterBuild, Unavailable, first_line, some
 from exporter.model import live, reference, written
 from exporter.model.labels import from_mapping
 from exporter.progress import note
@@ -71,6 +73,7 @@ def export(
         with _replaced(folder):
             written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
             built = build(replace(recipe, model=model), out, reference=opened)
+        _note_stranded(built.artifact, folder)
         if built.report is not None and recipe.quantization is not None and not recipe.has_further_checks:
             return built  # verified during the build
         return _verified(built, recipe, opened, folder)
@@ -97,12 +100,30 @@ def _verified(built: Built, recipe: Recipe, module: reference.Reference, weights
     return Built(built.artifact, report)
 
 
+def _note_stranded(built: Artifact, weights: Path) -> None:
+    """Name the other artifacts of the folder that were made from weights that the export replaced."""
+    others = (built.path.with_name(file.name.removesuffix(".json")) for file in built.path.parent.glob("*.json"))
+    stranded = []
+    for path in sorted(path for path in others if path.is_file()):
+        with suppress(BadRequest):  # no sidecar of an artifact
+            made_from = read_sidecar(path).weights
+            source = Path(os.path.normpath(path.parent.absolute() / made_from.source))
+            if source == weights.absolute() and made_from.digest != built.sidecar.weights.digest:
+                stranded.append(path.name)
+    if stranded:
+        note(
+            f"{some(stranded)} was made from the weights that {weights.name} had before, and cannot be verified or "
+            "timed with PyTorch any more; export it again too"
+        )
+
+
 @contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
-    """Within, a folder is written anew; after an error it is as it was."""
+    """Within, a folder is written anew; after an error it is as it was, and as it was before one that was killed."""
     before = folder.with_name(f"{folder.name}.before")
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
+    if before.exists():  # of an export that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
         folder.rename(before)
     try:
         yield

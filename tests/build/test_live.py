@@ -19,6 +19,7 @@ from exporter.errors import BadRequest, CheckFailed
 from exporter.model import live, reference
 from exporter.model.fit import empty
 from exporter.recipe import Checks, Export, Model, Quantization, Recipe
+from tests.artifact.test_sealed import notes
 from tests.conftest import ROOT, snapshot
 from tests.model.test_libraries import HEADS, HUGGINGFACE, NOISE, TIMM
 
@@ -135,6 +136,30 @@ def test_a_failed_export_leaves_the_weights_of_the_one_before(tmp_path):
         export(model, tmp_path, SMALL)
     assert snapshot(tmp_path) == before
     assert built.artifact.sidecar.weights.source.endswith("custom.weights")
+
+
+def test_a_failed_export_after_a_killed_one_leaves_the_weights_of_the_one_before(tmp_path):
+    """The killed export had moved the weights away, and had written a part of its own."""
+    model = libraries.timm_model()
+    export(model, tmp_path, SMALL)
+    before = snapshot(tmp_path)
+    (tmp_path / "custom.weights").rename(tmp_path / "custom.weights.before")
+    (tmp_path / "custom.weights").mkdir()
+    (tmp_path / "custom.weights" / "config.json").write_text("{}")
+    model.head.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(CheckFailed):
+        export(model, tmp_path, SMALL)
+    assert snapshot(tmp_path) == before
+
+
+def test_artifacts_whose_weights_an_export_replaces_are_named(tmp_path):
+    model = libraries.timm_model()
+    export(model, tmp_path, replace(SMALL, precision="fp16"))
+    for parameter in model.parameters():
+        parameter.data *= 0.9
+    with notes() as noted:
+        export(model, tmp_path, SMALL)
+    assert any("custom_fp16.onnx was made from the weights that custom.weights had before" in line for line in noted)
 
 
 @pytest.fixture
