@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter import backends
 from exporter.artifact import Artifact, read_sidecar, sidecar_path
 from exporter.artifact.sidecar import Sidecar, size_text
 from exporter.build import int8, tune
@@ -69,8 +70,8 @@ def build(
 
 
 def _note_replaced(path: Path, job: Job) -> None:
-    """Note that an artifact with other options of its graph is about to be replaced. The form is that of the job's
-    artifact, and intermediate graphs have their own."""
+    """Note that an artifact with other options of its graph is about to be replaced. What stays in a higher precision
+    is an option of the job's artifact alone; an intermediate graph whose name has the form replaces no other form."""
     if not sidecar_path(path).is_file():
         return
     with suppress(BadRequest):  # an unreadable sidecar names no options to compare
@@ -78,7 +79,8 @@ def _note_replaced(path: Path, job: Job) -> None:
         if path == job.files[-1]:
             after["keep"] = list(job.recipe.export.keep or ()) or None
         else:
-            after = {name: value for name, value in after.items() if name not in ("form", "keep")}
+            same = {"keep"} if job.target.name == backends.ONNX else {"form", "keep"}
+            after = {name: value for name, value in after.items() if name not in same}
         changed = [f"{name} {before.get(name)} → {value}" for name, value in after.items() if before.get(name) != value]
         if changed:
             note(f"{path.name} is replaced: {', '.join(changed)}")

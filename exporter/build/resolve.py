@@ -79,9 +79,11 @@ class Job:
 
     @property
     def files(self) -> list[Path]:
-        """The artifact, and the intermediate ONNX files that are kept beside it."""
+        """The artifact, and the intermediate ONNX files that are kept beside it. Builds of int8 and fp8 keep no fp32
+        graph."""
         built = replace(self.sidecar, precision=self.precision.name)
-        graphs = [self.file(name) for name in ("fp32", self.precision.name)]
+        kept = (self.precision.name,) if self.precision.needs_calibration else ("fp32", self.precision.name)
+        graphs = [self.file(name) for name in kept]
         return list(dict.fromkeys([*graphs, self.out / artifacts.file_name(built, self.target.suffix)]))
 
     @property

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from exporter import artifact, backends, machine
 from exporter.bench import Arm, Launch, Plan, Timing
 from exporter.build import build as build_recipe
+from exporter.build import resolve
 from exporter.build.int8 import speed, work
 from exporter.build.int8.search import Candidate, search
 from exporter.errors import BadRequest
 from exporter.machine import Conditions
 from exporter.precision import PRECISIONS
+from exporter.recipe import Model, Quantization, Recipe
 from exporter.report import Finding, Report, tables
 from exporter.verify import VerifyOptions, verify
 from tests.build.networks import FRAGILE, write_fragile, write_labelled
@@ -301,6 +303,13 @@ def test_a_ratio_that_others_disturbed_is_marked_in_the_int8_table(artifacts):
     assert "× eager noisy: interval wider than ±5 %" in row[-1]
     assert row[-1].count("other processes used 45 %") == 1
     assert "cpu, 2 threads, latency, batch 1" in row
+
+
+def test_a_build_of_int8_leaves_the_fp32_graph_beside_it(tiny, tmp_path):
+    recipe = Recipe(
+        backend="onnxruntime", precision="int8", model=Model(weights=str(tiny)), quantization=Quantization()
+    )
+    assert [path.name for path in resolve(recipe, tmp_path).files] == ["custom_int8.onnx"]
 
 
 @pytest.mark.parametrize(("profiles", "batch"), [([[2, 4, 8]], 2), ([[1, 1, 16]], 1)])

@@ -238,11 +238,12 @@ def test_the_default_precision_can_be_named(run, tmp_path):
     assert (done.code, "in fp32 for onnxruntime" in done.out) == (0, True)
 
 
-def test_the_graph_that_int8_is_built_from_is_no_other_artifact(tiny, run, tmp_path):
+def test_an_fp32_graph_in_another_form_is_replaced_with_a_note(tiny, run, tmp_path):
+    """fp16 is made from it, and its name has no form."""
     words = ("onnx", "--weights", tiny, "--batch", 1, "-o", tmp_path)
     assert run(*words).code == 0
     done = run(*words, "--fp16", "--form", "linear")
-    assert (done.code, "custom_fp32.onnx is replaced" in done.err) == (0, False)
+    assert (done.code, "custom_fp32.onnx is replaced: form conv → linear" in done.err) == (0, True)
 
 
 def test_an_artifact_of_another_size_is_replaced_with_a_note(tiny, run, tmp_path):
