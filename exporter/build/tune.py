@@ -22,7 +22,7 @@ from exporter.artifact.disk import cache_folder, write_file
 from exporter.artifact.sidecar import Record
 from exporter.bench import Opener, Timing, batches_of, latency, worker
 from exporter.build.resolve import Job
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, Unavailable
 from exporter.model import FORMS
 from exporter.progress import note, step
 from exporter.recipe import Recipe
@@ -60,8 +60,11 @@ def fastest(job: Job, build: Build, opener: Opener = worker.open_arm) -> str:
         build: builds a recipe's artifact in a folder.
         opener: opens an arm, in the timing process.
 
-    Raises: what building raises; ExporterError when not even `plain` can be timed.
+    Raises: what building raises; Unavailable where the runtime cannot run here; ExporterError when not even `plain` can
+        be timed.
     """
+    if why := job.runtime.unable():
+        raise Unavailable(f"--form auto: the forms cannot be timed here ({why}); give one of {', '.join(FORMS)}")
     facts = _facts(job)
     path = cache_folder() / "forms" / f"{hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:24]}.json"
     choice = _stored(path, facts)
