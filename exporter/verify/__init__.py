@@ -284,7 +284,7 @@ class Runnable:
         """The options of its sessions. A replacement runs on the default device of its own runtime."""
         if device is None or self.is_simulated:
             device = next(iter(self.runtime.devices))
-        return self.runtime.options(device=device, threads=threads)
+        return self.runtime.options(device=device.lower(), threads=threads)
 
 
 @contextmanager
