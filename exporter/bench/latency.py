@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from exporter import backends, machine, precision
 from exporter.artifact import Artifact
+from exporter.artifact.disk import user_path
 from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import (
     Arm,
@@ -63,13 +64,14 @@ def bench(artifacts: Sequence[Artifact], options: BenchOptions) -> list[Report]:
     """
     _check(artifacts, options)
     _check_devices_here(artifacts, options)
-    if options.cache_dir is not None:
-        _make(Path(options.cache_dir))
+    cache_dir = None if options.cache_dir is None else str(user_path(options.cache_dir))
+    if cache_dir is not None:
+        _make(Path(cache_dir))
     arms = [*arms_of(artifacts, options), *peaks_of(artifacts, options)]
     gpu = machine.gpu() if _on_gpu(artifacts, options) else None
     timings = [time_batch(arms, artifacts[0], batch, options) for batch in batches_of(options, artifacts)]
     step("loading each model alone, cold")
-    alone = [replace(arm, cache_dir=options.cache_dir) for arm in arms if arm.runtime == "artifact"]
+    alone = [replace(arm, cache_dir=cache_dir) for arm in arms if arm.runtime == "artifact"]
     plan = timings[0].plan
     with turns.alone():
         models = track(alone, len(alone), "models", lambda _: 1)

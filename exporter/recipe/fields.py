@@ -130,6 +130,8 @@ def bounds(hint: Any) -> str:
                 return f"above {meta.gt:g}" + (f" and below {meta.lt:g}" if meta.lt is not None else end)
             if meta.ge is not None:
                 return f"from {meta.ge:g}" + (f" to {meta.le:g}" if meta.le is not None else "")
+            if meta.le is not None:
+                return f"at most {meta.le:g}"
     return ""
 
 
