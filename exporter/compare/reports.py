@@ -147,6 +147,11 @@ def _number(report: Report, limit: Limit, side: str) -> float:
 
 def _answers(report: Report, limit: Limit, side: str) -> Finding:
     metric = METRICS[limit.metric].answers
+    if len([one for one in report.findings if one.metric == metric and one.check != "regression"]) > 1:
+        raise BadRequest(
+            f"--fail-on {limit}: the {side} report has {metric} for each kind of processor apart; verify on machines "
+            "of one kind"
+        )
     answers = report.find(metric)
     if answers is None or not answers.samples or answers.value is None:
         multilabel = " --outputs multilabel" if metric == "map" else ""

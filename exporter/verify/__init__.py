@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -367,8 +368,10 @@ def _data_findings(skipped: Sequence[str], seen: int, source: str, windows: Wind
 
 
 def record_quality(artifact: Artifact, report: Report) -> None:
-    """Write the accuracy from a report to the artifact's sidecar."""
-    values = {metric: report.value(metric) for metric in QUALITY}
+    """Write the accuracy from a report to the artifact's sidecar; none of a metric that was measured on several kinds
+    of processors."""
+    times = Counter(finding.metric for finding in report.findings)
+    values = {metric: report.value(metric) for metric in QUALITY if times[metric] == 1}
     known = {metric: float(value) for metric, value in values.items() if value is not None}
     data = str(report.recipe["verify"]["data"])
     others = {"windows": "yes"} if report.recipe["verify"].get("slide") else {}

@@ -251,6 +251,25 @@ def test_revisions_that_cannot_be_built_are_refused(words, code, said, repositor
     assert said in refused(code, "compare", *words)
 
 
+def test_a_base_without_the_folder_is_refused(repository, refused, monkeypatch):
+    Path("file").write_text("x")
+    commit("one")
+    Path("new").mkdir()
+    monkeypatch.chdir("new")
+    message = "it has no folder new/; run this in a folder that both revisions have"
+    assert message in refused(2, "compare", "--base-rev", "HEAD", "--build", "true", "a.onnx")
+
+
+def test_answers_of_several_kinds_of_processors_are_not_compared(typed):
+    """The images of each kind are counted apart, and are others in each report."""
+    one = timed(10)
+    of_others = Finding(check="accuracy", metric="top1", case="avx2", value=50.0, samples=(1.0, 0.0))
+    one = replace(one, findings=(*one.findings, of_others))
+    done = typed(one, one, "--fail-on", "top1_drop:1")
+    assert done.code == 2
+    assert "top1 for each kind of processor apart; verify on machines of one kind" in " ".join(done.err.split())
+
+
 def test_outside_a_repository(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
