@@ -68,7 +68,8 @@ def compare(sides: Sequence[Path], options: GateOptions) -> Report:
         raise BadRequest("compare: a report and an artifact; give two reports or two artifacts")
     if all(are_reports):
         if ignored := _changed(options, ("data", "reduce_zero_label", "device", *TIMED)):
-            raise BadRequest(f"--{ignored[0]}: two reports are compared as they are; leave it out")
+            option = ignored[0].replace("_", "-")
+            raise BadRequest(f"--{option}: two reports are compared as they are; leave it out")
         return _compare_reports(report.load_all(sides[0]), report.load_all(sides[1]), limits, options)
     with ExitStack() as stack:
         if options.base_rev and options.build:
@@ -86,7 +87,8 @@ def _changed(options: GateOptions, names: Sequence[str]) -> list[str]:
 
 def _note_ignored(options: GateOptions, names: Sequence[str], limit: str) -> None:
     if ignored := _changed(options, names):
-        note(f"{some([f'--{option}' for option in ignored])}: no effect without {limit}")
+        words = some(f"--{option.replace('_', '-')}" for option in ignored)
+        note(f"{words}: no effect without {limit}")
 
 
 def _is_report(path: Path) -> bool:
@@ -152,12 +154,21 @@ def _note_accuracy(base: dict[str, Any], head: dict[str, Any], limits: Sequence[
     differing = [name for name, fact in FACTS.items() if fact(base) != fact(head)]
     if not differing or any(METRICS[limit.metric].kind == "answers" for limit in limits):
         return
-    metric = "miou_drop" if head.get("task") == "segment" else "top1_drop"
-    options = " ".join(f"--fail-on {limit}" for limit in (*limits, f"{metric}:0.3"))
-    note(
-        f"accuracy is not compared, and base and head differ in {', '.join(differing)}; to compare it too, give "
-        f"{options} {images}"
-    )
+    unlike = f"accuracy is not compared, and base and head differ in {', '.join(differing)}"
+    if metric := _loss_of(head):
+        options = " ".join(f"--fail-on {limit}" for limit in (*limits, f"{metric}:0.3"))
+        note(f"{unlike}; to compare it too, give {options} {images}")
+    else:
+        note(f"{unlike}; `verify` compares each with PyTorch")
+
+
+def _loss_of(artifact: dict[str, Any]) -> str:
+    """The metric of `--fail-on` for the accuracy of an artifact, by its first output; "" where labels say nothing of
+    it."""
+    task = str(artifact.get("task") or "classify").partition(",")[0]
+    if task == "classify":
+        return "map_drop" if artifact.get("recipe", {}).get("export", {}).get("output") == "sigmoid" else "top1_drop"
+    return "miou_drop" if task == "segment" else ""
 
 
 def _quantization(artifact: dict[str, Any]) -> object:

@@ -94,6 +94,9 @@ def test_a_gate_without_a_limit_on_accuracy_says_so_where_it_may_differ(typed):
     assert "accuracy is not compared" not in note()
     assert f"{says.format('weights')} top1_drop:0.3 after `verify` of both" in note(weights={"digest": "b"})
     assert f"{says.format('weights')} miou_drop:0.3" in note("--across", "model", weights={}, task="segment")
+    assert "differ in weights; `verify` compares each" in note("--across", "model", weights={}, task="embed")
+    of_labels = {"weights": {}, "recipe": {"export": {"output": "sigmoid"}}}
+    assert f"{says.format('weights')} map_drop:0.3" in note(**of_labels)
     assert says.format("precision, quantization") in note(precision="int8", quantization={"digest": "c"})
     assert says.format("preprocessing") in note(preprocessing={"size": 224, "crop": "squash"})
     assert "accuracy is not compared" not in note("--fail-on", "top1_drop:1", precision="int8")
