@@ -37,6 +37,10 @@ def built_at(revision: str, command: str, path: Path) -> Iterator[Artifact]:
         checkout = Path(folder) / "base"
         git("worktree", "add", "--detach", "--quiet", str(checkout), commit, failed="git cannot check it out")
         try:
+            if not (checkout / here).is_dir():
+                raise BadRequest(
+                    f"--base-rev {revision}: it has no folder {here}; run this in a folder that both revisions have"
+                )
             yield build(command, checkout / here, path, f"{revision} ({commit[:12]})")
         finally:
             git("worktree", "remove", "--force", str(checkout), failed="git cannot remove its checkout")
