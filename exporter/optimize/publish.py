@@ -16,11 +16,11 @@ from exporter.artifact import Artifact
 from exporter.artifact.disk import write_file
 from exporter.bench import latency
 from exporter.build.int8.work import prepare
-from exporter.errors import CheckFailed
+from exporter.errors import CheckFailed, some
 from exporter.optimize import tables
 from exporter.optimize.candidates import Candidate
 from exporter.optimize.result import Result, Row
-from exporter.progress import step
+from exporter.progress import note, step
 from exporter.recipe import Bench, CpuClass, Recipe, file
 from exporter.report import Finding, Report
 from exporter.report.formats import html
@@ -60,7 +60,10 @@ def publish(search: Search, result: Result, out: Path, seconds: float) -> tuple[
         seconds=round(seconds, 1),
     )
     search.store.write("report", written)
-    search.store.write("result", result)
+    if lacking := search.lacking():
+        note(f"{some(lacking)}: not built for want of something on this machine; the same command tries it again")
+    else:
+        search.store.write("result", result)
     write_about(search, result, written, artifact)
     return result, written
 

@@ -36,6 +36,11 @@ class Race(Record, frozen=True):
     failures: dict[str, str] = msgspec.field(default_factory=dict)
     done: bool = False
 
+    def names(self) -> set[str]:
+        """The models that were timed, dropped or failed."""
+        timed = (name for launch in self.launches for name in launch.blocks)
+        return {*timed, *self.dropped, *self.failures}
+
 
 class Runner:
     """A race that goes on from what was measured before.
@@ -62,7 +67,9 @@ class Runner:
     ) -> None:
         self.plan, self.groups, self.save = plan, groups, save
         self.most, self.least, self.keep, self.limit_ms = most, least, keep, limit_ms
-        before = before or Race()
+        names = {arm.name for arm in plan.arms}
+        if before is None or not names <= before.names():  # one that could not be built before
+            before = Race()
         self.timing = Timing(plan, list(before.launches), dict(before.failures))
         self.dropped, self.done = dict(before.dropped), before.done
 

@@ -92,6 +92,12 @@ class Search:
         self.last = self._race_settings(eligible or verified)
         return Rows(self, forms, self.last).result()
 
+    def lacking(self) -> list[str]:
+        """The candidates that could not be built because of this machine: the disk is full, or something is not
+        installed."""
+        failed = [one for one, built in self.builds.items() if built.failure]
+        return [str(one) for one in failed if self.store.read(f"built-{one.name}", Build) is None]
+
     def _open_samples(self) -> Samples:
         """The images that accuracy is measured on: the user's, or else the calibration images."""
         quantization, sidecar, checks = self.request.quantization, self.job.sidecar, self.request.checks

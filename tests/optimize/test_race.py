@@ -1,6 +1,7 @@
 """Which models a race drops, and when it ends: on processes that were written down."""
 
 import pytest
+from msgspec.structs import replace
 
 from exporter.artifact.sidecar import Preprocessing
 from exporter.bench import Arm, Launch, Plan
@@ -49,6 +50,14 @@ def test_from_three_processes_on_the_interval_decides():
 def test_the_next_best_is_timed_to_the_end_where_it_is_asked_for():
     launches = [launch(eager=9, a=1.0, b=2.0, c=3.0)]
     assert set(runner(launches, ("eager", "a", "b", "c"), keep=2).dropped) == {"c"}
+
+
+def test_a_model_that_could_not_be_built_before_is_timed_with_the_others():
+    """A race that is done is another one where a model was added."""
+    plan = Plan(arms=tuple(Arm(name=name, path="") for name in ("eager", "a", "b")), preprocessing=Preprocessing())
+    done = Race(launches=(launch(eager=9, a=1.0),), done=True)
+    assert not Runner(plan, {"a": "all", "b": "all"}, done, lambda _: None, most=12).done
+    assert Runner(plan, {"a": "all"}, replace(done, failures={"b": "crashed"}), lambda _: None, most=12).done
 
 
 def test_each_group_has_its_own_winner():
