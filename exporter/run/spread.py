@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -18,14 +19,14 @@ import msgspec
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk, sealed, sidecar_path
 from exporter.data.fingerprint import fingerprint
-from exporter.errors import BadRequest, some
+from exporter.errors import BadRequest
 from exporter.progress import note, step, track
 from exporter.report import Report
 from exporter.verify import VerifyOptions, graphs_of, shards
 from exporter.verify.shards import Schedule, Shard
 
 COMMANDS = "commands.txt"
-REMEDY = "the shard is measured again"
+REMEDY = "the shard must be measured again"
 
 
 class Folder:
@@ -60,11 +61,7 @@ class Folder:
 
     def missing(self) -> list[int]:
         """The numbers of the shards that must be measured."""
-        return [
-            number
-            for number in range(self.schedule.count)
-            if sealed.read_bytes(self._file(number), self._key(number), REMEDY) is None
-        ]
+        return [number for number in range(self.schedule.count) if not self.has(number)]
 
     def merged(self, artifact: Artifact) -> Report:
         """The report of all shards.
@@ -72,7 +69,7 @@ class Folder:
         Raises: BadRequest for missing or damaged shards, and where no image could be read.
         """
         if missing := self.missing():
-            numbers = some(str(number) for number in missing)
+            numbers = " ".join(_ranges(missing))
             raise BadRequest(
                 f"{self.path}: {len(missing)} of {self.schedule.count} shards are missing: {numbers}; run their lines "
                 f"of {COMMANDS}, and copy the files of shards/ here"
@@ -84,6 +81,10 @@ class Folder:
             return shard
 
         return shards.merged(self.schedule, artifact, read)
+
+    def has(self, number: int) -> bool:
+        """Whether a shard was measured and its file is whole."""
+        return sealed.read_bytes(self._file(number), self._key(number), REMEDY) is not None
 
     def _file(self, number: int) -> Path:
         return self.path / "shards" / f"{number:06d}.shard"
@@ -193,13 +194,34 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, size:
         target.parent.mkdir(parents=True, exist_ok=True)
         for one in (artifact, *graphs_of(artifact)):
             for file in (*one.files, sidecar_path(one.path)):
-                shutil.copyfile(file, target.parent / file.name)
+                _copy(file, target.parent / file.name)
     except OSError as error:
         raise disk.write_error(error, target.parent) from None
     quoted = shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
     lines = [f"convnext-export shard {quoted} {number}\n" for number in range(folder.schedule.count)]
     disk.write_file(path / COMMANDS, "".join(lines).encode("utf-8", "surrogateescape"))
     return folder
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file under a name of its own first. One that is the same stays, as workers may have it open."""
+    if target.is_file() and artifacts.sha256_file(target) == artifacts.sha256_file(file):
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.copyfile(file, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ranges(numbers: Sequence[int]) -> list[str]:
+    """Numbers in rising order as `shard` takes them: `3 17 40-46`."""
+    words: list[str] = []
+    for _, members in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in members]
+        words.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return words
 
 
 def read_schedule(path: Path) -> Schedule:
@@ -271,8 +293,7 @@ def measure(
             + (f"add --reference {named} to import that module" if named and ":" in named else "leave it out")
         )
     numbers = numbers_of(words, schedule.count, str(path))
-    missing = set(folder.missing())
-    wanted = [number for number in dict.fromkeys(numbers) if number in missing]
+    wanted = [number for number in dict.fromkeys(numbers) if not folder.has(number)]
     if not wanted:
         note("every one of these shards was measured already")
         return ()

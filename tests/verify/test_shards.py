@@ -223,7 +223,8 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     assert run("shard", folder, "0-1").out.startswith("2 shards measured")
     result = run("merge", folder)
     assert result.code == 2
-    assert "1 of 3 shards are missing: 2" in result.err
+    assert "1 of 3 shards are missing: 2;" in result.err
+    assert spread._ranges([3, 17, 40, 41, 42]) == ["3", "17", "40-42"]
     before = snapshot(folder / "shards")
     damaged = folder / "shards/000001.shard"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
