@@ -179,8 +179,8 @@ class Cluster:
         return tuple(self.ray.put(path.read_bytes()) for path in paths_of(artifact))
 
     def check(self, job: Job, references: Sequence[Any], need: Need) -> None:
-        """Refuse a cluster with a machine that lacks the versions, files or images of a job. Machines with fewer GPUs
-        than needed are left out, because no task runs there.
+        """Refuse a cluster with a machine that lacks the versions, files or images of a job. Machines without cores or
+        with fewer GPUs than needed are left out, because no task runs there.
 
         Raises: BadRequest or Unavailable with the address of each, and what it lacks.
         """
@@ -188,6 +188,7 @@ class Cluster:
 
         gpus = need.within(self.resources()).gpus
         nodes = [node for node in self.nodes() if node[2].get("GPU", 0) >= gpus]
+        nodes = [node for node in nodes if node[2].get("CPU")] or nodes
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node, _, _ in nodes]
         remote = self.ray.remote(_check)
         waiting = [
