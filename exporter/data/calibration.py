@@ -266,7 +266,7 @@ def read(path: Path) -> Manifest:
     return Manifest(
         source=header.get("source", "") if made else str(listed.root),
         rule=header.get("rule", f"{len(rows)} images"),
-        seed=int(seed) if seed.lstrip("-").isdecimal() else 0,
+        seed=int(seed) if seed.removeprefix("-").isdecimal() else 0,
         entries=tuple(rows),
         generator=listed.generator,
         pixels=int(pixels) if made else 0,

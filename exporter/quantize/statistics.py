@@ -27,6 +27,7 @@ from exporter.artifact.disk import cache_folder
 from exporter.artifact.outputs import DENSE
 from exporter.data.calibration import CalibrationSet
 from exporter.errors import CheckFailed, ExporterError
+from exporter.machine import installed
 from exporter.model import structure
 from exporter.model.convnext import ConvNeXt
 from exporter.progress import note, step, track
@@ -172,6 +173,7 @@ def collect(
     measured = sorted({found for name in layers(model, kinds | USUAL) if (found := structure.kind(name))})
     facts = {**about, "kinds": measured, "alpha": alpha, "images": images.ordered_digest, "count": images.total}
     facts |= {"version": VERSION, "bins": BINS, "torch": str(torch.__version__)}
+    facts |= {"pillow": installed("pillow")}  # decoders of JPEG differ
     store = Store(facts)
     statistics = store.read()
     if statistics.done("histogram" if histogram else "extremes") == images.total:
