@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from exporter.data import images
 from exporter.errors import BadRequest
@@ -53,7 +56,25 @@ def images_in(folder: Path, split: str = "") -> list[str]:
 
 def files_in(folder: Path) -> list[str]:
     """The paths of all image files in a folder and below, masks included, none hidden, relative to it and sorted. Links
-    to folders are not followed."""
-    files = folder.rglob("*")
-    names = (file.relative_to(folder) for file in files if file.suffix.lower() in images.SUFFIXES and file.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    to folders are not followed.
+
+    Raises: BadRequest for a folder that cannot be listed, whose images would be left out.
+    """
+    return sorted(names_below(folder, images.SUFFIXES))
+
+
+def names_below(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
+    """The paths of the files with these suffixes in a folder and below, none hidden, relative to it.
+
+    Raises: BadRequest as `files_in` does.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise BadRequest(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    for above, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        for name in names:
+            file = Path(above, name)
+            if not name.startswith(".") and file.suffix.lower() in suffixes and file.is_file():
+                yield file.relative_to(folder).as_posix()

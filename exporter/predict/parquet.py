@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any, Literal
 
+from exporter.data.folders import names_below
 from exporter.data.images import Unreadable
 from exporter.errors import BadRequest, Unavailable, first_line, some
 
@@ -114,9 +115,11 @@ def is_parquet(name: str) -> bool:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The paths of the Parquet files in a folder and below, none hidden, relative to it and sorted."""
-    names = (file.relative_to(folder) for file in folder.rglob("*") if is_parquet(file.name) and file.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    """The paths of the Parquet files in a folder and below, none hidden, relative to it and sorted.
+
+    Raises: BadRequest for a folder that cannot be listed.
+    """
+    return sorted(names_below(folder, (SUFFIX,)))
 
 
 def _column_of(word: str, schema: Any, column: str) -> tuple[str, Kind]:

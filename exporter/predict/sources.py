@@ -26,6 +26,7 @@ from exporter.errors import BadRequest, nearest
 from exporter.predict import parquet, remote
 from exporter.predict.image_list import Images, digest_of, joined, of_names, state_of, unreadable
 from exporter.predict.rows import of_rows, of_tables, path_of
+from exporter.progress import note
 from exporter.recipe import bundled
 
 STDIN = "-"
@@ -77,6 +78,8 @@ def _open_here(word: str, recipe: Preprocessing) -> Images:
         return Images(samples, key, paths=paths)
     if path.exists() and parquet.is_parquet(path.name):
         return of_tables(word, [of_rows(os.path.expanduser(_without(word, split)), split, recipe)])  # noqa: PTH111
+    if path.exists() and split:
+        raise BadRequest(f"{word}: {path} is one image; leave #{split} out")
     if path.exists():
         part = of_names([word], lambda _: partial(images.read, path, recipe), f"{word} {state_of(path)}")
         return replace(part, paths=lambda: [path])
@@ -116,6 +119,8 @@ def _of_folder(word: str, path: Path, split: str, recipe: Preprocessing) -> Imag
     folder = os.path.expanduser(_without(word, split)).rstrip("/")  # noqa: PTH111  (as typed)
     may_be_column = bool(split) and mask_folders(path) is None
     names = [] if may_be_column else images_in(path, split)
+    if names and (pair := mask_folders(path)):
+        note(f"{word} has images and masks: the images of {pair[0]}/ alone are read")
     if not names and (tables := parquet.files_in(path)):
         return of_tables(word, [of_rows(f"{folder}/{name}", split, recipe) for name in tables])
     return _of_files(word, [f"{folder}/{name}" for name in names or images_in(path, split)], recipe)

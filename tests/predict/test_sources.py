@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from exporter import predict
 from exporter.artifact.sidecar import Preprocessing
 from exporter.errors import BadRequest
 from exporter.predict import PredictOptions, sources
+from tests.artifact.test_sealed import notes
 from tests.conftest import build
 from tests.predict.test_predict import names_of
 
