@@ -81,4 +81,4 @@ def predict_command(
     rate = f", {summary.now / summary.seconds:.0f} a second" if summary.now and summary.seconds > 1 else ""
     lost = len(summary.unreadable)
     count = f"{summary.total - lost:,} of {summary.total:,}" if lost else f"{summary.total:,}"
-    console().print(f"[bold]{plain(out)}[/]  {count} images{rate}", soft_wrap=True)
+    console().print(f"[bold]{plain(out)}[/]  {count} image{'' if summary.total == 1 else 's'}{rate}", soft_wrap=True)

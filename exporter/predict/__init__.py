@@ -124,8 +124,11 @@ def _keep(kept: store.Store, chunks: Iterator[Chunk]) -> tuple[str, ...]:
             unreadable += _unreadable(iter([chunk]))
         return tuple(unreadable)
     except KeyboardInterrupt:
+        kept.flush()
         reached = f"{kept.out} has {kept.done():,} of {kept.job.total:,} images"
-        raise KeyboardInterrupt(f"{reached}; --resume added to the same command continues it") from None
+        raise KeyboardInterrupt(
+            f"{reached}; the same command with --resume (and without --overwrite) continues it"
+        ) from None
     finally:
         kept.flush()
 

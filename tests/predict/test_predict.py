@@ -122,7 +122,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(suffix, artifacts, photo
         return real(answers, group, run, start)
 
     monkeypatch.setattr(predictor, "_answered", answered)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"{out.name} has 16 of 40 images; the same command with --resume"):
         wrote(artifact, photos, out)
     assert not out.exists()
     with pytest.raises(BadRequest, match=r"unfinished output is there, 16 of 40 .* --resume continues it"):
