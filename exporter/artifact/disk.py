@@ -146,7 +146,7 @@ def write_file(path: Path, content: bytes) -> None:
         flush(partial)
         partial.replace(path)
     except OSError as error:
-        raise write_error(error, path.parent) from None
+        raise write_error(error, path.parent, "choose another folder") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -173,13 +173,13 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_error(error: OSError, out: Path) -> ExporterError:
-    """What to tell a user whose folder could not be written to."""
+def write_error(error: OSError, out: Path, instead: str = "choose another folder with -o") -> ExporterError:
+    """What to tell a user whose folder could not be written to. `instead` names the way to another folder."""
     if error.errno in NO_SPACE:
-        return Unavailable(f"{out}: no space left to write in; free some or choose another folder with -o")
+        return Unavailable(f"{out}: no space left to write in; free some or {instead}")
     there = next((path for path in (out, *out.parents) if path.exists()), out)
     reason = f"{there} is a file, not a folder" if there != out and there.is_file() else error.strerror
-    return BadRequest(f"{out}: cannot be written ({reason}); choose another folder with -o")
+    return BadRequest(f"{out}: cannot be written ({reason}); {instead}")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -58,8 +58,13 @@ def _refuse_filled(out: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy one file, with the folders above it."""
+    """Copy one file, with the folders above it.
+
+    Raises: BadRequest where it cannot be read.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(source, os.R_OK):
+        raise BadRequest(f"{source}: it cannot be read, or another process has removed it; run the same command again")
     shutil.copyfile(source, target)
 
 

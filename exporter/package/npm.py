@@ -69,7 +69,7 @@ def _download(web: WebRuntime, target: Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
             unpacked.rename(target)
     except OSError as error:
-        raise write_error(error, target) from None
+        raise write_error(error, target, "set XDG_CACHE_HOME to another folder") from None
 
 
 def _packed(npm: str, name: str, folder: Path, by_hand: str) -> Path:

@@ -206,7 +206,7 @@ def _make_room(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
     except OSError as error:
-        raise disk.write_error(error, folder.parent) from None
+        raise disk.write_error(error, folder.parent, "set XDG_CACHE_HOME to another folder") from None
     used: dict[Path, float] = {}
     for copy in folder.parent.iterdir():
         with suppress(OSError):  # another process removed it

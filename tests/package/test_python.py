@@ -1,6 +1,7 @@
 """`package --for python`: a folder that answers as `predict` does, without PyTorch and without this tool."""
 
 import json
+import os
 import re
 import shlex
 
@@ -152,12 +153,13 @@ def test_a_file_that_is_no_image_has_a_reason_in_place_of_an_answer(artifacts, b
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
     Image.new("RGB", (1, 30_000)).save(tmp_path / "thin.png")  # its short side as the crop needs it takes gigabytes
-    odd = [tmp_path / name for name in ("page.jpg", "float.tiff", "missing.png", "thin.png")]
+    Image.fromarray(np.full((8, 8), 100_000, np.int32)).save(tmp_path / "deep.tiff")
+    odd = [tmp_path / name for name in ("page.jpg", "float.tiff", "deep.tiff", "thin.png", os.fsdecode(b"caf\xe9.png"))]
     words = [*odd, "sample.png"]
     result = execute(bare, "predict.py", *words, folder=out)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert ["error" in line for line in lines] == [True, True, True, True, False]
-    assert "no known range" in lines[1]["error"]
+    assert ["error" in line for line in lines] == [True, True, True, True, True, False]
+    assert all("no known range" in line["error"] for line in lines[1:3])
     assert "too long and thin to resize" in lines[3]["error"]
     assert result.returncode == 1
     assert execute(bare, "predict.py", "sample.png", folder=out).returncode == 0

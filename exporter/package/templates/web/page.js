@@ -142,6 +142,7 @@ async function picture(blob, name) {
     part("times").textContent = `model ${model.toFixed(1)} ms, reading and resizing ${preparing.toFixed(1)} ms`;
     status(answer.transparent ? `${name}: what is transparent in it was read as black` : name);
   } catch (error) {
+    if (number < requests) return null;
     part("picture").hidden = true;
     part("invitation").hidden = false;
     part("answer").replaceChildren(element("p", "faint", "No answer."));
@@ -153,7 +154,14 @@ async function picture(blob, name) {
 }
 
 async function sample() {
-  return await picture(await (await fetch(facts.sample)).blob(), facts.sample);
+  try {
+    const found = await fetch(facts.sample);
+    if (!found.ok) throw new Error(`the server answers ${found.status}`);
+    return await picture(await found.blob(), facts.sample);
+  } catch (error) {
+    status(`${facts.sample}: ${error.message}`, true);
+    return null;
+  }
 }
 
 /** Compare the outputs for the sample picture with those of the artifact. */
