@@ -34,6 +34,7 @@ def inspect(artifact: Artifact) -> Inspection:
         findings = target.findings(artifact, _baseline(artifact, target)) if target.findings is not None else []
     except Unavailable as error:
         return Inspection([], [], str(error))
+    reason = reason or ("" if layers else f"{runtime.name} listed none")
     return Inspection(layers, [*structure.saturation(layers), *findings], reason)
 
 
