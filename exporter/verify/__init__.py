@@ -33,6 +33,7 @@ from exporter.verify.batches import batch_size as batch_size
 from exporter.verify.batches import run_batch as run_batch
 from exporter.verify.blocks import block_errors
 from exporter.verify.checks import Meter
+from exporter.verify.checks.structure import other_cpu
 from exporter.verify.page_images import PageImages, page_images
 from exporter.verify.slide import Windows, whole, windows_of
 
@@ -219,7 +220,8 @@ def _measured(
             tally.add(batch)
         facts = pair.candidate.facts
     tally.skipped += samples.skipped
-    findings = findings_of(tally, options.data, pair.windows, runnable.findings)
+    here = [*runnable.findings, *other_cpu(artifact.sidecar.quantization)]
+    findings = findings_of(tally, options.data, pair.windows, here)
     if options.blocks:
         images = next(iter(samples.batches(artifact.sidecar.batch or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)

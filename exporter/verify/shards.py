@@ -38,6 +38,7 @@ from exporter.verify import (
     report_of,
 )
 from exporter.verify.batches import MeasuredBatch, Pair, Tally, size_of
+from exporter.verify.checks.structure import other_cpu
 from exporter.verify.page_images import page_images
 from exporter.verify.slide import windows_of
 from exporter.verify.thumbnails import drop_unused_thumbnails
@@ -173,7 +174,7 @@ class Worker:
             facts=self.pair.candidate.facts,
             layers=self.layers,
             skipped=tuple(skipped),
-            findings=self.findings,
+            findings=(*self.findings, *other_cpu(artifact.sidecar.quantization)),
             batches=tuple(_stored(with_(batch, rows=rows)) for batch, rows in zip(batches, kept, strict=True)),
         )
 

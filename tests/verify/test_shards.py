@@ -15,6 +15,7 @@ from exporter.data import synthetic
 from exporter.errors import BadRequest
 from exporter.run import spread
 from exporter.verify import VerifyOptions, shards
+from exporter.verify.checks import structure
 from tests.conftest import build, copy_artifact, snapshot, tiny_state, write_tiny
 
 COUNT, SIZE = 84, 32
@@ -163,6 +164,16 @@ def test_int8_of_unlike_processors_is_reported_apart(artifacts, photos):
     assert report.find("machines").value == 2
 
 
+def test_another_class_of_processors_is_that_of_the_machines_that_measured(artifacts, photos, monkeypatch):
+    """Not of the machine that writes the report."""
+    artifact = artifacts["onnxruntime", "int8"]
+    monkeypatch.setattr(structure, "unlike", lambda built_for: "this CPU has no VNNI")
+    schedule, done = measured(artifact, VerifyOptions(data=str(photos)))
+    monkeypatch.undo()
+    report = shards.merged(schedule, artifact, lambda number: shards.decode(done[number]))
+    assert report.find("other_cpu").detail == "this CPU has no VNNI"
+
+
 def test_a_schedule_is_of_one_artifact_and_of_these_images(artifacts, photos, tmp_path):
     artifact = artifacts["onnxruntime", "fp32"]
     for number in range(4):
@@ -230,7 +241,7 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = run("shard", folder, "0-2")
     assert result.out.startswith("2 shards measured")
-    assert "000001.shard is damaged or has another key; the shard is measured again" in " ".join(result.err.split())
+    assert "000001.shard is damaged or has another key; the shard must be measured again" in " ".join(result.err.split())
     assert {name: content for name, content in snapshot(folder / "shards").items() if name in before} == before
     assert "3 of 3 shards are in" in run(*options).err
     assert "every one of these shards was measured already" in run("shard", folder, 0).err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exporter import machine
+from exporter.artifact.sidecar import Quantization
 from exporter.backends import NARROW, Layer
 from exporter.data.samples import is_synthetic
 from exporter.errors import some
@@ -38,7 +39,6 @@ class Structure:
         files = ", ".join(file.name for file in sidecar.files)
         return [
             *self._quantized(),
-            *self._other_cpu(),
             *self._assumed(),
             *saturation(layers),
             *([Finding(check="structure", metric="nodes", value=len(layers))] if layers else []),
@@ -60,12 +60,6 @@ class Structure:
             detail += f"; not {some(not_so)}"
         return [Finding(check="structure", metric="quantized_macs_pct", value=value, unit="%", detail=detail)]
 
-    def _other_cpu(self) -> list[Finding]:
-        """Whether this CPU computes int8 as the class that the artifact was built for."""
-        quantization = self.subject.artifact.sidecar.quantization
-        reason = unlike(quantization.cpu) if quantization is not None else ""
-        return [Finding(check="structure", metric="other_cpu", value=1, detail=reason)] if reason else []
-
     def _assumed(self) -> list[Finding]:
         """The preprocessing, where nothing says that it is the one of training. Both models get the same images, so
         it lowers the accuracy of both and changes no comparison."""
@@ -76,6 +70,13 @@ class Structure:
             f"images are {assumed}; the weights do not state the preprocessing, and a different one lowers accuracy"
         )
         return [Finding(check="data", metric="assumed_preprocessing", value=1, detail=detail)]
+
+
+def other_cpu(quantization: Quantization | None) -> list[Finding]:
+    """Whether this CPU computes int8 in another way than the class that an artifact was built for. It is no check, as a
+    report of shards is written on a machine that may have measured none."""
+    reason = unlike(quantization.cpu) if quantization is not None else ""
+    return [Finding(check="structure", metric="other_cpu", value=1, detail=reason)] if reason else []
 
 
 def saturation(layers: Sequence[Layer]) -> list[Finding]:
