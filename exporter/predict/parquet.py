@@ -51,7 +51,7 @@ class Rows:
             self.column, self.kind = _column_of(word, file.schema_arrow, column)
         except (OSError, ValueError) as error:
             raise BadRequest(f"{word}: truncated or no Parquet file ({first_line(error)})") from None
-        self.file, self.total = file, file.metadata.num_rows
+        self.word, self.file, self.total = word, file, file.metadata.num_rows
         groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         self.starts = [0, *accumulate(groups)]
         self.lock, self.kept = Lock(), deque[tuple[int, Any]](maxlen=BATCHES)
@@ -97,7 +97,10 @@ class Rows:
         try:
             texts: list[str | None] = self.file.read_row_group(group, [self.column]).column(0).to_pylist()
         except (OSError, ValueError) as error:
-            raise BadRequest(f"{self.column}: row group {group} is damaged ({first_line(error)})") from None
+            raise BadRequest(
+                f"{self.word}: row group {group} of its column {self.column} is damaged ({first_line(error)}); leave the "
+                "file out"
+            ) from None
         return texts
 
 
