@@ -98,8 +98,8 @@ class Rows:
             texts: list[str | None] = self.file.read_row_group(group, [self.column]).column(0).to_pylist()
         except (OSError, ValueError) as error:
             raise BadRequest(
-                f"{self.word}: row group {group} of its column {self.column} is damaged ({first_line(error)}); leave the "
-                "file out"
+                f"{self.word}: row group {group} of its column {self.column} is damaged ({first_line(error)}); leave "
+                "the file out"
             ) from None
         return texts
 

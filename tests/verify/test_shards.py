@@ -241,7 +241,8 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = run("shard", folder, "0-2")
     assert result.out.startswith("2 shards measured")
-    assert "000001.shard is damaged or has another key; the shard must be measured again" in " ".join(result.err.split())
+    noted = " ".join(result.err.split())
+    assert "000001.shard is damaged or has another key; the shard must be measured again" in noted
     assert {name: content for name, content in snapshot(folder / "shards").items() if name in before} == before
     assert "3 of 3 shards are in" in run(*options).err
     assert "every one of these shards was measured already" in run("shard", folder, 0).err
