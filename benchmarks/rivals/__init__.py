@@ -135,4 +135,4 @@ class Race(Record, frozen=True):
     def commits(self) -> str:
         """The commits of the times and of the memory, in words."""
         commit = str(self.environment["commit"])
-        return f"{commit}, that of memory {self.memory_commit}" if self.memory_commit else commit
+        return f"{commit} (times), {self.memory_commit} (memory)" if self.memory_commit else commit
