@@ -3,6 +3,7 @@
 ExporterError            one line, an exit code, and what to do
 ├── BadRequest           2  a word, recipe or file that cannot be used
 ├── Unavailable          3  something is missing on this machine
+├── RunFailed            3  a runtime failed while it ran a model, as without memory
 └── CheckFailed          5  built, but a check did not pass
 
 Ctrl-C is exit code 4. A regression found by `compare` is exit code 6, and no error. Any other exception is a bug of
@@ -52,6 +53,12 @@ class Unavailable(ExporterError):
     exit_code = 3
 
 
+class RunFailed(ExporterError):
+    """A runtime failed while it ran a model that it had loaded."""
+
+    exit_code = 3
+
+
 class CheckFailed(ExporterError):
     """The result of a build did not pass a check."""
 
@@ -92,11 +99,9 @@ def last_line(error: BaseException) -> str:
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:200]
 
 
-def stopped(runtime: str, reason: str) -> Unavailable:
-    """The error of a runtime that failed while it ran a model that it had loaded."""
-    return Unavailable(
-        f"{runtime} stopped during a run: {reason}; if memory ran out, use a smaller batch or image size"
-    )
+def run_failed(runtime: str, reason: str) -> RunFailed:
+    """The error for a runtime that failed while it ran a model."""
+    return RunFailed(f"{runtime} failed during a run: {reason}; if memory ran out, use a smaller batch or image size")
 
 
 def as_utf8(name: str) -> str:

@@ -13,7 +13,7 @@ from exporter.backends.openvino import OpenVinoOptions
 from exporter.bench import Arm, worker
 from exporter.bench.latency import BenchOptions, bench
 from exporter.data.images import normalise
-from exporter.errors import BadRequest, Unavailable
+from exporter.errors import BadRequest, RunFailed, Unavailable
 from exporter.model import FORMS
 from exporter.precision import PRECISIONS
 from tests.conftest import PX, build, needs_bf16
@@ -349,7 +349,7 @@ def test_a_runtime_that_fails_during_a_run_is_one_line(name, artifacts):
     images = np.zeros((1, 3, PX, 2 * PX), np.float32)  # which the graph does not take
     with (
         opened(artifacts, name, "fp32") as session,
-        pytest.raises(Unavailable, match=r"stopped during a run: .*smaller"),
+        pytest.raises(RunFailed, match=r"failed during a run: .*smaller"),
     ):
         session(images)
 

@@ -35,7 +35,7 @@ from exporter.backends import (
 from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.onnxruntime.products import peak_model
 from exporter.backends.onnxruntime.serving import SERVING
-from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, stopped
+from exporter.errors import BadRequest, ExporterError, Unavailable, first_line, run_failed
 from exporter.graph import files, half
 from exporter.machine import cores, installed
 from exporter.model.structure import last_operators
@@ -79,20 +79,20 @@ class OrtSession:
         self.session, self.recipe, self.device, self.streams = session, recipe, device, streams
         self.input = session.get_inputs()[0].name
         self.facts = {"provider": session.get_providers()[0], "device": device}
-        # It has no fp16 arithmetic on these CPUs: it casts to fp32 around every operator.
+        # ONNX Runtime has no fp16 arithmetic on these CPUs: it casts to fp32 around every operator.
         is_x86 = device == "cpu" and platform.machine() in ("x86_64", "AMD64")
         self.facts["arithmetic"] = "fp32" if is_x86 and precision == "fp16" else precision
 
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32.
 
-        Raises: Unavailable where ONNX Runtime fails, as without memory.
+        Raises: RunFailed where ONNX Runtime fails, as without memory.
         """
         taken = as_taken(images, self.recipe)
         try:
             return as_fp32(self.session.run(None, {self.input: taken}))
         except Exception as error:  # its errors have no common type
-            raise stopped("ONNX Runtime", first_line(error)) from error
+            raise run_failed("ONNX Runtime", first_line(error)) from error
 
     def bind(self, batches: Sequence[Array]) -> Bound:
         """Input and outputs on the device, and one run over them."""

@@ -40,7 +40,7 @@ from exporter.backends._peak import PeakProduct, Product, fastest_product
 from exporter.backends.openvino.devices import arithmetic_of, in_use, members, no_pictures, properties, text
 from exporter.backends.openvino.products import peak_model
 from exporter.backends.openvino.serving import SERVING
-from exporter.errors import BadRequest, ExporterError, Unavailable, last_line, stopped
+from exporter.errors import BadRequest, ExporterError, Unavailable, last_line, run_failed
 from exporter.model.structure import last_operators, module_of
 from exporter.quantize.placement import Placement
 from exporter.quantize.rounding import largest_pair
@@ -79,14 +79,14 @@ class OpenVinoSession:
     def __call__(self, images: Array) -> Outputs:
         """Run: images (N, C, H, W) float32 to outputs (N, …) float32.
 
-        Raises: Unavailable where OpenVINO fails, as without memory.
+        Raises: RunFailed where OpenVINO fails, as without memory.
         """
         taken, request = as_taken(images, self.recipe), self.requests.get()
         try:
             results = request.infer([taken], share_inputs=True)
             return as_fp32(results[output] for output in self.compiled.outputs)
         except RuntimeError as error:
-            raise stopped("OpenVINO", last_line(error)) from error
+            raise run_failed("OpenVINO", last_line(error)) from error
         finally:
             self.requests.put(request)
 
