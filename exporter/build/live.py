@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from exporter.backends import ONNX, eager
 from exporter.build import Built, build
 from exporter.build.int8.search import JUDGED
 from exporter.errors import BadRequest, StoppedAfterBuild, Unavailable, first_line, some
-from exporter.model import live, reference, written
+from exporter.model import live, reference, weights, written
 from exporter.model.labels import from_mapping
 from exporter.progress import note
 from exporter.recipe import Recipe
@@ -73,7 +72,7 @@ def export(
         with _replaced(folder):
             written.write(folder, fitted, preprocessing, _config(original, names, fitted.num_classes))
             built = build(replace(recipe, model=model), out, reference=opened)
-        _note_stranded(built.artifact, folder)
+        _note_outdated(built.artifact, folder)
         if built.report is not None and recipe.quantization is not None and not recipe.has_further_checks:
             return built  # verified during the build
         return _verified(built, recipe, opened, folder)
@@ -100,26 +99,27 @@ def _verified(built: Built, recipe: Recipe, module: reference.Reference, weights
     return Built(built.artifact, report)
 
 
-def _note_stranded(built: Artifact, weights: Path) -> None:
-    """Name the other artifacts of the folder that were made from weights that the export replaced."""
+def _note_outdated(built: Artifact, replaced: Path) -> None:
+    """Name the other artifacts of the folder that were made from the weights that the export replaced."""
     others = (built.path.with_name(file.name.removesuffix(".json")) for file in built.path.parent.glob("*.json"))
-    stranded = []
+    outdated = []
     for path in sorted(path for path in others if path.is_file()):
         with suppress(BadRequest):  # no sidecar of an artifact
             made_from = read_sidecar(path).weights
-            source = Path(os.path.normpath(path.parent.absolute() / made_from.source))
-            if source == weights.absolute() and made_from.digest != built.sidecar.weights.digest:
-                stranded.append(path.name)
-    if stranded:
+            source = Path(weights.absolute(made_from.source, path.parent))
+            if source == replaced.resolve() and made_from.digest != built.sidecar.weights.digest:
+                outdated.append(path.name)
+    if outdated:
         note(
-            f"{some(stranded)} was made from the weights that {weights.name} had before, and cannot be verified or "
-            "timed with PyTorch any more; export it again too"
+            f"made from the earlier weights in {replaced.name}: {some(outdated)}; `verify` and `bench` cannot compare "
+            "them with PyTorch any more, so export them again too"
         )
 
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
-    """Within, a folder is written anew; after an error it is as it was, and as it was before one that was killed."""
+    """Replace a folder within the block. After an error the old folder is put back; so it is after an export that was
+    killed, whose old folder is `NAME.before`."""
     before = folder.with_name(f"{folder.name}.before")
     if before.exists():  # of an export that was killed
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,14 +128,23 @@ def _replaced(folder: Path) -> Iterator[None]:
     try:
         yield
     except StoppedAfterBuild:
-        shutil.rmtree(before, ignore_errors=True)
+        _discard(before)
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if before.exists():
             before.rename(folder)
         raise
-    shutil.rmtree(before, ignore_errors=True)
+    _discard(before)
+
+
+def _discard(before: Path) -> None:
+    """Remove the folder of before. In one step it gets another name, so that one named `before` is always whole."""
+    if before.exists():
+        old = before.with_name(f".{before.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        before.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _check(module: object, recipe: Recipe) -> None:

@@ -159,7 +159,7 @@ def test_artifacts_whose_weights_an_export_replaces_are_named(tmp_path):
         parameter.data *= 0.9
     with notes() as noted:
         export(model, tmp_path, SMALL)
-    assert any("custom_fp16.onnx was made from the weights that custom.weights had before" in line for line in noted)
+    assert any("made from the earlier weights in custom.weights: custom_fp16.onnx;" in line for line in noted)
 
 
 @pytest.fixture
