@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.artifact.sidecar import Sidecar
 from exporter.errors import BadRequest
 
 
@@ -99,6 +100,14 @@ PRECISIONS = {
         Precision("fp8", 8, "float8 e4m3", _EIGHT_BITS, 0.5, "fp16", "#d55e00", needs_calibration=True),
     )
 }
+
+
+def judged_as(sidecar: Sidecar) -> Precision:
+    """The precision whose limits hold for an artifact: its own, or fp16 where an fp32 artifact has inputs or outputs in
+    fp16, or products in TF32, which have the mantissa of fp16."""
+    is_half = any(tensor.dtype == "float16" for tensor in (*sidecar.inputs, *sidecar.outputs))
+    is_rounded = is_half or bool(sidecar.target.get("tf32"))
+    return get("fp16" if is_rounded and sidecar.precision == "fp32" else sidecar.precision)
 
 
 def get(name: str, file: Path | str = "") -> Precision:

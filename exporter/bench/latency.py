@@ -394,6 +394,6 @@ def _outputs(timing: Timing, name: str, case: str, made: Artifact) -> Finding:
         return Finding(check="latency", metric="outputs_cosine", case=case, value=None, detail="eager could not run")
     worst = min(launch.cosine[name] for launch in timing.launches if name in launch.cosine)
     finding = Finding(check="latency", metric="outputs_cosine", case=case, value=worst, detail="on synthetic inputs")
-    limits = precision.get(made.sidecar.precision, made.path).limits
+    limits = precision.judged_as(made.sidecar).limits
     of_pixels = {tensor.holds for tensor in made.sidecar.outputs} == {"labels"}
     return judged(finding, limits.pixels.agreement_pct / 100 if of_pixels else limits.cosine, "high")

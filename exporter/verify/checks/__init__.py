@@ -34,12 +34,8 @@ class Subject:
 
     @property
     def precision(self) -> Precision:
-        """The precision whose limits hold: the artifact's, or fp16 where an fp32 artifact has inputs or outputs in
-        fp16, or products in TF32, which have the mantissa of fp16."""
-        sidecar = self.artifact.sidecar
-        is_half = any(tensor.dtype == "float16" for tensor in (*sidecar.inputs, *sidecar.outputs))
-        is_rounded = is_half or bool(sidecar.target.get("tf32"))
-        return precision.get("fp16" if is_rounded and sidecar.precision == "fp32" else sidecar.precision)
+        """The precision whose limits hold."""
+        return precision.judged_as(self.artifact.sidecar)
 
 
 Rows = dict[str, NDArray[Any]]
