@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from exporter.data import images
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
+from exporter.progress import note
 
 MASK_FOLDERS = (
     ("images", "annotations"),  # ADE20K
@@ -48,10 +49,19 @@ def images_in(folder: Path, split: str = "") -> list[str]:
             f"{folder}#{split}: #{split} needs a folder with images and masks, as images/ and annotations/; leave it "
             f"out, or give {folder / split}"
         )
-    if not folders:
-        return files_in(folder)
-    below = "/".join(filter(None, (folders[0], split)))
-    return [f"{below}/{name}" for name in files_in(folder / below)] if (folder / below).is_dir() else []
+    below = "/".join(filter(None, (folders[0], split))) if folders else ""
+    if not (folder / below).is_dir():
+        return []
+    names = sorted(names_below(folder / below, images.SUFFIXES | images.NOT_READ))
+    if left_out := [name for name in names if Path(name).suffix.lower() in images.NOT_READ]:
+        note(f"{folder / below}: {some(left_out)} left out, in formats that Pillow does not read; convert them to JPEG")
+        names = [name for name in names if Path(name).suffix.lower() in images.SUFFIXES]
+    return [f"{below}/{name}" if below else name for name in names]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is passed over: its name begins with a dot, or it is `lost+found` of a disk."""
+    return name.startswith(".") or name == "lost+found"
 
 
 def files_in(folder: Path) -> list[str]:
@@ -64,7 +74,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def names_below(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
-    """The paths of the files with these suffixes in a folder and below, none hidden, relative to it.
+    """The paths of the files with these suffixes in a folder and below, relative to it, without what `is_hidden`.
 
     Raises: BadRequest as `files_in` does.
     """
@@ -73,7 +83,7 @@ def names_below(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
         raise BadRequest(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for above, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
             file = Path(above, name)
             if not name.startswith(".") and file.suffix.lower() in suffixes and file.is_file():

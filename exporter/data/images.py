@@ -16,25 +16,8 @@ from exporter.artifact.sidecar import COLORS, Preprocessing, sides
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {
-    *(
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".gif",
-        ".ppm",
-        ".pgm",
-        ".avif",
-        ".jp2",
-    ),
-    *(".heic", ".heif", ".jxl"),  # Pillow cannot read them without a plug-in; so they are named as unreadable
-}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jfif", ".jpe", ".avif"}
+NOT_READ = {".heic", ".heif", ".jxl", ".jp2"}  # photographs that Pillow does not read, or not everywhere
 MAX_PIXELS = 100_000_000  # 300 MB decoded
 
 

@@ -25,7 +25,7 @@ from exporter.artifact.sidecar import COLORS, Preprocessing
 from exporter.data import Batch, generators, images, synthetic
 from exporter.data.arrays import open_npz
 from exporter.data.classes import UNKNOWN, Label, check_arrays, classes_of, labels_of, of_folders
-from exporter.data.folders import images_in
+from exporter.data.folders import images_in, is_hidden
 from exporter.data.manifests import is_manifest, locate, read_manifest
 from exporter.errors import BadRequest, nearest, some
 from exporter.progress import note
@@ -327,7 +327,7 @@ def _npz(path: Path, recipe: Preprocessing, classes: int | None, most: int | Non
 
 
 def _folder(path: Path, split: str, labels: tuple[str, ...], classes: int | None) -> list[tuple[str, int]]:
-    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if folders and classes is not None and not split:
         numbers = of_folders(folders, labels, classes, str(path))
         _check_listed(path / name for name in folders)

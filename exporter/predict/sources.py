@@ -120,7 +120,7 @@ def _of_folder(word: str, path: Path, split: str, recipe: Preprocessing) -> Imag
     may_be_column = bool(split) and mask_folders(path) is None
     names = [] if may_be_column else images_in(path, split)
     if names and (pair := mask_folders(path)):
-        note(f"{word} has images and masks: the images of {pair[0]}/ alone are read")
+        note(f"{word} has images and masks: only those in {pair[0]}/ are read")
     if not names and (tables := parquet.files_in(path)):
         return of_tables(word, [of_rows(f"{folder}/{name}", split, recipe) for name in tables])
     return _of_files(word, [f"{folder}/{name}" for name in names or images_in(path, split)], recipe)

@@ -60,6 +60,12 @@ def test_a_manifest_says_where_it_came_from_and_is_read_back_as_it_was(folder):
     assert read.digest == written.digest
 
 
+def test_a_seed_that_is_no_number_is_read_as_0(folder):
+    path = frozen(folder, seed=3)
+    path.write_text(path.read_text().replace("# seed: 3", "# seed: --5"))
+    assert calibration.read(path).seed == 0
+
+
 def test_the_digest_is_of_the_contents_wherever_they_lie(folder, tmp_path):
     digest = calibration.read(frozen(folder)).digest
     shutil.copytree(folder.parent, tmp_path / "elsewhere", dirs_exist_ok=True)

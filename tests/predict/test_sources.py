@@ -89,7 +89,7 @@ def test_the_images_of_a_folder_with_masks_alone_are_read_with_a_note(photo, tmp
         shutil.copyfile(photo, tmp_path / "data" / folder / "one.png")
     with notes() as noted:
         assert names_of([str(tmp_path / "data")]) == [f"{tmp_path}/data/images/one.png"]
-    assert noted == [f"{tmp_path}/data has images and masks: the images of images/ alone are read"]
+    assert noted == [f"{tmp_path}/data has images and masks: only those in images/ are read"]
 
 
 def test_a_folder_below_that_cannot_be_listed_is_refused(photo, monkeypatch):
