@@ -64,7 +64,8 @@ def optimize(request: Request, out: Path, opener: Opener = worker.open_arm) -> O
             return known
         result = search.run()
         outcome = Outcome(*publish.publish(search, result, out, time.monotonic() - begin))
-        search.store.drop_artifacts()
+        if not search.not_built_here():
+            search.store.drop_artifacts()
         return outcome
 
 

@@ -59,10 +59,13 @@ def publish(search: Search, result: Result, out: Path, seconds: float) -> tuple[
         sha256=artifact.sidecar.sha256,
         seconds=round(seconds, 1),
     )
-    search.store.write("report", written)
-    if lacking := search.lacking():
-        note(f"{some(lacking)}: not built for want of something on this machine; the same command tries it again")
+    if missing := search.not_built_here():
+        note(
+            f"{some(missing)}: could not be built on this machine (no space on the disk, or a package is missing); run "
+            "the same command again to try it"
+        )
     else:
+        search.store.write("report", written)
         search.store.write("result", result)
     write_about(search, result, written, artifact)
     return result, written

@@ -92,9 +92,8 @@ class Search:
         self.last = self._race_settings(eligible or verified)
         return Rows(self, forms, self.last).result()
 
-    def lacking(self) -> list[str]:
-        """The candidates that could not be built because of this machine: the disk is full, or something is not
-        installed."""
+    def not_built_here(self) -> list[str]:
+        """The candidates that could not be built because of this machine: the disk is full, or a package is missing."""
         failed = [one for one, built in self.builds.items() if built.failure]
         return [str(one) for one in failed if self.store.read(f"built-{one.name}", Build) is None]
 

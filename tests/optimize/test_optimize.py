@@ -300,6 +300,25 @@ def test_a_build_that_may_succeed_later_is_tried_again(error, stored, request_of
     assert bool(builder.build(candidate).failure) == stored
 
 
+def test_a_search_without_a_candidate_that_may_succeed_later_goes_on_with_it(request_of, tmp_path, monkeypatch):
+    """The disk is full for int8; the others are not built again."""
+    real, built = Builder._artifact, []
+
+    def full(builder, candidate, kept):
+        built.append(candidate.precision)
+        if candidate.precision == "int8":
+            raise Unavailable("no space left")
+        return real(builder, candidate, kept)
+
+    monkeypatch.setattr(Builder, "_artifact", full)
+    first = optimize.optimize(request_of(), tmp_path, fakes.opened).result
+    assert (first.winner.precision, built) == ("fp32", ["fp32", "int8"])
+    monkeypatch.setattr(Builder, "_artifact", lambda *words: built.append(words[1].precision) or real(*words))
+    built.clear()
+    assert optimize.optimize(request_of(), tmp_path, fakes.opened).result.winner.precision == "int8"
+    assert built == ["int8"]
+
+
 def test_int8_is_judged_on_the_device_that_is_asked_for(request_of, tmp_path):
     found, skipped = candidates.find(request_of(device="cpu"))
     assert Search(request_of(device="cpu"), tmp_path, found, skipped, fakes.opened).verifying.device == "cpu"
