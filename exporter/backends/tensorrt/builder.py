@@ -13,7 +13,7 @@ from exporter.artifact import check_output
 from exporter.artifact.disk import user_path, write_file
 from exporter.artifact.sidecar import Sidecar, sides
 from exporter.backends.tensorrt.library import Library, Profile, TensorRtOptions, sizes
-from exporter.errors import ExporterError
+from exporter.errors import BadRequest, ExporterError
 from exporter.progress import note, track
 
 DEFAULT_PROFILE = Profile(1, 1, 16)
@@ -103,12 +103,16 @@ def _refusal(error: Any) -> str:
 def _use_timings(config: Any, target: TensorRtOptions) -> None:
     """What kernels took in earlier builds. That of another GPU or version counts as nothing.
 
-    Raises: BadRequest for a file that cannot be a cache, or cannot be written.
+    Raises: BadRequest for a new file that cannot be written.
     """
     if target.timing_cache is None:
         return
     path = user_path(target.timing_cache)
-    check_output(path)
+    if not path.is_file():
+        try:
+            check_output(path)
+        except BadRequest as error:
+            raise BadRequest(f"--timing-cache {error}") from None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(cache, False):
         note(f"{path} is of another GPU or version; kernels are timed anew")
