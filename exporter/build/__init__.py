@@ -70,8 +70,8 @@ def build(
 
 
 def _note_replaced(path: Path, job: Job) -> None:
-    """Note that an artifact with other options of its graph is about to be replaced. What stays in a higher precision
-    is an option of the job's artifact alone; an intermediate graph whose name has the form replaces no other form."""
+    """Note which options of a graph change when an artifact is replaced. `keep` is compared for the job's artifact
+    alone, and `form` is not compared for intermediate graphs whose name has the form."""
     if not sidecar_path(path).is_file():
         return
     with suppress(BadRequest):  # an unreadable sidecar names no options to compare

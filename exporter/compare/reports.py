@@ -149,8 +149,8 @@ def _answers(report: Report, limit: Limit, side: str) -> Finding:
     metric = METRICS[limit.metric].answers
     if len([one for one in report.findings if one.metric == metric and one.check != "regression"]) > 1:
         raise BadRequest(
-            f"--fail-on {limit}: the {side} report has {metric} for each kind of processor apart; verify on machines "
-            "of one kind"
+            f"--fail-on {limit}: the {side} report has a separate {metric} for each kind of processor; verify on "
+            "machines of one kind"
         )
     answers = report.find(metric)
     if answers is None or not answers.samples or answers.value is None:

@@ -122,7 +122,7 @@ def expected(hint: Any) -> str:
 
 
 def bounds(hint: Any) -> str:
-    """The bounds of a number: `from 18 to 23`, `from 1`, `above 0`; "" where there are none."""
+    """The bounds of a number: `from 18 to 23`, `from 1`, `above 0`, `at most 1`; "" where there are none."""
     for kind in kinds(hint):
         for meta in kind.__metadata__ if get_origin(kind) is Annotated else ():
             if meta.gt is not None:

@@ -19,14 +19,14 @@ import msgspec
 from exporter import artifact as artifacts
 from exporter.artifact import Artifact, disk, sealed, sidecar_path
 from exporter.data.fingerprint import fingerprint
-from exporter.errors import BadRequest
+from exporter.errors import BadRequest, some
 from exporter.progress import note, step, track
 from exporter.report import Report
 from exporter.verify import VerifyOptions, graphs_of, shards
 from exporter.verify.shards import Schedule, Shard
 
 COMMANDS = "commands.txt"
-REMEDY = "the shard must be measured again"
+REMEDY = "measure the shard again"
 
 
 class Folder:
@@ -69,7 +69,7 @@ class Folder:
         Raises: BadRequest for missing or damaged shards, and where no image could be read.
         """
         if missing := self.missing():
-            numbers = " ".join(_ranges(missing))
+            numbers = some(_ranges(missing), most=20)
             raise BadRequest(
                 f"{self.path}: {len(missing)} of {self.schedule.count} shards are missing: {numbers}; run their lines "
                 f"of {COMMANDS}, and copy the files of shards/ here"
@@ -204,7 +204,8 @@ def write_commands(artifact: Artifact, options: VerifyOptions, path: Path, size:
 
 
 def _copy(file: Path, target: Path) -> None:
-    """Copy a file under a name of its own first. One that is the same stays, as workers may have it open."""
+    """Copy a file under a temporary name, then rename it. A target with the same bytes is left as it is: workers may
+    have it open."""
     if target.is_file() and artifacts.sha256_file(target) == artifacts.sha256_file(file):
         return
     partial = target.with_name(f".{target.name}.partial")
@@ -216,7 +217,7 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
-    """Numbers in rising order as `shard` takes them: `3 17 40-46`."""
+    """Numbers in rising order as `shard` takes them: `3`, `17`, `40-46`."""
     words: list[str] = []
     for _, members in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         run = [number for _, number in members]

@@ -220,8 +220,8 @@ def _measured(
             tally.add(batch)
         facts = pair.candidate.facts
     tally.skipped += samples.skipped
-    here = [*runnable.findings, *other_cpu(artifact.sidecar.quantization)]
-    findings = findings_of(tally, options.data, pair.windows, here)
+    of_machine = [*runnable.findings, *other_cpu(artifact.sidecar.quantization)]
+    findings = findings_of(tally, options.data, pair.windows, of_machine)
     if options.blocks:
         images = next(iter(samples.batches(artifact.sidecar.batch or 2))).images
         findings += _compare_blocks(artifact, runnable, layers, options, images)

@@ -93,8 +93,8 @@ class Shard(Record, frozen=True):
     """What was measured on the images of a shard.
 
     arithmetic: the class of the processor (`machine.arithmetic`), or the GPU. environment: of the process. facts: of
-    its session. layers: of the artifact. skipped: images that cannot be read. findings: one if the ONNX graph ran in
-    place of the engine.
+    its session. layers: of the artifact. skipped: images that cannot be read. findings: of this machine: that the
+    ONNX graph ran in place of the engine, that the CPU is of another class.
     """
 
     number: int

@@ -1,5 +1,6 @@
 """`--form auto`: the fastest whose answers hold, remembered for this machine and model shape."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from exporter import artifact, backends, precision
 from exporter.artifact import sidecar_path
 from exporter.build import build, resolve, tune
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, Unavailable
 from exporter.model import FORMS
 from tests.bench import fakes
 from tests.conftest import recipe_of
@@ -124,6 +125,13 @@ def test_a_cache_that_cannot_be_written_stops_nothing(builder, job, nchw_chosen,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert tune.fastest(job, builder, None) == "nchw"
     assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_nothing_is_built_where_nothing_can_be_timed(builder, job, monkeypatch):
+    unable = dataclasses.replace(job.runtime, unable=lambda: "no GPU")
+    with pytest.raises(Unavailable, match=r"--form auto: the forms cannot be timed here \(no GPU\); give one of plain"):
+        tune.fastest(dataclasses.replace(job, runtime=unable), builder)
+    assert builder.asked == []
 
 
 def test_nothing_to_compare_with_is_an_error(builder, job, tmp_path):

@@ -270,7 +270,7 @@ def test_answers_of_several_kinds_of_processors_are_not_compared(typed):
     one = replace(one, findings=(*one.findings, of_others))
     done = typed(one, one, "--fail-on", "top1_drop:1")
     assert done.code == 2
-    assert "top1 for each kind of processor apart; verify on machines of one kind" in " ".join(done.err.split())
+    assert "a separate top1 for each kind of processor; verify on machines of one kind" in " ".join(done.err.split())
 
 
 def test_outside_a_repository(tmp_path, monkeypatch, refused):

@@ -218,3 +218,8 @@ def test_the_wheel_has_the_templates():
     assert len(templates) >= 10
     ignored = subprocess.run(["git", "check-ignore", *map(str, templates)], cwd=ROOT, capture_output=True, check=False)
     assert ignored.stdout == b"", "hatchling leaves out what git ignores"
+
+
+def test_a_file_that_another_process_removed_is_no_fault_of_the_output(tmp_path):
+    with pytest.raises(BadRequest, match=r"gone\.bin: it cannot be read, or another process has removed it"):
+        folder.copy(tmp_path / "gone.bin", tmp_path / "out" / "gone.bin")

@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -235,14 +236,13 @@ def test_shards_that_are_there_are_not_measured_again(copied, photos, tmp_path, 
     result = run("merge", folder)
     assert result.code == 2
     assert "1 of 3 shards are missing: 2;" in result.err
-    assert spread._ranges([3, 17, 40, 41, 42]) == ["3", "17", "40-42"]
     before = snapshot(folder / "shards")
     damaged = folder / "shards/000001.shard"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = run("shard", folder, "0-2")
     assert result.out.startswith("2 shards measured")
     noted = " ".join(result.err.split())
-    assert "000001.shard is damaged or has another key; the shard must be measured again" in noted
+    assert "000001.shard is damaged or has another key; measure the shard again" in noted
     assert {name: content for name, content in snapshot(folder / "shards").items() if name in before} == before
     assert "3 of 3 shards are in" in run(*options).err
     assert "every one of these shards was measured already" in run("shard", folder, 0).err
@@ -298,6 +298,32 @@ def test_bad_folders_and_numbers_are_refused(copied, refused, run, tmp_path, mon
     assert "work has the shards 0 to 0" in refused(2, "shard", "work", 1, folder=tmp_path)
     for word in ("one", "3-1", "1-", "-"):
         assert "expected the number of a shard" in refused(2, "shard", "work", word, folder=tmp_path)
+
+
+def test_a_copy_that_is_there_is_left_as_it_is_and_others_are_replaced_whole(tmp_path, monkeypatch):
+    (tmp_path / "new").write_bytes(b"same")
+    (tmp_path / "copy").write_bytes(b"same")
+    before = (tmp_path / "copy").stat()
+    spread._copy(tmp_path / "new", tmp_path / "copy")
+    assert (tmp_path / "copy").stat() == before
+    (tmp_path / "new").write_bytes(b"other")
+
+    def interrupted(source, target):
+        Path(target).write_bytes(b"oth")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spread.shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spread._copy(tmp_path / "new", tmp_path / "copy")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"copy": b"same", "new": b"other"}
+    monkeypatch.undo()
+    spread._copy(tmp_path / "new", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"other"
+
+
+def test_missing_shards_are_named_as_ranges():
+    assert spread._ranges([3, 17, 40, 41, 42]) == ["3", "17", "40-42"]
+    assert spread._ranges([]) == []
 
 
 def test_numbers_of_shards():

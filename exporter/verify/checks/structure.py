@@ -73,8 +73,8 @@ class Structure:
 
 
 def other_cpu(quantization: Quantization | None) -> list[Finding]:
-    """Whether this CPU computes int8 in another way than the class that an artifact was built for. It is no check, as a
-    report of shards is written on a machine that may have measured none."""
+    """A finding where this CPU computes int8 differently from the class that the artifact was built for. It is measured
+    where the artifact runs, as another machine may write the report."""
     reason = unlike(quantization.cpu) if quantization is not None else ""
     return [Finding(check="structure", metric="other_cpu", value=1, detail=reason)] if reason else []
 
