@@ -19,7 +19,7 @@ AREAS: dict[str, tuple[tuple[str, ...], str]] = {
     "Images, labels and manifests": (("data",), "See [Images](verify.md#images)."),
     "Builds": (("build", "quantize", "graph"), "See [Export](export.md)."),
     "Runtimes and devices": (("backends",), "See [Install](install.md); `doctor` shows what this machine can run."),
-    "Artifacts and files": (("artifact", "git.py"), "See [Export](export.md)."),
+    "Artifacts and files": (("artifact", "git.py", "errors.py"), "See [Export](export.md)."),
     "Clusters and shards": (
         ("run/cluster.py", "run/distributed.py", "run/recipes.py", "run/spread.py", "run/tasks.py", "verify/shards.py"),
         "See [Cluster](cluster.md).",

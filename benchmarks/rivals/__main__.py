@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.rivals import BATCHES, NETWORKS, Race, engines, pictures, sizes, table, timing
+from benchmarks.rivals import BATCHES, NETWORKS, Race, engines, memory, pictures, sizes, table, timing
 from exporter.artifact.disk import write_file
 
 ALL = sorted({*sizes.SIZES, *sizes.OF_WINDOWS})
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--size", nargs="*", type=int, choices=ALL, default=ALL, help="Input sizes; by default all.")
     parser.add_argument("--no-engines", action="store_true", help="Skip the engines of TensorRT-RTX.")
+    parser.add_argument("--memory", action="store_true", help="Measure the memory of races that are there again.")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -32,7 +33,10 @@ def main() -> None:
     networks = [network for network in NETWORKS if network.name in arguments.network]
     for batch in arguments.batch:
         path = arguments.output / f"batch-{batch}.json"
-        if not path.exists():
+        if arguments.memory and path.exists():
+            race = msgspec.json.decode(path.read_bytes(), type=Race)
+            write_file(path, msgspec.json.encode(memory.measured_again(race)))
+        elif not path.exists():
             write_file(path, msgspec.json.encode(timing.time_race(networks, batch, arguments.seconds)))
         race = msgspec.json.decode(path.read_bytes(), type=Race)
         write_file(path.with_suffix(".svg"), pictures.accuracy(race).encode())

@@ -1,22 +1,14 @@
-"""Measure the memory in the results of races again, for a change of how it is measured; times stay as they are.
-
-python -m benchmarks.rivals.memory benchmarks/results/MACHINE/rivals/batch-8.json
-
-Files that are missing below `build/rivals` are made again.
-"""
+"""Measure the memory in the result of a race again, after a change of how it is measured."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
 from benchmarks.provenance import commit
 from benchmarks.rivals import NETWORKS, ROOT, SIZE, WAYS, Race, Row, files, timing
-from exporter.artifact.disk import write_file
 from exporter.bench import supervisor
 
 
@@ -34,15 +26,7 @@ def measured(row: Row, batch: int) -> Row:
     return replace(row, peak_bytes=peak_bytes)
 
 
-def main() -> None:
-    """Each file is written when all of its rows are measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+")
-    for path in parser.parse_args().results:
-        race = msgspec.json.decode(path.read_bytes(), type=Race)
-        rows = tuple(measured(row, race.batch) for row in race.rows)
-        write_file(path, msgspec.json.encode(replace(race, rows=rows, memory_commit=commit())))
-
-
-if __name__ == "__main__":
-    main()
+def measured_again(race: Race) -> Race:
+    """A race with the memory of each row measured again; its times stay."""
+    rows = tuple(measured(row, race.batch) for row in race.rows)
+    return replace(race, rows=rows, memory_commit=commit())
