@@ -424,7 +424,9 @@ def test_a_gate_that_cannot_measure_is_refused(refused, artifacts, tmp_path):
 def test_a_report_is_not_written_over_an_artifact(refused, artifacts, tmp_path):
     made = copy_artifact(artifacts["onnxruntime", "fp32"], tmp_path)
     for target in (made.path, sidecar_path(made.path)):
-        assert "write the report elsewhere" in refused(2, "verify", made.path, "-o", target, folder=tmp_path)
+        assert "its sidecar has this name; write to another file" in refused(
+            2, "verify", made.path, "-o", target, folder=tmp_path
+        )
     for target in (tmp_path, "/dev/null"):
         assert "not a regular file" in refused(2, "verify", made.path, "-o", target, folder=tmp_path)
 
