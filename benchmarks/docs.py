@@ -123,7 +123,7 @@ def tables() -> dict[str, str]:
     segmented = [
         msgspec.json.decode((folder / "segmentation.json").read_bytes(), type=Segmentation) for folder in (AMX, MILAN)
     ]
-    any_size = msgspec.json.decode((MILAN / "any-size.json").read_bytes(), type=AnySize)
+    any_size = msgspec.json.decode((AMX / "any-size.json").read_bytes(), type=AnySize)
     resized = msgspec.json.decode((MILAN / "pictures.json").read_bytes(), type=Pictures)
     side_by_side = msgspec.json.decode((MILAN / "quantizers.json").read_bytes(), type=quantizers.Result)
     itself = msgspec.json.decode((XEON / "coverage.json").read_bytes(), type=coverage.Experiment)
