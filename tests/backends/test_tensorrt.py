@@ -61,9 +61,9 @@ def test_a_kernel_that_only_moves_or_rounds_is_counted():
 
 
 def test_the_fp16_graph_has_the_name_of_its_form(artifacts, tmp_path):
-    made = artifacts["onnxruntime", "fp32"]
-    form = made.sidecar.recipe["export"]["form"]
-    assert tensorrt.lower(made, "fp16", tmp_path).path.name == f"custom_{form}_fp16.onnx"
+    graph = artifacts["onnxruntime", "fp32"]
+    form = graph.sidecar.recipe["export"]["form"]
+    assert tensorrt.lower(graph, "fp16", tmp_path).path.name == f"custom_{form}_fp16.onnx"
     assert form != tensorrt.FORM
 
 

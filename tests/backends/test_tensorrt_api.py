@@ -75,16 +75,16 @@ def test_a_build_with_every_option_asks_for_what_is_there(trt, artifacts, tmp_pa
 def test_a_timing_cache_that_cannot_be_written_is_refused_or_left_out(trt, artifacts, tmp_path, monkeypatch):
     if trt.rtx:
         pytest.skip("refused for TensorRT-RTX")
-    made = artifacts["onnxruntime", "fp32"]
+    graph = artifacts["onnxruntime", "fp32"]
     with pytest.raises(BadRequest, match="not a regular file"):
-        builder.build(trt, made.path, made.sidecar, TensorRtOptions(timing_cache=str(tmp_path)))
+        builder.build(trt, graph.path, graph.sidecar, TensorRtOptions(timing_cache=str(tmp_path)))
 
     def fail(path, content):
         raise Unavailable(f"{path}: no space left")
 
     monkeypatch.setattr(builder, "write_file", fail)
     with notes() as noted:
-        plan, _ = builder.build(trt, made.path, made.sidecar, TensorRtOptions(timing_cache=str(tmp_path / "t.cache")))
+        plan, _ = builder.build(trt, graph.path, graph.sidecar, TensorRtOptions(timing_cache=str(tmp_path / "t.cache")))
     assert plan == b"plan"
     assert any("the timing cache is not kept" in line for line in noted)
 

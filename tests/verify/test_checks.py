@@ -77,9 +77,9 @@ def test_parity_is_what_the_formulas_give(subject, logits):
 
 def test_a_bad_output_does_not_hide_behind_good_ones(artifacts):
     """Three maps are equal, and one points elsewhere in the second image."""
-    made = artifacts["onnxruntime", "fp32"]
+    artifact = artifacts["onnxruntime", "fp32"]
     maps = tuple(Tensor(name=f"map_{number}", shape=("n", 8, 2, 2), holds="map") for number in range(4))
-    subject = Subject(Artifact(made.path, replace(made.sidecar, outputs=maps)), [])
+    subject = Subject(Artifact(artifact.path, replace(artifact.sidecar, outputs=maps)), [])
     eager = [np.random.default_rng(number).normal(size=(2, 8, 2, 2)).astype(np.float32) for number in range(4)]
     got = [output.copy() for output in eager]
     got[2][1] = -got[2][1]
@@ -214,9 +214,9 @@ def test_features_are_checked_map_by_map(artifacts):
 
 
 def test_products_in_tf32_have_the_limits_of_fp16(artifacts):
-    made = artifacts["onnxruntime", "fp32"]
-    rounded = Artifact(made.path, replace(made.sidecar, target={"tf32": True}))
-    assert (Subject(made, []).precision.name, Subject(rounded, []).precision.name) == ("fp32", "fp16")
+    artifact = artifacts["onnxruntime", "fp32"]
+    rounded = Artifact(artifact.path, replace(artifact.sidecar, target={"tf32": True}))
+    assert (Subject(artifact, []).precision.name, Subject(rounded, []).precision.name) == ("fp32", "fp16")
 
 
 @pytest.mark.parametrize(("atol", "passed"), [(2.0, False), (6.0, True)])
