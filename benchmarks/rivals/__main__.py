@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--size", nargs="*", type=int, choices=ALL, default=ALL, help="Input sizes; by default all.")
     parser.add_argument("--no-engines", action="store_true", help="Skip the engines of TensorRT-RTX.")
-    parser.add_argument("--memory", action="store_true", help="Measure the memory of races that are there again.")
+    parser.add_argument("--memory", action="store_true", help="Measure the memory again, and no times.")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -33,7 +33,9 @@ def main() -> None:
     networks = [network for network in NETWORKS if network.name in arguments.network]
     for batch in arguments.batch:
         path = arguments.output / f"batch-{batch}.json"
-        if arguments.memory and path.exists():
+        if arguments.memory:
+            if not path.exists():
+                parser.error(f"--memory: {path} is missing; time the race first")
             race = msgspec.json.decode(path.read_bytes(), type=Race)
             write_file(path, msgspec.json.encode(memory.measured_again(race)))
         elif not path.exists():
