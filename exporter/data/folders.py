@@ -86,5 +86,5 @@ def names_below(folder: Path, suffixes: Collection[str]) -> Iterator[str]:
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
             file = Path(above, name)
-            if not name.startswith(".") and file.suffix.lower() in suffixes and file.is_file():
+            if not is_hidden(name) and file.suffix.lower() in suffixes and file.is_file():
                 yield file.relative_to(folder).as_posix()
