@@ -168,9 +168,9 @@ def open_samples(
         return _synthetic(recipe, most or SYNTHETIC_COUNT)
     check_source(source)
     path, split = locate(source)
-    if path.suffix.lower() == ".npz" and split:
-        raise BadRequest(f"{source}: an .npz file has no splits; leave #{split} out")
     if path.suffix.lower() == ".npz":
+        if split:
+            raise BadRequest(f"{source}: an .npz file has no splits; leave #{split} out")
         return _npz(path, recipe, classes, most, multilabel)
     root, generator, digests = path, "", dict[str, str]()
     entries: Sequence[tuple[str, Label]]
