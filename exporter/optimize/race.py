@@ -68,7 +68,7 @@ class Runner:
         self.plan, self.groups, self.save = plan, groups, save
         self.most, self.least, self.keep, self.limit_ms = most, least, keep, limit_ms
         names = {arm.name for arm in plan.arms}
-        if before is None or not names <= before.names():  # one that could not be built before
+        if before is None or not names <= before.names():  # a model that could not be built then
             before = Race()
         self.timing = Timing(plan, list(before.launches), dict(before.failures))
         self.dropped, self.done = dict(before.dropped), before.done

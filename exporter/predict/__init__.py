@@ -124,7 +124,7 @@ def _keep(kept: store.Store, chunks: Iterator[Chunk]) -> tuple[str, ...]:
             unreadable += _unreadable(iter([chunk]))
         return tuple(unreadable)
     except KeyboardInterrupt:
-        kept.flush()
+        kept.flush()  # so that the last chunks are counted
         reached = f"{kept.out} has {kept.done():,} of {kept.job.total:,} images"
         raise KeyboardInterrupt(
             f"{reached}; the same command with --resume (and without --overwrite) continues it"
